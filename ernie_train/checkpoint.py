@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 
 from ernie_train.config import StrictConfig
 from ernie_train.errors import CheckpointError, ConfigError, WeightsError
-from ernie_train.hf import load_weights, write_weights
+from ernie_train.hf import load_config, load_weights, write_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.storage import (
     FileDigest,
@@ -71,8 +71,12 @@ class Checkpoint:
     optimizer: Mapping[str, np.ndarray]
 
     def load_model(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        """Fills `model` with the weights; `WeightsError` if its configuration is another one."""
+        """Fills `model` with the weights and sets their RoPE base.
+
+        `WeightsError` if the weights do not fit its configuration.
+        """
         load_weights(model, self.path, verify=False)
+        model.set_rope_theta(load_config(self.path).rope_theta)
 
 
 class CheckpointStore:

@@ -16,7 +16,6 @@ from ernie_train.evaluate import load_problems, require_verifiers
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.recipe import Recipe
 from ernie_train.stages import STAGES, StageData, total_steps
-from ernie_train.stages.supervised import make_loader
 
 
 def check_recipe(recipe: Recipe, console: Console) -> None:
@@ -54,27 +53,62 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
             f"tokenizer.path: {recipe.tokenizer.path} has {tokenizer.vocab_size} tokens, "
             f"the model only vocab_size={config.vocab_size}"
         )
+    theta = config.rope_theta
     for index, stage in enumerate(recipe.stages):
-        if stage.seq_len > config.max_position_embeddings:
-            problems.append(
-                f"stages.{index}.seq_len={stage.seq_len} exceeds the model's "
-                f"max_position_embeddings={config.max_position_embeddings}"
-            )
+        problems += _length_problems(stage, f"stages.{index}", config.max_position_embeddings)
+        problems += _balance_problems(stage, f"stages.{index}", config)
+        if stage.rope_schedule:
+            first = stage.rope_schedule[0].rope_theta
+            if first < theta:
+                problems.append(
+                    f"stages.{index}.rope_schedule.0.rope_theta={first:g} lies below the "
+                    f"{theta:g} that the model has then: a schedule never goes down "
+                    "(a preset starts where model.rope_theta says)"
+                )
+            theta = stage.rope_schedule[-1].rope_theta
     if problems:
         raise ConfigError(problems)
+
+
+def _length_problems(stage: Any, path: str, limit: int) -> list[str]:
+    if not stage.rope_schedule:
+        lengths = {f"{path}.seq_len": stage.seq_len}
+    else:
+        lengths = {
+            f"{path}.rope_schedule.{at}.seq_len": phase.seq_len
+            for at, phase in enumerate(stage.rope_schedule)
+        }
+    return [
+        f"{name}={length} exceeds the model's max_position_embeddings={limit}"
+        for name, length in lengths.items()
+        if length > limit
+    ]
+
+
+def _balance_problems(stage: Any, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
+    if any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
+        return []
+    return [
+        f"{path}.balance.{name}={getattr(stage.balance, name):g} has no effect: the model has no "
+        "MoE layer, so neither router nor selection bias"
+        for name in stage.balance.active()
+    ]
 
 
 def _check_stage(stage: Any, data: StageData, console: Console) -> None:
     prepared = STAGES[stage.kind].prepare(stage, data)
     console.rule(f"stage {stage.name} ({stage.kind})")
     console.print(prepared.report.as_table())
-    loader = make_loader(stage, data, prepared)
-    rows = stage.micro_batch_size * stage.grad_accum_steps
-    console.print(
-        f"a step trains {rows} rows of {stage.seq_len} tokens ({rows * stage.seq_len} at most) in "
-        f"{stage.grad_accum_steps} micro-batches; steps: {total_steps(stage, loader)}",
-        highlight=False,
-    )
+    for phase in stage.phases():
+        rows = phase.micro_batch_size * stage.grad_accum_steps
+        base = "" if phase.rope_theta is None else f", RoPE base {phase.rope_theta:g}"
+        base += " at its end" if phase.smooth else ""
+        console.print(
+            f"a step trains {rows} rows of {phase.seq_len} tokens ({rows * phase.seq_len} at most) "
+            f"in {stage.grad_accum_steps} micro-batches; steps: "
+            f"{phase.steps or total_steps(stage, prepared)}{base}",
+            highlight=False,
+        )
     first = next(documents[0] for documents in prepared.documents if len(documents))
     console.print("the first row, trained tokens in colour:")
     console.print(preview(data.tokenizer, first))

@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
 
 from paddle import Tensor
 
 from ernie_train import distributed
+from ernie_train.balance import BalanceConfig, Balancer, RouterLoad
 from ernie_train.errors import Interrupted, NonFiniteError
-from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.objective import BatchT, LossFn, Term
 from ernie_train.optim import Optimizer, learning_rate
-
-BatchT = TypeVar("BatchT")
-BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
-
-
-@dataclass(frozen=True)
-class Term:
-    """A part of the objective: `coef * sum / count`, the count taken over the whole step."""
-
-    name: str
-    sum: Tensor
-    count: float
-    coef: float = 1.0
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """Terms with gradient, sums that are only shown (name -> (sum, count)), router statistics."""
-
-    terms: list[Term]
-    shown: dict[str, tuple[float, float]] = field(default_factory=dict)
-    router_stats: list[RouterStats] = field(default_factory=list)
-
-
-class LossFn(Protocol[BatchT_contra]):
-    """Reads a batch. `counts` tells, without running the model, what the terms' counts will be."""
-
-    def counts(self, batch: BatchT_contra) -> dict[str, float]: ...
-
-    def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: BatchT_contra) -> LossOutput: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +24,7 @@ class StepResult:
     metrics: dict[str, float]
     seconds: float
     tokens: int
+    load: RouterLoad  # of the whole step, over all ranks
 
 
 Hook = tuple[int, Callable[[StepResult], None]]  # every how many steps, and what
@@ -61,10 +34,16 @@ class Trainer(Generic[BatchT]):
     """Trains one model. `step` is the number of finished optimizer steps."""
 
     def __init__(
-        self, model: Ernie4_5_MoeForCausalLM, optimizer: Optimizer, *, grad_accum_steps: int = 1
+        self,
+        model: Ernie4_5_MoeForCausalLM,
+        optimizer: Optimizer,
+        *,
+        grad_accum_steps: int = 1,
+        balance: BalanceConfig | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.balancer = Balancer(model, balance or BalanceConfig())
         self.grad_accum_steps = grad_accum_steps
         self.step = 0
 
@@ -74,17 +53,23 @@ class Trainer(Generic[BatchT]):
         loss_fn: LossFn[BatchT],
         steps: int,
         *,
+        before_step: Callable[[int], Mapping[str, float]] = lambda step: {},
         hooks: Sequence[Hook] = (),
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Trains until `steps` optimizer steps are done; hooks run at their multiples and the end.
 
+        `before_step` is told the number of the step that comes and may change what depends on it;
+        what it returns is logged with that step.
+
         Raises `NonFiniteError` before an update that would not be finite, and `Interrupted` after
         the step in which `stop_requested` became true on any rank; whoever calls saves.
         """
         while self.step < steps:
+            scheduled = before_step(self.step + 1)
             micro_batches = [next(batches) for _ in range(self.grad_accum_steps)]
             result = self.train_step(micro_batches, loss_fn, steps)
+            result.metrics.update(scheduled)
             for every, hook in hooks:
                 if result.step % every == 0 or result.step == steps:
                     hook(result)
@@ -96,14 +81,18 @@ class Trainer(Generic[BatchT]):
     ) -> StepResult:
         """One optimizer step over `micro_batches`, at the rate that `total_steps` gives it."""
         started = time.perf_counter()
-        counts = _global_counts([loss_fn.counts(batch) for batch in micro_batches])
+        counts = _global_counts(
+            [{**loss_fn.counts(b), **self.balancer.counts(b.num_tokens)} for b in micro_batches]
+        )
         sums: dict[str, float] = {}
         shown: dict[str, tuple[float, float]] = {}
+        load = self.balancer.new_load()
         for batch in micro_batches:
             output = loss_fn(self.model, batch)
-            objective = _objective(output.terms, counts)
-            objective.backward()
-            for term in output.terms:
+            terms = [*output.terms, *self.balancer.terms(output.router_stats)]
+            _objective(terms, counts).backward()
+            load.add(output.router_stats)
+            for term in terms:
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
             for name, (value, count) in output.shown.items():
                 before = shown.get(name, (0.0, 0.0))
@@ -115,9 +104,11 @@ class Trainer(Generic[BatchT]):
         self._refuse_non_finite(metrics)
         self.optimizer.step(lr, metrics["grad_norm"])
         self.optimizer.clear_gradients()
+        load.reduce()
+        self.balancer.after_step(load)
         self.step += 1
-        tokens = int(sum(getattr(batch, "num_tokens", 0) for batch in micro_batches))
-        return StepResult(self.step, metrics, time.perf_counter() - started, tokens)
+        tokens = sum(batch.num_tokens for batch in micro_batches)
+        return StepResult(self.step, metrics, time.perf_counter() - started, tokens, load)
 
     def _metrics(
         self,

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "parallel", "optim", "tensor_files", "hf_layout", "hf", "checkpoint",
         "model_directory", "generation",
     ),
-    ("trainer", "rollout", "evaluate"),
+    ("objective", "balance", "moe_health", "trainer", "rollout", "evaluate"),
     ("stages",),
     (
         "run_directory", "transformers_reader", "export", "recipe", "tables", "preflight",

@@ -9,9 +9,10 @@ import pytest
 from ernie_train.datasets import Batch
 from ernie_train.errors import Interrupted, NonFiniteError
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.objective import LossOutput, Term
 from ernie_train.optim import OptimConfig, Optimizer
 from ernie_train.stages.supervised import PackedLoss
-from ernie_train.trainer import LossOutput, Term, Trainer
+from ernie_train.trainer import Trainer
 
 CONFIG = Ernie4_5_MoeConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,

@@ -9,19 +9,21 @@ from ernie_train.datasets.chat import (
     render_chat,
     require_chat_tokens,
 )
+from ernie_train.datasets.consecutive import ConsecutiveLoaders
 from ernie_train.datasets.documents import DocumentBuilder, Documents, EncodedDocument
 from ernie_train.datasets.loader import Batch, PackedLoader
 from ernie_train.datasets.packing import pack_documents
 from ernie_train.datasets.preview import preview
 from ernie_train.datasets.records import ReadReport, Record, read_records
 from ernie_train.datasets.report import DataReport, SourceReport
-from ernie_train.datasets.sources import DataSource, load_sources
+from ernie_train.datasets.sources import DataSource, load_sources, refit
 from ernie_train.datasets.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE",
     "PLAIN_CHAT_TEMPLATE",
     "Batch",
+    "ConsecutiveLoaders",
     "DataReport",
     "DataSource",
     "DocumentBuilder",
@@ -40,6 +42,7 @@ __all__ = [
     "preview",
     "prompt_ids",
     "read_records",
+    "refit",
     "render_chat",
     "require_chat_tokens",
     "train_tokenizer",

@@ -62,6 +62,14 @@ class Documents:
         """Tokens of each document, [N]."""
         return np.diff(self.offsets)
 
+    def select(self, chosen: Bool) -> "Documents":
+        """The documents where `chosen` [N] is true, in their order."""
+        lengths = self.lengths
+        kept = np.repeat(chosen, lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
+        sources = [s for s, keep in zip(self.sources, chosen, strict=False) if keep]
+        return Documents(self.tokens[kept], self.trainable[kept], offsets, sources)
+
     def checksum(self) -> int:
         """Changes when a token, a mask or a boundary changes."""
         value = zlib.crc32(np.ascontiguousarray(self.tokens).data)

@@ -189,6 +189,28 @@ def _fit(
     return [piece for piece in pieces if any(piece[1][1:])]
 
 
+def refit(documents: Documents, source: DataSource, kind: Kind, seq_len: int) -> Documents:
+    """The documents of `source`, loaded for a longer seq_len, as a shorter one has them.
+
+    What is longer than `seq_len` is split, cut or dropped, as the source says.
+    """
+    if not len(documents) or int(documents.lengths.max()) <= seq_len:
+        return documents
+    overlong = source.overlong or DEFAULT_OVERLONG[kind]
+    report = SourceReport(source.path, "", source.weight, overlong)
+    builder = DocumentBuilder()
+    for document in documents:
+        try:
+            pieces = _fit(
+                document.ids.tolist(), document.trainable.tolist(), seq_len, overlong, report
+            )
+        except _Dropped:
+            continue
+        for ids, trainable in pieces:
+            builder.add(ids, trainable, document.source)
+    return builder.build()
+
+
 def _trained(documents: Documents) -> int:
     """Tokens that are somebody's label."""
     first = documents.offsets[:-1]

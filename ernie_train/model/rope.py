@@ -23,6 +23,16 @@ def inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:
     return (np.float32(1.0) / np.power(np.float32(theta), exponents)).astype(np.float32)
 
 
+def interpolated_base(start: float, end: float, step: int, steps: int) -> float:
+    """The base after `step` of `steps` equal factors from `start` to `end`; exact at both ends.
+
+    Equal factors of the base are equal shifts of the log of every wavelength.
+    """
+    if step >= steps:
+        return end
+    return float(start * (end / start) ** (step / steps))
+
+
 @lru_cache(maxsize=8)
 def _pair_rotation(head_dim: int) -> np.ndarray:
     """The [D,D] matrix R with (x R)[2i] = -x[2i+1] and (x R)[2i+1] = x[2i].

@@ -203,6 +203,12 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         logits = paddle.matmul(hidden, weight, transpose_y=True)
         return logits if bias is None else logits + bias
 
+    def set_rope_theta(self, theta: float) -> None:
+        """Changes the RoPE base; the configuration that is saved with the model says the same."""
+        self.config = self.config.with_overrides({"rope_theta": theta})
+        self.model.config = self.config
+        self.model.rope_theta = theta
+
     def new_cache(self, batch: int) -> KVCache:
         """An empty key/value cache for `batch` sequences under the present RoPE base."""
         cache = KVCache(self.config, batch, dtype=_dtype_name(self.model.norm.weight))

@@ -8,9 +8,10 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from ernie_train.stages import pretrain, sft
+from ernie_train.stages.common import StageData, StageRun
+from ernie_train.stages.packed import Prepared, total_steps
 from ernie_train.stages.pretrain import PretrainConfig
 from ernie_train.stages.sft import SftConfig
-from ernie_train.stages.supervised import Prepared, StageData, StageRun, total_steps
 
 AnyStageConfig = Annotated[PretrainConfig | SftConfig, Field(discriminator="kind")]
 

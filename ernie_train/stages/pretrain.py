@@ -1,18 +1,13 @@
-"""Pre-training on plain text: loss on every token of packed documents."""
+"""Pre-training and context extension on plain text: loss on every token of packed documents."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from ernie_train.stages.supervised import (
-    PackedLoss,
-    Prepared,
-    StageData,
-    StageRun,
-    SupervisedConfig,
-    read_documents,
-    train,
-)
+from ernie_train.stages import packed
+from ernie_train.stages.common import StageData, StageRun
+from ernie_train.stages.packed import Prepared, SupervisedConfig
+from ernie_train.stages.supervised import PackedLoss, train
 
 
 class PretrainConfig(SupervisedConfig):
@@ -23,7 +18,7 @@ class PretrainConfig(SupervisedConfig):
 
 def prepare(config: PretrainConfig, data: StageData) -> Prepared:
     """Reads and encodes the stage's texts."""
-    return read_documents(config, data, kind="pretrain", thinking=False)
+    return packed.prepare(config, data, kind="pretrain", thinking=False)
 
 
 def run(config: PretrainConfig, stage: StageRun, prepared: Prepared) -> dict[str, Any]:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ernie_train.stages.supervised import (
-    PackedLoss,
-    Prepared,
-    StageData,
-    StageRun,
-    SupervisedConfig,
-    read_documents,
-    train,
-)
+from ernie_train.stages import packed
+from ernie_train.stages.common import StageData, StageRun
+from ernie_train.stages.packed import Prepared, SupervisedConfig
+from ernie_train.stages.supervised import PackedLoss, train
 
 
 class SftConfig(SupervisedConfig):
@@ -26,7 +21,7 @@ class SftConfig(SupervisedConfig):
 
 def prepare(config: SftConfig, data: StageData) -> Prepared:
     """Reads and encodes the stage's conversations."""
-    return read_documents(config, data, kind="sft", thinking=config.thinking)
+    return packed.prepare(config, data, kind="sft", thinking=config.thinking)
 
 
 def run(config: SftConfig, stage: StageRun, prepared: Prepared) -> dict[str, Any]:

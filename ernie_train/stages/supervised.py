@@ -1,114 +1,28 @@
-"""What pre-training and SFT share: settings, the loss on packed batches, and the run of a stage."""
+"""How pre-training and SFT train: the loss on packed batches, checkpoints and metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import paddle
-from pydantic import Field, model_validator
 
 from ernie_train import checkpoint, hf_layout
-from ernie_train.checkpoint import CheckpointConfig, CheckpointStore
-from ernie_train.config import StrictConfig
-from ernie_train.datasets import (
-    Batch,
-    DataReport,
-    DataSource,
-    Documents,
-    PackedLoader,
-    Tokenizer,
-    load_sources,
-)
+from ernie_train.checkpoint import CheckpointStore
+from ernie_train.datasets import Batch, ConsecutiveLoaders, Documents, PackedLoader
 from ernie_train.errors import ConfigError, Interrupted
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.metrics import MetricsWriter
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.optim import OptimConfig, Optimizer
-from ernie_train.runtime import StopFlag
-from ernie_train.trainer import LossOutput, StepResult, Term, Trainer
-
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class SupervisedConfig(StrictConfig):
-    """Settings of a stage that learns from given text."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    data: Annotated[list[DataSource], Field(min_length=1)]
-    validation: list[DataSource] = []
-    seq_len: PositiveInt
-    micro_batch_size: PositiveInt
-    grad_accum_steps: PositiveInt = 1
-    epochs: PositiveInt | None = None
-    steps: PositiveInt | None = None
-    optim: OptimConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    validate_every_steps: PositiveInt | None = None
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SupervisedConfig:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("exactly one of epochs and steps must be given")
-        if self.validate_every_steps is not None and not self.validation:
-            raise ValueError("validate_every_steps needs validation data")
-        if self.checkpoint.best_metric is not None and self.validate_every_steps is None:
-            raise ValueError("checkpoint.best_metric needs validate_every_steps")
-        return self
-
-
-@dataclass(frozen=True)
-class StageData:
-    """What a stage needs to read its data."""
-
-    base_dir: Path  # relative paths of the recipe start here
-    tokenizer: Tokenizer
-    seed: int
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """What a stage is given: the model to train in place and where it may write."""
-
-    data: StageData
-    directory: Path
-    model: Ernie4_5_MoeForCausalLM
-    stop: StopFlag
-    terminal: bool
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A stage's data: one `Documents` a source, their report, and the validation documents."""
-
-    documents: list[Documents]
-    report: DataReport
-    validation: list[Documents]
-
-
-def read_documents(
-    config: SupervisedConfig, data: StageData, *, kind: Literal["sft", "pretrain"], thinking: bool
-) -> Prepared:
-    """Reads and encodes the stage's data; `DataError` says what is wrong with which rows."""
-
-    def read(sources: list[DataSource]) -> tuple[list[Documents], DataReport]:
-        return load_sources(
-            sources,
-            data.tokenizer,
-            kind=kind,
-            seq_len=config.seq_len,
-            base_dir=data.base_dir,
-            thinking=thinking,
-            max_bad_fraction=config.max_bad_fraction,
-            seed=data.seed,
-        )
-
-    documents, report = read(config.data)
-    validation = read(config.validation)[0] if config.validation else []
-    return Prepared(documents, report, validation)
+from ernie_train.moe_health import MoeHealth
+from ernie_train.objective import LossOutput, Term
+from ernie_train.optim import Optimizer
+from ernie_train.stages.common import StageRun
+from ernie_train.stages.packed import Prepared, SupervisedConfig, batch_source, total_steps
+from ernie_train.stages.phases import RopeSchedule
+from ernie_train.trainer import StepResult, Trainer
 
 
 class PackedLoss:
@@ -155,27 +69,6 @@ class PackedLoss:
         )
 
 
-def total_steps(config: SupervisedConfig, loader: PackedLoader) -> int:
-    """Optimizer steps of the stage; a last partial step draws on the batches after its epochs."""
-    if config.epochs is None:
-        return int(config.steps or 0)
-    batches = sum(loader.batches_per_epoch(epoch) for epoch in range(config.epochs))
-    return -(-batches // config.grad_accum_steps)
-
-
-def make_loader(config: SupervisedConfig, data: StageData, prepared: Prepared) -> PackedLoader:
-    """The packed batches of the stage, without end: its steps say when it is over."""
-    return PackedLoader(
-        prepared.documents,
-        [source.weight for source in config.data],
-        seq_len=config.seq_len,
-        micro_batch_size=config.micro_batch_size,
-        seed=data.seed,
-        epochs=None,
-        pad_id=data.tokenizer.pad_token_id,
-    )
-
-
 def train(
     config: SupervisedConfig, run: StageRun, prepared: Prepared, loss: PackedLoss
 ) -> dict[str, Any]:
@@ -183,15 +76,20 @@ def train(
 
     Returns what `DONE` records. Raises `Interrupted` after saving.
     """
-    loader = make_loader(config, run.data, prepared)
-    steps = total_steps(config, loader)
+    batches = batch_source(config, prepared)
+    steps = total_steps(config, prepared)
     store = CheckpointStore(run.directory / "checkpoints", config.checkpoint)
     trainer: Trainer[Batch] = Trainer(
-        run.model, Optimizer(run.model, config.optim), grad_accum_steps=config.grad_accum_steps
+        run.model,
+        Optimizer(run.model, config.optim),
+        grad_accum_steps=config.grad_accum_steps,
+        balance=config.balance,
     )
+    start_theta = run.model.model.rope_theta
     saved = store.load_latest()
     if saved is not None:
-        _restore(saved, trainer, loader)
+        _restore(saved, trainer, batches)
+        start_theta = saved.state["rope_theta_at_start"]
     writer = MetricsWriter(
         run.directory,
         resume_step=saved.step if saved else None,
@@ -199,13 +97,23 @@ def train(
         total_steps=steps,
         label=config.name,
     )
-    keeper = _Keeper(config, run, trainer, loader, store, prepared.validation, loss, writer)
+    health = MoeHealth(
+        run.model,
+        config.moe_health,
+        # A copy, so that the batch is trained on all the same.
+        first_batch=lambda: next(iter(copy.copy(prepared.loaders[0]))),
+        state=saved.state["moe_health"] if saved else None,
+        warn=writer.note,
+    )
+    schedule = RopeSchedule(config.phases(), start_theta)
+    keeper = _Keeper(config, run, trainer, batches, store, prepared, loss, writer, health, schedule)
     run.model.train()
     try:
         trainer.fit(
-            iter(loader),
+            iter(batches),
             loss,
             steps,
+            before_step=keeper.set_base,
             hooks=keeper.hooks(),
             stop_requested=lambda: run.stop.requested,
         )
@@ -217,35 +125,45 @@ def train(
     return {"steps": trainer.step, "checkpoint": store.path_of(trainer.step).name}
 
 
-def _restore(saved: checkpoint.Checkpoint, trainer: Trainer[Batch], loader: PackedLoader) -> None:
+def _restore(
+    saved: checkpoint.Checkpoint, trainer: Trainer[Batch], batches: ConsecutiveLoaders
+) -> None:
     saved.load_model(trainer.model)
     slots: dict[str, dict[str, np.ndarray]] = {}
     for key in saved.optimizer:
         slots.setdefault(key.partition("/")[0], {})[key.partition("/")[2]] = saved.optimizer[key]
     moments = {s: dict(hf_layout.from_hf(trainer.model.config, n)) for s, n in slots.items()}
     trainer.optimizer.load_state(moments, saved.state["powers"])
-    loader.load_state_dict(saved.state["loader"])
+    batches.load_state_dict(saved.state["loader"])
     trainer.step = saved.step
 
 
+@dataclass
 class _Keeper:
-    """The hooks of a stage: metrics every step, validation and checkpoints at their times."""
+    """What happens around the steps of a stage: RoPE's base, metrics, validation, checkpoints."""
 
-    def __init__(
-        self,
-        config: SupervisedConfig,
-        run: StageRun,
-        trainer: Trainer[Batch],
-        loader: PackedLoader,
-        store: CheckpointStore,
-        validation: list[Documents],
-        loss: PackedLoss,
-        writer: MetricsWriter,
-    ) -> None:
-        self.config, self.run, self.trainer, self.loader = config, run, trainer, loader
-        self.store, self.validation, self.loss, self.writer = store, validation, loss, writer
-        self.measured: dict[str, float] = {}
-        self.measured_step = self.saved_step = -1
+    config: SupervisedConfig
+    run: StageRun
+    trainer: Trainer[Batch]
+    batches: ConsecutiveLoaders
+    store: CheckpointStore
+    prepared: Prepared
+    loss: PackedLoss
+    writer: MetricsWriter
+    health: MoeHealth
+    schedule: RopeSchedule
+    measured: dict[str, float] = field(default_factory=dict)
+    measured_step: int = -1
+    saved_step: int = -1
+
+    def set_base(self, step: int) -> dict[str, float]:
+        """Gives the model the base of the step that comes; what of it is logged."""
+        if self.config.rope_schedule is None:
+            return {}
+        theta, seq_len = self.schedule.at(step)
+        if theta != self.run.model.model.rope_theta:
+            self.run.model.set_rope_theta(theta)
+        return {"rope_theta": theta, "seq_len": seq_len}
 
     def hooks(self) -> list[tuple[int, Any]]:
         every = self.config.validate_every_steps
@@ -267,7 +185,12 @@ class _Keeper:
                 self.run.model.config, {n: t.numpy() for n, t in named.items()}
             )
         }
-        state = {"powers": optimizer.powers(), "loader": self.loader.state_dict()}
+        state = {
+            "powers": optimizer.powers(),
+            "loader": self.batches.state_dict(),
+            "rope_theta_at_start": self.schedule.start_theta,
+            "moe_health": self.health.state_dict(),
+        }
         self.store.save(
             self.trainer.step,
             model=self.run.model,
@@ -278,13 +201,13 @@ class _Keeper:
         self.saved_step = self.trainer.step
 
     def _validate(self, result: StepResult) -> None:
-        self.measured = {
-            "validation_loss": validation_loss(self.config, self.run, self.validation, self.loss)
-        }
+        loss = validation_loss(self.config, self.run, self.prepared.validation, self.loss)
+        self.measured = {"validation_loss": loss}
         self.measured_step = result.step
         result.metrics.update(self.measured)
 
     def _log(self, result: StepResult) -> None:
+        result.metrics.update(self.health.observe(result.step, result.load))
         rate = result.tokens / result.seconds
         timings = {"seconds": result.seconds, "tokens_per_second": rate}
         self.writer.log(result.step, result.metrics, timings)
@@ -296,12 +219,15 @@ def validation_loss(
     documents: list[Documents],
     loss: PackedLoss,
 ) -> float:
-    """Mean loss over the trained tokens of the validation documents, in nats."""
+    """Mean loss in nats over the trained tokens of the validation documents.
+
+    Rows have the length of the stage's last phase throughout, so that values can be compared.
+    """
     once = PackedLoader(
         documents,
         [1.0] * len(documents),
-        seq_len=config.seq_len,
-        micro_batch_size=config.micro_batch_size,
+        seq_len=config.longest_seq_len,
+        micro_batch_size=config.phases()[-1].micro_batch_size,
         seed=run.data.seed,
         epochs=1,
         pad_id=run.data.tokenizer.pad_token_id,

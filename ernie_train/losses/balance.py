@@ -1,0 +1,83 @@
+"""What keeps the experts of a mixture in use: losses on the router, and the selection bias.
+
+Shapes: T real tokens, E experts, K experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+
+_MIN_NORM = 1e-12
+
+
+def router_orthogonal_loss(weight: Tensor) -> Tensor:
+    """mean((What^T What - I)^2) over the E*E entries, What the columns of `weight` at length 1.
+
+    weight [H,E] float32 -> scalar with gradient to the weight alone. A column shorter than 1e-12
+    is divided by that. Zero where all experts point in orthogonal directions (ERNIE 4.5 technical
+    report, router orthogonalization loss).
+    """
+    # F.normalize would divide by max(norm, eps) as well, but its sum over the first axis is slow.
+    squares = paddle.diag(paddle.matmul(weight, weight, transpose_x=True))
+    # Clipping the squares, not their roots, keeps the gradient of a zero column finite.
+    columns = weight / paddle.sqrt(paddle.clip(squares, min=_MIN_NORM**2))
+    gram = paddle.matmul(columns, columns, transpose_x=True)
+    return paddle.square(gram - paddle.eye(gram.shape[0], dtype=gram.dtype)).mean()
+
+
+def router_orthogonal_gradient(weight: Tensor) -> Tensor:
+    """The gradient [H,E] of `router_orthogonal_loss`, for the step that follows the optimizer's."""
+    alone = weight.detach()
+    alone.stop_gradient = False
+    (gradient,) = paddle.grad(router_orthogonal_loss(alone), [alone])
+    return gradient
+
+
+def router_z_loss(router_logits: Tensor) -> Tensor:
+    """mean over tokens of logsumexp(logits)^2, which keeps router logits small.
+
+    router_logits [T,E] -> scalar with gradient (ST-MoE, arXiv:2202.08906).
+    """
+    return paddle.square(paddle.logsumexp(router_logits, axis=-1)).mean()
+
+
+def load_balance_loss(router_probs: Tensor, expert_ids: Tensor, num_experts: int) -> Tensor:
+    """E * sum over experts e of mean_t(p_te) * c_e / T, c_e the tokens that chose e.
+
+    router_probs [T,E], expert_ids [T,K] (the K largest of the *unbiased* probabilities) -> scalar;
+    the gradient flows through the probabilities. T counts real tokens only. Equals K at perfect
+    balance (Switch Transformer, arXiv:2101.03961, with top-k counts).
+    """
+    tokens = router_probs.shape[0]
+    chosen = paddle.bincount(expert_ids.reshape([-1]), minlength=num_experts)
+    share = chosen.astype(router_probs.dtype) * (num_experts / tokens)
+    return (router_probs.mean(0) * share).sum()
+
+
+def unbiased_expert_ids(router_probs: Tensor, top_k: int) -> Tensor:
+    """The experts [T,K] that would be chosen without a selection bias; no gradient."""
+    return paddle.topk(router_probs.detach(), top_k)[1]
+
+
+def selection_bias_step(tokens_per_expert: np.ndarray, rate: float) -> np.ndarray:
+    """What one optimizer step adds to the selection bias: rate * sign(mean(u) - u).
+
+    tokens_per_expert [E] or [layers,E], counted over all ranks and micro-batches of the step,
+    before any capacity limit -> same shape, float32 (auxiliary-loss-free balancing,
+    arXiv:2408.15664).
+    """
+    load = np.asarray(tokens_per_expert, np.float64)
+    return (rate * np.sign(load.mean(-1, keepdims=True) - load)).astype(np.float32)
+
+
+def mean_absolute_cosine(weight: Tensor) -> float:
+    """Mean |cosine| between two different columns of `weight` [H,E]: 0 if all are orthogonal."""
+    columns = F.normalize(weight.detach().astype("float32"), axis=0, epsilon=_MIN_NORM)
+    experts = columns.shape[1]
+    if experts < 2:
+        return 0.0
+    cosines = paddle.matmul(columns, columns, transpose_x=True).abs()
+    return (float(cosines.sum()) - float(paddle.diag(cosines).sum())) / (experts * (experts - 1))

@@ -1,0 +1,48 @@
+"""What a loss hands to the trainer: terms of the objective, and sums that are only shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from paddle import Tensor
+
+from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
+
+
+class HasTokens(Protocol):
+    """A micro-batch: `num_tokens` are the real tokens that its loss sends through the model."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+BatchT = TypeVar("BatchT", bound=HasTokens)
+BatchT_contra = TypeVar("BatchT_contra", bound=HasTokens, contravariant=True)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the objective: `coef * sum / count`, the count taken over the whole step."""
+
+    name: str
+    sum: Tensor
+    count: float
+    coef: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Terms with gradient, sums that are only shown (name -> (sum, count)), router statistics."""
+
+    terms: list[Term]
+    shown: dict[str, tuple[float, float]] = field(default_factory=dict)
+    router_stats: list[RouterStats] = field(default_factory=list)
+
+
+class LossFn(Protocol[BatchT_contra]):
+    """Reads a batch. `counts` tells, without running the model, what the terms' counts will be."""
+
+    def counts(self, batch: BatchT_contra) -> dict[str, float]: ...
+
+    def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: BatchT_contra) -> LossOutput: ...
