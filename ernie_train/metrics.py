@@ -249,12 +249,18 @@ def format_duration(seconds: float) -> str:
 
 
 def _summary(values: Mapping[str, float]) -> list[str]:
-    """Loss, learning rate and speed, as far as they are known."""
+    """Loss, learning rate, load of the experts and speed, as far as they are known."""
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")
     if "lr" in values:
         parts.append(f"lr {values['lr']:.2e}")
+    if "rope_theta" in values:
+        parts.append(f"RoPE base {values['rope_theta']:,.0f} at {values['seq_len']:.0f} tokens")
+    if "moe/load_max" in values:
+        parts.append(f"busiest expert {values['moe/load_max']:.1f}x")
+    if values.get("moe/dead_experts", 0) > 0:
+        parts.append(f"{values['moe/dead_experts']:.0f} experts idle")
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     return parts
