@@ -5,6 +5,7 @@ Shapes: N trained tokens, H hidden size, V vocabulary, B rows, S positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,9 @@ class _LinearCrossEntropy(PyLayer):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
         token_weights: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        tokens = hidden.shape[0]
-        chunk = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         grad_hidden, losses = [], []
         grad_weight, grad_bias = None, None
-        for start in range(0, tokens, chunk):
-            part = slice(start, start + chunk)
+        for part in chunks(hidden.shape[0], weight.shape[0]):
             h, y, w = hidden[part], labels[part], token_weights[part].unsqueeze(1)
             logits = paddle.matmul(h, weight, transpose_y=True)
             if bias is not None:
@@ -59,6 +57,12 @@ class _LinearCrossEntropy(PyLayer):
         frozen = zip((grad_hidden, grad_weight), ctx.frozen, strict=True)
         given = tuple(None if still else grad * scale for grad, still in frozen)
         return (*given, *bias, None, None)
+
+
+def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
+    """The tokens in parts whose logits may exist at once."""
+    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+    return (slice(start, start + size) for start in range(0, tokens, size))
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

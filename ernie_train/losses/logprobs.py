@@ -1,0 +1,134 @@
+"""LM head, logprobs of given tokens and entropy in one, without a tensor of tokens x vocabulary.
+
+Shapes: T tokens, H hidden size, V vocabulary, N tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+from ernie_train.losses.cross_entropy import chunks, cross_entropy_rows
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Logprobs of `ids` under softmax((hidden weight^T + bias) / temperature), and its entropy.
+
+    hidden [T,H], weight [V,H], bias [V] or None, ids [T] int64 -> (logprobs [T], entropy [T] or
+    None), float32 in nats, both with gradient through hidden, weight and bias. Backward makes the
+    logits again, chunk by chunk; a detached entropy costs it nothing. Raises `ValueError` for no
+    tokens, or a temperature that is not positive.
+    """
+    if hidden.shape[0] == 0:
+        raise ValueError("no tokens: hidden is empty")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    logprobs, *entropy = _TokenLogprobs.apply(hidden, weight, bias, ids, temperature, with_entropy)
+    return logprobs, entropy[0] if with_entropy else None
+
+
+class _TokenLogprobs(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+        temperature: float, with_entropy: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.save_for_backward(hidden, weight, ids)
+        ctx.bias, ctx.temperature = bias, temperature
+        ctx.frozen = tuple(t.stop_gradient for t in (hidden, weight, bias) if t is not None)
+        ctx.set_materialize_grads(False)  # None then tells that the entropy takes no gradient
+        logprobs, entropies = [], []
+        for part in chunks(hidden.shape[0], weight.shape[0]):
+            logits = _logits(hidden[part], weight, bias, temperature)
+            losses, probs = cross_entropy_rows(logits, ids[part])
+            logprobs.append(-losses)
+            if with_entropy:
+                _, below = _weighted_logits(logits, probs)
+                entropies.append(below - paddle.log(probs.max(-1)))
+        if not with_entropy:
+            return (paddle.concat(logprobs),)
+        return paddle.concat(logprobs), paddle.concat(entropies)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, ids = ctx.saved_tensor()
+        scaled = [None if grad is None else grad / ctx.temperature for grad in grads]
+        grad_logprobs = paddle.zeros([len(ids)]) if scaled[0] is None else scaled[0]
+        grad_entropy = scaled[1] if len(scaled) > 1 else None
+        grad_hidden: list[Tensor] = []
+        totals: list[Tensor] | None = None
+        for part in chunks(hidden.shape[0], weight.shape[0]):
+            h, y, g = hidden[part], ids[part], grad_logprobs[part]
+            logits = _logits(h, weight, ctx.bias, ctx.temperature)
+            _, probs = cross_entropy_rows(logits, y)
+            rows = _dense_gradient(
+                logits, probs, g, None if grad_entropy is None else grad_entropy[part]
+            )
+            dh, *sums = _head_gradients(rows, h, weight, y, g)
+            grad_hidden.append(dh)
+            pairs = zip(totals or sums, sums, strict=True)
+            totals = sums if totals is None else [total.add_(more) for total, more in pairs]
+        given = (paddle.concat(grad_hidden), *(totals or ()))[: len(ctx.frozen)]
+        wanted = (None if still else g for g, still in zip(given, ctx.frozen, strict=True))
+        return (*wanted, None)
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[N,V] in float32, in the order of operations of the sampler: the same bits."""
+    logits = paddle.matmul(h, weight, transpose_y=True)
+    if bias is not None:
+        logits = logits + bias
+    if logits.dtype != paddle.float32:
+        logits = logits.astype("float32")
+    return logits if temperature == 1 else logits / temperature
+
+
+def _weighted_logits(logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """p x [N,V] and -sum(p x) [N], with x the logits counted from the largest of their row.
+
+    Then entropy = -sum(p x) - log(max p): two numbers that are never negative, so no digit is lost.
+    """
+    centred = logits - paddle.expand(logits.max(-1, keepdim=True), logits.shape)
+    products = probs * centred
+    ones = paddle.ones([probs.shape[1], 1], probs.dtype)  # Paddle sums rows fastest as a product
+    return products, -paddle.matmul(products, ones).squeeze(1)
+
+
+def _dense_gradient(
+    logits: Tensor, probs: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """The gradient by the logits [N,V], but for the one-hot part of the logprobs.
+
+    d logprob / dx = onehot - p;  d entropy / dx = -p (x + m), with m = -sum(p x).
+    """
+    if grad_entropy is None:
+        return probs * paddle.expand(-grad_logprobs.unsqueeze(1), probs.shape)
+    products, below = _weighted_logits(logits, probs)
+    scale = -(grad_logprobs + grad_entropy * below).unsqueeze(1)
+    spread = products * paddle.expand(grad_entropy.unsqueeze(1), probs.shape)
+    return probs * paddle.expand(scale, probs.shape) - spread
+
+
+def _head_gradients(
+    rows: Tensor, h: Tensor, weight: Tensor, ids: Tensor, grad_logprobs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden [N,H], weight [V,H] and bias [V] of rows + grad_logprobs onehot(ids)."""
+    if rows.dtype != weight.dtype:
+        rows, grad_logprobs = rows.astype(weight.dtype), grad_logprobs.astype(weight.dtype)
+    g = grad_logprobs.unsqueeze(1)
+    g_wide = paddle.expand(g, h.shape)
+    dh = paddle.matmul(rows, weight).add_(paddle.gather(weight, ids) * g_wide)
+    dw = paddle.index_add(paddle.matmul(rows, h, transpose_x=True), ids, 0, h * g_wide)
+    db = paddle.matmul(rows, paddle.ones_like(g), transpose_x=True).squeeze(1)
+    return dh, dw, paddle.index_add(db, ids, 0, g.squeeze(1))

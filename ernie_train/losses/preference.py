@@ -1,0 +1,131 @@
+"""Preferences between two completions of a prompt: DPO's loss, what it shows, and how pairs arise.
+
+A log-ratio is log policy(completion | prompt) - log reference(completion | prompt) in nats, summed
+over the tokens of the completion. Shapes: P pairs or prompts, G completions of a prompt, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+
+_REWARD_TOLERANCE = 1e-6  # rewards are sums of decimal fractions: 1.0 - 0.9 is a little under 0.1
+
+
+def completion_logratios(
+    logprobs: Tensor, ref_logprobs: Tensor, completion_ids: Tensor, num_completions: int
+) -> Tensor:
+    """Log-ratios of completions: the sums of logprobs - ref_logprobs over their tokens.
+
+    logprobs, ref_logprobs, completion_ids [T] (the completions' tokens alone, each with the number
+    of its completion, from 0) -> [num_completions]. `ref_logprobs` takes no gradient.
+    """
+    difference = logprobs - ref_logprobs.detach()
+    zeros = paddle.zeros([num_completions], difference.dtype)
+    return paddle.index_add(zeros, completion_ids, 0, difference)
+
+
+def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected)) in nats (arXiv:2305.18290, equation 7).
+
+    chosen_logratio, rejected_logratio [P] -> [P]; ln 2 while the policy is the reference. Raises
+    `ValueError` unless beta is positive.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta={beta} must be positive")
+    return -F.log_sigmoid(beta * (chosen_logratio - rejected_logratio))
+
+
+class ImplicitRewards(NamedTuple):
+    """The rewards that a policy trained by DPO stands for, each [P] and without gradient."""
+
+    chosen: Tensor
+    rejected: Tensor
+    margins: Tensor  # chosen - rejected
+    accuracies: Tensor  # 1 where the chosen one has the larger reward, else 0
+
+
+def implicit_rewards(
+    chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float
+) -> ImplicitRewards:
+    """beta times the log-ratios [P], up to a constant per prompt (arXiv:2305.18290, equation 5)."""
+    chosen, rejected = beta * chosen_logratio.detach(), beta * rejected_logratio.detach()
+    accuracies = (chosen > rejected).astype(chosen.dtype)
+    return ImplicitRewards(chosen, rejected, chosen - rejected, accuracies)
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt, by their columns."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What became of the prompts: every one gave a pair, had too few valid, or no margin."""
+
+    pairs: int = 0
+    too_few_valid: int = 0  # prompts with fewer than 2 valid completions
+    below_margin: int = 0  # prompts whose best and worst rewards are too close
+    tied: int = 0  # pairs that were picked among several with the same best and worst rewards
+    chosen_longer: int = 0  # pairs whose chosen completion is the longer one
+    invalid: int = 0  # completions without a verdict, left out
+
+
+def choose_pairs(
+    rewards: Any, valid: Any, lengths: Any, *, margin: float
+) -> tuple[list[Pair], PairCounts]:
+    """The best against the worst valid completion of every prompt whose rewards differ enough.
+
+    rewards, valid, lengths [P,G] (arrays, lengths in tokens) -> pairs in the order of the prompts,
+    at most one a prompt, and counts. Enough is best - worst >= `margin`, to within 1e-6. Of equal
+    rewards the two completions nearest in length are taken, then the shorter chosen one, then the
+    first ones: a log-ratio is a sum over tokens, so pairs of unlike length would teach length.
+    Raises `ValueError` when shapes differ, margin is not positive or a valid reward not finite.
+    """
+    rewards, lengths = np.asarray(rewards, np.float64), np.asarray(lengths)
+    valid = np.asarray(valid).astype(bool)
+    if not (rewards.shape == valid.shape == lengths.shape and rewards.ndim == 2):
+        shapes = f"{list(rewards.shape)}, {list(valid.shape)} and {list(lengths.shape)}"
+        raise ValueError(f"rewards, valid and lengths must share one shape [P,G], not {shapes}")
+    if not margin > 0:
+        raise ValueError(f"margin={margin} must be positive")
+    if not np.isfinite(rewards[valid]).all():
+        raise ValueError("the reward of a valid completion is not finite")
+    pairs: list[Pair] = []
+    too_few = below = tied = longer = 0
+    for prompt, keep in enumerate(valid):
+        if keep.sum() < 2:
+            too_few += 1
+            continue
+        best, worst = rewards[prompt][keep].max(), rewards[prompt][keep].min()
+        if best - worst < margin - _REWARD_TOLERANCE:
+            below += 1
+            continue
+        candidates = _candidates(prompt, rewards[prompt], keep, best, worst)
+        tied += len(candidates) > 1
+        pair = min(candidates, key=lambda c: _length_order(c, lengths))
+        longer += int(lengths[prompt, pair.chosen] > lengths[prompt, pair.rejected])
+        pairs.append(pair)
+    invalid = int((~valid).sum())
+    return pairs, PairCounts(len(pairs), too_few, below, tied, longer, invalid)
+
+
+def _candidates(
+    prompt: int, rewards: np.ndarray, keep: np.ndarray, best: float, worst: float
+) -> list[Pair]:
+    chosen = np.flatnonzero(keep & (rewards == best))
+    rejected = np.flatnonzero(keep & (rewards == worst))
+    return [Pair(prompt, int(c), int(r)) for c in chosen for r in rejected]
+
+
+def _length_order(pair: Pair, lengths: np.ndarray) -> tuple[int, int, int, int]:
+    chosen, rejected = lengths[pair.prompt, pair.chosen], lengths[pair.prompt, pair.rejected]
+    return abs(int(chosen) - int(rejected)), int(chosen), pair.chosen, pair.rejected

@@ -1,0 +1,238 @@
+"""Referee: numpy in float64, its gradients by finite differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.losses import (
+    cross_entropy,
+    cross_entropy_rows,
+    linear_cross_entropy,
+    token_logprobs,
+)
+from ernie_train.losses import logprobs as logprobs_module
+from tests.losses.finite_differences import gradient
+
+TOKENS, HIDDEN, VOCABULARY = 7, 4, 5
+
+
+def reference(hidden, weight, bias, ids, temperature):
+    logits = (hidden @ weight.T + bias) / temperature
+    shifted = logits - logits.max(-1, keepdims=True)
+    rows = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return rows[np.arange(len(ids)), ids], -(np.exp(rows) * rows).sum(-1)
+
+
+@pytest.fixture
+def case():
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.normal(size=shape) for shape in ((TOKENS, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,))
+    ]
+    return arrays, rng.integers(0, VOCABULARY, TOKENS), rng.normal(size=(2, TOKENS))
+
+
+@pytest.mark.parametrize("chunk_elements", [12, 10_000])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("parts", [(1, 0), (0, 1), (1, 1)])
+def test_values_and_gradients(monkeypatch, case, parts, temperature, with_bias, chunk_elements):
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk_elements)
+    arrays, ids, (of_logprobs, of_entropy) = case
+    if not with_bias:
+        arrays = [*arrays[:2], np.zeros(VOCABULARY)]
+    leaves = [paddle.to_tensor(a.astype(np.float32), stop_gradient=False) for a in arrays]
+    logprobs, entropy = token_logprobs(
+        *leaves[:2], leaves[2] if with_bias else None, paddle.to_tensor(ids),
+        temperature=temperature, with_entropy=True,
+    )  # fmt: skip
+    expected = reference(*arrays, ids, temperature)
+    np.testing.assert_allclose(logprobs.numpy(), expected[0], rtol=1e-5)
+    np.testing.assert_allclose(entropy.numpy(), expected[1], rtol=1e-5)
+    weights = [parts[0] * of_logprobs, parts[1] * of_entropy]
+    sums = [
+        (tensor * paddle.to_tensor(w.astype(np.float32))).sum()
+        for tensor, w, wanted in zip((logprobs, entropy), weights, parts, strict=True)
+        if wanted
+    ]
+    sum(sums[1:], sums[0]).backward()
+    for i, tensor in enumerate(leaves[: 2 + with_bias]):
+
+        def objective(z, i=i):
+            changed = [*arrays[:i], z, *arrays[i + 1 :]]
+            return np.sum(np.array(weights) * reference(*changed, ids, temperature))
+
+        np.testing.assert_allclose(tensor.grad.numpy(), gradient(objective, arrays[i]), atol=3e-6)
+
+
+def test_a_detached_entropy_costs_backward_nothing(monkeypatch, case):
+    arrays, ids, _ = case
+    calls = []
+    plain = logprobs_module._weighted_logits
+    monkeypatch.setattr(
+        logprobs_module, "_weighted_logits", lambda *args: calls.append(1) or plain(*args)
+    )
+    for detached, expected in ((True, 1), (False, 2)):
+        calls.clear()
+        leaf = paddle.to_tensor(arrays[0].astype(np.float32), stop_gradient=False)
+        weight = paddle.to_tensor(arrays[1].astype(np.float32))
+        logprobs, entropy = token_logprobs(
+            leaf, weight, None, paddle.to_tensor(ids), with_entropy=True
+        )
+        (logprobs.sum() + (entropy.detach() if detached else entropy).sum()).backward()
+        assert len(calls) == expected, "one forward, and one backward where it has a gradient"
+
+
+def test_without_entropy_and_with_a_detached_one_the_bits_are_the_same(case):
+    arrays, ids, (of_logprobs, _) = case
+    grads = []
+    for with_entropy in (False, True):
+        leaves = [paddle.to_tensor(a.astype(np.float32), stop_gradient=False) for a in arrays]
+        logprobs, entropy = token_logprobs(
+            *leaves, paddle.to_tensor(ids), temperature=0.9, with_entropy=with_entropy
+        )
+        assert (entropy is not None) == with_entropy
+        total = (logprobs * paddle.to_tensor(of_logprobs.astype(np.float32))).sum()
+        if entropy is not None:
+            total = total + entropy.detach().sum()
+        total.backward()
+        grads.append([leaf.grad.numpy() for leaf in leaves])
+    for plain, shown in zip(*grads, strict=True):
+        np.testing.assert_array_equal(plain, shown)
+
+
+def test_logprobs_are_the_losses_of_supervised_training(case):
+    arrays, ids, (of_logprobs, _) = case
+    weights = paddle.to_tensor(of_logprobs.astype(np.float32))
+    grads = []
+    for supervised in (True, False):
+        leaves = [paddle.to_tensor(a.astype(np.float32), stop_gradient=False) for a in arrays]
+        if supervised:
+            total, losses = linear_cross_entropy(*leaves, paddle.to_tensor(ids), weights)
+        else:
+            logprobs, _ = token_logprobs(*leaves, paddle.to_tensor(ids))
+            np.testing.assert_array_equal(-logprobs.numpy(), losses.numpy())
+            total = -(logprobs * weights).sum()
+        total.backward()
+        grads.append([leaf.grad.numpy() for leaf in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_sampler_s_logprobs_have_the_same_bits():
+    rng = np.random.default_rng(1)
+    hidden, weight = (
+        paddle.to_tensor(rng.normal(size=s).astype(np.float32)) for s in ((9, 16), (33, 16))
+    )
+    ids = paddle.to_tensor(rng.integers(0, 33, 9))
+    logits = paddle.matmul(hidden, weight, transpose_y=True).astype("float32") / 0.8
+    sampled = -cross_entropy_rows(logits, ids)[0]
+    logprobs, _ = token_logprobs(hidden, weight, None, ids, temperature=0.8)
+    np.testing.assert_array_equal(logprobs.numpy(), sampled.numpy())
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2)])
+def test_frozen_inputs_take_no_gradient(case, frozen):
+    arrays, ids, _ = case
+    leaves = [
+        paddle.to_tensor(a.astype(np.float32), stop_gradient=i in frozen)
+        for i, a in enumerate(arrays)
+    ]
+    logprobs, _ = token_logprobs(*leaves, paddle.to_tensor(ids))
+    logprobs.sum().backward()
+    assert [leaf.grad is None for leaf in leaves] == [i in frozen for i in range(3)]
+
+
+def test_extreme_logits_stay_finite_with_their_gradients():
+    hidden = paddle.to_tensor([[1e4, -1e4], [0.0, 0.0]], stop_gradient=False)
+    weight = paddle.to_tensor([[1.0, 0.0], [0.0, 1.0]], stop_gradient=False)
+    logprobs, entropy = token_logprobs(
+        hidden, weight, None, paddle.to_tensor([1, 1]), with_entropy=True
+    )
+    (logprobs.sum() + entropy.sum()).backward()
+    np.testing.assert_allclose(logprobs.numpy(), [-2e4, -np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(entropy.numpy(), [0, np.log(2)], rtol=1e-6, atol=1e-20)
+    np.testing.assert_allclose(hidden.grad.numpy(), [[-1, 1], [-0.5, 0.5]])
+
+
+def test_a_nearly_certain_row_keeps_the_digits_of_its_entropy():
+    """Large logits of one sign: log-sum-exp minus the mean logit would lose everything."""
+    gap = 12.0
+    hidden, weight = paddle.to_tensor([[1000.0, 1.0]]), paddle.to_tensor([[1.0, gap], [1.0, 0.0]])
+    _, entropy = token_logprobs(hidden, weight, None, paddle.to_tensor([0]), with_entropy=True)
+    p = 1 / (1 + np.exp(-gap))
+    exact = -(p * np.log(p) + (1 - p) * np.log1p(-p))
+    np.testing.assert_allclose(entropy.numpy(), [exact], rtol=2e-2)
+
+
+def test_backward_keeps_no_logits(monkeypatch, case):
+    """Only one chunk's logits exist at a time, forward and backward."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 2 * VOCABULARY)
+    rows = []
+    plain = cross_entropy_rows
+
+    def counted(logits, labels):
+        rows.append(len(logits))
+        return plain(logits, labels)
+
+    monkeypatch.setattr(logprobs_module, "cross_entropy_rows", counted)
+    arrays, ids, _ = case
+    leaves = [paddle.to_tensor(a.astype(np.float32), stop_gradient=False) for a in arrays]
+    logprobs, entropy = token_logprobs(*leaves, paddle.to_tensor(ids), with_entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert rows == [2, 2, 2, 1] * 2
+
+
+def through_float32(operation):
+    """`operation` on bfloat16 tensors, for which Paddle has no kernel on a processor."""
+
+    def run(*args, **options):
+        wide = [
+            a.astype("float32")
+            if isinstance(a, paddle.Tensor) and a.dtype == paddle.bfloat16
+            else a
+            for a in args
+        ]
+        assert len({a.dtype for a in args if isinstance(a, paddle.Tensor)} - {paddle.int64}) == 1
+        return operation(*wide, **options).astype(args[0].dtype)
+
+    return run
+
+
+def test_bfloat16_head(monkeypatch):
+    """As on a GPU: logits and gradients in bfloat16, what lies between them in float32."""
+    operations = {paddle: ("matmul", "index_add"), paddle.Tensor: ("add_", "__add__")}
+    for owner, names in operations.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, through_float32(getattr(owner, name)))
+    rng = np.random.default_rng(2)
+    arrays = [rng.normal(size=s).astype(np.float32) for s in ((6, 8), (5, 8), (5,))]
+    rounded = [paddle.to_tensor(a).astype("bfloat16") for a in arrays]
+    exact = [t.astype("float32").numpy().astype(np.float64) for t in rounded]
+    for tensor in rounded:
+        tensor.stop_gradient = False
+    ids = rng.integers(0, 5, 6)
+    logprobs, entropy = token_logprobs(*rounded, paddle.to_tensor(ids), with_entropy=True)
+    assert logprobs.dtype == entropy.dtype == paddle.float32
+    expected = reference(*exact, ids, 1.0)
+    np.testing.assert_allclose(logprobs.numpy(), expected[0], atol=0.05)  # logits have 8 bits
+    np.testing.assert_allclose(entropy.numpy(), expected[1], atol=0.05)
+    (logprobs.sum() + entropy.sum()).backward()
+    for i, tensor in enumerate(rounded):
+        slopes = gradient(
+            lambda z, i=i: np.sum(reference(*exact[:i], z, *exact[i + 1 :], ids, 1.0)), exact[i]
+        )
+        np.testing.assert_allclose(tensor.grad.astype("float32").numpy(), slopes, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "tokens, temperature, message", [(0, 1.0, "no tokens"), (2, 0.0, "temperature=0.0")]
+)
+def test_mistakes_are_refused(tokens, temperature, message):
+    ids = paddle.zeros([tokens], "int64")
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(
+            paddle.ones([tokens, 3]), paddle.ones([4, 3]), None, ids, temperature=temperature
+        )

@@ -1,0 +1,246 @@
+"""Referees: float64 numpy written per token, finite differences of it, published closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.losses import (
+    KL_IN_LOSS_KINDS,
+    kl_estimate,
+    kl_loss,
+    policy_loss,
+    value_loss,
+)
+from tests.losses.finite_differences import gradient
+
+SHAPE = (5, 8)
+
+
+def leaf(array):
+    return paddle.to_tensor(array, stop_gradient=False)
+
+
+def surrogate(logprobs, old, advantages, mask, low, high):
+    """PPO's objective by cases; also how many tokens lie where it is flat."""
+    total, flat = 0.0, 0
+    for i in np.argwhere(mask):
+        x, a = np.exp(logprobs[*i] - old[*i]), advantages[*i]
+        if a > 0 and x > 1 + high:
+            total, flat = total - (1 + high) * a, flat + 1
+        elif a < 0 and x < 1 - low:
+            total, flat = total - (1 - low) * a, flat + 1
+        else:
+            total -= x * a
+    return total, flat
+
+
+def policy_case(seed):
+    rng = np.random.default_rng(seed)
+    old = -rng.random(SHAPE) - 0.1
+    return old + rng.normal(0, 0.4, SHAPE), old, rng.normal(size=SHAPE), rng.random(SHAPE) < 0.7
+
+
+@pytest.mark.parametrize("clip_ratio", [0.2, (0.2, 0.28), (0.5, 0.1)])
+def test_policy_loss_and_gradient(clip_ratio):
+    logprobs, old, advantages, mask = policy_case(0)
+    low, high = clip_ratio if isinstance(clip_ratio, tuple) else (clip_ratio, clip_ratio)
+    x = leaf(logprobs)
+    total, clipped = policy_loss(
+        x, *map(paddle.to_tensor, (old, advantages, mask)), clip_ratio=clip_ratio
+    )
+    expected, flat = surrogate(logprobs, old, advantages, mask, low, high)
+    assert 0 < flat < mask.sum(), "the case must hold tokens on both sides"
+    np.testing.assert_allclose(float(total), expected, rtol=1e-12)
+    assert int(clipped) == flat
+    total.backward()
+    slopes = gradient(lambda z: surrogate(z, old, advantages, mask, low, high)[0], logprobs)
+    np.testing.assert_allclose(x.grad.numpy(), slopes, atol=1e-8)
+    assert (x.grad.numpy() == 0).sum() == (~mask).sum() + flat
+
+
+def test_on_policy_the_gradient_is_that_of_reinforce():
+    _, old, advantages, mask = policy_case(1)
+    x = leaf(old)
+    total, clipped = policy_loss(x, *map(paddle.to_tensor, (old, advantages, mask)), clip_ratio=0.2)
+    assert float(total) == pytest.approx(-(advantages * mask).sum())
+    assert int(clipped) == 0
+    total.backward()
+    np.testing.assert_allclose(x.grad.numpy(), -advantages * mask, rtol=1e-12)
+
+
+def test_a_step_against_the_gradient_favours_what_was_better():
+    x = leaf(np.log([0.5, 0.5]))
+    total, _ = policy_loss(
+        x, x, *map(paddle.to_tensor, ([1.0, -1.0], [True, True])), clip_ratio=0.2
+    )
+    total.backward()
+    step = -x.grad.numpy()
+    assert step[0] > 0 > step[1], "and the old logprobs take no gradient, even of the same tensor"
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, flat",
+    [(1.3, 1.0, True), (1.3, -1.0, False), (0.7, -1.0, True), (0.7, 1.0, False), (1.1, 1.0, False)],
+)
+def test_clipping_is_pessimistic(ratio, advantage, flat):
+    x = leaf(np.log([ratio]))
+    total, clipped = policy_loss(
+        x, *map(paddle.to_tensor, ([0.0], [advantage], [1.0])), clip_ratio=0.2
+    )
+    total.backward()
+    bound = 1.2 if ratio > 1 else 0.8
+    assert float(total) == pytest.approx(-advantage * (bound if flat else ratio))
+    assert int(clipped) == flat
+    assert x.grad.item() == pytest.approx(0.0 if flat else -advantage * ratio)
+
+
+def test_what_is_masked_has_no_influence_on_any_loss():
+    rng = np.random.default_rng(2)
+    mask = np.array([[True, False, True], [False, False, True]])
+    clean = rng.normal(size=(3, 2, 3)) * 0.1
+    dirty = np.where(mask, clean, np.array([np.nan, np.inf, -1e300])[:, None, None])
+    assert np.isnan(dirty).any()
+
+    def results(arrays):
+        tensors = [leaf(a) for a in arrays]
+        m = paddle.to_tensor(mask)
+        losses = [
+            policy_loss(*tensors, m, clip_ratio=0.2)[0],
+            value_loss(*tensors, m, clip_range=0.1),
+            value_loss(*tensors, m, clip_range=None),
+            *[kl_loss(*tensors[:2], m, kind=kind) for kind in KL_IN_LOSS_KINDS],
+        ]
+        sum(losses[1:], losses[0]).backward()
+        assert tensors[1].grad is None and tensors[2].grad is None
+        return [float(loss) for loss in losses], tensors[0].grad.numpy()
+
+    values, grads = results(clean)
+    dirty_values, dirty_grads = results(dirty)
+    assert dirty_values == values and all(values)
+    np.testing.assert_array_equal(dirty_grads, grads)
+    np.testing.assert_array_equal(grads[~mask], 0)
+
+
+def critic_error(values, old, returns, mask, clip_range):
+    total = 0.0
+    for i in np.argwhere(mask):
+        v, o, r = values[*i], old[*i], returns[*i]
+        near = min(max(v, o - clip_range), o + clip_range)
+        total += 0.5 * max((v - r) ** 2, (near - r) ** 2)
+    return total
+
+
+@pytest.mark.parametrize("clip_range", [0.2, None])
+def test_value_loss_and_gradient(clip_range):
+    rng = np.random.default_rng(3)
+    values, old, returns = rng.normal(0, 0.3, (3, *SHAPE))
+    mask = rng.random(SHAPE) < 0.7
+    bound = 1e9 if clip_range is None else clip_range
+    x = leaf(values)
+    total = value_loss(x, *map(paddle.to_tensor, (old, returns, mask)), clip_range=clip_range)
+    expected = critic_error(values, old, returns, mask, bound)
+    np.testing.assert_allclose(float(total), expected, rtol=1e-12)
+    total.backward()
+    slopes = gradient(lambda z: critic_error(z, old, returns, mask, bound), values)
+    np.testing.assert_allclose(x.grad.numpy(), slopes, atol=1e-8)
+    if clip_range is not None:
+        assert (slopes[mask] == 0).any(), "the case must hold clipped values"
+
+
+@pytest.mark.parametrize(
+    "value, loss, slope",
+    [
+        (0.1, 0.5 * 0.9**2, -0.9),  # inside the range
+        (0.5, 0.5 * 0.8**2, 0.0),  # beyond the range towards the return: the clipped error, flat
+        (-0.5, 0.5 * 1.5**2, -1.5),  # beyond it on the far side: the whole error
+    ],
+)
+def test_value_loss_closed_forms(value, loss, slope):
+    x = leaf(np.array([value]))
+    total = value_loss(x, *map(paddle.to_tensor, ([0.0], [1.0], [1.0])), clip_range=0.2)
+    total.backward()
+    assert float(total) == pytest.approx(loss)
+    assert x.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("kind, expected", [("k1", 0.5), ("k2", 0.125), ("k3", 0.106531)])
+def test_kl_at_one_half(kind, expected):
+    logprobs, ref = np.array([-0.7]), np.array([-1.2])
+    np.testing.assert_allclose(kl_estimate(logprobs, ref, kind), expected, atol=5e-7)
+    tensor = kl_estimate(paddle.to_tensor(logprobs), paddle.to_tensor(ref), kind)
+    np.testing.assert_allclose(tensor.numpy(), expected, atol=5e-7)
+    assert kl_estimate(ref, logprobs, kind)[0] != pytest.approx(expected) or kind == "k2"
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_kl_estimates_are_unbiased(kind):
+    rng = np.random.default_rng(4)
+    policy, ref = rng.dirichlet(np.ones(6), 2)
+    estimate = kl_estimate(np.log(policy), np.log(ref), kind)
+    exact = (policy * np.log(policy / ref)).sum()
+    assert (policy * estimate).sum() == pytest.approx(exact)
+
+
+def test_k3_keeps_its_digits_near_the_reference():
+    d = np.array([1e-4, -1e-4], np.float32)
+    estimate = kl_estimate(paddle.to_tensor(d), paddle.zeros([2]), "k3").numpy()
+    # Taken literally in float32, exp(-d) - 1 + d is off by several times the result itself.
+    np.testing.assert_allclose(estimate, d.astype(np.float64) ** 2 / 2, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KL_IN_LOSS_KINDS)
+def test_kl_loss_and_gradient(kind):
+    rng = np.random.default_rng(5)
+    logprobs, ref = rng.normal(size=(2, *SHAPE))
+    mask = rng.random(SHAPE) < 0.7
+
+    def by_hand(z):
+        d = (z - ref)[mask]
+        return (d**2 / 2).sum() if kind == "k2" else (np.exp(ref - z)[mask] - 1 + d).sum()
+
+    x = leaf(logprobs)
+    total = kl_loss(x, paddle.to_tensor(ref), paddle.to_tensor(mask), kind=kind)
+    total.backward()
+    np.testing.assert_allclose(float(total), by_hand(logprobs), rtol=1e-12)
+    np.testing.assert_allclose(x.grad.numpy(), gradient(by_hand, logprobs), atol=1e-7)
+
+
+def softmax(theta):
+    return np.exp(theta) / np.exp(theta).sum()
+
+
+@pytest.mark.parametrize("kind", KL_IN_LOSS_KINDS)
+def test_expected_gradients_are_those_of_the_two_divergences(kind):
+    """Over the policy's own samples, in a table of logits, exactly: all outcomes are summed."""
+    rng = np.random.default_rng(6)
+    theta, ref = rng.normal(size=5), softmax(rng.normal(size=5))
+    x = leaf(theta)
+    logprobs = x - paddle.log(paddle.exp(x).sum())
+    samples = paddle.to_tensor(softmax(theta))  # how often each is drawn; not differentiated
+    d = logprobs - paddle.to_tensor(np.log(ref))
+    (samples * kl_estimate(d, paddle.zeros_like(d), kind)).sum().backward()
+
+    def divergence(z):
+        p, q = (softmax(z), ref) if kind == "k2" else (ref, softmax(z))
+        return (p * np.log(p / q)).sum()
+
+    np.testing.assert_allclose(x.grad.numpy(), gradient(divergence, theta), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: policy_loss(x, x, x, x, clip_ratio=0.0), "clip_ratio=0.0"),
+        (lambda x: policy_loss(x, x, x, x, clip_ratio=(0.2, -0.1)), "clip_ratio"),
+        (lambda x: policy_loss(x, x, x, x, clip_ratio=float("nan")), "clip_ratio=nan"),
+        (lambda x: value_loss(x, x, x, x, clip_range=0.0), "clip_range=0.0"),
+        (lambda x: kl_estimate(x, x, "k4"), "k1, k2, k3"),
+        (lambda x: kl_loss(x, x, x, kind="k1"), "no useful gradient; use k2 or k3"),
+        (lambda x: kl_loss(x, x, x, kind="kl"), "kind='kl'"),
+    ],
+)
+def test_mistakes_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(paddle.ones([2, 3]))
