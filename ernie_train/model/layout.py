@@ -3,7 +3,8 @@
 Everything but attention works on tokens alone, so the model drops padding at its door and carries
 hidden states as [T,H]. Attention works within documents: documents of similar length are gathered
 into a bucket and attend there under a causal mask alone. Its cost is the sum of squared document
-lengths, not the square of the pack. The index arrays are made once per batch and serve every layer.
+lengths, not the square of the pack. The index arrays are made once per batch, where a kernel wants
+them, and serve every layer.
 
 Shapes: B rows, S positions, T real tokens, N query heads, K key/value heads, G = N/K query heads
 per key/value head, L padded length of a bucket, D head dimension.
@@ -12,13 +13,17 @@ per key/value head, L padded length of a bucket, D head dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
-QUERY_BLOCK = 128  # queries of one head that are scored at once in a long document
+# Measured on one thread at head dimension 32.
 _BATCHED_LENGTH = 192  # up to here a whole document is one block, and a bucket is one batch
+_KEPT_LENGTH = 1024  # up to here probabilities are kept; beyond it memory is linear in the length
+_KEPT_BLOCK, _LONG_BLOCK = 128, 320  # most queries of one head that are scored at once
+_ALIGNMENT = 8  # blocks are multiples of it: few sizes of masks, aligned rows
 _BUCKET_RATIO = 1.25  # lengths within one bucket differ by less than this factor
 
 
@@ -45,9 +50,14 @@ class Bucket:
     def length(self) -> int:
         return self.blocks * self.block
 
+    @property
+    def is_long(self) -> bool:
+        """Whether its probabilities are too many to be kept for the backward pass."""
+        return self.length > _KEPT_LENGTH
+
 
 @dataclass(frozen=True)
-class AttentionLayout:
+class Gathering:
     """The buckets of a batch and the way back from gathered rows to tokens."""
 
     buckets: list[Bucket]
@@ -56,6 +66,29 @@ class AttentionLayout:
     )
     key_return: Tensor  # [T*K]
     padded: bool  # whether any bucket holds rows that are no token
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """The documents of a batch under N query and K key/value heads, as the kernels want them."""
+
+    segments: list[Segment]
+    num_tokens: int  # T
+    num_heads: int
+    num_key_value_heads: int
+
+    @cached_property
+    def gathering(self) -> Gathering:
+        """Documents gathered into buckets."""
+        return _gather_documents(self)
+
+    @cached_property
+    def document_ends(self) -> Tensor:
+        """[1,1,T,1] int32: where the document of each token ends, so which query is the first that
+        may not see this key (FlashMask, arXiv:2410.01359)."""
+        lengths = [segment.length for segment in self.segments]
+        ends = np.repeat([segment.start + segment.length for segment in self.segments], lengths)
+        return paddle.to_tensor(ends.astype(np.int32).reshape(1, 1, -1, 1))
 
 
 @dataclass
@@ -102,10 +135,10 @@ class BatchLayout:
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
     def attention(self, num_heads: int, num_key_value_heads: int) -> AttentionLayout:
-        """The gathering for these head counts, made on first use."""
+        """The layout for these head counts, the same object every time."""
         key = (num_heads, num_key_value_heads)
         if key not in self._attention:
-            self._attention[key] = _build_attention(self.segments, self.num_tokens, *key)
+            self._attention[key] = AttentionLayout(self.segments, self.num_tokens, *key)
         return self._attention[key]
 
 
@@ -136,15 +169,22 @@ def _scatter_back(rows: np.ndarray, size: int) -> np.ndarray:
     return back
 
 
-def _build_attention(
-    segments: list[Segment], total: int, num_heads: int, num_key_value_heads: int
-) -> AttentionLayout:
+def _blocking(length: int) -> tuple[int, int]:
+    """(blocks, block) for documents of up to `length` tokens; blocks alike leave little padding."""
+    if length <= _BATCHED_LENGTH:
+        return 1, length
+    blocks = -(-length // (_KEPT_BLOCK if length <= _KEPT_LENGTH else _LONG_BLOCK))
+    per_block = -(-length // blocks)
+    return blocks, -(-per_block // _ALIGNMENT) * _ALIGNMENT
+
+
+def _gather_documents(layout: AttentionLayout) -> Gathering:
+    total, num_heads = layout.num_tokens, layout.num_heads
+    num_key_value_heads = layout.num_key_value_heads
     group = num_heads // num_key_value_heads
     buckets, all_queries, all_keys = [], [], []
-    for members in _bucket_segments(segments):
-        longest = members[0].length
-        block = longest if longest <= _BATCHED_LENGTH else QUERY_BLOCK
-        blocks = -(-longest // block)
+    for members in _bucket_segments(layout.segments):
+        blocks, block = _blocking(members[0].length)
         offsets = np.arange(blocks * block)
         starts = np.array([m.start for m in members])[:, None]
         lengths = np.array([m.length for m in members])[:, None]
@@ -173,7 +213,7 @@ def _build_attention(
             )
         )
     query_rows, key_rows = np.concatenate(all_queries), np.concatenate(all_keys)
-    return AttentionLayout(
+    return Gathering(
         buckets,
         paddle.to_tensor(_scatter_back(query_rows, total * num_heads)),
         paddle.to_tensor(_scatter_back(key_rows, total * num_key_value_heads)),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ernie_train.model import blocks, flash
 from ernie_train.model.attention import document_attention
 from ernie_train.model.layout import BatchLayout
 
@@ -54,6 +55,8 @@ def compare(document_ids, heads, key_heads, head_dim=4, seed=0):
         [[300], [300]],  # longer than a batched block, equal lengths in one bucket
         [[200, 130, 40], [385]],  # blocked documents whose last block is partly empty
         [[192, 193]],  # both sides of the border
+        [[1024, 1025]],  # and of the one beyond which nothing is kept
+        [[1100, 30], [500, 1100]],  # long ones of equal length in one bucket
     ],
 )
 def test_equals_a_full_mask_with_gradients(lengths):
@@ -78,6 +81,21 @@ def test_any_packing_with_holes(rows, heads):
             row[at : at + length] = number
             at += length + number % 2  # a hole of padding behind every second document
     compare(ids, *heads)
+
+
+def test_only_long_documents_are_recomputed():
+    """What is kept for the backward pass grows with the length, not with its square."""
+    ids = np.repeat([1, 2, 3, 4], [1025, 1024, 300, 8])[None]
+    gathering = BatchLayout.from_document_ids(ids).attention(4, 2).gathering
+    kept = []
+    for bucket in gathering.buckets:
+        q = paddle.ones([len(bucket.query_rows), 4])
+        k, v = (paddle.ones([len(bucket.key_rows), 4]) for _ in range(2))
+        kernel = flash if bucket.is_long else blocks
+        kept.append(sum(x.size for x in kernel.forward(bucket, q, k, v)[1]))
+    # A number for each head and query; then 4 heads of 8 (3) blocks of 128 (104) queries.
+    expected = [4 * 1056, 4 * 36 * 128 * 128, 4 * 6 * 104 * 104, 4 * 8 * 8]
+    assert kept == expected
 
 
 def test_documents_are_split_at_padding_and_at_row_ends():
