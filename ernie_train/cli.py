@@ -89,6 +89,40 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="ranks; default 8")] = None,
+    gpu_memory_gb: Annotated[
+        float | None, typer.Option(min=0.001, help="memory of a rank; default 80")
+    ] = None,
+    expert: Annotated[
+        int | None, typer.Option(min=1, help="only layouts of this expert degree")
+    ] = None,
+    gradients: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default as the weights")
+    ] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option(min=1, help="mean length of packed documents; default a row")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="what a rank achieves in training")
+    ] = None,
+    interconnect_gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="Gbit/s that a rank sends to others")
+    ] = None,
+) -> None:
+    """Tell how a recipe fits a cluster: memory, traffic and time of every layout."""
+    from ernie_train.plan import PlanSettings, print_plan
+    from ernie_train.recipe import load_recipe
+
+    settings = PlanSettings(
+        gpus, gpu_memory_gb, expert, gradients, document_tokens, tflops, interconnect_gbps
+    )
+    print_plan(load_recipe(recipe, overrides), settings, Console())
+
+
+@app.command()
 def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
     """Show a run's stages, steps and latest metrics."""
     from ernie_train.status import print_status
@@ -123,6 +157,27 @@ def evaluate(
     config = EvalConfig(max_new_tokens, batch_size, n, chosen, seed)
     chosen_tasks = [name.strip() for name in tasks.split(",")] if tasks else []
     evaluate_model(model, data, chosen_tasks, max_examples, config, output, Console())
+
+
+@app.command()
+def score(
+    reward: Annotated[
+        str,
+        typer.Option(
+            help="a verifier (math, logic, code, ...), row for the one that each row names, "
+            "FILE.py:FUNCTION, or a .yaml file with a recipe's reward"
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="the problems, a JSON object a line")],
+    completions: Annotated[
+        Path, typer.Option(help='lines {"completion": text}, in the order of the data or with id')
+    ],
+    out: Annotated[Path | None, typer.Option(help="write each score here, as JSONL")] = None,
+) -> None:
+    """Grade completions with a verifier and print how many are right."""
+    from ernie_train.score_file import score_file
+
+    score_file(reward, data, completions, out, Console())
 
 
 @app.command()

@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import subprocess
 import time
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import rich.console
 import rich.table
 
 from ernie_train import runtime
+from ernie_train.rewards.sandbox import SandboxUnavailable, layer_in_force
 
 MATMUL_SIZE = 2048
 # Below this a thread has missed the fast path; with it, the slowest measured made 70.
@@ -26,7 +26,6 @@ FUSED_KERNELS = (
     "moe_permute",
     "moe_unpermute",
 )
-SANDBOX_PROBE = ("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-all", "true")
 
 
 class Finding(NamedTuple):
@@ -107,24 +106,18 @@ def _device() -> list[Finding]:
     return findings
 
 
-def check_sandbox(command: str = "bwrap", timeout_s: float = 10) -> Finding:
-    """Whether bubblewrap, which runs the programs that a model writes, is here and may work."""
-    name = "bubblewrap"
-    path = shutil.which(command)
-    if path is None:
-        advice = "apt-get install bubblewrap; until then programs of a model are not scored"
-        return Finding(name, "not found", advice)
+def check_sandbox() -> Finding:
+    """Which sandbox the programs that a model writes are run in, found out by running one."""
+    name = "sandbox"
     try:
-        probe = subprocess.run(
-            [path, *SANDBOX_PROBE], capture_output=True, text=True, timeout=timeout_s
-        )
-        failure = probe.stderr.strip() or f"exit status {probe.returncode}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding(name, f"does not start: {error}", "reinstall the package bubblewrap")
-    if probe.returncode != 0:
-        advice = "this machine forbids user namespaces (a container's profile?); allow them"
-        return Finding(name, f"found, but does not work: {failure}", advice)
-    return Finding(name, f"works ({path})")
+        layer = layer_in_force()
+    except SandboxUnavailable as unavailable:
+        advice = "apt-get install bubblewrap; until then programs of a model are not scored"
+        return Finding(name, f"none works: {unavailable}", advice)
+    if layer == "bubblewrap":
+        return Finding(name, layer)
+    advice = "bubblewrap stops more: apt-get install bubblewrap, and allow user namespaces"
+    return Finding(name, layer, advice)
 
 
 def _surroundings() -> list[Finding]:

@@ -13,7 +13,7 @@ from ernie_train.errors import ConfigError, DataError
 from ernie_train.generation import Completion, generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
-from ernie_train.rewards.sandbox import sandbox_command
+from ernie_train.rewards.sandbox import layer_in_force
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,16 @@ class Evaluation:
 
 
 def load_problems(
-    path: str | Path, *, tasks: Sequence[str] = (), max_examples: int | None = None
+    path: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    max_examples: int | None = None,
+    needs_reward: bool = True,
 ) -> list[Record]:
     """The problems of a JSONL file or of every one in a directory.
 
-    `tasks` keeps those of the named tasks or domains; `max_examples` the first of each task.
+    `tasks` keeps those of the named tasks or domains; `max_examples` the first of each task;
+    with `needs_reward` False rows need not name a verifier.
     Raises `DataError` for a missing path and for rows without a verifier, `ConfigError` for a name
     in `tasks` that is no task or domain there.
     """
@@ -89,7 +94,7 @@ def load_problems(
         raise DataError(f"{root}: no .jsonl file with problems")
     problems = [record for file in files for record in read_records(file)[0]]
     for record in problems:
-        for key in ("reward", "task", "domain"):
+        for key in ("task", "domain", *(("reward",) if needs_reward else ())):
             if key not in record.fields:
                 raise DataError(f"{record.source}: a problem needs the field {key!r}")
     known = {record.fields[key] for record in problems for key in ("task", "domain")}
@@ -117,7 +122,7 @@ def require_verifiers(problems: Sequence[Record]) -> None:
     for name in sorted(names):
         reward_named(name)
     if "code" in names:
-        sandbox_command()
+        layer_in_force()
 
 
 def evaluate(
@@ -147,7 +152,7 @@ def evaluate(
     texts = [completion_text(tokenizer, completion) for completion in completions]
     scores = score_batch(
         [
-            (str(r.fields["reward"]), _row(r, config.thinking), t)
+            (str(r.fields["reward"]), problem_row(r, config.thinking), t)
             for r, t in zip(owners, texts, strict=True)
         ],
         stop_requested=stop_requested,
@@ -179,7 +184,8 @@ def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
     )
 
 
-def _row(record: Record, thinking: bool) -> dict[str, Any]:
+def problem_row(record: Record, thinking: bool) -> dict[str, Any]:
+    """What a verifier is given of a problem."""
     facts = {"messages": record.messages, "tools": record.tools, "thinking": thinking}
     return {**facts, **record.fields}
 

@@ -171,10 +171,10 @@ def test_problems_that_could_not_be_scored_are_told_before_training(
     assert "did you mean 'exact'" in err
     made[1] |= {"reward": "code", "tests": [], "entry_point": "f"}
     write_rows(tmp_path / "test.jsonl", made)
-    monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap here
-    sandbox.sandbox_command.cache_clear()
+    monkeypatch.setattr(sandbox, "possible_layers", lambda policy: ([], ["no bubblewrap"]))
+    sandbox._working_layer.cache_clear()
     status, _, err = cli(*arguments)
-    sandbox.sandbox_command.cache_clear()
+    sandbox._working_layer.cache_clear()
     assert status == 1
     assert "bubblewrap" in err
     assert not (tmp_path / "run").exists()

@@ -1,12 +1,13 @@
 """The `doctor` report: what it finds and what it advises."""
 
 import io
-from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import rich.console
 
 from ernie_train import doctor
+from ernie_train.rewards.sandbox import SandboxUnavailable
 from ernie_train.runtime import CpuSetup
 
 
@@ -16,7 +17,7 @@ def test_the_report_covers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {finding.name for finding in findings}
     assert {
         "python", "paddlepaddle", "device", "CPU set-up", "matmul", "fused kernels",
-        "bubblewrap", "free disk", "memory", "git",
+        "sandbox", "free disk", "memory", "git",
     } <= names  # fmt: skip
     (matmul,) = (finding for finding in findings if finding.name == "matmul")
     assert matmul.value.startswith("500 GFLOP/s") and matmul.advice == ""
@@ -63,24 +64,18 @@ def test_advice_on_a_slow_processor(
     assert bool(advice) == bool(expected)
 
 
-def fake_command(directory: Path, script: str) -> str:
-    path = directory / "bwrap"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return str(path)
+def test_the_sandbox_is_tried_not_only_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_works() -> NoReturn:
+        raise SandboxUnavailable("bubblewrap does not work: No permissions")
 
-
-def test_the_sandbox_is_probed_not_only_looked_for(tmp_path: Path) -> None:
-    missing = doctor.check_sandbox(str(tmp_path / "none"))
-    assert missing.value == "not found" and "apt-get install bubblewrap" in missing.advice
-    working = doctor.check_sandbox(fake_command(tmp_path, "exit 0"))
-    assert working.value.startswith("works") and not working.advice
-    refused = doctor.check_sandbox(fake_command(tmp_path, "echo 'No permissions' >&2; exit 1"))
-    assert refused.value.endswith("No permissions") and "user namespaces" in refused.advice
-    silent = doctor.check_sandbox(fake_command(tmp_path, "exit 7"))
-    assert "exit status 7" in silent.value
-    hanging = doctor.check_sandbox(fake_command(tmp_path, "exec sleep 30"), timeout_s=0.2)
-    assert "timed out" in hanging.value
+    for layer, advised in (("bubblewrap", ""), ("Landlock", "bubblewrap stops more")):
+        monkeypatch.setattr(doctor, "layer_in_force", lambda layer=layer: layer)
+        finding = doctor.check_sandbox()
+        assert finding.value == layer and finding.advice.startswith(advised)
+        assert bool(finding.advice) == bool(advised)
+    monkeypatch.setattr(doctor, "layer_in_force", none_works)
+    missing = doctor.check_sandbox()
+    assert "No permissions" in missing.value and "apt-get install bubblewrap" in missing.advice
 
 
 def test_the_table_shows_every_finding_with_its_advice() -> None:

@@ -2,22 +2,15 @@
 
 from typing import Any
 
-from ernie_train.rewards.score import Score, gold_answer, read_response
-
-
-def squeeze(text: str) -> str:
-    """Every run of white space as one space, none at the ends."""
-    return " ".join(text.split())
+from ernie_train.rewards.answer_text import squeeze
+from ernie_train.rewards.score import Score, grade_response, mismatch
 
 
 def score(row: dict[str, Any], completion: str) -> Score:
     """Compare the response with `answer`; capitals count, since mV is not MV."""
-    gold = gold_answer(row)
-    if isinstance(gold, Score):
-        return gold
-    response = read_response(row, completion)
-    if isinstance(response, Score):
-        return response
-    if squeeze(response) == squeeze(gold):
-        return Score.correct()
-    return Score.wrong(f"{response[:80]!r} is not {gold[:80]!r}")
+    return grade_response(row, completion, _compare)
+
+
+def _compare(gold: str, response: str) -> Score:
+    equal = squeeze(response) == squeeze(gold)
+    return Score.correct() if equal else mismatch(gold, response)

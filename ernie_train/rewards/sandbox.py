@@ -1,269 +1,236 @@
-"""Runs a function that a model wrote, where it can do no harm, and brings back what it returned.
+"""Runs programs that a model wrote, where they can do no harm, and brings back plain values.
 
-One fresh process per program: setpriv (for root: another user) -> bubblewrap (own file system,
-process, network, IPC and user namespaces) -> Python, which limits itself before it reads the
-program. The program sees the interpreter's files read-only, an empty in-memory /tmp, no /proc, no
-/etc, no home, no environment, no network. It dies with all its children when its time is over.
+A warmed interpreter inside the sandbox forks a fresh process for each program (`sandbox_pool`). The
+process has limits on processor time, memory, file sizes, descriptors and output, and a filter of
+system calls (`sandbox_filter`): it can start no other process, so nothing outlives it, and it can
+name none, so it reaches neither its server nor its judge. What it may write to is one throw-away
+directory; a program that changed anything there costs the sandbox, and the next one gets a new one.
 
-The only way out is a pipe that takes plain JSON values. What they are worth is decided here, by
-the caller, who keeps the expectations: no exit status, no print and no patched library of the
-program's process is a verdict.
+The only way out is JSON, rebuilt here or in a judge as plain values. No exit status, no print and
+no patched library of the program's process is a verdict. A row's own tests run in a judge: another
+process in another sandbox, to which the program's functions are proxies (`inside/judge.py`).
 
-What this does not stop: bugs of the kernel, and use of processor time up to the limits.
+Layers, best first; `layer_in_force` names the one in use:
 
-Without a working bubblewrap nothing is run: `SandboxUnavailable`.
+bubblewrap    Own file system, process, network, IPC and user namespaces: of the machine's files it
+              sees the interpreter's and /usr, read-only; no /proc, /etc or home; 16 MiB of /tmp in
+              memory. Does not stop: bugs of the kernel; use of the processor up to the limits;
+              reading what lies under /usr.
+Landlock      For machines that forbid namespaces. Files as above by kernel rules, no sockets by the
+              filter. Does not stop: asking whether a path exists, its size and times (not its
+              content); filling the disk with many files of the permitted size until its time is
+              over; threads up to its memory. Its directory is one on disk.
+rlimits_only  Limits and the filter alone, used only where the policy asks for it. Does not stop:
+              reading every file that the user (for root: the user nobody) may read, and writing,
+              up to the permitted size, to every one that the user may write: the memory of the
+              user's other processes under /proc too.
+
+All of them stop network, new processes, signals and tracing, and drop root. Without a layer that
+the policy allows nothing is run: `SandboxUnavailable`.
 """
 
 import functools
-import json
-import os
-import select
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ernie_train.errors import ErnieTrainError
+from ernie_train.rewards.sandbox_layers import (
+    Layer,
+    LayerName,
+    SandboxPolicy,
+    SandboxUnavailable,
+    possible_layers,
+)
+from ernie_train.rewards.sandbox_pool import POOL, ServerLost, Slot
+from ernie_train.rewards.sandbox_process import (
+    Hung,
+    Limits,
+    LostUnderProgram,
+    Outcome,
+    Tests,
+    exchange,
+    judge_tests,
+    script_output,
+)
 
-_NOBODY = "65534"
-_READY = b"ready\n"
-# Size of the throw-away /tmp. It lives in memory.
-_DIRECTORY_BYTES = 16 << 20
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Limits",
+    "Outcome",
+    "SandboxPolicy",
+    "SandboxUnavailable",
+    "Tests",
+    "get_policy",
+    "layer_in_force",
+    "run_calls",
+    "run_script",
+    "run_tests",
+    "set_policy",
+]
 
 
-class SandboxUnavailable(ErnieTrainError):
-    """Programs cannot be run safely on this machine; the text says why and what to do."""
+DEFAULT_LIMITS = Limits()
+_policy: SandboxPolicy = "strict"
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one program may use. File sizes and output are in bytes, times in seconds."""
+def set_policy(policy: SandboxPolicy) -> None:
+    """The weakest layer that this process accepts; "rlimits_only" is the recipe's own word for it.
 
-    cpu_s: int = 2
-    wall_s: float = 8.0
-    memory_bytes: int = 512 << 20
-    processes: int = 16
-    file_bytes: int = 1 << 20
-    open_files: int = 32
-    output_bytes: int = 1 << 20
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came back from a program.
-
-    kind: "returned": `values` holds for each call either ["value", v] or ["error", text];
-    "failed": the program broke its limits or its own process, `detail` says how;
-    "infrastructure": the sandbox did not start, so nothing is known about the program.
+    It holds for this process alone; a worker process is told again.
     """
-
-    kind: str
-    values: list[Any]
-    detail: str = ""
+    global _policy
+    _policy = policy
 
 
-# What runs inside. It limits itself first; limits lowered this way cannot be raised again. Each
-# call gets arguments of its own from the JSON text, so that calls do not see each other's changes.
-_RUNNER = """
-import json, os, resource, sys
-cpu, memory, processes, file_size, open_files = map(int, sys.argv[1:])
-request = json.loads(sys.stdin.buffer.read())
-for kind, value in (("CPU", cpu), ("AS", memory), ("NPROC", processes), ("FSIZE", file_size),
-                    ("NOFILE", open_files), ("CORE", 0)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (value, value))
-out = os.dup(1)
-quiet = os.open("/dev/null", os.O_WRONLY)
-os.dup2(quiet, 1)
-os.dup2(quiet, 2)
-os.write(out, b"ready\\n")
-calls = [json.dumps(call) for call in request["calls"]]
-values, failure = [], ""
-space = {"__name__": "candidate"}
-try:
-    exec(compile(request["source"], "candidate", "exec"), space)
-    function = space[request["entry_point"]]
-except BaseException as error:
-    failure = type(error).__name__ + ": " + str(error)[:200]
-for call in calls:
-    try:
-        if failure:
-            raise RuntimeError(failure)
-        value = ["value", function(*json.loads(call))]
-        json.dumps(value, allow_nan=False)
-    except BaseException as error:
-        value = ["error", type(error).__name__ + ": " + str(error)[:200]]
-    values.append(value)
-data = json.dumps(values).encode() + b"\\n"
-while data:
-    data = data[os.write(out, data):]
-os._exit(0)
-"""
+def get_policy() -> SandboxPolicy:
+    """What `set_policy` set, for handing it on to a worker process."""
+    return _policy
 
 
-def run_calls(
-    source: str, entry_point: str, calls: Sequence[list[Any]], limits: Limits | None = None
-) -> Outcome:
-    """Define `source` in a fresh sandbox and call `entry_point` with each list of arguments.
+def layer_in_force() -> LayerName:
+    """The layer that programs run behind; SandboxUnavailable where there is none."""
+    return current_layer().name
 
-    Raises SandboxUnavailable where there is no working sandbox on this machine.
+
+def current_layer() -> Layer:
+    """The best layer that works here, tried out once per process and policy.
+
+    Raises SandboxUnavailable with every reason.
     """
-    command = sandbox_command()
-    request = {"source": source, "entry_point": entry_point, "calls": list(calls)}
-    return _run(command, json.dumps(request).encode(), len(calls), limits or Limits())
+    return _working_layer(_policy)
 
 
 @functools.cache
-def sandbox_command() -> tuple[str, ...]:
-    """The command in front of the runner's arguments, tried out once per process.
-
-    Raises SandboxUnavailable with the reason, where it does not work.
-    """
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise SandboxUnavailable(
-            "bubblewrap (bwrap) is not installed, and programs of a model are never run without "
-            "it; install the package: apt-get install bubblewrap"
-        )
-    # The system's interpreter first: one under a private home is out of reach for another user.
-    interpreters = [Path("/usr/bin/python3"), Path(sys.executable).resolve()]
-    reasons = []
-    for interpreter in interpreters:
-        if not interpreter.exists():
-            continue
-        command = tuple(_command(bwrap, interpreter.resolve()))
-        request = json.dumps({"source": "f = abs", "entry_point": "f", "calls": [[-3]]}).encode()
-        outcome = _run(command, request, 1, Limits(cpu_s=10, wall_s=30))
-        if outcome.values == [["value", 3]]:
-            return command
-        reasons.append(f"{interpreter}: {outcome.detail}")
+def _working_layer(policy: SandboxPolicy) -> Layer:
+    layers, reasons = possible_layers(policy)
+    for layer in layers:
+        failure = trial(layer)
+        if not failure:
+            return layer
+        reasons.append(f"{layer.name} does not work with {layer.interpreter}: {failure}")
     raise SandboxUnavailable(
-        "bubblewrap is installed but does not work, and programs of a model are never run without "
-        "it; this machine may forbid user namespaces, as the default profiles of containers do "
-        f"({'; '.join(reasons)})"
+        "programs of a model are never run without a sandbox, and none works here: "
+        + "; ".join(reasons)
+        + ". Where namespaces are forbidden, as default profiles of containers do, allow them, or "
+        "use a kernel with Landlock; the recipe's `sandbox: rlimits_only` does without both, and "
+        "then programs can read the user's files"
     )
 
 
-def _command(bwrap: str, interpreter: Path) -> list[str]:
-    command = []
-    if os.geteuid() == 0:
-        setpriv = shutil.which("setpriv")
-        if setpriv is None:
-            raise SandboxUnavailable(
-                "setpriv is not installed, and root must not run programs of a model under its own "
-                "name; install the package util-linux, or run as a plain user"
-            )
-        command = [setpriv, "--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups"]
-        command += ["--no-new-privs"]
-    command += [bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
-    command += ["--cap-drop", "ALL", "--hostname", "sandbox"]
-    command += ["--ro-bind", "/usr", "/usr"]
-    for name in ("/lib", "/lib64", "/lib32", "/bin"):
-        if os.path.islink(name):
-            command += ["--symlink", os.readlink(name), name]
-        elif os.path.isdir(name):
-            command += ["--ro-bind", name, name]
-    if not interpreter.is_relative_to("/usr"):
-        command += ["--ro-bind", sys.base_prefix, sys.base_prefix]
-    command += [
-        "--dev-bind",
-        "/dev/null",
-        "/dev/null",
-        "--dev-bind",
-        "/dev/urandom",
-        "/dev/urandom",
-    ]
-    command += ["--size", str(_DIRECTORY_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/"]
-    command += ["--chdir", "/tmp", "--", str(interpreter), "-I", "-S", "-B", "-c", _RUNNER]
-    return command
-
-
-def _run(command: Sequence[str], request: bytes, expected: int, limits: Limits) -> Outcome:
-    arguments = [limits.cpu_s, limits.memory_bytes, limits.processes, limits.file_bytes]
-    arguments.append(limits.open_files)
-    # The request is a file in memory: writing it into a pipe could block on a program that
-    # does not read.
-    stdin = os.memfd_create("request")
+def trial(layer: Layer) -> str:
+    """ "" where a known program gives its value behind this layer, else what went wrong."""
     try:
-        os.write(stdin, request)
-        os.lseek(stdin, 0, os.SEEK_SET)
-        with subprocess.Popen(
-            [*command, *map(str, arguments)],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={},
-            start_new_session=True,
-        ) as process:
-            try:
-                output, end = _read_limited(process, limits)
-            finally:
-                _kill_group(process)
-            errors = _available(process)
-    except OSError as error:
-        return Outcome("infrastructure", [], f"the sandbox cannot be started: {error}")
-    finally:
-        os.close(stdin)
-    if not output.startswith(_READY):
-        reason = errors.decode(errors="replace").strip()[-300:] or end or "no output"
-        return Outcome("infrastructure", [], f"the sandbox did not start: {reason}")
-    if end:
-        return Outcome("failed", [], end)
-    return _read_values(output[len(_READY) :], expected)
+        with POOL.slot(layer) as slot:
+            return _known_failure(slot)
+    except (ServerLost, LostUnderProgram) as lost:
+        return str(lost)
+    except Hung:
+        return "a known program does not end"
 
 
-def _read_limited(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, str]:
-    """Output up to its end, and "" or the limit that the program broke."""
-    if process.stdout is None:
-        raise RuntimeError("the sandbox has no pipe")
-    descriptor = process.stdout.fileno()
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN | select.POLLHUP)
-    output, deadline = bytearray(), time.monotonic() + limits.wall_s
-    while True:
-        left_ms = (deadline - time.monotonic()) * 1000
-        if left_ms <= 0 or not poll.poll(left_ms):
-            return bytes(output), f"not finished after {limits.wall_s:g} s"
-        part = os.read(descriptor, 65536)
-        if not part:
-            return bytes(output), ""
-        output += part
-        if len(output) > limits.output_bytes:
-            return bytes(output), f"more than {limits.output_bytes} bytes of output"
+def _known_failure(slot: Slot) -> str:
+    request = {"kind": "calls", "source": "f = abs", "entry_point": "f", "calls": [[-3]]}
+    outcome = exchange(slot, request, Limits(cpu_s=10, wall_s=30))
+    return "" if outcome.values == [["value", 3]] else outcome.detail or "it gives a wrong value"
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End bubblewrap; its process namespace, and everything in it, goes with it."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def run_calls(
+    source: str,
+    entry_point: str,
+    calls: Sequence[list[Any]],
+    limits: Limits | None = None,
+    *,
+    pooled: bool = True,
+) -> Outcome:
+    """Define `source` in a fresh process and call `entry_point` with each list of arguments.
 
+    The outcome has ["value", v] or ["error", text] for each call. `pooled` False starts a sandbox
+    for this program alone. Raises SandboxUnavailable where there is no sandbox.
+    """
+    limits = limits or DEFAULT_LIMITS
+    request = {"kind": "calls", "source": source, "entry_point": entry_point, "calls": list(calls)}
 
-def _available(process: subprocess.Popen[bytes]) -> bytes:
-    """What bubblewrap or Python's start wrote to the error stream; the program has no access."""
-    if process.stderr is None:
-        raise RuntimeError("the sandbox has no pipe")
-    descriptor = process.stderr.fileno()
-    os.set_blocking(descriptor, False)
-    try:
-        return os.read(descriptor, 4096)
-    except BlockingIOError:
-        return b""
-
-
-def _read_values(output: bytes, expected: int) -> Outcome:
-    try:
-        values = json.loads(output)
-    except (ValueError, RecursionError):
-        return Outcome("failed", [], "the program ended without returning values")
-    pairs = isinstance(values, list) and len(values) == expected
-    if not pairs or not all(
-        isinstance(v, list) and len(v) == 2 and v[0] in ("value", "error") for v in values
-    ):
+    def run(slot: Slot) -> Outcome:
+        outcome = exchange(slot, request, limits)
+        if outcome.kind != "returned" or _are_pairs(outcome.values, len(calls)):
+            return outcome
         return Outcome("failed", [], "the program sent back something else than its values")
-    return Outcome("returned", values)
+
+    return _in_slot(run, limits, pooled)
+
+
+def _are_pairs(values: Any, expected: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == expected
+        and all(isinstance(v, list) and len(v) == 2 and v[0] in ("value", "error") for v in values)
+    )
+
+
+def run_script(
+    source: str, stdin: str, limits: Limits | None = None, *, pooled: bool = True
+) -> Outcome:
+    """Run `source` as a script with this input; the outcome's one value is what it wrote (text).
+
+    A script that ends with a status other than 0 has failed. Raises as `run_calls`.
+    """
+    limits = limits or DEFAULT_LIMITS
+    return _in_slot(lambda slot: script_output(slot, source, stdin, limits), limits, pooled)
+
+
+def run_tests(
+    source: str, tests: Tests, limits: Limits | None = None, *, pooled: bool = True
+) -> Outcome:
+    """Run a row's own tests in a judge against `source` in a process of its own.
+
+    The outcome has [passed, text] for each test, or for each method of a test case. Raises as
+    `run_calls`.
+    """
+    limits = limits or DEFAULT_LIMITS
+    return _in_slot(lambda slot: judge_tests(slot, source, tests, limits), limits, pooled)
+
+
+def _in_slot(run: Callable[[Slot], Outcome], limits: Limits, pooled: bool) -> Outcome:
+    """Run something in a slot, and where it was not finished in time find out whose fault it was.
+
+    A known program that needs little must get at least the share of a core that the limits promise
+    (`cpu_s` in `wall_s`) in the same slot, or else the machine was too busy.
+    """
+    layer = current_layer()
+    try:
+        with POOL.slot(layer, keep=pooled) as slot:
+            try:
+                return run(slot)
+            except Hung:
+                return _blame(slot, limits)
+            except LostUnderProgram as lost:
+                # Whatever it did, a program that ends its sandbox has not answered; but where no
+                # sandbox works that says nothing about it.
+                failure = _known_failure(slot)
+                if failure:
+                    return Outcome("infrastructure", [], failure)
+                return Outcome("failed", [], str(lost))
+    except (ServerLost, LostUnderProgram, Hung) as lost:
+        return Outcome("infrastructure", [], str(lost) or "a known program does not end")
+
+
+_BUSY_S = 0.05
+_KNOWN_PROGRAM = f"""
+import time
+def f(x):
+    start = time.process_time()
+    while time.process_time() < start + {_BUSY_S}:
+        pass
+    return x + 1
+"""
+
+
+def _blame(slot: Slot, limits: Limits) -> Outcome:
+    request = {"kind": "calls", "source": _KNOWN_PROGRAM, "entry_point": "f", "calls": [[1]]}
+    allowed_s = max(1.0, 2 * _BUSY_S * limits.wall_s / limits.cpu_s)
+    try:
+        outcome = exchange(slot, request, Limits(wall_s=allowed_s))
+    except Hung:
+        return Outcome("timeout", [], "the machine is too busy: a known program does not end")
+    if outcome.values == [["value", 2]]:
+        return Outcome("failed", [], f"not finished after {limits.wall_s:g} s")
+    return Outcome("infrastructure", [], f"a known program fails too: {outcome.detail}")

@@ -1,5 +1,7 @@
-"""The outcome of grading one completion, and how a verifier reads the completion's answer."""
+"""The outcome of grading one completion, and how every verifier reads row and completion."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,8 @@ class Score:
     Only "correct" and "wrong" say something about the completion. "bad_gold" is a row whose own
     answer cannot be used; "timeout" and "infrastructure" are failures of the verifier that the
     completion did not cause. What a completion causes itself, its endless loop too, is "wrong".
+    A verifier that gives marks (format, a judge, a user's function) calls the full mark "correct"
+    and all below it "wrong"; `value` is the mark.
     """
 
     value: float
@@ -33,6 +37,13 @@ class Score:
     @classmethod
     def wrong(cls, detail: str) -> "Score":
         return cls(0.0, "wrong", detail)
+
+    @classmethod
+    def marked(cls, value: float, detail: str = "") -> "Score":
+        """A mark from 0 to 1; ValueError for any other number, NaN too."""
+        if not math.isfinite(value) or not 0 <= value <= 1:
+            raise ValueError(f"a reward must be a number from 0 to 1, not {value!r}")
+        return cls(float(value), "correct" if value == 1 else "wrong", detail)
 
     @classmethod
     def bad_gold(cls, detail: str) -> "Score":
@@ -74,3 +85,21 @@ def gold_answer(row: dict[str, Any]) -> str | Score:
     if not isinstance(answer, str) or not answer.strip():
         return Score.bad_gold(f"answer must be a non-empty text, not {answer!r}")
     return answer.strip()
+
+
+def grade_response(
+    row: dict[str, Any], completion: str, compare: Callable[[str, str], Score]
+) -> Score:
+    """`compare(answer of the row, response of the completion)`, where there are both."""
+    gold = gold_answer(row)
+    if isinstance(gold, Score):
+        return gold
+    response = read_response(row, completion)
+    if isinstance(response, Score):
+        return response
+    return compare(gold, response)
+
+
+def mismatch(gold: str, answer: str) -> Score:
+    """The wrong answer beside the right one, both cut to a length that a table can show."""
+    return Score.wrong(f"{answer[:80]!r} is not {gold[:80]!r}")

@@ -1,4 +1,10 @@
-"""Tool calls: the right tools with the right arguments, as many as expected, in any order."""
+"""Tool calls: the right tools with the right arguments, as many as expected, in any order.
+
+The match is that of the Berkeley Function-Calling Leaderboard's AST check: each argument must be
+one of its allowed values, "" among them means that it may be left out, the members of an object
+have allowed values of their own, an integer stands for a float but nothing else stands for another
+type. One thing is stricter: texts are equal but for white space around them.
+"""
 
 import json
 from typing import Any
@@ -14,8 +20,10 @@ def score(row: dict[str, Any], completion: str) -> Score:
     """Compare the calls of a completion with `expected_calls`, or else with `answer`.
 
     `expected_calls` is a list of {"name", "arguments": {argument: [allowed values]}}; "" among the
-    allowed values means that the argument may be left out. `answer` is the JSON text of one
-    {"name", "arguments"} or of a list of them. An empty list expects that nothing is called.
+    allowed values means that the argument may be left out. An allowed value that is an object whose
+    members are all lists names the allowed values of each member in turn. `answer` is the JSON text
+    of one {"name", "arguments"} or of a list of them, taken literally. An empty list expects that
+    nothing is called.
     """
     expected = _expected_calls(row)
     if isinstance(expected, Score):
@@ -32,6 +40,28 @@ def score(row: dict[str, Any], completion: str) -> Score:
         made = "; ".join(call.raw for call in calls)
         return Score.wrong(f"not the expected calls: {made[:200]}")
     return Score.correct()
+
+
+def gold_calls(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
+    """Calls that must score correct, the first allowed values; None for a row that is bad."""
+    expected = _expected_calls(row)
+    if isinstance(expected, Score):
+        return None
+    return [(name, _first_allowed(arguments)) for name, arguments in expected]
+
+
+def _first_allowed(arguments: dict[str, list[Any]]) -> dict[str, Any]:
+    return {
+        name: _literal(next(value for value in values if value != ""))
+        for name, values in arguments.items()
+        if any(value != "" for value in values)
+    }
+
+
+def _literal(allowed: Any) -> Any:
+    if isinstance(allowed, list):
+        return [_literal(item) for item in allowed]
+    return _first_allowed(allowed) if _names_members(allowed) else allowed
 
 
 def _expected_calls(row: dict[str, Any]) -> list[Expected] | Score:
@@ -52,7 +82,7 @@ def _expected_calls(row: dict[str, Any]) -> list[Expected] | Score:
         if not isinstance(name, str) or not isinstance(arguments, dict):
             return Score.bad_gold(f"an expected call needs a name and arguments: {call!r}")
         if single_values:
-            arguments = {key: [value] for key, value in arguments.items()}
+            arguments = {key: [_taken_literally(value)] for key, value in arguments.items()}
         if not all(isinstance(values, list) and values for values in arguments.values()):
             return Score.bad_gold(f"each expected argument needs a list of values: {call!r}")
         expected.append((name, arguments))
@@ -76,18 +106,44 @@ def _all_matched(calls: list[ToolCall], expected: list[Expected]) -> bool:
     return all(place(call, set()) for call in range(len(calls)))
 
 
+def _taken_literally(value: Any) -> Any:
+    """The value as the one allowed value that it is, its members too."""
+    if isinstance(value, list):
+        return [_taken_literally(item) for item in value]
+    if isinstance(value, dict):
+        return {key: [_taken_literally(member)] for key, member in value.items()}
+    # "" would mean that the argument may be left out; a blank equals it, being trimmed.
+    return " " if value == "" else value
+
+
 def _matches(call: ToolCall, expected: Expected) -> bool:
     name, allowed = expected
-    arguments = call.arguments or {}
-    if call.name != name or not arguments.keys() <= allowed.keys():
+    return call.name == name and _members_match(call.arguments or {}, allowed)
+
+
+def _members_match(given: dict[str, Any], allowed: dict[str, list[Any]]) -> bool:
+    if not given.keys() <= allowed.keys():
         return False
-    for argument, values in allowed.items():
-        if argument not in arguments:
-            if "" not in values:
-                return False
-        elif not any(same_json(arguments[argument], value) for value in values):
-            return False
-    return True
+    return all(
+        any(_is_allowed(given[name], value) for value in values) if name in given else "" in values
+        for name, values in allowed.items()
+    )
+
+
+def _names_members(allowed: Any) -> bool:
+    return isinstance(allowed, dict) and all(isinstance(v, list) and v for v in allowed.values())
+
+
+def _is_allowed(given: Any, allowed: Any) -> bool:
+    if isinstance(given, str) and isinstance(allowed, str):
+        return given.strip() == allowed.strip()
+    if isinstance(given, list) and isinstance(allowed, list):
+        return len(given) == len(allowed) and all(map(_is_allowed, given, allowed))
+    if isinstance(given, dict) and _names_members(allowed):
+        return _members_match(given, allowed)
+    if isinstance(given, float) and not isinstance(allowed, float):
+        return False
+    return same_json(given, allowed)
 
 
 def same_json(one: Any, other: Any) -> bool:

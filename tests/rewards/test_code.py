@@ -1,30 +1,33 @@
-"""The sandbox against hostile programs, and the verifier of programs on top of it."""
-
-import os
-import subprocess
-import threading
-import time
+"""The verifier of programs: forms of tests, what counts, whose fault it is."""
 
 import pytest
 
-from ernie_train.rewards import code, sandbox, score_batch
-from ernie_train.rewards.sandbox import Limits, run_calls
+from ernie_train.rewards import code, sandbox
+from ernie_train.rewards.sandbox import Limits, Outcome
 from ernie_train.thinking import format_completion
 
 ROW = {"entry_point": "f", "tests": [[[1], 2], [[40], 41]]}
+ASSERTS = {"tests": ["assert f(1) == 2", "assert f(40) == 41"]}
+SCRIPTS = {"tests": [{"input": "1\n", "output": "2\n"}, {"input": "40", "output": "41"}]}
 RIGHT = "def f(x):\n    return x + 1"
-SHORT = Limits(cpu_s=1, wall_s=4)
 
 
 def graded(source, row=ROW):
     return code.score(row, format_completion("because", source))
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    code._solution_scores.clear()
+
+
 def test_a_right_program_alone_or_in_a_fenced_block():
     assert graded(RIGHT).status == "correct"
     assert graded(f"Here it is:\n```python\n{RIGHT}\n```\nDone.").status == "correct"
+    assert graded(f"```\n{RIGHT}\n```\nor\n```py\nf = 3\n```").status == "wrong"
 
 
+@pytest.mark.parametrize("row", [ROW, ASSERTS], ids=["calls", "asserts"])
 @pytest.mark.parametrize(
     "source",
     [
@@ -41,200 +44,175 @@ def test_a_right_program_alone_or_in_a_fenced_block():
         "def f(x):\n    return f(x)",
     ],
 )
-def test_programs_that_do_not_do_it_are_wrong(source):
-    result = graded(source)
+def test_programs_that_do_not_do_it_are_wrong(source, row):
+    result = graded(source, row)
     assert (result.status, result.value) == ("wrong", 0.0)
 
 
 def test_values_are_compared_as_json_and_floats_to_within_rounding():
-    row = {"entry_point": "f", "tests": [[[], [1, 0.3, None, "a"]]]}
-    assert graded("def f():\n    return (1, 0.1 + 0.2, None, 'a')", row).status == "wrong"
-    row = {"entry_point": "f", "tests": [[[], 0.3]]}
-    assert graded("def f():\n    return 0.1 + 0.2", row).status == "correct"
+    row = {"entry_point": "f", "tests": [[[], [1, 0.3, None, {"a": 0.3}]]]}
+    assert graded("def f():\n    return (1, 0.1 + 0.2, None, {'a': 0.3})", row).status == "correct"
+    assert graded("def f():\n    return (1, 0.3001, None, {'a': 0.3})", row).status == "wrong"
+    assert graded("def f():\n    return (1, 0.3, None)", row).status == "wrong"
+    assert graded("def f():\n    return (1, 0.3, None, {'b': 0.3})", row).status == "wrong"
     row = {"entry_point": "f", "tests": [[[], 1]]}
     assert graded("def f():\n    return True", row).status == "wrong"
 
 
-def test_calls_do_not_see_each_others_changes():
-    row = {"entry_point": "f", "tests": [[[[1, 2]], 3], [[[1, 2]], 3]]}
-    assert graded("def f(x):\n    s = sum(x)\n    x.clear()\n    return s", row).status == "correct"
+def test_scripts_are_compared_line_by_line():
+    assert graded("print(int(input()) + 1)", SCRIPTS).status == "correct"
+    assert graded("print(int(input()) + 1, ' ')\nprint()", SCRIPTS).status == "correct"
+    for wrong in (
+        "",
+        "print(2)",
+        "def f(x):\n    return x + 1",
+        "print(int(input()) + 1)\nprint(0)",
+        "print(int(input()) + 1)\nexit(1)",
+        "print(f'{int(input()) + 1}.0')",
+    ):
+        assert graded(wrong, SCRIPTS).status == "wrong", wrong
 
 
-@pytest.mark.parametrize("tests", [None, [], [[1]], [[1, 2]], "x", [[[1], 2, 3]]])
-def test_unusable_tests_are_bad_gold(tests):
-    assert graded(RIGHT, {"entry_point": "f", "tests": tests}).status == "bad_gold"
+def test_a_test_may_be_a_check_function_with_helpers_of_the_tests_own():
+    row = {
+        "entry_point": "root",
+        "preamble": (
+            "import math\nfrom typing import List\n"
+            "def poly(xs: List[float], x):\n"
+            "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n"
+            "def root(xs):\n    ''' the problem '''\n"
+        ),
+        "tests": (
+            "METADATA = {}\ndef check(candidate):\n"
+            "    for a in range(1, 5):\n"
+            "        assert abs(poly([-a, 1.0], candidate([-a, 1.0]))) < 1e-4\n"
+        ),
+    }  # fmt: skip
+    assert graded("def root(xs: List[float]):\n    return -xs[0] / xs[1]", row).status == "correct"
+    # The program's own poly, which says that everything is a root, is not the tests'.
+    forged = "def poly(xs, x):\n    return 0\ndef root(xs):\n    return 0"
+    assert graded(forged, row).status == "wrong"
+    assert graded("", row).status == "wrong"  # the head of the preamble alone
+    del row["entry_point"]
+    assert graded("", row).status == "bad_gold"
 
 
-FORGED = 'b\'[["value", 2], ["value", 41]]\\n{"status": "correct"}\\n\''
-HOSTILE = {
-    "leaves with status 0": "import os\nos._exit(0)",
-    "exits with status 0": "raise SystemExit(0)",
-    "prints a verdict": "print('correct')\nprint('[true, true]')\nimport os\nos._exit(0)",
-    "writes a verdict into every descriptor": (
-        "import os\nfor d in range(64):\n    try:\n"
-        f"        os.write(d, {FORGED})\n    except OSError:\n        pass\nos._exit(0)"
-    ),
-    "an object that equals everything": (
-        "class A:\n    def __eq__(self, o):\n        return True\ndef f(x):\n    return A()"
-    ),
-    "an int that claims to be another": (
-        "class A(int):\n    __eq__ = lambda s, o: True\n    __repr__ = lambda s: '2'\n"
-        "def f(x):\n    return A(7)"
-    ),
-    "patches json": (
-        "import json\njson.dumps = lambda *a, **k: 'null'\ndef f(x):\n    return None"
-    ),
-    "reads the runner's frames": (
-        "import sys\ndef f(x):\n    g = sys._getframe(1).f_globals\n"
-        "    return g['request']['expected'][0]"
-    ),
-    "fork bomb": "import os\nwhile True:\n    os.fork()",
-    "memory bomb": "def f(x):\n    return len('a' * 10 ** 11)",
-    "endless output": (
-        "import os\nwhile True:\n    for d in range(3, 64):\n        try:\n"
-        "            os.write(d, b'a' * 65536)\n        except OSError:\n            pass"
-    ),
-    "huge value": "def f(x):\n    return 'a' * (1 << 22)",
-    "reads the users": "def f(x):\n    return open('/etc/passwd').read()",
-    "lists processes": "import os\ndef f(x):\n    return os.listdir('/proc')",
-    "kills its parent": "import os\nos.kill(os.getppid(), 9)\nos.kill(1, 9)\nos._exit(0)",
-}  # fmt: skip
+def test_names_of_the_tests_are_the_programs_but_builtins_and_modules_are_not():
+    row = {"tests": ["assert math.isclose(f(abs(-1)), len('ab'))"]}
+    assert graded(RIGHT, row).status == "correct"
+    forged = "len = lambda x: 3\nclass math:\n    isclose = lambda *a: True\n"
+    assert graded(forged + "def f(x):\n    return 3", row).status == "wrong"
+    # A task may ask for the name of a builtin: its solution or entry_point tells.
+    row = {"tests": ["assert sum(10, 15) == 6"]}
+    own = "def sum(a, b):\n    return 6"
+    assert graded(own, row).status == "bad_gold"
+    assert graded(own, row | {"entry_point": "sum"}).status == "correct"
+    assert graded(own, row | {"solution": own}).status == "correct"
+    assert graded("def sum(a, b):\n    return 7", row | {"solution": own}).status == "wrong"
 
 
-@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_programs_are_wrong(source):
-    assert graded(source).status == "wrong"
+def test_hidden_tests_count_like_visible_ones():
+    hidden = {"hidden_tests": ["assert f(-1) == 0"]}
+    only_seen = "def f(x):\n    return {1: 2, 40: 41}[x]"
+    assert graded(only_seen, ASSERTS).status == "correct"
+    assert graded(only_seen, ASSERTS | hidden).status == "wrong"
+    assert graded(RIGHT, ASSERTS | hidden).status == "correct"
+    assert graded(only_seen, ROW | {"hidden_tests": [[[-1], 0]]}).status == "wrong"
+    script = {"hidden_tests": [{"input": "7", "output": "8"}]}
+    assert graded("print({1: 2, 40: 41}[int(input())])", SCRIPTS | script).status == "wrong"
 
 
-def test_endless_programs_are_wrong_and_end_in_time():
-    start = time.monotonic()
-    assert run_calls("while True:\n    pass", "f", [[1]], SHORT).kind == "failed"
-    outcome = run_calls("import time\ntime.sleep(60)", "f", [[1]], Limits(wall_s=1))
-    assert (outcome.kind, outcome.detail) == ("failed", "not finished after 1 s")
-    assert time.monotonic() - start < 15
-
-
-def probe(expression):
-    """What an expression gives inside; the text of the error where it raises one."""
-    outcome = run_calls(f"import os, socket\ndef f():\n    return {expression}", "f", [[]])
-    assert outcome.kind == "returned", outcome
-    return outcome.values[0]
-
-
-def test_nothing_of_this_process_can_be_seen(monkeypatch, tmp_path):
-    monkeypatch.setenv("A_SECRET", "must-not-leak")
-    secret = tmp_path / "secret.txt"
-    secret.write_text("must-not-leak")
-    names = probe("sorted(os.environ)")[1]
-    assert "A_SECRET" not in names and "HOME" not in names and "PATH" not in names
-    assert probe(f"open({str(secret)!r}).read()")[0] == "error"
-    for place in ("/home", "/root", "/etc", "/proc", "/sys", "/var", os.getcwd()):
-        assert probe(f"os.listdir({place!r})")[0] == "error", place
-    assert probe("os.listdir('/tmp')") == ["value", []]
-    assert probe("sorted(os.listdir('/dev'))") == ["value", ["null", "urandom"]]
-    assert probe("os.getuid() != 0 or os.open('/dev/mem', 0)")[1] is True
-
-
-def test_no_network_and_nothing_to_write_to_outside():
-    assert probe("socket.create_connection(('127.0.0.1', 22), 1)")[0] == "error"
-    assert "unreachable" in probe("socket.create_connection(('8.8.8.8', 53), 1)")[1]
-    for place in ("/usr/x", "/x", "/dev/x", "/lib/x"):
-        assert probe(f"open({place!r}, 'w')")[0] == "error", place
-    assert probe("open('/tmp/x', 'w').write('a' * (1 << 22))")[0] == "error"
-
-
-def test_nothing_passes_from_one_program_to_the_next():
-    run_calls("open('/tmp/left', 'w').write('x')", "f", [[]])
-    assert probe("os.listdir('/tmp')") == ["value", []]
-
-
-def test_children_that_outlive_their_program_die_with_it():
-    mark = "sleep 987.25"
-    source = f"import subprocess\nsubprocess.Popen('{mark}', shell=True)\ndef f():\n    return 1"
-    assert run_calls(source, "f", [[]]).values == [["value", 1]]
-    deadline = time.monotonic() + 5
-    while mark in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
-        assert time.monotonic() < deadline, "a child of the program is still there"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def forgotten_command():
-    sandbox.sandbox_command.cache_clear()
-    yield
-    sandbox.sandbox_command.cache_clear()
-
-
-def test_without_bubblewrap_nothing_is_run(forgotten_command, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(sandbox.SandboxUnavailable, match="apt-get install bubblewrap"):
-        graded(RIGHT)
-
-
-def test_a_bubblewrap_that_does_not_work_is_refused(forgotten_command, monkeypatch, tmp_path):
-    fake = tmp_path / "bwrap"
-    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1")
-    fake.chmod(0o755)
-    tmp_path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(sandbox.SandboxUnavailable, match="does not work"):
-        graded(RIGHT)
-
-
-def test_a_sandbox_that_breaks_later_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr(sandbox, "sandbox_command", lambda: ("/bin/false",))
-    assert graded(RIGHT).status == "infrastructure"
-    monkeypatch.setattr(sandbox, "sandbox_command", lambda: ("/nowhere/bwrap",))
-    assert graded(RIGHT).status == "infrastructure"
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user")
-def test_a_plain_user_needs_no_more_than_bubblewrap():
-    # The source is passed as text: a plain user may not read the checkout of root.
-    script = (
-        "import os, sys, types\n"
-        "errors = types.ModuleType('ernie_train.errors')\n"
-        "errors.ErnieTrainError = RuntimeError\n"
-        "sys.modules['ernie_train'] = types.ModuleType('ernie_train')\n"
-        "sys.modules['ernie_train.errors'] = errors\n"
-        "module = types.ModuleType('sandbox')\n"
-        "sys.modules['sandbox'] = module\n"
-        "exec(sys.stdin.read(), module.__dict__)\n"
-        "assert os.getuid() == 12345\n"
-        "print(module.run_calls('f = abs', 'f', [[-5]]).values)\n"
+@pytest.mark.parametrize("row", [
+    {"entry_point": "f", "tests": [[[n], n + 1] for n in range(4)]},
+    {"tests": [f"assert f({n}) == {n + 1}" for n in range(4)]},
+    {"tests": [{"input": str(n), "output": str(n + 1)} for n in range(4)]},
+], ids=["calls", "asserts", "scripts"])  # fmt: skip
+def test_the_pass_rate_where_it_is_asked_for(row):
+    source = (
+        "def f(x):\n    if x == 1:\n        raise ValueError('one')\n    return x + 1\n"
+        "if __name__ == '__main__':\n    print(f(int(input())))"
     )
-    with open(sandbox.__file__) as file:
-        done = subprocess.run(
-            ["/usr/bin/python3", "-c", script], stdin=file, capture_output=True, text=True,
-            user=12345, group=12345, extra_groups=[], cwd="/",
-        )  # fmt: skip
-    assert done.stdout.strip() == "[['value', 5]]", done.stderr
+    result = graded(source, row | {"pass_rate": True})
+    assert (result.status, result.value) == ("wrong", 0.75)
+    assert result.detail.startswith("3 of 4 tests passed: ") and "ValueError: one" in result.detail
+    assert (graded(source, row).status, graded(source, row).value) == ("wrong", 0.0)
+    right = graded(source.replace("x == 1", "x == 9"), row | {"pass_rate": True})
+    assert (right.status, right.value) == ("correct", 1.0)
 
 
-def test_a_batch_keeps_its_order_and_equals_serial_grading():
-    sources = [f"def f(x):\n    return x + {n % 3}" for n in range(24)]
-    items = [("code", ROW, format_completion("because", source)) for source in sources]
-    scores = score_batch(items, workers=4)
-    assert scores == [code.score(row, text) for _, row, text in items]
-    assert [s.status == "correct" for s in scores] == [n % 3 == 1 for n in range(24)]
-    backwards = score_batch(items[::-1], workers=3)
-    assert backwards[::-1] == scores
+@pytest.mark.parametrize(
+    "tests",
+    [None, [], [[1]], [[1, 2]], 7, [[[1], 2, 3]], "", "assert f(1) ==", ["assert f(1) == 2", "("],
+     "assert 1 + 1 == 2", [{"input": "1"}], [[[1], 2], "assert f(1) == 2"],
+     "def check(candidate):\n    assert candidate(1) == 2"],
+)  # fmt: skip
+def test_unusable_tests_are_bad_gold(tests):
+    row = {"tests": tests} if tests != [[1, 2]] else {"tests": tests, "entry_point": "f"}
+    assert graded(RIGHT, row).status == "bad_gold"
 
 
-def test_a_batch_that_is_told_to_stop_grades_nothing_more():
-    stop = threading.Event()
-    stop.set()
-    items = [("code", ROW, format_completion("because", RIGHT))] * 3
-    scores = score_batch(items, stop_requested=stop.is_set)
-    assert {score.status for score in scores} == {"infrastructure"}
+def test_bad_fields_are_bad_gold():
+    assert graded(RIGHT, {"tests": [[[1], 2]]}).status == "bad_gold"
+    assert graded(RIGHT, ASSERTS | {"setup": 3}).status == "bad_gold"
+    assert graded(RIGHT, ASSERTS | {"setup": "def"}).status == "bad_gold"
+    assert graded(RIGHT, ASSERTS | {"setup": "import no_such_module"}).status == "bad_gold"
+    assert graded("f = 1", ASSERTS | {"solution": "def"}).status == "bad_gold"
 
 
-def test_an_unknown_reward_names_the_nearest():
-    from ernie_train.errors import UserError
+@pytest.mark.parametrize("form", [
+    {"entry_point": "f", "tests": [[[1], 2], [[2], 2]]},
+    {"tests": ["assert f(1) == 2", "assert f(2) == 2"]},
+    {"tests": [{"input": "1", "output": "2"}, {"input": "2", "output": "2"}]},
+], ids=["calls", "asserts", "scripts"])  # fmt: skip
+def test_tests_that_the_rows_own_solution_fails_are_bad_gold(form):
+    source = RIGHT + "\nif __name__ == '__main__':\n    print(f(int(input())))"
+    assert graded(source, form).status == "wrong"
+    score = graded(source, form | {"solution": source})
+    assert score.status == "bad_gold" and "own solution fails" in score.detail
+    # Tests that never end are the row's fault as well.
+    endless = {"tests": ["while f(1):\n    pass"], "solution": RIGHT}
+    assert graded(RIGHT, endless).status == "bad_gold"
 
-    with pytest.raises(UserError, match="did you mean 'tool_call'"):
-        score_batch([("toolcall", {}, "")])
+
+def test_the_solution_is_tried_once_and_only_when_a_program_fails(monkeypatch):
+    ran = []
+    run_tests = sandbox.run_tests
+    monkeypatch.setattr(sandbox, "run_tests", lambda s, t: ran.append(s) or run_tests(s, t))
+    row = ASSERTS | {"solution": RIGHT}
+    for source, expected in ((RIGHT + "\n", "correct"), ("f = 1", "wrong"), ("f = 2", "wrong")):
+        assert graded(source, row).status == expected
+    assert ran == [RIGHT, "f = 1", RIGHT, "f = 2"]
 
 
-def test_the_interpreter_inside_reads_no_settings_of_the_user():
-    assert probe("__import__('sys').flags.isolated") == ["value", 1]
+def test_an_accident_of_the_solution_says_nothing_about_the_completion(monkeypatch):
+    outcomes = {"f = 1": Outcome("failed", [], "slow"), RIGHT: Outcome("timeout", [], "busy")}
+    monkeypatch.setattr(sandbox, "run_tests", lambda source, tests: outcomes[source])
+    row = ASSERTS | {"solution": RIGHT}
+    assert graded("f = 1", row).status == "timeout"
+    outcomes[RIGHT] = Outcome("returned", [[True, ""], [True, ""]])
+    assert graded("f = 1", row).status == "wrong"  # the accident was not remembered
+
+
+@pytest.mark.parametrize("kind", ["timeout", "infrastructure"])
+def test_accidents_keep_their_name_in_every_form(kind, monkeypatch):
+    for name in ("run_calls", "run_tests", "run_script"):
+        monkeypatch.setattr(sandbox, name, lambda *arguments: Outcome(kind, [], "why"))
+    for row in (ROW, ASSERTS, SCRIPTS):
+        assert (graded(RIGHT, row).status, graded(RIGHT, row).detail) == (kind, "why")
+
+
+def test_programs_end_at_their_limits(monkeypatch):
+    monkeypatch.setattr(sandbox, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=10))
+    for row in (ROW, ASSERTS, SCRIPTS):
+        score = graded("while True:\n    pass", row)
+        assert score.status == "wrong" and "more than 1 s of processor time" in score.detail
+    assert graded("#" * 60_000).detail == "a program of 60000 characters"
+
+
+def test_no_sandbox_is_no_verdict(monkeypatch):
+    def refuse():
+        raise sandbox.SandboxUnavailable("none works")
+
+    monkeypatch.setattr(sandbox, "current_layer", refuse)
+    with pytest.raises(sandbox.SandboxUnavailable):
+        graded(RIGHT)

@@ -100,3 +100,90 @@ def test_scorers_that_execute_answers_are_never_called(monkeypatch):
 def test_an_unknown_reasoning_gym_task_is_bad_gold():
     row = {"answer": "1", "rg_task": "no_such_task", "rg_entry": entry("?", "1")}
     assert graded("logic", row, "2").status == "bad_gold"
+
+
+KNIGHTS = {"answer": "(1) Zoey is a knight\n(2) Ethan is a knave"}
+ASSIGNED = {"assignment": {"Zoey": True, "Ethan": False}}
+LABEL = {"answer": "Uncertain", "choices": ["True", "False", "Unknown"]}
+CHOICE = {"answer": "B", "choices": ["A) 21", "B) 21.5", "C) a long way"]}
+
+
+@pytest.mark.parametrize(
+    "row", [KNIGHTS, ASSIGNED, {"assignment": {"Ethan": "knave", "Zoey": "knight"}}]
+)
+@pytest.mark.parametrize(
+    ("response", "status"),
+    [
+        ("(1) Zoey is a knight\n(2) Ethan is a knave", "correct"),
+        ("Ethan is a knave, and Zoey is a knight.", "correct"),
+        ("**Zoey**: knight\n**Ethan**: knave", "correct"),
+        ("Answer:\n1. Zoey is a knight\n2. Ethan is a knave", "correct"),
+        (r"\boxed{Zoey is a knight, Ethan is a knave}", "correct"),
+        ("<answer>(1) Zoey is a knight (2) Ethan is a knave</answer>", "correct"),
+        ("Zoey is a knave and Ethan is a knight.", "wrong"),
+        ("Zoey and Ethan are knights.", "wrong"),
+        ("Zoey is a knight.", "wrong"),
+        ("Zoey is a knight. Ethan is a knave. Zoey is a knave.", "wrong"),
+        ("Zoey is a knight. Ethan is a knave. Ethan is a knave.", "wrong"),
+        ("Zoey is a knight or Ethan is a knave.", "wrong"),
+        ("If Zoey is a knight, Ethan is a knave.", "wrong"),
+        ("Zoey is a knight. Ethan is a knave. Bob is a knave.", "wrong"),
+        ("Zoey is a knight. Ethan is not a knight.", "wrong"),
+        ("", "wrong"),
+    ],
+)
+def test_an_assignment_names_each_person_once(row, response, status):
+    assert graded("logic", row, response).status == status
+
+
+@pytest.mark.parametrize(
+    ("row", "response", "status"),
+    [
+        (LABEL, "Unknown", "correct"),
+        (LABEL, "The answer is **uncertain**.", "correct"),
+        (LABEL, r"\boxed{\text{Uncertain}}", "correct"),
+        (LABEL, "The conclusion is uncertain.", "correct"),
+        (LABEL, "True", "wrong"),
+        (LABEL, "certain", "wrong"),
+        (LABEL, "uncertain or true", "wrong"),
+        (LABEL, "It isn't uncertain", "wrong"),
+        (LABEL, "uncertain, false", "wrong"),
+        (LABEL, "```python\nUnknown\n```", "wrong"),
+        ({"answer": "True"}, "The statement is true.", "correct"),
+        ({"answer": "True"}, "untrue", "wrong"),
+        (CHOICE, "B", "correct"),
+        (CHOICE, "(B)", "correct"),
+        (CHOICE, "b) 21.5", "wrong"),
+        (CHOICE, "B) 21.5", "correct"),
+        (CHOICE, "21.5", "correct"),
+        (CHOICE, "The answer is B.", "correct"),
+        (CHOICE, r"$\boxed{\text{B}}$", "correct"),
+        (CHOICE, "So option B is right.", "correct"),
+        (CHOICE, "B) 21", "wrong"),
+        (CHOICE, "A", "wrong"),
+        (CHOICE, "21", "wrong"),
+        (CHOICE, "option A or option B", "wrong"),
+        (CHOICE, r"\boxed{A} \boxed{B}", "wrong"),
+        (CHOICE, "A long way", "wrong"),
+        ({**CHOICE, "answer": "a long way"}, "C", "correct"),
+        ({**CHOICE, "answer": "a long way"}, "A long way", "correct"),
+    ],
+)
+def test_one_label_of_a_few(row, response, status):
+    assert graded("logic", row, response).status == status
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": "F", "choices": ["a", "b"]},
+        {"answer": "A", "choices": ["same", "Same"]},
+        {"answer": "A", "choices": "ab"},
+        {"answer": "maybe", "choices": ["True", "False"]},
+        {"assignment": {}},
+        {"assignment": {"Zoey": 1}},
+        {"assignment": ["Zoey"]},
+    ],
+)
+def test_choices_and_assignments_that_make_no_sense_are_bad_gold(row):
+    assert graded("logic", row, "A").status == "bad_gold"

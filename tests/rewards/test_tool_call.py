@@ -63,6 +63,63 @@ def test_an_argument_that_may_be_left_out():
     assert graded(row, ("f", {"x": 1, "unit": "F"})).status == "wrong"
 
 
+def test_types_match_as_json_knows_them_but_an_integer_stands_for_a_float():
+    row = {"expected_calls": [{"name": "f", "arguments": {"i": [5], "x": [2.0], "b": [True]}}]}
+    assert graded(row, ("f", {"i": 5, "x": 2.0, "b": True})).status == "correct"
+    assert graded(row, ("f", {"i": 5, "x": 2, "b": True})).status == "correct"
+    for other in ({"i": 5.0}, {"i": "5"}, {"i": True}, {"x": "2.0"}, {"b": 1}, {"b": "true"}):
+        assert graded(row, ("f", {"i": 5, "x": 2.0, "b": True} | other)).status == "wrong", other
+
+
+def test_texts_are_equal_but_for_white_space_around_them():
+    row = {"expected_calls": [{"name": "f", "arguments": {"x": ["New York", "NYC"]}}]}
+    for value in ("New York", " NYC\n"):
+        assert graded(row, ("f", {"x": value})).status == "correct"
+    for value in ("new york", "New  York", "NewYork", "NY", ""):
+        assert graded(row, ("f", {"x": value})).status == "wrong", value
+
+
+def test_members_of_an_object_have_allowed_values_of_their_own():
+    where = {"field": ["age"], "operation": [">", "over"], "note": ["old", ""]}
+    row = {"expected_calls": [{"name": "f", "arguments": {"where": [[where, where]], "k": [""]}}]}
+    full = {"field": "age", "operation": ">", "note": "old"}
+    short = {"field": "age", "operation": "over"}
+    assert graded(row, ("f", {"where": [full, short]})).status == "correct"
+    for value in ([full], [full, full, full], [full, {"field": "age"}], [full, short | {"x": 1}],
+                  [full, short | {"operation": "<"}], [full, short | {"operation": ["over"]}],
+                  full):  # fmt: skip
+        assert graded(row, ("f", {"where": value})).status == "wrong", value
+
+
+def test_an_answer_is_taken_literally():
+    answer = json.dumps({"name": "f", "arguments": {"x": {"a": [1, 2], "b": ""}, "y": ""}})
+    right = {"x": {"a": [1, 2], "b": ""}, "y": ""}
+    assert graded({"answer": answer}, ("f", right)).status == "correct"
+    for value in ({"x": {"a": 1, "b": ""}, "y": ""}, {"x": {"a": [1, 2]}, "y": ""},
+                  {"x": {"a": [1, 2], "b": ""}}):  # fmt: skip
+        assert graded({"answer": answer}, ("f", value)).status == "wrong", value
+
+
+def test_the_gold_calls_of_a_row_are_correct_and_none_for_a_bad_one():
+    row = {"expected_calls": [
+        {"name": "f", "arguments": {"x": ["", 0], "y": [""], "z": [{"a": [[1], [2]], "b": [""]}]}},
+        {"name": "g", "arguments": {}},
+    ]}  # fmt: skip
+    calls = tool_call.gold_calls(row)
+    assert calls == [("f", {"x": 0, "z": {"a": [1]}}), ("g", {})]
+    assert graded(row, *calls).status == "correct"
+    assert tool_call.gold_calls({"expected_calls": []}) == []
+    assert tool_call.gold_calls({"expected_calls": [{"name": "f"}]}) is None
+
+
+def test_calls_are_wrong_where_none_is_expected_and_where_one_of_several_is_not_right():
+    row = {"expected_calls": [{"name": n, "arguments": {"x": [n]}} for n in "abc"]}
+    calls = [(n, {"x": n}) for n in "abc"]
+    assert graded(row, *calls[::-1]).status == "correct"
+    assert graded(row, *calls[:2], ("c", {"x": "d"})).status == "wrong"
+    assert graded(row, *calls[:2]).status == "wrong"
+
+
 @pytest.mark.parametrize(
     "row",
     [

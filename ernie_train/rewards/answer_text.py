@@ -1,0 +1,104 @@
+r"""Where a response says what its answer is.
+
+A response names its answer in a box (`\boxed{..}`), between `<answer>` tags or behind words
+("The answer is ..", "Answer: ..", "#### .."). Different answers of one response are all given
+back: whoever names several has not decided, and a verifier compares them as a list.
+
+Responses are hostile: everything here takes time linear in their length. Letters and digits that
+only look like ASCII ones are left as they are, so that they equal nothing but themselves.
+"""
+
+import itertools
+import re
+import string
+
+# Longer responses are no answers; nothing looks at them.
+MAX_RESPONSE_CHARACTERS = 100_000
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_MARKER = re.compile(r"\banswer[ *]{0,4}(?:is\b|:|=)[ *:]*", re.IGNORECASE)
+# What follows a marker is read so far: far beyond any answer, and many markers stay cheap.
+_MARKED_CHARACTERS = 1000
+_MAX_MARKERS = 64
+_SENTENCE_END = re.compile(r"\.(?=\s+[A-Z]|\s*$)")
+_FOLDED = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+
+# Words with which a text takes back what it says, or leaves it open.
+HEDGES = frozenset({
+    "or", "not", "nor", "either", "neither", "maybe", "perhaps", "possibly", "if", "unless",
+    "assume", "suppose", "cannot",
+})  # fmt: skip
+_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+
+
+def squeeze(text: str) -> str:
+    """Every run of white space as one space, none at the ends."""
+    return " ".join(text.split())
+
+
+def fold(text: str) -> str:
+    """Squeezed, with small letters for ASCII capitals; others (the Kelvin sign) stay different."""
+    return squeeze(text).translate(_FOLDED)
+
+
+def boxes(text: str) -> list[str]:
+    r"""What stands in each complete `\boxed{..}`, braces matched; one inside another is skipped."""
+    found: list[str] = []
+    position = 0
+    while opening := _BOX.search(text, position):
+        end = _closing_brace(text, opening.end())
+        if end < 0:
+            break
+        found.append(text[opening.end() : end])
+        position = end + 1
+    return found
+
+
+def _closing_brace(text: str, start: int) -> int:
+    """The place of the brace that closes the one before `start`; -1 where none does."""
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return brace.start()
+    return -1
+
+
+def named_answers(response: str) -> list[str]:
+    """The answers that a response names, in its order: of the first kind that it has.
+
+    Boxes, tags, "####" at its end, words. Empty where it names none: the whole response may then
+    be the answer.
+    """
+    found = boxes(response) or _tagged(response) or _hashed(response)
+    if not found:
+        found = _announced("\n".join(squeeze(line) for line in response.splitlines()))
+    return [text for text in (squeeze(f).strip("*").strip() for f in found) if text]
+
+
+def _announced(text: str) -> list[str]:
+    """What follows the words of _MARKER, to the end of its sentence; all, where there are many."""
+    ends = [match.end() for match in itertools.islice(_MARKER.finditer(text), _MAX_MARKERS + 1)]
+    if len(ends) > _MAX_MARKERS:
+        return [text]
+    rests = [text[end : end + _MARKED_CHARACTERS].partition("\n")[0] for end in ends]
+    return [_SENTENCE_END.split(rest, maxsplit=1)[0] for rest in rests]
+
+
+def _tagged(response: str) -> list[str]:
+    # Up to the last closing tag, every opening one has its end: the search stays linear.
+    return _ANSWER_TAG.findall(response[: response.rfind("</answer>") + len("</answer>")])
+
+
+def _hashed(response: str) -> list[str]:
+    """What follows "####" on the last lines; elsewhere it begins a heading."""
+    lines = [line.strip() for line in response.splitlines() if line.strip()]
+    hashed = itertools.takewhile(lambda line: line.startswith("####"), reversed(lines))
+    return [line.removeprefix("####") for line in hashed][::-1]
+
+
+def hedges(text: str) -> bool:
+    """Whether a text has a word of HEDGES or a contracted "not"."""
+    words = [word.translate(_FOLDED) for word in _WORD.findall(text)]
+    return any(word in HEDGES or word.endswith("n't") for word in words)

@@ -1,0 +1,4 @@
+# Loops without end.
+def f(x):
+    while True:
+        pass
