@@ -24,9 +24,9 @@ from ernie_train.losses import (
     selection_bias_step,
     unbiased_expert_ids,
 )
-from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
+from ernie_train.model import RouterStats
 from ernie_train.model.moe import MoE
-from ernie_train.objective import Term
+from ernie_train.objective import Term, TrainedModel
 
 NonNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -66,7 +66,7 @@ class BalanceConfig(StrictConfig):
         return [name for name in names if getattr(self, name) > 0]
 
 
-def moe_layers(model: Ernie4_5_MoeForCausalLM) -> dict[int, MoE]:
+def moe_layers(model: TrainedModel) -> dict[int, MoE]:
     """The MoE layers of a model by their number."""
     return {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_moe}
 
@@ -96,6 +96,13 @@ class RouterLoad:
                 self.tokens[at] += probs.shape[0]
                 self.dropped[at] += stats.dropped
 
+    def merge(self, other: RouterLoad) -> None:
+        """Adds what the routers did in another step."""
+        self.tokens_per_expert += other.tokens_per_expert
+        self.entropy += other.entropy
+        self.tokens += other.tokens
+        self.dropped += other.dropped
+
     def reduce(self) -> None:
         """Sums over all ranks; each has the same numbers then."""
         parts = (self.tokens_per_expert, self.entropy, self.tokens, self.dropped)
@@ -109,7 +116,7 @@ class RouterLoad:
 class Balancer:
     """Applies a `BalanceConfig` to one model."""
 
-    def __init__(self, model: Ernie4_5_MoeForCausalLM, config: BalanceConfig) -> None:
+    def __init__(self, model: TrainedModel, config: BalanceConfig) -> None:
         self.config = config
         self.layers = moe_layers(model)
         self.top_k = model.config.moe_k

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from ernie_train.config import StrictConfig
 from ernie_train.errors import CheckpointError, ConfigError, WeightsError
 from ernie_train.hf import load_config, load_weights, write_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.optim import Optimizer
 from ernie_train.storage import (
     FileDigest,
     recover,
@@ -70,6 +71,11 @@ class Checkpoint:
     metrics: dict[str, float]
     optimizer: Mapping[str, np.ndarray]
 
+    def part(self, name: str) -> Mapping[str, np.ndarray]:
+        """The arrays that were saved as `parts[name]`, read when asked for."""
+        directory, _, stem = name.rpartition("/")
+        return TensorFiles(self.path / directory, stem)
+
     def load_model(self, model: Ernie4_5_MoeForCausalLM) -> None:
         """Fills `model` with the weights and sets their RoPE base.
 
@@ -77,6 +83,33 @@ class Checkpoint:
         """
         load_weights(model, self.path, verify=False)
         model.set_rope_theta(load_config(self.path).rope_theta)
+
+
+# How parameters, or their moments, are named and laid out on disk, and back in memory.
+Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+def optimizer_arrays(optimizer: Optimizer, to_disk: Rename) -> dict[str, np.ndarray]:
+    """Moments and master weights as `slot/name on disk`."""
+    return {
+        f"{slot}/{name}": array
+        for slot, named in optimizer.moments().items()
+        for name, array in to_disk({n: t.numpy() for n, t in named.items()}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: Optimizer,
+    arrays: Mapping[str, np.ndarray],
+    powers: Mapping[str, float],
+    from_disk: Rename,
+) -> None:
+    """Gives an optimizer back what `optimizer_arrays` took; `CheckpointError` where some lacks."""
+    slots: dict[str, dict[str, np.ndarray]] = {}
+    for key in arrays:
+        slot, _, name = key.partition("/")
+        slots.setdefault(slot, {})[name] = arrays[key]
+    optimizer.load_state({slot: from_disk(named) for slot, named in slots.items()}, powers)
 
 
 class CheckpointStore:
@@ -96,11 +129,13 @@ class CheckpointStore:
         optimizer: Mapping[str, np.ndarray],
         state: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        parts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     ) -> Path:
         """Writes the checkpoint of `step`, then deletes those that need not be kept.
 
         `optimizer` holds arrays by any names (uint16 means bfloat16 bits), `state` anything that
-        `encode_state` takes; `metrics` are what `best_metric` picks from. Returns its directory.
+        `encode_state` takes; `metrics` are what `best_metric` picks from. `parts` are further
+        arrays: those of "critic/model" go to `critic/model*.safetensors`. Returns its directory.
         Raises `StorageError` (disk full, no permission): the earlier checkpoints are then
         untouched and nothing half-written is left. Raises `ConfigError`, after writing, if
         metrics were given and `best_metric` is not among them.
@@ -116,6 +151,11 @@ class CheckpointStore:
             if optimizer:
                 entries = array_entries(optimizer)
                 digests |= write_tensor_files(directory, "optimizer", entries, size)
+            for name, arrays in (parts or {}).items():
+                folder, _, stem = name.rpartition("/")
+                (directory / folder).mkdir(exist_ok=True)
+                written = write_tensor_files(directory / folder, stem, array_entries(arrays), size)
+                digests |= {f"{folder}/{file}": digest for file, digest in written.items()}
             write_json(directory / "state.json", encoded)
             return digests
 

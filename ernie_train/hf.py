@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +33,7 @@ from ernie_train.hf_layout import (
     to_hf,
 )
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.model.autograd import default_dtype
 from ernie_train.model.configuration import read_config_json
 from ernie_train.storage import (
     MANIFEST,
@@ -93,7 +93,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
     _check_dtype(dtype)
     config = load_config(path)
     _open(Path(path), config, verify=False)  # misfits are told before a large model is built
-    with _default_dtype(dtype):
+    with default_dtype(dtype):
         model = Ernie4_5_MoeForCausalLM(config)
     report = load_weights(model, path)
     if report.skipped:
@@ -242,16 +242,6 @@ def _verify(path: Path) -> bool:
 def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}: {dtype!r}")
-
-
-@contextmanager
-def _default_dtype(dtype: str) -> Iterator[None]:
-    before = paddle.get_default_dtype()
-    paddle.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        paddle.set_default_dtype(before)
 
 
 # ---- writing -----------------------------------------------------------------------------------

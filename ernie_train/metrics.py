@@ -77,8 +77,12 @@ def _decode_line(line: str, place: str) -> dict[str, Any]:
     if not valid:
         raise CheckpointError(f"{place}: not a line of metrics; restore or delete the file")
     times = row.pop("time", {})
-    decoded = {name: _SPECIAL.get(value, value) for name, value in row.items()}
-    return {**decoded, "time": {name: _SPECIAL.get(value, value) for name, value in times.items()}}
+    return {**_numbers(row), "time": _numbers(times)}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with "nan" and the like as numbers again."""
+    return {n: _SPECIAL.get(v, v) if isinstance(v, str) else v for n, v in values.items()}
 
 
 def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
@@ -249,10 +253,14 @@ def format_duration(seconds: float) -> str:
 
 
 def _summary(values: Mapping[str, float]) -> list[str]:
-    """Loss, learning rate, load of the experts and speed, as far as they are known."""
+    """What a line of the terminal has room for, as far as it is known."""
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")
+    if "reward" in values:
+        parts.append(f"reward {values['reward']:.3f}  accuracy {values.get('accuracy', 0):.3f}")
+    if "kl" in values:
+        parts.append(f"kl {values['kl']:.4f}")
     if "lr" in values:
         parts.append(f"lr {values['lr']:.2e}")
     if "rope_theta" in values:

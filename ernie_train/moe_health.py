@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from pydantic import Field
 
+from ernie_train.alerts import Alerts
 from ernie_train.balance import RouterLoad, moe_layers
 from ernie_train.config import StrictConfig
 from ernie_train.losses import mean_absolute_cosine
@@ -141,11 +142,11 @@ class MoeHealth:
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`state` is what `state_dict` gave at the checkpoint that training goes on from."""
-        self.model, self.config, self.warn = model, config, warn
+        self.model, self.config = model, config
         self.layers = list(moe_layers(model))
         self._dead_steps = np.zeros((len(self.layers), model.config.moe_num_experts), np.int64)
         self._high_steps = np.zeros(len(self.layers), np.int64)
-        self._told: set[tuple[str, int]] = set()
+        self._alerts = Alerts(warn)
         self._probe: RoutingProbe | None = None
         if state is not None and self.layers:
             self._probe = RoutingProbe(**state["probe"])
@@ -182,8 +183,8 @@ class MoeHealth:
         for layer, idle_steps in zip(self.layers, self._dead_steps, strict=True):
             dead = np.flatnonzero(idle_steps >= steps)
             listed = ", ".join(map(str, dead[:8])) + (" and more" if len(dead) > 8 else "")
-            text = f"layer {layer}: expert {listed} got no token for {steps} steps"
-            self._tell(("dead", layer), len(dead) > 0, text)
+            text = f"layer {layer}: expert {listed} got no token for {steps} steps; {REMEDY}"
+            self._alerts.tell(("dead", layer), len(dead) > 0, text)
 
     def _warn_of_load(self, figures: Mapping[int, Mapping[str, float]]) -> None:
         bound, steps = self.config.warn_load_max, self.config.warn_after_steps
@@ -192,14 +193,6 @@ class MoeHealth:
             self._high_steps[at] = self._high_steps[at] + 1 if high else 0
             text = (
                 f"layer {layer}: the busiest expert has had more than {bound:g} times the mean "
-                f"load for {steps} steps, now {values['load_max']:.1f} times"
+                f"load for {steps} steps, now {values['load_max']:.1f} times; {REMEDY}"
             )
-            self._tell(("load", layer), self._high_steps[at] >= steps, text)
-
-    def _tell(self, key: tuple[str, int], wrong: bool, text: str) -> None:
-        """Warns once, and again only after the matter was in order in between."""
-        if wrong and key not in self._told:
-            self.warn(f"warning: {text}; {REMEDY}")
-            self._told.add(key)
-        elif not wrong:
-            self._told.discard(key)
+            self._alerts.tell(("load", layer), self._high_steps[at] >= steps, text)

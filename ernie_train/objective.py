@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from paddle import Tensor
 
-from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
+from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeModel, RouterStats
 
 
 class HasTokens(Protocol):
@@ -17,8 +17,17 @@ class HasTokens(Protocol):
     def num_tokens(self) -> int: ...
 
 
+class TrainedModel(Protocol):
+    """What the trainer needs of a model: its configuration and its decoder layers."""
+
+    config: Ernie4_5_MoeConfig
+    model: Ernie4_5_MoeModel
+
+
 BatchT = TypeVar("BatchT", bound=HasTokens)
 BatchT_contra = TypeVar("BatchT_contra", bound=HasTokens, contravariant=True)
+ModelT = TypeVar("ModelT", bound=TrainedModel)
+ModelT_contra = TypeVar("ModelT_contra", bound=TrainedModel, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,9 @@ class LossOutput:
     router_stats: list[RouterStats] = field(default_factory=list)
 
 
-class LossFn(Protocol[BatchT_contra]):
+class LossFn(Protocol[ModelT_contra, BatchT_contra]):
     """Reads a batch. `counts` tells, without running the model, what the terms' counts will be."""
 
     def counts(self, batch: BatchT_contra) -> dict[str, float]: ...
 
-    def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: BatchT_contra) -> LossOutput: ...
+    def __call__(self, model: ModelT_contra, batch: BatchT_contra) -> LossOutput: ...

@@ -13,47 +13,103 @@ from ernie_train import runtime
 from ernie_train.datasets import Record, Tokenizer
 from ernie_train.evaluate import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.export import Receipt, comparison_prompts, export
+from ernie_train.gates import check_gate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.progress import progress_bar
 from ernie_train.recipe import EvaluationConfig, Recipe
 from ernie_train.run_directory import fingerprint
 from ernie_train.runtime import StopFlag
 from ernie_train.storage import storage_errors, write_json
-from ernie_train.tables import evaluation_table, model_card, receipt_line
+from ernie_train.tables import evaluation_table, model_card, receipt_line, stage_table
+
+EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Evaluation and export of a run; both are kept and not done twice for the same `inputs`."""
+    """Evaluation and export of a run; both are kept and not done twice for the same inputs.
+
+    `inputs` say what a model came from, by hash.
+    """
 
     recipe: Recipe
     run_dir: Path
     console: Console
     stop: StopFlag
-    inputs: dict[str, str]  # what the model came from, by hash
+
+    def after_stage(
+        self,
+        index: int,
+        model: Ernie4_5_MoeForCausalLM,
+        tokenizer: Tokenizer,
+        inputs: dict[str, str],
+    ) -> None:
+        """Solves the problems after stage `index`, if the recipe says so; `GateError` at its gate.
+
+        What was found lies in the stage's directory as `evaluation.json`.
+        """
+        settings = self.recipe.evaluation
+        if settings is None or not settings.after_each_stage:
+            return
+        stage = self.recipe.stages[index]
+        title = f"held-out problems after {stage.name}"
+        result = self._solved(self._stage_file(index), model, tokenizer, inputs, title)
+        results = [*self._results_before(index), (stage.name, result)]
+        self.console.print(stage_table(results))
+        if stage.gate is not None:
+            before = results[-2][1]["trained"] if index else None
+            check_gate(stage.gate, stage.name, result["trained"], before)
 
     def evaluate(
-        self, model: Ernie4_5_MoeForCausalLM, tokenizer: Tokenizer
+        self, model: Ernie4_5_MoeForCausalLM, tokenizer: Tokenizer, inputs: dict[str, str]
     ) -> dict[str, Any] | None:
         """Solves the recipe's problems, prints the table and writes `evaluation.json`."""
         settings = self.recipe.evaluation
         if settings is None:
             return None
         path = self.run_dir / "evaluation.json"
-        identity = self._identity(settings)
-        result = _kept(path, identity)
-        if result is None:
-            problems = load_problems(settings.path, max_examples=settings.max_examples)
-            trained = self._solve(model, tokenizer, problems, settings, "held-out problems")
-            result = {"identity": identity, "trained": trained.to_dict()}
-            if settings.untrained_examples:
-                result["untrained"] = self._untrained(model, tokenizer, settings).to_dict()
-            samples = self.run_dir / "evaluation_samples.jsonl"
-            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in trained.samples)
-            with storage_errors("cannot write the samples", samples):
-                samples.write_text("".join(lines), encoding="utf-8")
-            write_json(path, result)
+        result = self._solved(path, model, tokenizer, inputs, "held-out problems")
+        if settings.untrained_examples and "untrained" not in result:
+            result["untrained"] = self._untrained(model, tokenizer, settings).to_dict()
+        write_json(path, result)
         self.console.print(evaluation_table(result))
+        return result
+
+    def _stage_file(self, index: int) -> Path:
+        directory = f"{index + 1:02d}-{self.recipe.stages[index].name}"
+        return self.run_dir / directory / EVALUATION
+
+    def _results_before(self, index: int) -> list[tuple[str, dict[str, Any]]]:
+        return [
+            (self.recipe.stages[i].name, json.loads(self._stage_file(i).read_text("utf-8")))
+            for i in range(index)
+            if self._stage_file(i).exists()
+        ]
+
+    def _solved(
+        self,
+        path: Path,
+        model: Ernie4_5_MoeForCausalLM,
+        tokenizer: Tokenizer,
+        inputs: dict[str, str],
+        title: str,
+    ) -> dict[str, Any]:
+        """What solving the problems gave, from `path`, or from the last stage's, if it is there."""
+        settings = self.recipe.evaluation
+        if settings is None:
+            raise ValueError("the recipe has no evaluation")
+        identity = _identity(settings, inputs)
+        for kept in (path, self._stage_file(len(self.recipe.stages) - 1)):
+            if (result := _kept(kept, identity)) is not None:
+                return result
+        problems = load_problems(settings.path, max_examples=settings.max_examples)
+        solved = self._solve(model, tokenizer, problems, settings, title)
+        samples = path.with_name("evaluation_samples.jsonl")
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in solved.samples)
+        with storage_errors("cannot write the samples", samples):
+            samples.write_text("".join(lines), encoding="utf-8")
+        result = {"identity": identity, "trained": solved.to_dict()}
+        write_json(path, result)
         return result
 
     def export(
@@ -62,6 +118,7 @@ class Outcome:
         tokenizer: Tokenizer,
         evaluation: dict[str, Any] | None,
         referee: str | None,
+        inputs: dict[str, str],
     ) -> None:
         """Writes `export/` with its receipt, and says what the comparison found."""
         settings = self.recipe.export
@@ -69,7 +126,7 @@ class Outcome:
             return
         directory = self.run_dir / "export"
         card = model_card(self.recipe, evaluation)
-        identity = self._identity(settings, card, referee)
+        identity = _identity(settings, inputs, card, referee)
         kept = _kept(self.run_dir / "export.json", identity) if directory.exists() else None
         if kept is not None:
             receipt = Receipt(**kept["receipt"])
@@ -88,9 +145,6 @@ class Outcome:
             facts = {"identity": identity, "receipt": asdict(receipt)}
             write_json(self.run_dir / "export.json", facts)
         self.console.print(receipt_line(directory, receipt), highlight=False)
-
-    def _identity(self, settings: Any, *more: str | None) -> str:
-        return fingerprint([settings.model_dump(mode="json"), self.inputs, *more])
 
     def _untrained(
         self, model: Ernie4_5_MoeForCausalLM, tokenizer: Tokenizer, settings: EvaluationConfig
@@ -123,6 +177,10 @@ class Outcome:
                 on_progress=advance_to,
                 stop_requested=lambda: self.stop.requested,
             )
+
+
+def _identity(settings: Any, inputs: dict[str, str], *more: str | None) -> str:
+    return fingerprint([settings.model_dump(mode="json"), inputs, *more])
 
 
 def _kept(path: Path, identity: str) -> dict[str, Any] | None:

@@ -27,8 +27,9 @@ from ernie_train.hf import load_pretrained
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model_directory import find_model
 from ernie_train.outcome import Outcome
-from ernie_train.preflight import check_fit
+from ernie_train.preflight import check_fit, check_gates
 from ernie_train.recipe import Recipe
+from ernie_train.rewards.sandbox import set_policy
 from ernie_train.run_directory import (
     RunLock,
     StageDone,
@@ -63,23 +64,28 @@ class Pipeline:
     def run(self, selection: Selection = Selection()) -> None:
         """Runs what is not done yet. Raises `Interrupted` after saving, on SIGTERM or SIGINT."""
         self._check_selection(selection)
+        set_policy(self.recipe.sandbox)
         tokenizer = load_tokenizer(self.base_dir / self.recipe.tokenizer.path)
         if self.recipe.evaluation is not None:
-            require_verifiers(load_problems(self.base_dir / self.recipe.evaluation.path))
+            problems = load_problems(self.base_dir / self.recipe.evaluation.path)
+            require_verifiers(problems)
+            check_gates(self.recipe, problems)
         with RunLock(self.run_dir), StopFlag() as stop:
             inputs = self._initial_inputs(tokenizer)
             self._refuse_other_recipe(selection.first, inputs)
             model = self._initial_model(tokenizer)
             self._write_facts(tokenizer)
             self._set_aside(selection.first)
+            outcome = Outcome(self.recipe, self.run_dir, self.console, stop)
             for index, stage in enumerate(self.recipe.stages):
                 directory = self._stage_dir(index)
                 inputs = self._run_stage(index, stage, directory, model, tokenizer, inputs, stop)
+                outcome.after_stage(index, model, tokenizer, inputs)
                 if stage.name == selection.last:
                     self.console.print(f"stopped after stage {stage.name}, as asked")
                     return
-            outcome = Outcome(self.recipe, self.run_dir, self.console, stop, inputs)
-            outcome.export(model, tokenizer, outcome.evaluate(model, tokenizer), self.referee)
+            evaluation = outcome.evaluate(model, tokenizer, inputs)
+            outcome.export(model, tokenizer, evaluation, self.referee, inputs)
 
     # ---- before the stages -----------------------------------------------------------------------
 
@@ -108,7 +114,7 @@ class Pipeline:
                 return
             inputs = self._stage_inputs(stage, inputs)
             before = json.loads(note.read_text(encoding="utf-8"))
-            now = {"settings": stage.model_dump(mode="json"), "input": inputs}
+            now = {"settings": stage.identity(), "input": inputs}
             if changes := differences(before, now):
                 raise CheckpointError(
                     f"stage {stage.name} in {self.run_dir} was run with something else: "
@@ -188,7 +194,7 @@ class Pipeline:
             checkpoint = directory / "checkpoints" / done.result["checkpoint"]
             CheckpointStore(checkpoint.parent).load(checkpoint).load_model(model)
             return _after(stage.name, inputs, done)
-        settings = stage.model_dump(mode="json")
+        settings = stage.identity()
         with storage_errors("cannot write to the run directory", directory):
             directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "stage.json", {"settings": settings, "input": inputs})
@@ -203,8 +209,7 @@ class Pipeline:
         return _after(stage.name, inputs, done)
 
     def _stage_inputs(self, stage: Any, inputs: dict[str, str]) -> dict[str, str]:
-        sources = [self.base_dir / source.path for source in (*stage.data, *stage.validation)]
-        return {**inputs, "data": _hash_files(sources)}
+        return {**inputs, "data": _hash_files([self.base_dir / path for path in stage.paths()])}
 
 
 def _after(name: str, inputs: dict[str, str], done: StageDone) -> dict[str, str]:

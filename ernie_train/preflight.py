@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from rich.console import Console
 from rich.syntax import Syntax
 
 from ernie_train import runtime
-from ernie_train.datasets import Tokenizer, load_tokenizer, preview
+from ernie_train.datasets import Record, Tokenizer, load_tokenizer
 from ernie_train.errors import ConfigError
 from ernie_train.evaluate import load_problems, require_verifiers
+from ernie_train.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.recipe import Recipe
-from ernie_train.stages import STAGES, StageData, total_steps
+from ernie_train.rewards.sandbox import set_policy
+from ernie_train.stages import STAGES, StageData
+from ernie_train.stages.packed import SupervisedConfig
 
 
 def check_recipe(recipe: Recipe, console: Console) -> None:
@@ -27,6 +31,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     console.print(Syntax(resolved, "yaml", background_color="default"))
     base_dir = Path.cwd()
     runtime.select_device(recipe.device)
+    set_policy(recipe.sandbox)
     tokenizer = load_tokenizer(base_dir / recipe.tokenizer.path)
     config = recipe.model.build()
     check_fit(recipe, config, tokenizer)
@@ -41,8 +46,22 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     if recipe.evaluation is not None:
         problems = load_problems(base_dir / recipe.evaluation.path)
         require_verifiers(problems)
+        check_gates(recipe, problems)
         tasks = {record.fields["task"] for record in problems}
         console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
+
+
+def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:
+    """Raises `ConfigError` for a gate on a metric that solving `problems` does not produce."""
+    known = known_metrics(problems)
+    wrong = [
+        f"stages.{index}.gate.metric={stage.gate.metric}: never produced; there are "
+        f"{', '.join(sorted(known))}"
+        for index, stage in enumerate(recipe.stages)
+        if stage.gate is not None and stage.gate.metric not in known
+    ]
+    if wrong:
+        raise ConfigError(wrong)
 
 
 def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> None:
@@ -57,7 +76,7 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
     for index, stage in enumerate(recipe.stages):
         problems += _length_problems(stage, f"stages.{index}", config.max_position_embeddings)
         problems += _balance_problems(stage, f"stages.{index}", config)
-        if stage.rope_schedule:
+        if isinstance(stage, SupervisedConfig) and stage.rope_schedule:
             first = stage.rope_schedule[0].rope_theta
             if first < theta:
                 problems.append(
@@ -71,16 +90,9 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
 
 
 def _length_problems(stage: Any, path: str, limit: int) -> list[str]:
-    if not stage.rope_schedule:
-        lengths = {f"{path}.seq_len": stage.seq_len}
-    else:
-        lengths = {
-            f"{path}.rope_schedule.{at}.seq_len": phase.seq_len
-            for at, phase in enumerate(stage.rope_schedule)
-        }
     return [
-        f"{name}={length} exceeds the model's max_position_embeddings={limit}"
-        for name, length in lengths.items()
+        f"{path}.{name}={length} exceeds the model's max_position_embeddings={limit}"
+        for name, length in stage.lengths().items()
         if length > limit
     ]
 
@@ -99,16 +111,4 @@ def _check_stage(stage: Any, data: StageData, console: Console) -> None:
     prepared = STAGES[stage.kind].prepare(stage, data)
     console.rule(f"stage {stage.name} ({stage.kind})")
     console.print(prepared.report.as_table())
-    for phase in stage.phases():
-        rows = phase.micro_batch_size * stage.grad_accum_steps
-        base = "" if phase.rope_theta is None else f", RoPE base {phase.rope_theta:g}"
-        base += " at its end" if phase.smooth else ""
-        console.print(
-            f"a step trains {rows} rows of {phase.seq_len} tokens ({rows * phase.seq_len} at most) "
-            f"in {stage.grad_accum_steps} micro-batches; steps: "
-            f"{phase.steps or total_steps(stage, prepared)}{base}",
-            highlight=False,
-        )
-    first = next(documents[0] for documents in prepared.documents if len(documents))
-    console.print("the first row, trained tokens in colour:")
-    console.print(preview(data.tokenizer, first))
+    STAGES[stage.kind].describe(stage, data, prepared, console)

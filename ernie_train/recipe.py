@@ -12,6 +12,7 @@ from ernie_train.errors import ConfigError
 from ernie_train.hf import load_config
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model_directory import find_model
+from ernie_train.rewards.sandbox import SandboxPolicy
 from ernie_train.stages import AnyStageConfig, SftConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -73,6 +74,7 @@ class EvaluationConfig(StrictConfig):
     batch_size: PositiveInt = 256
     max_examples: PositiveInt | None = None  # of each task; None: all
     untrained_examples: Annotated[int, Field(ge=0)] = 0  # of each task, for the untrained model
+    after_each_stage: bool = False  # solves them after every stage; gates need it
 
 
 class ExportConfig(StrictConfig):
@@ -91,6 +93,7 @@ class Recipe(StrictConfig):
     tokenizer: TokenizerSource
     device: Literal["auto", "cpu", "gpu"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
+    sandbox: SandboxPolicy = "strict"  # "rlimits_only" runs programs with less protection
     stages: Annotated[list[AnyStageConfig], Field(min_length=1)]
     evaluation: EvaluationConfig | None = None
     export: ExportConfig | None = None
@@ -100,6 +103,20 @@ class Recipe(StrictConfig):
         names = [stage.name for stage in self.stages]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {', '.join(doubled)}; names must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            if stage.gate is None:
+                continue
+            if self.evaluation is None or not self.evaluation.after_each_stage:
+                raise ValueError(
+                    f"stages.{index}.gate: {stage.gate.metric} is never measured; "
+                    "set evaluation.after_each_stage: true"
+                )
+            if index == 0 and stage.gate.max_regression is not None:
+                raise ValueError("stages.0.gate.max_regression: no stage comes before the first")
         return self
 
     @property

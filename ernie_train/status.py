@@ -15,7 +15,7 @@ from ernie_train.metrics import FILE_NAME, read_metrics
 from ernie_train.recipe import Recipe
 from ernie_train.run_directory import read_done
 
-_HEADLINE = ("loss", "validation_loss", "grad_norm", "lr")
+_HEADLINE = ("loss", "validation_loss", "reward", "accuracy", "kl", "grad_norm", "lr")
 
 
 def print_status(run_dir: Path, console: Console) -> None:

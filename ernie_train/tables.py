@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def evaluation_table(result: dict[str, Any]) -> Group:
         for status, n in task["excluded"].items()
     ]
     return Group(tasks, domains, *lines)
+
+
+def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """Accuracy of every task and domain after each stage, and what the last stage added."""
+    table = _table("solved, in %", "domain", "task", *(name for name, _ in results))
+    if len(results) > 1:
+        table.add_column("last stage", justify="right")
+
+    def add(domain: str, task: str, values: list[float], section: bool = False) -> None:
+        cells = [_percent(value) for value in values]
+        if len(values) > 1:
+            cells.append(f"{100 * (values[-1] - values[-2]):+.1f}")
+        table.add_row(domain, task, *cells, end_section=section)
+
+    evaluations = [result["trained"] for _, result in results]
+    for at, task in enumerate(evaluations[-1]["tasks"]):
+        values = [evaluation["tasks"][at]["accuracy"] for evaluation in evaluations]
+        add(task["domain"], task["task"], values, at == len(evaluations[-1]["tasks"]) - 1)
+    for domain in evaluations[-1]["domains"]:
+        add(domain, "all", [e["domains"][domain]["accuracy"] for e in evaluations])
+    add("all", "mean", [evaluation["mean_accuracy"] for evaluation in evaluations])
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -13,8 +13,7 @@ from paddle import Tensor
 from ernie_train import distributed
 from ernie_train.balance import BalanceConfig, Balancer, RouterLoad
 from ernie_train.errors import Interrupted, NonFiniteError
-from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.objective import BatchT, LossFn, Term
+from ernie_train.objective import BatchT, LossFn, ModelT, Term
 from ernie_train.optim import Optimizer, learning_rate
 
 
@@ -30,12 +29,12 @@ class StepResult:
 Hook = tuple[int, Callable[[StepResult], None]]  # every how many steps, and what
 
 
-class Trainer(Generic[BatchT]):
+class Trainer(Generic[ModelT, BatchT]):
     """Trains one model. `step` is the number of finished optimizer steps."""
 
     def __init__(
         self,
-        model: Ernie4_5_MoeForCausalLM,
+        model: ModelT,
         optimizer: Optimizer,
         *,
         grad_accum_steps: int = 1,
@@ -50,7 +49,7 @@ class Trainer(Generic[BatchT]):
     def fit(
         self,
         batches: Iterator[BatchT],
-        loss_fn: LossFn[BatchT],
+        loss_fn: LossFn[ModelT, BatchT],
         steps: int,
         *,
         before_step: Callable[[int], Mapping[str, float]] = lambda step: {},
@@ -77,20 +76,19 @@ class Trainer(Generic[BatchT]):
                 raise Interrupted(f"stopped on a signal after step {self.step}")
 
     def train_step(
-        self, micro_batches: Sequence[BatchT], loss_fn: LossFn[BatchT], total_steps: int
+        self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT], total_steps: int
     ) -> StepResult:
         """One optimizer step over `micro_batches`, at the rate that `total_steps` gives it."""
         started = time.perf_counter()
-        counts = _global_counts(
-            [{**loss_fn.counts(b), **self.balancer.counts(b.num_tokens)} for b in micro_batches]
-        )
+        counts = self._counts(micro_batches, loss_fn)
         sums: dict[str, float] = {}
         shown: dict[str, tuple[float, float]] = {}
         load = self.balancer.new_load()
         for batch in micro_batches:
             output = loss_fn(self.model, batch)
             terms = [*output.terms, *self.balancer.terms(output.router_stats)]
-            _objective(terms, counts).backward()
+            if terms:
+                _objective(terms, counts).backward()
             load.add(output.router_stats)
             for term in terms:
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
@@ -109,6 +107,32 @@ class Trainer(Generic[BatchT]):
         self.step += 1
         tokens = sum(batch.num_tokens for batch in micro_batches)
         return StepResult(self.step, metrics, time.perf_counter() - started, tokens, load)
+
+    def term_gradient_norms(
+        self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT]
+    ) -> dict[str, float]:
+        """The gradient norm of each term alone, its coefficient included; updates nothing.
+
+        Runs the model once for every term, so it is for now and then.
+        """
+        counts = self._counts(micro_batches, loss_fn)
+        norms = {}
+        for name in counts:
+            for batch in micro_batches:
+                output = loss_fn(self.model, batch)
+                terms = [*output.terms, *self.balancer.terms(output.router_stats)]
+                if wanted := [term for term in terms if term.name == name]:
+                    _objective(wanted, counts).backward()
+            norms[name] = self.optimizer.gradient_norm()
+            self.optimizer.clear_gradients()
+        return norms
+
+    def _counts(
+        self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT]
+    ) -> dict[str, float]:
+        return _global_counts(
+            [{**loss_fn.counts(b), **self.balancer.counts(b.num_tokens)} for b in micro_batches]
+        )
 
     def _metrics(
         self,

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie_train import generation
 from ernie_train.errors import Interrupted
 from ernie_train.generation import generate
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
@@ -62,6 +63,97 @@ def test_a_sequence_does_not_depend_on_its_neighbours(model, prompts):
     small_batches = generate(model, prompts, batch_size=2, **settings)
     assert [c.ids for c in together] == [c.ids for c in small_batches]
     assert len({len(c.ids) for c in together}) > 1, "sequences must leave the batch at times"
+
+
+def test_a_sequence_alone_is_the_one_in_the_batch(model, prompts):
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11}
+    together = generate(model, prompts, **settings)
+    alone = generate(model, prompts[:1], **settings)
+    assert alone[0].ids == together[0].ids
+
+
+def test_recomputed_logprobs_are_the_sampled_ones(model, prompts):
+    """By the pass that an update makes: with a gradient, packed in one row."""
+    completions = generate(model, prompts, max_new_tokens=40, temperature=1.0, seed=2)
+    rows = [p + c.ids for p, c in zip(prompts, completions, strict=True)]
+    lengths = [len(row) for row in rows]
+    documents = np.repeat(np.arange(1, len(rows) + 1), lengths)[None]
+    ids = paddle.to_tensor(np.concatenate(rows)[None])
+    logits = model(ids, document_ids=paddle.to_tensor(documents)).logits[0].astype("float64")
+    logprobs = paddle.nn.functional.log_softmax(logits).numpy()
+    ends = np.cumsum(lengths)
+    differences = [
+        logprobs[np.arange(end - len(c.ids), end) - 1, c.ids] - c.logprobs
+        for end, c in zip(ends, completions, strict=True)
+    ]
+    assert np.abs(np.exp(np.concatenate(differences)) - 1).mean() < 1e-5
+
+
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_recorded_experts_are_those_of_the_predicting_positions(
+    model, prompts, own_forward, monkeypatch
+):
+    if own_forward:
+        monkeypatch.setattr(generation, "can_decode", lambda model: False)
+    settings = {"temperature": 1.0, "seed": 4, "eos_token_id": [5, 6, 7]}
+    completions = generate(model, prompts, max_new_tokens=30, record_experts=True, **settings)
+    assert len({len(c.ids) for c in completions}) > 1, "sequences must leave the batch at times"
+    for prompt, completion in zip(prompts, completions, strict=True):
+        stats = model(paddle.to_tensor([prompt + completion.ids])).router_stats
+        expected = np.stack([s.expert_ids.numpy() for s in stats], 1)[len(prompt) - 1 : -1]
+        assert completion.expert_ids.dtype == np.int16
+        np.testing.assert_array_equal(np.sort(completion.expert_ids), np.sort(expected))
+    plain = generate(model, prompts, max_new_tokens=30, **settings)
+    assert [c.expert_ids for c in plain] == [None] * len(prompts)
+    assert [c.ids for c in plain] == [c.ids for c in completions]
+
+
+def test_the_models_own_forward_samples_the_same(model, prompts, monkeypatch):
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
+    expected = generate(model, prompts, **settings)
+    monkeypatch.setattr(generation, "can_decode", lambda model: False)
+    own = generate(model, prompts, **settings)
+    assert [c.ids for c in own] == [c.ids for c in expected]
+    for a, b in zip(own, expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+def test_equal_prompts_are_computed_once_and_sampled_apart(model, prompts, monkeypatch):
+    computed = []
+    right_padded = generation._right_padded
+    monkeypatch.setattr(
+        generation, "_right_padded", lambda rows: (computed.append(rows), right_padded(rows))[1]
+    )
+    repeated = [p for _ in range(4) for p in prompts]
+    settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 11}
+    completions = generate(model, repeated, **settings)
+    assert [sorted(rows, key=len) for rows in computed] == [sorted(map(tuple, prompts), key=len)]
+    assert [c.ids for c in completions[: len(prompts)]] == [
+        c.ids for c in generate(model, prompts, **settings)
+    ]
+    assert len({tuple(c.ids) for c in completions}) == len(repeated)
+    for prompt, completion in zip(repeated, completions, strict=True):
+        expected = log_probs(model, prompt + completion.ids)[len(prompt) - 1 : -1]
+        chosen = expected[np.arange(len(completion.ids)), completion.ids]
+        np.testing.assert_allclose(completion.logprobs, chosen, atol=2e-5)
+
+
+def test_finished_sequences_leave_the_batch(model, prompts, monkeypatch):
+    batches = []
+    step = generation.Decoder.__call__
+
+    def counted(self, tokens, cache):
+        batches.append(len(tokens))
+        return step(self, tokens, cache)
+
+    monkeypatch.setattr(generation.Decoder, "__call__", counted)
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "eos_token_id": [5, 6, 7, 8]}
+    completions = generate(model, prompts * 4, **settings)
+    # With 20 sequences the cache is repacked when 3 of them are done: 1/8 of the batch.
+    running = [sum(len(c.ids) > n for c in completions) for n in range(1, len(batches) + 1)]
+    for left, batch in zip(running, batches, strict=True):
+        assert left <= batch <= left / (1 - generation._LEAVE_SHARE)
+    assert len(set(batches)) > 3
 
 
 def test_stops_at_a_stop_token_and_says_so(model, prompts):

@@ -18,18 +18,22 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ernie_train"
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "errors", "storage", "yaml_files", "schema", "problems", "config",
-        "runtime", "distributed", "progress", "metrics", "thinking",
+        "runtime", "distributed", "progress", "alerts", "metrics", "thinking",
     ),
     ("model", "losses", "datasets", "rewards"),
     (
         "parallel", "optim", "tensor_files", "hf_layout", "hf", "checkpoint",
-        "model_directory", "generation",
+        "model_directory", "sampling", "generation", "critic",
     ),
-    ("objective", "balance", "moe_health", "trainer", "rollout", "evaluate"),
+    (
+        "objective", "balance", "moe_health", "trainer", "evaluate", "score_file", "rollout",
+        "experience",
+    ),
     ("stages",),
     (
-        "run_directory", "transformers_reader", "export", "recipe", "tables", "preflight",
-        "outcome", "pipeline", "report", "status", "commands", "doctor", "cli", "__main__",
+        "run_directory", "transformers_reader", "export", "recipe", "plan", "tables", "gates",
+        "preflight", "outcome", "pipeline", "report", "status", "commands", "doctor", "cli",
+        "__main__",
     ),
 )  # fmt: skip
 INDEPENDENT_FLOOR = 1

@@ -63,7 +63,7 @@ class Ours:
         config = OptimConfig(schedule="constant", **optim)
         model = load_pretrained(request["directory"])
         model.train()
-        self.trainer: Trainer[Batch] = Trainer(model, Optimizer(model, config))
+        self.trainer: Trainer[Any, Batch] = Trainer(model, Optimizer(model, config))
         self.loss_fn = PackedLoss("tokens")
         self.batch = request["batch"]
         self.vocab_size = model.config.vocab_size

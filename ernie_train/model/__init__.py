@@ -3,13 +3,19 @@
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.moe import Dispatcher, LocalDispatcher, RouterStats
-from ernie_train.model.transformer import CausalLMOutput, Ernie4_5_MoeForCausalLM, HiddenOutput
+from ernie_train.model.transformer import (
+    CausalLMOutput,
+    Ernie4_5_MoeForCausalLM,
+    Ernie4_5_MoeModel,
+    HiddenOutput,
+)
 
 __all__ = [
     "CausalLMOutput",
     "Dispatcher",
     "Ernie4_5_MoeConfig",
     "Ernie4_5_MoeForCausalLM",
+    "Ernie4_5_MoeModel",
     "HiddenOutput",
     "KVCache",
     "LocalDispatcher",

@@ -18,7 +18,7 @@ from paddle import Tensor
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.layout import BatchLayout
 
-_GROWTH = 64  # slots are added in multiples of this
+_GROWTH = 32  # slots are added in multiples of this
 _MASKED = -1e30
 
 
@@ -33,6 +33,15 @@ class CacheStep:
     mask: Tensor  # [B*K, G*Q, C] 0 or `_MASKED`
 
 
+@dataclass(frozen=True)
+class TokenStep:
+    """Index arrays of a step of one new token a sequence."""
+
+    positions: Tensor  # [B]
+    slot_rows: Tensor  # [B*K] rows of the cache that the new keys and values go to
+    mask: Tensor  # [B*K,G,C] float32, 0 or `_MASKED`
+
+
 class KVCache:
     """Preallocated keys and values [B*K,C,D] of every layer, grown in steps; float type `dtype`."""
 
@@ -44,6 +53,8 @@ class KVCache:
         self.capacity = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.key_rows: list[Tensor] = []  # the same memory as [B*K*C,D]
+        self.value_rows: list[Tensor] = []
 
     @property
     def batch(self) -> int:
@@ -66,12 +77,30 @@ class KVCache:
         self.lengths = self.lengths + counts
         return slots
 
+    def advance(self) -> TokenStep:
+        """Makes room for one new token of every sequence: what `begin` does, in less time."""
+        positions = self.lengths
+        self._grow(int(positions.max()) + 1)
+        heads = int(self.config.num_key_value_heads or 0)
+        lanes = np.arange(self.batch * heads) * self.capacity
+        hidden = np.arange(self.capacity) > positions[:, None]  # [B,C]
+        mask = np.where(hidden, np.float32(_MASKED), np.float32(0.0))
+        wide = np.repeat(mask, self.config.num_attention_heads, 0)  # [B*K*G,C]
+        self.lengths = positions + 1
+        return TokenStep(
+            paddle.to_tensor(positions),
+            paddle.to_tensor(lanes + np.repeat(positions, heads)),
+            paddle.to_tensor(wide.reshape(self.batch * heads, -1, self.capacity)),
+        )
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new rows k and v [T*K,D]; returns all keys and values [B*K,C,D]."""
-        shape = self.keys[layer].shape
-        for store, rows in ((self.keys, k), (self.values, v)):
-            flat = store[layer].reshape([-1, shape[-1]])
-            store[layer] = paddle.scatter_(flat, self.step.slot_rows, rows).reshape(shape)
+        """Stores the rows k and v [T*K,D] of the present step; returns all, [B*K,C,D] each."""
+        return self.store(layer, self.step.slot_rows, k, v)
+
+    def store(self, layer: int, slot_rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v [T*K,D] in the rows `slot_rows` [T*K]; returns all, [B*K,C,D] each."""
+        paddle.scatter_(self.key_rows[layer], slot_rows, k)
+        paddle.scatter_(self.value_rows[layer], slot_rows, v)
         return self.keys[layer], self.values[layer]
 
     def select(self, keep: np.ndarray) -> None:
@@ -81,6 +110,7 @@ class KVCache:
         self.keys = [paddle.gather(x, lanes) for x in self.keys]
         self.values = [paddle.gather(x, lanes) for x in self.values]
         self.lengths = self.lengths[keep]
+        self._share_rows()
 
     def _grow(self, slots: int) -> None:
         if slots <= self.capacity:
@@ -98,6 +128,12 @@ class KVCache:
             self.keys = [paddle.concat([x, room], axis=1) for x in self.keys]
             self.values = [paddle.concat([x, room], axis=1) for x in self.values]
         self.capacity = capacity
+        self._share_rows()
+
+    def _share_rows(self) -> None:
+        head_dim = int(self.config.head_dim or 0)
+        self.key_rows = [x.reshape([-1, head_dim]) for x in self.keys]
+        self.value_rows = [x.reshape([-1, head_dim]) for x in self.values]
 
     def _index(
         self, sequence: np.ndarray, offset: np.ndarray, slots: np.ndarray, was_empty: bool

@@ -16,6 +16,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from ernie_train.model.attention import Attention, AttentionTables
+from ernie_train.model.autograd import dtype_name
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.layout import BatchLayout
@@ -211,7 +212,7 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty key/value cache for `batch` sequences under the present RoPE base."""
-        cache = KVCache(self.config, batch, dtype=_dtype_name(self.model.norm.weight))
+        cache = KVCache(self.config, batch, dtype=dtype_name(self.model.norm.weight))
         cache.rope_theta = self.model.rope_theta
         return cache
 
@@ -226,7 +227,3 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
             elif "norm" not in name:
                 values: Any = paddle.randn(parameter.shape, "float32") * std
                 parameter.set_value(values.astype(parameter.dtype))
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return "bfloat16" if tensor.dtype == paddle.bfloat16 else "float32"

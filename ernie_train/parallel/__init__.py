@@ -1,5 +1,5 @@
 """How a model is laid over devices: dtypes and recomputation now."""
 
-from ernie_train.parallel.wrap import enable_recompute, new_model
+from ernie_train.parallel.wrap import clone_model, enable_recompute, new_model
 
-__all__ = ["enable_recompute", "new_model"]
+__all__ = ["clone_model", "enable_recompute", "new_model"]

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import paddle
 from paddle import Tensor
 from paddle.distributed.fleet.utils import recompute
 
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.attention import AttentionTables
+from ernie_train.model.autograd import default_dtype, dtype_name
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.transformer import DecoderLayer, RouterOutput, run_layer
 
 
 def new_model(config: Ernie4_5_MoeConfig, dtype: str) -> Ernie4_5_MoeForCausalLM:
     """A freshly initialized model with parameters of `dtype`; router and its bias stay float32."""
-    before = paddle.get_default_dtype()
-    paddle.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         return Ernie4_5_MoeForCausalLM(config)
-    finally:
-        paddle.set_default_dtype(before)
+
+
+def clone_model(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
+    """A model of its own with the same weights, dtype and RoPE base, in eval mode, not trained."""
+    copy = new_model(model.config, dtype_name(model.head()[0]))
+    copy.set_state_dict(model.state_dict())
+    copy.set_rope_theta(model.model.rope_theta)
+    for parameter in copy.parameters():
+        parameter.stop_gradient = True
+    copy.eval()
+    return copy
 
 
 def enable_recompute(model: Ernie4_5_MoeForCausalLM) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from ernie_train.balance import BalanceConfig
 from ernie_train.checkpoint import CheckpointConfig
 from ernie_train.config import StrictConfig
-from ernie_train.datasets import DataSource, Tokenizer
+from ernie_train.datasets import Tokenizer
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.moe_health import MoeHealthConfig
 from ernie_train.optim import OptimConfig
@@ -20,20 +20,33 @@ from ernie_train.runtime import StopFlag
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
+class Gate(StrictConfig):
+    """What the model must do on the recipe's held-out problems before the next stage begins.
+
+    metric: eval/<task>, eval/<domain> or eval/mean, the share of problems solved.
+    max_regression: how far any domain may fall below what it was before the stage.
+    """
+
+    metric: Annotated[str, Field(pattern=r"^eval/.+$")]
+    at_least: Annotated[float, Field(ge=0, le=1)]
+    max_regression: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
 class StageConfig(StrictConfig):
     """Settings that every kind of stage has."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    data: Annotated[list[DataSource], Field(min_length=1)]
-    validation: list[DataSource] = []
     micro_batch_size: PositiveInt
-    grad_accum_steps: PositiveInt = 1
     optim: OptimConfig
     balance: BalanceConfig = BalanceConfig()
     moe_health: MoeHealthConfig = MoeHealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    validate_every_steps: PositiveInt | None = None
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    gate: Gate | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings on which the stage's result depends; a gate only judges it."""
+        return self.model_dump(mode="json", exclude={"gate"})
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
+from rich.console import Console
 
 from ernie_train.datasets import (
     ConsecutiveLoaders,
@@ -16,6 +17,7 @@ from ernie_train.datasets import (
     Documents,
     PackedLoader,
     load_sources,
+    preview,
     refit,
 )
 from ernie_train.errors import DataError
@@ -32,6 +34,10 @@ class SupervisedConfig(StageConfig):
     length, the duration and RoPE's base of each of its phases.
     """
 
+    data: Annotated[list[DataSource], Field(min_length=1)]
+    validation: list[DataSource] = []
+    grad_accum_steps: PositiveInt = 1
+    validate_every_steps: PositiveInt | None = None
     seq_len: PositiveInt | None = None
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
@@ -58,6 +64,19 @@ class SupervisedConfig(StageConfig):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect beside rope_schedule: its phases say it")
         check_rising(schedule)
+
+    def paths(self) -> list[str]:
+        """Every file or directory that the stage reads."""
+        return [source.path for source in (*self.data, *self.validation)]
+
+    def lengths(self) -> dict[str, int]:
+        """The sequence lengths that the model must be able to hold, by setting."""
+        if self.rope_schedule is None:
+            return {"seq_len": self.longest_seq_len}
+        return {
+            f"rope_schedule.{at}.seq_len": phase.seq_len
+            for at, phase in enumerate(self.rope_schedule)
+        }
 
     def phases(self) -> list[Phase]:
         """The phases of the stage; a stage without a schedule is one."""
@@ -167,6 +186,25 @@ def total_steps(config: SupervisedConfig, prepared: Prepared) -> int:
         return int(config.steps or 0)
     batches = sum(prepared.loaders[0].batches_per_epoch(epoch) for epoch in range(config.epochs))
     return -(-batches // config.grad_accum_steps)
+
+
+def describe(
+    config: SupervisedConfig, data: StageData, prepared: Prepared, console: Console
+) -> None:
+    """Prints what a step of each phase is, and a row as it will be trained."""
+    for phase in config.phases():
+        rows = phase.micro_batch_size * config.grad_accum_steps
+        base = "" if phase.rope_theta is None else f", RoPE base {phase.rope_theta:g}"
+        base += " at its end" if phase.smooth else ""
+        console.print(
+            f"a step trains {rows} rows of {phase.seq_len} tokens ({rows * phase.seq_len} at most) "
+            f"in {config.grad_accum_steps} micro-batches; steps: "
+            f"{phase.steps or total_steps(config, prepared)}{base}",
+            highlight=False,
+        )
+    first = next(documents[0] for documents in prepared.documents if len(documents))
+    console.print("the first row, trained tokens in colour:")
+    console.print(preview(data.tokenizer, first))
 
 
 def batch_source(config: SupervisedConfig, prepared: Prepared) -> ConsecutiveLoaders:

@@ -9,8 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import paddle
 
-from ernie_train import checkpoint, hf_layout
-from ernie_train.checkpoint import CheckpointStore
+from ernie_train import hf_layout
+from ernie_train.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    optimizer_arrays,
+    restore_optimizer,
+)
 from ernie_train.datasets import Batch, ConsecutiveLoaders, Documents, PackedLoader
 from ernie_train.errors import ConfigError, Interrupted
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
@@ -79,7 +84,7 @@ def train(
     batches = batch_source(config, prepared)
     steps = total_steps(config, prepared)
     store = CheckpointStore(run.directory / "checkpoints", config.checkpoint)
-    trainer: Trainer[Batch] = Trainer(
+    trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch] = Trainer(
         run.model,
         Optimizer(run.model, config.optim),
         grad_accum_steps=config.grad_accum_steps,
@@ -126,14 +131,17 @@ def train(
 
 
 def _restore(
-    saved: checkpoint.Checkpoint, trainer: Trainer[Batch], batches: ConsecutiveLoaders
+    saved: Checkpoint,
+    trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch],
+    batches: ConsecutiveLoaders,
 ) -> None:
     saved.load_model(trainer.model)
-    slots: dict[str, dict[str, np.ndarray]] = {}
-    for key in saved.optimizer:
-        slots.setdefault(key.partition("/")[0], {})[key.partition("/")[2]] = saved.optimizer[key]
-    moments = {s: dict(hf_layout.from_hf(trainer.model.config, n)) for s, n in slots.items()}
-    trainer.optimizer.load_state(moments, saved.state["powers"])
+    restore_optimizer(
+        trainer.optimizer,
+        saved.optimizer,
+        saved.state["powers"],
+        lambda named: dict(hf_layout.from_hf(trainer.model.config, named)),
+    )
     batches.load_state_dict(saved.state["loader"])
     trainer.step = saved.step
 
@@ -144,7 +152,7 @@ class _Keeper:
 
     config: SupervisedConfig
     run: StageRun
-    trainer: Trainer[Batch]
+    trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch]
     batches: ConsecutiveLoaders
     store: CheckpointStore
     prepared: Prepared
@@ -178,13 +186,9 @@ class _Keeper:
             return  # a hook of this very step has written it
         self.writer.sync()
         optimizer = self.trainer.optimizer
-        arrays = {
-            f"{slot}/{name}": array
-            for slot, named in optimizer.moments().items()
-            for name, array in hf_layout.to_hf(
-                self.run.model.config, {n: t.numpy() for n, t in named.items()}
-            )
-        }
+        arrays = optimizer_arrays(
+            optimizer, lambda named: dict(hf_layout.to_hf(self.run.model.config, named))
+        )
         state = {
             "powers": optimizer.powers(),
             "loader": self.batches.state_dict(),

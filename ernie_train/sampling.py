@@ -1,0 +1,104 @@
+"""Picks the next token of every sequence from its logits.
+
+Shapes: B sequences still running, V vocabulary, S sequences at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+
+_BLOCK = 64  # tokens whose probabilities are summed before the cumulative sum, which is slow
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """`temperature` 0 is greedy; `top_p` 1 and `top_k` 0 leave the distribution whole."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises `ValueError` that names the setting out of range."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative")
+
+
+class Sampler:
+    """One uniform number a token and sequence decides; greedy needs none."""
+
+    def __init__(self, config: SamplingConfig, indices: Sequence[int]) -> None:
+        """`indices` [S] number the sequences: with the seed they alone choose the numbers."""
+        self.config = config
+        if config.temperature > 0:
+            generators = (np.random.Philox(key=[config.seed, i]) for i in indices)
+            draws = [np.random.Generator(g).random(config.max_new_tokens) for g in generators]
+            self.uniform = np.stack(draws)  # [S, max_new_tokens]
+
+    def __call__(self, logits: Tensor, rows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+        """Picks token number `step` of the sequences `rows` [B] of `indices`.
+
+        logits [B,V] -> tokens [B] and their logprobs [B] float32, under the temperature but before
+        top-k and top-p cut the distribution; greedy ones under temperature 1.
+        """
+        logits = logits.astype("float32")
+        if self.config.temperature not in (0.0, 1.0):
+            logits = logits / self.config.temperature
+        probs = F.softmax(logits).numpy()
+        if self.config.temperature == 0:
+            tokens = paddle.argmax(logits, axis=-1).numpy()
+        else:
+            tokens = sample(self._cut(probs), self.uniform[rows, step])
+        return tokens, np.log(probs[np.arange(len(tokens)), tokens])
+
+    def _cut(self, probs: np.ndarray) -> np.ndarray:
+        """probs [B,V], zero where top-k and top-p cut the tail."""
+        if self.config.top_p == 1 and not self.config.top_k:
+            return probs
+        order = np.argsort(-probs, axis=-1, kind="stable")
+        ranked = np.take_along_axis(probs, order, -1).astype(np.float64)
+        # A token stays while the mass before it is below top_p, so the first always stays.
+        keep = np.cumsum(ranked, -1) - ranked < self.config.top_p
+        if self.config.top_k:
+            keep[:, self.config.top_k :] = False
+        kept = np.zeros_like(probs)
+        np.put_along_axis(kept, order, np.where(keep, ranked, 0.0).astype(probs.dtype), -1)
+        return kept
+
+
+def sample(probs: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Inverts the cumulative distribution of each row, block by block and then within the block.
+
+    probs [B,V] need not sum to 1; uniform [B] in [0, 1). Returns tokens [B], none of mass zero.
+    """
+    batch, size = probs.shape
+    if size % _BLOCK:
+        probs = np.pad(probs, ((0, 0), (0, -size % _BLOCK)))
+    blocks = probs.reshape(batch, -1, _BLOCK)
+    every = np.arange(batch)
+    mass = np.cumsum(blocks.sum(-1), -1, dtype=np.float64)  # [B,blocks]
+    threshold = uniform * mass[:, -1]
+    block = _first_above(mass, threshold)
+    inside = np.cumsum(blocks[every, block], -1, dtype=np.float64)  # [B,_BLOCK]
+    before = np.where(block > 0, mass[every, block - 1], 0.0)
+    return block * _BLOCK + _first_above(inside, threshold - before)
+
+
+def _first_above(cumulative: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """The first place of each row above `threshold`, which rounding may lift to the total."""
+    below_total = np.nextafter(cumulative[:, -1], 0.0)
+    return (cumulative <= np.minimum(threshold, below_total)[:, None]).sum(-1)

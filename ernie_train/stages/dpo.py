@@ -1,0 +1,73 @@
+"""Direct preference optimization on given pairs: UPO with nothing but its preference term."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from ernie_train.stages import upo, upo_data
+from ernie_train.stages.common import PositiveInt, StageConfig, StageData, StageRun
+from ernie_train.stages.upo_config import OfflinePairs, UpoConfig
+from ernie_train.stages.upo_data import PreparedPrompts
+
+
+class DpoConfig(StageConfig):
+    """DPO (arXiv:2305.18290); the reference is the policy at the stage's start.
+
+    data: a file, or a directory of them, of rows with a prompt, a chosen and a rejected completion.
+    seq_len: longest prompt, and longest completion; pairs beyond it are left out.
+    """
+
+    kind: Literal["dpo"]
+    data: Annotated[str, Field(min_length=1)]
+    seq_len: PositiveInt
+    steps: PositiveInt
+    pairs_per_step: PositiveInt
+    beta: Annotated[float, Field(gt=0)] = 0.1
+
+    def as_upo(self) -> UpoConfig:
+        """The same stage as UPO settings."""
+        shared = {name: getattr(self, name) for name in StageConfig.model_fields}
+        return UpoConfig(
+            **shared,
+            kind="upo",
+            iterations=self.steps,
+            max_prompt_tokens=self.seq_len,
+            max_new_tokens=self.seq_len,
+            policy_coef=0.0,
+            preference_coef=1.0,
+            beta=self.beta,
+            pairs="offline",
+            offline=OfflinePairs(path=self.data, per_iteration=self.pairs_per_step),
+        )
+
+    def lengths(self) -> dict[str, int]:
+        """The sequence lengths that the model must be able to hold, by setting."""
+        return {"seq_len": self.seq_len}
+
+    def paths(self) -> list[str]:
+        """Every file or directory that the stage reads."""
+        return [self.data]
+
+
+def prepare(config: DpoConfig, data: StageData) -> PreparedPrompts:
+    """Reads and encodes the stage's pairs."""
+    return upo_data.prepare(config.as_upo(), data)
+
+
+def describe(
+    config: DpoConfig, data: StageData, prepared: PreparedPrompts, console: Console
+) -> None:
+    """Prints what a step is."""
+    console.print(
+        f"a step trains {config.pairs_per_step} of {len(prepared.offline)} pairs; "
+        f"steps: {config.steps}",
+        highlight=False,
+    )
+
+
+def run(config: DpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[str, Any]:
+    """Trains the stage from its latest checkpoint, or from the start."""
+    return upo.run(config.as_upo(), stage, prepared)
