@@ -10,8 +10,9 @@ class Alerts:
         self._say = say
         self._told: set[Hashable] = set()
 
-    def tell(self, key: Hashable, wrong: bool, text: str) -> None:
-        if wrong and key not in self._told:
+    def tell(self, key: Hashable, wrong: bool, text: str, *, again: bool = False) -> None:
+        """`again`: it got worse, which is said too."""
+        if wrong and (again or key not in self._told):
             self._say(f"warning: {text}")
             self._told.add(key)
         elif not wrong:

@@ -29,7 +29,6 @@ from ernie_train.model.moe import MoE
 from ernie_train.objective import Term, TrainedModel
 
 NonNegative = Annotated[float, Field(ge=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
 
 ORTHOGONAL = "balance/orthogonal"
 LOAD_BALANCE = "balance/load_balance"
@@ -172,19 +171,28 @@ class Balancer:
     def new_load(self) -> RouterLoad:
         return RouterLoad(list(self.layers), self.num_experts)
 
-    def after_step(self, load: RouterLoad) -> None:
-        """Moves what no gradient moves: routers (decoupled orthogonalization) and their biases."""
-        with paddle.no_grad():
-            if self.config.orthogonal_coef and self.config.orthogonal_mode == "decoupled":
-                for moe in self.layers.values():
-                    with paddle.enable_grad():
-                        gradient = router_orthogonal_gradient(moe.gate.weight)
+    def after_step(self, load: RouterLoad) -> dict[str, float]:
+        """Moves what no gradient moves: routers (decoupled orthogonalization) and their biases.
+
+        Returns what is shown of it: the mean over the layers of the loss that was stepped down.
+        """
+        shown: dict[str, float] = {}
+        decoupled = self.config.orthogonal_mode == "decoupled" and self.config.orthogonal_coef > 0
+        if self.layers and decoupled:
+            values = []
+            for moe in self.layers.values():
+                value, gradient = router_orthogonal_gradient(moe.gate.weight)
+                values.append(value)
+                with paddle.no_grad():
                     moe.gate.weight.subtract_(gradient * self.config.orthogonal_coef)
+            shown[ORTHOGONAL] = sum(values) / len(values)
+        with paddle.no_grad():
             if self.config.bias_update_rate and self.layers:
                 steps = selection_bias_step(load.tokens_per_expert, self.config.bias_update_rate)
                 for moe, step in zip(self.layers.values(), steps, strict=True):
                     bias = moe.moe_statics.e_score_correction_bias
                     bias.add_(paddle.to_tensor(step).reshape(bias.shape))
+        return shown
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

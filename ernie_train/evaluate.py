@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_train.datasets import Record, Tokenizer, prompt_ids, read_records
-from ernie_train.errors import ConfigError, DataError
+from ernie_train.errors import ConfigError, DataError, Interrupted
 from ernie_train.generation import Completion, generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
@@ -80,6 +80,7 @@ def load_problems(
     tasks: Sequence[str] = (),
     max_examples: int | None = None,
     needs_reward: bool = True,
+    max_bad_fraction: float = 0.01,
 ) -> list[Record]:
     """The problems of a JSONL file or of every one in a directory.
 
@@ -92,7 +93,8 @@ def load_problems(
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
     if not files:
         raise DataError(f"{root}: no .jsonl file with problems")
-    problems = [record for file in files for record in read_records(file)[0]]
+    read = (read_records(file, max_bad_fraction=max_bad_fraction)[0] for file in files)
+    problems = [record for records in read for record in records]
     for record in problems:
         for key in ("task", "domain", *(("reward",) if needs_reward else ())):
             if key not in record.fields:
@@ -157,6 +159,8 @@ def evaluate(
         ],
         stop_requested=stop_requested,
     )
+    if stop_requested():  # what was not scored any more must not pass for a result
+        raise Interrupted("stopped on a signal while scoring")
     rows = list(zip(owners, texts, completions, scores, strict=True))
     tasks: dict[tuple[str, str], list[Any]] = {}
     for row in rows:

@@ -90,16 +90,17 @@ def over_layers(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
 class RoutingProbe:
     """Tokens whose experts at the stage's start are remembered."""
 
-    input_ids: np.ndarray  # [1,T]
-    document_ids: np.ndarray  # [1,T]
-    position_ids: np.ndarray  # [1,T]
-    expert_ids: np.ndarray  # [L,T',K] sorted; T' without padding
+    input_ids: np.ndarray  # [B,S]
+    document_ids: np.ndarray  # [B,S]
+    position_ids: np.ndarray  # [B,S]
+    expert_ids: np.ndarray  # [L,T,K] sorted; T real tokens
 
     @classmethod
     def take(cls, model: Ernie4_5_MoeForCausalLM, batch: Any, max_tokens: int) -> RoutingProbe:
-        """Remembers the experts of the first tokens of a batch's first row."""
+        """Remembers the experts of a batch's first tokens: whole rows, or a part of a long one."""
+        rows = max(1, max_tokens // np.asarray(batch.input_ids).shape[1])
         first = [
-            np.asarray(array)[:1, :max_tokens].copy()
+            np.asarray(array)[:rows, :max_tokens].copy()
             for array in (batch.input_ids, batch.document_ids, batch.position_ids)
         ]
         ids, documents, positions = first
@@ -147,6 +148,7 @@ class MoeHealth:
         self._dead_steps = np.zeros((len(self.layers), model.config.moe_num_experts), np.int64)
         self._high_steps = np.zeros(len(self.layers), np.int64)
         self._alerts = Alerts(warn)
+        self._dead: dict[int, frozenset[int]] = dict.fromkeys(self.layers, frozenset())
         self._probe: RoutingProbe | None = None
         if state is not None and self.layers:
             self._probe = RoutingProbe(**state["probe"])
@@ -181,10 +183,12 @@ class MoeHealth:
         self._dead_steps = np.where(idle, self._dead_steps + 1, 0)
         steps = self.config.warn_after_steps
         for layer, idle_steps in zip(self.layers, self._dead_steps, strict=True):
-            dead = np.flatnonzero(idle_steps >= steps)
-            listed = ", ".join(map(str, dead[:8])) + (" and more" if len(dead) > 8 else "")
+            dead = frozenset(np.flatnonzero(idle_steps >= steps).tolist())
+            listed = ", ".join(map(str, sorted(dead)[:8])) + (" and more" if len(dead) > 8 else "")
             text = f"layer {layer}: expert {listed} got no token for {steps} steps; {REMEDY}"
-            self._alerts.tell(("dead", layer), len(dead) > 0, text)
+            more = dead - self._dead[layer]  # told of again when another one dies
+            self._alerts.tell(("dead", layer), bool(dead), text, again=bool(more))
+            self._dead[layer] = dead
 
     def _warn_of_load(self, figures: Mapping[int, Mapping[str, float]]) -> None:
         bound, steps = self.config.warn_load_max, self.config.warn_after_steps

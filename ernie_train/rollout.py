@@ -17,7 +17,7 @@ import numpy as np
 
 from ernie_train.datasets import Record, Tokenizer
 from ernie_train.datasets.mixing import epoch_order
-from ernie_train.errors import CheckpointError, ConfigError, Interrupted
+from ernie_train.errors import CheckpointError, ConfigError, DataError, Interrupted
 from ernie_train.evaluate import completion_text, encode_prompt, problem_row
 from ernie_train.generation import Completion, generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -53,7 +53,8 @@ class Sample:
     text: str = ""
     finished: bool = True
     score: Score = field(default_factory=Score.correct)
-    reward: float = 0.0
+    value: float = 0.0  # what the reward's parts add up to
+    reward: float = 0.0  # the value less what the stage subtracts
     parts: dict[str, float] = field(default_factory=dict)
     sampled_logprobs: np.ndarray | None = None
     expert_ids: np.ndarray | None = None  # [tokens, MoE layers, K], as sampled
@@ -188,8 +189,8 @@ class Collector:
         if self.stop_requested():
             raise Interrupted("stopped on a signal while scoring")
         for sample, composed in zip(samples, scored.scores, strict=True):
-            sample.score, sample.reward = composed.score, composed.value
-            sample.parts = composed.parts
+            sample.score, sample.parts = composed.score, composed.parts
+            sample.value = sample.reward = composed.value
 
 
 def encode_problems(
@@ -203,7 +204,9 @@ def encode_problems(
             dropped += 1
             continue
         fields = record.fields
-        difficulty = int(fields.get("difficulty", 1))
+        difficulty = fields.get("difficulty", 1)
+        if not isinstance(difficulty, int) or isinstance(difficulty, bool):
+            raise DataError(f"{record.source}: difficulty must be a whole number: {difficulty!r}")
         problems.append(
             Problem(record, ids, str(fields["domain"]), str(fields["task"]), difficulty)
         )
@@ -211,6 +214,11 @@ def encode_problems(
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+
+def rollout_file(directory: Path, number: int) -> Path:
+    """Where the rollout of iteration `number` lies."""
+    return directory / f"{number:06d}.jsonl"
 
 
 def write_rollout(path: Path, groups: Sequence[Group]) -> None:
@@ -221,7 +229,7 @@ def write_rollout(path: Path, groups: Sequence[Group]) -> None:
             row = {
                 "group": number, "problem": s.problem, "prompt_ids": s.prompt_ids,
                 "completion_ids": s.completion_ids, "domain": s.domain, "task": s.task,
-                "text": s.text, "finished": s.finished, "reward": s.reward, "parts": s.parts,
+                "text": s.text, "finished": s.finished, "value": s.value, "parts": s.parts,
                 "score": [s.score.value, s.score.status, s.score.detail],
                 "logprobs": None if s.sampled_logprobs is None
                 else [float(x) for x in s.sampled_logprobs],
@@ -258,7 +266,8 @@ def _read_sample(row: dict[str, Any]) -> Sample:
         text=row["text"],
         finished=row["finished"],
         score=Score(*row["score"]),
-        reward=row["reward"],
+        value=row["value"],
+        reward=row["value"],
         parts=row["parts"],
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )

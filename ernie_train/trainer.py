@@ -103,7 +103,7 @@ class Trainer(Generic[ModelT, BatchT]):
         self.optimizer.step(lr, metrics["grad_norm"])
         self.optimizer.clear_gradients()
         load.reduce()
-        self.balancer.after_step(load)
+        metrics.update(self.balancer.after_step(load))
         self.step += 1
         tokens = sum(batch.num_tokens for batch in micro_batches)
         return StepResult(self.step, metrics, time.perf_counter() - started, tokens, load)

@@ -285,3 +285,15 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, clock: Clock) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_the_terminal_shows_the_base_the_experts_and_the_reward(tmp_path):
+    console = rich.console.Console(file=io.StringIO(), width=400)
+    with MetricsWriter(tmp_path, resume_step=None, terminal=False, console=console) as writer:
+        values = {"reward": 0.25, "accuracy": 0.5, "kl": 0.0125, "rope_theta": 160000.0,
+                  "seq_len": 32768, "moe/load_max": 2.5, "moe/dead_experts": 3.0}  # fmt: skip
+        writer.log(1, values, {})
+    shown = console.file.getvalue()
+    for text in ("reward 0.250  accuracy 0.500", "kl 0.0125", "RoPE base 160,000 at 32768 tokens",
+                 "busiest expert 2.5x", "3 experts idle"):  # fmt: skip
+        assert text in shown

@@ -28,12 +28,13 @@ def router_orthogonal_loss(weight: Tensor) -> Tensor:
     return paddle.square(gram - paddle.eye(gram.shape[0], dtype=gram.dtype)).mean()
 
 
-def router_orthogonal_gradient(weight: Tensor) -> Tensor:
-    """The gradient [H,E] of `router_orthogonal_loss`, for the step that follows the optimizer's."""
+def router_orthogonal_gradient(weight: Tensor) -> tuple[float, Tensor]:
+    """`router_orthogonal_loss` and its gradient [H,E], for a step that follows the optimizer's."""
     alone = weight.detach()
     alone.stop_gradient = False
-    (gradient,) = paddle.grad(router_orthogonal_loss(alone), [alone])
-    return gradient
+    loss = router_orthogonal_loss(alone)
+    (gradient,) = paddle.grad(loss, [alone])
+    return float(loss), gradient
 
 
 def router_z_loss(router_logits: Tensor) -> Tensor:

@@ -46,17 +46,20 @@ class _LinearCrossEntropy(PyLayer):
         token_losses = paddle.concat(losses)
         ctx.save_for_backward(paddle.concat(grad_hidden), grad_weight)
         ctx.grad_bias = grad_bias
-        ctx.frozen = (hidden.stop_gradient, weight.stop_gradient)
+        inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+        ctx.frozen = tuple(tensor.stop_gradient for tensor in inputs)
         return (token_losses * token_weights).sum(), token_losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensor()
         scale = grads[0].astype(grad_hidden.dtype)
-        bias = () if ctx.grad_bias is None else (ctx.grad_bias * scale,)
-        frozen = zip((grad_hidden, grad_weight), ctx.frozen, strict=True)
+        grads_by_input = [grad_hidden, grad_weight]
+        if ctx.grad_bias is not None:
+            grads_by_input.append(ctx.grad_bias)
+        frozen = zip(grads_by_input, ctx.frozen, strict=True)
         given = tuple(None if still else grad * scale for grad, still in frozen)
-        return (*given, *bias, None, None)
+        return (*given, None, None)
 
 
 def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:

@@ -51,6 +51,7 @@ class Decoder:
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.embedding = model.model.embed_tokens.weight
+        self.rope_theta = model.model.rope_theta
         self.rope = _Rope(model)
         self.layers = [_Layer(layer, i) for i, layer in enumerate(model.model.layers)]
         self.norm = _Norm(model.model.norm)
@@ -61,6 +62,7 @@ class Decoder:
         Returns the hidden states [B,H] after the last norm, and the experts chosen by each MoE
         layer, [B,k] each.
         """
+        cache.require_base(self.rope_theta)
         step = cache.advance()
         rotations = self.rope(step.positions, cache.capacity)
         x = paddle.gather(self.embedding, paddle.to_tensor(tokens))

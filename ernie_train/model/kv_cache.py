@@ -56,6 +56,14 @@ class KVCache:
         self.key_rows: list[Tensor] = []  # the same memory as [B*K*C,D]
         self.value_rows: list[Tensor] = []
 
+    def require_base(self, rope_theta: float) -> None:
+        """Raises `ValueError` for a model with another RoPE base than the keys here have."""
+        if self.rope_theta != rope_theta:
+            raise ValueError(
+                f"the cache was made under rope_theta={self.rope_theta}, "
+                f"the model now has {rope_theta}"
+            )
+
     @property
     def batch(self) -> int:
         return len(self.lengths)

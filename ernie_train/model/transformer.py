@@ -134,11 +134,7 @@ class Ernie4_5_MoeModel(nn.Layer):
     def _begin_cache(self, kv_cache: KVCache | None, layout: BatchLayout) -> np.ndarray | None:
         if kv_cache is None:
             return None
-        if kv_cache.rope_theta != self.rope_theta:
-            raise ValueError(
-                f"the cache was made under rope_theta={kv_cache.rope_theta}, "
-                f"the model now has {self.rope_theta}"
-            )
+        kv_cache.require_base(self.rope_theta)
         return kv_cache.begin(layout)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 
 from ernie_train.stages import upo, upo_data
@@ -17,7 +17,7 @@ class DpoConfig(StageConfig):
     """DPO (arXiv:2305.18290); the reference is the policy at the stage's start.
 
     data: a file, or a directory of them, of rows with a prompt, a chosen and a rejected completion.
-    seq_len: longest prompt, and longest completion; pairs beyond it are left out.
+    seq_len: longest prompt with its completion; pairs beyond it are left out.
     """
 
     kind: Literal["dpo"]
@@ -27,6 +27,16 @@ class DpoConfig(StageConfig):
     pairs_per_step: PositiveInt
     beta: Annotated[float, Field(gt=0)] = 0.1
 
+    @model_validator(mode="after")
+    def _consistent(self) -> DpoConfig:
+        if self.micro_batch_size < 2:
+            raise ValueError("micro_batch_size must be at least 2: a pair goes through together")
+        if self.checkpoint.best_metric is not None:
+            raise ValueError("checkpoint.best_metric has no effect: a dpo stage measures none")
+        if self.seq_len < 2:
+            raise ValueError("seq_len must hold a prompt and a completion")
+        return self
+
     def as_upo(self) -> UpoConfig:
         """The same stage as UPO settings."""
         shared = {name: getattr(self, name) for name in StageConfig.model_fields}
@@ -34,8 +44,9 @@ class DpoConfig(StageConfig):
             **shared,
             kind="upo",
             iterations=self.steps,
-            max_prompt_tokens=self.seq_len,
-            max_new_tokens=self.seq_len,
+            max_prompt_tokens=self.seq_len - 1,
+            max_new_tokens=self.seq_len - 1,
+            max_pair_tokens=self.seq_len,
             policy_coef=0.0,
             preference_coef=1.0,
             beta=self.beta,

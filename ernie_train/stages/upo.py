@@ -26,7 +26,7 @@ from ernie_train.stages.upo_config import UpoConfig
 from ernie_train.stages.upo_data import PreparedPrompts
 from ernie_train.stages.upo_groups import GroupSource
 from ernie_train.stages.upo_learner import Learner
-from ernie_train.stages.upo_pairs import best_against_worst, offline_source
+from ernie_train.stages.upo_pairs import OfflineSource, best_against_worst, offline_source
 from ernie_train.stages.upo_report import (
     Watch,
     evaluate_held_out,
@@ -81,7 +81,8 @@ class _Upo:
         # Where the prompts stood at the end of the last iteration; within one they run ahead.
         self.boundary = self.source.state_dict()
         self.changing = False  # an iteration has begun to change the weights
-        self.measured: dict[str, float] = {}
+        self.measured: dict[str, float] = {}  # on the held-out problems, after this iteration
+        self.offline: OfflineSource | None = None
         cut_after(stage.directory / SAMPLES, resume_step)
         self.writer = MetricsWriter(
             stage.directory,
@@ -155,7 +156,7 @@ class _Upo:
         return metrics | self.learner.update(kept, pairs, number, self.health)
 
     def _measure(self, number: int, metrics: dict[str, float]) -> None:
-        settings = self.config.evaluation
+        settings, self.measured = self.config.evaluation, {}
         if settings is None:
             return
         if number % settings.every_iterations == 0 or number == self.config.iterations:
@@ -197,7 +198,6 @@ class _Upo:
             parts=self.learner.parts(),
         )
         self.saved_iteration = self.iteration
-        self.measured = {}
 
 
 class _Probe(NamedTuple):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ernie_train.config import StrictConfig
 from ernie_train.losses import KL_IN_LOSS_KINDS
 from ernie_train.optim import OptimConfig
-from ernie_train.rewards.composition import RewardConfig
+from ernie_train.rewards.composition import RewardConfig, RewardPart
 from ernie_train.stages.common import PositiveInt, StageConfig
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -109,6 +109,15 @@ class StageEvaluation(StrictConfig):
         return self
 
 
+# What only completions sampled in the stage make use of.
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "rollout_batch_size", "refill_rounds", "truncated",
+    "truncation_penalty", "normalize_rewards", "advantage", "group_scale", "group_size",
+    "clip_ratio", "clip_ratio_high", "curriculum", "canaries", "dump_rollouts", "replay_rollouts",
+    "samples_per_iteration", "max_logprob_mismatch",
+)  # fmt: skip
+
+
 class UpoConfig(StageConfig):
     """Unified preference optimization: PPO joined with DPO on pairs of completions.
 
@@ -135,6 +144,7 @@ class UpoConfig(StageConfig):
     group_size: PositiveInt = 8
     max_prompt_tokens: PositiveInt = 512  # longer prompts are left out
     max_new_tokens: PositiveInt
+    max_pair_tokens: PositiveInt | None = None  # of an offline pair's prompt with a completion
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -197,14 +207,20 @@ class UpoConfig(StageConfig):
             for name in needs
             if not getattr(self, name)
         ]
+        if self.max_pair_tokens is not None and self.needs_rollouts:
+            problems.append("max_pair_tokens has no effect beside rollouts: they have their bounds")
         unused = [
             name
             for name in ("data", "reward", "prompts_per_iteration")
             if name not in needs and getattr(self, name)
         ]
         problems += [f"{name} has no effect: nothing is sampled" for name in unused]
-        if not self.needs_rollouts and self.curriculum is not None:
-            problems.append("curriculum has no effect: nothing is sampled")
+        if not needs:
+            problems += [
+                f"{name} has no effect: nothing is sampled"
+                for name in _SAMPLING
+                if name in self.model_fields_set and getattr(self, name) is not None
+            ]
         return problems
 
     def _estimator_problems(self) -> list[str]:
@@ -218,6 +234,14 @@ class UpoConfig(StageConfig):
                 problems.append("a critic has no effect with advantage='group'")
             if self.group_size < 2 and self.needs_rollouts:
                 problems.append("advantage='group' needs a group_size of at least 2")
+        unused = ("gamma", "lam") if self.advantage == "group" else ("group_scale",)
+        problems += [
+            f"{name} has no effect with advantage={self.advantage!r}"
+            for name in unused
+            if name in self.model_fields_set
+        ]
+        if self.policy_coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
+            problems.append("entropy_coef and kl act on the policy term's tokens: policy_coef=0")
         if self.policy_coef == 0 and self.preference_coef == 0:
             problems.append("policy_coef and preference_coef are both 0: nothing would be learnt")
         return problems
@@ -235,7 +259,7 @@ class UpoConfig(StageConfig):
         if self.pairs is not None and self.micro_batch_size < 2:
             problems.append("pairs need a micro_batch_size of at least 2: both go through together")
         if self.pairs is not None and self.reward is not None:
-            highest = sum(abs(part.weight) for part in self.reward.parts)
+            highest = sum(abs(part.weight) for part in self._reward_parts) + self.truncation_penalty
             if self.pair_margin > highest:
                 problems.append(
                     f"pair_margin={self.pair_margin:g} is never met: rewards differ by "
@@ -263,7 +287,14 @@ class UpoConfig(StageConfig):
 
     def lengths(self) -> dict[str, int]:
         """The sequence lengths that the model must be able to hold, by setting."""
-        return {"max_prompt_tokens + max_new_tokens": self.max_prompt_tokens + self.max_new_tokens}
+        both = self.max_prompt_tokens + self.max_new_tokens
+        if self.needs_rollouts:
+            return {"max_prompt_tokens + max_new_tokens": both}
+        return {"max_pair_tokens": self.max_pair_tokens or both}
+
+    @property
+    def _reward_parts(self) -> list[RewardPart]:
+        return self.reward.parts if self.reward is not None else []
 
     def paths(self) -> list[str]:
         """Every file or directory that the stage reads."""
@@ -273,6 +304,7 @@ class UpoConfig(StageConfig):
             self.evaluation.path if self.evaluation else None,
             self.critic.path if self.critic else None,
             self.replay_rollouts,
+            *(part.python and part.python.rpartition(":")[0] for part in self._reward_parts),
         ):
             if path is not None:
                 found.append(path)

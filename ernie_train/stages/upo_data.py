@@ -14,7 +14,8 @@ from ernie_train.datasets import Record, Tokenizer, encode_chat, prompt_ids, rea
 from ernie_train.errors import DataError
 from ernie_train.evaluate import load_problems, require_verifiers
 from ernie_train.experience import Pairing
-from ernie_train.rollout import Problem, Sample, encode_problems
+from ernie_train.rewards.composition import build_reward
+from ernie_train.rollout import Problem, Sample, encode_problems, rollout_file
 from ernie_train.stages.common import StageData
 from ernie_train.stages.upo_config import PromptSource, UpoConfig
 
@@ -72,6 +73,9 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
         sizes.append(len(found))
         reports.append(report)
     _check_curriculum(config, problems)
+    if config.reward is not None:
+        build_reward(config.reward, data.base_dir).close()  # nothing is started: it only must exist
+    _check_replay(config, data)
     held_out: list[Record] = []
     if config.evaluation is not None:
         held_out = load_problems(
@@ -98,6 +102,7 @@ def _read_problems(
         tasks=source.tasks,
         max_examples=source.max_examples,
         needs_reward=any(part.name == "row" for part in parts),
+        max_bad_fraction=config.max_bad_fraction,
     )
     found, too_long = encode_problems(records, data.tokenizer, longest=config.max_prompt_tokens)
     if not found:
@@ -112,12 +117,14 @@ def _read_offline(
     config: UpoConfig, path: str, data: StageData
 ) -> tuple[list[Pairing], dict[str, Any]]:
     pairs = read_pairs(data.base_dir / path, data.tokenizer, config.max_bad_fraction)
+    longest = config.max_pair_tokens or config.max_prompt_tokens + config.max_new_tokens
     fitting = [
         pair
         for pair in pairs
         if all(
             len(s.prompt_ids) <= config.max_prompt_tokens
             and len(s.completion_ids) <= config.max_new_tokens
+            and len(s.prompt_ids + s.completion_ids) <= longest
             for s in pair
         )
     ]
@@ -149,14 +156,26 @@ def describe(
     console.print(data.tokenizer.decode(first.prompt_ids), markup=False, highlight=False)
 
 
+def _check_replay(config: UpoConfig, data: StageData) -> None:
+    if config.replay_rollouts is None:
+        return
+    directory = data.base_dir / config.replay_rollouts
+    for number in range(1, config.iterations + 1):
+        if not rollout_file(directory, number).exists():
+            raise DataError(
+                f"replay_rollouts: {rollout_file(directory, number)} is missing; "
+                f"{config.iterations} iterations need as many rollouts"
+            )
+
+
 def _check_curriculum(config: UpoConfig, problems: list[Problem]) -> None:
     if config.curriculum is None:
         return
     levels = sorted({problem.difficulty for problem in problems})
-    if levels[0] > config.curriculum.start:
+    if config.curriculum.start not in levels:
         raise DataError(
-            f"curriculum.start={config.curriculum.start}: the easiest problem has difficulty "
-            f"{levels[0]}"
+            f"curriculum.start={config.curriculum.start}: no problem has that difficulty, only "
+            f"{', '.join(map(str, levels))}"
         )
     if levels == [levels[0]]:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from ernie_train.rollout import (
     PromptOrder,
     SamplingSettings,
     read_rollout,
+    rollout_file,
     write_rollout,
 )
 from ernie_train.stages.common import StageRun
@@ -64,12 +64,12 @@ class GroupSource:
             return []
         if config.replay_rollouts is not None:
             directory = self.stage.data.base_dir / config.replay_rollouts
-            groups = read_rollout(_file(directory, number))
+            groups = read_rollout(rollout_file(directory, number))
         else:
             groups = self._sampled(number)
         if config.dump_rollouts:
-            write_rollout(_file(self.stage.directory / ROLLOUTS, number), groups)
-        self._settle(groups)
+            write_rollout(rollout_file(self.stage.directory / ROLLOUTS, number), groups)
+        self.settle(groups)
         return groups
 
     def _sampled(self, number: int) -> list[Group]:
@@ -79,25 +79,21 @@ class GroupSource:
         for refill in range(self.config.refill_rounds + 1):
             chosen = self.order.take(missing, self.allowed)
             found = self.collector.collect(chosen, number, refill)
-            self._settle(found)
+            self.settle(found)
             groups += found
             missing -= len(self.informative(found))
             if missing == 0:
                 break
         return groups
 
-    def _settle(self, groups: list[Group]) -> None:
+    def settle(self, groups: list[Group]) -> None:
         """Decides from which completions the policy may learn, and punishes truncated ones."""
         config = self.config
         for sample in (s for group in groups for s in group):
             cut = not sample.finished and config.truncated == "mask"
             sample.trained = sample.score.trains and not cut
             penalty = 0.0 if sample.finished else config.truncation_penalty
-            sample.reward = self._weighted(sample.parts) - penalty
-
-    def _weighted(self, parts: dict[str, float]) -> float:
-        reward = self.config.reward
-        return sum(part.weight * parts[part.label] for part in reward.parts) if reward else 0.0
+            sample.reward = sample.value - penalty
 
     def allowed(self, problem: int) -> bool:
         """Whether the curriculum has come to a problem."""
@@ -123,9 +119,9 @@ class GroupSource:
             for s in group
             if s.score.trains and problems[s.problem].difficulty == self.level
         ]
-        highest = max(problem.difficulty for problem in problems)
         if hardest and np.mean(hardest) >= self.config.curriculum.raise_at:
-            self.level = min(self.level + 1, highest)
+            harder = {p.difficulty for p in problems if p.difficulty > self.level}
+            self.level = min(harder, default=self.level)
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order.state_dict(), "level": self.level}
@@ -133,7 +129,3 @@ class GroupSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order.load_state_dict(state["order"])
         self.level = state["level"]
-
-
-def _file(directory: Path, number: int) -> Path:
-    return directory / f"{number:06d}.jsonl"

@@ -64,6 +64,7 @@ def offline_source(
             raise CheckpointError(f"{path} is missing: the stage had begun with it")
         order = PromptOrder(prepared.sizes, prepared.weights, seed)
         sampled = groups.collector.collect(order.take(settings.prompts, groups.allowed), 0, 0)
+        groups.settle(sampled)
         pairs, counts = best_against_worst(sampled, config.pair_margin)
         if not pairs:
             raise UserError(

@@ -69,8 +69,9 @@ def test_orthogonal_equals_float64_and_its_gradient(rng, shape):
     router_orthogonal_loss(tensor).backward()
     expected = numeric_gradient(orthogonal, weight)
     np.testing.assert_allclose(tensor.grad.numpy(), expected, atol=1e-8)
-    alone = router_orthogonal_gradient(tensor.detach())
+    value, alone = router_orthogonal_gradient(tensor.detach())
     np.testing.assert_array_equal(alone.numpy(), tensor.grad.numpy())
+    assert value == pytest.approx(orthogonal(weight), rel=1e-9)
 
 
 def test_orthogonal_of_orthogonal_columns_is_zero_at_any_length(rng):

@@ -118,3 +118,12 @@ def test_positions_follow_the_base_of_the_model():
     np.testing.assert_allclose(model.logits(hidden)[0].numpy(), expected, atol=2e-5)
     model.set_rope_theta(1e6)
     assert np.abs(uncached(model, [*prompt, 23])[0] - expected).max() > 1e-3
+
+
+@paddle.no_grad()
+def test_a_cache_of_another_base_is_refused():
+    model = make_model()
+    cache = prefilled(model, [[5, 6, 7]])
+    model.set_rope_theta(2 * model.config.rope_theta)
+    with pytest.raises(ValueError, match="the cache was made under rope_theta="):
+        Decoder(model)(np.array([8]), cache)

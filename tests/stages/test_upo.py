@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from ernie_train.cli import main
 from ernie_train.errors import ConfigError
-from ernie_train.rollout import Collector, PromptOrder, read_rollout
+from ernie_train.rollout import Collector, PromptOrder, Sample, read_rollout
 from ernie_train.stages import upo_groups
 from ernie_train.stages.dpo import DpoConfig
 from ernie_train.stages.upo_config import UpoConfig
@@ -71,6 +72,13 @@ GAE = {
     "preference_coef": 0.2, "pairs": "both",
     "offline": {"prompts": 20, "per_iteration": 2}, "balance": {"bias_update_rate": 0.001},
     "curriculum": {"start": 1, "raise_at": 0.3}, "refill_rounds": 1,
+}  # fmt: skip
+
+
+OFFLINE_ONLY = {
+    "data": None, "reward": None, "prompts_per_iteration": None, "canaries": None,
+    "truncated": None, "group_size": None, "policy_coef": 0.0, "preference_coef": 1.0,
+    "pairs": "offline", "offline": {"path": "x", "per_iteration": 1},
 }  # fmt: skip
 
 
@@ -314,6 +322,10 @@ def test_masked_truncation_keeps_cut_completions_out(workspace, tmp_path):
         ({"truncated": "mask", "truncation_penalty": 0.5}, "no effect with truncated='mask'"),
         ({"pair_margin": 0}, "greater than 0"),
         ({"offline": {"prompts": 4, "per_iteration": 1}}, "no effect without pairs"),
+        ({"gamma": 0.9}, "gamma has no effect with advantage='group'"),
+        ({"max_pair_tokens": 9}, "max_pair_tokens has no effect beside rollouts"),
+        ({**OFFLINE_ONLY, "top_p": 0.9}, "top_p has no effect: nothing is sampled"),
+        ({**OFFLINE_ONLY, "kl": {"coef": 0.1}}, "entropy_coef and kl act on the policy term"),
     ],
 )
 def test_impossible_settings_are_refused(changes, says):
@@ -348,6 +360,49 @@ def test_check_describes_the_stage(workspace, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "an iteration samples 6 prompts x 4 completions of at most 10 tokens" in out
     assert "2 optimizer steps an iteration; iterations: 4" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"micro_batch_size": 1}, "micro_batch_size must be at least 2"),
+        ({"checkpoint": {"best_metric": "x"}}, "best_metric has no effect"),
+        ({"beta": 0}, "greater than 0"),
+    ],
+)
+def test_impossible_dpo_settings_are_refused(changes, says):
+    values = {"name": "d", "kind": "dpo", "data": "x", "seq_len": 32, "steps": 3,
+              "pairs_per_step": 2, "micro_batch_size": 2, "optim": {"lr": 1e-4}}  # fmt: skip
+    with pytest.raises(ValidationError, match=says):
+        DpoConfig(**{**values, **changes})
+
+
+def test_the_curriculum_passes_over_levels_that_no_problem_has():
+    source = upo_groups.GroupSource.__new__(upo_groups.GroupSource)
+    source.config = UpoConfig(**stage(Path("x"), curriculum={"raise_at": 0.5}))
+    problems = [SimpleNamespace(difficulty=level) for level in (1, 3, 7)]
+    source.prepared, source.level = SimpleNamespace(problems=problems), 1
+    for expected in (3, 7, 7):
+        at = [p.difficulty for p in problems].index(source.level)
+        source.raise_level([[Sample(at, [1], [2])]])
+        assert source.level == expected
+
+
+def test_cut_off_completions_are_settled_before_pairs_are_made(workspace, tmp_path):
+    """The starting policy's pairs obey `truncated` as the iterations' do."""
+    everything_is_cut = {**GAE, "truncated": "mask", "max_new_tokens": 3, "iterations": 1}
+    assert run_stage(workspace, tmp_path / "cut", **everything_is_cut) in (0, 2)
+    kept = tmp_path / "cut/01-rl/offline_pairs.jsonl"
+    pairs = read_rollout(kept) if kept.exists() else []
+    assert all(sample.finished for pair in pairs for sample in pair)
+
+
+def test_a_replay_that_is_not_there_is_told_before_the_stage_begins(workspace, tmp_path, capsys):
+    directory = tmp_path / "nothing"
+    directory.mkdir()
+    assert run_stage(workspace, tmp_path / "replay", replay_rollouts=str(directory)) == 2
+    assert "000001.jsonl is missing" in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "replay/01-rl/metrics.jsonl").exists()
 
 
 def test_dpo_settings_become_upo_settings():

@@ -1,0 +1,176 @@
+"""Bytes that a micro-batch keeps for its backward pass, and what stands beside them at the peak.
+
+Each term names tensors that the code of `model/` and `losses/` holds; docs/scaling.md lists them.
+
+Shapes: T tokens of the micro-batch, H hidden size, N query heads, K key/value heads, D head
+dimension, E experts, k experts per token, I expert width, R routed rows of this rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.plan.layout import Layout, Precision, moe_layers
+
+_FLOAT, _INT = 4, 8  # bytes of float32 and int64
+# Those of model/layout.py and losses/cross_entropy.py, which load Paddle.
+BATCHED_LENGTH, KEPT_LENGTH, KEPT_BLOCK, ALIGNMENT = 192, 1024, 128, 8
+CHUNK_ELEMENTS = 8 * 1024 * 1024
+# The fullest rank of an expert group is taken to get this much more than the mean.
+LOAD_IMBALANCE = 1.25
+
+Head = Literal["cross_entropy", "logprobs"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`rows` full rows of `seq_len` tokens, packed from documents of `document_tokens`."""
+
+    rows: int
+    seq_len: int
+    document_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Activations of one rank; on a GPU FlashMask keeps log-sum-exps in place of probabilities."""
+
+    config: Ernie4_5_MoeConfig
+    precision: Precision
+    layout: Layout
+    on_gpu: bool
+
+    def peak(self, batch: MicroBatch, head: Head) -> float:
+        """Most bytes that live beside weights, gradients and optimizer state in a training step.
+
+        Either while the loss is made or in the backward pass of the last layers; with recompute
+        the activations of one layer at a time stand beside the inputs of all.
+        """
+        kept = self.kept(batch)
+        backward = self._backward_of_a_layer(batch)
+        if self.layout.recompute:
+            backward += max(self.layer(batch, moe) for moe in self._kinds())
+        return kept + max(self._head_transient(batch, head), backward)
+
+    def kept(self, batch: MicroBatch) -> float:
+        """What stands when the forward pass is done."""
+        config = self.config
+        mixtures = moe_layers(config)
+        if self.layout.recompute:
+            inputs = batch.tokens * config.hidden_size * self.precision.width
+            layers = float(config.num_hidden_layers * inputs)
+        else:
+            layers = mixtures * self.layer(batch, True)
+            layers += (config.num_hidden_layers - mixtures) * self.layer(batch, False)
+        # Router logits, probabilities and expert ids are reported for the losses.
+        reported = batch.tokens * (2 * config.moe_num_experts * _FLOAT + config.moe_k * _INT)
+        return layers + mixtures * reported + self._tables(batch) + self._after_layers(batch)
+
+    def layer(self, batch: MicroBatch, moe: bool) -> float:
+        """What a layer keeps where it is not recomputed, less what it reports."""
+        config, width, tokens = self.config, self.precision.width, batch.tokens
+        # x / rms and 1 / rms in float32, and the norm's output, twice
+        norms = 2 * tokens * (config.hidden_size * (_FLOAT + width) + _FLOAT)
+        kept = norms + self._attention(batch)
+        return kept + (self._mixture(tokens) if moe else self._mlp(tokens, dense=True))
+
+    def prefill(self, tokens: int, prompt_tokens: int) -> float:
+        """One layer's activations: without gradients each layer's go before the next one's come."""
+        batch = MicroBatch(max(1, tokens // prompt_tokens), prompt_tokens, prompt_tokens)
+        return self._tables(batch) + max(self.layer(batch, moe) for moe in self._kinds())
+
+    def routed_rows(self, tokens: int) -> float:
+        """R, for `tokens` on every rank."""
+        share = min(1.0, self.config.moe_capacity_factor or 1.0)
+        rows = tokens * self.config.moe_k * share
+        return rows * LOAD_IMBALANCE if self.layout.expert > 1 else rows
+
+    # ---- parts -----------------------------------------------------------------------------------
+
+    def _kinds(self) -> set[bool]:
+        return {self.config.is_moe_layer(i) for i in range(self.config.num_hidden_layers)}
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        return self.config.num_attention_heads, int(self.config.num_key_value_heads or 0)
+
+    def _attention(self, batch: MicroBatch) -> float:
+        """q, k, v and output, and for each query what the backward pass needs of its scores."""
+        heads, kv_heads = self._heads
+        rows = (2 * heads + 2 * kv_heads) * self.config.attention_head_dim
+        scores = heads * self._scores_of_a_query(batch.document_tokens)
+        return batch.tokens * (rows * self.precision.width + scores)
+
+    def _scores_of_a_query(self, length: int) -> float:
+        """Bytes kept for a query and head, the mean over a document: see model/blocks.py."""
+        width = self.precision.width
+        if self.on_gpu or length > KEPT_LENGTH:
+            return _FLOAT  # the log-sum-exp
+        if length <= BATCHED_LENGTH:
+            return length * width
+        blocks = -(-length // KEPT_BLOCK)
+        block = -(-length // (blocks * ALIGNMENT)) * ALIGNMENT
+        return block * block * blocks * (blocks + 1) / 2 / length * width
+
+    def _mlp(self, tokens: int, *, dense: bool) -> float:
+        """gate, silu(gate), up and their product."""
+        config = self.config
+        shared = config.moe_num_shared_experts * config.moe_intermediate_size
+        return 4 * tokens * (config.intermediate_size if dense else shared) * self.precision.width
+
+    def _mixture(self, tokens: int) -> float:
+        config, width = self.config, self.precision.width
+        pairs = tokens * config.moe_k
+        kept = tokens * config.moe_num_experts * _FLOAT  # the router's probabilities
+        if width != _FLOAT:
+            kept += tokens * config.hidden_size * _FLOAT  # its input in float32
+        kept += 4 * pairs * _FLOAT  # those of the chosen experts, until they are weights
+        kept += 3 * pairs * _INT  # the way of every pair to its row and back
+        # The experts' input, their weights, and up, sigmoid, silu, wide weights, weighted product.
+        row = config.hidden_size + 1 + 5 * config.moe_intermediate_size
+        return kept + self.routed_rows(tokens) * row * width + self._mlp(tokens, dense=False)
+
+    def _tables(self, batch: MicroBatch) -> float:
+        """Rotary tables of tokens and heads, and on a CPU the index arrays of attention."""
+        heads, kv_heads = self._heads
+        rotary = 2 * (1 + heads + kv_heads) * self.config.attention_head_dim * _FLOAT
+        return batch.tokens * (rotary + (0 if self.on_gpu else 2 * (heads + kv_heads) * _INT))
+
+    def _after_layers(self, batch: MicroBatch) -> float:
+        """The last norm, and what the head keeps for each token."""
+        return batch.tokens * self.config.hidden_size * (_FLOAT + self.precision.width)
+
+    def _head_transient(self, batch: MicroBatch, head: Head) -> float:
+        """Chunks of logits, the head's gradients and their temporary copies, hidden states."""
+        config, width = self.config, self.precision.width
+        chunk = max(1, CHUNK_ELEMENTS // config.vocab_size)
+        part = min(batch.tokens, chunk)
+        copies = 2 if batch.tokens <= chunk else 3  # a chunk's logits come before the last ones go
+        if head == "logprobs":
+            copies += 1
+        logits = copies * part * config.vocab_size * _FLOAT
+        weight = 3 * config.vocab_size * config.hidden_size * width
+        return logits + weight + (2 * batch.tokens + 3 * part) * config.hidden_size * width
+
+    def _backward_of_a_layer(self, batch: MicroBatch) -> float:
+        """Gradients on their way: of the stream, of rows, and of a layer's experts.
+
+        The head's gradient waits for the embedding's where the two are tied.
+        """
+        config, width, hidden = self.config, self.precision.width, self.config.hidden_size
+        held = 3 * batch.tokens * hidden * width
+        held += config.vocab_size * hidden * width if config.tie_word_embeddings else 0
+        if not moe_layers(config):
+            inner = config.intermediate_size
+            return held + (3 * batch.tokens * inner + hidden * inner) * width
+        # Each expert's gradients, then all of them stacked.
+        experts = config.moe_num_experts // self.layout.expert
+        held += 2 * 3 * experts * hidden * config.moe_intermediate_size * width
+        # Of the rows: incoming, of each expert, joined. An exchange before or after holds no more.
+        return held + 3 * self.routed_rows(batch.tokens) * hidden * width

@@ -1,0 +1,116 @@
+"""The `plan` verb: from a recipe and what the command line assumes to the printed answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from ernie_train import runtime
+from ernie_train.errors import UserError
+from ernie_train.plan.cost import Rates
+from ernie_train.plan.layout import BYTES, Dtype, Precision
+from ernie_train.plan.memory import Machine
+from ernie_train.plan.search import Problem, candidates, smallest_cluster
+from ernie_train.plan.tables import (
+    describe,
+    idle_ranks,
+    layout_table,
+    memory_table,
+    print_assumptions,
+    shortage,
+    step_table,
+)
+from ernie_train.plan.work import recipe_work
+from ernie_train.recipe import Recipe
+
+DEFAULT_RANKS, DEFAULT_MEMORY_GB = 8, 80.0
+# What an H100 and a processor core may achieve: stated in every plan, not measured here.
+GPU_RATES = Rates(tflops=300.0, inside_gbps=2400.0, between_gbps=400.0, memory_gb_per_s=2000.0)
+CPU_RATES = Rates(tflops=0.05, inside_gbps=16.0, between_gbps=10.0, memory_gb_per_s=10.0)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the command line gives; None: the default, or what goes with the device.
+
+    expert: only layouts of this expert degree. gradients: their type, where not that of weights.
+    document_tokens: mean length of packed documents; else a row is one document.
+    """
+
+    ranks: int | None = None
+    memory_gb: float | None = None
+    expert: int | None = None
+    gradients: str | None = None
+    document_tokens: int | None = None
+    tflops: float | None = None
+    interconnect_gbps: float | None = None
+
+
+def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None:
+    """Prints whether and how the recipe fits.
+
+    Raises `UserError` for an expert degree or gradients that cannot be.
+    """
+    machine, why = _machine(recipe, settings)
+    ranks = settings.ranks or DEFAULT_RANKS
+    problem = Problem(
+        recipe.model.build(),
+        recipe_work(recipe, settings.document_tokens),
+        machine,
+        settings.memory_gb or DEFAULT_MEMORY_GB,
+        _rates(machine, settings),
+        settings.expert,
+    )
+    found = candidates(problem, ranks)
+    print_assumptions(problem, ranks, why, console)
+    fitting = [candidate for candidate in found if candidate.fits(problem.memory_gb)]
+    shown = fitting[0] if fitting else min(found, key=lambda c: c.peak)
+    console.print(f"the {'best' if fitting else 'smallest'}: {describe(shown.layout)}")
+    console.print(memory_table(problem.work, shown))
+    console.print(step_table(problem.work, shown))
+    for line in idle_ranks(problem.work, shown):
+        console.print(line, highlight=False)
+    if fitting:
+        console.print(layout_table(problem, fitting))
+        console.print(f"{len(found) - len(fitting)} other layouts do not fit", highlight=False)
+        console.print(f"it fits; the fastest: {shown.layout.as_yaml()}", highlight=False)
+        return
+    for line in shortage(problem, shown, smallest_cluster(problem)):
+        console.print(line, highlight=False)
+
+
+def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:
+    """The kind of ranks, and a word on why."""
+    device, why = recipe.device, f"device: {recipe.device}"
+    if device == "auto":
+        if settings.ranks is not None or settings.memory_gb is not None:
+            device, why = "gpu", "device: auto; GPUs were named"
+        else:
+            device = "gpu" if runtime.select_device("auto") == "gpu" else "cpu"
+            why = f"device: auto, {'a' if device == 'gpu' else 'no'} GPU here; --gpus plans GPUs"
+    weights: Dtype = "bfloat16" if device == "gpu" else "float32"
+    gradients = _dtype(settings.gradients) or weights
+    if settings.gradients == "bfloat16" and weights == "float32":
+        raise UserError("--gradients bfloat16: on a CPU weights and gradients are float32")
+    return Machine(device == "gpu", Precision(weights, gradients)), why
+
+
+def _dtype(name: str | None) -> Dtype | None:
+    for known in BYTES:
+        if name == known:
+            return known
+    if name is not None:
+        raise UserError(f"--gradients {name}: {' or '.join(BYTES)}")
+    return None
+
+
+def _rates(machine: Machine, settings: PlanSettings) -> Rates:
+    base = GPU_RATES if machine.on_gpu else CPU_RATES
+    wires = settings.interconnect_gbps
+    return Rates(
+        settings.tflops or base.tflops,
+        wires or base.inside_gbps,
+        wires or base.between_gbps,
+        base.memory_gb_per_s,
+    )

@@ -1,0 +1,127 @@
+"""How a job is laid over ranks, and which parameters each of them holds.
+
+World size = expert x data. Dense parameters are on every rank; each routed expert is on `data`
+ranks. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ernie_train.errors import UserError
+from ernie_train.model.configuration import Ernie4_5_MoeConfig
+
+GB = 1e9
+Dtype = Literal["float32", "bfloat16"]
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`sharding` spreads optimizer state over the ranks that hold the same parameter."""
+
+    expert: int
+    data: int
+    sharding: bool
+    recompute: bool
+
+    @property
+    def ranks(self) -> int:
+        return self.expert * self.data
+
+    def as_yaml(self) -> str:
+        """The layout as a recipe says it."""
+        flags = (str(flag).lower() for flag in (self.sharding, self.recompute))
+        sharding, recompute = flags
+        return (
+            f"parallel: {{expert: {self.expert}, data: {self.data}, sharding: {sharding}, "
+            f"recompute: {recompute}}}"
+        )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Types of weights and activations, and of gradients.
+
+    float32 weights are their own masters; bfloat16 ones have float32 masters in the optimizer.
+    """
+
+    weights: Dtype
+    gradients: Dtype
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight, and of most activations."""
+        return BYTES[self.weights]
+
+    @property
+    def gradient_width(self) -> int:
+        return BYTES[self.gradients]
+
+    @property
+    def state_width(self) -> int:
+        """Bytes of optimizer state for a parameter: two moments, and a master where needed."""
+        return 8 if self.weights == "float32" else 12
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters there are of each kind."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+    def on_rank(self, layout: Layout) -> Parameters:
+        """What one rank of `layout` holds."""
+        return Parameters(self.dense, self.experts // layout.expert)
+
+    def updated_on_rank(self, layout: Layout) -> float:
+        """Parameters whose optimizer state one rank holds: its share under sharding."""
+        own = self.on_rank(layout)
+        if not layout.sharding:
+            return own.total
+        return own.dense / layout.ranks + own.experts / layout.data
+
+
+def moe_layers(config: Ernie4_5_MoeConfig) -> int:
+    """The number of MoE layers."""
+    return sum(config.is_moe_layer(index) for index in range(config.num_hidden_layers))
+
+
+def count_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
+    """Routed experts, and everything else (router and shared experts too)."""
+    total, _ = config.num_parameters()
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    experts = moe_layers(config) * config.moe_num_experts * expert
+    return Parameters(total - experts, experts)
+
+
+def critic_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
+    """A critic: the decoder with a scalar head [H] and its bias instead of the vocabulary's."""
+    own = count_parameters(config)
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    head += config.vocab_size if config.lm_head_has_bias else 0
+    return Parameters(own.dense - head + config.hidden_size + 1, own.experts)
+
+
+def layouts(config: Ernie4_5_MoeConfig, ranks: int, expert: int | None = None) -> Iterator[Layout]:
+    """Every layout of `ranks` ranks; with `expert` only those of that expert degree.
+
+    Raises `UserError` for a degree that does not divide the experts or the ranks.
+    """
+    experts = config.moe_num_experts if moe_layers(config) else 1
+    if expert is not None and (experts % expert or ranks % expert):
+        raise UserError(
+            f"--expert {expert} must divide the {experts} experts of a layer and the {ranks} ranks"
+        )
+    degrees = [n for n in range(1, experts + 1) if experts % n == 0 and ranks % n == 0]
+    for degree in degrees if expert is None else [expert]:
+        for sharding in (False, True) if ranks > 1 else (False,):
+            for recompute in (False, True):
+                yield Layout(degree, ranks // degree, sharding, recompute)

@@ -1,0 +1,171 @@
+"""How a plan is told: what was assumed, memory by part, a step's work, the layouts that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Column, Table
+
+from ernie_train.plan.layout import GB, Layout, count_parameters
+from ernie_train.plan.search import MOST_RANKS, Candidate, Problem
+from ernie_train.plan.work import Work
+
+_PARTS = (
+    "weights", "gradients", "optimizer", "reference", "critic", "activations", "rollouts",
+    "reserve",
+)  # fmt: skip
+
+_REMEDIES = {
+    "activations": "a smaller micro_batch_size or shorter rows take less",
+    "rollouts": "a smaller rollout_batch_size takes less",
+}
+
+
+def print_assumptions(problem: Problem, ranks: int, why: str, console: Console) -> None:
+    """The model and everything that the numbers rest on."""
+    total, active = problem.config.num_parameters()
+    counts, precision = count_parameters(problem.config), problem.machine.precision
+    console.print(
+        f"model: {_count(total)} parameters ({_count(counts.dense)} dense, "
+        f"{_count(counts.experts)} in routed experts), {_count(active)} active for a token",
+        highlight=False,
+    )
+    kind = "GPUs" if problem.machine.on_gpu else "CPU ranks"
+    console.print(
+        f"assumed: {ranks} {kind} of {problem.memory_gb:g} GB (10^9 bytes); weights "
+        f"{precision.weights}, gradients {precision.gradients} ({why})",
+        highlight=False,
+    )
+    rates = problem.rates
+    console.print(
+        f"assumed rates of a rank: {rates.tflops:g} TFLOPS, {rates.inside_gbps:g} Gbit/s within a "
+        f"machine of 8 and {rates.between_gbps:g} beyond, {rates.memory_gb_per_s:g} GB/s from its "
+        "memory; nothing overlaps",
+        highlight=False,
+    )
+
+
+def memory_table(work: Sequence[Work], candidate: Candidate) -> Table:
+    """GB of a rank by part, a column a phase."""
+    table = _table("memory of a rank, GB", *(phase.name for phase in work))
+    for part in _PARTS:
+        values = [getattr(memory, part) for memory in candidate.memory]
+        if any(values):
+            table.add_row(part, *(_gb(value) for value in values))
+    table.add_section()
+    table.add_row("peak", *(_gb(memory.peak) for memory in candidate.memory))
+    table.add_row("largest part", *(memory.binding() for memory in candidate.memory))
+    return table
+
+
+def step_table(work: Sequence[Work], candidate: Candidate) -> Table:
+    """What a step of each phase costs."""
+    table = _table("a step", *(phase.name for phase in work))
+    table.add_row("tokens trained", *(f"{phase.tokens:,}" for phase in work))
+    table.add_row("GFLOP per token", *(f"{c.flops_per_token / 1e9:.4g}" for c in candidate.cost))
+    ranks = candidate.layout.ranks
+    if any(c.busy_ranks < ranks for c in candidate.cost):
+        table.add_row("ranks with work", *(f"{c.busy_ranks} of {ranks}" for c in candidate.cost))
+    for kind in _kinds([c.sent for c in candidate.cost]):
+        table.add_row(f"{kind}: GB sent", *(_gb(c.sent.get(kind, 0.0)) for c in candidate.cost))
+    table.add_section()
+    for kind in _kinds([c.seconds for c in candidate.cost]):
+        cells = (f"{c.seconds.get(kind, 0.0):.3g}" for c in candidate.cost)
+        table.add_row(f"{kind}: seconds", *cells)
+    table.add_row("seconds in all", *(f"{c.total_seconds:.3g}" for c in candidate.cost))
+    return table
+
+
+def layout_table(problem: Problem, fitting: Sequence[Candidate]) -> Table:
+    """The layouts that fit, the best first."""
+    columns = ("expert", "data", "sharding", "recompute", "peak GB", "in", "seconds a step")
+    table = _table("layouts that fit", *columns, "bound by")
+    for place, candidate in enumerate(fitting):
+        layout = candidate.layout
+        slowest = max(candidate.cost, key=lambda c: c.total_seconds)
+        table.add_row(
+            "best" if place == 0 else "",
+            str(layout.expert),
+            str(layout.data),
+            _yes(layout.sharding),
+            _yes(layout.recompute),
+            _gb(candidate.peak),
+            problem.work[candidate.tightest].name,
+            " / ".join(f"{c.total_seconds:.3g}" for c in candidate.cost),
+            slowest.binding(),
+            style="bold green" if place == 0 else "",
+        )
+    return table
+
+
+def shortage(problem: Problem, closest: Candidate, cluster: Candidate) -> list[str]:
+    """Why nothing fits, and what would: `cluster` is what `smallest_cluster` found."""
+    tight = closest.tightest
+    binding = closest.memory[tight].binding()
+    lines = [
+        f"nothing fits: {describe(closest.layout)} comes closest with {_gb(closest.peak)} GB in "
+        f"{problem.work[tight].name}, above {problem.memory_gb:g}; what binds is "
+        f"{_binding(closest)}" + (f": {_REMEDIES[binding]}" if binding in _REMEDIES else "")
+    ]
+    where = f"{cluster.layout.ranks} ranks ({describe(cluster.layout)})"
+    if cluster.fits(problem.memory_gb):
+        lines.append(
+            f"the smallest cluster that holds it: {where}, {_gb(cluster.peak)} GB; there "
+            f"{_binding(cluster)} is the largest part"
+        )
+    else:
+        lines.append(
+            f"no cluster of up to {MOST_RANKS} ranks holds it: on {where} a rank still needs "
+            f"{_gb(cluster.peak)} GB, and {_binding(cluster)} does not shrink with more ranks"
+        )
+    return lines
+
+
+def idle_ranks(work: Sequence[Work], candidate: Candidate) -> list[str]:
+    """A line for each phase that has fewer micro-batches than there are ranks."""
+    return [
+        f"{phase.name}: {candidate.layout.ranks - cost.busy_ranks} of {candidate.layout.ranks} "
+        "ranks have no micro-batch: more of them a step, or smaller ones, would use them"
+        for phase, cost in zip(work, candidate.cost, strict=True)
+        if cost.busy_ranks < candidate.layout.ranks
+    ]
+
+
+def describe(layout: Layout) -> str:
+    """A layout in words."""
+    words = f"expert {layout.expert} x data {layout.data}"
+    words += ", sharded optimizer" if layout.sharding else ""
+    return words + (", recompute" if layout.recompute else "")
+
+
+def _binding(candidate: Candidate) -> str:
+    memory = candidate.memory[candidate.tightest]
+    name = memory.binding()
+    return f"{name} ({_gb(getattr(memory, name))} GB)"
+
+
+def _kinds(columns: Sequence[dict[str, float]]) -> list[str]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [name for name in names if any(column.get(name) for column in columns)]
+
+
+def _table(heading: str, *columns: str) -> Table:
+    # A title, unlike the first column's heading, would be broken to the table's width.
+    table = Table(Column(heading, no_wrap=True), box=SIMPLE)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f}" if size >= 0.1 * GB else f"{size / GB:.4f}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.3f} M"
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"

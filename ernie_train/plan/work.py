@@ -1,0 +1,104 @@
+"""What a recipe's stages ask of the ranks: micro-batches, passes through the model, rollouts.
+
+Lengths are the longest that the recipe allows: packed rows are full and completions reach their
+limit, so memory and time are bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ernie_train.plan.activations import MicroBatch
+from ernie_train.plan.memory import Job, Rollout
+from ernie_train.recipe import Recipe
+from ernie_train.stages import AnyStageConfig, DpoConfig, UpoConfig
+from ernie_train.stages.packed import SupervisedConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """A phase of a stage, counted over all ranks.
+
+    A step is an optimizer step; in RL it is an iteration, which has `updates` of them.
+    """
+
+    name: str
+    job: Job
+    updates: int  # optimizer steps of a step
+    micro_batches: int  # of one update
+    steps: int | None  # None: until its epochs end
+    scored: int = 0  # sequences that go through models without a gradient in a step
+    scoring_models: int = 0  # through how many each goes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step trains."""
+        return self.updates * self.micro_batches * self.job.micro_batch.tokens
+
+
+def recipe_work(recipe: Recipe, document_tokens: int | None = None) -> list[Work]:
+    """The phases of all stages in their order.
+
+    document_tokens: the mean length of packed documents; without it every row is one document.
+    """
+    return [work for stage in recipe.stages for work in stage_work(stage, document_tokens)]
+
+
+def stage_work(stage: AnyStageConfig, document_tokens: int | None) -> Iterator[Work]:
+    if isinstance(stage, SupervisedConfig):
+        yield from _supervised(stage, document_tokens)
+    elif isinstance(stage, DpoConfig):
+        yield _reinforced(stage.as_upo())
+    else:
+        yield _reinforced(stage)
+
+
+def _supervised(stage: SupervisedConfig, document_tokens: int | None) -> Iterator[Work]:
+    phases = stage.phases()
+    for phase in phases:
+        documents = min(document_tokens or phase.seq_len, phase.seq_len)
+        batch = MicroBatch(phase.micro_batch_size, phase.seq_len, documents)
+        name = stage.name if len(phases) == 1 else f"{stage.name} at {phase.seq_len}"
+        steps = phase.steps or stage.steps
+        yield Work(name, Job(batch, "cross_entropy"), 1, stage.grad_accum_steps, steps)
+
+
+def _reinforced(stage: UpoConfig) -> Work:
+    """Samples are a prompt and a completion, less the last token, which predicts nothing."""
+    length = stage.max_prompt_tokens + stage.max_new_tokens - 1
+    sampled = (stage.prompts_per_iteration or 0) * stage.group_size if stage.needs_rollouts else 0
+    trained = _trained_samples(stage, sampled)
+    updates = stage.update_epochs * stage.minibatches
+    per_update = -(-trained // stage.minibatches)
+    rollout = None
+    if sampled:
+        rollout = Rollout(
+            sampled,
+            stage.group_size,
+            stage.max_prompt_tokens,
+            stage.max_new_tokens,
+            stage.rollout_batch_size,
+        )
+    critic = stage.critic is not None
+    rows = min(stage.micro_batch_size, per_update)
+    return Work(
+        stage.name,
+        Job(MicroBatch(rows, length, length), "logprobs", stage.needs_reference, critic, rollout),
+        updates,
+        -(-per_update // rows),
+        stage.iterations,
+        trained,
+        # The policy gives the old logprobs, even those of pairs alone only the reference's.
+        int(sampled > 0) + int(stage.needs_reference) + int(critic),
+    )
+
+
+def _trained_samples(stage: UpoConfig, sampled: int) -> int:
+    """Completions that an iteration learns from, once each: all that were sampled, or pairs."""
+    trained = sampled if stage.policy_coef else 0
+    if not trained and stage.uses_online_pairs:
+        trained = 2 * (stage.prompts_per_iteration or 0)
+    if stage.uses_offline_pairs and stage.offline is not None:
+        trained += 2 * stage.offline.per_iteration
+    return trained

@@ -1,0 +1,292 @@
+"""Operations, traffic and layouts that `plan` states, and how it tells them."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from ernie_train.config import parse_config
+from ernie_train.errors import UserError
+from ernie_train.model import Ernie4_5_MoeConfig
+from ernie_train.plan import PlanSettings, print_plan
+from ernie_train.plan.activations import MicroBatch
+from ernie_train.plan.cost import Rates, mean_context, step_cost, token_flops
+from ernie_train.plan.layout import Layout, Precision, count_parameters
+from ernie_train.plan.memory import Job, Machine
+from ernie_train.plan.search import Problem, candidates, smallest_cluster
+from ernie_train.plan.work import Work, recipe_work
+from ernie_train.recipe import Recipe
+
+BF16 = Precision("bfloat16", "bfloat16")
+RATES = Rates(tflops=100.0, inside_gbps=800.0, between_gbps=80.0, memory_gb_per_s=1000.0)
+SFT = {
+    "name": "sft", "kind": "sft", "data": [{"path": "x"}], "seq_len": 8192,
+    "micro_batch_size": 1, "grad_accum_steps": 64, "steps": 10, "optim": {"lr": 1e-5},
+}  # fmt: skip
+RL = {
+    "name": "rl", "kind": "upo", "data": [{"path": "x"}], "reward": "logic", "iterations": 10,
+    "prompts_per_iteration": 64, "group_size": 8, "max_prompt_tokens": 1024,
+    "max_new_tokens": 7168, "rollout_batch_size": 16, "micro_batch_size": 2, "minibatches": 4,
+    "preference_coef": 0.1, "pairs": "online", "optim": {"lr": 1e-6},
+}  # fmt: skip
+CRITIC = {"advantage": "gae", "critic": {"optim": {"lr": 1e-6}}}
+
+
+@pytest.fixture(scope="module")
+def large() -> Ernie4_5_MoeConfig:
+    return Ernie4_5_MoeConfig.preset("21b-a3b")
+
+
+def recipe_data(*stages: dict[str, Any], preset: str, device: str) -> dict[str, Any]:
+    return {
+        "name": "plan", "model": {"preset": preset}, "tokenizer": {"path": "data/tokenizer"},
+        "device": device, "stages": list(stages),
+    }  # fmt: skip
+
+
+def recipe(*stages: dict[str, Any], preset: str = "21b-a3b", device: str = "gpu") -> Recipe:
+    return parse_config(Recipe, recipe_data(*stages, preset=preset, device=device), "test")
+
+
+def problem(of: Recipe, memory_gb: float = 80.0) -> Problem:
+    return Problem(of.model.build(), recipe_work(of), Machine(True, BF16), memory_gb, RATES)
+
+
+def printed(of: Recipe, settings: PlanSettings) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        print_plan(of, settings, console)
+    return captured.get()
+
+
+# ---- operations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mini", "21b-a3b", "0.3b"])
+def test_a_forward_pass_is_two_operations_a_weight(preset: str) -> None:
+    """Every active weight that multiplies is used once; norms do not, the embedding is looked up.
+
+    The tied embedding counts once, as the head.
+    """
+    config = Ernie4_5_MoeConfig.preset(preset)
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    products = config.num_parameters()[1] - norms
+    assert token_flops(config, 0.0).forward == 2 * products
+
+
+def test_attention_is_the_causal_half(large: Ernie4_5_MoeConfig) -> None:
+    """Summed over the tokens of a document, as a double loop would."""
+    length = 37
+    pairs = sum(query + 1 for query in range(length))
+    wanted = 2 * 2 * pairs * 20 * 128 * 28
+    assert token_flops(large, mean_context(length)).attention * length == wanted
+
+
+def test_training_and_recomputing(large: Ernie4_5_MoeConfig) -> None:
+    flops = token_flops(large, 100.0)
+    plain = flops.training(recompute=False, head_again=False)
+    assert plain == 3 * flops.forward
+    layers = flops.layers + flops.attention
+    assert flops.training(recompute=True, head_again=False) == plain + layers
+    assert flops.training(recompute=False, head_again=True) == plain + flops.head
+
+
+# ---- traffic -------------------------------------------------------------------------------------
+
+
+def sft_work(micro_batches: int = 4) -> Work:
+    return Work("sft", Job(MicroBatch(1, 8192, 8192), "cross_entropy"), 1, micro_batches, 10)
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [(False, 4), (True, 6)])
+def test_an_exchange_sends_k_rows_a_layer(
+    large: Ernie4_5_MoeConfig, recompute: bool, passes: int
+) -> None:
+    """Of 8 ranks' rows 1/8 stays at home; dispatch and combine, forward and backward."""
+    layout = Layout(8, 1, False, recompute)
+    cost = step_cost(large, BF16, layout, RATES, sft_work(8))
+    assert cost.sent["all-to-all"] == 8192 * 27 * 6 * 2560 * 2 * 7 / 8 * passes
+    assert cost.seconds["all-to-all"] == pytest.approx(cost.sent["all-to-all"] * 8 / 800e9)
+    alone = step_cost(large, BF16, Layout(1, 8, False, recompute), RATES, sft_work(8))
+    assert alone.sent["all-to-all"] == 0
+
+
+def test_gradients_go_around_a_ring(large: Ernie4_5_MoeConfig) -> None:
+    """An all-reduce of n ranks sends 2 (n-1)/n of the data; sharded, half as much, and weights."""
+    counts = count_parameters(large)
+    dense, experts = counts.dense * 15 / 16, counts.experts / 8 * 1 / 2
+    plain = step_cost(large, BF16, Layout(8, 2, False, False), RATES, sft_work(16))
+    sharded = step_cost(large, BF16, Layout(8, 2, True, False), RATES, sft_work(16))
+    assert plain.sent["gradients"] == pytest.approx(2 * 2 * (dense + experts))
+    assert plain.sent["weights"] == 0
+    assert sharded.sent["gradients"] == pytest.approx(2 * (dense + experts))
+    assert sharded.sent["weights"] == pytest.approx(2 * (dense + experts))
+    # 16 ranks are two machines, so the slower wires carry them.
+    assert plain.seconds["gradients"] == pytest.approx(plain.sent["gradients"] * 8 / 80e9)
+
+
+def test_compute_follows_the_fullest_rank(large: Ernie4_5_MoeConfig) -> None:
+    layout = Layout(8, 1, False, False)
+    even = step_cost(large, BF16, layout, RATES, sft_work(8))
+    uneven = step_cost(large, BF16, layout, RATES, sft_work(9))
+    few = step_cost(large, BF16, layout, RATES, sft_work(3))
+    flops = 3 * token_flops(large, mean_context(8192)).forward
+    assert even.seconds["compute"] == pytest.approx(8192 * flops / 100e12)
+    assert uneven.seconds["compute"] == pytest.approx(2 * even.seconds["compute"])
+    assert (even.busy_ranks, few.busy_ranks) == (8, 3)
+
+
+# ---- the work of stages --------------------------------------------------------------------------
+
+
+def test_phases_of_a_schedule() -> None:
+    stage = {
+        "name": "pre", "kind": "pretrain", "data": [{"path": "x"}], "micro_batch_size": 4,
+        "grad_accum_steps": 2, "optim": {"lr": 1e-4},
+        "rope_schedule": [
+            {"rope_theta": 1e4, "seq_len": 1024, "steps": 5},
+            {"rope_theta": 1e5, "seq_len": 4096, "steps": 3, "micro_batch_size": 1},
+        ],
+    }  # fmt: skip
+    work = recipe_work(recipe(stage), document_tokens=2000)
+    batches = [w.job.micro_batch for w in work]
+    assert batches == [MicroBatch(4, 1024, 1024), MicroBatch(1, 4096, 2000)]
+    assert [(w.name, w.steps, w.tokens) for w in work] == [
+        ("pre at 1024", 5, 8192), ("pre at 4096", 3, 8192),
+    ]  # fmt: skip
+
+
+def test_an_iteration_of_rl() -> None:
+    """512 samples in 4 updates of 64 micro-batches of 2; a last token predicts nothing."""
+    (work,) = recipe_work(recipe(RL | CRITIC | {"update_epochs": 2}))
+    assert work.job.micro_batch == MicroBatch(2, 8191, 8191)
+    assert (work.updates, work.micro_batches) == (8, 64)
+    assert work.tokens == 2 * 512 * 8191
+    assert work.job.rollout is not None
+    assert work.job.rollout.sequences == 512
+    assert (work.job.reference, work.job.critic, work.scoring_models) == (True, True, 3)
+
+
+def test_dpo_trains_pairs_and_samples_nothing() -> None:
+    stage = {
+        "name": "dpo", "kind": "dpo", "data": "x", "seq_len": 512, "steps": 4,
+        "pairs_per_step": 6, "micro_batch_size": 4, "optim": {"lr": 1e-6},
+    }  # fmt: skip
+    (work,) = recipe_work(recipe(stage))
+    assert (work.job.micro_batch.rows, work.micro_batches) == (4, 3)
+    assert (work.job.reference, work.job.rollout) == (True, None)
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+
+def test_sft_and_rl_of_the_large_model_fit_eight_ranks() -> None:
+    """8K rows on 8 x 80 GB; nothing but spread experts with recompute does it."""
+    for stage in (SFT, RL):
+        fitting = [c for c in candidates(problem(recipe(stage)), 8) if c.fits(80)]
+        assert fitting
+        assert all(c.layout.recompute and c.layout.expert > 1 for c in fitting)
+        assert fitting[0].seconds == min(c.seconds for c in fitting)
+
+
+def test_a_critic_needs_more_machines() -> None:
+    tight = problem(recipe(RL | CRITIC))
+    assert not any(c.fits(80) for c in candidates(tight, 8))
+    cluster = smallest_cluster(tight)
+    assert cluster.fits(80)
+    assert not any(c.fits(80) for c in candidates(tight, cluster.layout.ranks - 8))
+
+
+def test_more_ranks_do_not_help_a_row_that_is_too_long() -> None:
+    long = problem(recipe(SFT | {"seq_len": 131072}))
+    cluster = smallest_cluster(long)
+    assert not cluster.fits(80)
+    assert cluster.memory[0].binding() == "activations"
+    least = min(c.peak for ranks in (512, 1024) for c in candidates(long, ranks))
+    assert cluster.peak <= 1.01 * least
+
+
+def test_every_layout_multiplies_to_the_ranks(large: Ernie4_5_MoeConfig) -> None:
+    found = candidates(problem(recipe(SFT)), 48)
+    assert {c.layout.expert for c in found} == {1, 2, 4, 8, 16}  # divisors of 64 and of 48
+    assert all(c.layout.ranks == 48 for c in found)
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+
+
+def test_the_answer_names_the_best_layout() -> None:
+    text = printed(recipe(SFT), PlanSettings())
+    best = next(c for c in candidates(problem(recipe(SFT)), 8) if c.fits(80)).layout
+    assert f"parallel: {{expert: {best.expert}, data: {best.data}, sharding: true" in text
+    assert "20.384 B in routed experts" in text
+    assert "8 GPUs of 80 GB" in text
+    assert "weights bfloat16, gradients bfloat16 (device: gpu)" in text
+
+
+def test_the_answer_says_what_is_missing() -> None:
+    text = printed(recipe(RL | CRITIC), PlanSettings())
+    assert "nothing fits" in text
+    assert "what binds is critic" in text
+    assert "the smallest cluster that holds it: " in text
+    long = printed(recipe(SFT | {"seq_len": 131072}), PlanSettings())
+    assert "no cluster of up to 1024 ranks holds it" in long
+    assert "a smaller micro_batch_size or shorter rows take less" in long
+
+
+def test_a_cpu_recipe_is_float32_and_takes_what_the_bench_measures() -> None:
+    text = printed(recipe(SFT, preset="mini", device="cpu"), PlanSettings(ranks=1))
+    assert "weights float32, gradients float32 (device: cpu)" in text
+    assert "reserve" not in text
+
+
+def test_naming_gpus_plans_for_gpus() -> None:
+    auto = recipe(SFT, device="auto")
+    assert "bfloat16, gradients float32" in printed(
+        auto, PlanSettings(ranks=8, gradients="float32")
+    )
+    assert "weights float32" in printed(auto, PlanSettings())
+
+
+def test_ranks_without_a_micro_batch_are_told() -> None:
+    text = printed(recipe(SFT | {"grad_accum_steps": 3}), PlanSettings())
+    assert "sft: 5 of 8 ranks have no micro-batch" in text
+
+
+@pytest.mark.parametrize(("expert", "ranks"), [(3, 9), (16, 8), (128, 128)])
+def test_an_expert_degree_that_cannot_be(expert: int, ranks: int) -> None:
+    message = f"--expert {expert} must divide the 64 experts of a layer and the {ranks} ranks"
+    with pytest.raises(UserError, match=message):
+        printed(recipe(SFT), PlanSettings(ranks=ranks, expert=expert))
+
+
+def test_gradients_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="on a CPU weights and gradients are float32"):
+        printed(recipe(SFT, device="cpu"), PlanSettings(gradients="bfloat16"))
+    with pytest.raises(UserError, match="--gradients fp8: float32 or bfloat16"):
+        printed(recipe(SFT), PlanSettings(gradients="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--gpus", "2", "--gpu-memory-gb", "80"], 0, "it fits"),
+        (["--gpus", "0"], 2, "--gpus"),
+        (["--gpu-memory-gb", "-1"], 2, "--gpu-memory-gb"),
+        (["--expert", "3", "--gpus", "8"], 2, "--expert 3 must divide the 16 experts"),
+    ],
+)
+def test_the_command(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_data(SFT, preset="tiny", device="auto")))
+    done = subprocess.run(
+        [sys.executable, "-m", "ernie_train", "plan", str(path), *arguments],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
