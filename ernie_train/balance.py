@@ -7,15 +7,15 @@ weight takes gradients of all terms; the selection bias is moved by load statist
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import paddle
 from paddle import Tensor
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ernie_train import distributed
-from ernie_train.config import StrictConfig
+from ernie_train.config import NonNegative, StrictConfig
 from ernie_train.losses import (
     load_balance_loss,
     router_orthogonal_gradient,
@@ -27,8 +27,6 @@ from ernie_train.losses import (
 from ernie_train.model import RouterStats
 from ernie_train.model.moe import MoE
 from ernie_train.objective import Term, TrainedModel
-
-NonNegative = Annotated[float, Field(ge=0)]
 
 ORTHOGONAL = "balance/orthogonal"
 LOAD_BALANCE = "balance/load_balance"

@@ -6,9 +6,10 @@ with the settings at once, each with its dotted path as it stands in the recipe.
 
 import json
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
+from pydantic import Field
 
 from ernie_train.errors import ConfigError
 from ernie_train.problems import describe, list_problems, nearest_hint
@@ -18,6 +19,11 @@ from ernie_train.schema import iterate_leaves as iterate_leaves
 from ernie_train.yaml_files import dump_yaml as dump_yaml
 from ernie_train.yaml_files import load_yaml as load_yaml
 from ernie_train.yaml_files import parse_yaml
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class StrictConfig(pydantic.BaseModel):

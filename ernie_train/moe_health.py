@@ -12,11 +12,9 @@ from pydantic import Field
 
 from ernie_train.alerts import Alerts
 from ernie_train.balance import RouterLoad, moe_layers
-from ernie_train.config import StrictConfig
+from ernie_train.config import PositiveInt, StrictConfig
 from ernie_train.losses import mean_absolute_cosine
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 REMEDY = "raise balance.bias_update_rate (0.001 is usual) or balance.load_balance_coef"
 

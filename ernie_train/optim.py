@@ -11,14 +11,12 @@ import paddle
 from paddle import Tensor, nn
 from pydantic import Field, model_validator
 
-from ernie_train.config import StrictConfig
+from ernie_train.config import NonNegative, Positive, StrictConfig
 from ernie_train.errors import CheckpointError
 
 _MOMENTS = ("moment1", "moment2")
 _POWERS = ("beta1_pow_acc", "beta2_pow_acc")
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 

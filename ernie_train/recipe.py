@@ -7,15 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from ernie_train.config import StrictConfig, apply_overrides, load_yaml, parse_config
+from ernie_train.config import PositiveInt, StrictConfig, apply_overrides, load_yaml, parse_config
 from ernie_train.errors import ConfigError
 from ernie_train.hf import load_config
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model_directory import find_model
 from ernie_train.rewards.sandbox import SandboxPolicy
 from ernie_train.stages import AnyStageConfig, SftConfig
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class ModelSource(StrictConfig):

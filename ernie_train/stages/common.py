@@ -10,14 +10,12 @@ from pydantic import Field
 
 from ernie_train.balance import BalanceConfig
 from ernie_train.checkpoint import CheckpointConfig
-from ernie_train.config import StrictConfig
+from ernie_train.config import PositiveInt, StrictConfig
 from ernie_train.datasets import Tokenizer
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.moe_health import MoeHealthConfig
 from ernie_train.optim import OptimConfig
 from ernie_train.runtime import StopFlag
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Gate(StrictConfig):

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from ernie_train.config import PositiveInt
 from ernie_train.stages import upo, upo_data
-from ernie_train.stages.common import PositiveInt, StageConfig, StageData, StageRun
+from ernie_train.stages.common import StageConfig, StageData, StageRun
 from ernie_train.stages.upo_config import OfflinePairs, UpoConfig
 from ernie_train.stages.upo_data import PreparedPrompts
 

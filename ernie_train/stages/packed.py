@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from ernie_train.config import PositiveInt
 from ernie_train.datasets import (
     ConsecutiveLoaders,
     DataReport,
@@ -21,7 +22,7 @@ from ernie_train.datasets import (
     refit,
 )
 from ernie_train.errors import DataError
-from ernie_train.stages.common import PositiveInt, StageConfig, StageData
+from ernie_train.stages.common import StageConfig, StageData
 from ernie_train.stages.phases import Phase, RopePhase, check_rising, resolve
 
 Kind = Literal["sft", "pretrain"]

@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ernie_train.config import StrictConfig
+from ernie_train.config import PositiveInt, StrictConfig
 from ernie_train.model.rope import interpolated_base
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Upsample(StrictConfig):

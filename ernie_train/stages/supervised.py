@@ -102,16 +102,18 @@ def train(
         total_steps=steps,
         label=config.name,
     )
-    health = MoeHealth(
-        run.model,
-        config.moe_health,
-        # A copy, so that the batch is trained on all the same.
-        first_batch=lambda: next(iter(copy.copy(prepared.loaders[0]))),
-        state=saved.state["moe_health"] if saved else None,
-        warn=writer.note,
+    keeper = _Keeper(
+        config=config,
+        run=run,
+        trainer=trainer,
+        batches=batches,
+        store=store,
+        prepared=prepared,
+        loss=loss,
+        writer=writer,
+        health=_moe_health(config, run, prepared, saved, writer),
+        schedule=RopeSchedule(config.phases(), start_theta),
     )
-    schedule = RopeSchedule(config.phases(), start_theta)
-    keeper = _Keeper(config, run, trainer, batches, store, prepared, loss, writer, health, schedule)
     run.model.train()
     try:
         trainer.fit(
@@ -128,6 +130,23 @@ def train(
     finally:
         writer.close()
     return {"steps": trainer.step, "checkpoint": store.path_of(trainer.step).name}
+
+
+def _moe_health(
+    config: SupervisedConfig,
+    run: StageRun,
+    prepared: Prepared,
+    saved: Checkpoint | None,
+    writer: MetricsWriter,
+) -> MoeHealth:
+    return MoeHealth(
+        run.model,
+        config.moe_health,
+        # A copy, so that the batch is trained on all the same.
+        first_batch=lambda: next(iter(copy.copy(prepared.loaders[0]))),
+        state=saved.state["moe_health"] if saved else None,
+        warn=writer.note,
+    )
 
 
 def _restore(

@@ -6,15 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ernie_train.config import StrictConfig
+from ernie_train.config import NonNegative, Positive, PositiveInt, Share, StrictConfig
 from ernie_train.losses import KL_IN_LOSS_KINDS
 from ernie_train.optim import OptimConfig
 from ernie_train.rewards.composition import RewardConfig, RewardPart
-from ernie_train.stages.common import PositiveInt, StageConfig
-
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from ernie_train.stages.common import StageConfig
 
 
 class PromptSource(StrictConfig):
