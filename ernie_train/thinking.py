@@ -75,7 +75,10 @@ def parse_completion(text: str, *, thinking: bool = True) -> ParsedCompletion:
     if not close:
         if thinking:
             return ParsedCompletion(thinking=_reasoning(text), response=None)
-        return ParsedCompletion(thinking=None, response=text.strip("\n"))
+        response, calls, stray = _parse_blocks(text)
+        if not calls:
+            return ParsedCompletion(thinking=None, response=text.strip("\n"))
+        return ParsedCompletion(None, response, calls, False, stray)
     response, calls, stray = _parse_blocks(rest)
     return ParsedCompletion(_reasoning(head), response, calls, True, stray)
 

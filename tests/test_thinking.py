@@ -14,6 +14,7 @@ from ernie_train.thinking import (
     TOOL_CALL_OPEN,
     format_completion,
     parse_completion,
+    tool_call_block,
 )
 
 
@@ -156,3 +157,15 @@ def test_parsing_never_raises(text: str) -> None:
     parsed = parse_completion(text)
     assert parsed.finished_thinking == (THINK_CLOSE in text.partition("</s>")[0])
     json.dumps([call.arguments for call in parsed.tool_calls])
+
+
+def test_tool_calls_without_a_thinking_part_are_read():
+    call = tool_call_block("get", {"city": "Oslo"})
+    parsed = parse_completion(f"Let me look.\n{call}", thinking=False)
+    assert [c.name for c in parsed.tool_calls] == ["get"]
+    assert parsed.tool_calls[0].arguments == {"city": "Oslo"}
+    assert (parsed.thinking, parsed.response) == (None, None)
+    assert parsed.stray == ["Let me look."]
+    assert parse_completion("<tool_call> is a tag", thinking=False).response == (
+        "<tool_call> is a tag"
+    )

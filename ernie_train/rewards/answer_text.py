@@ -11,6 +11,7 @@ only look like ASCII ones are left as they are, so that they equal nothing but t
 import itertools
 import re
 import string
+from collections.abc import Collection
 
 # Longer responses are no answers; nothing looks at them.
 MAX_RESPONSE_CHARACTERS = 100_000
@@ -18,6 +19,7 @@ MAX_RESPONSE_CHARACTERS = 100_000
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = re.compile(r"\banswer[ *]{0,4}(?:is\b|:|=)[ *:]*", re.IGNORECASE)
+_ANNOUNCES_AGAIN = re.compile(rf"(?:the )?(?:final |correct )?{_MARKER.pattern}", re.IGNORECASE)
 # What follows a marker is read so far: far beyond any answer, and many markers stay cheap.
 _MARKED_CHARACTERS = 1000
 _MAX_MARKERS = 64
@@ -28,6 +30,11 @@ _FOLDED = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 HEDGES = frozenset({
     "or", "not", "nor", "either", "neither", "maybe", "perhaps", "possibly", "if", "unless",
     "assume", "suppose", "cannot",
+})  # fmt: skip
+# Words that turn what they stand beside into its opposite.
+_DENIALS = frozenset({
+    "except", "excluding", "excluded", "opposite", "hardly", "never", "nobody", "anything", "wrong",
+    "incorrect", "untrue", "false", "denies", "lie", "rule", "ruled",
 })  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
@@ -71,7 +78,7 @@ def named_answers(response: str) -> list[str]:
     Boxes, tags, "####" at its end, words. Empty where it names none: the whole response may then
     be the answer.
     """
-    found = boxes(response) or _tagged(response) or _hashed(response)
+    found = boxes(response) or tagged(response) or _hashed(response)
     if not found:
         found = _announced("\n".join(squeeze(line) for line in response.splitlines()))
     return [text for text in (squeeze(f).strip("*").strip() for f in found) if text]
@@ -83,10 +90,13 @@ def _announced(text: str) -> list[str]:
     if len(ends) > _MAX_MARKERS:
         return [text]
     rests = [text[end : end + _MARKED_CHARACTERS].partition("\n")[0] for end in ends]
+    # "Final answer: the final answer is 17" announces one.
+    rests = [rest for rest in rests if not _ANNOUNCES_AGAIN.match(rest)]
     return [_SENTENCE_END.split(rest, maxsplit=1)[0] for rest in rests]
 
 
-def _tagged(response: str) -> list[str]:
+def tagged(response: str) -> list[str]:
+    """What stands between each `<answer>` and `</answer>`, as written."""
     # Up to the last closing tag, every opening one has its end: the search stays linear.
     return _ANSWER_TAG.findall(response[: response.rfind("</answer>") + len("</answer>")])
 
@@ -100,5 +110,13 @@ def _hashed(response: str) -> list[str]:
 
 def hedges(text: str) -> bool:
     """Whether a text has a word of HEDGES or a contracted "not"."""
-    words = [word.translate(_FOLDED) for word in _WORD.findall(text)]
-    return any(word in HEDGES or word.endswith("n't") for word in words)
+    return any(word in HEDGES or word.endswith("n't") for word in _words(text))
+
+
+def denies(text: str, *, besides: Collection[str] = ()) -> bool:
+    """Whether a text has a word that denies ("wrong", "except"), other than those of `besides`."""
+    return any(word in _DENIALS and word not in besides for word in _words(text))
+
+
+def _words(text: str) -> list[str]:
+    return [word.translate(_FOLDED) for word in _WORD.findall(text)]

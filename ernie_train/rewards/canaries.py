@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ernie_train.errors import UserError
+from ernie_train.rewards import tool_call
 from ernie_train.rewards.composition import ComposedReward
 from ernie_train.rewards.gold import gold_completion, with_response
+from ernie_train.thinking import format_completion
 
 _SHOWN = 5
 _GOLD = "gold answer"
@@ -51,7 +53,8 @@ def check_canaries(
     wrong: list[str] = []
     for index in sorted(chosen):
         row = rows[index]
-        gold = gold_completion(_verifier_name(reward, row), row)
+        verifier = _verifier_name(reward, row)
+        gold = gold_completion(verifier, row)
         if reward.verifier.python is None:
             if gold is None:
                 wrong.append(f"  row {index} ({_short(row)}): no answer that could be graded")
@@ -59,6 +62,11 @@ def check_canaries(
             trials.append((index, _GOLD, gold))
         trials.append((index, "nothing at all", ""))
         name = str(row.get("entry_point") or "f")
+        if verifier == "tool_call" and tool_call.gold_calls(row) == []:
+            # Where no call is right any response is; what is wrong is to call.
+            call = format_completion("I call.", None, [("any_tool", {})])
+            trials.append((index, "a tool call", call))
+            continue
         for what, response in _RESPONSES.items():
             trials.append((index, what, with_response(row, response(name))))
     scores = reward.grade_verifier(

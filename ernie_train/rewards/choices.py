@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ernie_train.rewards.answer_text import (
     MAX_RESPONSE_CHARACTERS,
+    denies,
     fold,
     hedges,
     named_answers,
@@ -15,12 +16,19 @@ from ernie_train.rewards.score import Score
 TRUTH_LABELS = ("true", "false", "unknown")
 # One label under the names that data sets give it.
 _SYNONYMS = {"uncertain": "unknown", "undetermined": "unknown"}
-_PREFIX = re.compile(r"\(?([A-Z])\s?[).:]\s*(.*)", re.DOTALL)
-_LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
-_SPOKEN_LETTER = re.compile(r"\(([A-Z])\)|\b(?i:option|choice)\s+\(?([A-Z])\b")
+_PREFIX = re.compile(r"\(?([A-Z])\s?(?:[).:]|[-\u2013]\s)\s*(.*)", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Z])\)?[.:]?", re.IGNORECASE)
+_SPOKEN_LETTER = re.compile(
+    r"\(([A-Z])\)|\b(?i:option|choice)\s+(?:\(?([A-Z])\b|is\s+([A-Z])(?=[.,:;]|\s*$))"
+)
+# "B because ..", "True since ..": a label and its reason.
+_REASONED = re.compile(
+    r"(\(?[A-Z]\)?|true|false|unknown|uncertain|undetermined),?\s+(?:because|since)\s.*",
+    re.DOTALL | re.IGNORECASE,
+)
 _WORDS = re.compile(r"[a-z]+(?:'[a-z]+)?")
-# A program that mentions a label gives no answer.
-_CODE = re.compile(r"[=_{}`;]")
+# A program that mentions a label gives no answer, nor does a question.
+_CODE = re.compile(r"[=_{}`;?]")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
 
 
@@ -32,9 +40,10 @@ def grade_truth(gold: str, response: str) -> Score:
     texts = _texts(response)
     found: set[str] = set()
     for text in texts:
+        text = _REASONED.sub(r"\1", text)
         words = [_SYNONYMS.get(word, word) for word in _WORDS.findall(fold(text))]
         found |= {word for word in words if word in TRUTH_LABELS}
-        if hedges(text) or _CODE.search(text):
+        if hedges(text) or denies(text, besides=TRUTH_LABELS) or _CODE.search(text):
             return Score.wrong("the response takes its answer back, leaves it open or is code")
     return _one_of(found, wanted)
 
@@ -53,7 +62,7 @@ def grade_choice(gold: str, choices: Sequence[str], response: str) -> Score:
     ("B) 21"). Bad gold where it is neither, or where two choices have the same text.
     """
     texts = [_without_letter(choice, place) for place, choice in enumerate(choices)]
-    if len(set(map(fold, texts))) < len(texts) or not 1 < len(texts) <= 26:
+    if len(set(map(_key, texts))) < len(texts) or not 1 < len(texts) <= 26:
         return Score.bad_gold("choices must be 2 to 26 different texts")
     wanted = _read_choice(gold, texts)
     if wanted is None:
@@ -80,7 +89,11 @@ def _texts(response: str) -> list[str]:
     if len(response) > MAX_RESPONSE_CHARACTERS:
         return []
     texts = named_answers(response) or [response]
-    return [_LATEX_TEXT.sub(r"\1", text).strip(" $*\n\t") for text in texts]
+    return [_plain(text) for text in texts]
+
+
+def _plain(text: str) -> str:
+    return _LATEX_TEXT.sub(r"\1", text).strip(" $*\n\t")
 
 
 def _without_letter(choice: str, place: int) -> str:
@@ -91,24 +104,27 @@ def _without_letter(choice: str, place: int) -> str:
 
 def _read_choice(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the choice that a text consists of; None where it is more or something else."""
-    by_text = {
-        fold(choice).removesuffix("."): string.ascii_uppercase[i]
-        for i, choice in enumerate(choices)
-    }
+    by_text = {_key(choice): string.ascii_uppercase[i] for i, choice in enumerate(choices)}
     text = text.strip()
-    if (letter := by_text.get(fold(text).removesuffix("."))) is not None:
+    if (letter := by_text.get(_key(text))) is not None:
         return letter
+    text = _REASONED.sub(r"\1", text)
     letters = set(by_text.values())
-    if (match := _LETTER.fullmatch(text)) and match[1] in letters:
-        return match[1]
+    if (match := _LETTER.fullmatch(text)) and match[1].upper() in letters:
+        return match[1].upper()
     if match := _PREFIX.fullmatch(text):
-        return match[1] if by_text.get(fold(match[2]).removesuffix(".")) == match[1] else None
+        return match[1] if by_text.get(_key(match[2])) == match[1] else None
     return None
 
 
+def _key(text: str) -> str:
+    """Equal for a choice as the row has it and as a response may write it."""
+    return fold(_plain(text)).removesuffix(".")
+
+
 def _spoken_choices(text: str, choices: Sequence[str]) -> set[str]:
-    """The letters that a sentence names: "option B", "(B)"; none in hedging and code."""
-    if hedges(text) or _CODE.search(text):
+    """The letters that a sentence names: "option B", "(B)"; none in hedging, denial and code."""
+    if hedges(text) or denies(text) or _CODE.search(text):
         return set()
     letters = set(string.ascii_uppercase[: len(choices)])
-    return {a or b for a, b in _SPOKEN_LETTER.findall(text)} & letters
+    return {"".join(groups) for groups in _SPOKEN_LETTER.findall(text)} & letters

@@ -5,7 +5,11 @@ beside those that the problem shows; a program is correct when it passes all of 
 
     [arguments, expected]             `entry_point` is called; plain JSON values
     "assert f(1) == 2"                statements, `check(candidate)`, or unittest cases, as source
-    {"input": .., "output": ..}       the program as a script; output compared line by line
+    {"input": .., "output": ..}       the program as a script; output compared line by line,
+                                      expected decimals to six digits
+
+Arguments reach the program as copies: what it changes in them, and functions or objects of the
+tests' own, do not get across.
 
 For tests that are source, `setup` is run before them (it may use the program's names), `preamble`
 stands ahead of the program and runs before the setup too: what it defines (helpers, imports) is the
@@ -31,7 +35,8 @@ from ernie_train.rewards.sandbox import Outcome
 from ernie_train.rewards.score import Score, read_response
 from ernie_train.rewards.tool_call import same_json
 
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```(python3?|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_DECIMAL = re.compile(r"[+-]?\d{1,20}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _MAX_CHARACTERS = 50_000
 # Whether a test was passed, and what to say where it was not.
 _Result = tuple[bool, str]
@@ -74,9 +79,13 @@ def score(row: dict[str, Any], completion: str) -> Score:
 
 
 def program_of(response: str) -> str:
-    """The last fenced block of a response, or all of it where there is none."""
+    """The last fenced block of Python, else the last of no named language, else all of it.
+
+    Behind a program a block without a language often shows what it prints.
+    """
     blocks = _FENCED.findall(response)
-    return blocks[-1] if blocks else response
+    named = [source for language, source in blocks if language]
+    return (named or [source for _, source in blocks] or [response])[-1]
 
 
 def _graded(suite: _Suite, source: str, *, whole: bool) -> Score:
@@ -187,7 +196,7 @@ def _script_results(tests: list[dict[str, str]], every: bool, source: str) -> _R
         elif outcome.kind != "returned":
             return _failure(outcome)
         else:
-            same = _lines(outcome.values[0]) == _lines(test["output"])
+            same = _same_output(outcome.values[0], test["output"])
             shown = f"{outcome.values[0][:80]!r}, expected {test['output'][:80]!r}"
             results.append((same, "" if same else f"it writes {shown}"))
         if not results[-1][0] and not every:
@@ -283,13 +292,39 @@ def _failure(outcome: Outcome) -> Score:
 def _equal(value: Any, expected: Any) -> bool:
     """Equal JSON values; floating-point numbers to within rounding."""
     if isinstance(expected, float) and isinstance(value, int | float):
-        return not isinstance(value, bool) and math.isclose(value, expected, rel_tol=1e-9)
+        return not isinstance(value, bool) and math.isclose(
+            value, expected, rel_tol=1e-9, abs_tol=1e-12
+        )
     if isinstance(expected, list) and isinstance(value, list):
         return len(value) == len(expected) and all(map(_equal, value, expected))
     if isinstance(expected, dict) and isinstance(value, dict):
         same = value.keys() == expected.keys()
         return same and all(_equal(value[key], expected[key]) for key in expected)
     return same_json(value, expected)
+
+
+def _same_output(written: str, expected: str) -> bool:
+    """The same lines; where one differs, the same words in it, decimals to within rounding."""
+    lines, wanted = _lines(written), _lines(expected)
+    if len(lines) != len(wanted):
+        return False
+    for line, want in zip(lines, wanted, strict=True):
+        if line == want:
+            continue
+        words, wants = line.split(" "), want.split(" ")
+        if len(words) != len(wants) or not all(map(_same_word, words, wants)):
+            return False
+    return True
+
+
+def _same_word(word: str, expected: str) -> bool:
+    """Equal texts, or a number within 1e-6 of an expected decimal."""
+    if word == expected:
+        return True
+    decimal = "." in expected and _DECIMAL.fullmatch(expected) and _DECIMAL.fullmatch(word)
+    if not decimal:
+        return False
+    return math.isclose(float(word), float(expected), rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _lines(text: str) -> list[str]:

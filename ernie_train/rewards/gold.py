@@ -16,6 +16,8 @@ def gold_completion(reward: str, row: dict[str, Any]) -> str | None:
     """
     if reward == "tool_call":
         calls = tool_call.gold_calls(row)
+        if calls == []:
+            return with_response(row, "None of the tools fits.")
         return None if calls is None else format_completion(_REASONING, None, calls)
     if reward == "code":
         program = row.get("solution") or _assistant_text(row) or row.get("answer")

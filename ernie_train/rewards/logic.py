@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ernie_train.rewards.answer_text import boxes, fold
+from ernie_train.rewards.answer_text import boxes, fold, named_answers, tagged
 from ernie_train.rewards.assignments import grade_assignment, parse_assignment
 from ernie_train.rewards.choices import grade_choice, grade_truth, truth_label
 from ernie_train.rewards.score import Score, grade_response, mismatch, read_response
@@ -41,7 +41,7 @@ def score(row: dict[str, Any], completion: str) -> Score:
     `rg_task` and `rg_entry` {question, answer, metadata}: reasoning-gym's scorer of that task, of
     which only the full mark counts: many of them give part of it for junk.
     With `answer` alone, truth labels are compared as such, lists of knights and knaves as
-    assignments, and anything else as texts, capitals aside.
+    assignments, and anything else as texts, capitals and a full stop aside.
     """
     if "assignment" in row:
         return _assignment_score(row, completion)
@@ -52,8 +52,8 @@ def _compare(row: dict[str, Any], gold: str, response: str) -> Score:
     choices = row.get("choices")
     if choices is not None:
         return _choice_score(choices, gold, response)
-    named = boxes(response)
-    answer = named[0] if len(named) == 1 else response
+    named = boxes(response) or tagged(response)
+    answer = named[0].strip() if len(named) == 1 else response
     if fold(answer) == fold(gold):
         return Score.correct()
     entry, task = row.get("rg_entry"), row.get("rg_task")
@@ -63,7 +63,15 @@ def _compare(row: dict[str, Any], gold: str, response: str) -> Score:
         return grade_truth(gold, response)
     if entry is None and (people := parse_assignment(gold, ("knight", "knave"))):
         return grade_assignment(people, response)
+    if entry is None and {_key(text) for text in named_answers(response) or [response]} == {
+        _key(gold)
+    }:
+        return Score.correct()
     return mismatch(gold, answer)
+
+
+def _key(text: str) -> str:
+    return fold(text).removesuffix(".")
 
 
 def _assignment_score(row: dict[str, Any], completion: str) -> Score:

@@ -36,13 +36,17 @@ _SIGNS = str.maketrans({
 _SPACING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;: ]")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _REWRITES = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("{,}", ","), ("\\%", "%"),
-             ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\$", "$"))  # fmt: skip
+             ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\$", "$"),
+             ("\\varnothing", "\\emptyset"))  # fmt: skip
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
-_VARIABLE = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z](?:,\s?[a-z])*\))?)\s*(=|\\in\b)\s*")
+_VARIABLE = re.compile(
+    r"(\([a-z](?:,\s?[a-z])+\)|[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z](?:,\s?[a-z])*\))?)\s*(=|\\in\b)\s*"
+)
 _LIST = re.compile(r",(?!\d{3}(?!\d))|,(?=\s)|;|\b(?:or|and)\b")
 _BRACKETS = {("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("\\{", "\\}")}
 _WORD_ANSWER = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+")
 _LETTER = re.compile(r"\(?([A-Z])\)?[.)]?")
+_DIGIT_INDEX = re.compile(r"_\{(\w)\}")
 _BASE = re.compile(r"[\dA-F]+_\{?(\d+)\}?")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|neq|in|subset|approx|sim|equiv|lt|gt)(?![A-Za-z])")
 # Two numbers side by side, alternatives, several lines, words among symbols.
@@ -109,7 +113,7 @@ def normalize(text: str) -> str:
     text = _TEXT.sub(r" \1 ", text)
     for old, new in _REWRITES:
         text = text.replace(old, new)
-    text = squeeze(text)
+    text = squeeze(_DIGIT_INDEX.sub(r"_\1", text))
     for opening, closing in _WRAPPERS:
         inside = text.removesuffix(".").removeprefix(opening).removesuffix(closing)
         if text.startswith(opening) and text.rstrip(".").endswith(closing) and "$" not in inside:
@@ -161,7 +165,7 @@ def _equal(gold: str, answer: str, verify: Verify) -> bool:
     if max(len(golds), len(answers)) > _MAX_MEMBERS:
         return False
     if len(golds) > 1 or len(answers) > 1:
-        return _same_members(golds, answers, verify)
+        return _same_members(_elements(golds), _elements(answers), verify)
     gold_name, gold = _variable_and_value(gold)
     name, answer = _variable_and_value(answer)
     if gold_name and name and gold_name != name:
@@ -190,6 +194,12 @@ def _same_members(golds: list[str], answers: list[str], verify: Verify) -> bool:
             return False
         left.remove(found)
     return True
+
+
+def _elements(members: list[str]) -> list[str]:
+    r"""Of a lone \{..\} what stands in it: a list of solutions may be written as their set."""
+    shape = _bracketed(members[0]) if len(members) == 1 else None
+    return _members(shape[1]) if shape and shape[0] == "\\{\\}" else members
 
 
 def _members(text: str) -> list[str]:
@@ -252,6 +262,9 @@ def _same(gold: str, answer: str, verify: Verify) -> bool:
     letters = _LETTER.fullmatch(gold), _LETTER.fullmatch(answer)
     if letters[0] and letters[1]:
         return letters[0][1] == letters[1][1]
+    sides = answer.split("=")
+    if len(sides) > 1 and "=" not in gold:  # 8 + 9 = 17: each side must be the answer
+        return all(squeeze(side) and _same(gold, squeeze(side), verify) for side in sides)
     (gold, gold_unit), (answer, unit) = split_unit(gold), split_unit(answer)
     if (gold_unit and unit and gold_unit != unit) or _incomparable(gold, answer):
         return False

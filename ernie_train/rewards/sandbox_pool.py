@@ -36,6 +36,9 @@ _MODULES = ("values", "candidate", "judge", "server")
 _BOOT = """
 import json, sys, types
 sys.path.remove("")
+# Below a private home its library may be out of reach, and another's is found in its place.
+if not sys.executable.startswith(sys.base_prefix.rstrip("/") + "/"):
+    sys.exit(f"its own library cannot be read; it found that of {sys.base_prefix}")
 sources, settings = map(json.loads, sys.argv[1:])
 for name, source in sources.items():
     sys.modules[name] = module = types.ModuleType(name)

@@ -216,7 +216,7 @@ def judge_tests(slot: Slot, source: str, tests: Tests, limits: Limits) -> Outcom
         if isinstance(verdict, Outcome):
             return verdict
         if "setup_error" in verdict:
-            return Outcome("bad_tests", [], f"the setup fails: {verdict['setup_error']}")
+            return Outcome("bad_tests", [], f"bad tests: {verdict['setup_error']}")
         if verdict["gone"]:
             fate = program.fate(verdict["gone"])
             return fate if fate.kind != "failed" else Outcome("returned", verdict["results"])

@@ -22,8 +22,8 @@ def score(row: dict[str, Any], completion: str) -> Score:
     `expected_calls` is a list of {"name", "arguments": {argument: [allowed values]}}; "" among the
     allowed values means that the argument may be left out. An allowed value that is an object whose
     members are all lists names the allowed values of each member in turn. `answer` is the JSON text
-    of one {"name", "arguments"} or of a list of them, taken literally. An empty list expects that
-    nothing is called.
+    of one {"name", "arguments"} or of a list of them, taken literally. An empty list expects a
+    response without any call.
     """
     expected = _expected_calls(row)
     if isinstance(expected, Score):
@@ -36,6 +36,8 @@ def score(row: dict[str, Any], completion: str) -> Score:
         return Score.wrong("a tool call is not valid JSON with a name and arguments")
     if len(calls) != len(expected):
         return Score.wrong(f"{len(calls)} tool calls, expected {len(expected)}")
+    if not expected and not (parsed.response and parsed.response.strip()):
+        return Score.wrong("no call is expected, but a response")
     if not _all_matched(calls, expected):
         made = "; ".join(call.raw for call in calls)
         return Score.wrong(f"not the expected calls: {made[:200]}")

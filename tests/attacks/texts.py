@@ -71,6 +71,10 @@ ATTACKS = [
     _logic("somebody left out", PEOPLE, "Zoey is a knight and Ethan is a knave."),
     _logic("an assignment left open", PEOPLE, "Zoey is a knight, Ethan is a knave, or Mia is a "
            "knave"),
+    _logic("an option that is denied", LETTER, "Every option except option B"),
+    _logic("a label that is denied", LABEL, "The opposite of True"),
+    _logic("a second role for somebody", PEOPLE, "Zoey is a knight, Ethan is a knave, Mia is a "
+           "knave, she is a knight"),
     _logic("part credit of a scorer", GYM, "17 or 18"),
     # ---- answers outside of the response
     _raw("the answer inside the thinking part", "math", TWELVE, "it is \\boxed{12}\n</think>\n\n"),

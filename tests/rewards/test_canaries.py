@@ -35,6 +35,11 @@ def test_the_generated_rows_pass(build, domain):
     assert check_canaries(rows_of(domain), build("row"), sample=6) == 6 * 6
 
 
+def test_rows_where_no_call_is_right_pass(build):
+    rows = [{"question": "Sing.", "expected_calls": [], "reward": "tool_call"}]
+    assert check_canaries(rows, build("row")) == 3
+
+
 def test_programs_pass(build):
     assert check_canaries(rows_of("code"), build("code"), sample=2) == 2 * 6
 

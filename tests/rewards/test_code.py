@@ -169,7 +169,10 @@ def test_tests_that_the_rows_own_solution_fails_are_bad_gold(form):
     assert graded(source, form).status == "wrong"
     score = graded(source, form | {"solution": source})
     assert score.status == "bad_gold" and "own solution fails" in score.detail
-    # Tests that never end are the row's fault as well.
+
+
+def test_tests_that_never_end_are_the_rows_fault(monkeypatch):
+    monkeypatch.setattr(sandbox, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=4))
     endless = {"tests": ["while f(1):\n    pass"], "solution": RIGHT}
     assert graded(RIGHT, endless).status == "bad_gold"
 
@@ -216,3 +219,71 @@ def test_no_sandbox_is_no_verdict(monkeypatch):
     monkeypatch.setattr(sandbox, "current_layer", refuse)
     with pytest.raises(sandbox.SandboxUnavailable):
         graded(RIGHT)
+
+
+def test_tests_that_ask_nothing_of_the_program_are_bad():
+    for test in (
+        "if __name__ == '__main__':\n    assert f(1) == 2",
+        "class Tests:\n    def test_f(self):\n        assert f(1) == 2",
+        "def verify():\n    assert f(1) == 2",
+    ):
+        assert graded("def f(x):\n    return 7", {"tests": [test]}).status == "bad_gold"
+
+
+def test_the_setup_may_ask_for_the_tests():
+    row = {"setup": "value = f(1)", "tests": ["assert value == 2"], "entry_point": "f"}
+    assert graded(RIGHT, row).status == "correct"
+    assert graded("def f(x):\n    return 7", row).status == "wrong"
+
+
+def test_functions_named_test_are_called():
+    row = {"tests": ["def test_f():\n    assert f(1) == 2", "def test_g():\n    assert f(2) == 3"]}
+    assert graded(RIGHT, row).status == "correct"
+    assert graded("def f(x):\n    return 2", {**row, "pass_rate": True}).value == 0.5
+
+
+def test_an_exception_of_the_programs_own_class_counts_as_the_builtin_that_it_extends():
+    source = "class Bad(ValueError): pass\ndef f(x):\n    raise Bad('no')"
+    test = "try:\n    f(1)\n    raise SystemError\nexcept {}:\n    pass"
+    assert graded(source, {"tests": [test.format("ValueError")]}).status == "correct"
+    assert graded(source, {"tests": [test.format("KeyError")]}).status == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected", "status"),
+    [
+        ("1.4142135623730951", "1.414213562", "correct"),
+        ("a 0.50 \n\n", "a 0.5", "correct"),
+        ("3", "3.0", "correct"),
+        ("1e-17", "0.000", "correct"),
+        ("1.414220", "1.414213562", "wrong"),
+        ("nan", "1.5", "wrong"),
+        ("3.0", "3", "wrong"),
+        ("1 2", "1  2", "wrong"),
+        ("0.5 0.5", "0.5", "wrong"),
+    ],
+)
+def test_decimals_of_a_script_are_compared_to_within_rounding(written, expected, status):
+    row = {"tests": [{"input": "", "output": expected}]}
+    assert graded(f"print({written!r})", row).status == status
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import threading, time\ndef g():\n    time.sleep(0.05)\n    print(int(input()) + 1)\n"
+        "threading.Thread(target=g).start()",
+        "import atexit\natexit.register(lambda: print(int(input()) + 1))",
+    ],
+)
+def test_a_script_ends_with_its_threads_and_its_exit_functions(source):
+    assert graded(source, SCRIPTS).status == "correct"
+
+
+def test_the_method_of_a_class_solution_is_called():
+    source = "class Solution:\n    def f(self, x):\n        return x + 1"
+    assert graded(source).status == "correct"
+
+
+def test_a_block_of_output_behind_the_program_is_not_the_program():
+    assert graded(f"```python\n{RIGHT}\n```\nIt prints:\n```\n2\n```").status == "correct"

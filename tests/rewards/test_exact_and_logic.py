@@ -187,3 +187,83 @@ def test_one_label_of_a_few(row, response, status):
 )
 def test_choices_and_assignments_that_make_no_sense_are_bad_gold(row):
     assert graded("logic", row, "A").status == "bad_gold"
+
+
+PRICES = {"answer": "B", "choices": ["A)$15.50", "B)$17.00", "C)$20", "D)None of these"]}
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["b", "$17.00", "17.00", "B - $17.00", "The correct option is B.", "The answer is B because "
+     "it is not C.", "<answer>B</answer>"],
+)  # fmt: skip
+def test_ways_to_name_a_choice(response):
+    assert graded("logic", PRICES, response).status == "correct"
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["Option B is wrong", "(B) is incorrect", "Option (B) is false.", "I would rule out option B",
+     "Every option except option B", "Is it option B?", "The correct option is B or C"],
+)  # fmt: skip
+def test_a_choice_that_is_denied_is_not_named(response):
+    assert graded("logic", PRICES, response).status == "wrong"
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["It is hardly true", "The opposite of true", "never true", "true is incorrect", "true?"],
+)
+def test_a_label_that_is_denied_is_not_named(response):
+    assert graded("logic", {"answer": "True"}, response).status == "wrong"
+
+
+def test_a_label_may_be_followed_by_its_reason():
+    said = "The answer is True because it cannot be false."
+    assert graded("logic", {"answer": "True"}, said).status == "correct"
+    assert graded("logic", {"answer": "False"}, said).status == "wrong"
+
+
+PAIR = {"Zoey": "knight", "Ethan": "knave"}
+
+
+@pytest.mark.parametrize(
+    ("people", "response"),
+    [
+        (PAIR, '{"Zoey": "knight", "Ethan": "knave"}'),
+        (PAIR, "Zoey is the knight. Ethan is the knave."),
+        (PAIR, "| Zoey | knight |\n| Ethan | knave |"),
+        (PAIR, "Zoey -> knight, Ethan -> knave"),
+        (PAIR, "Therefore, Zoey is a knight, and Ethan is a knave."),
+        (PAIR, "Zoey must be a knight, Ethan must be a knave."),
+        ({"House 1": "red", "House 2": "green"}, "House 1: red\nHouse 2: green"),
+        ({"Al": "doctor", "Bo": "software engineer"}, "Al is a doctor, Bo is a software engineer"),
+        ({"Mary Ann": "knight", "O'Neil": "knave"}, "Mary Ann is a knight, O'Neil is a knave."),
+        ({"red": "1", "green": "2"}, "red: 1, green: 2"),
+    ],
+)
+def test_ways_to_write_an_assignment(people, response):
+    assert graded("logic", {"assignment": people}, response).status == "correct"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "It is false that Zoey is a knight, Ethan is a knave",
+        "Nobody thinks Zoey is a knight, Ethan is a knave.",
+        "zoey is a knave. Zoey is a knight, Ethan is a knave.",
+        "Zoey is a knight, Ethan is a knave, he is a knight",
+        "Zoey is a knight/knave, Ethan is a knave",
+        "Zoey is a knight-knave, Ethan is a knave",
+        "Zoey Ann is a knight, Ethan is a software knave",
+    ],
+)
+def test_an_assignment_that_says_more_is_wrong(response):
+    assert graded("logic", {"assignment": PAIR}, response).status == "wrong"
+
+
+def test_a_text_may_be_announced():
+    assert graded("logic", {"answer": "no"}, "The answer is no.").status == "correct"
+    assert (
+        graded("logic", {"answer": "no"}, "The answer is no. The answer is yes.").status == "wrong"
+    )

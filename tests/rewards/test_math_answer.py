@@ -56,6 +56,12 @@ EQUAL_WITHOUT_THE_LIBRARY = [
     (r"\text{Evelyn}", "Evelyn"),
     (r"\text{(C)}", "C"),
     (r"x \in [-2, 7]", "[-2,7]"),
+    ("17", "Final Answer: The final answer is $17$. I hope it is correct."),
+    ("(3, 4)", r"\boxed{(x, y) = (3, 4)}"),
+    ("4210_{5}", r"\boxed{4210_5}"),
+    (r"\{1, 2, 3\}", r"\boxed{3, 2, 1}"),
+    ("1, 2, 3", r"\boxed{\{1, 2, 3\}}"),
+    (r"\varnothing", r"\boxed{\emptyset}"),
 ]
 
 EQUAL_BY_THE_LIBRARY = [
@@ -70,12 +76,17 @@ EQUAL_BY_THE_LIBRARY = [
     ("2516_8", "2516"),
     (r"12\pi\text{ cm}^3", r"12\pi"),
     (r"12\pi", r"12 \pi \text{ square meters}"),
+    ("17", "The answer is 8 + 9 = 17."),
 ]
 
 DIFFERENT = [
     ("12", "12.01"),
     ("1/3", "0.333333"),
     ("5", "3=5"),
+    ("5", "4 + 1 = 5 = 6"),
+    ("5", "5 ="),
+    ("1, 2, 3", r"\{1, 2\}"),
+    ("17", "The final answer is 16. The final answer is 17."),
     ("12", "12 12"),
     ("1", "1/0"),
     ("2", "\u00b2"),

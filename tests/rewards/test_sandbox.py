@@ -1,5 +1,6 @@
 """The sandbox: what programs can reach, what comes back, layers, the pool, accidents."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -393,6 +394,15 @@ def which_without(*missing):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="for root")
+def test_an_interpreter_that_finds_the_library_of_another_is_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        copy = shutil.copy("/usr/bin/python3", Path(folder) / "python3")
+        layer = dataclasses.replace(LAYERS["rlimits_only"], interpreter=str(copy))
+        with pytest.raises(ServerLost, match="its own library cannot be read"):
+            Server(layer)
+
+
 def test_root_without_a_way_to_become_another_user_is_refused(strict_layer, monkeypatch):
     monkeypatch.setattr(sandbox_layers.shutil, "which", which_without("setpriv"))
     with pytest.raises(sandbox.SandboxUnavailable, match="util-linux"):

@@ -37,12 +37,20 @@ def test_any_other_call_is_wrong(name, arguments):
     assert graded(ROW, (name, arguments)).status == "wrong"
 
 
+def test_where_no_call_is_right_a_response_is_and_nothing_at_all_is_not():
+    row = {"expected_calls": []}
+    said = format_completion("because", "None of the tools fits.")
+    assert tool_call.score(row, said).status == "correct"
+    assert graded(row, ("weather", {})).status == "wrong"
+    assert graded(row).status == "wrong"
+    assert tool_call.score(row, format_completion("because", " ")).status == "wrong"
+
+
 def test_the_number_of_calls_must_match():
     call = ("weather", {"city": "Paris", "days": 3})
     assert graded(ROW).status == "wrong"
     assert graded(ROW, call, call).status == "wrong"
     assert graded({"expected_calls": []}, call).status == "wrong"
-    assert graded({"expected_calls": []}).status == "correct"
 
 
 def test_parallel_calls_are_paired_whatever_their_order():

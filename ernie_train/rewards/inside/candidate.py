@@ -5,6 +5,7 @@ Nothing in this process knows what is expected, and nothing that it says is a ve
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -50,7 +51,7 @@ def _answer_calls(channel: int, request: dict[str, Any]) -> None:
     space, failure, values = _module("candidate"), "", []
     try:
         exec(compile(request["source"], "candidate", "exec"), space)
-        function = space[request["entry_point"]]
+        function = _function(space, request["entry_point"])
     except BaseException as error:
         failure = described(error)
     for call in calls:
@@ -63,6 +64,13 @@ def _answer_calls(channel: int, request: dict[str, Any]) -> None:
             value = ["error", described(error)]
         values.append(value)
     send(channel, values)
+
+
+def _function(space: dict[str, Any], name: str) -> Any:
+    """The function of that name, or the method of a class Solution, as contests ask for it."""
+    if name not in space and "Solution" in space:
+        return getattr(space["Solution"](), name)
+    return space[name]
 
 
 def _run_script(channel: int, source: str) -> None:
@@ -78,6 +86,9 @@ def _run_script(channel: int, source: str) -> None:
         status = code if isinstance(code, int) else int(code is not None)
     except BaseException as error:
         status, failure = 1, described(error)
+    if "threading" in sys.modules:  # as at the end of any script
+        sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
     send(channel, failure)
     sys.stdout.flush()
     os._exit(status & 255)
@@ -109,12 +120,17 @@ def _serve_judge(channel: int, reader: Reader, source: str) -> None:
         try:
             answer = ["value", encode(perform(message), number_of)]
         except BaseException as error:
-            answer = ["error", type(error).__name__, str(error)[:_SHOWN]]
+            answer = ["error", _builtin_name(error), str(error)[:_SHOWN]]
         send(channel, answer)
         try:
             message = reader.message()
         except EOFError:
             return
+
+
+def _builtin_name(error: BaseException) -> str:
+    """The class of an exception; of the program's own classes the builtin one that it extends."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
 
 
 def _call(function: Any, positional: list[Any], named: dict[str, Any]) -> Any:

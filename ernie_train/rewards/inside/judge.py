@@ -138,8 +138,10 @@ def run(channel: int, program: int) -> None:
         _bind(request["names"], space, link)
         link.used = False
         exec(compile(request["setup"], "setup", "exec"), space)
+        asked = link.used
         # A setup may hold the function's own head, with nothing in it.
         _bind([entry_point] if entry_point else [], space, link)
+        link.used = asked
         for source in request["tests"]:
             results += _run_test(source, space, entry_point, link)
     except CandidateGone as gone:
@@ -149,6 +151,9 @@ def run(channel: int, program: int) -> None:
             send(channel, {"setup_error": _described(error)})
             return
         results += [[False, _described(error)]] * len(request["tests"])
+    if not link.used and all(passed for passed, _ in results):
+        send(channel, {"setup_error": "the tests ask nothing of the program"})
+        return
     send(channel, {"results": results, "gone": link.gone})
 
 
@@ -162,16 +167,19 @@ def _bind(names: list[str], space: dict[str, Any], link: _Link) -> None:
 
 
 def _run_test(source: str, space: dict[str, Any], entry_point: str, link: _Link) -> list[list[Any]]:
-    """[passed, text] for the test, or for each method of the test cases that it defines."""
-    for name in _test_cases(space):
-        del space[name]
-    if isinstance(space.get("check"), types.FunctionType):  # of an earlier test
-        del space["check"]
+    """[passed, text] for the test, or for each method of the test cases that it defines.
+
+    Functions whose names begin with "test" and that need no arguments are called, as pytest does.
+    """
+    before = dict(space)
     try:
         exec(compile(source, "test", "exec"), space)
-        if entry_point and isinstance(space.get("check"), types.FunctionType):
-            space["check"](space[entry_point])
-        cases = [space[name] for name in _test_cases(space)]
+        made = {name: value for name, value in space.items() if before.get(name) is not value}
+        if entry_point and isinstance(made.get("check"), types.FunctionType):
+            made["check"](space[entry_point])
+        for function in _test_functions(made):
+            function()
+        cases = _test_cases(made)
         results = _run_cases(cases) if cases else [[True, ""]]
     except CandidateGone:
         raise
@@ -182,12 +190,20 @@ def _run_test(source: str, space: dict[str, Any], entry_point: str, link: _Link)
     return results
 
 
-def _test_cases(space: dict[str, Any]) -> list[str]:
+def _test_functions(made: dict[str, Any]) -> list[Any]:
+    return [
+        value for name, value in made.items()
+        if name.startswith("test") and isinstance(value, types.FunctionType)
+        and not value.__code__.co_argcount
+    ]  # fmt: skip
+
+
+def _test_cases(made: dict[str, Any]) -> list[Any]:
     unittest = sys.modules.get("unittest")
     if unittest is None:
         return []
     return [
-        name for name, value in space.items()
+        value for value in made.values()
         if isinstance(value, type) and issubclass(value, unittest.TestCase)
         and value is not unittest.TestCase
     ]  # fmt: skip
