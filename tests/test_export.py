@@ -59,7 +59,8 @@ def test_transformers_gives_the_receipt(tokenizer, tmp_path, dtype, keys):
 def test_the_example_of_the_readme_answers_a_prompt(tokenizer, tmp_path, referee, version):
     write(new_model(), tokenizer, tmp_path / "out")
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (example,) = [text for text in examples if "AutoModelForCausalLM" in text]
     script = tmp_path / "example.py"
     script.write_text(example.replace("runs/tiny/export", str(tmp_path / "out")))
     done = referee(script, transformers=version)

@@ -1,7 +1,6 @@
 """The scoring service: order, parallel and serial alike, deadlines, losses, signals."""
 
 import os
-import signal
 import time
 from collections import Counter
 from itertools import pairwise
@@ -279,4 +278,3 @@ def test_a_signal_of_the_terminal_does_not_reach_the_processes(pool):
     pool.score(ITEMS)
     worker = pool._pool[0]._process.pid
     assert os.getsid(worker) == worker != os.getsid(0)
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
