@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,15 +192,18 @@ def test_twenty_kills_at_random_moments_change_nothing(workspace, whole, tmp_pat
     often = {**GAE, "checkpoint": {"every_steps": 1, "keep_last": 2}}
     recipe["stages"] = [stage(workspace, **often)]
     (workspace / "killed.yaml").write_text(yaml.safe_dump(recipe))
-    uninterrupted = tmp_path / "uninterrupted"
-    assert run("run", workspace / "killed.yaml", "--run-dir", uninterrupted) == 0
+    uninterrupted, began = tmp_path / "uninterrupted", time.monotonic()
+    process = start("run", workspace / "killed.yaml", "--run-dir", uninterrupted)
+    process.communicate()
+    assert process.returncode == 0
+    whole_s = time.monotonic() - began
     rng, kills = random.Random(5), 0
-    for attempt in itertools.count():
+    for attempt in range(20):
         directory = tmp_path / f"killed-{attempt}"
         while True:
             process = start("run", workspace / "killed.yaml", "--run-dir", directory)
             try:
-                process.communicate(timeout=rng.uniform(5.0, 16.0))
+                process.communicate(timeout=rng.uniform(0.3, 1.2) * whole_s)
                 assert process.returncode == 0
                 break
             except subprocess.TimeoutExpired:
@@ -213,6 +216,7 @@ def test_twenty_kills_at_random_moments_change_nothing(workspace, whole, tmp_pat
         assert rl_files(directory) == rl_files(uninterrupted)
         if kills >= 20:
             return
+    raise AssertionError(f"only {kills} kills hit a running stage")
 
 
 def rl_files(directory: Path) -> dict[str, bytes]:
