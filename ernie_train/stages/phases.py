@@ -100,9 +100,7 @@ class RopeSchedule:
             target = theta if phase.rope_theta is None else phase.rope_theta
             if phase.steps is None or step <= begun + phase.steps:
                 if phase.smooth and phase.steps is not None:
-                    return interpolated_base(
-                        theta, target, step - begun, phase.steps
-                    ), phase.seq_len
+                    target = interpolated_base(theta, target, step - begun, phase.steps)
                 return target, phase.seq_len
             theta, begun = target, begun + phase.steps
         return theta, self.phases[-1].seq_len

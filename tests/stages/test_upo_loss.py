@@ -94,8 +94,19 @@ def test_micro_batches_do_not_change_the_update():
             np.testing.assert_allclose(other[name], array, atol=2e-5, err_msg=name)
 
 
-def test_the_gradient_is_that_of_the_objective():
-    """Along a random direction, by finite differences of the definition."""
+@pytest.mark.parametrize(
+    ("coefs", "weights"),
+    [
+        ({}, (1.0, 0.0, 0.0, 0.0)),
+        ({"policy_coef": 0.0, "entropy_coef": 1.0}, (0.0, -1.0, 0.0, 0.0)),
+        ({"policy_coef": 0.0, "kl_coef": 1.0, "kl_kind": "k3"}, (0.0, 0.0, 1.0, 0.0)),
+        ({"policy_coef": 0.0, "preference_coef": 1.0}, (0.0, 0.0, 0.0, 1.0)),
+        ({"policy_coef": 0.7, "entropy_coef": 0.5, "kl_coef": 0.3, "kl_kind": "k3",
+          "preference_coef": 0.4}, (0.7, -0.5, 0.3, 0.4)),
+    ],
+)  # fmt: skip
+def test_the_gradient_is_that_of_the_objective(coefs, weights):
+    """Each term alone and all together, along a random direction, by finite differences."""
     samples, pairs = filled()
     paddle.seed(3)
     model = Ernie4_5_MoeForCausalLM(make_config(moe_num_experts=0, initializer_range=0.15))
@@ -107,23 +118,25 @@ def test_the_gradient_is_that_of_the_objective():
     trainer.optimizer.step = lambda lr, norm: kept.update(
         {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
     )
-    trainer.train_step(micro_batches(samples, pairs, 3), FULL, 9)
-    rng = np.random.default_rng(1)
-    direction = {n: rng.normal(size=g.shape).astype(np.float32) for n, g in kept.items()}
-    slope = sum(float((kept[n].astype(np.float64) * d).sum()) for n, d in direction.items())
+    loss = UpoLoss(**LOSS, **coefs, beta=0.3, has_reference=True)
+    trainer.train_step(micro_batches(samples, pairs, 3), loss, 9)
+    # Along the gradient, so that a term is not lost among the others.
+    length = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in kept.values()))
+    direction = {n: (g / length).astype(np.float32) for n, g in kept.items()}
 
     def objective(step):
-        moved = {n: p.numpy() for n, p in model.named_parameters()}
+        held = {n: p.numpy() for n, p in model.named_parameters()}
         for n, p in model.named_parameters():
-            p.set_value(moved[n] + np.float32(step) * direction[n])
-        policy, entropy, kl, preference = by_definition(model, samples, pairs)
+            if n in direction:
+                p.set_value(held[n] + np.float32(step) * direction[n])
+        parts = by_definition(model, samples, pairs)
         for n, p in model.named_parameters():
-            p.set_value(moved[n])
-        return policy - 0.01 * entropy + 0.05 * kl + 0.5 * preference
+            p.set_value(held[n])
+        return float(np.dot(weights, parts))
 
-    numeric = (objective(2e-4) - objective(-2e-4)) / 4e-4
-    assert slope == pytest.approx(numeric, rel=2e-2)
-    assert abs(slope) > 1e-2
+    numeric = (objective(3e-3) - objective(-3e-3)) / 6e-3
+    assert length == pytest.approx(numeric, rel=2e-2)
+    assert length > 1e-3
 
 
 def test_without_the_preference_it_is_plain_ppo_to_the_bit():
