@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ernie_train import parallel, runtime
+from ernie_train import parallel, rank_report, runtime
 from ernie_train.checkpoint import CheckpointStore
 from ernie_train.config import dump_yaml
 from ernie_train.datasets import Tokenizer, load_tokenizer
@@ -76,6 +76,7 @@ class Pipeline:
             model = self._initial_model(tokenizer)
             self._write_facts(tokenizer)
             self._set_aside(selection.first)
+            rank_report.note("anew")
             outcome = Outcome(self.recipe, self.run_dir, self.console, stop)
             for index, stage in enumerate(self.recipe.stages):
                 directory = self._stage_dir(index)
