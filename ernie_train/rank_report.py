@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -23,15 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ernie_train import distributed, processes
-from ernie_train.runtime import StopFlag
 from ernie_train.storage import write_json
 
 DIRECTORY = "ERNIE_TRAIN_LAUNCH"
 SUPERVISOR = "ERNIE_TRAIN_SUPERVISOR"  # number of the supervising process
 TERMINAL = "ERNIE_TRAIN_TERMINAL"  # set if what rank 0 prints ends up in a terminal
 BEAT_EVERY_S = 1.0
-# Blocked in the launcher, which would kill ranks that are busy saving; its ranks inherit that.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,6 @@ class RankReport:
     def __init__(self, directory: Path, rank: int) -> None:
         self.directory = directory
         self.rank = rank
-        self._stop = StopFlag()
 
     @classmethod
     def of_this_process(cls) -> RankReport | None:
@@ -73,9 +68,6 @@ class RankReport:
         self._refuse_to_be_an_orphan()
         if self.rank == 0 and os.environ.get(TERMINAL):
             os.environ["FORCE_COLOR"] = "1"  # rich then draws its bars, into a file too
-        # A signal that comes while the work has not begun is noted; the work's own flag inherits.
-        self._stop.__enter__()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self._beat_file.touch()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         local_rank = int(os.environ.get("PADDLE_LOCAL_RANK", "0"))

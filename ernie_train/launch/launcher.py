@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_train import processes, rank_report
+from ernie_train.runtime import StopFlag
 
 HANG_TIMEOUT_S = 25.0  # collectives of gloo give up after 30 s by themselves
 # The launcher would take these for its own options.
@@ -110,4 +111,5 @@ def _environment(directory: Path) -> dict[str, str]:
 def _bind() -> None:
     """Runs in the new process before it becomes the launcher."""
     processes.die_with_parent()
-    signal.pthread_sigmask(signal.SIG_BLOCK, rank_report.STOP_SIGNALS)
+    # Its ranks inherit that: a signal waits until their work enters a StopFlag.
+    signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)
