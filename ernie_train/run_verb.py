@@ -43,14 +43,11 @@ class RunCall:
 
         def command(anew_begun: bool) -> list[str]:
             python = [sys.executable, "-u", "-m", "ernie_train", *(["--debug"] if debug else [])]
-            return [*python, "run", *self._arguments(anew_begun)]
+            return [*python, "run", *self.arguments(anew_begun)]
 
         return supervise(command, settings, directory, console)
 
-    def _directory(self, name: str) -> Path:
-        return self.run_dir or Path("runs") / name
-
-    def _arguments(self, anew_begun: bool) -> list[str]:
+    def arguments(self, anew_begun: bool) -> list[str]:
         """The same call for a rank; a restart goes on with stages that were begun anew before."""
         options = {
             "--run-dir": self.run_dir,
@@ -60,3 +57,6 @@ class RunCall:
         }
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         return [*given, "--", str(self.recipe), *self.overrides]
+
+    def _directory(self, name: str) -> Path:
+        return self.run_dir or Path("runs") / name

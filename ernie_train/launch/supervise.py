@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ernie_train.launch.logs import LOGS, RankLogs
 from ernie_train.runtime import StopFlag
 
 RECORD = "launches.jsonl"
+_ADDRESS = re.compile(r"[^:/\s]+:\d+")
 Command = Callable[[bool], Sequence[str]]  # given whether stages that were asked for anew are begun
 
 
@@ -60,6 +62,8 @@ def check(settings: LaunchSettings) -> None:
     problems = []
     if settings.nnodes > 1 and settings.master is None:
         problems.append("--nnodes: several machines need --master ADDRESS:PORT to find one another")
+    elif settings.master is not None and not _ADDRESS.fullmatch(settings.master):
+        problems.append(f"--master: expected ADDRESS:PORT, got {settings.master!r}")
     if settings.nnodes > 1 and settings.max_restarts > 0:
         problems.append(
             "--max-restarts: one machine alone cannot restart a job of several; let the scheduler "
@@ -125,7 +129,8 @@ def last_launch(run_dir: Path) -> str | None:
     try:
         line = (run_dir / LOGS / RECORD).read_text("utf-8").splitlines()[-1]
         found = json.loads(line)
-        words = f"{found['ranks']} ranks, ended with status {found['status']}"
+        ranks = f"{found['ranks']} rank{'s' if found['ranks'] > 1 else ''}"
+        words = f"{ranks}, ended with status {found['status']}"
         return f"{words}: {found['message']}" if found["message"] else words
     except (OSError, ValueError, KeyError, IndexError):
         return None
