@@ -100,7 +100,8 @@ class Job:
         order = sorted(self.endings.values(), key=lambda ending: ending.at)
         failed = [ending for ending in order if ending.status not in (0, 3)]
         stopped = [ending for ending in order if ending.status == 3]
-        first = (failed or stopped or order)[0]
+        # A rank may end because another one failed, and says nothing itself.
+        first = min(failed or stopped or order, key=lambda ending: not ending.message)
         if first.status != 1:
             return Verdict(first.status, first.message, first.rank)
         # It may be that it gave up waiting for one that does not answer.
