@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ernie_train"
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "errors", "storage", "yaml_files", "schema", "problems", "config",
-        "runtime", "processes", "distributed", "progress", "alerts", "metrics", "thinking",
+        "runtime", "processes", "meeting", "distributed", "progress", "alerts", "metrics",
+        "thinking",
     ),
     ("model", "losses", "datasets", "rewards"),
     (
@@ -40,7 +41,7 @@ INDEPENDENT_FLOOR = 1
 # Numpy at most: these start fast and run in workers that must not load Paddle.
 WITHOUT_PADDLE = {
     "errors", "storage", "yaml_files", "schema", "problems", "config", "thinking", "progress",
-    "processes", "rank_report", "launch", "datasets", "rewards",
+    "processes", "meeting", "rank_report", "launch", "datasets", "rewards",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"distributed", "parallel"}
 # They take seconds to import, or drag Paddle in, so only the function that needs one imports it.
