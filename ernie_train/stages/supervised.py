@@ -71,6 +71,7 @@ class PackedLoss:
             [Term("objective", total, count)],
             {"loss": (float(token_losses.sum()), float(len(trained)))},
             output.router_stats,
+            output.hidden,
         )
 
 
