@@ -56,9 +56,7 @@ class DecoderLayer(nn.Layer):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer)
-        self.mlp = (
-            MoE(config, placement) if self.is_moe else MLP(config, config.intermediate_size)
-        )
+        self.mlp = MoE(config, placement) if self.is_moe else MLP(config, config.intermediate_size)
 
     def forward(
         self, x: Tensor, tables: AttentionTables, cache: KVCache | None

@@ -62,7 +62,7 @@ def fewer_batches_than_ranks() -> dict[str, np.ndarray]:
         for _ in range(3 * (distributed.world_size() - distributed.rank())):
             assert not pace.more()
             seen.append(trainer.model(paddle.to_tensor(batch.input_ids)).logits.numpy())
-    assert all(np.array_equal(seen[0], other) for other in seen)
+    assert all(np.allclose(seen[0], other, atol=1e-5) for other in seen)
     state = whole({n: t.numpy() for n, t in trainer.model.state_dict().items()})
     return {"load": result.load.tokens_per_expert, "logits": seen[0], **metrics,
             **{f"weight/{n}": a for n, a in state.items()}}  # fmt: skip

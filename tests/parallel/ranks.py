@@ -31,7 +31,11 @@ def start_on_ranks(
             "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
         launcher = subprocess.Popen(
-            command, cwd=scratch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=scratch,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             status: int | str = launcher.wait(timeout_s)
