@@ -106,8 +106,7 @@ class Optimizer:
 
     def reduce_gradients(self) -> None:
         """Adds up the gradients over ranks; once a step, before anything looks at them."""
-        if distributed.world_size() > 1:
-            parallel.reduce_gradients(self.parameters)
+        parallel.reduce_gradients(self.parameters)
 
     def gradient_norm(self) -> float:
         """The global 2-norm of all gradients, summed in float64; each expert counts once."""

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ernie_train"
 # A name stands for a module or a package. One that is planned and not there yet may be listed.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "errors", "storage", "yaml_files", "schema", "problems", "config",
-        "runtime", "distributed", "progress", "alerts", "metrics", "thinking",
+        "errors", "distributed", "storage", "yaml_files", "schema", "problems", "config",
+        "runtime", "progress", "alerts", "metrics", "thinking",
     ),
     ("model", "losses", "datasets", "rewards"),
     (

@@ -3,6 +3,7 @@
 from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, experts_placed
 from ernie_train.parallel.gradients import (
     broadcast_updated,
+    owned,
     owners,
     reduce_gradients,
     split_by_place,
@@ -20,6 +21,7 @@ __all__ = [
     "experts_placed",
     "idle_pass",
     "new_model",
+    "owned",
     "owners",
     "reduce_gradients",
     "split_by_place",

@@ -35,6 +35,8 @@ def reduce_gradients(parameters: Named) -> None:
     Every rank must call it, with the parameters in one order. A gradient that is absent on all
     ranks stays absent.
     """
+    if distributed.world_size() == 1:
+        return
     dense, experts = split_by_place(parameters)
     _reduce(list(dense.values()), experts=False)
     if experts and distributed.grid().data > 1:
@@ -95,6 +97,11 @@ def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
         end = start + int(tensor.size)
         paddle.assign(flat[start:end].reshape(tensor.shape), output=tensor)
         start = end
+
+
+def owned(parameters: Named) -> set[str]:
+    """Names of the parameters that this rank writes."""
+    return {name for name, owner in owners(parameters).items() if owner == distributed.rank()}
 
 
 def owners(parameters: Named) -> dict[str, int]:
