@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 from ernie_train import distributed
 from ernie_train.config import StrictConfig
 from ernie_train.errors import CheckpointError, ConfigError, WeightsError
-from ernie_train.hf import load_config, load_weights, write_weights
+from ernie_train.hf import from_hf, load_config, load_weights, to_hf, write_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.optim import Optimizer
 from ernie_train.storage import (
@@ -91,8 +91,22 @@ class Checkpoint:
 Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
+def to_disk(
+    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """Parameters of a model, or their moments, under their names on disk."""
+    return dict(to_hf(model.config, named, model.model.placement.experts))
+
+
+def from_disk(
+    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """The inverse of `to_disk`, from what all ranks wrote: what this rank holds."""
+    return dict(from_hf(model.config, named, model.model.placement.experts))
+
+
 def optimizer_arrays(optimizer: Optimizer, to_disk: Rename) -> dict[str, np.ndarray]:
-    """Moments and master weights as `slot/name on disk`."""
+    """Moments and master weights that this rank writes, as `slot/name on disk`."""
     return {
         f"{slot}/{name}": array
         for slot, named in optimizer.moments().items()

@@ -127,7 +127,7 @@ def load_weights(
     if expected.keys() != state.keys():
         odd = ", ".join(sorted(expected.keys() ^ state.keys())[:20])
         raise WeightsError(f"the model's parameters are not those of its configuration: {odd}")
-    source = _open(Path(path), model.config, experts, verify=verify)
+    source = _open(Path(path), model.config, experts, verify=verify and distributed.is_main())
     for name, array in source.parameters():
         target = state[name]
         # From numpy the numbers go straight into the parameter, without a copy in between.

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model", "losses", "datasets", "rewards"),
     (
         "parallel", "optim", "tensor_files", "hf_layout", "hf", "checkpoint",
-        "model_directory", "sampling", "generation", "critic",
+        "model_directory", "sampling", "generation", "spread", "critic",
     ),
     (
         "objective", "balance", "moe_health", "trainer", "evaluate", "score_file", "rollout",

@@ -8,11 +8,12 @@ from ernie_train.parallel.gradients import (
     reduce_gradients,
     split_by_place,
 )
-from ernie_train.parallel.pace import Pace, idle_pass
+from ernie_train.parallel.pace import HasDecoder, Pace, idle_pass
 from ernie_train.parallel.wrap import clone_model, enable_recompute, new_model
 
 __all__ = [
     "ExpertDispatcher",
+    "HasDecoder",
     "Pace",
     "broadcast_updated",
     "check_expert_degree",
