@@ -91,6 +91,15 @@ def initialize() -> None:
         paddle.distributed.init_parallel_env()
 
 
+def ready() -> None:
+    """Every rank passes here before each collective; nothing else begins one.
+
+    What ranks must wait for without the bound that gloo has (30 s, which cannot be set) belongs
+    here.
+    """
+    initialize()
+
+
 def set_grid(chosen: Grid) -> None:
     """Lays the ranks out; every rank must call it with the same grid, before models are made.
 
@@ -109,7 +118,7 @@ def barrier() -> None:
     if world_size() > 1:
         import paddle
 
-        initialize()
+        ready()
         paddle.distributed.barrier()
 
 
@@ -123,7 +132,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
         return [float(value) for value in values]
     import paddle
 
-    initialize()
+    ready()
     total = paddle.to_tensor(list(values), dtype="float64")
     paddle.distributed.all_reduce(total)
     return [float(value) for value in total.numpy()]
@@ -135,7 +144,7 @@ def gather_numbers(values: Sequence[int]) -> np.ndarray:
         return np.array([values], np.int64)
     import paddle
 
-    initialize()
+    ready()
     told: list[Any] = []
     paddle.distributed.all_gather(told, paddle.to_tensor(list(values), "int64"))
     return np.stack([part.numpy() for part in told])
@@ -150,7 +159,7 @@ def sum_over(ranks: Sequence[int], value: float) -> float:
         return value
     import paddle
 
-    initialize()
+    ready()
     parts: list[Any] = []
     paddle.distributed.all_gather(parts, paddle.to_tensor([value], "float64"))
     return math.fsum(float(parts[at]) for at in ranks)
@@ -167,7 +176,7 @@ def gather_objects(value: T) -> list[T]:
         return [value]
     import paddle
 
-    initialize()
+    ready()
     found: list[T] = []
     paddle.distributed.all_gather_object(found, value)
     return found

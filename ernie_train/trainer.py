@@ -167,11 +167,16 @@ def _metrics(
     sums: dict[str, float], counts: dict[str, float], shown: dict[str, tuple[float, float]]
 ) -> dict[str, float]:
     """The means over the whole step of what this rank and the others summed up."""
-    reduced = distributed.sum_named(sums)
-    metrics = {n: reduced[n] / max(counts[n], 1.0) for n in sorted(reduced)}
-    values = distributed.sum_named({name: value for name, (value, _) in shown.items()})
-    totals = distributed.sum_named({name: count for name, (_, count) in shown.items()})
-    return metrics | {n: values[n] / max(totals[n], 1.0) for n in sorted(values)}
+    own = {f"{n}/sum": value for n, (value, _) in shown.items()}
+    own |= {f"{n}/count": count for n, (_, count) in shown.items()}
+    total = distributed.sum_named({**{f"{n}/term": value for n, value in sums.items()}, **own})
+
+    def names(kind: str) -> list[str]:
+        return sorted(n.removesuffix(kind) for n in total if n.endswith(kind))
+
+    metrics = {n: total[f"{n}/term"] / max(counts[n], 1.0) for n in names("/term")}
+    means = {n: total[f"{n}/sum"] / max(total[f"{n}/count"], 1.0) for n in names("/sum")}
+    return metrics | means
 
 
 def _backward(terms: list[Term], counts: dict[str, float], last: Tensor | None) -> None:

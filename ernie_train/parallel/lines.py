@@ -59,6 +59,7 @@ class GlooLines:
         self.me = self.group.index(distributed.rank())
 
     def exchange(self, rows: Tensor, counts: np.ndarray) -> Tensor:
+        distributed.ready()
         elsewhere = int(counts[self.me].sum() - counts[self.me, self.me])
         self.sent_bytes += elsewhere * rows.shape[-1] * rows.element_size()
         parts = self._in_pairs(rows, counts) if len(self.group) % 2 == 0 else None
@@ -103,6 +104,7 @@ class GlooLines:
         return parts or [rows[:0]]
 
     def add_up(self, flat: Tensor, *, experts: bool) -> Tensor:
+        distributed.ready()
         if not experts or self.grid.expert == 1:
             paddle_distributed.all_reduce(flat)
             return flat
@@ -113,6 +115,7 @@ class GlooLines:
         return slots[self.me]
 
     def copy_from(self, owner: int, flat: Tensor, *, experts: bool) -> Tensor:
+        distributed.ready()
         if not experts:
             paddle_distributed.broadcast(flat, src=owner)
             return flat

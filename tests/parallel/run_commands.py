@@ -1,5 +1,7 @@
 """On every rank: runs the commands of a JSON file, one after another, as `ernie-train` would.
 
+`{rank}` in an argument is the rank's number.
+
 Exit statuses go to `<file>.status-<rank>.json`.
 """
 
@@ -15,7 +17,7 @@ path = Path(sys.argv[1])
 statuses = []
 for arguments in json.loads(path.read_text()):
     try:
-        main(arguments)
+        main([argument.replace("{rank}", str(distributed.rank())) for argument in arguments])
     except SystemExit as stopped:
         statuses.append(int(stopped.code or 0))
 path.with_suffix(f".status-{distributed.rank()}.json").write_text(json.dumps(statuses))
