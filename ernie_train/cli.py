@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ernie_train.errors import ErnieTrainError, UserError
+from ernie_train import distributed
+from ernie_train.errors import ErnieTrainError, FailedElsewhere, UserError
 from ernie_train.launch import LaunchSettings, print_error
 from ernie_train.rank_report import RankReport
 from ernie_train.run_verb import RunCall
@@ -92,7 +93,7 @@ def run(
         raise typer.Exit(call.launch(settings, Console(stderr=True), debug=_debug))
     if settings != LaunchSettings(nproc=1):
         raise UserError("the options of a launch need --nproc, the ranks of this machine")
-    call.run_here(Console())
+    call.run_here(Console(quiet=not distributed.is_main()))
 
 
 @app.command()
@@ -287,6 +288,9 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
 
 
 def _failed(error: BaseException, exit_status: int, hint: str = "") -> tuple[int, str]:
+    told = isinstance(error, ErnieTrainError) and error.on_all_ranks and not distributed.is_main()
+    if told or isinstance(error, FailedElsewhere):
+        return exit_status, ""  # another rank tells
     if _debug:
         Console(stderr=True).print_exception()
     kind = "" if isinstance(error, ErnieTrainError) else f"{type(error).__name__}: "

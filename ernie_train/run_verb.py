@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ernie_train import distributed
 from ernie_train.config import apply_overrides, load_yaml
 from ernie_train.launch import LaunchSettings, supervise
 
@@ -29,7 +30,8 @@ class RunCall:
         from ernie_train.pipeline import Pipeline, Selection
         from ernie_train.recipe import load_recipe
 
-        loaded = load_recipe(self.recipe, list(self.overrides))
+        with distributed.together():
+            loaded = load_recipe(self.recipe, list(self.overrides))
         directory = self._directory(loaded.name)
         console.print(f"recipe {self.recipe} -> {directory}", highlight=False)
         pipeline = Pipeline(loaded, directory, console, self.referee)
