@@ -25,9 +25,9 @@ from tests.stages.test_upo import GAE, REWARD, stage
 from tests.workspace import make_workspace, metrics_without_time, rows, start, write_rows
 
 INCIDENTS = int(os.environ.get("CHAOS_INCIDENTS", "20"))
-LAYOUT = {"nproc": 1, "parallel": {}}
+RANKS = 2
 HANG_S, STOPPED_S = 6.0, 2.0
-MOST_S = 6.0  # from the moment at which all ranks are there to an incident
+MOST = 0.5  # of the time of an uninterrupted run, from when all ranks are there to an incident
 KINDS = {
     "rank killed": 4, "rank stopped for a while": 3, "rank stopped for good": 3,
     "command killed": 2, "command asked to stop": 2,
@@ -37,9 +37,10 @@ KINDS = {
 class Chaos:
     """One recipe, run again and again in new directories, with incidents until there are enough."""
 
-    def __init__(self, recipe: Path, expected: Path, stage_name: str, rng: random.Random) -> None:
+    def __init__(self, recipe: Path, expected: Path, stage_name: str, most_s: float) -> None:
         self.recipe, self.expected, self.stage_name = recipe, expected, stage_name
-        self.rng = rng
+        self.most_s = most_s
+        self.rng = random.Random(int(os.environ.get("CHAOS_SEED", "1")))
         self.happened: Counter[str] = Counter()
 
     def run(self, directory: Path) -> None:
@@ -60,10 +61,10 @@ class Chaos:
     def _disturb(self, process: subprocess.Popen[str], directory: Path) -> int:
         while process.poll() is None and self.happened.total() < INCIDENTS:
             ranks = ranks_of(directory)
-            if len(ranks) < LAYOUT["nproc"]:
+            if len(ranks) < RANKS:
                 time.sleep(0.02)
                 continue
-            time.sleep(self.rng.uniform(0, MOST_S))
+            time.sleep(self.rng.uniform(0, self.most_s))
             kind = self.rng.choices(list(KINDS), list(KINDS.values()))[0]
             incident: Callable[..., int | None] = INCIDENT[kind]
             victim = self.rng.choice(sorted(ranks))
@@ -112,7 +113,7 @@ INCIDENT: dict[str, Callable[..., int | None]] = {
 
 
 def begin(recipe: Path, directory: Path, *options: object) -> subprocess.Popen[str]:
-    return start("run", recipe, "--run-dir", directory, "--nproc", LAYOUT["nproc"],
+    return start("run", recipe, "--run-dir", directory, "--nproc", RANKS,
                  "--hang-timeout-s", HANG_S, *options)  # fmt: skip
 
 
@@ -168,9 +169,9 @@ def assert_same(directory: Path, expected: Path, stage_name: str) -> None:
 
 def sft_recipe(root: Path) -> Path:
     recipe = yaml.safe_load(make_workspace(root).read_text())
-    recipe["stages"][0] |= {"steps": 400, "validate_every_steps": 100}
-    recipe["stages"][0]["checkpoint"]["every_steps"] = 10
-    return rewrite(root, recipe | {"evaluation": None})
+    recipe["stages"][0] |= {"steps": 60, "validate_every_steps": 15}
+    recipe["stages"][0]["checkpoint"]["every_steps"] = 3
+    return rewrite(root, recipe | {"evaluation": None, "parallel": {"expert": 2}})
 
 
 def rl_recipe(root: Path) -> Path:
@@ -189,11 +190,11 @@ def rl_recipe(root: Path) -> Path:
     (root / "reward.py").write_text(REWARD)
     often = {"iterations": 24, "checkpoint": {"every_steps": 1, "keep_last": 2}}
     recipe |= {"evaluation": None, "export": None, "stages": [stage(root, **{**GAE, **often})]}
-    return rewrite(root, recipe)
+    return rewrite(root, recipe | {"parallel": {"data": 2, "sharding": True}})
 
 
 def rewrite(root: Path, recipe: dict[str, Any]) -> Path:
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"parallel": LAYOUT["parallel"]}))
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return root / "recipe.yaml"
 
 
@@ -205,9 +206,9 @@ def test_whatever_happens_a_run_continues_to_the_same_bits(tmp_path, make, stage
     process = begin(recipe, expected)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
-    print(f"uninterrupted: {time.monotonic() - began:.0f} s")
-    rng = random.Random(int(os.environ.get("CHAOS_SEED", "1")))
-    chaos = Chaos(recipe, expected, stage_name, rng)
+    whole_s = time.monotonic() - began
+    print(f"uninterrupted: {whole_s:.0f} s")
+    chaos = Chaos(recipe, expected, stage_name, MOST * whole_s)
     for number in range(INCIDENTS):
         chaos.run(tmp_path / f"run_{number}")
         if chaos.happened.total() >= INCIDENTS:
