@@ -30,6 +30,7 @@ def start_on_ranks(
             "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
+        environment.pop("ERNIE_TRAIN_REFEREE", None)  # exports are proven by transformers elsewhere
         launcher = subprocess.Popen(
             command,
             cwd=scratch,

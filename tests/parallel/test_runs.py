@@ -172,7 +172,8 @@ def test_each_tensor_is_written_once_by_the_rank_that_owns_it(root, runs):
     path = checkpoint(root, "sft-ep4", "sft", STEPS)
     assert len(TensorFiles(path).files) == len(TensorFiles(path, "optimizer").files) == 4
     sizes = [file.stat().st_size for file in TensorFiles(path, "optimizer").files]
-    assert max(sizes) < 1.6 * min(sizes), "ranks write about equally much"
+    # Tensors are not cut: the embedding alone is more than an even share of this small model.
+    assert max(sizes) < 2 * min(sizes)
     listed = json.loads((path / "MANIFEST.json").read_text())["files"]
     assert {f.name for f in TensorFiles(path).files} <= set(listed)
 
