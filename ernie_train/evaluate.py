@@ -82,7 +82,7 @@ def load_problems(
     needs_reward: bool = True,
     max_bad_fraction: float = 0.01,
 ) -> list[Record]:
-    """The problems of a JSONL file or of every one in a directory.
+    """The problems of a JSONL file, gzipped or not, or of every one in a directory.
 
     `tasks` keeps those of the named tasks or domains; `max_examples` the first of each task;
     with `needs_reward` False rows need not name a verifier.
@@ -90,7 +90,7 @@ def load_problems(
     in `tasks` that is no task or domain there.
     """
     root = Path(path)
-    files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
+    files = sorted(root.glob("*.jsonl*")) if root.is_dir() else [root]
     if not files:
         raise DataError(f"{root}: no .jsonl file with problems")
     read = (read_records(file, max_bad_fraction=max_bad_fraction)[0] for file in files)
