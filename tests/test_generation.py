@@ -118,11 +118,17 @@ def test_the_models_own_forward_samples_the_same(model, prompts, monkeypatch):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
 
 
-def test_equal_prompts_are_computed_once_and_sampled_apart(model, prompts, monkeypatch):
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_equal_prompts_are_computed_once_and_sampled_apart(
+    model, prompts, own_forward, monkeypatch
+):
+    if own_forward:
+        monkeypatch.setattr(generation, "can_decode", lambda model: False)
+    engine = generation._OwnForward if own_forward else generation.Decoder
     computed = []
-    right_padded = generation._right_padded
+    prefill = engine.prefill
     monkeypatch.setattr(
-        generation, "_right_padded", lambda rows: (computed.append(rows), right_padded(rows))[1]
+        engine, "prefill", lambda self, rows: (computed.append(rows), prefill(self, rows))[1]
     )
     repeated = [p for _ in range(4) for p in prompts]
     settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 11}
