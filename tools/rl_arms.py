@@ -110,7 +110,7 @@ def _more_sft(budget: Budget, place: Place) -> Arm:
         "kind": "sft",
         "data": [{"path": place.rows_of(DOMAIN)}],
         "seq_len": 1024,
-        "micro_batch_size": 3,  # about as many solutions as a minibatch has completions
+        "micro_batch_size": 4,  # about as many solutions as a minibatch has completions
         "epochs": budget.group_size,
         "optim": stage["optim"],
         "checkpoint": stage["checkpoint"],
