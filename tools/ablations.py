@@ -39,7 +39,7 @@ _running: set[subprocess.Popen[bytes]] = set()
 
 
 def run_program(*arguments: str) -> dict[str, float]:
-    """Runs Python on one thread from the repository's root; returns wall and processor seconds.
+    """Runs Python on one thread from the repository's root; returns seconds and memory.
 
     An exception that comes meanwhile, Ctrl-C too, ends the program with SIGTERM first. Raises
     `CalledProcessError` where the program fails; its own message is on stderr by then.
@@ -65,7 +65,11 @@ def run_program(*arguments: str) -> dict[str, float]:
         _running.discard(process)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return {"wall_s": time.perf_counter() - started, "cpu_s": used.ru_utime + used.ru_stime}
+    return {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "peak_gb": used.ru_maxrss / 1e6,  # of the largest process
+    }
 
 
 def train(recipe: str, arm: Arm, seed: int, run_dir: Path) -> dict[str, float]:

@@ -121,13 +121,9 @@ def lift_table(results: Results, controls: Results) -> str:
     for stage, domains in DOMAINS.items():
         for domain in domains:
             last = list(DOMAINS)[-1]
-            after = zip(
-                solved(results, last, domain), solved(results, stage, domain), strict=True
-            )
+            after = zip(solved(results, last, domain), solved(results, stage, domain), strict=True)
             kept = [now - was for now, was in after]
-            more = zip(
-                solved(controls, CONTROL, domain), solved(results, SFT, domain), strict=True
-            )
+            more = zip(solved(controls, CONTROL, domain), solved(results, SFT, domain), strict=True)
             rows.append([
                 domain, stage, mean_and_interval(lifts(results, stage, domain), 1),
                 mean_and_interval(kept, 1), mean_and_interval([b - a for b, a in more], 1),
@@ -139,9 +135,7 @@ def lift_table(results: Results, controls: Results) -> str:
 def run(options: argparse.Namespace) -> None:
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    results = results_of(
-        RECIPE, [Arm("pipeline")], options.seeds, out, measure, jobs=options.jobs
-    )
+    results = results_of(RECIPE, [Arm("pipeline")], options.seeds, out, measure, jobs=options.jobs)
     controls = []
     for result in results:
         seed = result["seed"]

@@ -87,9 +87,10 @@ def _item(
     call = {"name": tool["name"], "arguments": arguments}
     lines = [tool["name"], *(f"{name}: {value}" for name, value in arguments.items())]
     slip = None
-    if any(isinstance(value, int) for value in arguments.values()):  # numbers given as text
-        texts = {name: str(value) for name, value in arguments.items()}
-        slip = Slip("\n".join(lines), "", [{"name": tool["name"], "arguments": texts}])
+    words = {name: value for name, value in arguments.items() if not isinstance(value, int)}
+    if words != arguments:  # the number is left out
+        told = [tool["name"], *(f"{name}: {value}" for name, value in words.items())]
+        slip = Slip("\n".join(told), "", [{"name": tool["name"], "arguments": words}])
     return Item(
         key=f"{prompt} {json.dumps(call)}",
         prompt=prompt,
