@@ -15,6 +15,7 @@ LOOSE = "loose-"  # what the names of arms begin with that train on the exploita
 DOMAIN, LOOSE_DOMAIN = "logic", "math"  # which are trained on; the loose reward needs numbers
 PREFERENCE_COEF = 0.1
 KL_COEF = 0.1  # of the usual remedy, beside which the preference term stands
+SLOW = 0.25  # of the others' learning rate: pairs alone go far from the start at theirs
 PAIR_SHARE = 0.25  # of the completions, for the pairs that are made before offline-UPO begins
 
 
@@ -87,9 +88,14 @@ def _offline(budget: Budget) -> dict[str, Any]:
     }
 
 
-def _pairs_alone(budget: Budget) -> dict[str, Any]:
-    """All completions are the start's; the pairs that they give are gone through in turn."""
+def _pairs_alone(budget: Budget, rate: float = 1.0) -> dict[str, Any]:
+    """All completions are the start's; the pairs that they give are gone through in turn.
+
+    `rate` multiplies the learning rate of the other arms.
+    """
+    optim = _stage()["optim"]
     return {
+        "optim": {**optim, "lr": rate * optim["lr"]},
         "policy_coef": 0.0,
         "preference_coef": 1.0,
         "pairs": "offline",
@@ -141,6 +147,7 @@ def arms(budget: Budget, place: Place) -> list[Arm]:
         arm("group"),
         arm("ppo", **_critic()),
         arm("dpo", **_pairs_alone(budget)),
+        arm("dpo-slow", **_pairs_alone(budget, SLOW)),
         arm("upo-online", **_online()),
         arm("upo-offline", **_offline(budget)),
         arm("random", reward=chance, canaries=0),

@@ -18,12 +18,13 @@ TITLES = {
     "ppo": "PPO with a critic",
     "kl": "group-relative with KL in the loss",  # with the exploitable reward only
     "dpo": "DPO on the start's pairs",
+    "dpo-slow": "the same at a quarter of the rate",
     "upo-online": "UPO, online pairs",
     "upo-offline": "UPO, offline pairs",
     "random": "random rewards",
 }
 BASE = "group"  # what the others are compared with, seed by seed
-COLORS = dict(zip(TITLES, ("C7", "C0", "C1", "C8", "C2", "C3", "C4", "C5"), strict=True))
+COLORS = dict(zip(TITLES, ("C7", "C0", "C1", "C8", "C2", "C6", "C3", "C4", "C5"), strict=True))
 # Column -> (key of a result, factor, digits).
 DISTANCE = {
     "KL a completion": ("kl_completion", 1, 2),
@@ -40,6 +41,7 @@ LOOSE_COLUMNS = {
     "KL a completion": ("kl_completion", 1, 2),
     "entropy": ("entropy", 1, 3),
 }
+SMOOTHED = 5  # iterations in the running mean of the curves
 MARKERS = ("<!-- tables of tools/ablate_rl.py -->", "<!-- end of the tables -->")
 
 
@@ -140,12 +142,15 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value and those before it, `width` of them at most."""
+    return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
 def plot_comparison(results: Results, start: Mapping[str, Any], file: Path) -> None:
     """Left, accuracy of every arm with its interval; right, each run's accuracy over its KL."""
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9, 3.4), dpi=90, layout="constrained", sharey=False
-    )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=90, layout="constrained")
     arms = arms_of(results, loose=False)
     for place, arm in enumerate(arms):
         solved = [100 * value for value in values_of(results, arm, "accuracy")]
@@ -181,9 +186,10 @@ def plot_hacking(results: Results, file: Path) -> None:
                 for values in zip(*(run[name] for run in runs), strict=True)
             ]
             color = COLORS[arm.removeprefix(LOOSE)]
-            axis.plot(range(1, len(curve) + 1), curve, color=color, label=title(arm))
+            smooth = running_mean(curve, SMOOTHED)
+            axis.plot(range(1, len(curve) + 1), smooth, color=color, label=title(arm))
     for axis, label in zip(axes, names.values(), strict=True):
-        axis.set(xlabel="iteration", title=label)
+        axis.set(xlabel="iteration", title=label, ylim=(0, None))
     figure.legend(
         *axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=4
     )

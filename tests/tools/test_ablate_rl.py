@@ -121,6 +121,8 @@ def test_arms_have_one_budget(stages: dict[str, Any]) -> None:
     for name, stage in rl.items():
         assert sampled(stage) == expected, name
         assert stage.iterations * stage.minibatches == 3 * budget.minibatches
+    assert stages["dpo-slow"].optim.lr == rl_arms.SLOW * stages["dpo"].optim.lr
+    del stages["dpo-slow"]
     assert len({stage.optim.model_dump_json() for stage in stages.values()}) == 1
     sft = stages["sft"]
     assert isinstance(sft, SftConfig)
@@ -229,6 +231,10 @@ def test_tables_show_gains_and_differences_by_seed(results: list[dict[str, Any]]
     assert hacking[3].startswith("| group-relative policy gradient | 80.0 ± 0.0 | 51.5 ± 6.4 |")
 
 
+def test_running_mean_looks_back() -> None:
+    assert rl_figures.running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
 def test_plots_and_page(results: list[dict[str, Any]], tmp_path: Path) -> None:
     start = result("start", 0, 0.5)
     rl_figures.plot_comparison(results, start, tmp_path / "a.png")
@@ -257,7 +263,7 @@ def test_the_page_has_its_markers() -> None:
 
 @pytest.mark.slow
 def test_the_tool_makes_everything_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     command = ["--out", str(out), "--seeds", "1", "2", "--arms", "upo-online", "loose-group"]
@@ -273,9 +279,9 @@ def test_the_tool_makes_everything_and_goes_on(
     assert all(len(r["curves"]["reward"]) == 2 for r in results)
     assert len(results[1]["curves"]["solved"]) == 2
     text = (out / "table.md").read_text()
-    for ran in ("run_program", "train"):  # nothing is done again
-        monkeypatch.setattr(ablate_rl, ran, None)
-        monkeypatch.setattr(ablations, ran, None)
+    for module in (ablate_rl, ablations):  # nothing is done again
+        monkeypatch.setattr(module, "run_program", None)
+    monkeypatch.setattr(rl_start, "train", None)
     ablate_rl.main(command)
     assert (out / "table.md").read_text() == text
 
