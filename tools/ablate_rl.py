@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--iterations", type=int, help="other than the recipe's")
-    parser.add_argument("--problems", type=int, default=300, help="held-out ones of each task")
+    parser.add_argument("--problems", type=int, default=150, help="held-out ones of each task")
     parser.add_argument(
         "--start-set", nargs="+", default=[], help="overrides of the start's recipe"
     )

@@ -152,7 +152,6 @@ def arms(budget: Budget, place: Place) -> list[Arm]:
         arm("upo-offline", **_offline(budget)),
         arm("random", reward=chance, canaries=0),
         loose("group"),
-        loose("ppo", **_critic()),
         loose("kl", kl={"coef": KL_COEF, "kind": "k3"}),
         loose("upo-online", **_online()),
         loose("upo-offline", **_offline(budget)),
