@@ -22,15 +22,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from ernie_train import distributed
 from ernie_train.config import StrictConfig
 from ernie_train.errors import CheckpointError, ConfigError, WeightsError
-from ernie_train.hf import load_config, load_weights, write_weights
+from ernie_train.hf import from_hf, load_config, load_weights, to_hf, write_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.optim import Optimizer
 from ernie_train.storage import (
     FileDigest,
     recover,
     remove_directory,
+    storage_errors,
     verify_manifest,
     write_directory,
     write_json,
@@ -89,8 +91,22 @@ class Checkpoint:
 Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
+def to_disk(
+    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """Parameters of a model, or their moments, under their names on disk."""
+    return dict(to_hf(model.config, named, model.model.placement.experts))
+
+
+def from_disk(
+    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """The inverse of `to_disk`, from what all ranks wrote: what this rank holds."""
+    return dict(from_hf(model.config, named, model.model.placement.experts))
+
+
 def optimizer_arrays(optimizer: Optimizer, to_disk: Rename) -> dict[str, np.ndarray]:
-    """Moments and master weights as `slot/name on disk`."""
+    """Moments and master weights that this rank writes, as `slot/name on disk`."""
     return {
         f"{slot}/{name}": array
         for slot, named in optimizer.moments().items()
@@ -133,6 +149,8 @@ class CheckpointStore:
     ) -> Path:
         """Writes the checkpoint of `step`, then deletes those that need not be kept.
 
+        Every rank must call it, with the arrays that it alone writes; `state` is rank 0's.
+
         `optimizer` holds arrays by any names (uint16 means bfloat16 bits), `state` anything that
         `encode_state` takes; `metrics` are what `best_metric` picks from. `parts` are further
         arrays: those of "critic/model" go to `critic/model*.safetensors`. Returns its directory.
@@ -143,24 +161,29 @@ class CheckpointStore:
         encoded = encode_state(dict(state))
         values = {name: float(value) for name, value in (metrics or {}).items()}
         path = self.path_of(step)
-        self.sweep()
+        if distributed.is_main():
+            self.sweep()
 
         def write(directory: Path) -> dict[str, FileDigest]:
             size = self.config.max_shard_size
             digests = write_weights(model, directory, max_shard_size=size)
-            if optimizer:
+            if distributed.any_rank(bool(optimizer)):
                 entries = array_entries(optimizer)
                 digests |= write_tensor_files(directory, "optimizer", entries, size)
             for name, arrays in (parts or {}).items():
                 folder, _, stem = name.rpartition("/")
-                (directory / folder).mkdir(exist_ok=True)
+                with distributed.together(), storage_errors("cannot write", directory):
+                    (directory / folder).mkdir(exist_ok=True)
                 written = write_tensor_files(directory / folder, stem, array_entries(arrays), size)
                 digests |= {f"{folder}/{file}": digest for file, digest in written.items()}
-            write_json(directory / "state.json", encoded)
+            with distributed.together():
+                if distributed.is_main():
+                    write_json(directory / "state.json", encoded)
             return digests
 
         write_directory(path, write, info={"step": step, "metrics": encode_state(values)})
-        self._retain(step)
+        if distributed.is_main():
+            self._retain(step)
         wanted = self.config.best_metric
         if values and wanted is not None and wanted not in values:
             known = ", ".join(values)
@@ -250,9 +273,18 @@ class CheckpointStore:
         return Checkpoint(path, step, state, metrics, optimizer)
 
     def load_latest(self) -> Checkpoint | None:
-        """`load` of `latest`, hashed once; None if there is no checkpoint."""
-        path = self.latest()
-        return None if path is None else self.load(path, verify=False)
+        """`load` of `latest`, hashed once, by rank 0; None if there is no checkpoint.
+
+        Every rank must call it.
+        """
+        path: Path | None = None
+        with distributed.together():
+            path = self.latest() if distributed.is_main() else None
+        path = distributed.gather_objects(path)[0]
+        checkpoint: Checkpoint | None = None
+        with distributed.together():
+            checkpoint = None if path is None else self.load(path, verify=False)
+        return checkpoint
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
         """The manifest of a checkpoint whose files have the right sizes."""

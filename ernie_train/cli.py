@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from ernie_train.errors import ErnieTrainError, UserError
+from ernie_train import distributed
+from ernie_train.errors import ErnieTrainError, FailedElsewhere, UserError
 
 app = typer.Typer(
     help="Trains ERNIE 4.5 mixture-of-experts models with PaddlePaddle.",
@@ -71,9 +72,10 @@ def run(
     from ernie_train.pipeline import Pipeline, Selection
     from ernie_train.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    with distributed.together():
+        loaded = load_recipe(recipe, overrides)
     directory = run_dir or Path("runs") / loaded.name
-    console = Console()
+    console = Console(quiet=not distributed.is_main())
     console.print(f"recipe {recipe} -> {directory}", highlight=False)
     pipeline = Pipeline(loaded, directory, console, _interpreter(referee))
     pipeline.run(Selection(first, last))
@@ -269,6 +271,9 @@ def _show_usage_error(error: Any) -> None:
 
 
 def _fail(console: Console, error: BaseException, exit_status: int, hint: str = "") -> None:
+    told = isinstance(error, ErnieTrainError) and error.on_all_ranks and not distributed.is_main()
+    if told or isinstance(error, FailedElsewhere):
+        sys.exit(exit_status)  # another rank tells
     if _debug:
         console.print_exception()
     else:

@@ -22,6 +22,7 @@ from ernie_train.model import (
     HiddenOutput,
 )
 from ernie_train.model.autograd import default_dtype, dtype_name
+from ernie_train.parallel import owned
 from ernie_train.tensor_files import TensorFiles
 
 _HEAD = "value_head."
@@ -37,7 +38,7 @@ class Critic(nn.Layer):
         super().__init__()
         self.config: Ernie4_5_MoeConfig = policy.config
         with default_dtype(dtype_name(policy.head()[0])):
-            self.model = Ernie4_5_MoeModel(policy.config)
+            self.model = Ernie4_5_MoeModel(policy.config, policy.model.placement)
             self.value_head = nn.Linear(policy.config.hidden_size, 1)
         self.model.rope_theta = policy.model.rope_theta
         self.model.run_layer = policy.model.run_layer
@@ -57,13 +58,13 @@ class Critic(nn.Layer):
         """Parameters, or their moments, under the names that a model directory has for them."""
         body = {n: a for n, a in named.items() if not n.startswith(_HEAD)}
         head = {n: a for n, a in named.items() if n.startswith(_HEAD)}
-        return {**dict(hf_layout.to_hf(self.config, body)), **head}
+        return {**dict(hf_layout.to_hf(self.config, body, self.model.placement.experts)), **head}
 
     def from_disk(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inverse of `to_disk`; `WeightsError` for arrays of another model."""
         head = {n: stored[n] for n in stored if n.startswith(_HEAD)}
         body = {n: stored[n] for n in stored if not n.startswith(_HEAD)}
-        return {**dict(hf_layout.from_hf(self.config, body)), **head}
+        return {**dict(hf_layout.from_hf(self.config, body, self.model.placement.experts)), **head}
 
     def load_directory(self, directory: Path) -> None:
         """Starts from the `critic/` directory of a checkpoint; `WeightsError` for a misfit."""
@@ -75,11 +76,16 @@ class Critic(nn.Layer):
             raise WeightsError(f"{directory}: {error}") from None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All weights under their names on disk."""
-        return self.to_disk({n: t.numpy() for n, t in self.state_dict().items()})
+        """The weights that this rank writes, under their names on disk."""
+        state = self.state_dict()
+        mine = owned(state)
+        return self.to_disk({n: t.numpy() for n, t in state.items() if n in mine})
 
     def load(self, stored: Mapping[str, np.ndarray]) -> None:
-        """Fills the critic with what `arrays` gave; `WeightsError` if it was of another size."""
+        """Fills the critic with what `arrays` gave on all ranks.
+
+        Raises `WeightsError` if it was of another size.
+        """
         arrays = self.from_disk(stored)
         own = self.state_dict()
         wrong = [n for n, t in own.items() if n not in arrays or list(arrays[n].shape) != t.shape]

@@ -1,10 +1,59 @@
-"""The ranks of this job: who this process is, waiting for the others, and sums over all of them.
+"""The ranks of this job: who this process is, how they are laid out, and what they tell each other.
+
+Ranks = `expert` x `data`. The experts of every layer are dealt out over the `expert` consecutive
+ranks of an expert group; ranks that hold the same experts, one of each expert group, are replicas.
+Dense parameters are on all ranks.
 
 On a single process everything is the identity and Paddle's distributed package is not touched.
 """
 
+from __future__ import annotations
+
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ernie_train.errors import ConfigError, ErnieTrainError, FailedElsewhere
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the ranks are laid out; `sharding` spreads optimizer state over equal parameters."""
+
+    expert: int = 1
+    data: int = 1
+    sharding: bool = False
+
+    def check(self, ranks: int) -> None:
+        """Raises `ConfigError` where the degrees do not make `ranks` ranks."""
+        if self.expert * self.data != ranks:
+            raise ConfigError(
+                f"parallel.expert={self.expert} x parallel.data={self.data} needs "
+                f"{self.expert * self.data} ranks, but this job has {ranks}: start as many, or "
+                "change the degrees"
+            )
+
+    def expert_group(self, of: int) -> list[int]:
+        """The ranks among which rank `of` exchanges rows."""
+        first = of - of % self.expert
+        return list(range(first, first + self.expert))
+
+    def replicas(self, of: int) -> list[int]:
+        """The ranks that hold the same experts as rank `of`."""
+        return list(range(of % self.expert, self.expert * self.data, self.expert))
+
+
+_grid = Grid()
+
+
+# ---- who is who ----------------------------------------------------------------------------------
 
 
 def _number(variable: str, fallback: int) -> int:
@@ -23,8 +72,13 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which alone writes and prints."""
+    """Whether this is rank 0, which alone prints and writes what is not a rank's own."""
     return rank() == 0
+
+
+def grid() -> Grid:
+    """The layout that `set_grid` chose; one rank before that."""
+    return _grid
 
 
 def initialize() -> None:
@@ -37,12 +91,34 @@ def initialize() -> None:
         paddle.distributed.init_parallel_env()
 
 
+def ready() -> None:
+    """Every rank passes here before each collective; nothing else begins one.
+
+    What ranks must wait for without the bound that gloo has (30 s, which cannot be set) belongs
+    here.
+    """
+    initialize()
+
+
+def set_grid(chosen: Grid) -> None:
+    """Lays the ranks out; every rank must call it with the same grid, before models are made.
+
+    Raises `ConfigError` where the degrees do not make this job's ranks.
+    """
+    global _grid
+    chosen.check(world_size())
+    _grid = chosen
+
+
+# ---- sums and objects ----------------------------------------------------------------------------
+
+
 def barrier() -> None:
     """Waits until every rank is here."""
     if world_size() > 1:
         import paddle
 
-        initialize()
+        ready()
         paddle.distributed.barrier()
 
 
@@ -56,7 +132,130 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
         return [float(value) for value in values]
     import paddle
 
-    initialize()
+    ready()
     total = paddle.to_tensor(list(values), dtype="float64")
     paddle.distributed.all_reduce(total)
     return [float(value) for value in total.numpy()]
+
+
+def gather_numbers(values: Sequence[int]) -> np.ndarray:
+    """The whole numbers of all ranks, [ranks,len(values)]; each rank gives as many."""
+    if world_size() == 1:
+        return np.array([values], np.int64)
+    import paddle
+
+    ready()
+    told: list[Any] = []
+    paddle.distributed.all_gather(told, paddle.to_tensor(list(values), "int64"))
+    return np.stack([part.numpy() for part in told])
+
+
+def sum_over(ranks: Sequence[int], value: float) -> float:
+    """The sum over some ranks, rounded once: groups of ranks that add equal numbers agree.
+
+    Every rank of the job must call it.
+    """
+    if world_size() == 1:
+        return value
+    import paddle
+
+    ready()
+    parts: list[Any] = []
+    paddle.distributed.all_gather(parts, paddle.to_tensor([value], "float64"))
+    return math.fsum(float(parts[at]) for at in ranks)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return all_reduce_sum([float(flag)])[0] > 0
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every rank has, in the order of the ranks; for small things that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    import paddle
+
+    ready()
+    found: list[T] = []
+    paddle.distributed.all_gather_object(found, value)
+    return found
+
+
+def sum_named(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums by name over all ranks; a rank may lack names that others have."""
+    if world_size() == 1:
+        return dict(values)
+    found = gather_objects(dict(values))
+    names = sorted({name for part in found for name in part})
+    return {name: math.fsum(part.get(name, 0.0) for part in found) for name in names}
+
+
+# ---- sharing work --------------------------------------------------------------------------------
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of work that all ranks know: every world_size-th item."""
+    return items if world_size() == 1 else items[rank() :: world_size()]
+
+
+def gather_shares(results: Sequence[T]) -> list[T]:
+    """The results of all items, in their order, from what each rank made of its `share`."""
+    if world_size() == 1:
+        return list(results)
+    parts = gather_objects(list(results))
+    total = sum(map(len, parts))
+    return [parts[at % len(parts)][at // len(parts)] for at in range(total)]
+
+
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """Items by number, dealt into hands of about equal size: the largest first, to the lightest."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    loads = [0] * hands
+    for item in sorted(range(len(sizes)), key=lambda at: (-sizes[at], at)):
+        lightest = loads.index(min(loads))
+        dealt[lightest].append(item)
+        loads[lightest] += sizes[item]
+    return dealt
+
+
+# ---- agreeing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Runs a part without communication; an error of ours on one rank ends it on all.
+
+    The lowest rank that failed raises its own error, the others `FailedElsewhere`, so that one
+    message is printed.
+    """
+    if world_size() == 1:
+        yield
+        return
+    failure: ErnieTrainError | None = None
+    try:
+        yield
+    except ErnieTrainError as error:
+        failure = error
+    statuses = gather_objects(None if failure is None else failure.exit_status)
+    failed = [at for at, status in enumerate(statuses) if status is not None]
+    if failure is not None and rank() == failed[0]:
+        raise failure
+    if failed:
+        raise FailedElsewhere(failed[0], int(statuses[failed[0]] or 1))
+
+
+def require_same(facts: Mapping[str, str]) -> None:
+    """Raises `ConfigError` that names what differs between ranks, with the ranks that differ."""
+    if world_size() == 1:
+        return
+    found = gather_objects(dict(facts))
+    with together():
+        problems = []
+        for name in facts:
+            other = [at for at, theirs in enumerate(found) if theirs[name] != found[0][name]]
+            if other:
+                ranks = ", ".join(map(str, other))
+                problems.append(f"{name} differs between the ranks: rank {ranks} from rank 0")
+        if problems:
+            raise ConfigError(problems)

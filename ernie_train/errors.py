@@ -11,6 +11,7 @@ class ErnieTrainError(Exception):
     """Base of every error raised on purpose; its text is the whole message for the user."""
 
     exit_status: int = 1
+    on_all_ranks: bool = False  # every rank raises it at the same place, so one may tell
 
 
 class UserError(ErnieTrainError):
@@ -64,15 +65,29 @@ class Interrupted(ErnieTrainError):
     """Stopped on SIGTERM or SIGINT after everything was saved: exit status 3."""
 
     exit_status = 3
+    on_all_ranks = True
 
 
 class NonFiniteError(ErnieTrainError):
     """A loss or gradient became NaN or infinite; the last good checkpoint stays: exit status 4."""
 
     exit_status = 4
+    on_all_ranks = True
 
 
 class GateError(ErnieTrainError):
     """A stage finished below the metric that its recipe demands: exit status 5."""
 
     exit_status = 5
+    on_all_ranks = True
+
+
+class FailedElsewhere(ErnieTrainError):
+    """Another rank failed and tells why: this one ends with the same exit status, silently."""
+
+    def __init__(self, rank: int, exit_status: int) -> None:
+        super().__init__(f"rank {rank} failed")
+        self.rank, self.exit_status = rank, exit_status
+
+    def __reduce__(self) -> tuple[type["FailedElsewhere"], tuple[int, int]]:
+        return type(self), (self.rank, self.exit_status)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ernie_train.datasets import Record, Tokenizer, prompt_ids, read_records
-from ernie_train.errors import ConfigError, DataError, Interrupted
-from ernie_train.generation import Completion, generate
+from ernie_train.errors import ConfigError, DataError
+from ernie_train.generation import Completion
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
 from ernie_train.rewards.sandbox import layer_in_force
+from ernie_train.spread import generate_spread, score_spread
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,13 @@ def evaluate(
     on_progress: Callable[[int], None] = lambda done: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Completes every problem and scores the completions with the problems' own verifiers."""
+    """Completes every problem and scores the completions with the problems' own verifiers.
+
+    Every rank must call it; each does a share of the work and has the whole result.
+    """
     prompts = [encode_prompt(tokenizer, record, thinking=config.thinking) for record in problems]
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    completions = generate(
+    completions = generate_spread(
         model,
         repeated,
         max_new_tokens=config.max_new_tokens,
@@ -152,15 +156,14 @@ def evaluate(
     )
     owners = [record for record in problems for _ in range(config.samples)]
     texts = [completion_text(tokenizer, completion) for completion in completions]
-    scores = score_batch(
+    scores = score_spread(
         [
             (str(r.fields["reward"]), problem_row(r, config.thinking), t)
             for r, t in zip(owners, texts, strict=True)
         ],
+        lambda items: score_batch(items, stop_requested=stop_requested),
         stop_requested=stop_requested,
     )
-    if stop_requested():  # what was not scored any more must not pass for a result
-        raise Interrupted("stopped on a signal while scoring")
     rows = list(zip(owners, texts, completions, scores, strict=True))
     tasks: dict[tuple[str, str], list[Any]] = {}
     for row in rows:

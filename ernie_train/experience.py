@@ -6,20 +6,23 @@ G completions of a problem.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_train import distributed
 from ernie_train.critic import Critic
 from ernie_train.losses import gae, group_advantages, kl_estimate, token_logprobs, whiten
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
+from ernie_train.parallel import HasDecoder, Pace
 from ernie_train.rollout import Group, Sample
 
+T = TypeVar("T")
 _NORMALIZE_EPSILON = 1e-4  # in rewards, as in group_advantages
 
 
@@ -114,11 +117,35 @@ def critic_values(critic: Critic, batch: SampleBatch) -> tuple[Tensor, list[Rout
     return paddle.gather(values, paddle.to_tensor(batch.rows)), output.router_stats
 
 
-def _in_batches(samples: Sequence[Sample], size: int) -> Iterator[SampleBatch]:
+def _in_batches(samples: Sequence[Sample], size: int) -> list[SampleBatch]:
     """Samples of similar length together; the order of `samples` is theirs to keep."""
     ordered = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
-    for start in range(0, len(ordered), size):
-        yield SampleBatch(tuple(ordered[start : start + size]))
+    starts = range(0, len(ordered), size)
+    return [SampleBatch(tuple(ordered[start : start + size])) for start in starts]
+
+
+def _fill_in(
+    name: str,
+    model: HasDecoder,
+    batches: list[SampleBatch],
+    compute: Callable[[SampleBatch], tuple[np.ndarray, T]],
+) -> list[T]:
+    """Gives every sample of all batches its part of `compute`, run on each rank for its share.
+
+    compute: batch -> numbers of its completion tokens [N], and what else was seen, which is
+    returned for all batches.
+    """
+    own = []
+    with Pace(model) as pace, paddle.no_grad():
+        for batch in distributed.share(batches):
+            pace.more()
+            own.append(compute(batch))
+    found = distributed.gather_shares(own)
+    for batch, (numbers, _) in zip(batches, found, strict=True):
+        ends = np.cumsum([len(s.completion_ids) for s in batch.samples])[:-1]
+        for s, part in zip(batch.samples, np.split(numbers, ends), strict=True):
+            setattr(s, name, part)
+    return [seen for _, seen in found]
 
 
 def add_logprobs(
@@ -129,23 +156,22 @@ def add_logprobs(
     temperature: float,
     batch_size: int,
 ) -> float | None:
-    """Fills in `name` of every sample.
+    """Fills in `name` of every sample; every rank must call it.
 
     Returns the share of tokens that the model sends to other experts than `Sample.expert_ids` says,
     None where that is not recorded.
     """
-    changed: list[np.ndarray] = []
+
+    def compute(batch: SampleBatch) -> tuple[np.ndarray, list[np.ndarray]]:
+        logprobs, _, router_stats = policy_logprobs(model, batch, temperature=temperature)
+        return logprobs.numpy(), _changed_experts(batch, router_stats)
+
     training = model.training
     model.eval()
-    with paddle.no_grad():
-        for batch in _in_batches(samples, batch_size):
-            logprobs, _, router_stats = policy_logprobs(model, batch, temperature=temperature)
-            ends = np.cumsum([len(s.completion_ids) for s in batch.samples])[:-1]
-            for s, part in zip(batch.samples, np.split(logprobs.numpy(), ends), strict=True):
-                setattr(s, name, part)
-            changed += _changed_experts(batch, router_stats)
+    seen = _fill_in(name, model, _in_batches(samples, batch_size), compute)
     if training:
         model.train()
+    changed = [array for arrays in seen for array in arrays]
     return float(np.concatenate(changed).mean()) if changed else None
 
 
@@ -159,14 +185,13 @@ def _changed_experts(batch: SampleBatch, router_stats: list[RouterStats]) -> lis
 
 
 def add_values(critic: Critic, samples: Sequence[Sample], *, batch_size: int) -> None:
-    """Fills in the values of every sample."""
+    """Fills in the values of every sample; every rank must call it."""
+
+    def compute(batch: SampleBatch) -> tuple[np.ndarray, None]:
+        return critic_values(critic, batch)[0].numpy(), None
+
     critic.eval()
-    with paddle.no_grad():
-        for batch in _in_batches(samples, batch_size):
-            values, _ = critic_values(critic, batch)
-            ends = np.cumsum([len(s.completion_ids) for s in batch.samples])[:-1]
-            for s, part in zip(batch.samples, np.split(values.numpy(), ends), strict=True):
-                s.values = part
+    _fill_in("values", critic, _in_batches(samples, batch_size), compute)
     critic.train()
 
 

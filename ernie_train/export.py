@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ernie_train import distributed
 from ernie_train.datasets import Tokenizer
 from ernie_train.errors import WeightsError
 from ernie_train.generation import generate
@@ -63,10 +64,12 @@ def export(
     Python interpreter that has torch and transformers, by default this one if it has them; else
     this toolkit's own reader reads the directory back.
     Raises `WeightsError` if the comparison fails; directory and failed receipt then stay.
+    Every rank must call it: all write, and all compare what they hold.
     """
     files = _TokenizerFiles(tokenizer, thinking)
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    if distributed.is_main():
+        (directory / "README.md").write_text(card, encoding="utf-8")
     reference = rounded_copy(model) if dtype == "bfloat16" else model
     expected = _own_results(reference, prompts)
     if referee is None and find_spec("torch") and find_spec("transformers"):
@@ -76,17 +79,23 @@ def export(
         reader = "ernie_train"
         note = "torch is not installed here: the export was read back by this toolkit's own reader"
     else:
-        found, reader = _referee_results(referee, directory, prompts)
+        results: list[tuple[Results, str]] = []
+        with distributed.together():
+            if distributed.is_main():
+                results = [_referee_results(referee, directory, prompts)]
+        found, reader = distributed.gather_objects(results)[0][0]
         note = "the export was loaded by transformers from the directory alone"
     worst = max(float(np.abs(a - b).max()) for a, b in zip(expected[0], found[0], strict=True))
     receipt = Receipt(dtype, reader, len(prompts), worst, TOLERANCE, expected[1] == found[1], note)
-    write_json(directory / RECEIPT, {**asdict(receipt), "passed": receipt.passed})
-    if not receipt.passed:
-        raise WeightsError(
-            f"{directory}: the exported model differs from the trained one: largest logit "
-            f"difference {worst:.2e} (allowed {TOLERANCE:.0e}), greedy tokens "
-            f"{'equal' if receipt.greedy_tokens_equal else 'differ'}"
-        )
+    with distributed.together():
+        if distributed.is_main():
+            write_json(directory / RECEIPT, {**asdict(receipt), "passed": receipt.passed})
+        if not receipt.passed:
+            raise WeightsError(
+                f"{directory}: the exported model differs from the trained one: largest logit "
+                f"difference {worst:.2e} (allowed {TOLERANCE:.0e}), greedy tokens "
+                f"{'equal' if receipt.greedy_tokens_equal else 'differ'}"
+            )
     return receipt
 
 
@@ -111,7 +120,7 @@ class _TokenizerFiles:
 
 def rounded_copy(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
     """A float32 model whose weights are rounded to bfloat16, router weights excepted."""
-    copy = Ernie4_5_MoeForCausalLM(model.config)
+    copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement)
     for name, tensor in model.state_dict().items():
         array = tensor.astype("float32").numpy()
         if not name.endswith((".mlp.gate.weight", ".e_score_correction_bias")):

@@ -62,16 +62,17 @@ def generate(
     eos_token_id: int | Iterable[int] = (),
     batch_size: int = 256,
     record_experts: bool = False,
+    numbers: Sequence[int] | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
     """Continues every prompt until a stop token or `max_new_tokens`; completions in prompt order.
 
-    The random numbers of a sequence depend on `seed` and its index alone, not on its neighbours in
-    the batch. Equal prompts are computed once a batch. `record_experts` fills
-    `Completion.expert_ids`. `on_progress` is told how many prompts are done; `stop_requested` is
-    asked before each token and raises `Interrupted` when true. Raises `ValueError` on an empty
-    prompt and on settings out of range.
+    The random numbers of a sequence depend on `seed` and its number alone, not on its neighbours in
+    the batch; `numbers` are the prompts' indices unless given. Equal prompts are computed once a
+    batch. `record_experts` fills `Completion.expert_ids`. `on_progress` is told how many prompts
+    are done; `stop_requested` is asked once before each forward pass and raises `Interrupted` when
+    true. Raises `ValueError` on an empty prompt and on settings out of range.
     """
     config = SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed)
     config.check()
@@ -88,7 +89,8 @@ def generate(
             engine: _Engine = Decoder(model) if can_decode(model) else _OwnForward(model)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                rollout = _Rollout(engine, config, batch, stops, record_experts)
+                known = batch if numbers is None else [numbers[i] for i in batch]
+                rollout = _Rollout(engine, config, known, stops, record_experts)
                 rollout.run([prompts[i] for i in batch], stop_requested)
                 for row, i in enumerate(batch):
                     completions[i] = rollout.completion(row)

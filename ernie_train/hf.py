@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import paddle
 
+from ernie_train import distributed
 from ernie_train.errors import CheckpointError, ConfigError, UserError, WeightsError
 from ernie_train.hf_layout import (
     EMBED_TOKENS,
@@ -33,8 +34,8 @@ from ernie_train.hf_layout import (
     to_hf,
 )
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from ernie_train.model.autograd import default_dtype
 from ernie_train.model.configuration import read_config_json
+from ernie_train.parallel import new_model, owned
 from ernie_train.storage import (
     MANIFEST,
     FileDigest,
@@ -86,15 +87,15 @@ class LoadReport:
 def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeForCausalLM:
     """The model in the directory `path`, with its parameters as `dtype` ("float32", "bfloat16").
 
-    Router and router bias stay float32. Beside the model at most one parameter is in memory.
+    Router and router bias stay float32; under expert parallelism it holds this rank's experts.
+    Beside the model at most one parameter is in memory.
     Raises `ConfigError` for a `config.json` that cannot be computed and `WeightsError` for files
     that are missing, damaged or do not fit it, or that hold numbers which are not finite.
     """
     _check_dtype(dtype)
     config = load_config(path)
     _open(Path(path), config, verify=False)  # misfits are told before a large model is built
-    with default_dtype(dtype):
-        model = Ernie4_5_MoeForCausalLM(config)
+    model = new_model(config, dtype)
     report = load_weights(model, path)
     if report.skipped:
         _log.warning("%s: not loaded: %s", path, ", ".join(report.skipped))
@@ -121,11 +122,12 @@ def load_weights(
     Raises `WeightsError`, before anything is changed if names or shapes do not fit.
     """
     state = model.state_dict()
-    expected = parameter_shapes(model.config)
+    experts = model.model.placement.experts
+    expected = parameter_shapes(model.config, experts)
     if expected.keys() != state.keys():
         odd = ", ".join(sorted(expected.keys() ^ state.keys())[:20])
         raise WeightsError(f"the model's parameters are not those of its configuration: {odd}")
-    source = _open(Path(path), model.config, verify=verify)
+    source = _open(Path(path), model.config, experts, verify=verify and distributed.is_main())
     for name, array in source.parameters():
         target = state[name]
         # From numpy the numbers go straight into the parameter, without a copy in between.
@@ -188,7 +190,9 @@ class _Source:
         return LoadReport(self.layout, len(used), self.skipped, self.verified)
 
 
-def _open(path: Path, config: Ernie4_5_MoeConfig, *, verify: bool) -> _Source:
+def _open(
+    path: Path, config: Ernie4_5_MoeConfig, experts: range | None = None, *, verify: bool
+) -> _Source:
     verified = verify and _verify(path)
     files = TensorFiles(path)
     skipped = tuple(sorted(name for name in files if is_skipped(name)))
@@ -213,7 +217,8 @@ def _open(path: Path, config: Ernie4_5_MoeConfig, *, verify: bool) -> _Source:
     ]
     if problems := describe_names(missing, unknown, wrong):
         raise WeightsError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}")
-    return _Source(files, names, layout, wanted, no_bias, verified, skipped)
+    here = wanted if experts is None else pieces(config, layout, experts)
+    return _Source(files, names, layout, here, no_bias, verified, skipped)
 
 
 def _is_float(dtype: str, layout: Layout) -> bool:
@@ -257,19 +262,25 @@ def write_weights(
     """Writes `model*.safetensors` and `config.json` into an existing directory.
 
     `dtype` None keeps the dtype of each parameter. Beside the model at most one parameter is in
-    memory. Returns the digests of the weight files. Raises `StorageError`.
+    memory. Every rank must call it and writes the tensors that are its to write. Returns the
+    digests of this rank's files. Raises `StorageError`.
     """
     if dtype is not None:
         _check_dtype(dtype)
     read = _LastRead(model)
+    mine = owned(read.state)
     entries = []
-    for piece in pieces(model.config):
+    for piece in pieces(model.config, experts=model.model.placement.experts):
+        if piece.parameter not in mine:
+            continue
         stored = "F32" if piece.keep_float32 else DTYPES[dtype or read.dtype(piece.parameter)]
         shape = piece.stored_shape
         entries.append(TensorEntry(piece.stored, shape, stored, read.producer(piece)))
     digests = write_tensor_files(directory, "model", entries, max_shard_size)
     stored_as = dtype or read.dtype(EMBED_TOKENS)
-    write_json(directory / "config.json", model.config.to_dict(torch_dtype=stored_as))
+    with distributed.together():
+        if distributed.is_main():
+            write_json(directory / "config.json", model.config.to_dict(torch_dtype=stored_as))
     return digests
 
 
@@ -317,9 +328,12 @@ def save_pretrained(
 
     def write(directory: Path) -> dict[str, FileDigest]:
         digests = write_weights(model, directory, dtype=dtype, max_shard_size=max_shard_size)
-        write_json(directory / "generation_config.json", _generation_config(config, tokenizer))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+        with distributed.together():
+            if distributed.is_main():
+                generation = _generation_config(config, tokenizer)
+                write_json(directory / "generation_config.json", generation)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(directory)
         return digests
 
     # Only the weights are hashed: the other files are small texts that people rightly edit.

@@ -64,8 +64,13 @@ class Piece:
         parameter[self.at] = part.swapaxes(-1, -2) if self.transpose else part
 
 
-def pieces(config: Ernie4_5_MoeConfig, layout: Layout = "hf") -> list[Piece]:
-    """All pieces of a model in a layout, parameter by parameter in the order of the layers."""
+def pieces(
+    config: Ernie4_5_MoeConfig, layout: Layout = "hf", experts: range | None = None
+) -> list[Piece]:
+    """All pieces of a model in a layout, parameter by parameter in the order of the layers.
+
+    `experts`: those of each layer that are in memory here; None: all.
+    """
     result: list[Piece] = []
     prefix = "ernie." if layout == "paddle" else "model."
     vocab, hidden = config.vocab_size, config.hidden_size
@@ -78,7 +83,8 @@ def pieces(config: Ernie4_5_MoeConfig, layout: Layout = "hf") -> list[Piece]:
     for index in range(config.num_hidden_layers):
         same(f"model.layers.{index}.input_layernorm.weight", (hidden,))
         same(f"model.layers.{index}.post_attention_layernorm.weight", (hidden,))
-        layer = _LayerPieces(config, layout, f"layers.{index}")
+        here = range(config.moe_num_experts) if experts is None else experts
+        layer = _LayerPieces(config, layout, f"layers.{index}", here)
         result += layer.attention()
         result += layer.moe() if config.is_moe_layer(index) else layer.dense()
     same("model.norm.weight", (hidden,))
@@ -91,9 +97,9 @@ def pieces(config: Ernie4_5_MoeConfig, layout: Layout = "hf") -> list[Piece]:
     return result
 
 
-def parameter_shapes(config: Ernie4_5_MoeConfig) -> dict[str, Shape]:
+def parameter_shapes(config: Ernie4_5_MoeConfig, experts: range | None = None) -> dict[str, Shape]:
     """Name -> shape of everything a model holds in memory, the router's bias included."""
-    return {piece.parameter: piece.shape for piece in pieces(config)}
+    return {piece.parameter: piece.shape for piece in pieces(config, experts=experts)}
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class _LayerPieces:
     config: Ernie4_5_MoeConfig
     layout: Layout
     name: str  # "layers.3"
+    here: range  # the experts in memory
 
     def linear(self, name: str, parts: list[tuple[str, int]], rows: int, fused: str) -> list[Piece]:
         """The pieces of Linears with `rows` inputs: (projection, outputs) each.
@@ -185,23 +192,25 @@ class _LayerPieces:
         self, part: str, shape: tuple[int, int], columns: slice, total: int
     ) -> list[Piece]:
         """One projection of all experts; fused layouts store it as `columns` of `total`."""
-        count, (rows, outputs) = self.config.moe_num_experts, shape
+        rows, outputs = shape
         target = f"model.{self.name}.mlp.experts.{part}"
-        whole = (count, rows, outputs)
+        whole = (len(self.here), rows, outputs)
         fused = {"fused": "gate_up_proj", "paddle": "up_gate_proj"}.get(self.layout, part)
         stored = part if part == "down_proj" else fused
         if self.layout == "fused":
-            name, at = f"model.{self.name}.mlp.experts.{stored}", (slice(None), columns)
-            return [Piece(target, whole, name, (count, total, rows), True, stored_at=at)]
+            name = f"model.{self.name}.mlp.experts.{stored}"
+            everywhere = (self.config.moe_num_experts, total, rows)
+            here = slice(self.here.start, self.here.stop)
+            return [Piece(target, whole, name, everywhere, True, stored_at=(here, columns))]
         result = []
-        for expert in range(count):
+        for place, expert in enumerate(self.here):
             if self.layout == "paddle":
                 name = f"ernie.{self.name}.mlp.experts.{expert}.{stored}.weight"
                 at = (slice(None), columns)
-                piece = Piece(target, whole, name, (rows, total), at=(expert,), stored_at=at)
+                piece = Piece(target, whole, name, (rows, total), at=(place,), stored_at=at)
             else:
                 name = f"model.{self.name}.mlp.experts.{expert}.{stored}.weight"
-                piece = Piece(target, whole, name, (outputs, rows), transpose=True, at=(expert,))
+                piece = Piece(target, whole, name, (outputs, rows), transpose=True, at=(place,))
             result.append(piece)
         return result
 
@@ -231,14 +240,15 @@ def canonical_name(name: str) -> str:
 
 
 def to_hf(
-    config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray]
+    config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray], experts: range | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Parameters (or their Adam moments), by in-memory name -> (name on disk, array as on disk).
 
-    `named` may hold a part of the parameters. The arrays yielded are views.
+    `named` may hold a part of the parameters, and those of `experts` alone. The arrays yielded are
+    views.
     Raises `WeightsError` for names or shapes that are not the model's.
     """
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(config, experts)
     unknown = [name for name in named if name not in shapes]
     wrong = [
         f"{name} {list(array.shape)} instead of {list(shapes[name])}"
@@ -247,28 +257,30 @@ def to_hf(
     ]
     if problems := describe_names([], unknown, wrong):
         raise WeightsError("; ".join(problems))
-    for piece in pieces(config):
+    for piece in pieces(config, experts=experts):
         if piece.parameter in named:
             yield piece.stored, piece.take(named[piece.parameter])
 
 
 def from_hf(
-    config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray]
+    config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray], experts: range | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The inverse of `to_hf`: (in-memory name, array), one whole parameter after another.
 
     `named` may hold a part of the parameters, but each of them wholly, and may be a mapping that
-    reads from files. Raises `WeightsError` for names or shapes that are not the model's.
+    reads from files; of experts only `experts` are read. Raises `WeightsError` for names or shapes
+    that are not the model's.
     """
-    wanted = pieces(config)
-    present = {piece.parameter for piece in wanted if piece.stored in named}
-    wanted = [piece for piece in wanted if piece.parameter in present]
+    every = pieces(config)
+    present = {piece.parameter for piece in every if piece.stored in named}
+    wanted = [piece for piece in every if piece.parameter in present]
     expected = {piece.stored: piece.stored_shape for piece in wanted}
     unknown = [name for name in named if name not in expected]
     missing = [name for name in expected if name not in named]
     if problems := describe_names(missing, unknown, []):
         raise WeightsError("; ".join(problems))
-    yield from assemble(wanted, named.__getitem__)
+    here = every if experts is None else pieces(config, experts=experts)
+    yield from assemble([p for p in here if p.parameter in present], named.__getitem__)
 
 
 def assemble(

@@ -19,6 +19,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from ernie_train import distributed
 from ernie_train.errors import CheckpointError
 from ernie_train.storage import storage_errors
 
@@ -211,6 +212,42 @@ class MetricsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class SilentMetrics:
+    """Stands in for `MetricsWriter` on ranks other than 0, which alone writes."""
+
+    def log(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_metrics(
+    stage_dir: str | Path,
+    *,
+    resume_step: int | None,
+    terminal: bool,
+    total_steps: int,
+    label: str,
+) -> "MetricsWriter | SilentMetrics":
+    """The writer of a stage's metrics on rank 0; the others have the same numbers, silently."""
+    if not distributed.is_main():
+        return SilentMetrics()
+    return MetricsWriter(
+        stage_dir,
+        resume_step=resume_step,
+        terminal=terminal,
+        total_steps=total_steps,
+        label=label,
+    )
 
 
 class _VisualDL:

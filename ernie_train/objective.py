@@ -42,11 +42,17 @@ class Term:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Terms with gradient, sums that are only shown (name -> (sum, count)), router statistics."""
+    """Terms with gradient, sums that are only shown (name -> (sum, count)), router statistics.
+
+    `last`: something that every layer leads to, such as final hidden states or logprobs. Under
+    expert parallelism each backward pass starts there too, whatever terms there are, so that all
+    ranks meet in every layer.
+    """
 
     terms: list[Term]
     shown: dict[str, tuple[float, float]] = field(default_factory=dict)
     router_stats: list[RouterStats] = field(default_factory=list)
+    last: Tensor | None = None
 
 
 class LossFn(Protocol[ModelT_contra, BatchT_contra]):

@@ -11,6 +11,7 @@ import paddle
 from paddle import Tensor, nn
 from pydantic import Field, model_validator
 
+from ernie_train import distributed, parallel
 from ernie_train.config import NonNegative, Positive, StrictConfig
 from ernie_train.errors import CheckpointError
 
@@ -76,11 +77,20 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 class Optimizer:
-    """AdamW over a model's trained parameters, with its state under the parameters' names."""
+    """AdamW over a model's trained parameters, with its state under the parameters' names.
+
+    With several ranks each parameter has an owner among the ranks that hold it, which writes it to
+    checkpoints. Under `sharding` the owner alone keeps its state and updates it (ZeRO-1,
+    arXiv:1910.02054), and the others are given the result.
+    """
 
     def __init__(self, model: nn.Layer, config: OptimConfig) -> None:
         self.config = config
         self.parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
+        self.owners = parallel.owners(self.parameters)
+        mine = {n: p for n, p in self.parameters.items() if self.owners[n] == distributed.rank()}
+        self.owned = mine  # what this rank writes
+        self.updated = mine if distributed.grid().sharding else self.parameters
         decayed = {p.name for n, p in self.parameters.items() if decays(n, p)}
         self._adamw = paddle.optimizer.AdamW(
             learning_rate=config.lr,
@@ -88,15 +98,25 @@ class Optimizer:
             beta2=config.beta2,
             epsilon=config.eps,
             weight_decay=config.weight_decay,
-            parameters=list(self.parameters.values()),
+            # Paddle takes no empty list: a rank that owns nothing moves a number of no use.
+            parameters=list(self.updated.values()) or [paddle.create_parameter([1], "float32")],
             apply_decay_param_fun=lambda name: name in decayed,
             multi_precision=True,
         )
 
+    def reduce_gradients(self) -> None:
+        """Adds up the gradients over ranks; once a step, before anything looks at them."""
+        parallel.reduce_gradients(self.parameters)
+
     def gradient_norm(self) -> float:
-        """The global 2-norm of all gradients, summed in float64."""
-        squares = [_square_sum(p.grad) for p in self.parameters.values() if p.grad is not None]
-        return math.sqrt(math.fsum(squares))
+        """The global 2-norm of all gradients, summed in float64; each expert counts once."""
+        dense, experts = parallel.split_by_place(self.parameters)
+        squares = [_square_sum(p.grad) for p in dense.values() if p.grad is not None]
+        of_experts = [_square_sum(p.grad) for p in experts.values() if p.grad is not None]
+        if distributed.grid().expert > 1:
+            group = distributed.grid().expert_group(distributed.rank())
+            of_experts = [distributed.sum_over(group, math.fsum(of_experts))]
+        return math.sqrt(math.fsum([*squares, *of_experts]))
 
     def step(self, lr: float, gradient_norm: float) -> None:
         """One update at the rate `lr`; gradients are scaled down to `clip_grad_norm` first."""
@@ -104,53 +124,65 @@ class Optimizer:
         if limit is not None and gradient_norm > limit:
             scale = limit / gradient_norm
             with paddle.no_grad():
-                for parameter in self.parameters.values():
+                for parameter in self.updated.values():
                     if parameter.grad is not None:
                         parameter.grad.scale_(scale)
         self._adamw.set_lr(lr)
         self._adamw.step()
+        if self.updated is not self.parameters:
+            parallel.broadcast_updated(self.parameters, self.owners)
 
     def clear_gradients(self) -> None:
         self._adamw.clear_grad()
+        if self.updated is not self.parameters:
+            for parameter in self.parameters.values():
+                parameter.clear_gradient(True)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """`{"moment1"|"moment2"|"master": {parameter name: tensor}}`; empty before a first step."""
+        """`{"moment1"|"moment2"|"master": {parameter name: tensor}}` of what this rank owns.
+
+        Empty before a first step.
+        """
         found = self._adamw.state_dict()
         slots: dict[str, dict[str, Tensor]] = {}
         for slot in _MOMENTS:
-            named = {n: found.get(f"{p.name}_{slot}_0") for n, p in self.parameters.items()}
+            named = {n: found.get(f"{p.name}_{slot}_0") for n, p in self.owned.items()}
             if held := {n: t for n, t in named.items() if t is not None}:
                 slots[slot] = held
         if masters := found.get("master_weights"):
-            named = {n: masters.get(p.name) for n, p in self.parameters.items()}
+            named = {n: masters.get(p.name) for n, p in self.owned.items()}
             slots["master"] = {n: t for n, t in named.items() if t is not None}
         return slots
 
     def powers(self) -> dict[str, float]:
-        """beta1^t and beta2^t of the bias correction, which all parameters share."""
+        """beta1^t and beta2^t of the bias correction, which all parameters share.
+
+        Every rank must call it.
+        """
         found = self._adamw.state_dict()
-        first = next(iter(self.parameters.values())).name
-        keys = {slot: f"{first}_{slot}_0" for slot in _POWERS}
-        return {slot: found[key].item() for slot, key in keys.items() if key in found}
+        first = next(iter(self.updated.values()), None)
+        keys = {} if first is None else {slot: f"{first.name}_{slot}_0" for slot in _POWERS}
+        own = {slot: found[key].item() for slot, key in keys.items() if key in found}
+        return next((powers for powers in distributed.gather_objects(own) if powers), {})
 
     def load_state(
         self, moments: Mapping[str, Mapping[str, np.ndarray]], powers: Mapping[str, float]
     ) -> None:
-        """Restores what `moments` and `powers` gave.
+        """Restores what `moments` and `powers` gave, those of all owners together.
 
         Raises `CheckpointError` that names parameters for which nothing was saved.
         """
         restored: dict[str, object] = {}
         for slot, named in moments.items():
-            if missing := sorted(set(self.parameters) - set(named)):
+            if missing := sorted(set(self.updated) - set(named)):
                 raise CheckpointError(f"optimizer state {slot!r} lacks {', '.join(missing[:5])}")
-            tensors = {p.name: paddle.to_tensor(named[n]) for n, p in self.parameters.items()}
+            tensors = {p.name: paddle.to_tensor(named[n]) for n, p in self.updated.items()}
             if slot == "master":
                 restored["master_weights"] = tensors
             else:
                 restored |= {f"{name}_{slot}_0": tensor for name, tensor in tensors.items()}
         for slot, value in powers.items():
-            for parameter in self.parameters.values():
+            for parameter in self.updated.values():
                 restored[f"{parameter.name}_{slot}_0"] = paddle.to_tensor([value], "float32")
         for name, tensor in restored.items():
             if isinstance(tensor, Tensor):

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ernie_train import runtime
+from ernie_train import distributed, runtime
 from ernie_train.datasets import Record, Tokenizer
 from ernie_train.evaluate import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.export import Receipt, comparison_prompts, export
@@ -71,7 +71,7 @@ class Outcome:
         result = self._solved(path, model, tokenizer, inputs, "held-out problems")
         if settings.untrained_examples and "untrained" not in result:
             result["untrained"] = self._untrained(model, tokenizer, settings).to_dict()
-        write_json(path, result)
+        _write(path, result)
         self.console.print(evaluation_table(result))
         return result
 
@@ -104,12 +104,8 @@ class Outcome:
                 return result
         problems = load_problems(settings.path, max_examples=settings.max_examples)
         solved = self._solve(model, tokenizer, problems, settings, title)
-        samples = path.with_name("evaluation_samples.jsonl")
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in solved.samples)
-        with storage_errors("cannot write the samples", samples):
-            samples.write_text("".join(lines), encoding="utf-8")
         result = {"identity": identity, "trained": solved.to_dict()}
-        write_json(path, result)
+        _write(path, result, solved.samples)
         return result
 
     def export(
@@ -143,7 +139,7 @@ class Outcome:
                 thinking=self.recipe.thinking,
             )
             facts = {"identity": identity, "receipt": asdict(receipt)}
-            write_json(self.run_dir / "export.json", facts)
+            _write(self.run_dir / "export.json", facts)
         self.console.print(receipt_line(directory, receipt), highlight=False)
 
     def _untrained(
@@ -152,7 +148,7 @@ class Outcome:
         """The same for a model of this configuration before its first step."""
         problems = load_problems(settings.path, max_examples=settings.untrained_examples)
         runtime.seed_everything(self.recipe.seed)
-        fresh = Ernie4_5_MoeForCausalLM(model.config)
+        fresh = Ernie4_5_MoeForCausalLM(model.config, model.model.placement)
         return self._solve(fresh, tokenizer, problems, settings, "untrained model")
 
     def _solve(
@@ -177,6 +173,19 @@ class Outcome:
                 on_progress=advance_to,
                 stop_requested=lambda: self.stop.requested,
             )
+
+
+def _write(path: Path, result: dict[str, Any], samples: list[dict[str, Any]] | None = None) -> None:
+    """Writes a result, on rank 0, and the samples beside it; other ranks wait until it is there."""
+    with distributed.together():
+        if not distributed.is_main():
+            return
+        if samples is not None:
+            beside = path.with_name("evaluation_samples.jsonl")
+            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            with storage_errors("cannot write the samples", beside):
+                beside.write_text("".join(lines), encoding="utf-8")
+        write_json(path, result)
 
 
 def _identity(settings: Any, inputs: dict[str, str], *more: str | None) -> str:

@@ -5,22 +5,27 @@
     run_dir/evaluation.json, evaluation_samples.jsonl, export/
 
 Everything that is finished stays; a run on the same directory goes on where the last one stopped.
+
+With several ranks each runs this. Rank 0 alone writes and prints, but for the tensors of models;
+what can fail on one rank alone is done in `distributed.together`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ernie_train import parallel, runtime
+from ernie_train import distributed, parallel, runtime
 from ernie_train.checkpoint import CheckpointStore
 from ernie_train.config import dump_yaml
 from ernie_train.datasets import Tokenizer, load_tokenizer
+from ernie_train.distributed import Grid
 from ernie_train.errors import CheckpointError, ConfigError, DataError
 from ernie_train.evaluate import load_problems, require_verifiers
 from ernie_train.hf import load_pretrained
@@ -57,25 +62,30 @@ class Pipeline:
     def __init__(self, recipe: Recipe, run_dir: Path, console: Console, referee: str | None = None):
         self.recipe = recipe
         self.run_dir = run_dir
-        self.console = console
+        self.console = console if distributed.is_main() else Console(quiet=True)
         self.referee = referee
         self.base_dir = Path.cwd()
 
     def run(self, selection: Selection = Selection()) -> None:
         """Runs what is not done yet. Raises `Interrupted` after saving, on SIGTERM or SIGINT."""
-        self._check_selection(selection)
-        set_policy(self.recipe.sandbox)
-        tokenizer = load_tokenizer(self.base_dir / self.recipe.tokenizer.path)
-        if self.recipe.evaluation is not None:
-            problems = load_problems(self.base_dir / self.recipe.evaluation.path)
-            require_verifiers(problems)
-            check_gates(self.recipe, problems)
-        with RunLock(self.run_dir), StopFlag() as stop:
-            inputs = self._initial_inputs(tokenizer)
-            self._refuse_other_recipe(selection.first, inputs)
-            model = self._initial_model(tokenizer)
-            self._write_facts(tokenizer)
-            self._set_aside(selection.first)
+        with distributed.together():
+            layout = self.recipe.parallel
+            grid = Grid(layout.expert, layout.data, layout.sharding)
+            distributed.set_grid(grid)
+            self._check_selection(selection)
+            tokenizer = self._read_what_is_given()
+        self._require_same_everywhere(selection)
+        with ExitStack() as held, StopFlag() as stop:
+            with distributed.together():
+                if distributed.is_main():
+                    held.enter_context(RunLock(self.run_dir))
+                inputs = self._initial_inputs(tokenizer)
+                self._refuse_other_recipe(selection.first, inputs)
+                model = self._initial_model(tokenizer)
+            with distributed.together():
+                if distributed.is_main():
+                    self._write_facts(tokenizer)
+                    self._set_aside(selection.first)
             outcome = Outcome(self.recipe, self.run_dir, self.console, stop)
             for index, stage in enumerate(self.recipe.stages):
                 directory = self._stage_dir(index)
@@ -88,6 +98,26 @@ class Pipeline:
             outcome.export(model, tokenizer, evaluation, self.referee, inputs)
 
     # ---- before the stages -----------------------------------------------------------------------
+
+    def _read_what_is_given(self) -> Tokenizer:
+        set_policy(self.recipe.sandbox)
+        tokenizer = load_tokenizer(self.base_dir / self.recipe.tokenizer.path)
+        if self.recipe.evaluation is not None:
+            problems = load_problems(self.base_dir / self.recipe.evaluation.path)
+            require_verifiers(problems)
+            check_gates(self.recipe, problems)
+        return tokenizer
+
+    def _require_same_everywhere(self, selection: Selection) -> None:
+        settings = self.recipe.model_dump(mode="json")
+        distributed.require_same(
+            {
+                "the seed": str(settings.pop("seed")),
+                "the recipe": fingerprint(settings),
+                "the run directory": str(self.run_dir),
+                "the choice of stages": fingerprint([selection.first, selection.last]),
+            }
+        )
 
     def _stage_dir(self, index: int) -> Path:
         return self.run_dir / f"{index + 1:02d}-{self.recipe.stages[index].name}"
@@ -187,29 +217,41 @@ class Pipeline:
         stop: StopFlag,
     ) -> dict[str, str]:
         """Runs a stage, or takes its result from disk; returns the next stage's inputs."""
-        inputs = self._stage_inputs(stage, inputs)
-        done = read_done(directory)
-        if done is not None:
-            self.console.print(f"stage {stage.name}: done before, {done.result['steps']} steps")
-            checkpoint = directory / "checkpoints" / done.result["checkpoint"]
-            CheckpointStore(checkpoint.parent).load(checkpoint).load_model(model)
-            return _after(stage.name, inputs, done)
         settings = stage.identity()
-        with storage_errors("cannot write to the run directory", directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "stage.json", {"settings": settings, "input": inputs})
+        with distributed.together():
+            inputs = self._stage_inputs(stage, inputs)
+            done = read_done(directory)
+            if done is not None:
+                self.console.print(f"stage {stage.name}: done before, {done.result['steps']} steps")
+                checkpoint = directory / "checkpoints" / done.result["checkpoint"]
+                store = CheckpointStore(checkpoint.parent)
+                store.load(checkpoint, verify=distributed.is_main()).load_model(model)
+        if done is not None:
+            return _after(stage.name, inputs, done)
         data = StageData(self.base_dir, tokenizer, self.recipe.stage_seed(index))
         kind = STAGES[stage.kind]
-        prepared = kind.prepare(stage, data)
-        self.console.print(prepared.report.as_table())
-        write_json(directory / "data_report.json", prepared.report.to_dict())
+        with distributed.together():
+            if distributed.is_main():
+                _begin_stage(directory, settings, inputs)
+            prepared = kind.prepare(stage, data)
+            self.console.print(prepared.report.as_table())
+            if distributed.is_main():
+                write_json(directory / "data_report.json", prepared.report.to_dict())
         run = StageRun(data, directory, model, stop, self.console.is_terminal)
         done = StageDone(settings, inputs, kind.run(stage, run, prepared))
-        write_done(directory, done)
+        with distributed.together():
+            if distributed.is_main():
+                write_done(directory, done)
         return _after(stage.name, inputs, done)
 
     def _stage_inputs(self, stage: Any, inputs: dict[str, str]) -> dict[str, str]:
         return {**inputs, "data": _hash_files([self.base_dir / path for path in stage.paths()])}
+
+
+def _begin_stage(directory: Path, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+    with storage_errors("cannot write to the run directory", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "stage.json", {"settings": settings, "input": inputs})
 
 
 def _after(name: str, inputs: dict[str, str], done: StageDone) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ernie_train.errors import ConfigError
 from ernie_train.evaluate import load_problems, require_verifiers
 from ernie_train.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
+from ernie_train.parallel import check_expert_degree
 from ernie_train.recipe import Recipe
 from ernie_train.rewards.sandbox import set_policy
 from ernie_train.stages import STAGES, StageData
@@ -65,8 +66,12 @@ def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:
 
 
 def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` when tokenizer or sequence lengths do not fit the model."""
+    """Raises `ConfigError` when tokenizer, sequence lengths or layout do not fit the model."""
     problems = []
+    try:
+        check_expert_degree(recipe.parallel.expert, config)
+    except ConfigError as error:
+        problems += error.problems
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(
             f"tokenizer.path: {recipe.tokenizer.path} has {tokenizer.vocab_size} tokens, "

@@ -14,6 +14,7 @@ from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model_directory import find_model
 from ernie_train.rewards.sandbox import SandboxPolicy
 from ernie_train.stages import AnyStageConfig, SftConfig
+from ernie_train.stages.packed import SupervisedConfig
 
 
 class ModelSource(StrictConfig):
@@ -57,11 +58,28 @@ class TokenizerSource(StrictConfig):
 
 
 class ParallelConfig(StrictConfig):
-    """How the work is laid out; one process for now, so the degrees are 1."""
+    """How the work is laid over `expert` x `data` ranks; the results do not depend on it.
 
-    expert: Literal[1] = 1
-    data: Literal[1] = 1
-    recompute: bool = False  # layers are run again in the backward pass instead of kept
+    expert: the experts of a layer are dealt out over so many consecutive ranks.
+    data: copies of every expert. Dense parameters are on all ranks.
+    sharding: optimizer state is spread over the ranks that hold the same parameter.
+    recompute: layers are run again in the backward pass instead of kept.
+    """
+
+    expert: PositiveInt = 1
+    data: PositiveInt = 1
+    sharding: bool = False
+    recompute: bool = False
+
+    @model_validator(mode="after")
+    def _useful(self) -> ParallelConfig:
+        if self.sharding and self.ranks == 1:
+            raise ValueError("sharding has no effect on one rank")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        return self.expert * self.data
 
 
 class EvaluationConfig(StrictConfig):
@@ -115,6 +133,20 @@ class Recipe(StrictConfig):
                 )
             if index == 0 and stage.gate.max_regression is not None:
                 raise ValueError("stages.0.gate.max_regression: no stage comes before the first")
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_are_dealt_out(self) -> Recipe:
+        ranks = self.parallel.ranks
+        wrong = [
+            f"stages.{index}.grad_accum_steps={stage.grad_accum_steps} must be a multiple of the "
+            f"{ranks} ranks of parallel.expert x parallel.data: a step's micro-batches are dealt "
+            "out over them"
+            for index, stage in enumerate(self.stages)
+            if isinstance(stage, SupervisedConfig) and stage.grad_accum_steps % ranks
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
     @property

@@ -17,12 +17,13 @@ import numpy as np
 
 from ernie_train.datasets import Record, Tokenizer
 from ernie_train.datasets.mixing import epoch_order
-from ernie_train.errors import CheckpointError, ConfigError, DataError, Interrupted
+from ernie_train.errors import CheckpointError, ConfigError, DataError
 from ernie_train.evaluate import completion_text, encode_prompt, problem_row
-from ernie_train.generation import Completion, generate
+from ernie_train.generation import Completion
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rewards.composition import ComposedReward
+from ernie_train.rewards.composition import ComposedReward, ComposedScore
 from ernie_train.rewards.score import Score
+from ernie_train.spread import generate_spread, score_spread
 from ernie_train.storage import storage_errors
 
 
@@ -137,13 +138,14 @@ class Collector:
     def collect(self, chosen: Sequence[int], *key: int) -> list[Group]:
         """`group_size` completions of each chosen problem, scored.
 
-        The random numbers depend on the stage's seed and on `key` alone. Raises `Interrupted` when
-        a stop is asked for.
+        The random numbers depend on the stage's seed and on `key` alone. Every rank must call it;
+        each samples and scores a share, and all have the same groups then. Raises `Interrupted`
+        when a stop is asked for.
         """
         started = time.perf_counter()
         size = self.settings.group_size
         owners = [index for index in chosen for _ in range(size)]
-        completions = generate(
+        completions = generate_spread(
             self.model,
             [self.problems[index].prompt_ids for index in owners],
             max_new_tokens=self.settings.max_new_tokens,
@@ -178,19 +180,25 @@ class Collector:
         )
 
     def _score(self, samples: Sequence[Sample]) -> None:
-        if self.reward is None:
+        reward = self.reward
+        if reward is None:
             raise ValueError("completions are to be scored without a reward")
-        scored = self.reward.score_batch(
+        scored = score_spread(
+            samples, lambda mine: self._graded(reward, mine), stop_requested=self.stop_requested
+        )
+        reward.check_excluded([composed.score for composed in scored])
+        for sample, composed in zip(samples, scored, strict=True):
+            sample.score, sample.parts = composed.score, composed.parts
+            sample.value = sample.reward = composed.value
+
+    def _graded(self, reward: ComposedReward, samples: Sequence[Sample]) -> list[ComposedScore]:
+        return reward.score_batch(
             [problem_row(self.problems[s.problem].record, thinking=True) for s in samples],
             [s.text for s in samples],
             [len(s.completion_ids) for s in samples],
+            whole=False,
             stop_requested=self.stop_requested,
-        )
-        if self.stop_requested():
-            raise Interrupted("stopped on a signal while scoring")
-        for sample, composed in zip(samples, scored.scores, strict=True):
-            sample.score, sample.parts = composed.score, composed.parts
-            sample.value = sample.reward = composed.value
+        ).scores
 
 
 def encode_problems(

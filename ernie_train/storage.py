@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie_train import distributed
 from ernie_train.errors import CheckpointError, StorageError, UserError
 
 MANIFEST = "MANIFEST.json"
@@ -231,28 +232,56 @@ def write_directory(
     and, with `manifest_all`, every other file too. An existing `path` is replaced only if it is
     empty or carries our manifest.
 
+    Every rank must call it: `write` runs on each, for files of its own in the one directory, and
+    rank 0 does the rest. What `write` does that can fail on one rank belongs in
+    `distributed.together`.
+
     Raises `UserError` if `path` holds anything else, `StorageError` on a full disk or the like;
     whatever was there before is still there then.
     """
-    check_replaceable(path)
     temporary = _sibling(path, ".tmp")
+    with distributed.together():
+        if distributed.is_main():
+            _begin(path, temporary)
+    try:
+        with storage_errors("cannot write", path):
+            digests = dict(write(temporary))
+        told = distributed.gather_objects(digests)
+        with distributed.together():
+            if distributed.is_main():
+                every = {name: digest for part in told for name, digest in part.items()}
+                _finish(path, temporary, every, info, manifest_all)
+    except BaseException:
+        if distributed.is_main():
+            with storage_errors("cannot write", path):
+                recover(path)
+        raise
+
+
+def _begin(path: Path, temporary: Path) -> None:
+    check_replaceable(path)
     with storage_errors("cannot write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         temporary.mkdir()
-        try:
-            (temporary / MARKER).touch()
-            digests = dict(write(temporary))
-            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                name = file.relative_to(temporary).as_posix()
-                if manifest_all and name not in digests and file.name != MARKER:
-                    digests[name] = digest_file(file)
-                sync_path(file)
-            write_manifest(temporary, digests, info)
-            _publish(temporary, path)
-        except BaseException:
-            recover(path)
-            raise
+        (temporary / MARKER).touch()
+
+
+def _finish(
+    path: Path,
+    temporary: Path,
+    digests: dict[str, FileDigest],
+    info: dict[str, Any] | None,
+    manifest_all: bool,
+) -> None:
+    with storage_errors("cannot write", path):
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            name = file.relative_to(temporary).as_posix()
+            if manifest_all and name not in digests and file.name != MARKER:
+                digests[name] = digest_file(file)
+            sync_path(file)
+        write_manifest(temporary, digests, info)
+        _publish(temporary, path)
 
 
 def check_replaceable(path: Path) -> None:

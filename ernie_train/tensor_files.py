@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from ernie_train import distributed
 from ernie_train.errors import ConfigError, WeightsError
-from ernie_train.storage import FileDigest, digest_file, storage_errors, write_json
+from ernie_train.storage import FileDigest, digest_file, storage_errors, sync_path, write_json
 
 # safetensors' names of dtypes -> how numpy holds them
 NUMPY_DTYPES = {
@@ -116,22 +117,34 @@ def write_tensor_files(
     """Writes `<stem>.safetensors`, or several with an index, and returns the files' digests.
 
     One tensor is in memory at a time. A tensor above `max_shard_size` gets a file of its own.
+    Every rank must call it, with the tensors that it alone writes; rank 0 writes the index. The
+    digests are those of this rank's files.
     """
-    shards = _split(entries, parse_size(max_shard_size))
-    if len(shards) == 1:
-        name = f"{stem}.safetensors"
-        return {name: _write_file(directory / name, shards[0])}
+    shards = [shard for shard in _split(entries, parse_size(max_shard_size)) if shard]
+    if distributed.is_main() and not shards:
+        shards = [[]]  # so that there is a file
+    held = [[(entry.name, entry.nbytes) for entry in shard] for shard in shards]
+    told = distributed.gather_objects(held)
+    every = [shard for part in told for shard in part]
+    count, before = len(every), sum(map(len, told[: distributed.rank()]))
+    names = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}.safetensors"]
     digests: dict[str, FileDigest] = {}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        digests[name] = _write_file(directory / name, shard)
-        weight_map |= {entry.name: name for entry in shard}
-    index = directory / f"{stem}.safetensors.index.json"
-    total = sum(entry.nbytes for entry in entries)
-    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    digests[index.name] = digest_file(index)
+    with distributed.together():
+        for name, shard in zip(names[before:], shards, strict=False):
+            digests[name] = _write_file(directory / name, shard)
+        if count > 1 and distributed.is_main():
+            index = directory / f"{stem}.safetensors.index.json"
+            write_json(index, _index(dict(zip(names, every, strict=True))))
+            digests[index.name] = digest_file(index)
     return digests
+
+
+def _index(held: Mapping[str, list[tuple[str, int]]]) -> dict[str, Any]:
+    """What an index says of files and the tensors in them, each with its bytes."""
+    total = sum(nbytes for tensors in held.values() for _, nbytes in tensors)
+    weight_map = {name: file for file, tensors in held.items() for name, _ in tensors}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def _split(entries: list[TensorEntry], limit: int) -> list[list[TensorEntry]]:
@@ -175,6 +188,8 @@ def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
             if array.shape != entry.shape:
                 raise WeightsError(f"{entry.name}: {array.shape} announced as {entry.shape}")
             put(array.reshape(-1).view(np.uint8).data)
+    if not distributed.is_main():
+        sync_path(path)  # rank 0, maybe on another machine, cannot do it
     return FileDigest(size, sha.hexdigest())
 
 

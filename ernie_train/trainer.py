@@ -1,4 +1,8 @@
-"""The one loop: batches in, terms of a loss summed over micro-batches, one update a step."""
+"""The one loop: batches in, terms of a loss summed over micro-batches, one update a step.
+
+Every rank is given the micro-batches of the whole step and runs its share of them, so that a step
+trains the same tokens on any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any, Generic
 
 from paddle import Tensor
 
-from ernie_train import distributed
+from ernie_train import distributed, parallel
 from ernie_train.balance import BalanceConfig, Balancer, RouterLoad
 from ernie_train.errors import Interrupted, NonFiniteError
 from ernie_train.objective import BatchT, LossFn, ModelT, Term
@@ -78,25 +82,29 @@ class Trainer(Generic[ModelT, BatchT]):
     def train_step(
         self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT], total_steps: int
     ) -> StepResult:
-        """One optimizer step over `micro_batches`, at the rate that `total_steps` gives it."""
+        """One optimizer step over `micro_batches`, at the rate that `total_steps` gives it.
+
+        `micro_batches` are those of all ranks, the same on each.
+        """
         started = time.perf_counter()
         counts = self._counts(micro_batches, loss_fn)
         sums: dict[str, float] = {}
         shown: dict[str, tuple[float, float]] = {}
         load = self.balancer.new_load()
-        for batch in micro_batches:
+        for batch in distributed.share(micro_batches):
             output = loss_fn(self.model, batch)
             terms = [*output.terms, *self.balancer.terms(output.router_stats)]
-            if terms:
-                _objective(terms, counts).backward()
+            _backward(terms, counts, output.last)
             load.add(output.router_stats)
             for term in terms:
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
             for name, (value, count) in output.shown.items():
                 before = shown.get(name, (0.0, 0.0))
                 shown[name] = (before[0] + value, before[1] + count)
+        self._join_others(micro_batches)
+        self.optimizer.reduce_gradients()
         lr = learning_rate(self.optimizer.config, self.step + 1, total_steps)
-        metrics = self._metrics(sums, counts, shown)
+        metrics = _metrics(sums, counts, shown)
         metrics["grad_norm"] = self.optimizer.gradient_norm()
         metrics["lr"] = lr
         self._refuse_non_finite(metrics)
@@ -118,11 +126,13 @@ class Trainer(Generic[ModelT, BatchT]):
         counts = self._counts(micro_batches, loss_fn)
         norms = {}
         for name in counts:
-            for batch in micro_batches:
+            for batch in distributed.share(micro_batches):
                 output = loss_fn(self.model, batch)
                 terms = [*output.terms, *self.balancer.terms(output.router_stats)]
-                if wanted := [term for term in terms if term.name == name]:
-                    _objective(wanted, counts).backward()
+                wanted = [term for term in terms if term.name == name]
+                _backward(wanted, counts, output.last)
+            self._join_others(micro_batches)
+            self.optimizer.reduce_gradients()
             norms[name] = self.optimizer.gradient_norm()
             self.optimizer.clear_gradients()
         return norms
@@ -130,23 +140,17 @@ class Trainer(Generic[ModelT, BatchT]):
     def _counts(
         self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT]
     ) -> dict[str, float]:
-        return _global_counts(
-            [{**loss_fn.counts(b), **self.balancer.counts(b.num_tokens)} for b in micro_batches]
-        )
+        """What the terms of the whole step count, from the micro-batches of all ranks."""
+        balancer = self.balancer
+        counts = [{**loss_fn.counts(b), **balancer.counts(b.num_tokens)} for b in micro_batches]
+        names = sorted({name for micro in counts for name in micro})
+        return {n: math.fsum(micro.get(n, 0.0) for micro in counts) for n in names}
 
-    def _metrics(
-        self,
-        sums: dict[str, float],
-        counts: dict[str, float],
-        shown: dict[str, tuple[float, float]],
-    ) -> dict[str, float]:
-        names = sorted(sums)
-        reduced = distributed.all_reduce_sum([sums[name] for name in names])
-        metrics = {n: v / max(counts[n], 1.0) for n, v in zip(names, reduced, strict=True)}
-        for name in sorted(shown):
-            value, count = distributed.all_reduce_sum(list(shown[name]))
-            metrics[name] = value / max(count, 1.0)
-        return metrics
+    def _join_others(self, micro_batches: Sequence[BatchT]) -> None:
+        """Joins the passes of ranks that have a micro-batch more than this one."""
+        passes = -(-len(micro_batches) // distributed.world_size())
+        for _ in range(passes - len(distributed.share(micro_batches))):
+            parallel.idle_pass(self.model, backward=True)
 
     def _refuse_non_finite(self, metrics: dict[str, float]) -> None:
         bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
@@ -159,16 +163,34 @@ class Trainer(Generic[ModelT, BatchT]):
             )
 
 
-def _global_counts(counts: list[dict[str, float]]) -> dict[str, float]:
-    names = sorted({name for micro in counts for name in micro})
-    totals = [math.fsum(micro.get(name, 0.0) for micro in counts) for name in names]
-    return dict(zip(names, distributed.all_reduce_sum(totals), strict=True))
+def _metrics(
+    sums: dict[str, float], counts: dict[str, float], shown: dict[str, tuple[float, float]]
+) -> dict[str, float]:
+    """The means over the whole step of what this rank and the others summed up."""
+    own = {f"{n}/sum": value for n, (value, _) in shown.items()}
+    own |= {f"{n}/count": count for n, (_, count) in shown.items()}
+    total = distributed.sum_named({**{f"{n}/term": value for n, value in sums.items()}, **own})
+
+    def names(kind: str) -> list[str]:
+        return sorted(n.removesuffix(kind) for n in total if n.endswith(kind))
+
+    metrics = {n: total[f"{n}/term"] / max(counts[n], 1.0) for n in names("/term")}
+    means = {n: total[f"{n}/sum"] / max(total[f"{n}/count"], 1.0) for n in names("/sum")}
+    return metrics | means
 
 
-def _objective(terms: list[Term], counts: dict[str, float]) -> Tensor:
-    """sum over terms of coef * sum / global count: divided once, by what the whole step counts."""
+def _backward(terms: list[Term], counts: dict[str, float], last: Tensor | None) -> None:
+    """Adds the gradient of sum over terms of coef * sum / global count.
+
+    So it is divided once, by what the whole step counts. Where ranks exchange rows in the backward
+    pass, zero times `last` makes it go through every layer.
+    """
     parts: list[Any] = [term.sum * (term.coef / max(counts[term.name], 1.0)) for term in terms]
+    if last is not None and distributed.grid().expert > 1:
+        parts.append(last.sum().astype("float32") * 0.0)
+    if not parts:
+        return
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return total
+    total.backward()

@@ -63,7 +63,9 @@ MISTAKES = [
     ({"device": "tpu"}, "device"),
     ({"stages": []}, "stages"),
     ({"export": {"dtype": "int8"}}, "export.dtype"),
-    ({"parallel": {"expert": 2}}, "parallel.expert"),
+    ({"parallel": {"expert": 3}}, "parallel.expert"),
+    ({"parallel": {"data": 0}}, "parallel.data"),
+    ({"parallel": {"sharding": True}}, "sharding has no effect on one rank"),
 ]
 
 

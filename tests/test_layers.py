@@ -17,13 +17,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ernie_train"
 # A name stands for a module or a package. One that is planned and not there yet may be listed.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "errors", "storage", "yaml_files", "schema", "problems", "config",
-        "runtime", "distributed", "progress", "alerts", "metrics", "thinking",
+        "errors", "distributed", "storage", "yaml_files", "schema", "problems", "config",
+        "runtime", "progress", "alerts", "metrics", "thinking",
     ),
     ("model", "losses", "datasets", "rewards"),
     (
         "parallel", "optim", "tensor_files", "hf_layout", "hf", "checkpoint",
-        "model_directory", "sampling", "generation", "critic",
+        "model_directory", "sampling", "generation", "spread", "critic",
     ),
     (
         "objective", "balance", "moe_health", "trainer", "evaluate", "score_file", "rollout",

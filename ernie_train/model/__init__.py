@@ -1,8 +1,14 @@
 """The ERNIE 4.5 model: configuration, layers, key/value cache."""
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.dispatch import (
+    Dispatcher,
+    LocalDispatcher,
+    Placement,
+    is_expert_parameter,
+)
 from ernie_train.model.kv_cache import KVCache
-from ernie_train.model.moe import Dispatcher, LocalDispatcher, RouterStats
+from ernie_train.model.moe import RouterStats
 from ernie_train.model.transformer import (
     CausalLMOutput,
     Ernie4_5_MoeForCausalLM,
@@ -19,5 +25,7 @@ __all__ = [
     "HiddenOutput",
     "KVCache",
     "LocalDispatcher",
+    "Placement",
     "RouterStats",
+    "is_expert_parameter",
 ]

@@ -1,4 +1,4 @@
-"""Router, experts and the dispatcher that stands between them.
+"""Router and experts; what stands between them is in `dispatch`.
 
 Shapes: T tokens, H hidden size, E experts, K experts per token (moe_k), I expert width, R routed
 rows (T*K less what a capacity limit drops).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import paddle
 import paddle.nn.functional as F
@@ -18,7 +18,10 @@ from paddle.autograd import PyLayer
 
 from ernie_train.model.autograd import as_dtype, only, wanted
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.dispatch import LocalDispatcher, Placement, make_routing
 from ernie_train.model.mlp import ACTIVATIONS, MLP
+
+ALL_HERE = Placement(None, LocalDispatcher())
 
 
 @dataclass(frozen=True)
@@ -30,106 +33,6 @@ class RouterStats:
     router_probs: Tensor  # [T,E] float32, with gradient
     expert_ids: Tensor  # [T,K] experts chosen with the selection bias
     dropped: int  # routed rows that a capacity limit dropped
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The way of T*K (token, expert) pairs into rows sorted by expert, and back."""
-
-    tokens: int  # T
-    tokens_per_expert: list[int]  # rows of each expert, summing to R
-    token_of_row: Tensor  # [R]
-    row_of_pair: Tensor  # [K*T] row of the pair (k, token), k outermost; R where dropped
-    weight_index: Tensor  # [R] where the row's weight stands in weights [T,K] flattened
-    dropped: int
-
-
-class Dispatcher(Protocol):
-    """Brings tokens to their experts and their results home."""
-
-    def dispatch(self, x: Tensor, weights: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """x [T,H], weights [T,K] -> rows [R,H] sorted by expert, and their weights [R,1]."""
-        ...
-
-    def combine(self, rows: Tensor, routing: Routing) -> Tensor:
-        """Weighted rows [R,H] -> their sum for each token [T,H]."""
-        ...
-
-
-def make_routing(expert_ids: Tensor, num_experts: int, capacity: int | None) -> Routing:
-    """Sorts the pairs of `expert_ids` [T,K] by expert; within an expert they keep token order.
-
-    With a capacity every expert takes its first `capacity` pairs in the order of choice (first
-    choices of all tokens before second ones) and the rest is dropped.
-    """
-    tokens, choices = expert_ids.shape
-    flat = expert_ids.transpose([1, 0]).reshape([-1])  # [K*T]
-    order = paddle.argsort(flat, stable=True)
-    counts = paddle.bincount(flat, minlength=num_experts)
-    per_expert: list[int] = counts.tolist()
-    dropped = 0
-    if capacity is not None and max(per_expert) > capacity:
-        first = paddle.cumsum(counts) - counts
-        rank = paddle.arange(len(flat)) - paddle.gather(first, paddle.gather(flat, order))
-        order = paddle.masked_select(order, rank < capacity)
-        kept = [min(count, capacity) for count in per_expert]
-        dropped = sum(per_expert) - sum(kept)
-        per_expert = kept
-    row_of_pair = paddle.full([len(flat)], len(order), "int64")
-    row_of_pair = paddle.scatter(row_of_pair, order, paddle.arange(len(order)))
-    token = order % tokens
-    return Routing(
-        tokens, per_expert, token, row_of_pair, token * choices + order // tokens, dropped
-    )
-
-
-class _Permute(PyLayer):
-    """rows[r] = x[token_of_row[r]]; its gradient is `_sum_pairs`, so nothing is scattered."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return paddle.gather(x, routing.token_of_row)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _sum_pairs(grads[0], ctx.routing)
-
-
-class _Unpermute(PyLayer):
-    """out[t] = sum of the rows of token t; its gradient is a gather."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return _sum_pairs(rows, routing)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return paddle.gather(grads[0], ctx.routing.token_of_row)
-
-
-def _sum_pairs(rows: Tensor, routing: Routing) -> Tensor:
-    tokens = routing.tokens
-    if routing.dropped:
-        rows = paddle.concat([rows, paddle.zeros([1, rows.shape[-1]], rows.dtype)])
-    pairs = paddle.gather(rows, routing.row_of_pair)
-    # One slice after another: a sum over an inner axis is slow in Paddle's CPU kernels.
-    total = pairs[:tokens]
-    for start in range(tokens, pairs.shape[0], tokens):
-        total = total + pairs[start : start + tokens]
-    return total
-
-
-class LocalDispatcher:
-    """All experts live here: dispatching is a permutation."""
-
-    def dispatch(self, x: Tensor, weights: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        rows = _Permute.apply(x, routing)
-        return rows, paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
-
-    def combine(self, rows: Tensor, routing: Routing) -> Tensor:
-        return _Unpermute.apply(rows, routing)
 
 
 class Router(nn.Layer):
@@ -258,16 +161,25 @@ def experts_by_autograd(
 
 
 class Experts(nn.Layer):
-    """E gated MLPs as stacked parameters: gate and up [E,H,I], down [E,I,H]."""
+    """Gated MLPs as stacked parameters, gate and up [E,H,I], down [E,I,H]: of experts `here`."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, here: range) -> None:
         super().__init__()
         self.hidden_act = config.hidden_act
-        inward = [config.moe_num_experts, config.hidden_size, config.moe_intermediate_size]
-        outward = [config.moe_num_experts, config.moe_intermediate_size, config.hidden_size]
-        self.gate_proj = self.create_parameter(inward)
-        self.up_proj = self.create_parameter(inward)
-        self.down_proj = self.create_parameter(outward)
+        inward = [config.hidden_size, config.moe_intermediate_size]
+        outward = [config.moe_intermediate_size, config.hidden_size]
+        self.gate_proj = self._stacked(config.moe_num_experts, here, inward)
+        self.up_proj = self._stacked(config.moe_num_experts, here, inward)
+        self.down_proj = self._stacked(config.moe_num_experts, here, outward)
+
+    def _stacked(self, everywhere: int, here: range, shape: list[int]) -> Tensor:
+        whole = self.create_parameter([everywhere, *shape])
+        if len(here) == everywhere:
+            return whole
+        # The whole one was made all the same: it draws numbers, and what is drawn after it must
+        # not depend on how many experts are here.
+        zero = nn.initializer.Constant(0.0)
+        return self.create_parameter([len(here), *shape], default_initializer=zero)
 
     def forward(self, rows: Tensor, weights: Tensor, tokens_per_expert: list[int]) -> Tensor:
         """rows [R,H] sorted by expert, weights [R,1] -> weighted outputs [R,H]."""
@@ -282,25 +194,25 @@ class Experts(nn.Layer):
 class MoE(nn.Layer):
     """Routed experts plus the shared ones, which see every token."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = ALL_HERE) -> None:
         super().__init__()
         self.config = config
         self.gate = Router(config)
         self.moe_statics = MoEStatics(config.moe_num_experts)
-        self.experts = Experts(config)
+        self.experts = Experts(config, placement.of(config.moe_num_experts))
         self.shared_experts = None
         if config.moe_num_shared_experts:
             width = config.moe_num_shared_experts * config.moe_intermediate_size
             self.shared_experts = MLP(config, width)
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher = placement.dispatcher
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """x [T,H] -> output [T,H], router logits [T,E], expert ids [T,K], dropped rows."""
         logits, weights, expert_ids = self.gate(x, self.moe_statics.e_score_correction_bias)
         routing = make_routing(expert_ids, self.config.moe_num_experts, self._capacity(x.shape[0]))
-        rows, row_weights = self.dispatcher.dispatch(x, weights, routing)
-        routed = self.experts(rows, row_weights, routing.tokens_per_expert)
-        output = self.dispatcher.combine(routed, routing)
+        arrived = self.dispatcher.dispatch(x, weights, routing)
+        routed = self.experts(arrived.rows, arrived.weights, arrived.tokens_per_expert)
+        output = self.dispatcher.combine(routed, arrived)
         if self.shared_experts is not None:
             output = output + self.shared_experts(x)
         return output, logits, expert_ids, routing.dropped

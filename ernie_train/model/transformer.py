@@ -18,10 +18,11 @@ from paddle import Tensor, nn
 from ernie_train.model.attention import Attention, AttentionTables
 from ernie_train.model.autograd import dtype_name
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.dispatch import Placement, is_expert_parameter
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.layout import BatchLayout
 from ernie_train.model.mlp import MLP
-from ernie_train.model.moe import MoE, RouterStats
+from ernie_train.model.moe import ALL_HERE, MoE, RouterStats
 from ernie_train.model.norm import RMSNorm
 from ernie_train.model.rope import RopeTables
 
@@ -49,13 +50,13 @@ class CausalLMOutput:
 class DecoderLayer(nn.Layer):
     """Attention and MLP (or MoE), each behind a norm and beside a residual."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig, layer: int) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, layer: int, placement: Placement) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer)
-        self.mlp = MoE(config) if self.is_moe else MLP(config, config.intermediate_size)
+        self.mlp = MoE(config, placement) if self.is_moe else MLP(config, config.intermediate_size)
 
     def forward(
         self, x: Tensor, tables: AttentionTables, cache: KVCache | None
@@ -79,14 +80,15 @@ def run_layer(
 class Ernie4_5_MoeModel(nn.Layer):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = ALL_HERE) -> None:
         super().__init__()
         self.config = config
+        self.placement = placement
         self.rope_theta = config.rope_theta
         self.run_layer: Callable[..., tuple[Tensor, RouterOutput]] = run_layer
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.LayerList(
-            [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+            [DecoderLayer(config, i, placement) for i in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -162,10 +164,10 @@ class LMHead(nn.Layer):
 class Ernie4_5_MoeForCausalLM(nn.Layer):
     """The whole model; attribute names are those of the Hugging Face implementation."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = ALL_HERE) -> None:
         super().__init__()
         self.config = config
-        self.model = Ernie4_5_MoeModel(config)
+        self.model = Ernie4_5_MoeModel(config, placement)
         self.lm_head = LMHead(config)
         self._initialize()
 
@@ -221,5 +223,12 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
             if name.endswith("bias"):
                 parameter.set_value(paddle.zeros_like(parameter))
             elif "norm" not in name:
-                values: Any = paddle.randn(parameter.shape, "float32") * std
-                parameter.set_value(values.astype(parameter.dtype))
+                parameter.set_value((self._random(name, parameter) * std).astype(parameter.dtype))
+
+    def _random(self, name: str, parameter: Tensor) -> Any:
+        """Normal numbers; those of all experts are drawn, so that each is the same anywhere."""
+        experts = self.model.placement.experts
+        if experts is None or not is_expert_parameter(name):
+            return paddle.randn(parameter.shape, "float32")
+        everywhere = [self.config.moe_num_experts, *parameter.shape[1:]]
+        return paddle.randn(everywhere, "float32")[experts.start : experts.stop]

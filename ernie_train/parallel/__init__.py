@@ -1,5 +1,29 @@
-"""How a model is laid over devices: dtypes and recomputation now."""
+"""How a model is laid over ranks: experts, gradients, optimizer state; and recomputation."""
 
+from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, experts_placed
+from ernie_train.parallel.gradients import (
+    broadcast_updated,
+    owned,
+    owners,
+    reduce_gradients,
+    split_by_place,
+)
+from ernie_train.parallel.pace import HasDecoder, Pace, idle_pass
 from ernie_train.parallel.wrap import clone_model, enable_recompute, new_model
 
-__all__ = ["clone_model", "enable_recompute", "new_model"]
+__all__ = [
+    "ExpertDispatcher",
+    "HasDecoder",
+    "Pace",
+    "broadcast_updated",
+    "check_expert_degree",
+    "clone_model",
+    "enable_recompute",
+    "experts_placed",
+    "idle_pass",
+    "new_model",
+    "owned",
+    "owners",
+    "reduce_gradients",
+    "split_by_place",
+]

@@ -1,4 +1,4 @@
-"""Wrapping a model for training: parameter dtypes and recomputation."""
+"""Making a model for training: its experts' place, parameter dtypes and recomputation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from ernie_train.model.attention import AttentionTables
 from ernie_train.model.autograd import default_dtype, dtype_name
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.transformer import DecoderLayer, RouterOutput, run_layer
+from ernie_train.parallel.expert import experts_placed
 
 
 def new_model(config: Ernie4_5_MoeConfig, dtype: str) -> Ernie4_5_MoeForCausalLM:
-    """A freshly initialized model with parameters of `dtype`; router and its bias stay float32."""
+    """A freshly initialized model with parameters of `dtype`; router and its bias stay float32.
+
+    It holds the experts that the grid gives to this rank, with the numbers that they have on one.
+    Raises `ConfigError` where the grid does not fit the experts.
+    """
     with default_dtype(dtype):
-        return Ernie4_5_MoeForCausalLM(config)
+        return Ernie4_5_MoeForCausalLM(config, experts_placed(config))
 
 
 def clone_model(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
     """A model of its own with the same weights, dtype and RoPE base, in eval mode, not trained."""
-    copy = new_model(model.config, dtype_name(model.head()[0]))
+    with default_dtype(dtype_name(model.head()[0])):
+        copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement)
     copy.set_state_dict(model.state_dict())
     copy.set_rope_theta(model.model.rope_theta)
     for parameter in copy.parameters():

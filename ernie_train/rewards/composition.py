@@ -169,9 +169,12 @@ class ComposedReward:
         completions: Sequence[str],
         token_counts: Sequence[int] | None = None,
         *,
+        whole: bool = True,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> ScoredBatch:
         """Grade `completions[i]` for `rows[i]`; `token_counts[i]` is its length in tokens.
+
+        `whole=False`: it is a part of a batch, and `check_excluded` is asked about all of it later.
 
         Raises UserError where a row names no known verifier, where `max_tokens` is set and
         `token_counts` are not given, and where more than `max_excluded_fraction` of the batch has
@@ -203,8 +206,8 @@ class ComposedReward:
             self._compose({part.label: columns[part.label][i] for part in self.config.parts})
             for i in range(len(pairs))
         ]
-        if not stopped:
-            self._check_excluded([composed.score for composed in scores])
+        if whole and not stopped:
+            self.check_excluded([composed.score for composed in scores])
         return ScoredBatch(scores, report)
 
     def close(self) -> None:
@@ -216,7 +219,8 @@ class ComposedReward:
         score = excluded[0] if excluded else scores[self.verifier.label]
         return ComposedScore(total, score, {label: s.value for label, s in scores.items()})
 
-    def _check_excluded(self, scores: Sequence[Score]) -> None:
+    def check_excluded(self, scores: Sequence[Score]) -> None:
+        """Raises UserError where more than `max_excluded_fraction` of a batch has no score."""
         excluded = [score for score in scores if not score.trains]
         bound = self.config.max_excluded_fraction
         if len(excluded) <= bound * len(scores):

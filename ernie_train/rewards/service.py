@@ -21,6 +21,7 @@ from ernie_train.rewards.gold import gold_completion
 from ernie_train.rewards.named import RewardFn, reward_named
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.worker_process import WorkerLost, WorkerProcess
+from ernie_train.runtime import local_rank_count
 
 # A reward by name, or an object of which a copy can be sent to another process.
 Reward = str | RewardFn
@@ -110,7 +111,7 @@ class ScoringService:
     def __init__(
         self, workers: int | None = None, *, item_s: float = 60.0, batch_s: float = 3600.0
     ) -> None:
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // _ranks_here())
         self.item_s = item_s
         self.batch_s = batch_s
         self._pool: list[WorkerProcess] = []
@@ -253,6 +254,11 @@ def score_batch(
     As `ScoringService.score`; `workers` other than the last time's makes new processes.
     """
     return shared_service(workers).score(items, stop_requested=stop_requested)[0]
+
+
+def _ranks_here() -> int:
+    """Ranks of this job on this machine: they share its cores."""
+    return local_rank_count(os.environ)
 
 
 def shared_service(workers: int | None = None) -> ScoringService:

@@ -31,6 +31,8 @@ Kind = Literal["sft", "pretrain"]
 class SupervisedConfig(StageConfig):
     """Settings of a stage that learns from given text.
 
+    A step trains `grad_accum_steps` micro-batches, on all ranks together.
+
     Its rows have one length, `seq_len`, for `steps` or `epochs`; or `rope_schedule` gives the
     length, the duration and RoPE's base of each of its phases.
     """

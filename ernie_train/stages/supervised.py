@@ -9,21 +9,24 @@ from typing import Any, Literal
 import numpy as np
 import paddle
 
-from ernie_train import hf_layout
+from ernie_train import distributed
 from ernie_train.checkpoint import (
     Checkpoint,
     CheckpointStore,
+    from_disk,
     optimizer_arrays,
     restore_optimizer,
+    to_disk,
 )
 from ernie_train.datasets import Batch, ConsecutiveLoaders, Documents, PackedLoader
 from ernie_train.errors import ConfigError, Interrupted
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
-from ernie_train.metrics import MetricsWriter
+from ernie_train.metrics import MetricsWriter, SilentMetrics, open_metrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.moe_health import MoeHealth
 from ernie_train.objective import LossOutput, Term
 from ernie_train.optim import Optimizer
+from ernie_train.parallel import Pace
 from ernie_train.stages.common import StageRun
 from ernie_train.stages.packed import Prepared, SupervisedConfig, batch_source, total_steps
 from ernie_train.stages.phases import RopeSchedule
@@ -71,6 +74,7 @@ class PackedLoss:
             [Term("objective", total, count)],
             {"loss": (float(token_losses.sum()), float(len(trained)))},
             output.router_stats,
+            output.hidden,
         )
 
 
@@ -95,7 +99,7 @@ def train(
     if saved is not None:
         _restore(saved, trainer, batches)
         start_theta = saved.state["rope_theta_at_start"]
-    writer = MetricsWriter(
+    writer = open_metrics(
         run.directory,
         resume_step=saved.step if saved else None,
         terminal=run.terminal,
@@ -137,7 +141,7 @@ def _moe_health(
     run: StageRun,
     prepared: Prepared,
     saved: Checkpoint | None,
-    writer: MetricsWriter,
+    writer: MetricsWriter | SilentMetrics,
 ) -> MoeHealth:
     return MoeHealth(
         run.model,
@@ -159,7 +163,7 @@ def _restore(
         trainer.optimizer,
         saved.optimizer,
         saved.state["powers"],
-        lambda named: dict(hf_layout.from_hf(trainer.model.config, named)),
+        lambda named: from_disk(trainer.model, named),
     )
     batches.load_state_dict(saved.state["loader"])
     trainer.step = saved.step
@@ -176,7 +180,7 @@ class _Keeper:
     store: CheckpointStore
     prepared: Prepared
     loss: PackedLoss
-    writer: MetricsWriter
+    writer: MetricsWriter | SilentMetrics
     health: MoeHealth
     schedule: RopeSchedule
     measured: dict[str, float] = field(default_factory=dict)
@@ -205,9 +209,7 @@ class _Keeper:
             return  # a hook of this very step has written it
         self.writer.sync()
         optimizer = self.trainer.optimizer
-        arrays = optimizer_arrays(
-            optimizer, lambda named: dict(hf_layout.to_hf(self.run.model.config, named))
-        )
+        arrays = optimizer_arrays(optimizer, lambda named: to_disk(self.run.model, named))
         state = {
             "powers": optimizer.powers(),
             "loader": self.batches.state_dict(),
@@ -244,7 +246,8 @@ def validation_loss(
 ) -> float:
     """Mean loss in nats over the trained tokens of the validation documents.
 
-    Rows have the length of the stage's last phase throughout, so that values can be compared.
+    Rows have the length of the stage's last phase throughout, so that values can be compared. Every
+    rank must call it; each runs a share of the batches.
     """
     once = PackedLoader(
         documents,
@@ -257,10 +260,12 @@ def validation_loss(
     )
     total = count = 0.0
     run.model.eval()
-    with paddle.no_grad():
-        for batch in once:
+    with Pace(run.model) as pace, paddle.no_grad():
+        for batch in distributed.share(list(once)):
+            pace.more()
             value, tokens = loss(run.model, batch).shown["loss"]
             total, count = total + value, count + tokens
+    total, count = distributed.all_reduce_sum([total, count])
     run.model.train()
     if count == 0:
         raise ConfigError("the validation data has no trained token", source=config.name)

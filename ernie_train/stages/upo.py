@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ernie_train import distributed
 from ernie_train.checkpoint import CheckpointStore
 from ernie_train.errors import Interrupted
 from ernie_train.evaluate import problem_row
 from ernie_train.experience import Pairing
-from ernie_train.metrics import MetricsWriter, cut_after
+from ernie_train.metrics import cut_after, open_metrics
 from ernie_train.moe_health import MoeHealth
 from ernie_train.rewards.canaries import check_canaries
 from ernie_train.rewards.composition import ComposedReward, build_reward
@@ -47,14 +48,22 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
         return _Upo(config, stage, prepared, None).run()
     with closing(build_reward(config.reward, stage.data.base_dir)) as reward:
         if config.canaries:
-            check_canaries(
-                [problem_row(p.record, thinking=True) for p in prepared.problems],
-                reward,
-                sample=config.canaries,
-                seed=stage.data.seed,
-                stop_requested=lambda: stage.stop.requested,
-            )
+            with distributed.together():
+                if distributed.is_main():
+                    _try_reward(config, stage, prepared, reward)
         return _Upo(config, stage, prepared, reward).run()
+
+
+def _try_reward(
+    config: UpoConfig, stage: StageRun, prepared: PreparedPrompts, reward: ComposedReward
+) -> None:
+    check_canaries(
+        [problem_row(p.record, thinking=True) for p in prepared.problems],
+        reward,
+        sample=config.canaries,
+        seed=stage.data.seed,
+        stop_requested=lambda: stage.stop.requested,
+    )
 
 
 class _Upo:
@@ -83,8 +92,9 @@ class _Upo:
         self.changing = False  # an iteration has begun to change the weights
         self.measured: dict[str, float] = {}  # on the held-out problems, after this iteration
         self.offline: OfflineSource | None = None
-        cut_after(stage.directory / SAMPLES, resume_step)
-        self.writer = MetricsWriter(
+        if distributed.is_main():
+            cut_after(stage.directory / SAMPLES, resume_step)
+        self.writer = open_metrics(
             stage.directory,
             resume_step=resume_step,
             terminal=stage.terminal,
@@ -108,7 +118,7 @@ class _Upo:
             )
             while self.iteration < self.config.iterations:
                 self._iterate(self.iteration + 1)
-                if self.stage.stop.requested:
+                if distributed.any_rank(self.stage.stop.requested):
                     raise Interrupted(f"stopped on a signal after iteration {self.iteration}")
         except Interrupted:
             self._save()
@@ -130,7 +140,8 @@ class _Upo:
         self._measure(number, metrics)
         self.watch.look(metrics)
         rows, count = self.prepared.problems, self.config.samples_per_iteration
-        sample_lines(self.stage.directory / SAMPLES, number, groups, rows, count)
+        if distributed.is_main():
+            sample_lines(self.stage.directory / SAMPLES, number, groups, rows, count)
         sampling = sum(seconds.values())
         timings = {**seconds, "training_seconds": learnt - started - sampling}
         self.writer.log(number, metrics, {**timings, "seconds": time.perf_counter() - started})

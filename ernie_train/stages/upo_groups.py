@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ernie_train import distributed
 from ernie_train.experience import reward_table
 from ernie_train.losses import varied_groups
 from ernie_train.rewards.composition import ComposedReward
@@ -67,7 +68,7 @@ class GroupSource:
             groups = read_rollout(rollout_file(directory, number))
         else:
             groups = self._sampled(number)
-        if config.dump_rollouts:
+        if config.dump_rollouts and distributed.is_main():
             write_rollout(rollout_file(self.stage.directory / ROLLOUTS, number), groups)
         self.settle(groups)
         return groups

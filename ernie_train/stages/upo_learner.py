@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ernie_train import hf_layout, parallel
-from ernie_train.checkpoint import Checkpoint, optimizer_arrays, restore_optimizer
+from ernie_train import parallel
+from ernie_train.checkpoint import (
+    Checkpoint,
+    from_disk,
+    optimizer_arrays,
+    restore_optimizer,
+    to_disk,
+)
 from ernie_train.critic import Critic
 from ernie_train.datasets.mixing import permutation
 from ernie_train.errors import ErnieTrainError
@@ -180,9 +186,7 @@ class Learner:
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def optimizer_arrays(self) -> dict[str, np.ndarray]:
-        return optimizer_arrays(
-            self.trainer.optimizer, lambda named: dict(hf_layout.to_hf(self.policy.config, named))
-        )
+        return optimizer_arrays(self.trainer.optimizer, lambda named: to_disk(self.policy, named))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but arrays."""
@@ -208,7 +212,7 @@ class Learner:
                 self.trainer.optimizer,
                 saved.optimizer,
                 state["powers"],
-                lambda named: dict(hf_layout.from_hf(self.policy.config, named)),
+                lambda named: from_disk(self.policy, named),
             )
         self.trainer.step = state["step"]
         if self.critic is not None:

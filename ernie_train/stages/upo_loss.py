@@ -67,7 +67,7 @@ class UpoLoss:
             term, seen = self._preference(logprobs, batch)
             terms.append(term)
             shown |= seen
-        return LossOutput(terms, shown, router_stats)
+        return LossOutput(terms, shown, router_stats, logprobs)
 
     def _token_terms(
         self, logprobs: Tensor, entropy: Tensor | None, batch: SampleBatch, counts: dict[str, float]
@@ -139,4 +139,5 @@ class ValueLoss:
             paddle.to_tensor(batch.trained),
             clip_range=self.clip_range,
         )
-        return LossOutput([Term("value_loss", total, float(batch.trained.sum()))], {}, router_stats)
+        term = Term("value_loss", total, float(batch.trained.sum()))
+        return LossOutput([term], {}, router_stats, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ernie_train import distributed
 from ernie_train.datasets.mixing import permutation
 from ernie_train.errors import CheckpointError, UserError
 from ernie_train.experience import Pairing, reward_table
@@ -59,7 +60,7 @@ def offline_source(
     if settings.prompts is None:
         return OfflineSource(config, seed, prepared.offline)
     path = stage.directory / OFFLINE_PAIRS
-    if not path.exists():
+    if not distributed.any_rank(path.exists()):
         if not new:
             raise CheckpointError(f"{path} is missing: the stage had begun with it")
         order = PromptOrder(prepared.sizes, prepared.weights, seed)
@@ -71,5 +72,7 @@ def offline_source(
                 f"none of {settings.prompts} prompts gave an offline pair ({counts.below_margin} "
                 "below pair_margin): take more offline.prompts, or prompts of middling difficulty"
             )
-        write_rollout(path, [list(pair) for pair in pairs])
+        with distributed.together():  # written before any rank reads it
+            if distributed.is_main():
+                write_rollout(path, [list(pair) for pair in pairs])
     return OfflineSource(config, seed, [(pair[0], pair[1]) for pair in read_rollout(path)])

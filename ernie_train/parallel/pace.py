@@ -1,0 +1,84 @@
+"""Keeping ranks in step: under expert parallelism every rank must run each layer as often as all.
+
+A rank that has nothing to run while others do runs one token whose result is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+import paddle
+
+from ernie_train import distributed
+from ernie_train.errors import Interrupted
+from ernie_train.model import Ernie4_5_MoeModel
+
+
+class HasDecoder(Protocol):
+    model: Ernie4_5_MoeModel
+
+
+def idle_pass(model: HasDecoder, *, backward: bool) -> None:
+    """Joins the exchanges of a pass that other ranks make; gradients it leaves are zeros.
+
+    Does nothing where all experts are on each rank: there is nothing to join.
+    """
+    if distributed.grid().expert == 1:
+        return
+    token = paddle.zeros([1, 1], "int64")
+    if backward:
+        (model.model(token).hidden.sum() * 0.0).backward()
+        return
+    with paddle.no_grad():
+        model.model(token)
+
+
+class Pace:
+    """Forward passes without gradient, of which each rank makes as many as it needs.
+
+    `more` is called before each pass; those that are through go on joining until all are.
+
+        with Pace(model, stop_requested) as pace:
+            for batch in distributed.share(batches):
+                pace.more()
+                model(...)
+
+    Raises `Interrupted` on all ranks at once when a stop was asked for on one.
+    """
+
+    def __init__(
+        self, model: HasDecoder, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.model, self.stop_requested = model, stop_requested
+
+    def more(self) -> bool:
+        """Announces one more pass; returns whether to stop instead, the same on all ranks."""
+        return self._announce(working=True)[1]
+
+    def __enter__(self) -> Pace:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None or distributed.world_size() == 1:
+            return
+        while True:
+            others_work, stop = self._announce(working=False)
+            if stop:
+                raise Interrupted("stopped on a signal: another rank was still at work")
+            if not others_work:
+                return
+            idle_pass(self.model, backward=False)
+
+    def _announce(self, *, working: bool) -> tuple[bool, bool]:
+        stop = self.stop_requested()
+        if distributed.world_size() == 1:
+            return working, stop
+        workers, stopping = distributed.all_reduce_sum([float(working), float(stop)])
+        return workers > 0, stopping > 0

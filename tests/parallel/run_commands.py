@@ -1,0 +1,23 @@
+"""On every rank: runs the commands of a JSON file, one after another, as `ernie-train` would.
+
+`{rank}` in an argument is the rank's number.
+
+Exit statuses go to `<file>.status-<rank>.json`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import ernie_train  # noqa: F401
+from ernie_train import distributed
+from ernie_train.cli import main
+
+path = Path(sys.argv[1])
+statuses = []
+for arguments in json.loads(path.read_text()):
+    try:
+        main([argument.replace("{rank}", str(distributed.rank())) for argument in arguments])
+    except SystemExit as stopped:
+        statuses.append(int(stopped.code or 0))
+path.with_suffix(f".status-{distributed.rank()}.json").write_text(json.dumps(statuses))

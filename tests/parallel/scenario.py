@@ -1,0 +1,86 @@
+"""One small training run, the same on any layout of ranks; what it gives, put together again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ernie_train import distributed, parallel
+from ernie_train.balance import BalanceConfig
+from ernie_train.distributed import Grid
+from ernie_train.model import is_expert_parameter
+from ernie_train.optim import OptimConfig, Optimizer
+from ernie_train.stages.supervised import PackedLoss
+from ernie_train.trainer import Trainer
+from tests.small_models import make_config
+from tests.test_trainer import part, rows
+
+STEPS = 20
+MICRO_BATCHES = 4
+BALANCE = {"orthogonal_coef": 1e-3, "z_loss_coef": 1e-3, "bias_update_rate": 1e-3}
+
+
+def whole(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by parameter name, experts joined in their order; the same on every rank."""
+    parts = distributed.gather_objects(named)
+    joined = dict(named)
+    for name in named:
+        if is_expert_parameter(name):
+            members = distributed.grid().expert_group(distributed.rank())
+            joined[name] = np.concatenate([parts[at][name] for at in members])
+    return joined
+
+
+def new_trainer(recompute: bool = False, **optim: Any) -> Trainer[Any, Any]:
+    paddle.seed(4)
+    config = make_config(initializer_range=0.2, num_hidden_layers=3, tie_word_embeddings=False)
+    model = parallel.new_model(config, "float32")
+    if recompute:
+        parallel.enable_recompute(model)
+    model.train()
+    optimizer = Optimizer(model, OptimConfig(lr=1e-3, schedule="constant", **optim))
+    return Trainer(model, optimizer, balance=BalanceConfig(**BALANCE))
+
+
+def step_batches(step: int, order: list[int] | None = None) -> list[Any]:
+    """The micro-batches of a step, of unequal sizes, in the given order."""
+    batch = rows(count=8, length=24, seed=step)
+    cuts = (slice(0, 1), slice(1, 4), slice(4, 6), slice(6, 8))
+    return [part(batch, cuts[at]) for at in order or range(MICRO_BATCHES)]
+
+
+def train(grid: Grid, *, recompute: bool = False, order: list[int] | None = None) -> dict[str, Any]:
+    """Trains `STEPS` steps; what the first one saw, and the weights after the last."""
+    distributed.set_grid(grid)
+    trainer = new_trainer(recompute)
+    loss = PackedLoss("tokens")
+    first: dict[str, Any] = {}
+    update = trainer.optimizer.step
+
+    def step(lr: float, norm: float) -> None:
+        grads = {n: p.grad.numpy().copy() for n, p in trainer.optimizer.parameters.items()}
+        first.update({f"gradient/{n}": a for n, a in whole(grads).items()})
+        update(lr, norm)
+
+    trainer.optimizer.step = step  # type: ignore[method-assign]
+    result = trainer.train_step(step_batches(0, order), loss, STEPS)
+    trainer.optimizer.step = update  # type: ignore[method-assign]
+    first |= {f"metric/{n}": np.float64(v) for n, v in result.metrics.items()}
+    first["tokens"] = np.float64(result.tokens)
+    first["load"] = result.load.tokens_per_expert
+    state = {n: t.numpy() for n, t in trainer.model.state_dict().items()}
+    first |= {f"bias/{n}": a for n, a in state.items() if n.endswith("correction_bias")}
+    for number in range(1, STEPS):
+        trainer.train_step(step_batches(number, order), loss, STEPS)
+    weights = whole({n: t.numpy() for n, t in trainer.model.state_dict().items()})
+    return first | {f"weight/{n}": a for n, a in weights.items()}
+
+
+def distance(one: dict[str, Any], other: dict[str, Any], kind: str) -> float:
+    """The 2-norm of the difference of all arrays of a kind, over that of the first."""
+    names = [name for name in one if name.startswith(kind)]
+    gaps = [np.asarray(one[n] - other[n], np.float64) for n in names]
+    total = sum(float(np.square(np.asarray(one[n], np.float64)).sum()) for n in names)
+    return float(np.sqrt(sum(float(np.square(gap).sum()) for gap in gaps) / total))

@@ -1,0 +1,67 @@
+"""Real processes over gloo: every layout of ranks trains what one rank trains.
+
+How far two correct runs may be apart is measured: by one rank whose micro-batches, and so its
+gradients' sums, come in another order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ernie_train.distributed import Grid
+from tests.parallel.ranks import start_on_ranks
+from tests.parallel.scenario import distance, train
+
+# expert, data, sharding, recompute
+ON_TWO = ["2,1,0,0", "2,1,1,1", "1,2,0,0", "1,2,1,0"]
+ON_FOUR = ["4,1,0,0", "4,1,1,1", "2,2,0,0", "2,2,1,0"]
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def one():
+    return train(Grid())
+
+
+@pytest.fixture(scope="module")
+def apart(one):
+    """How far one rank is from itself when sums are taken in another order."""
+    orders = ([3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1])
+    return max(distance(one, train(Grid(), order=order), "weight") for order in orders)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What every rank of every layout gave."""
+    out = tmp_path_factory.mktemp("grids")
+    start_on_ranks(2, "train_grids.py", out, *ON_TWO)
+    start_on_ranks(4, "train_grids.py", out, *ON_FOUR)
+    read = {path.stem: dict(np.load(path)) for path in sorted(out.glob("*.npz"))}
+    return {grid: [r for name, r in read.items() if name.startswith(grid)]
+            for grid in (*ON_TWO, *ON_FOUR)}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", [*ON_TWO, *ON_FOUR])
+def test_a_layout_gives_the_results_of_one_rank(one, apart, found, grid):
+    ranks = found[grid]
+    assert len(ranks) == (2 if grid in ON_TWO else 4)
+    for result in ranks:
+        assert result.keys() == one.keys()
+        for name in (n for n in one if n.startswith("metric/")):
+            np.testing.assert_allclose(result[name], one[name], rtol=RELATIVE, err_msg=name)
+        for name in (n for n in one if n.startswith("gradient/")):
+            assert distance(one, result, name) < RELATIVE, name
+        np.testing.assert_array_equal(result["load"], one["load"])
+        assert result["tokens"] == one["tokens"]
+        for name in (n for n in one if n.startswith("bias/")):
+            np.testing.assert_array_equal(result[name], one[name])
+        assert distance(one, result, "weight") <= 3 * apart
+
+
+@pytest.mark.parametrize("grid", [*ON_TWO, *ON_FOUR])
+def test_ranks_hold_the_same_bits(found, grid):
+    first, *others = found[grid]
+    for other in others:
+        for name in (n for n in first if n.startswith(("weight/", "metric/"))):
+            np.testing.assert_array_equal(other[name], first[name], err_msg=name)

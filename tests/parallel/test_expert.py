@@ -1,0 +1,83 @@
+"""The exchange of rows: experts and ranks without a token, rounds of partners, NCCL's arguments."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.distributed import Grid, set_grid
+from ernie_train.errors import ConfigError
+from ernie_train.parallel import check_expert_degree, lines
+from ernie_train.parallel.lines import _partners
+from tests.parallel.empty_ranks import everything
+from tests.parallel.ranks import start_on_ranks
+from tests.small_models import make_config
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(ranks, tmp_path):
+    """With every token at two experts, the other ranks' experts get none."""
+    start_on_ranks(ranks, "empty_ranks.py", tmp_path)
+    set_grid(Grid())
+    one = everything()
+    for rank in range(ranks):
+        result = dict(np.load(tmp_path / f"{ranks}-{rank}.npz"))
+        assert result.keys() == one.keys()
+        for name, expected in one.items():
+            scale = max(1e-3, float(np.abs(expected).max()))
+            np.testing.assert_allclose(
+                result[name], expected, rtol=1e-5, atol=1e-5 * scale, err_msg=name
+            )
+        np.testing.assert_array_equal(result["load"], one["load"])
+
+
+@pytest.mark.parametrize("size", [2, 4, 6, 8])
+def test_in_every_round_each_rank_has_one_partner_and_meets_all(size):
+    rounds = list(zip(*(_partners(me, size) for me in range(size)), strict=True))
+    assert len(rounds) == size - 1
+    for partners in rounds:
+        assert all(partners[partners[me]] == me != partners[me] for me in range(size))
+    for me in range(size):
+        assert {partners[me] for partners in rounds} == set(range(size)) - {me}
+
+
+def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
+    """The collective is played here; the arguments are those that Paddle documents."""
+    told = {}
+
+    def all_to_all(out, rows, in_split_sizes, out_split_sizes, group):
+        told.update(sent=in_split_sizes, received=out_split_sizes, group=group)
+        assert sum(in_split_sizes) == rows.shape[0]
+        assert sum(out_split_sizes) == out.shape[0]
+
+    made = []
+    monkeypatch.setattr(
+        lines, "paddle_distributed",
+        SimpleNamespace(new_group=lambda ranks: made.append(ranks) or tuple(ranks),
+                        alltoall_single=all_to_all),
+    )  # fmt: skip
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "3")
+    nccl = lines.NcclLines(Grid(expert=2, data=2))
+    assert made == [[0, 1], [2, 3], [0, 2], [1, 3]]
+    nccl.exchange(paddle.ones([5, 7]), np.array([[1, 2], [4, 1]]))
+    assert told == {"sent": [4, 1], "received": [2, 1], "group": (2, 3)}
+    assert nccl.sent_bytes == 4 * 7 * 4
+
+
+@pytest.mark.parametrize(("degree", "keys", "message"), [
+    (3, {}, "parallel.expert=3 must divide moe_num_experts=4"),
+    (8, {}, "parallel.expert=8 must divide moe_num_experts=4"),
+    (2, {"moe_num_experts": 0}, "no MoE layer"),
+])  # fmt: skip
+def test_a_degree_that_does_not_fit_the_experts(degree, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        check_expert_degree(degree, make_config(**keys))
+
+
+def test_degrees_that_do_not_make_the_ranks():
+    with pytest.raises(ConfigError, match=r"parallel.expert=2 x parallel.data=2 needs 4 ranks"):
+        set_grid(Grid(expert=2, data=2))

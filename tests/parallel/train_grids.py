@@ -1,0 +1,17 @@
+"""On every rank: trains under each grid that is named `expert,data,sharding,recompute`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import ernie_train  # noqa: F401
+from ernie_train import distributed
+from ernie_train.distributed import Grid
+from tests.parallel.scenario import train
+
+out = Path(sys.argv[1])
+for text in sys.argv[2:]:
+    expert, data, sharding, recompute = map(int, text.split(","))
+    result = train(Grid(expert, data, bool(sharding)), recompute=bool(recompute))
+    np.savez(out / f"{text}-rank{distributed.rank()}.npz", **result)
