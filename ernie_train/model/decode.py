@@ -80,7 +80,9 @@ class DecoderCache:
         """Makes room for one new token of every sequence; returns their positions [B]."""
         positions = self.lengths
         if int(positions.max()) >= self.capacity:
-            room = ((0, 0), (0, 0), (0, 0), (0, _GROWTH), (0, 0))
+            # By a share, or long completions would be copied too often.
+            added = max(_GROWTH, self.capacity // 4 // _GROWTH * _GROWTH)
+            room = ((0, 0), (0, 0), (0, 0), (0, added), (0, 0))
             for number, layer in enumerate(self.layers):
                 self.layers[number] = np.pad(layer, room)
         self.lengths = positions + 1
@@ -117,8 +119,8 @@ class Decoder:
 
         Neighbours of similar length are computed together, so sorted prompts take less time.
         """
-        longest = max(map(len, prompts))
-        cache = DecoderCache(self.config, len(prompts), longest, self.rope_theta)
+        slots = max(map(len, prompts)) + 1
+        cache = DecoderCache(self.config, len(prompts), slots, self.rope_theta)
         cache.lengths[:] = [len(prompt) for prompt in prompts]
         parts = [self._prefill_chunk(prompts, rows, cache) for rows in _chunks(cache.lengths)]
         logits, experts = zip(*parts, strict=True)
