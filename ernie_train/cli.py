@@ -14,10 +14,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 
 from ernie_train import distributed
 from ernie_train.errors import ErnieTrainError, FailedElsewhere, UserError
+from ernie_train.launch import LaunchSettings, print_error
+from ernie_train.rank_report import RankReport
+from ernie_train.run_verb import RunCall
 
 app = typer.Typer(
     help="Trains ERNIE 4.5 mixture-of-experts models with PaddlePaddle.",
@@ -67,18 +69,31 @@ def run(
     ] = None,
     last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
     referee: Referee = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="start this many ranks on this machine")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="restarts when a rank dies or hangs")
+    ] = LaunchSettings.max_restarts,
+    hang_timeout_s: Annotated[
+        float, typer.Option(min=3, help="a rank without a sign of life for so long has hung")
+    ] = LaunchSettings.hang_timeout_s,
+    nnodes: Annotated[int, typer.Option(min=1, help="machines")] = LaunchSettings.nnodes,
+    master: Annotated[
+        str | None, typer.Option(help="address:port on one of the machines")
+    ] = LaunchSettings.master,
+    node_rank: Annotated[
+        int, typer.Option(min=-1, help="number of this machine; -1: in order of arrival")
+    ] = LaunchSettings.node_rank,
 ) -> None:
     """Run a recipe's stages; run again on the same directory it continues."""
-    from ernie_train.pipeline import Pipeline, Selection
-    from ernie_train.recipe import load_recipe
-
-    with distributed.together():
-        loaded = load_recipe(recipe, overrides)
-    directory = run_dir or Path("runs") / loaded.name
-    console = Console(quiet=not distributed.is_main())
-    console.print(f"recipe {recipe} -> {directory}", highlight=False)
-    pipeline = Pipeline(loaded, directory, console, _interpreter(referee))
-    pipeline.run(Selection(first, last))
+    call = RunCall(recipe, overrides or [], run_dir, first, last, _interpreter(referee))
+    settings = LaunchSettings(nproc or 1, nnodes, master, node_rank, max_restarts, hang_timeout_s)
+    if nproc is not None:
+        raise typer.Exit(call.launch(settings, Console(stderr=True), debug=_debug))
+    if settings != LaunchSettings(nproc=1):
+        raise UserError("the options of a launch need --nproc, the ranks of this machine")
+    call.run_here(Console(quiet=not distributed.is_main()))
 
 
 @app.command()
@@ -244,39 +259,39 @@ def _interpreter(referee: str | None) -> str | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its status; every mistake is one message, no traceback."""
-    console = Console(stderr=True)
+    report = RankReport.of_this_process()
+    if report is None:
+        status, message = _run(arguments)
+        if message:
+            print_error(Console(stderr=True), message)
+        sys.exit(status)
+    report.begin()
+    report.end(*_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> tuple[int, str]:
+    """Exit status and, if there is one, the message that says why."""
     try:
         result: Any = app(arguments, standalone_mode=False)
     except ErnieTrainError as error:
-        _fail(console, error, error.exit_status)
+        return _failed(error, error.exit_status)
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code, ""
     except KeyboardInterrupt:
-        console.print("interrupted before anything was saved since the last checkpoint")
-        sys.exit(1)
+        return 1, "interrupted before anything was saved since the last checkpoint"
     except Exception as error:  # the last line of defence: a bug, told in one line
-        if _is_usage_error(error):
-            _show_usage_error(error)
-        _fail(console, error, 1, hint=" (a defect; --debug shows where)")
-    sys.exit(result if isinstance(result, int) else 0)
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # a mistake in the arguments
+            error.show()
+            return error.exit_code, ""
+        return _failed(error, 1, hint=" (a defect; --debug shows where)")
+    return result if isinstance(result, int) else 0, ""
 
 
-def _is_usage_error(error: Exception) -> bool:
-    return hasattr(error, "exit_code") and hasattr(error, "show")
-
-
-def _show_usage_error(error: Any) -> None:
-    error.show()
-    sys.exit(error.exit_code)
-
-
-def _fail(console: Console, error: BaseException, exit_status: int, hint: str = "") -> None:
+def _failed(error: BaseException, exit_status: int, hint: str = "") -> tuple[int, str]:
     told = isinstance(error, ErnieTrainError) and error.on_all_ranks and not distributed.is_main()
     if told or isinstance(error, FailedElsewhere):
-        sys.exit(exit_status)  # another rank tells
+        return exit_status, ""  # another rank tells
     if _debug:
-        console.print_exception()
-    else:
-        kind = "" if isinstance(error, ErnieTrainError) else f"{type(error).__name__}: "
-        console.print(f"[bold red]error:[/] {kind}{escape(str(error))}{hint}", highlight=False)
-    sys.exit(exit_status)
+        Console(stderr=True).print_exception()
+    kind = "" if isinstance(error, ErnieTrainError) else f"{type(error).__name__}: "
+    return exit_status, f"{kind}{error}{hint}"

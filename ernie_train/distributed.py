@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ernie_train.errors import ConfigError, ErnieTrainError, FailedElsewhere
+from ernie_train.meeting import Meeting
 
 T = TypeVar("T")
 
@@ -51,6 +52,7 @@ class Grid:
 
 
 _grid = Grid()
+_meeting: Meeting | None = None
 
 
 # ---- who is who ----------------------------------------------------------------------------------
@@ -94,10 +96,30 @@ def initialize() -> None:
 def ready() -> None:
     """Every rank passes here before each collective; nothing else begins one.
 
-    What ranks must wait for without the bound that gloo has (30 s, which cannot be set) belongs
-    here.
+    Over gloo they wait for one another here, for its collectives give up after 30 s.
     """
+    global _meeting
     initialize()
+    import paddle
+
+    if paddle.distributed.get_backend() != "GLOO":
+        return
+    if _meeting is None:
+        _meeting = _meet()
+    _meeting.wait()
+
+
+def _meet() -> Meeting:
+    from paddle.base import core
+
+    store, name = core.create_or_get_global_tcp_store(), "ernie_train/meeting"
+    host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or "127.0.0.1"
+
+    def look_up() -> str:
+        store.wait(name)
+        return bytes(store.get(name)).decode()
+
+    return Meeting(rank(), world_size(), host, lambda text: store.set(name, text), look_up)
 
 
 def set_grid(chosen: Grid) -> None:

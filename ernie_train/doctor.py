@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import socket
 import time
 from typing import NamedTuple
 
@@ -120,6 +121,28 @@ def check_sandbox() -> Finding:
     return Finding(name, layer, advice)
 
 
+def check_address() -> Finding:
+    """Where ranks on other machines would look for this one, as Paddle's launcher finds it out."""
+    name = "address"
+    if os.environ.get("POD_IP"):
+        return Finding(name, f"{os.environ['POD_IP']} (POD_IP)")
+    advice = "for runs on several machines set POD_IP to an address that the others reach"
+    try:
+        address = socket.gethostbyname(socket.getfqdn(socket.gethostname()))
+    except OSError:
+        return Finding(name, "this machine's name leads to none", advice)
+    return Finding(name, address, advice if address.startswith("127.") else "")
+
+
+def _ranks() -> list[Finding]:
+    import paddle
+
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    places, kind = (gpus, "GPU") if gpus else (runtime.cpu_setup().cores, "core")
+    value = f"run --nproc {places} starts one for each {kind}"
+    return [Finding("ranks", value), check_address()]
+
+
 def _surroundings() -> list[Finding]:
     free = shutil.disk_usage(os.getcwd()).free
     low = free < LOW_DISK_BYTES
@@ -139,7 +162,7 @@ def _surroundings() -> list[Finding]:
 
 def doctor_report() -> list[Finding]:
     """Looks at everything; measuring the matmul takes about a second."""
-    return [*_versions(), *_device(), *_surroundings()]
+    return [*_versions(), *_device(), *_ranks(), *_surroundings()]
 
 
 def print_doctor_report(

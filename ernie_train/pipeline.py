@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ernie_train import distributed, parallel, runtime
+from ernie_train import distributed, parallel, rank_report, runtime
 from ernie_train.checkpoint import CheckpointStore
 from ernie_train.config import dump_yaml
 from ernie_train.datasets import Tokenizer, load_tokenizer
@@ -86,6 +86,7 @@ class Pipeline:
                 if distributed.is_main():
                     self._write_facts(tokenizer)
                     self._set_aside(selection.first)
+                    rank_report.note("anew")
             outcome = Outcome(self.recipe, self.run_dir, self.console, stop)
             for index, stage in enumerate(self.recipe.stages):
                 directory = self._stage_dir(index)

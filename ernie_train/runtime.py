@@ -309,6 +309,8 @@ class StopFlag:
         StopFlag._entered.append(self)
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        # A rank is started with these blocked, lest one comes before anybody listens: now is when.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(

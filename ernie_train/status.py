@@ -11,6 +11,7 @@ from rich.table import Table
 from ernie_train.checkpoint import CheckpointStore
 from ernie_train.config import load_yaml, parse_config
 from ernie_train.errors import CheckpointError
+from ernie_train.launch import last_launch
 from ernie_train.metrics import FILE_NAME, read_metrics
 from ernie_train.recipe import Recipe
 from ernie_train.run_directory import read_done
@@ -50,4 +51,6 @@ def print_status(run_dir: Path, console: Console) -> None:
         upcoming = "evaluation"
     if not upcoming and recipe.export and not (run_dir / "export").exists():
         upcoming = "export"
+    if (launched := last_launch(run_dir)) is not None:
+        console.print(f"last launch: {launched}", markup=False, highlight=False)
     console.print(f"next: {upcoming or 'nothing, the run is complete'}")

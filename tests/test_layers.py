@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ernie_train"
 # A name stands for a module or a package. One that is planned and not there yet may be listed.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "errors", "distributed", "storage", "yaml_files", "schema", "problems", "config",
-        "runtime", "progress", "alerts", "metrics", "thinking",
+        "errors", "meeting", "distributed", "storage", "yaml_files", "schema", "problems",
+        "config", "runtime", "processes", "progress", "alerts", "metrics", "thinking",
     ),
     ("model", "losses", "datasets", "rewards"),
     (
@@ -32,15 +32,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages",),
     (
         "run_directory", "transformers_reader", "export", "recipe", "plan", "tables", "gates",
-        "preflight", "outcome", "pipeline", "report", "status", "commands", "doctor", "cli",
-        "__main__",
+        "preflight", "outcome", "rank_report", "pipeline", "launch", "report", "run_verb",
+        "status", "commands", "doctor", "cli", "__main__",
     ),
 )  # fmt: skip
 INDEPENDENT_FLOOR = 1
 # Numpy at most: these start fast and run in workers that must not load Paddle.
 WITHOUT_PADDLE = {
     "errors", "storage", "yaml_files", "schema", "problems", "config", "thinking", "progress",
-    "datasets", "rewards",
+    "processes", "meeting", "rank_report", "launch", "datasets", "rewards",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"distributed", "parallel"}
 # They take seconds to import, or drag Paddle in, so only the function that needs one imports it.

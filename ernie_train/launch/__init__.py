@@ -1,0 +1,6 @@
+"""Starting the ranks of a job on this machine, and supervising them; loads no Paddle."""
+
+from ernie_train.launch.launcher import LaunchSettings
+from ernie_train.launch.supervise import last_launch, print_error, supervise
+
+__all__ = ["LaunchSettings", "last_launch", "print_error", "supervise"]

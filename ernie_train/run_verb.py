@@ -1,0 +1,64 @@
+"""The `run` verb: in this process, or as ranks that this process starts and supervises."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ernie_train import distributed
+from ernie_train.config import apply_overrides, load_yaml
+from ernie_train.launch import LaunchSettings, supervise
+
+
+@dataclass(frozen=True)
+class RunCall:
+    """What the user asked `run` to do; `first` and `last` are --from and --until."""
+
+    recipe: Path
+    overrides: Sequence[str]
+    run_dir: Path | None
+    first: str | None
+    last: str | None
+    referee: str | None  # an interpreter
+
+    def run_here(self, console: Console) -> None:
+        """Runs the recipe in this process, which may be one of several ranks."""
+        from ernie_train.pipeline import Pipeline, Selection
+        from ernie_train.recipe import load_recipe
+
+        with distributed.together():
+            loaded = load_recipe(self.recipe, list(self.overrides))
+        directory = self._directory(loaded.name)
+        console.print(f"recipe {self.recipe} -> {directory}", highlight=False)
+        pipeline = Pipeline(loaded, directory, console, self.referee)
+        pipeline.run(Selection(self.first, self.last))
+
+    def launch(self, settings: LaunchSettings, console: Console, *, debug: bool) -> int:
+        """Runs the recipe as ranks; returns the exit status. Loads no Paddle."""
+        # Whether the recipe makes sense is for the ranks to say; here its name is enough.
+        name = apply_overrides(load_yaml(self.recipe), list(self.overrides)).get("name")
+        directory = self._directory(name) if isinstance(name, str) else self.run_dir
+
+        def command(anew_begun: bool) -> list[str]:
+            python = [sys.executable, "-u", "-m", "ernie_train", *(["--debug"] if debug else [])]
+            return [*python, "run", *self.arguments(anew_begun)]
+
+        return supervise(command, settings, directory, console)
+
+    def arguments(self, anew_begun: bool) -> list[str]:
+        """The same call for a rank; a restart goes on with stages that were begun anew before."""
+        options = {
+            "--run-dir": self.run_dir,
+            "--from": None if anew_begun else self.first,
+            "--until": self.last,
+            "--referee": self.referee,
+        }
+        given = [f"{name}={value}" for name, value in options.items() if value is not None]
+        return [*given, "--", str(self.recipe), *self.overrides]
+
+    def _directory(self, name: str) -> Path:
+        return self.run_dir or Path("runs") / name

@@ -1,0 +1,66 @@
+"""The meeting place of ranks, with threads for ranks."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ernie_train.errors import ErnieTrainError
+from ernie_train.meeting import Meeting
+
+RANKS = 3
+
+
+@pytest.fixture
+def meetings():
+    board: queue.Queue[str] = queue.Queue()
+    strangers: list[socket.socket] = []
+
+    def publish(text: str) -> None:
+        host, port, _ = text.split()
+        strangers.append(socket.create_connection((host, int(port))))
+        strangers[0].sendall(bytes(20))  # another token
+        for _ in range(RANKS - 1):
+            board.put(text)
+
+    with ThreadPoolExecutor(RANKS) as threads:
+        made = list(
+            threads.map(lambda r: Meeting(r, RANKS, "127.0.0.1", publish, board.get), range(RANKS))
+        )
+    yield made
+    for place in (*made, *strangers):
+        place.close()
+
+
+def test_nobody_goes_on_before_all_are_there(meetings):
+    went: list[tuple[int, int]] = []
+    lock = threading.Lock()
+
+    def work(rank: int) -> None:
+        for turn in range(20):
+            time.sleep(0.001 * ((rank + turn) % RANKS))
+            with lock:
+                went.append((turn, 0))
+            meetings[rank].wait()
+            with lock:
+                went.append((turn, 1))
+
+    with ThreadPoolExecutor(RANKS) as threads:
+        list(threads.map(work, range(RANKS)))
+    for turn in range(20):
+        last_arrival = max(i for i, event in enumerate(went) if event == (turn, 0))
+        first_departure = min(i for i, event in enumerate(went) if event == (turn, 1))
+        assert last_arrival < first_departure
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_rank_that_has_ended_is_noticed_by_those_that_wait(meetings, lost):
+    meetings[lost].close()
+    waiting = 1 if lost == 0 else 0
+    with pytest.raises(ErnieTrainError, match=f"rank {lost}"):
+        meetings[waiting].wait()
