@@ -9,6 +9,7 @@ from ernie_train import errors
 STATUS = {
     errors.ErnieTrainError: 1,
     errors.StorageError: 1,
+    errors.FailedElsewhere: 1,  # of an instance: that of the rank that failed
     errors.UserError: 2,
     errors.ConfigError: 2,
     errors.DataError: 2,
