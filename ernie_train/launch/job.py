@@ -19,7 +19,7 @@ from ernie_train.rank_report import Ending, RankProcess
 
 POLL_S = 0.1
 SETTLE_S = 2.0  # a rank fails within moments of its peer: it must not be blamed for that
-START_LIMIT_S = 120.0  # from a rank's start by the launcher to its first sign of life
+START_LIMIT_S = 300.0  # from a rank's start by the launcher to its first sign of life
 LEAVE_LIMIT_S = 20.0  # from the last word of all ranks to the end of their processes
 SUSPECT_S = 5.0  # whose silence may be why another rank gave up waiting
 
