@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import tiny_seeds
-
 from ernie_train.config import load_yaml, parse_config
 from ernie_train.recipe import Recipe
 
