@@ -30,6 +30,7 @@ from ablations import (
 )
 from ernie_train.config import load_yaml
 from ernie_train.metrics import read_metrics
+from ernie_train.run_directory import read_done
 
 RECIPE = "recipes/tiny.yaml"
 SFT, CONTROL = "sft", "SFT continued"
@@ -75,8 +76,10 @@ def control_arm(run_dir: Path, result: Mapping[str, Any]) -> Arm:
     rest = sum(seconds[stage] for stage in DOMAINS)
     steps = max(1, round(sft["steps"] * rest / seconds[SFT]))
     directory = stage_directories(run_dir)[SFT]
-    done = json.loads((directory / "DONE").read_text("utf-8"))
-    start = directory / "checkpoints" / done["checkpoint"]
+    done = read_done(directory)
+    if done is None:
+        raise ValueError(f"{directory} is not finished")
+    start = directory / "checkpoints" / done.result["checkpoint"]
     # A warm restart from half the rate: the checkpoint stands at the end of a cosine.
     optim = {**sft["optim"], "lr": sft["optim"]["lr"] / 2}
     again = {**sft, "steps": steps, "optim": optim}

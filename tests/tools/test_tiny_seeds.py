@@ -6,6 +6,7 @@ from typing import Any
 import tiny_seeds
 from ernie_train.config import load_yaml, parse_config
 from ernie_train.recipe import Recipe
+from ernie_train.run_directory import StageDone, write_done
 
 TASKS = {"logic": ["aiw"], "math": ["chain_sum"], "code": ["list_function"],
          "science": ["formula"], "tools": ["tool_choice"]}  # fmt: skip
@@ -51,7 +52,7 @@ def test_the_table_has_a_line_a_task_and_the_mean() -> None:
 def test_the_control_trains_as_long_as_the_rl_stages(tmp_path: Any) -> None:
     directory = tmp_path / "01-sft"
     directory.mkdir()
-    (directory / "DONE").write_text(json.dumps({"checkpoint": "step_000010"}))
+    write_done(directory, StageDone({}, {}, {"checkpoint": "step_000010"}))
     seconds = {"sft": 100.0, "rl-logic": 20.0, "rl-math-code": 20.0, "rl-general": 10.0}
     arm = tiny_seeds.control_arm(tmp_path, {"seconds": seconds})
     recipe = load_yaml(tiny_seeds.ROOT / tiny_seeds.RECIPE)
