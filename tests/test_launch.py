@@ -54,6 +54,7 @@ def test_a_mistake_of_the_user_is_told_once(launch):
     ("behaviour", "status", "message"),
     [
         ("not_finite", 4, "error: step 7 would not be finite"),
+        ("elsewhere", 2, "error: rank 1 sees no data"),
         ("gate", 5, "error: eval/logic is below its gate"),
     ],
 )

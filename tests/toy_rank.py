@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ernie_train import distributed, processes
 from ernie_train.cli import main
-from ernie_train.errors import GateError, Interrupted, NonFiniteError, UserError
+from ernie_train.errors import FailedElsewhere, GateError, Interrupted, NonFiniteError, UserError
 from ernie_train.run_verb import RunCall
 from ernie_train.runtime import StopFlag
 
@@ -76,6 +76,14 @@ def not_finite() -> None:
     time.sleep(60)
 
 
+def elsewhere() -> None:
+    """Rank 0 ends first, only because rank 1 fails."""
+    if RANK == 0:
+        raise FailedElsewhere(1, 2)
+    time.sleep(0.5)
+    raise UserError("rank 1 sees no data")
+
+
 def gate() -> None:
     raise GateError("eval/logic is below its gate")
 
@@ -113,8 +121,9 @@ def terminal() -> None:
 
 
 BEHAVIOURS = {
-    "alone": alone, "mistake": mistake, "not_finite": not_finite, "gate": gate, "defect": defect,
-    "dies_once": dies_once, "grandchildren": grandchildren, "terminal": terminal,
+    "alone": alone, "mistake": mistake, "not_finite": not_finite, "gate": gate,
+    "elsewhere": elsewhere, "defect": defect, "dies_once": dies_once,
+    "grandchildren": grandchildren, "terminal": terminal,
 }  # fmt: skip
 
 

@@ -93,7 +93,9 @@ def _tell(job: Job, verdict: Verdict, console: Console) -> None:
     job.logs.interrupt()
     lines = job.logs.last_lines(verdict.rank) if verdict.rank else []
     named = verdict.status == 1 and verdict.rank is not None
-    print_error(console, f"rank {verdict.rank}: {verdict.message}" if named else verdict.message)
+    if verdict.message:
+        name = f"rank {verdict.rank}: " if named else ""
+        print_error(console, name + verdict.message)
     if named and lines:
         console.print(f"rank {verdict.rank} printed last ({job.logs.path(verdict.rank or 0)}):")
         for line in lines:
