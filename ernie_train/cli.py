@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from ernie_train import distributed
 from ernie_train.errors import ErnieTrainError, FailedElsewhere, UserError
 from ernie_train.launch import LaunchSettings, print_error
-from ernie_train.rank_report import RankReport
+from ernie_train.rank_report import RankReport, is_supervised
 from ernie_train.run_verb import RunCall
 
 app = typer.Typer(
@@ -288,8 +288,8 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
 
 
 def _failed(error: BaseException, exit_status: int, hint: str = "") -> tuple[int, str]:
-    told = isinstance(error, ErnieTrainError) and error.on_all_ranks and not distributed.is_main()
-    if told or isinstance(error, FailedElsewhere):
+    alike = isinstance(error, ErnieTrainError) and error.on_all_ranks and not distributed.is_main()
+    if (alike and not is_supervised()) or isinstance(error, FailedElsewhere):
         return exit_status, ""  # another rank tells
     if _debug:
         Console(stderr=True).print_exception()

@@ -9,10 +9,11 @@ On a single process everything is the identity and Paddle's distributed package 
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,7 +91,9 @@ def initialize() -> None:
     import paddle
 
     if not paddle.distributed.is_initialized():
-        paddle.distributed.init_parallel_env()
+        # It tells on stderr, on every rank, which flags of Paddle are not at their defaults.
+        with redirect_stderr(io.StringIO()):
+            paddle.distributed.init_parallel_env()
 
 
 def ready() -> None:

@@ -100,6 +100,11 @@ class RankReport:
             raise SystemExit("the command that started this rank has ended")
 
 
+def is_supervised() -> bool:
+    """Whether this process is a rank whose last word a supervisor reads."""
+    return bool(os.environ.get(DIRECTORY))
+
+
 def note(name: str) -> None:
     """Tells the supervisor that something was done which a restart must not do again."""
     directory = os.environ.get(DIRECTORY)
