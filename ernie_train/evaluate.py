@@ -91,7 +91,9 @@ def load_problems(
     in `tasks` that is no task or domain there.
     """
     root = Path(path)
-    files = sorted(root.glob("*.jsonl*")) if root.is_dir() else [root]
+    files = [root]
+    if root.is_dir():
+        files = sorted(p for p in root.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
         raise DataError(f"{root}: no .jsonl file with problems")
     read = (read_records(file, max_bad_fraction=max_bad_fraction)[0] for file in files)

@@ -153,7 +153,7 @@ class _Rollout:
         tokens, logprobs = self.sampler(logits, rows, number)
         self.ids[rows, number] = tokens
         self.logprobs[rows, number] = logprobs
-        if self.record_experts:
+        if self.record_experts and experts:  # a dense model has none
             chosen = np.stack(experts, 1)  # [B,L,K]
             if self.experts is None:
                 self.experts = np.zeros((*self.ids.shape, *chosen.shape[1:]), np.int16)

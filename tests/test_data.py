@@ -84,7 +84,7 @@ def test_collected_solutions_are_of_the_training_problems_and_wrong_where_they_s
         changed = train["messages"][-1] != collected["messages"][-1]
         (slipped if changed else kept)[train["task"]] += 1
         items.append((changed, collected))
-    for task in TASKS:  # between a sixth and a third of every task
+    for task in TASKS:  # of every task
         share = slipped[task.name] / (slipped[task.name] + kept[task.name])
         assert 0.14 < share < 0.37, (task.name, share)
     # All that slipped; of the others, which the test of the training rows covers, a part.

@@ -10,6 +10,7 @@ from ernie_train import generation
 from ernie_train.errors import Interrupted
 from ernie_train.generation import generate
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from tests.small_models import make_model
 
 PROMPT_LENGTHS = (5, 9, 3, 40, 17)
 
@@ -87,6 +88,12 @@ def test_recomputed_logprobs_are_the_sampled_ones(model, prompts):
         for end, c in zip(ends, completions, strict=True)
     ]
     assert np.abs(np.exp(np.concatenate(differences)) - 1).mean() < 1e-5
+
+
+def test_a_dense_model_has_no_experts_to_record():
+    dense = make_model(moe_num_experts=0)
+    (completion,) = generate(dense, [[3, 4, 5]], max_new_tokens=4, record_experts=True)
+    assert len(completion.ids) == 4 and completion.expert_ids is None
 
 
 @pytest.mark.parametrize("own_forward", [False, True])

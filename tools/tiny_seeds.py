@@ -118,21 +118,24 @@ def table(results: Results, controls: Results) -> str:
     return markdown_table(["task", "SFT", *DOMAINS, CONTROL], rows)
 
 
+def changes(before: Sequence[float], after: Sequence[float]) -> str:
+    """The points between two stages: mean and 95 % interval over the seeds."""
+    return mean_and_interval([b - a for a, b in zip(before, after, strict=True)], 1)
+
+
 def lift_table(results: Results, controls: Results) -> str:
-    """What each RL stage added to its own domains, with the 95 % interval, and what was kept."""
-    rows = []
+    """What each RL stage added to its own domains, what was kept of it, and what SFT adds."""
+    last, rows = list(DOMAINS)[-1], []
     for stage, domains in DOMAINS.items():
         for domain in domains:
-            last = list(DOMAINS)[-1]
-            after = zip(solved(results, last, domain), solved(results, stage, domain), strict=True)
-            kept = [now - was for now, was in after]
-            more = zip(solved(controls, CONTROL, domain), solved(results, SFT, domain), strict=True)
+            start, end = solved(results, SFT, domain), solved(results, last, domain)
             rows.append([
                 domain, stage, mean_and_interval(lifts(results, stage, domain), 1),
-                mean_and_interval(kept, 1), mean_and_interval([b - a for b, a in more], 1),
+                "" if stage == last else changes(solved(results, stage, domain), end),
+                changes(start, end), changes(start, solved(controls, CONTROL, domain)),
             ])  # fmt: skip
-    header = ["domain", "trained in", "added by it", "added by later stages", "added by more SFT"]
-    return markdown_table(header, rows)
+    by = ["added by it", "added by later stages", "in all, over SFT", "added by more SFT"]
+    return markdown_table(["domain", "trained in", *by], rows)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -31,9 +31,8 @@ from ernie_train.model.transformer import DecoderLayer, Ernie4_5_MoeForCausalLM
 
 _GROWTH = 32  # slots are added in multiples of this
 _MASKED = np.float32(-1e30)
-_CHUNK_TOKENS = (
-    2048  # of prompts that are computed together, so that what a layer makes stays small
-)
+# Of prompts that are computed together, so that what a layer makes stays small.
+_CHUNK_TOKENS = 2048
 _CHUNK_RATIO = 1.25  # the longest prompt of a chunk is at most this much longer than the shortest
 _QUERY_BLOCK = 128  # most queries of a head that are scored at once
 

@@ -37,7 +37,7 @@ def test_a_lift_is_over_the_stage_before() -> None:
     assert tiny_seeds.lifts(RESULTS, "rl-general", "science") == [15.0, 15.0]
     lines = tiny_seeds.lift_table(RESULTS, CONTROLS).splitlines()
     # Student's t for one degree of freedom: 12.706 * 2.828 / sqrt(2).
-    assert lines[2] == "| logic | rl-logic | 12.0 ± 25.4 | -2.0 ± 0.0 | 1.0 ± 0.0 |"
+    assert lines[2] == "| logic | rl-logic | 12.0 ± 25.4 | -2.0 ± 0.0 | 10.0 ± 25.4 | 1.0 ± 0.0 |"
     assert len(lines) == 2 + len(TASKS)
 
 
