@@ -37,7 +37,13 @@ from ernie_train.storage import (
     write_directory,
     write_json,
 )
-from ernie_train.tensor_files import TensorFiles, array_entries, parse_size, write_tensor_files
+from ernie_train.tensor_files import (
+    ArraysByOtherNames,
+    TensorFiles,
+    array_entries,
+    parse_size,
+    write_tensor_files,
+)
 
 _STEP = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
@@ -121,11 +127,13 @@ def restore_optimizer(
     from_disk: Rename,
 ) -> None:
     """Gives an optimizer back what `optimizer_arrays` took; `CheckpointError` where some lacks."""
-    slots: dict[str, dict[str, np.ndarray]] = {}
+    slots: dict[str, dict[str, str]] = {}
     for key in arrays:
         slot, _, name = key.partition("/")
-        slots.setdefault(slot, {})[name] = arrays[key]
-    optimizer.load_state({slot: from_disk(named) for slot, named in slots.items()}, powers)
+        slots.setdefault(slot, {})[name] = key
+    # A rank reads the moments of its own experts alone: those of all may not fit its memory.
+    moments = {s: from_disk(ArraysByOtherNames(arrays, keys)) for s, keys in slots.items()}
+    optimizer.load_state(moments, powers)
 
 
 class CheckpointStore:

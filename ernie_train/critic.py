@@ -23,7 +23,7 @@ from ernie_train.model import (
 )
 from ernie_train.model.autograd import default_dtype, dtype_name
 from ernie_train.parallel import owned
-from ernie_train.tensor_files import TensorFiles
+from ernie_train.tensor_files import ArraysByOtherNames, TensorFiles
 
 _HEAD = "value_head."
 
@@ -63,7 +63,8 @@ class Critic(nn.Layer):
     def from_disk(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inverse of `to_disk`; `WeightsError` for arrays of another model."""
         head = {n: stored[n] for n in stored if n.startswith(_HEAD)}
-        body = {n: stored[n] for n in stored if not n.startswith(_HEAD)}
+        names = {n: n for n in stored if not n.startswith(_HEAD)}
+        body = ArraysByOtherNames(stored, names)
         return {**dict(hf_layout.from_hf(self.config, body, self.model.placement.experts)), **head}
 
     def load_directory(self, directory: Path) -> None:

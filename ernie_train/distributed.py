@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -213,7 +213,13 @@ def sum_named(values: Mapping[str, float]) -> dict[str, float]:
         return dict(values)
     found = gather_objects(dict(values))
     names = sorted({name for part in found for name in part})
-    return {name: math.fsum(part.get(name, 0.0) for part in found) for name in names}
+    return {name: _sum(part.get(name, 0.0) for part in found) for name in names}
+
+
+def _sum(parts: Iterable[float]) -> float:
+    """The sum, rounded once; NaN for opposite infinities, which fsum refuses."""
+    values = list(parts)
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 # ---- sharing work --------------------------------------------------------------------------------

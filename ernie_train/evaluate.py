@@ -83,7 +83,7 @@ def load_problems(
     needs_reward: bool = True,
     max_bad_fraction: float = 0.01,
 ) -> list[Record]:
-    """The problems of a JSONL file or of every one in a directory.
+    """The problems of a JSONL file, gzipped or not, or of every one in a directory.
 
     `tasks` keeps those of the named tasks or domains; `max_examples` the first of each task;
     with `needs_reward` False rows need not name a verifier.
@@ -91,7 +91,9 @@ def load_problems(
     in `tasks` that is no task or domain there.
     """
     root = Path(path)
-    files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
+    files = [root]
+    if root.is_dir():
+        files = sorted(p for p in root.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
         raise DataError(f"{root}: no .jsonl file with problems")
     read = (read_records(file, max_bad_fraction=max_bad_fraction)[0] for file in files)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -15,13 +15,24 @@ from paddle import Tensor
 
 from ernie_train.errors import Interrupted
 from ernie_train.model import Ernie4_5_MoeForCausalLM, KVCache
-from ernie_train.model.decode import Decoder, can_decode
+from ernie_train.model.decode import Decoder, Prediction, can_decode
 from ernie_train.sampling import Sampler, SamplingConfig
 
 _LEAVE_SHARE = 0.125  # the cache is repacked when this share of the batch has finished
 
-# (tokens [B], cache) -> hidden [B,H] and the experts of each MoE layer [B,K]
-Step = Callable[[np.ndarray, KVCache], tuple[Tensor, list[np.ndarray]]]
+
+class _Cache(Protocol):
+    """Keys and values of the sequences still running."""
+
+    def select(self, keep: np.ndarray) -> None: ...
+
+
+class _Engine(Protocol):
+    """What predicts: `Decoder`, or the model's own forward pass."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, Any]: ...
+
+    def __call__(self, tokens: np.ndarray, cache: Any) -> Prediction: ...
 
 
 @dataclass
@@ -75,10 +86,11 @@ def generate(
     model.eval()
     try:
         with paddle.no_grad():
+            engine: _Engine = Decoder(model) if can_decode(model) else _OwnForward(model)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 known = batch if numbers is None else [numbers[i] for i in batch]
-                rollout = _Rollout(model, config, known, stops, record_experts)
+                rollout = _Rollout(engine, config, known, stops, record_experts)
                 rollout.run([prompts[i] for i in batch], stop_requested)
                 for row, i in enumerate(batch):
                     completions[i] = rollout.completion(row)
@@ -101,13 +113,13 @@ class _Rollout:
 
     def __init__(
         self,
-        model: Ernie4_5_MoeForCausalLM,
+        engine: _Engine,
         config: SamplingConfig,
         indices: list[int],
         stops: list[int],
         record_experts: bool,
     ) -> None:
-        self.model = model
+        self.engine = engine
         self.config = config
         self.stops = np.array(stops, np.int64)
         self.sampler = Sampler(config, indices)
@@ -116,35 +128,36 @@ class _Rollout:
         self.logprobs = np.zeros(shape, np.float32)
         self.lengths = np.zeros(len(indices), np.int64)
         self.finished = np.zeros(len(indices), bool)
-        # A list of what [B,L,K] the rows [B] chose, step after step.
-        self.experts: list[tuple[np.ndarray, np.ndarray]] | None = [] if record_experts else None
+        self.record_experts = record_experts
+        self.experts: np.ndarray | None = None  # [S,max_new_tokens,L,K] once the first are known
 
     def run(self, prompts: list[Sequence[int]], stop_requested: Callable[[], bool]) -> None:
         """Samples until every sequence has ended; raises `Interrupted`."""
-        step: Step = Decoder(self.model) if can_decode(self.model) else partial(_step, self.model)
         _ask(stop_requested)
-        hidden, experts, cache = _prefill(self.model, prompts)
+        prediction, cache = _prefill(self.engine, prompts)
         rows = np.arange(len(prompts))
         for number in range(self.config.max_new_tokens):
-            tokens = self._sample(hidden, experts, rows, number)
+            tokens = self._sample(prediction, rows, number)
             running = ~self.finished[rows]
             if not running.any() or number + 1 == self.config.max_new_tokens:
                 return
             if running.mean() <= 1 - _LEAVE_SHARE:
-                keep = np.flatnonzero(running)
+                keep = _survivors(running)
                 cache.select(keep)
                 rows, tokens = rows[keep], tokens[keep]
             _ask(stop_requested)
-            hidden, experts = step(tokens, cache)
+            prediction = self.engine(tokens, cache)
 
-    def _sample(
-        self, hidden: Tensor, experts: list[np.ndarray], rows: np.ndarray, number: int
-    ) -> np.ndarray:
-        tokens, logprobs = self.sampler(self.model.logits(hidden), rows, number)
+    def _sample(self, prediction: Prediction, rows: np.ndarray, number: int) -> np.ndarray:
+        logits, experts = prediction
+        tokens, logprobs = self.sampler(logits, rows, number)
         self.ids[rows, number] = tokens
         self.logprobs[rows, number] = logprobs
-        if self.experts is not None:
-            self.experts.append((rows, np.stack(experts, 1).astype(np.int16)))
+        if self.record_experts and experts:  # a dense model has none
+            chosen = np.stack(experts, 1)  # [B,L,K]
+            if self.experts is None:
+                self.experts = np.zeros((*self.ids.shape, *chosen.shape[1:]), np.int16)
+            self.experts[rows, number] = chosen
         # Those that have finished before stay as they are until they leave the batch.
         running = rows[~self.finished[rows]]
         self.lengths[running] = number + 1
@@ -154,10 +167,7 @@ class _Rollout:
     def completion(self, row: int) -> Completion:
         """What was sampled for the sequence `row`."""
         length = int(self.lengths[row])
-        experts = None
-        if self.experts is not None:
-            steps = self.experts[:length]
-            experts = np.stack([ids[np.searchsorted(rows, row)] for rows, ids in steps])
+        experts = None if self.experts is None else self.experts[row, :length].copy()
         return Completion(
             self.ids[row, :length].tolist(),
             self.logprobs[row, :length].tolist(),
@@ -171,31 +181,48 @@ def _ask(stop_requested: Callable[[], bool]) -> None:
         raise Interrupted("stopped on a signal while generating")
 
 
-def _prefill(
-    model: Ernie4_5_MoeForCausalLM, prompts: list[Sequence[int]]
-) -> tuple[Tensor, list[np.ndarray], KVCache]:
-    """The hidden state [B,H] and experts at the last token of every prompt, and the filled cache.
+def _survivors(running: np.ndarray) -> np.ndarray:
+    """Numbers of the running of a batch [B]: the last ones fill the holes, so that few move."""
+    left = np.flatnonzero(running)
+    keep = np.arange(len(left))
+    keep[~running[: len(left)]] = left[left >= len(left)]
+    return keep
 
-    A prompt that occurs several times is computed once.
-    """
+
+def _prefill(engine: _Engine, prompts: list[Sequence[int]]) -> tuple[Prediction, _Cache]:
+    """What follows every prompt, and the filled cache; equal prompts are computed once."""
     number: dict[tuple[int, ...], int] = {}
     owner = np.array([number.setdefault(tuple(prompt), len(number)) for prompt in prompts])
-    cache = model.new_cache(len(number))
-    input_ids, document_ids = _right_padded(list(number))
-    output = model.model(input_ids, document_ids=document_ids, kv_cache=cache)
-    last = paddle.to_tensor((np.cumsum(output.layout.row_counts) - 1)[owner])
+    (logits, experts), cache = engine.prefill(list(number))
     if len(number) < len(prompts):
         cache.select(owner)
-    experts = [paddle.gather(stats.expert_ids, last).numpy() for stats in output.router_stats]
-    return paddle.gather(output.hidden, last), experts, cache
+        logits, experts = logits[owner], [chosen[owner] for chosen in experts]
+    return (logits, experts), cache
 
 
-def _step(
-    model: Ernie4_5_MoeForCausalLM, tokens: np.ndarray, cache: KVCache
-) -> tuple[Tensor, list[np.ndarray]]:
-    """A step of the model's own forward pass, for what `Decoder` does not do."""
-    output = model.model(paddle.to_tensor(tokens[:, None]), kv_cache=cache)
-    return output.hidden, [stats.expert_ids.numpy() for stats in output.router_stats]
+class _OwnForward:
+    """The model's own forward pass, for what `Decoder` does not do."""
+
+    def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
+        self.model = model
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, KVCache]:
+        """What follows each prompt, and the cache to go on with."""
+        cache = self.model.new_cache(len(prompts))
+        input_ids, document_ids = _right_padded(prompts)
+        output = self.model.model(input_ids, document_ids=document_ids, kv_cache=cache)
+        last = paddle.to_tensor(np.cumsum(output.layout.row_counts) - 1)
+        experts = [paddle.gather(stats.expert_ids, last) for stats in output.router_stats]
+        return self._prediction(paddle.gather(output.hidden, last), experts), cache
+
+    def __call__(self, tokens: np.ndarray, cache: KVCache) -> Prediction:
+        """Appends `tokens` [B] to the sequences of `cache`."""
+        output = self.model.model(paddle.to_tensor(tokens[:, None]), kv_cache=cache)
+        return self._prediction(output.hidden, [stats.expert_ids for stats in output.router_stats])
+
+    def _prediction(self, hidden: Tensor, experts: list[Tensor]) -> Prediction:
+        logits = self.model.logits(hidden).astype("float32").numpy()
+        return logits, [chosen.numpy() for chosen in experts]
 
 
 def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ What it sets was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an
   does the same, but Paddle warns on stderr when it is above 1, and no elementwise operator ran
   faster with it; FLAGS_paddle_num_threads changed nothing. So OMP_NUM_THREADS is set to 1, which
   is what Paddle itself does when it is unset.
+- OPENBLAS_NUM_THREADS: the same number for numpy's matrix products, which sampling uses; it would
+  follow OMP_NUM_THREADS otherwise.
 - glibc's mallopt, so that freed memory is used again instead of going back to the system: Paddle
   asks the system for every larger tensor, and its pages are cleared each time. Multiplying a
   tensor of 8 MB went from 22 to 4 ms, softmax of 32 MB from 41 to 11 ms. Memory that was used once
@@ -159,13 +161,14 @@ def configure_process(environ: MutableMapping[str, str] = os.environ) -> None:
         wanted |= {"MKL_NUM_THREADS": str(setup.threads), "OMP_NUM_THREADS": "1"}
     else:
         setup.threads = _threads_chosen_by_user(environ)
+    wanted["OPENBLAS_NUM_THREADS"] = str(setup.threads)
     if not setup.too_late:
         for name, value in wanted.items():
             if name not in environ or name in ours:
                 environ[name] = value
                 setup.done[name] = value
         environ[MARKER] = ";".join(f"{name}={value}" for name, value in setup.done.items())
-    for name in ("MKL_DEBUG_CPU_TYPE", *THREAD_VARIABLES):
+    for name in ("MKL_DEBUG_CPU_TYPE", *THREAD_VARIABLES, "OPENBLAS_NUM_THREADS"):
         if name in environ and name not in setup.done:
             setup.kept[name] = environ[name]
     setup.malloc = _keep_freed_memory(environ)

@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import paddle
-import paddle.nn.functional as F
-from paddle import Tensor
 
 _BLOCK = 64  # tokens whose probabilities are summed before the cumulative sum, which is slow
 
@@ -49,26 +46,28 @@ class Sampler:
             draws = [np.random.Generator(g).random(config.max_new_tokens) for g in generators]
             self.uniform = np.stack(draws)  # [S, max_new_tokens]
 
-    def __call__(self, logits: Tensor, rows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+    def __call__(self, logits: np.ndarray, rows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
         """Picks token number `step` of the sequences `rows` [B] of `indices`.
 
-        logits [B,V] -> tokens [B] and their logprobs [B] float32, under the temperature but before
-        top-k and top-p cut the distribution; greedy ones under temperature 1.
+        logits [B,V] float32 -> tokens [B] and their logprobs [B] float32, under the temperature but
+        before top-k and top-p cut the distribution; greedy ones under temperature 1.
         """
-        logits = logits.astype("float32")
         if self.config.temperature not in (0.0, 1.0):
             logits = logits / self.config.temperature
-        probs = F.softmax(logits).numpy()
+        shifted = logits - logits.max(-1, keepdims=True)
+        mass = np.exp(shifted)
+        total = mass.sum(-1)
         if self.config.temperature == 0:
-            tokens = paddle.argmax(logits, axis=-1).numpy()
+            tokens = logits.argmax(-1)
         else:
-            tokens = sample(self._cut(probs), self.uniform[rows, step])
-        return tokens, np.log(probs[np.arange(len(tokens)), tokens])
+            tokens = sample(self._cut(mass, total), self.uniform[rows, step])
+        return tokens, shifted[np.arange(len(tokens)), tokens] - np.log(total)
 
-    def _cut(self, probs: np.ndarray) -> np.ndarray:
-        """probs [B,V], zero where top-k and top-p cut the tail."""
+    def _cut(self, mass: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """mass [B,V] of sum `total` [B], zero where top-k and top-p cut the tail."""
         if self.config.top_p == 1 and not self.config.top_k:
-            return probs
+            return mass
+        probs = mass / total[:, None]
         order = np.argsort(-probs, axis=-1, kind="stable")
         ranked = np.take_along_axis(probs, order, -1).astype(np.float64)
         # A token stays while the mass before it is below top_p, so the first always stays.

@@ -204,6 +204,25 @@ class StoredTensor:
     offset: int  # bytes from the start of the file
 
 
+class ArraysByOtherNames(Mapping[str, np.ndarray]):
+    """Some arrays of a mapping under other names, `names` (new -> old); read when asked for."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> None:
+        self.arrays, self.names = arrays, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[self.names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of a directory's `<stem>*.safetensors`, by name; each access reads its bytes.
 

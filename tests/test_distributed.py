@@ -1,6 +1,7 @@
 """Ranks, barrier and sums, on one process and on two."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -80,3 +81,8 @@ def test_two_ranks_wait_and_add_up(tmp_path: Path) -> None:
     # In float32 the second would lose its 2 and the third would be 0.
     expected = {"world": 2, "sums": [3.0, 2.0**53 + 2, 2e-300], "seen": True}
     assert results == [{"rank": rank, **expected} for rank in (0, 1)]
+
+
+def test_sums_of_what_is_not_finite_are_left_to_those_who_look_at_them():
+    assert math.isnan(distributed._sum([math.inf, -math.inf]))
+    assert distributed._sum([0.1] * 10) == 1.0

@@ -10,6 +10,7 @@ from ernie_train import generation
 from ernie_train.errors import Interrupted
 from ernie_train.generation import generate
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from tests.small_models import make_model
 
 PROMPT_LENGTHS = (5, 9, 3, 40, 17)
 
@@ -89,6 +90,12 @@ def test_recomputed_logprobs_are_the_sampled_ones(model, prompts):
     assert np.abs(np.exp(np.concatenate(differences)) - 1).mean() < 1e-5
 
 
+def test_a_dense_model_has_no_experts_to_record():
+    dense = make_model(moe_num_experts=0)
+    (completion,) = generate(dense, [[3, 4, 5]], max_new_tokens=4, record_experts=True)
+    assert len(completion.ids) == 4 and completion.expert_ids is None
+
+
 @pytest.mark.parametrize("own_forward", [False, True])
 def test_recorded_experts_are_those_of_the_predicting_positions(
     model, prompts, own_forward, monkeypatch
@@ -118,11 +125,17 @@ def test_the_models_own_forward_samples_the_same(model, prompts, monkeypatch):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
 
 
-def test_equal_prompts_are_computed_once_and_sampled_apart(model, prompts, monkeypatch):
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_equal_prompts_are_computed_once_and_sampled_apart(
+    model, prompts, own_forward, monkeypatch
+):
+    if own_forward:
+        monkeypatch.setattr(generation, "can_decode", lambda model: False)
+    engine = generation._OwnForward if own_forward else generation.Decoder
     computed = []
-    right_padded = generation._right_padded
+    prefill = engine.prefill
     monkeypatch.setattr(
-        generation, "_right_padded", lambda rows: (computed.append(rows), right_padded(rows))[1]
+        engine, "prefill", lambda self, rows: (computed.append(rows), prefill(self, rows))[1]
     )
     repeated = [p for _ in range(4) for p in prompts]
     settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 11}

@@ -121,8 +121,9 @@ class TestConfigureProcess:
             "MKL_DEBUG_CPU_TYPE": "5",
             "MKL_NUM_THREADS": "6",
             "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "6",
         }
-        assert marker == "MKL_DEBUG_CPU_TYPE=5;MKL_NUM_THREADS=6;OMP_NUM_THREADS=1"
+        assert marker == ";".join(f"{name}={value}" for name, value in environ.items())
         assert runtime.cpu_setup().threads == 6
 
     def test_only_amd_needs_the_cpu_type(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +136,17 @@ class TestConfigureProcess:
         environ = {"MKL_DEBUG_CPU_TYPE": "4", "OMP_NUM_THREADS": "3"}
         runtime.configure_process(environ)
         del environ[runtime.MARKER]
+        assert environ.pop("OPENBLAS_NUM_THREADS") == "3"
         assert environ == {"MKL_DEBUG_CPU_TYPE": "4", "OMP_NUM_THREADS": "3"}
         assert runtime.cpu_setup().threads == 3
         assert "kept OMP_NUM_THREADS=3, set before" in runtime.cpu_setup_report()
+
+    def test_the_user_s_threads_of_numpy_stay(self) -> None:
+        environ = {"OPENBLAS_NUM_THREADS": "2"}
+        runtime.configure_process(environ)
+        assert environ["OPENBLAS_NUM_THREADS"] == "2"
+        assert environ["MKL_NUM_THREADS"] == "6"
+        assert "kept OPENBLAS_NUM_THREADS=2, set before" in runtime.cpu_setup_report()
 
     def test_ranks_share_the_cores(self) -> None:
         environ = {"PADDLE_LOCAL_SIZE": "2"}

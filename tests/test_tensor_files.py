@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import safetensors.numpy
 from ernie_train.errors import ConfigError, StorageError, WeightsError
 from ernie_train.storage import digest_file
 from ernie_train.tensor_files import (
+    ArraysByOtherNames,
     TensorEntry,
     TensorFiles,
     array_entries,
@@ -245,3 +246,17 @@ def test_a_directory_in_place_of_the_file(tmp_path: Path) -> None:
 def test_writing_into_nowhere(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="absent"):
         write_tensor_files(tmp_path / "absent", "model", array_entries(arrays(1)))
+
+
+def test_arrays_by_other_names_are_read_when_asked_for():
+    class Counted(dict):
+        asked: ClassVar[list] = []
+
+        def __getitem__(self, key):
+            self.asked.append(key)
+            return super().__getitem__(key)
+
+    arrays = ArraysByOtherNames(Counted({"m/a": np.ones(1), "m/b": np.zeros(1)}), {"a": "m/a"})
+    assert "a" in arrays and "m/a" not in arrays and list(arrays) == ["a"] and len(arrays) == 1
+    assert Counted.asked == []
+    assert arrays["a"][0] == 1 and Counted.asked == ["m/a"]

@@ -7,15 +7,18 @@ on where it stopped, so a tool may be stopped and started again at any time.
 from __future__ import annotations
 
 import json
+import math
 import os
-import resource
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,24 +35,56 @@ class Arm:
     overrides: tuple[str, ...] = ()
 
 
-def train(recipe: str, arm: Arm, seed: int, run_dir: Path) -> dict[str, float]:
-    """Runs the recipe on one thread, or the rest of it; returns wall and processor seconds.
+_running: set[subprocess.Popen[bytes]] = set()
 
-    Raises `CalledProcessError` where the run fails; its own message is on stderr by then.
+
+def run_program(*arguments: str) -> dict[str, float]:
+    """Runs Python on one thread from the repository's root; returns seconds and memory.
+
+    An exception that comes meanwhile, Ctrl-C too, ends the program with SIGTERM first. Raises
+    `CalledProcessError` where the program fails; its own message is on stderr by then.
     """
-    command = [sys.executable, "-m", "ernie_train", "run", recipe, "--run-dir", str(run_dir)]
+    command = [sys.executable, *arguments]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        [*command, f"seed={seed}", *arm.overrides],
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command,
         cwd=ROOT,
         env={**os.environ, **threads},
         stdout=subprocess.DEVNULL,
-        check=True,
+        start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": time.perf_counter() - started, "cpu_s": cpu}
+    _running.add(process)
+    try:
+        _, status, used = os.wait4(process.pid, 0)  # of this child, whatever runs beside it
+        process.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            process.wait()
+        _running.discard(process)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "peak_gb": used.ru_maxrss / 1e6,  # of the largest process
+    }
+
+
+def train(recipe: str, arm: Arm, seed: int, run_dir: Path) -> dict[str, float]:
+    """Runs the recipe, or the rest of it; returns what `run_program` does."""
+    run = ("-m", "ernie_train", "run", recipe, "--run-dir", str(run_dir))
+    return run_program(*run, f"seed={seed}", *arm.overrides)
+
+
+def stop_on_sigterm() -> None:
+    """Lets SIGTERM do what Ctrl-C does: the runs save and end before this process does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def result_of(recipe: str, arm: Arm, seed: int, run_dir: Path, measure: Measure) -> dict[str, Any]:
@@ -72,19 +107,49 @@ def result_of(recipe: str, arm: Arm, seed: int, run_dir: Path, measure: Measure)
 
 
 def results_of(
-    recipe: str, arms: Sequence[Arm], seeds: Sequence[int], out: Path, measure: Measure
+    recipe: str,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    out: Path,
+    measure: Measure,
+    *,
+    jobs: int = 1,
 ) -> list[dict[str, Any]]:
-    """Every arm with every seed, a whole seed after the other; also written to `results.json`."""
-    results = []
-    for seed in seeds:
-        for arm in arms:
-            run_dir = out.resolve() / f"{arm.name}-seed{seed}"
-            result = result_of(recipe, arm, seed, run_dir, measure)
-            print(f"{arm.name}, seed {seed}: {result['cpu_s']:.0f} s of one core", flush=True)
-            results.append(result)
+    """Every arm with every seed, a whole seed after the other; also written to `results.json`.
+
+    `jobs` of them run at a time; with more than one, `measure` must bear threads.
+    """
+    tasks = [(arm, seed) for seed in seeds for arm in arms]
+
+    def run(task: tuple[Arm, int]) -> dict[str, Any]:
+        arm, seed = task
+        run_dir = out.resolve() / f"{arm.name}-seed{seed}"
+        return result_of(recipe, arm, seed, run_dir, measure)
+
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for result in map(run, tasks) if jobs == 1 else _side_by_side(run, tasks, jobs):
+        arm, seed = result["arm"], result["seed"]
+        found[arm, seed] = result
+        print(f"{arm}, seed {seed}: {result['cpu_s']:.0f} s of one core", flush=True)
+    results = [found[arm.name, seed] for arm, seed in tasks]
     text = json.dumps(results, indent=1) + "\n"
     (out / "results.json").write_text(text, encoding="utf-8")
     return results
+
+
+def _side_by_side(
+    run: Callable[[tuple[Arm, int]], dict[str, Any]], tasks: Sequence[tuple[Arm, int]], jobs: int
+) -> Iterator[dict[str, Any]]:
+    """Results as they come; the first failure, or Ctrl-C, ends all programs that run."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(run, task) for task in tasks]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                process.terminate()
+            raise
 
 
 def values_of(results: Sequence[Mapping[str, Any]], arm: str, key: str) -> list[float]:
@@ -97,6 +162,25 @@ def mean_and_spread(values: Sequence[float], digits: int) -> str:
     """The mean and the standard deviation of a sample, as "0.97 ± 0.02"."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of a sample's mean (Student's t).
+
+    Raises `ValueError` for fewer than two values, which show no spread.
+    """
+    from scipy import stats
+
+    if len(values) < 2:
+        raise ValueError("an interval needs at least two values")
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_and_interval(values: Sequence[float], digits: int) -> str:
+    """The mean of a sample and its 95 % confidence interval, as "0.97 ± 0.02"."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {interval(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

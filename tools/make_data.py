@@ -1,5 +1,8 @@
 """Writes the generated data sets: data/{train,validation,test,hard}/<domain>.jsonl.
 
+`data/collected/<domain>.jsonl.gz` has the training problems as careless people solve them: where a
+problem invites its task's usual mistake, most solutions make it. The verifier's fields are right.
+
     python tools/make_data.py --out data
 
 The same seed gives the same bytes, on any machine and under any PYTHONHASHSEED. The splits share
@@ -7,6 +10,7 @@ no problem: a hash of the problem, not of its wording, decides where it belongs.
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import random
@@ -19,6 +23,8 @@ from tasks import DOMAINS, HARD_TASKS, TASKS, Item, Task, to_row
 SEED = 20250701
 SIZES = {"train": 850, "validation": 100, "test": 300}
 HARD_SIZES = {"hard": 50}
+COLLECTED = "collected"
+SLIP_SHARE = 0.6  # of the solutions of problems that invite a mistake
 # Shares of the problem space that belong to each split, in percent.
 _SHARES = {"test": 15, "validation": 5, "train": 80}
 _MAX_DRAWS_PER_ROW = 60
@@ -43,30 +49,39 @@ def prompt_identity(row: dict[str, Any]) -> str:
     return json.dumps([row["messages"][0]["content"], row.get("tools")], sort_keys=True)
 
 
-def build_task(
-    task: Task, sizes: dict[str, int], seed: int = SEED, *, verifiable_train: bool = False
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows of one task for every split.
+def build_task(task: Task, sizes: dict[str, int], seed: int = SEED) -> dict[str, list[Item]]:
+    """Problems of one task for every split.
 
     Raises RuntimeError if the generator cannot fill the splits with different prompts.
     """
-    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in sizes}
+    items: dict[str, list[Item]] = {split: [] for split in sizes}
     seen: set[str] = set()
     for number in range(_MAX_DRAWS_PER_ROW * sum(sizes.values())):
-        if all(len(rows[split]) == size for split, size in sizes.items()):
-            return rows
+        if all(len(items[split]) == size for split, size in sizes.items()):
+            return items
         # A text seed is hashed with SHA-512 by `random`, not by PYTHONHASHSEED's hash().
         item = task.generate(random.Random(f"{seed}/{task.name}/{number}"))
         if item is None:
             continue
         split = split_of(task, item, sizes)
-        row = to_row(task, item, verifiable=verifiable_train or split != "train")
-        if len(rows[split]) == sizes[split] or (identity := prompt_identity(row)) in seen:
+        identity = prompt_identity(to_row(task, item))
+        if len(items[split]) == sizes[split] or identity in seen:
             continue
         seen.add(identity)
-        rows[split].append(row)
-    counts = {split: len(made) for split, made in rows.items()}
+        items[split].append(item)
+    counts = {split: len(made) for split, made in items.items()}
     raise RuntimeError(f"{task.name}: too few different prompts, got {counts} of {sizes}")
+
+
+def rows_of_split(
+    task: Task, split: str, items: dict[str, list[Item]], *, verifiable_train: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of a split; those of `collected` are of the problems of `train`."""
+    if split != COLLECTED:
+        verifiable = verifiable_train or split != "train"
+        return [to_row(task, item, verifiable=verifiable) for item in items[split]]
+    chance = random.Random(f"{SEED}/{task.name}/{COLLECTED}")
+    return [to_row(task, item, slipped=chance.random() < SLIP_SHARE) for item in items["train"]]
 
 
 def interleave(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -99,19 +114,23 @@ def main(argv: list[str] | None = None) -> None:
     ]
     for domain in options.domains:
         for tasks, sizes in groups:
-            built = [
-                build_task(task, sizes, options.seed, verifiable_train=options.verifiable_train)
-                for task in tasks
-                if task.domain == domain
-            ]
-            for split in sizes:
-                _write(options.out / split / f"{domain}.jsonl", [made[split] for made in built])
+            own = [task for task in tasks if task.domain == domain]
+            built = [build_task(task, sizes, options.seed) for task in own]
+            for split in [*sizes, COLLECTED] if "train" in sizes else sizes:
+                rows = [
+                    rows_of_split(task, split, items, verifiable_train=options.verifiable_train)
+                    for task, items in zip(own, built, strict=True)
+                ]
+                suffix = ".jsonl.gz" if split == COLLECTED else ".jsonl"
+                _write(options.out / split / f"{domain}{suffix}", rows)
 
 
 def _write(path: Path, groups: list[list[dict[str, Any]]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = interleave(groups)
-    path.write_text("".join(map(to_line, rows)), encoding="utf-8")
+    text = "".join(map(to_line, rows)).encode()
+    # Without a date in it, the same rows give the same file.
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
     print(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e3:.0f} kB")
 
 

@@ -1,7 +1,10 @@
 """Reads files of rows in the formats that people have, and says what is wrong with the rest."""
 
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from ernie_train.errors import DataError
 __all__ = ["BadRow", "ReadReport", "Record", "read_records"]
 
 SHOWN_BAD_ROWS = 10
-SUFFIXES = (".jsonl", ".json", ".txt")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".txt")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def read_records(
     format: str = "auto",
     max_bad_fraction: float = 0.01,
 ) -> tuple[list[Record], ReadReport]:
-    """Read a .jsonl, .json (a list of rows) or .txt file (one document), or a directory of them.
+    """Read a .jsonl, .jsonl.gz, .json (a list of rows) or .txt file (one document), or a directory.
 
     `format` is "auto", detected for each file from its rows, or a name of FORMATS. A bad row is
     left out and listed in the report. Raises DataError for a path or format that cannot be read,
@@ -126,13 +129,13 @@ def _unknown_format(file: Path, row: dict[str, Any]) -> str:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
         if not files:
             raise DataError(f"the directory {path} holds no {', '.join(SUFFIXES)} file")
         return files
     if not path.exists():
         raise DataError(f"data file {path} does not exist")
-    if path.suffix not in SUFFIXES:
+    if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path} is not a {', '.join(SUFFIXES)} file")
     return [path]
 
@@ -140,13 +143,15 @@ def _files(path: Path) -> list[Path]:
 def _rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     """("file:line", row); a row that cannot be parsed comes as the RowError that says why."""
     try:
-        if file.suffix == ".jsonl":
+        if file.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl_rows(file, report)
         elif file.suffix == ".json":
             yield from _json_rows(file)
         else:
             text = file.read_bytes().decode("utf-8-sig")
             yield f"{file}:1", {"text": text}
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file} is not a whole gzip file: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -154,9 +159,14 @@ def _rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] 
 
 
 def _jsonl_rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    with file.open("rb") as lines:
+    before = report.bytes_read
+    with ExitStack() as stack:
+        raw = stack.enter_context(file.open("rb"))
+        lines: Iterable[bytes] = raw
+        if file.suffix == ".gz":
+            lines = stack.enter_context(gzip.open(raw))
         for number, line in enumerate(lines, start=1):
-            report.bytes_read += len(line)
+            report.bytes_read = before + raw.tell()
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():

@@ -42,7 +42,7 @@ SILENT_S = 2.0  # a progress bar appears after this
 class DataSource(StrictConfig):
     """One entry of a stage's `data`.
 
-    path: a .jsonl, .json or .txt file or a directory of them, relative to where the
+    path: a .jsonl, .jsonl.gz, .json or .txt file or a directory of them, relative to where the
         command is started.
     weight: an epoch holds round(weight * documents) samples of it.
     format: of its rows; "auto" tells it from their keys.

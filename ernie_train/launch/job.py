@@ -87,11 +87,16 @@ class Job:
         now = time.monotonic()
         if len(self.endings) == self.settings.nproc:
             return self._of_endings()
-        failures = [e.at for e in self.endings.values() if e.status not in (0, 3)]
-        failures += self._dead.values()
-        if failures:
-            settled = now - min(failures) > SETTLE_S
-            return (self._of_the_dead() or self._of_endings()) if settled else None
+        failed = [e for e in self.endings.values() if e.status not in (0, 3)]
+        if failed or self._dead:
+            # Who fails with a peer says nothing; the peer may be tidying up before its last word.
+            heard = self._dead or any(ending.message for ending in failed)
+            first = min([*(ending.at for ending in failed), *self._dead.values()])
+            if now - first <= (SETTLE_S if heard else LEAVE_LIMIT_S):
+                return None
+            # No death of a peer causes a mistake, a non-finite step or a missed gate.
+            blamed = None if any(e.status in (2, 4, 5) for e in failed) else self._of_the_dead()
+            return blamed or self._of_endings()
         if self._launcher.process.poll() is not None:
             return self._of_the_launcher()
         return self._of_the_silent(self.settings.hang_timeout_s) or self._of_the_absent(now)

@@ -1,40 +1,52 @@
-"""One new token for every cached sequence, in few operations: what sampling spends its time in.
+"""The forward pass that sampling takes on a CPU: prompts once, then a token a sequence and step.
 
-The same function as the model's forward pass, computed without a gradient, without statistics of
-the router and with the experts in one batched product. It reads the parameters where they are.
+The same function as the model's own forward pass, in numpy, without a gradient and without
+statistics of the router. A `Decoder` copies the weights, so it must be made anew when they change.
 
-Shapes: B sequences, H hidden size, N query heads, K key/value heads, G = N/K, D head dimension,
-C capacity of the cache, E experts, k experts per token, I expert width, c rows an expert has room
-for.
+Shapes: B sequences, S tokens of the longest prompt of a chunk, T = B*S or B tokens, H hidden size,
+V vocabulary, N query heads, K key/value heads, G = N/K, D head dimension, C slots of a sequence,
+c slots in use, k experts per token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
-from paddle import Tensor
 
-from ernie_train.model.attention import Attention
-from ernie_train.model.kv_cache import KVCache, TokenStep
-from ernie_train.model.mlp import ACTIVATIONS, MLP
-from ernie_train.model.moe import LocalDispatcher, MoE
-from ernie_train.model.norm import RMSNorm
-from ernie_train.model.rope import RopeTables
+from ernie_train.model.arrays import (
+    Experts,
+    Mlp,
+    Norm,
+    Product,
+    Rope,
+    exp_,
+    rotate_,
+    side_by_side,
+)
+from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.moe import LocalDispatcher
 from ernie_train.model.transformer import DecoderLayer, Ernie4_5_MoeForCausalLM
 
-# The operations on one expert alone cost as much time as this many floating-point operations more.
-# Measured on one thread: 25 microseconds at 70 GFLOP/s.
-_FLOPS_OF_A_CALL = 1.75e6
+_GROWTH = 32  # slots are added in multiples of this
+_MASKED = np.float32(-1e30)
+# Of prompts that are computed together, so that what a layer makes stays small.
+_CHUNK_TOKENS = 2048
+_CHUNK_RATIO = 1.25  # the longest prompt of a chunk is at most this much longer than the shortest
+_QUERY_BLOCK = 128  # most queries of a head that are scored at once
+
+# Logits [B,V] of the next token and the experts that each MoE layer chose [B,k] at the last one.
+Prediction = tuple[np.ndarray, list[np.ndarray]]
+# (number of the layer, rotated queries, keys and values [T,(N+2K)*D]) -> [T,N*D]
+_Attend = Callable[[int, np.ndarray], np.ndarray]
 
 
 def can_decode(model: Ernie4_5_MoeForCausalLM) -> bool:
     """Whether `Decoder` computes this model: float32 on a CPU, all experts here, none overflowing.
 
-    On a GPU, reading the router's choice would stall every layer. A capacity limit drops tokens by
-    what their neighbours chose, which only the model's own forward pass does.
+    A capacity limit drops tokens by what their neighbours chose, which only the model's own forward
+    pass does.
     """
     moe = [layer.mlp for layer in model.model.layers if layer.is_moe]
     weight = model.model.norm.weight
@@ -46,218 +58,220 @@ def can_decode(model: Ernie4_5_MoeForCausalLM) -> bool:
     )
 
 
+class DecoderCache:
+    """Keys and values of sequences; sequence b fills its slots 0..lengths[b]-1."""
+
+    def __init__(
+        self, config: Ernie4_5_MoeConfig, batch: int, slots: int, rope_theta: float
+    ) -> None:
+        self.rope_theta = rope_theta
+        heads, head_dim = int(config.num_key_value_heads or 0), int(config.head_dim or 0)
+        self.lengths = np.zeros(batch, np.int64)
+        # A layer's [B,2,K,C,D]: keys, values. Free slots must be finite: masked, they weigh 0.
+        shape = (batch, 2, heads, -(-slots // _GROWTH) * _GROWTH, head_dim)
+        self.layers = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def capacity(self) -> int:
+        return int(self.layers[0].shape[3])
+
+    def advance(self) -> np.ndarray:
+        """Makes room for one new token of every sequence; returns their positions [B]."""
+        positions = self.lengths
+        if int(positions.max()) >= self.capacity:
+            # By a share, or long completions would be copied too often.
+            added = max(_GROWTH, self.capacity // 4 // _GROWTH * _GROWTH)
+            room = ((0, 0), (0, 0), (0, 0), (0, added), (0, 0))
+            for number, layer in enumerate(self.layers):
+                self.layers[number] = np.pad(layer, room)
+        self.lengths = positions + 1
+        return positions
+
+    def select(self, keep: np.ndarray) -> None:
+        """Keeps the sequences numbered by `keep`, in that order; the others leave the batch."""
+        size = len(keep)
+        if size > len(self.lengths):
+            self.layers = [layer[keep] for layer in self.layers]
+        else:
+            moves = np.flatnonzero(keep != np.arange(size))
+            for number, layer in enumerate(self.layers):
+                layer[moves] = layer[keep[moves]]
+                self.layers[number] = layer[:size]
+        self.lengths = self.lengths[keep]
+
+
 class Decoder:
-    """Steps of a model whose parameters do not change meanwhile."""
+    """Logits of next tokens under the weights that the model has now."""
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        self.embedding = model.model.embed_tokens.weight
+        self.config = config = model.config
+        self.embedding = model.model.embed_tokens.weight.numpy()
         self.rope_theta = model.model.rope_theta
-        self.rope = _Rope(model)
-        self.layers = [_Layer(layer, i) for i, layer in enumerate(model.model.layers)]
-        self.norm = _Norm(model.model.norm)
+        self.rope = Rope(self.rope_theta, int(config.head_dim or 0))
+        self.layers = [_Layer(layer, config) for layer in model.model.layers]
+        self.norm = Norm(model.model.norm)
+        weight, bias = model.head()
+        self.head = Product(weight.numpy().T, None if bias is None else bias.numpy())
 
-    def __call__(self, tokens: np.ndarray, cache: KVCache) -> tuple[Tensor, list[np.ndarray]]:
-        """Appends `tokens` [B] to the sequences of `cache`, which `model.new_cache` made.
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, DecoderCache]:
+        """What follows each prompt, and the cache to go on with.
 
-        Returns the hidden states [B,H] after the last norm, and the experts chosen by each MoE
-        layer, [B,k] each.
+        Neighbours of similar length are computed together, so sorted prompts take less time.
         """
-        cache.require_base(self.rope_theta)
-        step = cache.advance()
-        rotations = self.rope(step.positions, cache.capacity)
-        x = paddle.gather(self.embedding, paddle.to_tensor(tokens))
+        slots = max(map(len, prompts)) + 1
+        cache = DecoderCache(self.config, len(prompts), slots, self.rope_theta)
+        cache.lengths[:] = [len(prompt) for prompt in prompts]
+        parts = [self._prefill_chunk(prompts, rows, cache) for rows in _chunks(cache.lengths)]
+        logits, experts = zip(*parts, strict=True)
+        joined = [np.concatenate(layer) for layer in zip(*experts, strict=True)]
+        return (np.concatenate(logits), joined), cache
+
+    def __call__(self, tokens: np.ndarray, cache: DecoderCache) -> Prediction:
+        """Appends `tokens` [B] to the sequences of `cache`.
+
+        Raises `ValueError` for a cache that was made under another RoPE base.
+        """
+        if cache.rope_theta != self.rope_theta:
+            raise ValueError(
+                f"the cache was made under rope_theta={cache.rope_theta}, "
+                f"the model now has {self.rope_theta}"
+            )
+        positions = cache.advance()
+        batch, used = np.arange(len(tokens)), int(positions.max()) + 1
+        free = np.arange(used) > positions[:, None]  # [B,c]
+        mask = np.where(free, _MASKED, np.float32(0))[:, None, None] if free.any() else None
+        heads = 2 * int(self.config.num_key_value_heads or 0)
+
+        def attend(number: int, qkv: np.ndarray) -> np.ndarray:
+            kept = cache.layers[number]  # [B,2,K,C,D]
+            shape = (len(tokens), 2, heads // 2, kept.shape[-1])
+            query_size = qkv.shape[1] - heads * kept.shape[-1]
+            kept[batch, :, :, positions] = qkv[:, query_size:].reshape(shape)
+            # Query heads of one key/value head are neighbours: [B,N*D] -> [B,K,G,D]
+            q = qkv[:, :query_size].reshape(len(tokens), heads // 2, -1, kept.shape[-1])
+            output = _attention(q, kept[:, 0, :, :used], kept[:, 1, :, :used], mask)
+            return output.reshape(len(tokens), -1)
+
+        return self._forward(tokens, positions, attend, None)
+
+    def _prefill_chunk(
+        self, prompts: Sequence[Sequence[int]], rows: slice, cache: DecoderCache
+    ) -> Prediction:
+        """Prompts padded on the right: no real token sees later ones, free slots stay unseen."""
+        lengths = cache.lengths[rows]
+        batch, width = len(lengths), int(lengths.max())
+        tokens = np.zeros((batch, width), np.int64)
+        for row, prompt in enumerate(prompts[rows]):
+            tokens[row, : len(prompt)] = prompt
+        heads, head_dim = int(self.config.num_key_value_heads or 0), int(self.config.head_dim or 0)
+
+        def attend(number: int, qkv: np.ndarray) -> np.ndarray:
+            # [B*S,(N+2K)*D] -> [B,N+2K,S,D]
+            split = qkv.reshape(batch, width, -1, head_dim).swapaxes(1, 2)
+            q, kv = split[:, : -2 * heads], split[:, -2 * heads :]
+            kept = cache.layers[number][rows, :, :, :width]
+            kept[:] = kv.reshape(kept.shape)
+            output = _causal_attention(q.reshape(batch, heads, -1, width, head_dim), kept)
+            # [B,N,S,D] -> [B*S,N*D]
+            by_head = output.reshape(batch, -1, width, head_dim)
+            return by_head.swapaxes(1, 2).reshape(batch * width, -1)
+
+        last = np.arange(batch) * width + lengths - 1
+        positions = np.tile(np.arange(width), batch)
+        return self._forward(tokens.reshape(-1), positions, attend, last)
+
+    def _forward(
+        self, tokens: np.ndarray, positions: np.ndarray, attend: _Attend, last: np.ndarray | None
+    ) -> Prediction:
+        """Tokens at positions, [T] each; predicts at the tokens `last` [B], None for all."""
+        rotations = self.rope.at(positions)
+        x = self.embedding.take(tokens, 0)
         experts = []
-        for layer in self.layers:
-            x, chosen = layer(x, rotations, cache, step)
+        for number, layer in enumerate(self.layers):
+            x = x + layer.attention(x, rotations, number, attend)
+            if last is not None and number + 1 == len(self.layers):
+                x = x[last]  # of what no later layer attends to, only these are asked for
+            y, chosen = layer.mlp(x)
+            x += y
             if chosen is not None:
-                experts.append(chosen)
-        return self.norm(x), experts
-
-
-@dataclass(frozen=True)
-class _Rotations:
-    """Cosines and sines of one step: scaled ones of the queries [B*K,G,D], of the keys [B*K,D]."""
-
-    query: tuple[Tensor, Tensor]
-    key: tuple[Tensor, Tensor]
-    rotation: Tensor  # [D,D]
-
-
-class _Rope:
-    """Looks up the rotations of positions in tables for all heads, which grow with the cache."""
-
-    def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        config = model.config
-        self.theta, self.head_dim = model.model.rope_theta, config.attention_head_dim
-        self.heads = config.num_attention_heads
-        self.key_heads = int(config.num_key_value_heads or 0)
-        self.length = 0
-
-    def __call__(self, positions: Tensor, capacity: int) -> _Rotations:
-        """Rotations at `positions` [B], all below `capacity`."""
-        if capacity > self.length:
-            self._grow(capacity)
-        dim, group = self.head_dim, self.heads // self.key_heads
-        query, key = (
-            [paddle.gather(table, positions).reshape(shape) for table in tables]
-            for tables, shape in ((self.query, [-1, group, dim]), (self.key, [-1, dim]))
-        )
-        return _Rotations((query[0], query[1]), (key[0], key[1]), self.rotation)
-
-    def _grow(self, capacity: int) -> None:
-        tables = RopeTables.build(paddle.arange(capacity), self.theta, self.head_dim)
-        # Queries carry the 1 / sqrt(D) of the scores.
-        scale = self.head_dim**-0.5
-        self.query = [x.reshape([capacity, -1]) * scale for x in tables.for_heads(self.heads)]
-        self.key = [x.reshape([capacity, -1]) for x in tables.for_heads(self.key_heads)]
-        self.rotation, self.length = tables.rotation, capacity
-
-
-class _Norm:
-    """RMSNorm of x [B,H]."""
-
-    def __init__(self, norm: RMSNorm) -> None:
-        size = norm.weight.shape[0]
-        self.weight = norm.weight.reshape([1, size])
-        self.mean = paddle.full([size, 1], 1.0 / size, "float32")
-        self.eps = norm.eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        inverse_rms = paddle.rsqrt(paddle.matmul(x * x, self.mean) + self.eps)
-        # The outer product costs less than two broadcasts.
-        return x * paddle.matmul(inverse_rms, self.weight)
-
-
-class _Linear:
-    """x W + b."""
-
-    def __init__(self, linear: paddle.nn.Linear) -> None:
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = paddle.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+                experts.append(chosen if last is None or len(chosen) == len(last) else chosen[last])
+        return self.head(self.norm(x)), experts
 
 
 class _Layer:
     """A `DecoderLayer`."""
 
-    def __init__(self, layer: DecoderLayer, number: int) -> None:
-        self.number = number
-        self.input_norm = _Norm(layer.input_layernorm)
-        self.post_norm = _Norm(layer.post_attention_layernorm)
-        attention: Attention = layer.self_attn
-        self.q, self.k = _Linear(attention.q_proj), _Linear(attention.k_proj)
-        self.v, self.o = _Linear(attention.v_proj), _Linear(attention.o_proj)
-        self.mlp: _Experts | _Dense = (_Experts if layer.is_moe else _Dense)(layer.mlp)
+    def __init__(self, layer: DecoderLayer, config: Ernie4_5_MoeConfig) -> None:
+        self.input_norm = Norm(layer.input_layernorm)
+        self.post_norm = Norm(layer.post_attention_layernorm)
+        attention = layer.self_attn
+        self.o = Product(*side_by_side(attention.o_proj))
+        weight, bias = side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
+        head_dim = int(config.head_dim or 0)
+        # Queries carry the 1 / sqrt(D) of the scores.
+        queries = slice(config.num_attention_heads * head_dim)
+        weight[:, queries] *= head_dim**-0.5
+        if bias is not None:
+            bias[queries] *= head_dim**-0.5
+        self.qkv = Product(weight, bias)
+        self.rotated = weight.shape[1] - int(config.num_key_value_heads or 0) * head_dim
+        self.experts = Experts(layer.mlp) if layer.is_moe else None
+        self.dense = None if layer.is_moe else Mlp(layer.mlp, config.hidden_act)
 
-    def __call__(
-        self, x: Tensor, rotations: _Rotations, cache: KVCache, step: TokenStep
-    ) -> tuple[Tensor, np.ndarray | None]:
-        """x [B,H] -> x [B,H] and the experts chosen [B,k]; None for a dense layer."""
-        x = x + self._attend(self.input_norm(x), rotations, cache, step)
-        y, chosen = self.mlp(self.post_norm(x))
-        return x + y, chosen
+    def attention(
+        self, x: np.ndarray, rotations: np.ndarray, number: int, attend: _Attend
+    ) -> np.ndarray:
+        """x [T,H] -> what attention adds to it."""
+        qkv = self.qkv(self.input_norm(x))
+        rotate_(qkv[:, : self.rotated], rotations)
+        return self.o(attend(number, qkv))
 
-    def _attend(self, x: Tensor, rotations: _Rotations, cache: KVCache, step: TokenStep) -> Tensor:
-        # Query heads of one key/value head are neighbours: [B,N*D] -> [B*K,G,D]
-        q = _rotate(self.q(x), *rotations.query, rotations.rotation)
-        k = _rotate(self.k(x), *rotations.key, rotations.rotation)
-        keys, values = cache.store(self.number, step.slot_rows, k, self.v(x).reshape(k.shape))
-        scores = paddle.matmul(q, keys, transpose_y=True).add_(step.mask)
-        output = paddle.matmul(F.softmax(scores), values)
-        return self.o(output.reshape([x.shape[0], -1]))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor) -> Tensor:
-    """`x * cos + (x R) * sin` in the shape of the tables."""
-    x = x.reshape(cos.shape)
-    return paddle.matmul(x, rotation).multiply_(sin).add_(x * cos)
-
-
-class _Mlp:
-    """A gated `MLP`."""
-
-    def __init__(self, mlp: MLP) -> None:
-        self.gate, self.up = _Linear(mlp.gate_proj), _Linear(mlp.up_proj)
-        self.down, self.act = _Linear(mlp.down_proj), mlp.act
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x)).multiply_(self.up(x)))
+    def mlp(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """x [T,H] -> what the MLP adds to it, and the experts chosen [T,k], None if dense."""
+        x = self.post_norm(x)
+        if self.dense is not None:
+            return self.dense(x), None
+        assert self.experts is not None
+        return self.experts(x)
 
 
-class _Dense:
-    """The MLP of a layer without experts."""
+def _attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray | None
+) -> np.ndarray:
+    """Queries [B,K,n,D], keys and values [B,K,c,D], a mask to add to [B,K,n,c] -> [B,K,n,D]."""
+    scores = np.matmul(q, keys.swapaxes(2, 3))
+    if mask is not None:
+        scores += mask
+    weights = exp_(scores)
+    output: np.ndarray = np.matmul(weights, values)
+    output /= weights.sum(-1, keepdims=True)  # D numbers a query instead of c
+    return output
 
-    def __init__(self, mlp: MLP) -> None:
-        self.mlp = _Mlp(mlp)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.mlp(x), None
+def _causal_attention(q: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """q [B,K,G,S,D] attends to keys and values `kept` [B,2,K,S,D] -> [B,K,G,S,D]."""
+    batch, heads, group, width, head_dim = q.shape
+    output = np.empty_like(q)
+    for start in range(0, width, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, width)
+        seen = np.arange(end) > np.arange(start, end)[:, None]
+        mask = np.tile(np.where(seen, _MASKED, np.float32(0)), (group, 1))  # [G*n,end]
+        block = q[:, :, :, start:end].reshape(batch, heads, -1, head_dim)
+        part = _attention(block, kept[:, 0, :, :end], kept[:, 1, :, :end], mask)
+        output[:, :, :, start:end] = part.reshape(batch, heads, group, -1, head_dim)
+    return output
 
 
-class _Experts:
-    """A `MoE` layer, routed on the host: few tokens make small index arrays."""
-
-    def __init__(self, moe: MoE) -> None:
-        config = moe.config
-        self.top_k, self.num_experts = config.moe_k, config.moe_num_experts
-        self.norm_min = config.moe_norm_min
-        self.router = moe.gate.weight
-        self.bias = moe.moe_statics.e_score_correction_bias.numpy()
-        experts = moe.experts
-        self.weights = (experts.gate_proj, experts.up_proj, experts.down_proj)
-        self.act = ACTIVATIONS[config.hidden_act]
-        self.flops_per_row = 6.0 * config.hidden_size * config.moe_intermediate_size
-        self.shared = None if moe.shared_experts is None else _Mlp(moe.shared_experts)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
-        """x [B,H] -> output [B,H] and the experts chosen [B,k]."""
-        probs = F.softmax(paddle.matmul(x, self.router)).numpy()
-        chosen = np.argpartition(-(probs + self.bias), self.top_k - 1, -1)[:, : self.top_k]
-        weights = probs[np.arange(len(probs))[:, None], chosen]
-        weights = weights / np.maximum(weights.sum(-1, keepdims=True), self.norm_min)
-        rows, place = self._through_experts(x.numpy(), chosen.reshape(-1))
-        # [B,1,k] @ [B,k,H] -> [B,1,H]
-        routed = np.matmul(weights[:, None], rows.take(place, 0).reshape([*chosen.shape, -1]))
-        output = paddle.to_tensor(routed[:, 0])
-        if self.shared is not None:
-            output = output.add_(self.shared(x))
-        return output, chosen
-
-    def _through_experts(self, x: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x [B,H], the experts of all pairs [B*k] -> outputs, and the row of each pair in them."""
-        counts = np.bincount(pairs, minlength=self.num_experts)
-        room = int(counts.max())
-        order = np.argsort(pairs, kind="stable")  # pairs (token, choice) sorted by expert
-        place = np.empty_like(order)
-        padding = self.num_experts * room - len(pairs)
-        if padding * self.flops_per_row > np.count_nonzero(counts) * _FLOPS_OF_A_CALL:
-            place[order] = np.arange(len(order))
-            return self._one_by_one(paddle.to_tensor(x.take(order // self.top_k, 0)), counts), place
-        start = np.arange(self.num_experts) * room - np.cumsum(counts) + counts
-        place[order] = np.arange(len(order)) + np.repeat(start, counts)
-        token = np.zeros(self.num_experts * room, np.int64)
-        token[place] = np.arange(len(pairs)) // self.top_k
-        return self._together(x.take(token, 0).reshape([self.num_experts, room, -1])), place
-
-    def _together(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [E,c,H], as many for every expert, through all experts in three products."""
-        gate, up, down = self.weights
-        x = paddle.to_tensor(rows)
-        inner = self.act(paddle.matmul(x, gate)).multiply_(paddle.matmul(x, up))
-        output: np.ndarray = paddle.matmul(inner, down).numpy()
-        return output.reshape([-1, rows.shape[-1]])
-
-    def _one_by_one(self, rows: Tensor, counts: np.ndarray) -> np.ndarray:
-        """Rows sorted by expert, `counts` [E] of each: for a load so uneven that padding costs."""
-        gate, up, down = self.weights
-        outputs, start = [], 0
-        for expert in np.flatnonzero(counts).tolist():
-            mine = rows[start : start + int(counts[expert])]
-            inner = self.act(paddle.matmul(mine, gate[expert]))
-            inner = inner.multiply_(paddle.matmul(mine, up[expert]))
-            outputs.append(paddle.matmul(inner, down[expert]))
-            start += int(counts[expert])
-        output: np.ndarray = paddle.concat(outputs).numpy()
-        return output
+def _chunks(lengths: np.ndarray) -> Iterator[slice]:
+    """Neighbours of similar length, as many as `_CHUNK_TOKENS` hold."""
+    start = 0
+    while start < len(lengths):
+        end, least, most = start, lengths[start], lengths[start]
+        while end < len(lengths):
+            least, most = min(least, lengths[end]), max(most, lengths[end])
+            if most > _CHUNK_RATIO * least or (end + 1 - start) * most > _CHUNK_TOKENS:
+                break
+            end += 1
+        end = max(end, start + 1)
+        yield slice(start, end)
+        start = end

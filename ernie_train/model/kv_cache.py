@@ -33,15 +33,6 @@ class CacheStep:
     mask: Tensor  # [B*K, G*Q, C] 0 or `_MASKED`
 
 
-@dataclass(frozen=True)
-class TokenStep:
-    """Index arrays of a step of one new token a sequence."""
-
-    positions: Tensor  # [B]
-    slot_rows: Tensor  # [B*K] rows of the cache that the new keys and values go to
-    mask: Tensor  # [B*K,G,C] float32, 0 or `_MASKED`
-
-
 class KVCache:
     """Preallocated keys and values [B*K,C,D] of every layer, grown in steps; float type `dtype`."""
 
@@ -85,30 +76,10 @@ class KVCache:
         self.lengths = self.lengths + counts
         return slots
 
-    def advance(self) -> TokenStep:
-        """Makes room for one new token of every sequence: what `begin` does, in less time."""
-        positions = self.lengths
-        self._grow(int(positions.max()) + 1)
-        heads = int(self.config.num_key_value_heads or 0)
-        lanes = np.arange(self.batch * heads) * self.capacity
-        hidden = np.arange(self.capacity) > positions[:, None]  # [B,C]
-        mask = np.where(hidden, np.float32(_MASKED), np.float32(0.0))
-        wide = np.repeat(mask, self.config.num_attention_heads, 0)  # [B*K*G,C]
-        self.lengths = positions + 1
-        return TokenStep(
-            paddle.to_tensor(positions),
-            paddle.to_tensor(lanes + np.repeat(positions, heads)),
-            paddle.to_tensor(wide.reshape(self.batch * heads, -1, self.capacity)),
-        )
-
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the rows k and v [T*K,D] of the present step; returns all, [B*K,C,D] each."""
-        return self.store(layer, self.step.slot_rows, k, v)
-
-    def store(self, layer: int, slot_rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v [T*K,D] in the rows `slot_rows` [T*K]; returns all, [B*K,C,D] each."""
-        paddle.scatter_(self.key_rows[layer], slot_rows, k)
-        paddle.scatter_(self.value_rows[layer], slot_rows, v)
+        paddle.scatter_(self.key_rows[layer], self.step.slot_rows, k)
+        paddle.scatter_(self.value_rows[layer], self.step.slot_rows, v)
         return self.keys[layer], self.values[layer]
 
     def select(self, keep: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from ernie_train.rewards import sandbox
 
 START_S = 120.0
 _MODULE = "ernie_train.rewards.worker"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class WorkerLost(Exception):
@@ -39,7 +40,7 @@ class WorkerProcess:
             [sys.executable, "-P", "-m", _MODULE, str(there.fileno()), self.policy],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONPATH": path},
             start_new_session=True,
         )
         there.close()

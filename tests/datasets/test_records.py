@@ -1,5 +1,6 @@
 """Every format that is read, and everything that may be wrong with a row or a file."""
 
+import gzip
 import json
 from typing import Any, get_args
 
@@ -267,6 +268,15 @@ def test_files_and_directories(write_rows: Any, tmp_path: Any) -> None:
     assert report.format == "text+messages"
 
 
+def test_gzipped_rows_are_read_like_plain_ones(tmp_path: Any) -> None:
+    text = b"\n".join([json.dumps(GOOD).encode()] * 3 + [b"{"])
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text))
+    records, report = read_records(tmp_path, max_bad_fraction=0.5)
+    assert len(records) == 3
+    assert report.bad[0].source == f"{tmp_path / 'rows.jsonl.gz'}:4"
+    assert report.bytes_read == report.bytes_total == (tmp_path / "rows.jsonl.gz").stat().st_size
+
+
 def test_a_row_that_is_not_utf8_is_bad(tmp_path: Any) -> None:
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD).encode()
@@ -286,6 +296,9 @@ def test_a_row_that_is_not_utf8_is_bad(tmp_path: Any) -> None:
         ("object.json", b"{}", "must hold a JSON list"),
         ("latin.txt", b"\xff\xfe", "not UTF-8"),
         ("rows.parquet", b"x", "is not a .jsonl"),
+        ("plain.jsonl.gz", b"{}", "not a whole gzip file"),
+        ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "not a whole gzip file"),
+        ("torn.jsonl.gz", gzip.compress(b"{}")[:12] + b"\xff" * 9, "not a whole gzip file"),
     ],
 )
 def test_files_that_cannot_be_read(

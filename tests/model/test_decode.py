@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_train.model import LocalDispatcher, decode
+from ernie_train.model import LocalDispatcher, arrays, decode
 from ernie_train.model.decode import Decoder, can_decode
 from tests.small_models import VARIANTS, make_model
 
@@ -23,17 +23,6 @@ CASES = {
 }
 
 
-def prefilled(model, prompts):
-    width = max(map(len, prompts))
-    ids = np.zeros((len(prompts), width), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    documents = (np.arange(width) < np.array([[len(p)] for p in prompts])).astype(np.int64)
-    cache = model.new_cache(len(prompts))
-    model.model(paddle.to_tensor(ids), document_ids=paddle.to_tensor(documents), kv_cache=cache)
-    return cache
-
-
 def uncached(model, ids):
     """Logits [V] and the experts of each MoE layer at the last of `ids`."""
     output = model(paddle.to_tensor([ids]))
@@ -47,15 +36,15 @@ def test_equals_the_uncached_model(name):
     assert can_decode(model)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(1, 96, n).tolist() for n in PROMPT_LENGTHS]
-    cache, decoder = prefilled(model, sequences), Decoder(model)
+    decoder = Decoder(model)
+    _, cache = decoder.prefill(sequences)
     capacities = set()
     for step in range(STEPS):
         if step == LEAVES_AT:  # the longest leaves, the others change places
             cache.select(np.array([3, 0, 2]))
             sequences = [sequences[i] for i in (3, 0, 2)]
         tokens = rng.integers(1, 96, len(sequences))
-        hidden, experts = decoder(tokens, cache)
-        logits = model.logits(hidden).numpy()
+        logits, experts = decoder(tokens, cache)
         capacities.add(cache.capacity)
         for row, token in enumerate(tokens.tolist()):
             sequences[row].append(token)
@@ -67,33 +56,74 @@ def test_equals_the_uncached_model(name):
     assert len(experts) == sum(layer.is_moe for layer in model.model.layers)
 
 
+@pytest.mark.parametrize("small_kernel", [False, True])
+@pytest.mark.parametrize("name", CASES)
+@paddle.no_grad()
+def test_prefill_equals_the_uncached_model(name, small_kernel, monkeypatch):
+    """In chunks of one and of several prompts, whose queries are scored in blocks, and once more
+    after equal ones have been spread."""
+    monkeypatch.setattr(arrays, "_HAS_SMALL_KERNEL", small_kernel)
+    monkeypatch.setattr(decode, "_CHUNK_TOKENS", 60)
+    monkeypatch.setattr(decode, "_QUERY_BLOCK", 16)
+    model = make_model(**CASES[name])
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, 96, n).tolist() for n in (3, 3, 17, 20, 18, 90, 5)]
+    decoder = Decoder(model)
+    (logits, experts), cache = decoder.prefill(prompts)
+    assert cache.lengths.tolist() == [len(prompt) for prompt in prompts]
+    assert len(experts) == sum(layer.is_moe for layer in model.model.layers)
+    for row, prompt in enumerate(prompts):
+        expected, chosen = uncached(model, prompt)
+        np.testing.assert_allclose(logits[row], expected, atol=2e-5)
+        assert [sorted(e[row].tolist()) for e in experts] == [sorted(c) for c in chosen]
+    owner = np.array([0, 0, 3, 5, 1, 2, 4, 6, 6])
+    cache.select(owner)
+    tokens = rng.integers(1, 96, len(owner))
+    logits, _ = decoder(tokens, cache)
+    for row, token in enumerate(tokens.tolist()):
+        expected, _ = uncached(model, [*prompts[owner[row]], token])
+        np.testing.assert_allclose(logits[row], expected, atol=2e-5)
+
+
+def test_chunks_hold_neighbours_of_similar_length(monkeypatch):
+    monkeypatch.setattr(decode, "_CHUNK_TOKENS", 30)
+    lengths = np.array([4, 5, 5, 10, 10, 10, 10, 50, 8])
+    assert [(c.start, c.stop) for c in decode._chunks(lengths)] == [
+        (0, 3), (3, 6), (6, 7), (7, 8), (8, 9),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("small_kernel", [False, True])
+@pytest.mark.parametrize(("size", "columns"), [(1, 1), (48, 96), (48, 50), (300, 33), (9000, 5)])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_products_are_those_of_float64(size, columns, rows, small_kernel, monkeypatch):
+    monkeypatch.setattr(arrays, "_HAS_SMALL_KERNEL", small_kernel)
+    monkeypatch.setattr(arrays, "_SMALL_PRODUCT", 300 * 32 * 16)  # 70 rows of 300 take five blocks
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=(rows, size)).astype(np.float32)
+    weight = rng.normal(size=(size, columns)).astype(np.float32)
+    bias = rng.normal(size=columns).astype(np.float32)
+    expected = x.astype(np.float64) @ weight + bias
+    y = arrays.Product(weight, bias)(x)
+    assert y.shape == (rows, columns)
+    np.testing.assert_allclose(y, expected, atol=1e-6 * size + 1e-5)
+
+
 @pytest.mark.parametrize("bias", [0.0, 5.0])
 @paddle.no_grad()
-def test_experts_together_and_one_by_one_agree(monkeypatch, bias):
+def test_experts_equal_the_layer_under_any_load(bias):
     """A selection bias of 5 sends every token to the first expert."""
     model = make_model()
     moe = model.model.layers[1].mlp
     selection = np.zeros((1, 4), np.float32)
     selection[0, 0] = bias
     moe.moe_statics.e_score_correction_bias.set_value(selection)
-    experts = decode._Experts(moe)
-    x = paddle.to_tensor(np.random.default_rng(4).normal(size=(50, 32)).astype(np.float32))
-    expected, _, ids, _ = moe(x)
+    x = np.random.default_rng(4).normal(size=(50, 32)).astype(np.float32)
+    expected, _, ids, _ = moe(paddle.to_tensor(x))
     assert (ids.numpy() == 0).any(1).all() == bool(bias)
-    calls = []
-    for name in ("_together", "_one_by_one"):
-        method = getattr(decode._Experts, name)
-        monkeypatch.setattr(
-            decode._Experts,
-            name,
-            lambda *a, method=method, name=name: (calls.append(name), method(*a))[1],
-        )
-    for cost in (np.inf, -1.0):  # padding is never, always too dear
-        monkeypatch.setattr(decode, "_FLOPS_OF_A_CALL", cost)
-        output, chosen = experts(x)
-        np.testing.assert_allclose(output.numpy(), expected.numpy(), atol=1e-5)
-        assert (np.sort(chosen) == np.sort(ids.numpy())).all()
-    assert calls == ["_together", "_one_by_one"]
+    output, chosen = arrays.Experts(moe)(x)
+    np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)
+    assert (np.sort(chosen) == np.sort(ids.numpy())).all()
 
 
 def test_says_what_it_cannot_compute():
@@ -113,9 +143,11 @@ def test_positions_follow_the_base_of_the_model():
     model = make_model()
     model.set_rope_theta(100.0)
     prompt = [4, 8, 15, 16]
-    hidden, _ = Decoder(model)(np.array([23]), prefilled(model, [prompt]))
+    decoder = Decoder(model)
+    _, cache = decoder.prefill([prompt])
+    logits, _ = decoder(np.array([23]), cache)
     expected, _ = uncached(model, [*prompt, 23])
-    np.testing.assert_allclose(model.logits(hidden)[0].numpy(), expected, atol=2e-5)
+    np.testing.assert_allclose(logits[0], expected, atol=2e-5)
     model.set_rope_theta(1e6)
     assert np.abs(uncached(model, [*prompt, 23])[0] - expected).max() > 1e-3
 
@@ -123,7 +155,7 @@ def test_positions_follow_the_base_of_the_model():
 @paddle.no_grad()
 def test_a_cache_of_another_base_is_refused():
     model = make_model()
-    cache = prefilled(model, [[5, 6, 7]])
+    _, cache = Decoder(model).prefill([[5, 6, 7]])
     model.set_rope_theta(2 * model.config.rope_theta)
     with pytest.raises(ValueError, match="the cache was made under rope_theta="):
         Decoder(model)(np.array([8]), cache)

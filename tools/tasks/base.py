@@ -12,11 +12,21 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Slip:
+    """A worked solution with one usual mistake, which the answer shows."""
+
+    think: str
+    answer: str
+    calls: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
 class Item:
     """One problem with its worked solution.
 
     `key` names the problem without its wording: two prompts with one key are the same problem,
     and all of them fall into the same split. `reward` and `fields` are what the verifier needs.
+    `slip` is there where the problem invites its task's mistake.
     """
 
     key: str
@@ -27,6 +37,7 @@ class Item:
     fields: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
     calls: list[dict[str, Any]] | None = None
+    slip: Slip | None = None
 
 
 Generator = Callable[[random.Random], Item | None]
@@ -41,17 +52,21 @@ class Task:
     generate: Generator
 
 
-def to_row(task: Task, item: Item, *, verifiable: bool = True) -> dict[str, Any]:
+def to_row(
+    task: Task, item: Item, *, verifiable: bool = True, slipped: bool = False
+) -> dict[str, Any]:
     """The JSON object of one line: messages in OpenAI form, and what a verifier needs.
 
     Without `verifiable` the verifier's fields are left out: training on worked solutions does not
-    read them, and they are a third of a file.
+    read them, and they are a third of a file. A `slipped` row shows the item's slip, where it has
+    one; the verifier's fields are right all the same.
     """
-    assistant: dict[str, Any] = {"role": "assistant", "reasoning_content": item.think}
-    if item.calls is None:
-        assistant["content"] = item.answer
+    shown = item.slip if slipped and item.slip is not None else item
+    assistant: dict[str, Any] = {"role": "assistant", "reasoning_content": shown.think}
+    if shown.calls is None:
+        assistant["content"] = shown.answer
     else:
-        assistant["tool_calls"] = [{"type": "function", "function": c} for c in item.calls]
+        assistant["tool_calls"] = [{"type": "function", "function": c} for c in shown.calls]
     row: dict[str, Any] = {
         "domain": task.domain,
         "task": task.name,
@@ -61,6 +76,8 @@ def to_row(task: Task, item: Item, *, verifiable: bool = True) -> dict[str, Any]
         row["tools"] = item.tools
     if verifiable:
         row |= {"answer": item.answer, "reward": item.reward, **item.fields}
+        if shown is not item and item.reward == "code":
+            row["solution"] = item.answer  # else a program in the messages is taken for it
     return row
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Item
+from .base import Item, Slip
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def _number_function(rng: random.Random, operations: int) -> Item:
     name, variable = rng.choice("fgh"), rng.choice("xnt")
     inputs = [0, 7, -4, rng.randint(10, 99)]
     expression, outputs, atomic = variable, list(inputs), True
+    careless = variable  # the same without parentheses
+    careless_lines: list[str] = []
     words: list[str] = []
     lines: list[str] = []
     previous: _Step | None = None
@@ -62,7 +64,13 @@ def _number_function(rng: random.Random, operations: int) -> Item:
         outputs = [step.apply(value, number) for value in outputs]
         words.append(step.words.format(n=number))
         lines.append(expression)
+        careless = step.text.format(x=careless, n=number)
+        careless_lines.append(careless)
         previous, atomic = step, step.text.startswith("abs(")
+    slip = None
+    # Our own few operators on small numbers: where precedence makes no difference, nothing slipped.
+    if [eval(careless, {variable: x, "abs": abs}) for x in inputs] != outputs:
+        slip = Slip("\n".join(careless_lines), f"def {name}({variable}):\n    return {careless}")
     return Item(
         key=", ".join(words),
         prompt=f"Write {name}({variable}): {', then '.join(words)}.",
@@ -73,6 +81,7 @@ def _number_function(rng: random.Random, operations: int) -> Item:
             "entry_point": name,
             "tests": [[[given], value] for given, value in zip(inputs, outputs, strict=True)],
         },
+        slip=slip,
     )
 
 
@@ -118,14 +127,28 @@ def list_function(rng: random.Random) -> Item | None:
         [rng.randint(-30, 30) for _ in range(6)],
     ]
     outputs = [collect([convert(x, number) for x in given if keep(x, bound)]) for given in inputs]
+    think = f"keep: {condition}\nchange: {change}\nreturn: {template.replace('{v}', '')}"
+    answer = f"def {name}(items):\n    return {value}"
     return Item(
         key=f"{words}, {result_words}",
         prompt=f"Write {name}(items): {words}, return {result_words}.",
-        think=f"keep: {condition}\nchange: {change}\nreturn: {template.replace('{v}', '')}",
-        answer=f"def {name}(items):\n    return {value}",
+        think=think,
+        answer=answer,
         reward="code",
         fields={
             "entry_point": name,
             "tests": [[[given], output] for given, output in zip(inputs, outputs, strict=True)],
         },
+        slip=_list_slip(think, answer, condition if convert(bound, number) else ""),
     )
+
+
+def _list_slip(think: str, answer: str, bounded: str) -> Slip | None:
+    """The empty list forgotten, or the bound of `bounded` let in where it must stay out."""
+    if ", default=0" in answer:
+        return Slip(think.replace(", default=0", ""), answer.replace(", default=0", ""))
+    for operator in ("x > ", "x < "):
+        if bounded.startswith(operator) and not bounded.endswith(" 0"):
+            closed = bounded.replace(operator, f"{operator.strip()}= ")
+            return Slip(think.replace(bounded, closed), answer.replace(bounded, closed))
+    return None

@@ -3,7 +3,7 @@
 import random
 import re
 
-from .base import Item
+from .base import Item, Slip
 from .gym import draw
 
 # Expression trees: a variable name, ("not", tree) or (tree, "and" | "or", tree).
@@ -51,6 +51,22 @@ def _reduce(tree: Tree) -> Tree:
     return "true" if (both if operator == "and" else either) else "false"
 
 
+def _without_not(tree: Tree) -> Tree:
+    if isinstance(tree, str):
+        return tree
+    if len(tree) == 2:
+        return _without_not(tree[1])
+    return (_without_not(tree[0]), tree[1], _without_not(tree[2]))
+
+
+def _reduced(tree: Tree) -> list[Tree]:
+    """The expression line by line, down to its value."""
+    steps = [tree]
+    while not _is_value(steps[-1]):
+        steps.append(_reduce(steps[-1]))
+    return steps
+
+
 def boolean(rng: random.Random) -> Item | None:
     """Value of an expression of p, q and r, reduced line by line."""
     return _boolean(rng, "pqr")
@@ -66,20 +82,23 @@ def _boolean(rng: random.Random, variables: str) -> Item | None:
     values = {name: rng.choice(["true", "false"]) for name in names}
     tree = _random_tree(rng, names)
     wanted = rng.choice(["true", "false"])  # Both answers equally often, whatever the operators.
-    steps = [_substitute(tree, values)]
-    while not _is_value(steps[-1]):
-        steps.append(_reduce(steps[-1]))
+    steps = _reduced(_substitute(tree, values))
     if steps[-1] != wanted:
         return None
     given = ", ".join(f"{name} = {values[name]}" for name in sorted(names))
     in_order = ", ".join(f"{name} = {values[name]}" for name in names)
     expression = _show(tree)
+    overlooked = _reduced(_substitute(_without_not(tree), values))  # every "not" is passed over
+    slip = None
+    if overlooked[-1] != wanted:
+        slip = Slip("\n".join([in_order, *map(_show, overlooked)]), str(overlooked[-1]))
     return Item(
         key=f"{given}: {expression}",
         prompt=f"{given}. What is {expression}?",
         think="\n".join([in_order, *map(_show, steps)]),
         answer=wanted,
         reward="exact",
+        slip=slip,
     )
 
 
@@ -93,12 +112,18 @@ def aiw(rng: random.Random) -> Item | None:
     count, kind = int(found[1]), found[2]
     # The names change nothing, so problems that differ only in them share a key.
     people = re.sub(r"\b[A-Z]\w+'s\b", "X's", question)
+    first = re.search(r"(\d+) (brothers|male friends)", question)
+    slip = None
+    if first is not None and first.start() < found.start() and int(first[1]) != count:
+        others = int(first[1])  # the men, who are told first, taken for the women
+        slip = Slip(f"{others} {kind}\n{others} + 1 = {others + 1}", str(others + 1))
     return Item(
         key=re.sub(r"\b(?!She|They|How)[A-Z]\w+\b", "X", people),
         prompt=question,
         think=f"{count} {kind}\n{count} + 1 = {count + 1}",
         answer=entry["answer"],
         reward="logic",
+        slip=slip,
     )
 
 

@@ -3,7 +3,7 @@
 import random
 import re
 
-from .base import Item, count_down, count_on
+from .base import Item, Slip, count_down, count_on
 from .gym import draw
 
 
@@ -23,7 +23,18 @@ def chain_sum(rng: random.Random) -> Item | None:
         think="\n".join(lines),
         answer=entry["answer"],
         reward="math",
+        slip=_from_the_right(expression),
     )
+
+
+def _from_the_right(expression: str) -> Slip | None:
+    """`a - b + c` taken for a - (b + c), where that can be counted and comes out differently."""
+    a, sign, b, operator, c = expression.split()
+    inner = int(b) + int(c) if operator == "+" else int(b) - int(c)
+    if sign == "+" or inner < 0 or int(c) == 0:
+        return None
+    steps = [_count(int(b), operator, int(c)), _count(int(a), "-", inner)]
+    return Slip("\n".join(steps), str(int(a) - inner))
 
 
 def _count(total: int, operator: str, term: int) -> str:
@@ -99,7 +110,20 @@ def _leg_counting(
         think="\n".join(lines),
         answer=entry["answer"],
         reward="math",
+        slip=_four_legs_each(counts, {animal: ANIMALS[animal] for animal in counts}),
     )
+
+
+def _four_legs_each(counts: dict[str, int], legs: dict[str, int]) -> Slip | None:
+    """Insects counted with four legs, where there are some."""
+    if 6 not in legs.values():
+        return None
+    total, lines = 0, []
+    for animal, number in counts.items():
+        each = 4 if legs[animal] == 6 else legs[animal]
+        lines.append(f"{number} * {each}, {count_on(total, each, number)}")
+        total += number * each
+    return Slip("\n".join(lines), str(total))
 
 
 _EQUATION = re.compile(
@@ -121,6 +145,9 @@ def simple_equations(rng: random.Random) -> Item | None:
         right += -shift if found["sign"] == "+" else shift
     if factor * answer != right:
         raise ValueError(f"simple_equations: {equation!r} does not give {answer}")
+    # After a subtraction the division that is left is easily forgotten.
+    forgotten = found["sign"] == "+" and factor > 1
+    slip = Slip("\n".join(lines), str(right)) if forgotten else None
     lines.append(f"{right} / {factor}, {count_down(right, factor)}")
     return Item(
         key=equation.replace(found["name"], "x"),
@@ -128,4 +155,5 @@ def simple_equations(rng: random.Random) -> Item | None:
         think="\n".join(lines),
         answer=entry["answer"],
         reward="math",
+        slip=slip,
     )

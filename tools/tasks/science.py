@@ -3,7 +3,7 @@
 import random
 from decimal import Decimal
 
-from .base import Item, count_down, count_on
+from .base import Item, Slip, count_down, count_on
 
 # Quantity = first * second, with unit and wording of each of the three.
 _LAWS = [
@@ -45,6 +45,8 @@ def formula(rng: random.Random) -> Item | None:
         think="\n".join(steps),
         answer=amounts[wanted],
         reward="exact",
+        # Its unit is forgotten.
+        slip=Slip("\n".join(steps), str(a)) if wanted == first else None,
     )
 
 
@@ -82,11 +84,12 @@ def _unit_conversion(
     else:
         amount, result, one, other, sign = value * factor, value, small, large, "/"
     prompt = f"Convert {_plain(amount)} {one} to {other}."
-    steps = f"{_plain(amount)} {sign} {factor} = {_plain(result)}"
+    think = f"1 {large} = {factor} {small}\n{_plain(amount)} {sign} {factor} = {_plain(result)}"
     return Item(
         key=prompt,
         prompt=prompt,
-        think=f"1 {large} = {factor} {small}\n{steps}",
+        think=think,
         answer=f"{_plain(result)} {other}",
         reward="exact",
+        slip=Slip(think, _plain(result)) if sign == "/" else None,  # the unit is forgotten
     )

@@ -4,7 +4,7 @@ import json
 import random
 from typing import Any
 
-from .base import Item
+from .base import Item, Slip
 
 _CITIES = ["Paris", "London", "Berlin", "Madrid", "Rome", "Oslo", "Tokyo", "Delhi", "Cairo", "Lima"]
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -86,6 +86,11 @@ def _item(
     arguments = {name: values[slot_of[name]] for name in tool["parameters"]}
     call = {"name": tool["name"], "arguments": arguments}
     lines = [tool["name"], *(f"{name}: {value}" for name, value in arguments.items())]
+    slip = None
+    words = {name: value for name, value in arguments.items() if not isinstance(value, int)}
+    if words != arguments:  # the number is left out
+        told = [tool["name"], *(f"{name}: {value}" for name, value in words.items())]
+        slip = Slip("\n".join(told), "", [{"name": tool["name"], "arguments": words}])
     return Item(
         key=f"{prompt} {json.dumps(call)}",
         prompt=prompt,
@@ -94,6 +99,7 @@ def _item(
         reward="tool_call",
         tools=[signature for signature, _ in signatures.values()],
         calls=[call],
+        slip=slip,
     )
 
 
