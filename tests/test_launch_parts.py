@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ernie_train import processes
 from ernie_train.cli import main
 from ernie_train.errors import ConfigError
 from ernie_train.launch import LaunchSettings
+from ernie_train.launch.job import sweep_up
 from ernie_train.launch.launcher import Launcher, last_line
 from ernie_train.launch.logs import RankLogs
 from ernie_train.launch.supervise import check, last_launch
@@ -109,6 +111,21 @@ def test_the_launcher_s_log_tells_how_a_rank_died(tmp_path):
     assert launcher.deaths() == {1: -9}
     assert launcher.last_line().endswith("workerlog.1")
     assert last_line(tmp_path / "nowhere") == ""
+
+
+def test_what_a_killed_supervisor_left_is_deleted_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [
+        f"ernie_train_launch_{ended.pid}_x",
+        f"ernie_train_launch_{os.getpid()}_x",
+        "other_1_x",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+    sweep_up()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 def test_status_tells_of_the_last_launch(tmp_path):

@@ -4,9 +4,9 @@
 
 Ranks: one rank with one thread, one with two threads, two ranks of data parallelism and two of
 expert parallelism train preset `mini` on the same batches in processes that take turns; their
-losses must agree. For each: tokens per second (medians over the rounds, and ratios to one rank with
-one thread), the most memory that a rank had resident and that Paddle had given out to tensors
-beyond what was there before the model, and what weights, gradients and moments of experts take.
+losses must agree. For each: tokens per second, the median over the rounds and the best, with ratios
+to one rank with one thread; the most memory that a rank had resident and that Paddle had given out
+to tensors beyond what was there before the model; what weights, gradients and moments take.
 
 Traffic: the bytes of rows that left each rank, counted where they are exchanged, beside the least
 that could be sent: for each chosen expert that lives elsewhere, H numbers four times (to the
@@ -112,6 +112,9 @@ class Ranks:
     def median(self, name: str) -> float:
         return statistics.median(run[name] for run in self.runs)
 
+    def best(self) -> float:
+        return max(float(run["rate"]) for run in self.runs)
+
     def losses(self) -> list[float]:
         return [loss for run in self.runs for loss in run["losses"]]
 
@@ -160,7 +163,7 @@ def compare_ranks(rounds: int, steps: int) -> None:
         sides = measure(LAYOUTS, rounds, steps, held)
         first, expected = sides[0].median("rate"), sides[0].losses()
         print(
-            "\nlayout               tokens/s  ratio  cores"
+            "\nlayout               tokens/s  ratio  best  ratio  cores"
             "  peak MB  tensors MB  experts MB  dense MB"
         )
         for side in sides:
@@ -172,6 +175,7 @@ def compare_ranks(rounds: int, steps: int) -> None:
             rate = side.median("rate")
             print(
                 f"{side.layout.name:20} {rate:8.0f}  {rate / first:5.2f}"
+                f"  {side.best():4.0f}  {side.best() / sides[0].best():5.2f}"
                 f"  {side.median('cores'):5.2f}"
                 f"  {most['resident']:7.0f}  {most['tensors']:10.0f}  {most['experts']:10.1f}"
                 f"  {most['dense']:8.1f}"

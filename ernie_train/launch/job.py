@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -22,6 +23,17 @@ SETTLE_S = 2.0  # a rank fails within moments of its peer: it must not be blamed
 START_LIMIT_S = 300.0  # from a rank's start by the launcher to its first sign of life
 LEAVE_LIMIT_S = 20.0  # from the last word of all ranks to the end of their processes
 SUSPECT_S = 5.0  # whose silence may be why another rank gave up waiting
+
+
+SCRATCH = "ernie_train_launch_"
+
+
+def sweep_up() -> None:
+    """Deletes what supervisors that were killed left; it holds the environment of their ranks."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*_*"):
+        pid = path.name.removeprefix(SCRATCH).partition("_")[0]
+        if pid.isdigit() and processes.process_state(int(pid)) is None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,10 @@ class Job:
         self._signs: dict[int, tuple[object, float]] = {}  # the last sign of life, and when
         self._signalled: set[int] = set()
         self._looked_at = self._began = time.monotonic()
+        sweep_up()
         self._spared = processes.descendants([os.getpid()])
         self._scratch = tempfile.TemporaryDirectory(
-            prefix="ernie_train_", ignore_cleanup_errors=True
+            prefix=f"{SCRATCH}{os.getpid()}_", ignore_cleanup_errors=True
         )
         self.directory = Path(self._scratch.name)
         self._launcher = Launcher(command, settings, self.directory)
