@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -91,9 +92,15 @@ def initialize() -> None:
     import paddle
 
     if not paddle.distributed.is_initialized():
-        # It tells on stderr, on every rank, which flags of Paddle are not at their defaults.
-        with redirect_stderr(io.StringIO()):
-            paddle.distributed.init_parallel_env()
+        # It tells on stderr, on every rank, which flags of Paddle are not at their defaults: that
+        # is of use only where joining fails.
+        told = io.StringIO()
+        try:
+            with redirect_stderr(told):
+                paddle.distributed.init_parallel_env()
+        except BaseException:
+            sys.stderr.write(told.getvalue())
+            raise
 
 
 def ready() -> None:

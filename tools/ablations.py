@@ -6,6 +6,7 @@ on where it stopped, so a tool may be stopped and started again at any time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -92,7 +93,13 @@ def result_of(recipe: str, arm: Arm, seed: int, run_dir: Path, measure: Measure)
 
     Raises `ValueError` where it is of others: a table must not mix them.
     """
-    identity = {"arm": arm.name, "seed": seed, "overrides": list(arm.overrides), "recipe": recipe}
+    identity = {
+        "arm": arm.name,
+        "seed": seed,
+        "overrides": list(arm.overrides),
+        "recipe": recipe,
+        "recipe_sha256": hashlib.sha256((ROOT / recipe).read_bytes()).hexdigest(),
+    }
     file = run_dir / RESULT
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text("utf-8"))

@@ -11,8 +11,8 @@ from ernie_train.model.decode import Decoder, can_decode
 from tests.small_models import VARIANTS, make_model
 
 PROMPT_LENGTHS = (5, 40, 3, 17)
-STEPS = 30  # the cache grows twice: at 64 and at 32 slots of the others after the longest left
-LEAVES_AT = 12
+STEPS = 30
+LEAVES_AT = 26  # after the cache has grown for the longest, beyond 64 slots
 
 CASES = {
     **VARIANTS,
@@ -38,20 +38,21 @@ def test_equals_the_uncached_model(name):
     sequences = [rng.integers(1, 96, n).tolist() for n in PROMPT_LENGTHS]
     decoder = Decoder(model)
     _, cache = decoder.prefill(sequences)
-    capacities = set()
+    capacities = []
     for step in range(STEPS):
         if step == LEAVES_AT:  # the longest leaves, the others change places
             cache.select(np.array([3, 0, 2]))
             sequences = [sequences[i] for i in (3, 0, 2)]
         tokens = rng.integers(1, 96, len(sequences))
         logits, experts = decoder(tokens, cache)
-        capacities.add(cache.capacity)
+        capacities.append(cache.capacity)
         for row, token in enumerate(tokens.tolist()):
             sequences[row].append(token)
             if step % 5 == 0 or step == LEAVES_AT:
                 expected, chosen = uncached(model, sequences[row])
                 np.testing.assert_allclose(logits[row], expected, atol=2e-5)
                 assert [sorted(e[row].tolist()) for e in experts] == [sorted(c) for c in chosen]
+    assert capacities[0] < capacities[-1], "the cache must have grown"
     assert cache.lengths.tolist() == [len(s) for s in sequences]
     assert len(experts) == sum(layer.is_moe for layer in model.model.layers)
 

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -301,11 +302,15 @@ def test_ctrl_c_ends_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return ablations.run_program(str(tmp_path / arm.name))
 
     def interrupted(futures: list[Any]) -> Iterator[Any]:
+        give_up = time.monotonic() + 60
         while not all(mark.with_suffix(".began").exists() for mark in marks):
-            pass
+            assert time.monotonic() < give_up, "the programs did not begin"
+            time.sleep(0.01)
         raise KeyboardInterrupt
         yield
 
+    (tmp_path / "r.yaml").touch()
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
     monkeypatch.setattr(ablations, "train", train)
     monkeypatch.setattr(ablations, "as_completed", interrupted)
     arms = [ablations.Arm("a"), ablations.Arm("b")]

@@ -24,6 +24,18 @@ from ernie_train.stages.sft import SftConfig
 ARM = Arm("quick", ("stages.sft.steps=3",))
 
 
+@pytest.fixture(autouse=True)
+def recipes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests with made-up runs have made-up recipes: r.yaml, s.yaml and recipes/x.yaml."""
+    if not {"trained", "command"} & set(request.fixturenames):
+        return
+    root = tmp_path_factory.mktemp("root")
+    (root / "recipes").mkdir()
+    for name in ("r.yaml", "s.yaml", "recipes/x.yaml"):
+        (root / name).write_text("name: made-up\n")
+    request.getfixturevalue("monkeypatch").setattr(ablations, "ROOT", root)
+
+
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Training is a note in this list and takes one second."""
@@ -57,7 +69,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, trained: list[str]) -> N
     assert ablations.values_of(results, "slow", "loss") == [2.0, 5.0]
 
 
-@pytest.mark.parametrize("change", ["overrides", "recipe", "seed"])
+@pytest.mark.parametrize("change", ["overrides", "recipe", "content", "seed"])
 def test_results_of_other_settings_are_refused(
     tmp_path: Path, trained: list[str], change: str
 ) -> None:
@@ -67,6 +79,8 @@ def test_results_of_other_settings_are_refused(
         arm = Arm(ARM.name, ("stages.sft.steps=4",))
     elif change == "recipe":
         recipe = "s.yaml"
+    elif change == "content":
+        (ablations.ROOT / recipe).write_text("name: another\n")
     else:
         seed = 2
     with pytest.raises(ValueError, match="other settings"):
