@@ -86,12 +86,16 @@ def test_collected_solutions_are_of_the_training_problems_and_wrong_where_they_s
         items.append((changed, collected))
     for task in TASKS:  # of every task
         share = slipped[task.name] / (slipped[task.name] + kept[task.name])
-        assert 0.14 < share < 0.37, (task.name, share)
+        assert 0.22 < share < 0.54, (task.name, share)
     # All that slipped; of the others, which the test of the training rows covers, a part.
     chosen = [(c, r) for n, (c, r) in enumerate(items) if c or n % 20 == 0]
     scores = score_batch([(r["reward"], r, completion_of(r["messages"][-1])) for _, r in chosen])
-    bad = [(r, s) for (c, r), s in zip(chosen, scores, strict=True) if (s.value > 0) == c]
-    assert len(chosen) > 2000 and bad == []
+    solved = Counter((r["task"], c) for (c, r), s in zip(chosen, scores, strict=True) if s.value)
+    total = Counter((r["task"], c) for c, r in chosen)
+    lucky = ("boolean", True)  # with every "not" passed over the value may still be right
+    assert 0.5 < solved[lucky] / total[lucky] < 0.75
+    assert all(solved[key] == (0 if key[1] else total[key]) for key in total if key != lucky)
+    assert len(chosen) > 2000
 
 
 def test_the_verifiers_fields_of_collected_rows_are_right():

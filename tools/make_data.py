@@ -74,13 +74,18 @@ def build_task(task: Task, sizes: dict[str, int], seed: int = SEED) -> dict[str,
 
 
 def rows_of_split(
-    task: Task, split: str, items: dict[str, list[Item]], *, verifiable_train: bool = False
+    task: Task,
+    split: str,
+    items: dict[str, list[Item]],
+    *,
+    seed: int = SEED,
+    verifiable_train: bool = False,
 ) -> list[dict[str, Any]]:
     """The rows of a split; those of `collected` are of the problems of `train`."""
     if split != COLLECTED:
         verifiable = verifiable_train or split != "train"
         return [to_row(task, item, verifiable=verifiable) for item in items[split]]
-    chance = random.Random(f"{SEED}/{task.name}/{COLLECTED}")
+    chance = random.Random(f"{seed}/{task.name}/{COLLECTED}")
     return [to_row(task, item, slipped=chance.random() < SLIP_SHARE) for item in items["train"]]
 
 
@@ -118,7 +123,13 @@ def main(argv: list[str] | None = None) -> None:
             built = [build_task(task, sizes, options.seed) for task in own]
             for split in [*sizes, COLLECTED] if "train" in sizes else sizes:
                 rows = [
-                    rows_of_split(task, split, items, verifiable_train=options.verifiable_train)
+                    rows_of_split(
+                        task,
+                        split,
+                        items,
+                        seed=options.seed,
+                        verifiable_train=options.verifiable_train,
+                    )
                     for task, items in zip(own, built, strict=True)
                 ]
                 suffix = ".jsonl.gz" if split == COLLECTED else ".jsonl"

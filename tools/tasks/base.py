@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Slip:
-    """A worked solution with one usual mistake, which the answer shows."""
+    """A worked solution with one usual mistake, which the answer need not show."""
 
     think: str
     answer: str
