@@ -24,7 +24,7 @@ SEED = 20250701
 SIZES = {"train": 850, "validation": 100, "test": 300}
 HARD_SIZES = {"hard": 50}
 COLLECTED = "collected"
-SLIP_SHARE = 0.7  # of the solutions of problems that invite a mistake
+SLIP_SHARE = 0.6  # of the solutions of problems that invite a mistake
 # Shares of the problem space that belong to each split, in percent.
 _SHARES = {"test": 15, "validation": 5, "train": 80}
 _MAX_DRAWS_PER_ROW = 60
