@@ -12,6 +12,7 @@ command goes on where it was.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 import rl_figures
-from ablations import results_of, run_program, stop_on_sigterm
+from ablations import ROOT, results_of, run_program, stop_on_sigterm
 from ernie_train.metrics import read_metrics
 from rl_arms import DOMAIN, LOOSE, LOOSE_DOMAIN, RECIPE, Budget, Place, arms
-from rl_start import make_rows, make_start
+from rl_start import START_RECIPE, make_rows, make_start
 
 # Curve of a run -> metric of its RL stage, by iteration.
 CURVES = {"reward": "reward", "solved": "reward_part/row", "length": "completions/mean_length"}
@@ -59,10 +60,35 @@ class Yardstick:
         return {**figures, "curves": curves}
 
 
+def claim(out: Path, options: argparse.Namespace) -> None:
+    """Notes in `out` what rows, start and figures are made with; ends the program where it differs.
+
+    They are made once, so that other settings would be mixed with them.
+    """
+    recipes = {
+        name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+        for name in (RECIPE, START_RECIPE)
+    }
+    settings = {
+        "iterations": options.iterations,
+        "problems": options.problems,
+        "start": options.start and str(options.start.resolve()),
+        "start_set": options.start_set,
+        "recipes": recipes,
+    }
+    file = out / "settings.json"
+    if not file.exists():
+        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    elif (known := json.loads(file.read_text("utf-8"))) != settings:
+        other = [key for key in settings if known.get(key) != settings[key]]
+        sys.exit(f"{out} holds results with other {', '.join(other)}; choose another --out")
+
+
 def run(options: argparse.Namespace) -> None:
     """Everything from rows to plots; what is there already is not made again."""
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    claim(out, options)
     budget = Budget.of_recipe(options.iterations)
     rows = make_rows(out / "rows", budget)
     start = options.start or make_start(out, options.start_set)

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,6 +286,18 @@ def test_the_tool_makes_everything_and_goes_on(
     monkeypatch.setattr(rl_start, "train", None)
     ablate_rl.main(command)
     assert (out / "table.md").read_text() == text
+
+
+def test_results_of_other_settings_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablate_rl, "make_rows", lambda out, budget: sys.exit("went on"))
+    command = ["--out", str(tmp_path), "--iterations", "2"]
+    for seeds in ("1", "2"):  # which may differ
+        with pytest.raises(SystemExit, match="went on"):
+            ablate_rl.main([*command, "--seeds", seeds])
+    with pytest.raises(SystemExit, match="holds results with other problems; choose another --out"):
+        ablate_rl.main([*command, "--problems", "6"])
 
 
 def test_ctrl_c_ends_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
