@@ -100,30 +100,33 @@ def _leg_counting(
     counts = entry["metadata"]["animals"]
     if legs is not None and not {ANIMALS[animal] for animal in counts} <= legs:
         return None
-    total, lines = 0, []
-    for animal, number in counts.items():
-        lines.append(f"{number} * {ANIMALS[animal]}, {count_on(total, ANIMALS[animal], number)}")
-        total += number * ANIMALS[animal]
+    legs_of = {animal: ANIMALS[animal] for animal in counts}
+    lines, _ = _added_legs(counts, legs_of)
     return Item(
         key=str(sorted(counts.items())),
         prompt=f"H{question.strip().removeprefix('Now, h')}",
         think="\n".join(lines),
         answer=entry["answer"],
         reward="math",
-        slip=_four_legs_each(counts, {animal: ANIMALS[animal] for animal in counts}),
+        slip=_single_ones_forgotten(counts, legs_of),
     )
 
 
-def _four_legs_each(counts: dict[str, int], legs: dict[str, int]) -> Slip | None:
-    """Insects counted with four legs, where there are some."""
-    if 6 not in legs.values():
-        return None
+def _added_legs(counts: dict[str, int], legs: dict[str, int]) -> tuple[list[str], int]:
+    """The worked steps, a line for each kind of animal, and the sum."""
     total, lines = 0, []
     for animal, number in counts.items():
-        each = 4 if legs[animal] == 6 else legs[animal]
-        lines.append(f"{number} * {each}, {count_on(total, each, number)}")
-        total += number * each
-    return Slip("\n".join(lines), str(total))
+        lines.append(f"{number} * {legs[animal]}, {count_on(total, legs[animal], number)}")
+        total += number * legs[animal]
+    return lines, total
+
+
+def _single_ones_forgotten(counts: dict[str, int], legs: dict[str, int]) -> Slip | None:
+    """The kinds of which there is one are passed over, where there are others."""
+    several = {animal: number for animal, number in counts.items() if number > 1}
+    lines, total = _added_legs(several, legs)
+    right = _added_legs(counts, legs)[1]
+    return Slip("\n".join(lines), str(total)) if several and total != right else None
 
 
 _EQUATION = re.compile(
