@@ -86,7 +86,7 @@ def test_collected_solutions_are_of_the_training_problems_and_wrong_where_they_s
         items.append((changed, collected))
     for task in TASKS:  # of every task
         share = slipped[task.name] / (slipped[task.name] + kept[task.name])
-        assert 0.22 < share < 0.54, (task.name, share)
+        assert 0.18 < share < 0.48, (task.name, share)
     # All that slipped; of the others, which the test of the training rows covers, a part.
     chosen = [(c, r) for n, (c, r) in enumerate(items) if c or n % 20 == 0]
     scores = score_batch([(r["reward"], r, completion_of(r["messages"][-1])) for _, r in chosen])
