@@ -103,6 +103,23 @@ def initialize() -> None:
             raise
 
 
+def require_backend(device: str) -> None:
+    """Raises `ConfigError` where ranks were joined for the CPU and compute on GPUs, or the reverse.
+
+    `device` is `cpu` or `gpu`. `run --nproc` starts ranks rightly; other launchers may not.
+    """
+    if world_size() == 1:
+        return
+    import paddle
+
+    wanted, found = {"cpu": "GLOO", "gpu": "NCCL"}[device], paddle.distributed.get_backend()
+    if found != wanted:
+        raise ConfigError(
+            f"device: the ranks talk over {found.lower()}, which does not go with device {device}: "
+            f"start them with --nproc, or with PADDLE_DISTRI_BACKEND={wanted.lower()}"
+        )
+
+
 def ready() -> None:
     """Every rank passes here before each collective; nothing else begins one.
 

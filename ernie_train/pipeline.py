@@ -159,6 +159,7 @@ class Pipeline:
 
     def _initial_model(self, tokenizer: Tokenizer) -> Ernie4_5_MoeForCausalLM:
         device = runtime.select_device(self.recipe.device)
+        distributed.require_backend(device)
         runtime.seed_everything(self.recipe.seed)
         source = self.recipe.model
         dtype = "bfloat16" if device == "gpu" else "float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -39,15 +39,16 @@ class RunCall:
 
     def launch(self, settings: LaunchSettings, console: Console, *, debug: bool) -> int:
         """Runs the recipe as ranks; returns the exit status. Loads no Paddle."""
-        # Whether the recipe makes sense is for the ranks to say; here its name is enough.
-        name = apply_overrides(load_yaml(self.recipe), list(self.overrides)).get("name")
+        # Whether the recipe makes sense is for the ranks to say; here name and device are enough.
+        values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
+        name, hide_gpus = values.get("name"), values.get("device") == "cpu"
         directory = self._directory(name) if isinstance(name, str) else self.run_dir
 
         def command(anew_begun: bool) -> list[str]:
             python = [sys.executable, "-u", "-m", "ernie_train", *(["--debug"] if debug else [])]
             return [*python, "run", *self.arguments(anew_begun)]
 
-        return supervise(command, settings, directory, console)
+        return supervise(command, replace(settings, hide_gpus=hide_gpus), directory, console)
 
     def arguments(self, anew_begun: bool) -> list[str]:
         """The same call for a rank; a restart goes on with stages that were begun anew before."""
