@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ernie_train import processes
 from ernie_train.cli import main
@@ -21,6 +22,7 @@ from ernie_train.launch.job import sweep_up
 from ernie_train.launch.launcher import Launcher, last_line
 from ernie_train.launch.logs import RankLogs
 from ernie_train.launch.supervise import check, last_launch
+from ernie_train.launch.voice import Voice
 from ernie_train.run_verb import RunCall
 from tests.launched import REPOSITORY, SUPERVISOR, TOY
 from tests.workspace import make_workspace
@@ -78,7 +80,7 @@ spared.kill()
 
 def test_logs_wait_for_the_run_directory_and_keep_ranks_apart(tmp_path, capsysbinary):
     run_dir = tmp_path / "run"
-    logs = RankLogs(run_dir, "2 ranks")
+    logs = RankLogs(run_dir, "2 ranks", Voice(Console(stderr=True)))
     sources = [tmp_path / "workerlog.0", tmp_path / "workerlog.1"]
     for rank, source in enumerate(sources):
         source.write_text(f"a line of rank {rank}\n")

@@ -106,7 +106,7 @@ def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
         rank_report.SUPERVISOR: str(os.getpid()),
     }
     environment.setdefault("GLOG_minloglevel", "1")  # how ranks find one another is no news
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         size = os.get_terminal_size(sys.stdout.fileno())
         environment[rank_report.TERMINAL] = "1"
         environment |= {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
