@@ -75,6 +75,36 @@ spared.kill()
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=30)
 
 
+def test_a_process_dies_with_its_parent_also_one_that_ended_before_it_could_ask():
+    """Both are forked: one asks in time, one when its parent has already gone."""
+    code = """
+import os, sys, time
+from ernie_train.processes import die_with_parent
+kind, out = sys.argv[1], os.dup(1)
+heard, tell = os.pipe()
+if os.fork() == 0:
+    parent = os.getpid()
+    if os.fork() == 0:
+        os.close(1)
+        if kind == "late":
+            while os.getppid() == parent:
+                time.sleep(0.01)
+        die_with_parent(parent)
+        os.write(out, b"asked")
+        os.write(tell, b"asked")
+        time.sleep(60)
+    if kind == "in time":
+        os.read(heard, 5)
+    os._exit(0)
+os.close(out)
+"""
+    for kind, asked in (("in time", True), ("late", False)):
+        command = [sys.executable, "-c", code, kind]
+        # The output ends when the last process that holds it has.
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=50)
+        assert ("asked" in done.stdout) == asked, kind
+
+
 # ---- logs and records ----------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ernie_train import processes, rank_report
@@ -61,7 +62,7 @@ class Launcher:
                 stderr=subprocess.STDOUT,
                 env=_environment(settings, directory),
                 start_new_session=True,  # the terminal's signals are for the supervisor alone
-                preexec_fn=_bind,
+                preexec_fn=partial(_bind, os.getpid()),
             )
 
     def rank_log(self, local_rank: int) -> Path:
@@ -118,8 +119,8 @@ def _sees_no_gpu(visible: str | None) -> bool:
     return visible is not None and visible.split(",")[0].strip() in ("", "-1")
 
 
-def _bind() -> None:
+def _bind(parent: int) -> None:
     """Runs in the new process before it becomes the launcher."""
-    processes.die_with_parent()
+    processes.die_with_parent(parent)
     # Its ranks inherit that: a signal waits until their work enters a StopFlag.
     signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)
