@@ -12,6 +12,7 @@ from rich.console import Console
 from ernie_train import distributed
 from ernie_train.config import apply_overrides, load_yaml
 from ernie_train.launch import LaunchSettings, supervise
+from ernie_train.run_directory import refuse_if_in_use
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class RunCall:
         values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
         name, hide_gpus = values.get("name"), values.get("device") == "cpu"
         directory = self._directory(name) if isinstance(name, str) else self.run_dir
+        if directory is not None and settings.nnodes == 1:  # on others its ranks may run already
+            refuse_if_in_use(directory)
 
         def command(anew_begun: bool) -> list[str]:
             python = [sys.executable, "-u", "-m", "ernie_train", *(["--debug"] if debug else [])]

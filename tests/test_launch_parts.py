@@ -23,6 +23,7 @@ from ernie_train.launch.launcher import Launcher, last_line
 from ernie_train.launch.logs import RankLogs
 from ernie_train.launch.supervise import check, last_launch
 from ernie_train.launch.voice import Voice
+from ernie_train.run_directory import RunLock
 from ernie_train.run_verb import RunCall
 from tests.launched import REPOSITORY, SUPERVISOR, TOY
 from tests.workspace import make_workspace
@@ -210,6 +211,25 @@ def test_usage(tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_second_command_on_a_directory_in_use_leaves_its_logs_alone(tmp_path, capsys):
+    recipe, run_dir = make_workspace(tmp_path), tmp_path / "run"
+    with RunLock(run_dir):
+        (run_dir / "logs").mkdir()
+        for name in ("rank_1.log", "launches.jsonl"):
+            (run_dir / "logs" / name).write_text("of the first\n")
+        before = contents(run_dir)
+        with pytest.raises(SystemExit) as stopped:
+            main(["run", str(recipe), "--run-dir", str(run_dir), "--nproc", "2"])
+        assert contents(run_dir) == before
+    assert stopped.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"in use by another run (process {os.getpid()}" in told
 
 
 # ---- the whole command ---------------------------------------------------------------------------
