@@ -77,6 +77,25 @@ def wait_for(condition: Callable[[], bool], complaint: str, limit_s: float = LIM
         time.sleep(0.02)
 
 
+def ranks_of(directory: Path) -> dict[int, int]:
+    """The processes of the living ranks that train in a directory, by number."""
+    found = {}
+    for pid in left_behind(directory):
+        try:
+            variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        named = dict(variable.partition(b"=")[::2] for variable in variables)
+        if b"PADDLE_TRAINER_ID" in named and alive(pid):
+            found[int(named[b"PADDLE_TRAINER_ID"])] = pid
+    return found
+
+
+def alive(pid: int) -> bool:
+    found = processes.process_state(pid)
+    return found is not None and found.state not in "ZX"
+
+
 def left_behind(out: Path) -> list[int]:
     """Processes whose arguments name the directory: supervisors, launchers and ranks."""
     found = []
