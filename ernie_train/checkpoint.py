@@ -169,8 +169,7 @@ class CheckpointStore:
         encoded = encode_state(dict(state))
         values = {name: float(value) for name, value in (metrics or {}).items()}
         path = self.path_of(step)
-        if distributed.is_main():
-            self.sweep()
+        distributed.on_main(self.sweep)
 
         def write(directory: Path) -> dict[str, FileDigest]:
             size = self.config.max_shard_size
@@ -190,8 +189,7 @@ class CheckpointStore:
             return digests
 
         write_directory(path, write, info={"step": step, "metrics": encode_state(values)})
-        if distributed.is_main():
-            self._retain(step)
+        distributed.on_main(lambda: self._retain(step))
         wanted = self.config.best_metric
         if values and wanted is not None and wanted not in values:
             known = ", ".join(values)
@@ -285,10 +283,7 @@ class CheckpointStore:
 
         Every rank must call it.
         """
-        path: Path | None = None
-        with distributed.together():
-            path = self.latest() if distributed.is_main() else None
-        path = distributed.gather_objects(path)[0]
+        path = distributed.on_main(self.latest)
         checkpoint: Checkpoint | None = None
         with distributed.together():
             checkpoint = None if path is None else self.load(path, verify=False)

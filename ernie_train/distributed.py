@@ -13,7 +13,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -103,17 +103,41 @@ def initialize() -> None:
             raise
 
 
+def require_backend(device: str) -> None:
+    """Raises `ConfigError` where ranks were joined for the CPU and compute on GPUs, or the reverse.
+
+    `device` is `cpu` or `gpu`. `run --nproc` starts ranks rightly; other launchers may not.
+    """
+    if world_size() == 1:
+        return
+    import paddle
+
+    wanted, found = {"cpu": "GLOO", "gpu": "NCCL"}[device], paddle.distributed.get_backend()
+    if found != wanted:
+        raise ConfigError(
+            f"device: the ranks talk over {found.lower()}, which does not go with device {device}: "
+            f"start them with --nproc, or with PADDLE_DISTRI_BACKEND={wanted.lower()}"
+        )
+
+
 def ready() -> None:
     """Every rank passes here before each collective; nothing else begins one.
 
     Over gloo they wait for one another here, for its collectives give up after 30 s.
     """
-    global _meeting
+    if _over_gloo():
+        _wait_for_all()
+
+
+def _over_gloo() -> bool:
     initialize()
     import paddle
 
-    if paddle.distributed.get_backend() != "GLOO":
-        return
+    return bool(paddle.distributed.get_backend() == "GLOO")
+
+
+def _wait_for_all() -> None:
+    global _meeting
     if _meeting is None:
         _meeting = _meet()
     _meeting.wait()
@@ -265,7 +289,7 @@ def together() -> Iterator[None]:
     """Runs a part without communication; an error of ours on one rank ends it on all.
 
     The lowest rank that failed raises its own error, the others `FailedElsewhere`, so that one
-    message is printed.
+    message is printed. It may take as long as it takes, also where only one rank has work.
     """
     if world_size() == 1:
         yield
@@ -275,12 +299,29 @@ def together() -> Iterator[None]:
         yield
     except ErnieTrainError as error:
         failure = error
+    if not _over_gloo():
+        _wait_for_all()  # NCCL gives up after half an hour, and one rank may have work for longer
+    if not any_rank(failure is not None):
+        return
     statuses = gather_objects(None if failure is None else failure.exit_status)
     failed = [at for at, status in enumerate(statuses) if status is not None]
     if failure is not None and rank() == failed[0]:
         raise failure
     if failed:
         raise FailedElsewhere(failed[0], int(statuses[failed[0]] or 1))
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, which alone does it; an error of ours there ends all ranks.
+
+    So ranks agree on what is on the disk, although they may see it at different moments. The result
+    must be something that can be pickled.
+    """
+    found: list[T] = []
+    with together():
+        if is_main():
+            found.append(work())
+    return gather_objects(found)[0][0]
 
 
 def require_same(facts: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ from ernie_train.errors import WeightsError
 from ernie_train.generation import generate
 from ernie_train.hf import load_pretrained, save_pretrained
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.storage import write_json
+from ernie_train.storage import storage_errors, write_json
 from ernie_train.tensor_files import from_bfloat16, to_bfloat16
 
 RECEIPT = "export_receipt.json"
@@ -68,8 +68,7 @@ def export(
     """
     files = _TokenizerFiles(tokenizer, thinking)
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
-    if distributed.is_main():
-        (directory / "README.md").write_text(card, encoding="utf-8")
+    distributed.on_main(lambda: _write_card(directory / "README.md", card))
     reference = rounded_copy(model) if dtype == "bfloat16" else model
     expected = _own_results(reference, prompts)
     if referee is None and find_spec("torch") and find_spec("transformers"):
@@ -79,11 +78,8 @@ def export(
         reader = "ernie_train"
         note = "torch is not installed here: the export was read back by this toolkit's own reader"
     else:
-        results: list[tuple[Results, str]] = []
-        with distributed.together():
-            if distributed.is_main():
-                results = [_referee_results(referee, directory, prompts)]
-        found, reader = distributed.gather_objects(results)[0][0]
+        python = referee
+        found, reader = distributed.on_main(lambda: _referee_results(python, directory, prompts))
         note = "the export was loaded by transformers from the directory alone"
     worst = max(float(np.abs(a - b).max()) for a, b in zip(expected[0], found[0], strict=True))
     receipt = Receipt(dtype, reader, len(prompts), worst, TOLERANCE, expected[1] == found[1], note)
@@ -97,6 +93,11 @@ def export(
                 f"{'equal' if receipt.greedy_tokens_equal else 'differ'}"
             )
     return receipt
+
+
+def _write_card(path: Path, card: str) -> None:
+    with storage_errors("cannot write the model card", path):
+        path.write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True)

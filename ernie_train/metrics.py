@@ -180,8 +180,8 @@ class MetricsWriter:
         with storage_errors("cannot write", self.path):
             self._stream.write(line + "\n")
             self._stream.flush()
-        if self._scalars:
-            self._scalars.add(step, metrics, times)
+            if self._scalars:
+                self._scalars.add(step, metrics, times)
         self._display.update(step, {**metrics, **timings})
 
     def note(self, text: str) -> None:
@@ -197,9 +197,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Ends the progress bar and closes the files; more than once does no harm."""
         self._display.close()
-        if self._scalars:
-            self._scalars.close()
         with storage_errors("cannot write", self.path):
+            if self._scalars:
+                self._scalars.close()
             self._stream.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -214,40 +214,54 @@ class MetricsWriter:
         self.close()
 
 
-class SilentMetrics:
-    """Stands in for `MetricsWriter` on ranks other than 0, which alone writes."""
+class StageMetrics:
+    """The metrics of a stage on every rank: rank 0 writes them, the others have the same numbers.
+
+    A context manager. Every rank must call `log`, `sync` and the constructor, which takes what
+    `MetricsWriter` takes: where rank 0 cannot write, all end.
+    """
+
+    def __init__(self, stage_dir: str | Path, **options: Any) -> None:
+        self._writer: MetricsWriter | None = None
+        with distributed.together():
+            if distributed.is_main():
+                self._writer = MetricsWriter(stage_dir, **options)
 
     def log(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
-        pass
+        """See `MetricsWriter.log`."""
+        with distributed.together():
+            if self._writer is not None:
+                self._writer.log(step, metrics, timings)
 
     def note(self, text: str) -> None:
-        pass
+        """Prints a line, on rank 0; any rank may call it alone."""
+        if self._writer is not None:
+            self._writer.note(text)
 
     def sync(self) -> None:
-        pass
+        """See `MetricsWriter.sync`."""
+        with distributed.together():
+            if self._writer is not None:
+                self._writer.sync()
 
-    def close(self) -> None:
-        pass
+    def __enter__(self) -> "StageMetrics":
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:  # maybe on this rank alone
+            self._close()
+            return
+        with distributed.together():
+            self._close()
 
-def open_metrics(
-    stage_dir: str | Path,
-    *,
-    resume_step: int | None,
-    terminal: bool,
-    total_steps: int,
-    label: str,
-) -> "MetricsWriter | SilentMetrics":
-    """The writer of a stage's metrics on rank 0; the others have the same numbers, silently."""
-    if not distributed.is_main():
-        return SilentMetrics()
-    return MetricsWriter(
-        stage_dir,
-        resume_step=resume_step,
-        terminal=terminal,
-        total_steps=total_steps,
-        label=label,
-    )
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 class _VisualDL:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ernie_train import distributed, runtime
 from ernie_train.datasets import Record, Tokenizer
+from ernie_train.errors import CheckpointError
 from ernie_train.evaluate import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.export import Receipt, comparison_prompts, export
 from ernie_train.gates import check_gate
@@ -80,11 +81,11 @@ class Outcome:
         return self.run_dir / directory / EVALUATION
 
     def _results_before(self, index: int) -> list[tuple[str, dict[str, Any]]]:
-        return [
-            (self.recipe.stages[i].name, json.loads(self._stage_file(i).read_text("utf-8")))
-            for i in range(index)
-            if self._stage_file(i).exists()
-        ]
+        def read() -> list[tuple[str, dict[str, Any]]]:
+            found = [(i, _read(self._stage_file(i))) for i in range(index)]
+            return [(self.recipe.stages[i].name, result) for i, result in found if result]
+
+        return distributed.on_main(read)
 
     def _solved(
         self,
@@ -99,9 +100,10 @@ class Outcome:
         if settings is None:
             raise ValueError("the recipe has no evaluation")
         identity = _identity(settings, inputs)
-        for kept in (path, self._stage_file(len(self.recipe.stages) - 1)):
-            if (result := _kept(kept, identity)) is not None:
-                return result
+        places = (path, self._stage_file(len(self.recipe.stages) - 1))
+        kept = distributed.on_main(lambda: [found for p in places if (found := _kept(p, identity))])
+        if kept:
+            return kept[0]
         problems = load_problems(settings.path, max_examples=settings.max_examples)
         solved = self._solve(model, tokenizer, problems, settings, title)
         result = {"identity": identity, "trained": solved.to_dict()}
@@ -123,7 +125,8 @@ class Outcome:
         directory = self.run_dir / "export"
         card = model_card(self.recipe, evaluation)
         identity = _identity(settings, inputs, card, referee)
-        kept = _kept(self.run_dir / "export.json", identity) if directory.exists() else None
+        facts = self.run_dir / "export.json"
+        kept = distributed.on_main(lambda: _kept(facts, identity) if directory.exists() else None)
         if kept is not None:
             receipt = Receipt(**kept["receipt"])
         else:
@@ -138,8 +141,7 @@ class Outcome:
                 referee=referee,
                 thinking=self.recipe.thinking,
             )
-            facts = {"identity": identity, "receipt": asdict(receipt)}
-            _write(self.run_dir / "export.json", facts)
+            _write(facts, {"identity": identity, "receipt": asdict(receipt)})
         self.console.print(receipt_line(directory, receipt), highlight=False)
 
     def _untrained(
@@ -177,15 +179,16 @@ class Outcome:
 
 def _write(path: Path, result: dict[str, Any], samples: list[dict[str, Any]] | None = None) -> None:
     """Writes a result, on rank 0, and the samples beside it; other ranks wait until it is there."""
-    with distributed.together():
-        if not distributed.is_main():
-            return
+
+    def write() -> None:
         if samples is not None:
             beside = path.with_name("evaluation_samples.jsonl")
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             with storage_errors("cannot write the samples", beside):
                 beside.write_text("".join(lines), encoding="utf-8")
         write_json(path, result)
+
+    distributed.on_main(write)
 
 
 def _identity(settings: Any, inputs: dict[str, str], *more: str | None) -> str:
@@ -194,7 +197,18 @@ def _identity(settings: Any, inputs: dict[str, str], *more: str | None) -> str:
 
 def _kept(path: Path, identity: str) -> dict[str, Any] | None:
     """What an earlier run wrote to `path`, if it was for the same."""
-    if not path.exists():
+    before = _read(path)
+    return before if before is not None and before.get("identity") == identity else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What is in a file of `_write`, None if there is none; `CheckpointError` if it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return before if before.get("identity") == identity else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete it to have it made anew"
+        ) from None
+    return found

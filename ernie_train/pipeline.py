@@ -80,8 +80,10 @@ class Pipeline:
                 if distributed.is_main():
                     held.enter_context(RunLock(self.run_dir))
                 inputs = self._initial_inputs(tokenizer)
-                self._refuse_other_recipe(selection.first, inputs)
+                if distributed.is_main():
+                    self._refuse_other_recipe(selection.first, inputs)
                 model = self._initial_model(tokenizer)
+            distributed.require_same({f"the {name}": found for name, found in inputs.items()})
             with distributed.together():
                 if distributed.is_main():
                     self._write_facts(tokenizer)
@@ -159,6 +161,7 @@ class Pipeline:
 
     def _initial_model(self, tokenizer: Tokenizer) -> Ernie4_5_MoeForCausalLM:
         device = runtime.select_device(self.recipe.device)
+        distributed.require_backend(device)
         runtime.seed_everything(self.recipe.seed)
         source = self.recipe.model
         dtype = "bfloat16" if device == "gpu" else "float32"
@@ -221,13 +224,14 @@ class Pipeline:
         settings = stage.identity()
         with distributed.together():
             inputs = self._stage_inputs(stage, inputs)
-            done = read_done(directory)
-            if done is not None:
-                self.console.print(f"stage {stage.name}: done before, {done.result['steps']} steps")
-                checkpoint = directory / "checkpoints" / done.result["checkpoint"]
-                store = CheckpointStore(checkpoint.parent)
-                store.load(checkpoint, verify=distributed.is_main()).load_model(model)
+        distributed.require_same({f"the data of stage {stage.name}": inputs["data"]})
+        done = distributed.on_main(lambda: read_done(directory))
         if done is not None:
+            self.console.print(f"stage {stage.name}: done before, {done.result['steps']} steps")
+            checkpoint = directory / "checkpoints" / done.result["checkpoint"]
+            store = CheckpointStore(checkpoint.parent)
+            with distributed.together():
+                store.load(checkpoint, verify=distributed.is_main()).load_model(model)
             return _after(stage.name, inputs, done)
         data = StageData(self.base_dir, tokenizer, self.recipe.stage_seed(index))
         kind = STAGES[stage.kind]

@@ -27,9 +27,15 @@ class ProcessState(NamedTuple):
     started: int  # with the number of the process it names a process for good
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when the thread that started it ends, however that happens.
+
+    `parent` is the number of the process that started it, taken before it did: where that one has
+    ended before the kernel could be asked, this process ends here. None leaves that to the caller.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def adopt_orphans() -> None:

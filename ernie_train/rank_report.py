@@ -77,7 +77,7 @@ class RankReport:
         write_json(self.directory / f"rank_{self.rank}.pid", asdict(process))
 
     def end(self, status: int, message: str) -> None:
-        """Leaves the last word. The process should then exit with 0: see launch_job.py."""
+        """Leaves the last word. The process should then exit with 0: see launch/launcher.py."""
         ending = Ending(self.rank, status, message, time.monotonic())
         write_json(self.directory / f"rank_{self.rank}.end", asdict(ending))
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,7 @@ class RunLock:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.read(descriptor, 200).decode(errors="replace").strip()
-                os.close(descriptor)
-                raise UserError(
-                    f"{self.run_dir} is in use by another run ({owner or 'just starting'}): "
-                    "wait for it, stop it, or give another --run-dir"
-                ) from None
+                _lock(descriptor, fcntl.LOCK_EX, self.run_dir)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -70,6 +64,34 @@ class RunLock:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def refuse_if_in_use(run_dir: str | Path) -> None:
+    """Raises `UserError` that names the process if one holds the directory; changes nothing."""
+    try:
+        descriptor = os.open(Path(run_dir) / LOCK, os.O_RDONLY)
+    except OSError:
+        return  # nobody has run here; whoever does tells what else is wrong with it
+    try:
+        _lock(descriptor, fcntl.LOCK_SH, Path(run_dir))
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        time.sleep(0.1)  # it may be held for a moment by somebody who only asks
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 200).decode(errors="replace").strip()
+        raise UserError(
+            f"{run_dir} is in use by another run ({owner or 'just starting'}): "
+            "wait for it, stop it, or give another --run-dir"
+        ) from None
 
 
 # ---- finished stages ---------------------------------------------------------------------------

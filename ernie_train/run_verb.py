@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.console import Console
 from ernie_train import distributed
 from ernie_train.config import apply_overrides, load_yaml
 from ernie_train.launch import LaunchSettings, supervise
+from ernie_train.run_directory import refuse_if_in_use
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,18 @@ class RunCall:
 
     def launch(self, settings: LaunchSettings, console: Console, *, debug: bool) -> int:
         """Runs the recipe as ranks; returns the exit status. Loads no Paddle."""
-        # Whether the recipe makes sense is for the ranks to say; here its name is enough.
-        name = apply_overrides(load_yaml(self.recipe), list(self.overrides)).get("name")
+        # Whether the recipe makes sense is for the ranks to say; here name and device are enough.
+        values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
+        name, hide_gpus = values.get("name"), values.get("device") == "cpu"
         directory = self._directory(name) if isinstance(name, str) else self.run_dir
+        if directory is not None and settings.nnodes == 1:  # on others its ranks may run already
+            refuse_if_in_use(directory)
 
         def command(anew_begun: bool) -> list[str]:
             python = [sys.executable, "-u", "-m", "ernie_train", *(["--debug"] if debug else [])]
             return [*python, "run", *self.arguments(anew_begun)]
 
-        return supervise(command, settings, directory, console)
+        return supervise(command, replace(settings, hide_gpus=hide_gpus), directory, console)
 
     def arguments(self, anew_begun: bool) -> list[str]:
         """The same call for a rank; a restart goes on with stages that were begun anew before."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 from ernie_train import processes
 from tests.workspace import REPOSITORY
@@ -27,17 +28,29 @@ LIMIT_S = 60.0  # within which a job must be over, whatever happened to it
 
 
 class Launch:
-    """Toy ranks under the supervisor. `out` is the run directory too."""
+    """Toy ranks under the supervisor. `out` is the run directory too.
 
-    def __init__(self, behaviour: str, out: Path, *, steps: int = 3, **settings: float) -> None:
+    `stdout` and `stderr` are pipes, which `end` reads, or files.
+    """
+
+    def __init__(
+        self,
+        behaviour: str,
+        out: Path,
+        *,
+        steps: int = 3,
+        stdout: int | IO[str] = subprocess.PIPE,
+        stderr: int | IO[str] = subprocess.PIPE,
+        **settings: Any,
+    ) -> None:
         settings = {"nproc": 2, **settings}
         self.out = out
         self.process = subprocess.Popen(
             [sys.executable, "-c", SUPERVISOR, TOY, behaviour, out, str(steps), repr(settings)],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
         )
 
@@ -54,7 +67,7 @@ class Launch:
     def end(self) -> tuple[int, str, str]:
         """Status, standard output and standard error, when it is over."""
         out, err = self.process.communicate(timeout=LIMIT_S)
-        return self.process.returncode, out, " ".join(err.split())
+        return self.process.returncode, out or "", " ".join((err or "").split())
 
 
 def wait_for(condition: Callable[[], bool], complaint: str, limit_s: float = LIMIT_S) -> None:
@@ -62,6 +75,25 @@ def wait_for(condition: Callable[[], bool], complaint: str, limit_s: float = LIM
     while not condition():
         assert time.monotonic() < end, complaint
         time.sleep(0.02)
+
+
+def ranks_of(directory: Path) -> dict[int, int]:
+    """The processes of the living ranks that train in a directory, by number."""
+    found = {}
+    for pid in left_behind(directory):
+        try:
+            variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        named = dict(variable.partition(b"=")[::2] for variable in variables)
+        if b"PADDLE_TRAINER_ID" in named and alive(pid):
+            found[int(named[b"PADDLE_TRAINER_ID"])] = pid
+    return found
+
+
+def alive(pid: int) -> bool:
+    found = processes.process_state(pid)
+    return found is not None and found.state not in "ZX"
 
 
 def left_behind(out: Path) -> list[int]:

@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ernie_train import processes
-from tests.launched import LIMIT_S, left_behind, wait_for
+from tests.launched import LIMIT_S, alive, left_behind, ranks_of, wait_for
 from tests.stages.test_upo import GAE, REWARD, stage
 from tests.workspace import make_workspace, metrics_without_time, rows, start, write_rows
 
@@ -60,7 +59,7 @@ class Chaos:
 
     def _disturb(self, process: subprocess.Popen[str], directory: Path) -> int:
         while process.poll() is None and self.happened.total() < INCIDENTS:
-            ranks = ranks_of(directory)
+            ranks = set(ranks_of(directory).values())
             if len(ranks) < RANKS:
                 time.sleep(0.02)
                 continue
@@ -115,24 +114,6 @@ INCIDENT: dict[str, Callable[..., int | None]] = {
 def begin(recipe: Path, directory: Path, *options: object) -> subprocess.Popen[str]:
     return start("run", recipe, "--run-dir", directory, "--nproc", RANKS,
                  "--hang-timeout-s", HANG_S, *options)  # fmt: skip
-
-
-def ranks_of(directory: Path) -> set[int]:
-    """The processes of the ranks that train in a directory."""
-    found = set()
-    for pid in left_behind(directory):
-        try:
-            environment = (Path("/proc") / str(pid) / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"\0PADDLE_TRAINER_ID=" in b"\0" + environment and alive(pid):
-            found.add(pid)
-    return found
-
-
-def alive(pid: int) -> bool:
-    found = processes.process_state(pid)
-    return found is not None and found.state not in "ZX"
 
 
 def send(pid: int, number: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def launch(tmp_path):
     """Starts toy ranks; afterwards no process of theirs may be left."""
     started: list[Launch] = []
 
-    def start(behaviour: str, **settings: float) -> Launch:
+    def start(behaviour: str, **settings: Any) -> Launch:
         started.append(Launch(behaviour, tmp_path, **settings))
         return started[-1]
 
@@ -136,6 +137,36 @@ def test_restarts_after_a_death(launch, tmp_path):
     assert "starting the ranks again (1 of 1)" in err
     assert out.count("rank 0 has begun") == 2
     assert (tmp_path / "logs/rank_1.log").read_text().count("----") == 2
+
+
+# ---- the supervisor's own output -----------------------------------------------------------------
+
+
+def test_a_job_goes_on_where_its_logs_cannot_be_written(launch, tmp_path):
+    (tmp_path / "logs").mkdir()
+    for name in ("rank_1.log", "launches.jsonl"):
+        (tmp_path / "logs" / name).symlink_to("/dev/full")
+    status, out, err = launch("together", steps=20).end()
+    assert status == 0, err
+    assert "step 20 of rank 0" in out
+    assert err.count("No space left on device") == 2, "once for each file, not at every step"
+    assert "rank_1.log" in err
+    assert "launches.jsonl" in err
+
+
+def test_a_job_goes_on_where_nobody_can_be_shown_what_it_prints(launch):
+    with open("/dev/full", "w") as full:
+        status, _, err = launch("together", steps=20, stdout=full).end()
+    assert status == 0, err
+    assert err.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize(("behaviour", "status"), [("together", 0), ("mistake", 2)])
+def test_a_job_ends_with_its_status_where_all_readers_have_gone(launch, behaviour, status):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        assert launch(behaviour, stdout=gone, stderr=gone).end()[0] == status
 
 
 # ---- nothing is left -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ernie_train import processes
 from ernie_train.cli import main
@@ -21,6 +22,8 @@ from ernie_train.launch.job import sweep_up
 from ernie_train.launch.launcher import Launcher, last_line
 from ernie_train.launch.logs import RankLogs
 from ernie_train.launch.supervise import check, last_launch
+from ernie_train.launch.voice import Voice
+from ernie_train.run_directory import RunLock
 from ernie_train.run_verb import RunCall
 from tests.launched import REPOSITORY, SUPERVISOR, TOY
 from tests.workspace import make_workspace
@@ -73,12 +76,42 @@ spared.kill()
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=30)
 
 
+def test_a_process_dies_with_its_parent_also_one_that_ended_before_it_could_ask():
+    """Both are forked: one asks in time, one when its parent has already gone."""
+    code = """
+import os, sys, time
+from ernie_train.processes import die_with_parent
+kind, out = sys.argv[1], os.dup(1)
+heard, tell = os.pipe()
+if os.fork() == 0:
+    parent = os.getpid()
+    if os.fork() == 0:
+        os.close(1)
+        if kind == "late":
+            while os.getppid() == parent:
+                time.sleep(0.01)
+        die_with_parent(parent)
+        os.write(out, b"asked")
+        os.write(tell, b"asked")
+        time.sleep(60)
+    if kind == "in time":
+        os.read(heard, 5)
+    os._exit(0)
+os.close(out)
+"""
+    for kind, asked in (("in time", True), ("late", False)):
+        command = [sys.executable, "-c", code, kind]
+        # The output ends when the last process that holds it has.
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=50)
+        assert ("asked" in done.stdout) == asked, kind
+
+
 # ---- logs and records ----------------------------------------------------------------------------
 
 
 def test_logs_wait_for_the_run_directory_and_keep_ranks_apart(tmp_path, capsysbinary):
     run_dir = tmp_path / "run"
-    logs = RankLogs(run_dir, "2 ranks")
+    logs = RankLogs(run_dir, "2 ranks", Voice(Console(stderr=True)))
     sources = [tmp_path / "workerlog.0", tmp_path / "workerlog.1"]
     for rank, source in enumerate(sources):
         source.write_text(f"a line of rank {rank}\n")
@@ -178,6 +211,25 @@ def test_usage(tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_second_command_on_a_directory_in_use_leaves_its_logs_alone(tmp_path, capsys):
+    recipe, run_dir = make_workspace(tmp_path), tmp_path / "run"
+    with RunLock(run_dir):
+        (run_dir / "logs").mkdir()
+        for name in ("rank_1.log", "launches.jsonl"):
+            (run_dir / "logs" / name).write_text("of the first\n")
+        before = contents(run_dir)
+        with pytest.raises(SystemExit) as stopped:
+            main(["run", str(recipe), "--run-dir", str(run_dir), "--nproc", "2"])
+        assert contents(run_dir) == before
+    assert stopped.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"in use by another run (process {os.getpid()}" in told
 
 
 # ---- the whole command ---------------------------------------------------------------------------

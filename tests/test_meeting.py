@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +66,27 @@ def test_a_rank_that_has_ended_is_noticed_by_those_that_wait(meetings, lost):
     waiting = 1 if lost == 0 else 0
     with pytest.raises(ErnieTrainError, match=f"rank {lost}"):
         meetings[waiting].wait()
+
+
+def test_a_rank_may_take_a_day_and_a_machine_that_is_gone_is_noticed(meetings, monkeypatch):
+    days = itertools.count(step=86400)
+    clock = SimpleNamespace(monotonic=lambda: float(next(days)))
+    monkeypatch.setattr("ernie_train.meeting.time", clock, raising=False)
+
+    def late() -> None:
+        time.sleep(0.5)
+        meetings[2].wait()
+
+    with ThreadPoolExecutor(RANKS) as threads:
+        waiting = [threads.submit(meetings[rank].wait) for rank in (0, 1)]
+        threads.submit(late)
+        for future in waiting:
+            future.result()
+    for peer in (peer for place in meetings for peer in place._peers.values()):
+        assert peer.gettimeout() is None
+        assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        idle, every, asked, unread_ms = (
+            peer.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names
+        )
+        assert idle + every * asked == 120 == unread_ms // 1000

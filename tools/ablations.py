@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "result.json"
+SPENT = "spent.json"  # what all starts of a run have taken so far
 
 Measure = Callable[[Path], dict[str, Any]]  # what a finished run directory shows
 
@@ -39,11 +40,14 @@ class Arm:
 _running: set[subprocess.Popen[bytes]] = set()
 
 
-def run_program(*arguments: str) -> dict[str, float]:
+def run_program(
+    *arguments: str, note: Callable[[dict[str, float]], None] = lambda used: None
+) -> dict[str, float]:
     """Runs Python on one thread from the repository's root; returns seconds and memory.
 
     An exception that comes meanwhile, Ctrl-C too, ends the program with SIGTERM first. Raises
-    `CalledProcessError` where the program fails; its own message is on stderr by then.
+    `CalledProcessError` where the program fails; its own message is on stderr by then. `note` is
+    told what it took, however it ended.
     """
     command = [sys.executable, *arguments]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -56,16 +60,30 @@ def run_program(*arguments: str) -> dict[str, float]:
         start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
     )
     _running.add(process)
+    used: dict[str, float] | None = None
     try:
-        _, status, used = os.wait4(process.pid, 0)  # of this child, whatever runs beside it
-        process.returncode = os.waitstatus_to_exitcode(status)
+        used = _end_of(process, started)
     finally:
-        if process.returncode is None:
-            process.terminate()
-            process.wait()
+        if used is None:
+            _stop(process)
+            used = _end_of(process, started)
         _running.discard(process)
+        note(used)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
+    return used
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    # Popen's own methods would take the status of a child that has just ended, and what it used.
+    if process.returncode is None:
+        os.kill(process.pid, signal.SIGTERM)
+
+
+def _end_of(process: subprocess.Popen[bytes], started: float) -> dict[str, float]:
+    """Waits for this child, whatever runs beside it."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     return {
         "wall_s": time.perf_counter() - started,
         "cpu_s": used.ru_utime + used.ru_stime,
@@ -74,9 +92,30 @@ def run_program(*arguments: str) -> dict[str, float]:
 
 
 def train(recipe: str, arm: Arm, seed: int, run_dir: Path) -> dict[str, float]:
-    """Runs the recipe, or the rest of it; returns what `run_program` does."""
+    """Runs the recipe, or the rest of it; returns what all starts took, as `run_program` does.
+
+    A start during which this tool itself was killed is not counted.
+    """
+    file = run_dir / SPENT
+    before: dict[str, float] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    spent: dict[str, float] = {}
+
+    def note(used: dict[str, float]) -> None:
+        for name, value in used.items():
+            known = before.get(name, 0.0)
+            spent[name] = max(known, value) if name == "peak_gb" else known + value
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write(file, spent)
+
     run = ("-m", "ernie_train", "run", recipe, "--run-dir", str(run_dir))
-    return run_program(*run, f"seed={seed}", *arm.overrides)
+    run_program(*run, f"seed={seed}", *arm.overrides, note=note)
+    return spent
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def stop_on_sigterm() -> None:
@@ -107,9 +146,7 @@ def result_of(recipe: str, arm: Arm, seed: int, run_dir: Path, measure: Measure)
             raise ValueError(f"{file} is of other settings; choose another --out or delete it")
         return known
     result = {**identity, **train(recipe, arm, seed, run_dir), **measure(run_dir)}
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+    _write(file, result)
     return result
 
 
@@ -155,7 +192,7 @@ def _side_by_side(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_running):
-                process.terminate()
+                _stop(process)
             raise
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ernie_train import processes, rank_report
@@ -28,6 +29,8 @@ _ITS_VARIABLES = (
     "PADDLE_ELASTIC_LEVEL", "PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM", "PADDLE_LOCAL_SIZE",
     "PADDLE_TRAINER_ENDPOINTS", "PADDLE_CURRENT_ENDPOINT", "PADDLE_START_PORT", "PADDLE_IPS",
 )  # fmt: skip
+_BACKEND = "PADDLE_DISTRI_BACKEND"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DIED = re.compile(r"^Container rank (\d+) status failed .* code (-?\d+) log", re.MULTILINE)
 
 
@@ -41,6 +44,7 @@ class LaunchSettings:
     node_rank: int = -1  # this machine's number; -1: the launcher deals numbers out
     max_restarts: int = 0
     hang_timeout_s: float = HANG_TIMEOUT_S
+    hide_gpus: bool = False  # from the ranks, which then talk over gloo
 
 
 class Launcher:
@@ -56,9 +60,9 @@ class Launcher:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(directory),
+                env=_environment(settings, directory),
                 start_new_session=True,  # the terminal's signals are for the supervisor alone
-                preexec_fn=_bind,
+                preexec_fn=partial(_bind, os.getpid()),
             )
 
     def rank_log(self, local_rank: int) -> Path:
@@ -90,10 +94,12 @@ def _options(settings: LaunchSettings, directory: Path) -> list[str]:
     return [*options, f"--master={settings.master}", f"--rank={settings.node_rank}"]
 
 
-def _environment(directory: Path) -> dict[str, str]:
+def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in _ITS_VARIABLES}
-    if not environment.get("CUDA_VISIBLE_DEVICES", "0"):
-        del environment["CUDA_VISIBLE_DEVICES"]  # the launcher counts "" as one GPU
+    if settings.hide_gpus or _sees_no_gpu(environment.get(_VISIBLE)):
+        # The launcher takes the backend from what GPUs it counts, not from what ranks will use;
+        # "" counts as one GPU there, and with fewer than ranks it fails. No GPU has the number -1.
+        environment |= {_VISIBLE: ",".join(["-1"] * settings.nproc), _BACKEND: "gloo"}
     root = str(Path(__file__).resolve().parents[2])
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH")))),
@@ -101,15 +107,20 @@ def _environment(directory: Path) -> dict[str, str]:
         rank_report.SUPERVISOR: str(os.getpid()),
     }
     environment.setdefault("GLOG_minloglevel", "1")  # how ranks find one another is no news
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         size = os.get_terminal_size(sys.stdout.fileno())
         environment[rank_report.TERMINAL] = "1"
         environment |= {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
     return environment
 
 
-def _bind() -> None:
+def _sees_no_gpu(visible: str | None) -> bool:
+    """Whether this value of CUDA_VISIBLE_DEVICES hides every GPU: CUDA reads up to a wrong one."""
+    return visible is not None and visible.split(",")[0].strip() in ("", "-1")
+
+
+def _bind(parent: int) -> None:
     """Runs in the new process before it becomes the launcher."""
-    processes.die_with_parent()
+    processes.die_with_parent(parent)
     # Its ranks inherit that: a signal waits until their work enters a StopFlag.
     signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ernie_train.launch.voice import Voice, silence
+
 LOGS = "logs"
 SHOWN_LINES = 30
 _CHUNK_BYTES = 1 << 20
@@ -43,14 +45,16 @@ class RankLogs:
     Args:
         run_dir: the run directory, which need not exist; None if it is not known.
         title: the line that begins this launch in each rank's log.
+        voice: tells where something cannot be written; the rest is passed on all the same.
     """
 
-    def __init__(self, run_dir: Path | None, title: str) -> None:
+    def __init__(self, run_dir: Path | None, title: str, voice: Voice) -> None:
         self._run_dir = run_dir
+        self._voice = voice
         self._title = f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n".encode()
         self._tails: dict[int, _Tail] = {}
         self._files: dict[int, IO[bytes]] = {}
-        self._deaf = False
+        self._lost: set[int] = set()  # ranks whose log, or for rank 0 the terminal, is broken
 
     def add(self, rank: int, source: Path) -> None:
         """Follows from now on what a rank prints to `source`."""
@@ -61,12 +65,12 @@ class RankLogs:
         for rank, tail in self._tails.items():
             if rank == 0:
                 self._show(tail)
-            elif self._run_dir is not None and self._run_dir.is_dir():
-                if rank not in self._files:
-                    self._files[rank] = self._open(self.path(rank))
-                while found := tail.read():
-                    self._files[rank].write(found)
-                self._files[rank].flush()
+            elif self._run_dir is not None and rank not in self._lost:
+                try:
+                    self._log(rank, tail, self._run_dir)
+                except OSError as error:
+                    self._lost.add(rank)
+                    self._voice.complain(str(self.path(rank)), error)
 
     def path(self, rank: int) -> Path:
         """The log of a rank other than 0."""
@@ -83,29 +87,39 @@ class RankLogs:
     def close(self) -> None:
         """Passes the rest on."""
         self.pass_on()
-        for file in self._files.values():
-            file.close()
+        for rank, file in self._files.items():
+            try:
+                file.close()  # where a disk behind a network tells at last
+            except OSError as error:
+                self._voice.complain(str(self.path(rank)), error)
 
     def interrupt(self) -> None:
         """Leaves the line of a progress bar that will not be drawn again."""
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             self._write(_SHOW_CURSOR + b"\n")
 
-    def _open(self, path: Path) -> IO[bytes]:
-        path.parent.mkdir(exist_ok=True)
-        file = path.open("ab")
-        file.write(self._title)
-        return file
+    def _log(self, rank: int, tail: _Tail, run_dir: Path) -> None:
+        if rank not in self._files:
+            if not run_dir.is_dir():
+                return
+            self.path(rank).parent.mkdir(exist_ok=True)
+            # Without a buffer, so that closing it writes nothing and cannot fail for that.
+            self._files[rank] = self.path(rank).open("ab", buffering=0)
+            self._files[rank].write(self._title)
+        while found := tail.read():
+            self._files[rank].write(found)
 
     def _show(self, tail: _Tail) -> None:
         while found := tail.read():
             self._write(found)
 
     def _write(self, text: bytes) -> None:
-        if self._deaf:
+        if sys.stdout is None or 0 in self._lost:
             return
         try:
             sys.stdout.buffer.write(text)
             sys.stdout.buffer.flush()
-        except BrokenPipeError:
-            self._deaf = True  # whoever read it has gone; training goes on
+        except OSError as error:
+            self._lost.add(0)
+            silence(sys.stdout)
+            self._voice.complain("what rank 0 prints", error)

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from ernie_train import processes, rank_report
 from ernie_train.errors import ConfigError
 from ernie_train.launch.job import POLL_S, Job, Verdict
 from ernie_train.launch.launcher import LaunchSettings
 from ernie_train.launch.logs import LOGS, RankLogs
+from ernie_train.launch.voice import Voice
 from ernie_train.runtime import StopFlag
 
 RECORD = "launches.jsonl"
@@ -30,30 +30,33 @@ def supervise(
 
     SIGTERM and SIGINT are passed on to every rank once. When a rank dies or hangs all are ended,
     and started again as often as the settings allow. No process is left behind, not even if this
-    one is killed.
+    one is killed. Where something that it writes or says itself is lost, the job goes on.
 
     Raises:
         ConfigError: the settings contradict one another.
     """
     check(settings)
     processes.adopt_orphans()
-    restarts, anew_begun = 0, False
+    restarts, anew_begun, voice = 0, False, Voice(console)
     with StopFlag() as stop:
         while True:
             title = f"{settings.nproc} ranks" + (f", restart {restarts}" if restarts else "")
-            logs = RankLogs(run_dir, title)
+            logs = RankLogs(run_dir, title, voice)
             with Job(command(anew_begun), settings, logs) as job:
                 verdict = _watch(job, stop)
                 anew_begun = anew_begun or rank_report.was_noted(job.directory, "anew")
                 if verdict.status not in (0, 3):
-                    _tell(job, verdict, console)
-            _record(run_dir, settings, restarts, verdict)
+                    _tell(job, verdict, voice)
+            try:
+                _record(run_dir, settings, restarts, verdict)
+            except OSError as error:
+                voice.complain(f"{LOGS}/{RECORD}", error)
             if not verdict.again or restarts == settings.max_restarts or stop.requested:
                 break
             restarts += 1
-            console.print(f"starting the ranks again ({restarts} of {settings.max_restarts})")
+            voice.say(f"starting the ranks again ({restarts} of {settings.max_restarts})")
     if verdict.status == 3:
-        print_error(console, verdict.message)
+        voice.error(verdict.message)
     return verdict.status
 
 
@@ -88,23 +91,23 @@ def _watch(job: Job, stop: StopFlag) -> Verdict:
         time.sleep(POLL_S)
 
 
-def _tell(job: Job, verdict: Verdict, console: Console) -> None:
+def _tell(job: Job, verdict: Verdict, voice: Voice) -> None:
     """The message first, then what the rank had printed, if that was not shown already."""
     job.logs.interrupt()
     lines = job.logs.last_lines(verdict.rank) if verdict.rank else []
     named = verdict.status == 1 and verdict.rank is not None
     if verdict.message:
         name = f"rank {verdict.rank}: " if named else ""
-        print_error(console, name + verdict.message)
+        voice.error(name + verdict.message)
     if named and lines:
-        console.print(f"rank {verdict.rank} printed last ({job.logs.path(verdict.rank or 0)}):")
+        voice.say(f"rank {verdict.rank} printed last ({job.logs.path(verdict.rank or 0)}):")
         for line in lines:
-            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            voice.say(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(console: Console, message: str) -> None:
-    """Prints why a command ends."""
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    """Prints why a command ends, if somebody can still read it."""
+    Voice(console).error(message)
 
 
 def _record(

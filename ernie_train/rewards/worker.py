@@ -10,12 +10,15 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ernie_train.processes import die_with_parent
 from ernie_train.rewards import sandbox
 from ernie_train.rewards.named import reward_named
 
 
-def main(descriptor: int, policy: sandbox.SandboxPolicy) -> None:
-    """Answers requests until the other end of the pipe is closed."""
+def main(descriptor: int, policy: sandbox.SandboxPolicy, parent: int) -> None:
+    """Answers requests until the other end of the pipe is closed, or its owner `parent` ends."""
+    # A verifier that computes for ever would not see the pipe close.
+    die_with_parent(parent)
     sandbox.set_policy(policy)
     # Programs that a reward starts must not get hold of the pipe, and prints not of the output.
     os.set_inheritable(descriptor, False)
@@ -42,4 +45,5 @@ def _graded(reward: Any, row: dict[str, Any], completion: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "rlimits_only" if sys.argv[2] == "rlimits_only" else "strict")
+    chosen: sandbox.SandboxPolicy = "rlimits_only" if sys.argv[2] == "rlimits_only" else "strict"
+    main(int(sys.argv[1]), chosen, int(sys.argv[3]))

@@ -36,8 +36,9 @@ class WorkerProcess:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._pipe: Connection[Any, Any] = here
         # A signal of the terminal goes to its whole session: this one decides for itself.
+        arguments = [str(there.fileno()), self.policy, str(os.getpid())]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _MODULE, str(there.fileno()), self.policy],
+            [sys.executable, "-P", "-m", _MODULE, *arguments],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONPATH": path},

@@ -21,7 +21,7 @@ from ernie_train.checkpoint import (
 from ernie_train.datasets import Batch, ConsecutiveLoaders, Documents, PackedLoader
 from ernie_train.errors import ConfigError, Interrupted
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
-from ernie_train.metrics import MetricsWriter, SilentMetrics, open_metrics
+from ernie_train.metrics import StageMetrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.moe_health import MoeHealth
 from ernie_train.objective import LossOutput, Term
@@ -97,42 +97,41 @@ def train(
     start_theta = run.model.model.rope_theta
     saved = store.load_latest()
     if saved is not None:
-        _restore(saved, trainer, batches)
+        with distributed.together():
+            _restore(saved, trainer, batches)
         start_theta = saved.state["rope_theta_at_start"]
-    writer = open_metrics(
+    with StageMetrics(
         run.directory,
         resume_step=saved.step if saved else None,
         terminal=run.terminal,
         total_steps=steps,
         label=config.name,
-    )
-    keeper = _Keeper(
-        config=config,
-        run=run,
-        trainer=trainer,
-        batches=batches,
-        store=store,
-        prepared=prepared,
-        loss=loss,
-        writer=writer,
-        health=_moe_health(config, run, prepared, saved, writer),
-        schedule=RopeSchedule(config.phases(), start_theta),
-    )
-    run.model.train()
-    try:
-        trainer.fit(
-            iter(batches),
-            loss,
-            steps,
-            before_step=keeper.set_base,
-            hooks=keeper.hooks(),
-            stop_requested=lambda: run.stop.requested,
+    ) as writer:
+        keeper = _Keeper(
+            config=config,
+            run=run,
+            trainer=trainer,
+            batches=batches,
+            store=store,
+            prepared=prepared,
+            loss=loss,
+            writer=writer,
+            health=_moe_health(config, run, prepared, saved, writer),
+            schedule=RopeSchedule(config.phases(), start_theta),
         )
-    except Interrupted:
-        keeper.save()
-        raise
-    finally:
-        writer.close()
+        run.model.train()
+        try:
+            trainer.fit(
+                iter(batches),
+                loss,
+                steps,
+                before_step=keeper.set_base,
+                hooks=keeper.hooks(),
+                stop_requested=lambda: run.stop.requested,
+            )
+        except Interrupted:
+            keeper.save()
+            raise
     return {"steps": trainer.step, "checkpoint": store.path_of(trainer.step).name}
 
 
@@ -141,7 +140,7 @@ def _moe_health(
     run: StageRun,
     prepared: Prepared,
     saved: Checkpoint | None,
-    writer: MetricsWriter | SilentMetrics,
+    writer: StageMetrics,
 ) -> MoeHealth:
     return MoeHealth(
         run.model,
@@ -180,7 +179,7 @@ class _Keeper:
     store: CheckpointStore
     prepared: Prepared
     loss: PackedLoss
-    writer: MetricsWriter | SilentMetrics
+    writer: StageMetrics
     health: MoeHealth
     schedule: RopeSchedule
     measured: dict[str, float] = field(default_factory=dict)

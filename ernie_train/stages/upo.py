@@ -17,7 +17,7 @@ from ernie_train.checkpoint import CheckpointStore
 from ernie_train.errors import Interrupted
 from ernie_train.evaluate import problem_row
 from ernie_train.experience import Pairing
-from ernie_train.metrics import cut_after, open_metrics
+from ernie_train.metrics import StageMetrics, cut_after
 from ernie_train.moe_health import MoeHealth
 from ernie_train.rewards.canaries import check_canaries
 from ernie_train.rewards.composition import ComposedReward, build_reward
@@ -46,7 +46,9 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
     """
     if config.reward is None:
         return _Upo(config, stage, prepared, None).run()
-    with closing(build_reward(config.reward, stage.data.base_dir)) as reward:
+    with distributed.together():
+        built = build_reward(config.reward, stage.data.base_dir)
+    with closing(built) as reward:
         if config.canaries:
             with distributed.together():
                 if distributed.is_main():
@@ -83,7 +85,8 @@ class _Upo:
         self.iteration = self.saved_iteration = 0
         saved = self.store.load_latest()
         if saved is not None:
-            self.learner.restore(saved)
+            with distributed.together():
+                self.learner.restore(saved)
             self.source.load_state_dict(saved.state["source"])
             self.iteration = self.saved_iteration = saved.step
         resume_step = None if saved is None else saved.step
@@ -92,9 +95,10 @@ class _Upo:
         self.changing = False  # an iteration has begun to change the weights
         self.measured: dict[str, float] = {}  # on the held-out problems, after this iteration
         self.offline: OfflineSource | None = None
-        if distributed.is_main():
-            cut_after(stage.directory / SAMPLES, resume_step)
-        self.writer = open_metrics(
+        with distributed.together():
+            if distributed.is_main():
+                cut_after(stage.directory / SAMPLES, resume_step)
+        self.writer = StageMetrics(
             stage.directory,
             resume_step=resume_step,
             terminal=stage.terminal,
@@ -112,19 +116,18 @@ class _Upo:
 
     def run(self) -> dict[str, Any]:
         """All iterations that are left; returns what `DONE` records."""
-        try:
-            self.offline = offline_source(
-                self.config, self.stage, self.prepared, self.source, new=self.iteration == 0
-            )
-            while self.iteration < self.config.iterations:
-                self._iterate(self.iteration + 1)
-                if distributed.any_rank(self.stage.stop.requested):
-                    raise Interrupted(f"stopped on a signal after iteration {self.iteration}")
-        except Interrupted:
-            self._save()
-            raise
-        finally:
-            self.writer.close()
+        with self.writer:
+            try:
+                self.offline = offline_source(
+                    self.config, self.stage, self.prepared, self.source, new=self.iteration == 0
+                )
+                while self.iteration < self.config.iterations:
+                    self._iterate(self.iteration + 1)
+                    if distributed.any_rank(self.stage.stop.requested):
+                        raise Interrupted(f"stopped on a signal after iteration {self.iteration}")
+            except Interrupted:
+                self._save()
+                raise
         return {"steps": self.iteration, "checkpoint": self.store.path_of(self.iteration).name}
 
     def _iterate(self, number: int) -> None:
@@ -140,8 +143,9 @@ class _Upo:
         self._measure(number, metrics)
         self.watch.look(metrics)
         rows, count = self.prepared.problems, self.config.samples_per_iteration
-        if distributed.is_main():
-            sample_lines(self.stage.directory / SAMPLES, number, groups, rows, count)
+        with distributed.together():
+            if distributed.is_main():
+                sample_lines(self.stage.directory / SAMPLES, number, groups, rows, count)
         sampling = sum(seconds.values())
         timings = {**seconds, "training_seconds": learnt - started - sampling}
         self.writer.log(number, metrics, {**timings, "seconds": time.perf_counter() - started})

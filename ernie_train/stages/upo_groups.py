@@ -63,13 +63,17 @@ class GroupSource:
         config = self.config
         if not config.needs_rollouts:
             return []
+        groups: list[Group] = []
         if config.replay_rollouts is not None:
             directory = self.stage.data.base_dir / config.replay_rollouts
-            groups = read_rollout(rollout_file(directory, number))
+            with distributed.together():
+                groups = read_rollout(rollout_file(directory, number))
         else:
             groups = self._sampled(number)
-        if config.dump_rollouts and distributed.is_main():
-            write_rollout(rollout_file(self.stage.directory / ROLLOUTS, number), groups)
+        if config.dump_rollouts:
+            with distributed.together():
+                if distributed.is_main():
+                    write_rollout(rollout_file(self.stage.directory / ROLLOUTS, number), groups)
         self.settle(groups)
         return groups
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_train import parallel
+from ernie_train import distributed, parallel
 from ernie_train.checkpoint import (
     Checkpoint,
     from_disk,
@@ -59,7 +59,8 @@ class Learner:
         if config.critic is not None:
             critic = Critic(self.policy)
             if config.critic.path is not None:
-                critic.load_directory(stage.data.base_dir / config.critic.path)
+                with distributed.together():
+                    critic.load_directory(stage.data.base_dir / config.critic.path)
             critic.train()
             self.critic = Trainer(
                 critic, Optimizer(critic, config.critic.optim), balance=config.balance

@@ -60,7 +60,7 @@ def offline_source(
     if settings.prompts is None:
         return OfflineSource(config, seed, prepared.offline)
     path = stage.directory / OFFLINE_PAIRS
-    if not distributed.any_rank(path.exists()):
+    if not distributed.on_main(path.exists):
         if not new:
             raise CheckpointError(f"{path} is missing: the stage had begun with it")
         order = PromptOrder(prepared.sizes, prepared.weights, seed)
@@ -72,7 +72,7 @@ def offline_source(
                 f"none of {settings.prompts} prompts gave an offline pair ({counts.below_margin} "
                 "below pair_margin): take more offline.prompts, or prompts of middling difficulty"
             )
-        with distributed.together():  # written before any rank reads it
-            if distributed.is_main():
-                write_rollout(path, [list(pair) for pair in pairs])
-    return OfflineSource(config, seed, [(pair[0], pair[1]) for pair in read_rollout(path)])
+        distributed.on_main(lambda: write_rollout(path, [list(pair) for pair in pairs]))
+    # Also where they were just made: what is compared must not depend on when a run was stopped.
+    kept = distributed.on_main(lambda: read_rollout(path))
+    return OfflineSource(config, seed, [(pair[0], pair[1]) for pair in kept])

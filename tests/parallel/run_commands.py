@@ -1,11 +1,12 @@
 """On every rank: runs the commands of a JSON file, one after another, as `ernie-train` would.
 
-`{rank}` in an argument is the rank's number.
+`{rank}` in an argument is the rank's number. A command that begins with "cd", DIRECTORY runs there.
 
 Exit statuses go to `<file>.status-<rank>.json`.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,12 @@ from ernie_train.cli import main
 path = Path(sys.argv[1])
 statuses = []
 for arguments in json.loads(path.read_text()):
+    own = [argument.replace("{rank}", str(distributed.rank())) for argument in arguments]
+    if own[0] == "cd":
+        os.chdir(own[1])
+        own = own[2:]
     try:
-        main([argument.replace("{rank}", str(distributed.rank())) for argument in arguments])
+        main(own)
     except SystemExit as stopped:
         statuses.append(int(stopped.code or 0))
 path.with_suffix(f".status-{distributed.rank()}.json").write_text(json.dumps(statuses))

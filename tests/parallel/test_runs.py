@@ -137,6 +137,16 @@ def runs(root) -> dict[str, Any]:
         [*command(root, "sft-ep2"), "tokenizer.path=/nowhere-{rank}"],
         [*command(root, "sft-ep2")[:2], "--run-dir", str(root / "runs/sft-broken")],
     ]
+    # Relative paths lead each rank to a directory of its own: rank 1 has no data, or other data.
+    for name, having in (("without", 1), ("other", 2)):
+        for rank in range(2):
+            (root / f"{name}-{rank}").mkdir()
+        for rank in range(having):
+            write_rows(root / f"{name}-{rank}" / "train.jsonl", rows(120, 1 + rank))
+        changes = ["--run-dir", str(root / "runs" / name), "stages.sft.data.0.path=train.jsonl"]
+        wrong.append(
+            ["cd", str(root / f"{name}-{{rank}}"), *command(root, "sft-ep2")[:2], *changes]
+        )
     refused = run_on(2, root, wrong)
     statuses.append(run_on(4, root, [go_on("sft-ep2dp2")])[0])
     return {"statuses": statuses, "refused": refused}
@@ -204,12 +214,14 @@ def test_completions_are_those_of_one_rank(root, runs):
 
 def test_what_cannot_work_is_told_once_with_status_2(runs):
     statuses, printed = runs["refused"]
-    assert statuses == [[2] * 5] * 2
+    assert statuses == [[2] * 7] * 2
     text = " ".join(printed.split())
-    assert text.count("error:") == 5, text
+    assert text.count("error:") == 7, text
     assert "the seed differs between the ranks: rank 1 from rank 0" in text
     assert "the recipe differs between the ranks" in text
     assert "parallel.expert=4 x parallel.data=1 needs 4 ranks, but this job has 2" in text
     assert "/nowhere-0" in text
     assert "/nowhere-1" not in text
     assert "no checkpoint in" in text
+    assert "without-1/train.jsonl: no such file" in text
+    assert "the data of stage sft differs between the ranks: rank 1 from rank 0" in text

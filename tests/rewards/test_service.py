@@ -1,6 +1,9 @@
 """The scoring service: order, parallel and serial alike, deadlines, losses, signals."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import pairwise
@@ -10,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ernie_train.errors import UserError
+from ernie_train.processes import process_state
 from ernie_train.rewards import (
     REWARDS,
     SandboxUnavailable,
@@ -21,6 +25,7 @@ from ernie_train.rewards import (
 from ernie_train.rewards import service as service_module
 from ernie_train.rewards.user import UserReward
 from ernie_train.thinking import format_completion
+from tests.launched import REPOSITORY, wait_for
 
 USER_REWARD = """
 import os, signal, time
@@ -50,6 +55,44 @@ def completion(text):
 ITEMS = [
     (reward, row, completion(text)) for reward, (row, texts) in PLANS.items() for text in texts
 ]
+
+
+OWNER = """
+import sys
+from ernie_train.rewards import ScoringService
+from ernie_train.rewards.user import UserReward
+ScoringService(2).score([(UserReward(sys.argv[1], "score"), {}, "x")] * 2)
+"""
+ENDLESS = """
+import os, pathlib
+
+def score(row, completion):
+    pathlib.Path(__file__).with_name(f"{os.getpid()}.worker").touch()
+    while True:
+        pass
+"""
+
+
+def alive(pid):
+    found = process_state(pid)
+    return found is not None and found.state not in "ZX"
+
+
+def test_verifiers_that_loop_end_with_a_killed_owner(tmp_path):
+    reward = tmp_path / "endless.py"
+    reward.write_text(ENDLESS)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(reward)], cwd=REPOSITORY)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("*.worker"))) == 2, "they did not begin", 120)
+    finally:
+        owner.kill()
+        owner.wait()
+    workers = [int(path.stem) for path in tmp_path.glob("*.worker")]
+    try:
+        wait_for(lambda: not any(map(alive, workers)), "they outlived their owner", 20)
+    finally:
+        for worker in filter(alive, workers):
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

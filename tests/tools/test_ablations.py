@@ -1,6 +1,7 @@
 """What the ablation tools share, and what each of them measures."""
 
 import json
+import os
 import random
 import statistics
 from dataclasses import replace
@@ -117,6 +118,33 @@ def test_a_failing_run_stops_the_tool(command: Path, tmp_path: Path) -> None:
         ablations.results_of("recipes/x.yaml", [ARM], [13, 14], tmp_path, lambda run_dir: {})
     assert "seed=13" in command.with_suffix(".told").read_text()
     assert not (tmp_path / "quick-seed13" / ablations.RESULT).exists()
+
+
+def test_what_a_run_took_is_the_sum_over_its_starts(
+    command: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first start fails, a second is interrupted, a third goes through."""
+    interrupted = iter([False, True, False])
+    ends = iter([(4 << 8, 2.0, 700), (3 << 8, 3.0, 900), (0, 5.0, 800)])
+    clock = iter([10.0, 15.0, 100.0, 107.0, 200.0, 211.0])
+
+    def wait4(pid: int, options: int) -> tuple[int, int, Any]:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        if next(interrupted, False):
+            raise KeyboardInterrupt
+        os.waitpid(pid, 0)
+        status, cpu_s, peak_mb = next(ends)
+        used = SimpleNamespace(ru_utime=cpu_s - 0.5, ru_stime=0.5, ru_maxrss=peak_mb * 1000)
+        return pid, status, used
+
+    monkeypatch.setattr(ablations.os, "wait4", wait4)
+    monkeypatch.setattr(ablations.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(ablations.subprocess.CalledProcessError):
+        ablations.train("recipes/x.yaml", ARM, 7, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        ablations.train("recipes/x.yaml", ARM, 7, tmp_path / "run")
+    spent = ablations.train("recipes/x.yaml", ARM, 7, tmp_path / "run")
+    assert spent == {"wall_s": 5.0 + 7.0 + 11.0, "cpu_s": 10.0, "peak_gb": 0.9}
 
 
 def test_mean_and_spread() -> None:
