@@ -71,14 +71,16 @@ def silu(x: np.ndarray) -> np.ndarray:
     return np.divide(x, denominator, out=denominator)
 
 
+ACTIVATIONS_IN_NUMPY = {"silu": silu, "swish": silu}
+
+
 def _by_paddle(act: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: act(paddle.to_tensor(x)).numpy()
 
 
 def gating(hidden_act: str) -> Callable[[np.ndarray], np.ndarray]:
     """The function of [T,2I], gate and up side by side, that gives act(gate) * up [T,I]."""
-    own = {"silu": silu, "swish": silu}
-    act = own.get(hidden_act) or _by_paddle(ACTIVATIONS[hidden_act])
+    act = ACTIVATIONS_IN_NUMPY.get(hidden_act) or _by_paddle(ACTIVATIONS[hidden_act])
 
     def gated(gate_up: np.ndarray) -> np.ndarray:
         width = gate_up.shape[-1] // 2
