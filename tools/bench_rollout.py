@@ -9,8 +9,9 @@ combination and ours are measured alternately. The rates are medians over the ro
 ours / peer; greedy completions must agree. Ours returns the logprobs of what it sampled, the peer
 is spared them.
 
-`cores` is processor time, that of forked processes too, / wall time: well below the number of threads, other programs disturbed;
-with one thread the tokens per processor second then tell more than tokens per second.
+`cores` is processor time, that of forked processes too, / wall time: well below the number of
+threads, other programs disturbed; with one thread the tokens per processor second then tell more
+than tokens per second.
 """
 
 from __future__ import annotations
