@@ -26,7 +26,8 @@ from ernie_train.runtime import cpu_setup
 from ernie_train.sampling import Sampler, SamplingConfig
 
 _LEAVE_SHARE = 0.125  # the cache is repacked when this share of the batch has finished
-_LEAST_SEQUENCES = 8  # of a process: with fewer it costs more than it saves
+# Of a process. Most of a step does not depend on them, so that with fewer a fork hardly pays.
+_LEAST_SEQUENCES = 8
 
 
 class _Cache(Protocol):
