@@ -1,5 +1,8 @@
 """Batched sampling with a key/value cache; finished sequences leave the batch.
 
+On a CPU, processes share the sequences: as many as matrix products have threads, which speed up
+little else.
+
 Shapes: B sequences still running, L MoE layers, K experts per token, T tokens of a completion.
 """
 
@@ -7,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +19,15 @@ import paddle
 from paddle import Tensor
 
 from ernie_train.errors import Interrupted
+from ernie_train.forked import Crew, can_limit_blas, one_blas_thread, shared_zeros
 from ernie_train.model import Ernie4_5_MoeForCausalLM, KVCache
 from ernie_train.model.decode import Decoder, Prediction, can_decode
+from ernie_train.runtime import cpu_setup
 from ernie_train.sampling import Sampler, SamplingConfig
 
 _LEAVE_SHARE = 0.125  # the cache is repacked when this share of the batch has finished
+# Of a process. Most of a step does not depend on them, so that with fewer a fork hardly pays.
+_LEAST_SEQUENCES = 8
 
 
 class _Cache(Protocol):
@@ -70,9 +79,12 @@ def generate(
 
     The random numbers of a sequence depend on `seed` and its number alone, not on its neighbours in
     the batch; `numbers` are the prompts' indices unless given. Equal prompts are computed once a
-    batch. `record_experts` fills `Completion.expert_ids`. `on_progress` is told how many prompts
-    are done; `stop_requested` is asked once before each forward pass and raises `Interrupted` when
-    true. Raises `ValueError` on an empty prompt and on settings out of range.
+    batch. At most `batch_size` sequences are sampled at once, by all processes together; with
+    another number of threads sums are rounded otherwise. `record_experts` fills
+    `Completion.expert_ids`. `on_progress` is told how many prompts are done; `stop_requested` is
+    asked before each forward pass, and while this process waits for others, and raises
+    `Interrupted` when true. Raises `ValueError` on an empty prompt and on settings out of range,
+    `ErnieTrainError` if one of the processes was killed.
     """
     config = SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed)
     config.check()
@@ -80,105 +92,196 @@ def generate(
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty")
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    completions = [Completion() for _ in prompts]
-    order = _by_length_and_prompt(prompts)
+    known = range(len(prompts)) if numbers is None else numbers
+    task = _Task(prompts, known, config, np.array(stops, np.int64))
+    sampled = _Sampled(len(prompts), max_new_tokens, _choices(model) if record_experts else None)
     was_training = model.training
     model.eval()
     try:
         with paddle.no_grad():
             engine: _Engine = Decoder(model) if can_decode(model) else _OwnForward(model)
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                known = batch if numbers is None else [numbers[i] for i in batch]
-                rollout = _Rollout(engine, config, known, stops, record_experts)
-                rollout.run([prompts[i] for i in batch], stop_requested)
-                for row, i in enumerate(batch):
-                    completions[i] = rollout.completion(row)
-                on_progress(start + len(batch))
+            processes = _processes(engine, min(len(prompts), batch_size))
+            shares = _shares(prompts, processes, batch_size)
+            _run_shares(shares, engine, task, sampled, on_progress, stop_requested)
     finally:
         if was_training:
             model.train()
-    return completions
+    return [sampled.completion(i) for i in range(len(prompts))]
 
 
-def _by_length_and_prompt(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Prompts of similar length share a batch, so that prefilling wastes little; equal ones too."""
+@dataclass(frozen=True)
+class _Task:
+    """What is to be sampled; `numbers` choose the random numbers of the prompts."""
+
+    prompts: Sequence[Sequence[int]]
+    numbers: Sequence[int]
+    config: SamplingConfig
+    stops: np.ndarray
+
+
+class _Sampled:
+    """What was sampled so far after all N prompts, by whichever process."""
+
+    def __init__(self, count: int, max_new_tokens: int, choices: tuple[int, int] | None) -> None:
+        """`choices` are L and K if experts are to be recorded."""
+        shape = (count, max_new_tokens)
+        self.ids = shared_zeros(shape, np.int64)
+        self.logprobs = shared_zeros(shape, np.float32)
+        self.lengths = shared_zeros(count, np.int64)
+        self.finished = shared_zeros(count, bool)
+        self.experts = None if choices is None else shared_zeros((*shape, *choices), np.int16)
+
+    def completion(self, i: int) -> Completion:
+        """What was sampled after prompt `i`."""
+        length = int(self.lengths[i])
+        experts = None if self.experts is None else self.experts[i, :length].copy()
+        return Completion(
+            self.ids[i, :length].tolist(),
+            self.logprobs[i, :length].tolist(),
+            bool(self.finished[i]),
+            experts,
+        )
+
+
+def _choices(model: Ernie4_5_MoeForCausalLM) -> tuple[int, int] | None:
+    """MoE layers and experts per token; None for a dense model."""
+    layers = sum(layer.is_moe for layer in model.model.layers)
+    return (layers, model.config.moe_k) if layers else None
+
+
+# ---- sharing out ---------------------------------------------------------------------------------
+
+
+def _processes(engine: _Engine, sequences: int) -> int:
+    """How many processes sample so many sequences at once."""
+    if not (isinstance(engine, Decoder) and engine.without_paddle and can_limit_blas()):
+        return 1
+    return max(1, min(cpu_setup().threads, sequences // _LEAST_SEQUENCES))
+
+
+def _shares(
+    prompts: Sequence[Sequence[int]], processes: int, batch_size: int
+) -> list[list[list[int]]]:
+    """The batches of each process, by the prompts' numbers; `batch_size` is that of all together.
+
+    Prompts of similar length share a batch, so that prefilling wastes little; equal ones too.
+    """
     first: dict[tuple[int, ...], int] = {}
     leader = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
-    return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), leader[i], i))
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), leader[i], i))
+    groups = [list(group) for _, group in groupby(order, leader.__getitem__)]
+    hands = [order] if processes == 1 else _hands(groups, list(map(len, prompts)), processes)
+    size = batch_size // processes
+    return [[hand[at : at + size] for at in range(0, len(hand), size)] for hand in hands]
+
+
+def _hands(groups: list[list[int]], lengths: list[int], processes: int) -> list[list[int]]:
+    """Sequences of `lengths` dealt out evenly, whole groups where that is possible.
+
+    How long completions become is not known, so numbers of sequences are evened out first, then
+    tokens of prompts. Within a hand groups keep their order.
+    """
+    most = -(-sum(map(len, groups)) // processes)
+    loads = [(0, 0, hand) for hand in range(processes)]  # sequences, tokens, whose
+    pieces: list[list[list[int]]] = [[] for _ in loads]
+    for group in reversed(groups):  # the longest first
+        whole = min(loads)[0] + len(group) <= most
+        for piece in [group] if whole else [[i] for i in group]:
+            sequences, tokens, hand = min(loads)
+            loads[hand] = (sequences + len(piece), tokens + sum(lengths[i] for i in piece), hand)
+            pieces[hand].append(piece)
+    place = {i: at for at, i in enumerate(i for group in groups for i in group)}
+    return [sorted((i for piece in hand for i in piece), key=place.__getitem__) for hand in pieces]
+
+
+def _run_shares(
+    shares: list[list[list[int]]],
+    engine: _Engine,
+    task: _Task,
+    sampled: _Sampled,
+    on_progress: Callable[[int], None],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """This process takes the first share, forked ones the others; raises `Interrupted`."""
+    done, told = shared_zeros(len(shares), np.int64), 0
+
+    def work(number: int, ask: Callable[[], None], tell: Callable[[], None]) -> None:
+        for batch in shares[number]:
+            _Rollout(engine, task, sampled, batch).run(ask)
+            done[number] += len(batch)
+            tell()
+
+    def ask() -> None:
+        if stop_requested():
+            raise Interrupted("stopped on a signal while generating")
+
+    def tell() -> None:
+        nonlocal told
+        if done.sum() > told:
+            told = int(done.sum())
+            on_progress(told)
+
+    def watch() -> None:
+        ask()
+        tell()
+        crew.look()
+
+    def nothing() -> None: ...
+
+    if len(shares) == 1:
+        work(0, ask, tell)
+        return
+    with one_blas_thread(), Crew() as crew:
+        for number in range(1, len(shares)):
+            crew.start(partial(work, number, nothing, nothing))
+        work(0, watch, nothing)
+        crew.wait(watch)
+    tell()
+
+
+# ---- a batch -------------------------------------------------------------------------------------
 
 
 class _Rollout:
-    """The sequences of one batch, numbered 0..S-1, and what was sampled for them so far."""
+    """The sequences of one batch, numbered 0..S-1; what is sampled for them goes to `sampled`."""
 
-    def __init__(
-        self,
-        engine: _Engine,
-        config: SamplingConfig,
-        indices: list[int],
-        stops: list[int],
-        record_experts: bool,
-    ) -> None:
-        self.engine = engine
-        self.config = config
-        self.stops = np.array(stops, np.int64)
-        self.sampler = Sampler(config, indices)
-        shape = (len(indices), config.max_new_tokens)
-        self.ids = np.zeros(shape, np.int64)
-        self.logprobs = np.zeros(shape, np.float32)
-        self.lengths = np.zeros(len(indices), np.int64)
-        self.finished = np.zeros(len(indices), bool)
-        self.record_experts = record_experts
-        self.experts: np.ndarray | None = None  # [S,max_new_tokens,L,K] once the first are known
+    def __init__(self, engine: _Engine, task: _Task, sampled: _Sampled, batch: list[int]) -> None:
+        """`batch` [S] are numbers of prompts."""
+        self.engine, self.config, self.stops = engine, task.config, task.stops
+        self.prompts = [task.prompts[i] for i in batch]
+        self.sampler = Sampler(task.config, [task.numbers[i] for i in batch])
+        self.sampled, self.places = sampled, np.array(batch)
 
-    def run(self, prompts: list[Sequence[int]], stop_requested: Callable[[], bool]) -> None:
-        """Samples until every sequence has ended; raises `Interrupted`."""
-        _ask(stop_requested)
-        prediction, cache = _prefill(self.engine, prompts)
-        rows = np.arange(len(prompts))
+    def run(self, ask: Callable[[], None]) -> None:
+        """Samples until every sequence has ended; `ask` is called before each forward pass."""
+        ask()
+        prediction, cache = _prefill(self.engine, self.prompts)
+        rows = np.arange(len(self.prompts))
         for number in range(self.config.max_new_tokens):
             tokens = self._sample(prediction, rows, number)
-            running = ~self.finished[rows]
+            running = ~self.sampled.finished[self.places[rows]]
             if not running.any() or number + 1 == self.config.max_new_tokens:
                 return
             if running.mean() <= 1 - _LEAVE_SHARE:
                 keep = _survivors(running)
                 cache.select(keep)
                 rows, tokens = rows[keep], tokens[keep]
-            _ask(stop_requested)
+            ask()
             prediction = self.engine(tokens, cache)
 
     def _sample(self, prediction: Prediction, rows: np.ndarray, number: int) -> np.ndarray:
         logits, experts = prediction
+        sampled, places = self.sampled, self.places[rows]
         tokens, logprobs = self.sampler(logits, rows, number)
-        self.ids[rows, number] = tokens
-        self.logprobs[rows, number] = logprobs
-        if self.record_experts and experts:  # a dense model has none
-            chosen = np.stack(experts, 1)  # [B,L,K]
-            if self.experts is None:
-                self.experts = np.zeros((*self.ids.shape, *chosen.shape[1:]), np.int16)
-            self.experts[rows, number] = chosen
+        sampled.ids[places, number] = tokens
+        sampled.logprobs[places, number] = logprobs
+        if sampled.experts is not None:
+            sampled.experts[places, number] = np.stack(experts, 1)  # [B,L,K]
         # Those that have finished before stay as they are until they leave the batch.
-        running = rows[~self.finished[rows]]
-        self.lengths[running] = number + 1
-        self.finished[running] = np.isin(self.ids[running, number], self.stops)
+        running = places[~sampled.finished[places]]
+        sampled.lengths[running] = number + 1
+        sampled.finished[running] = np.isin(sampled.ids[running, number], self.stops)
         return tokens
-
-    def completion(self, row: int) -> Completion:
-        """What was sampled for the sequence `row`."""
-        length = int(self.lengths[row])
-        experts = None if self.experts is None else self.experts[row, :length].copy()
-        return Completion(
-            self.ids[row, :length].tolist(),
-            self.logprobs[row, :length].tolist(),
-            bool(self.finished[row]),
-            experts,
-        )
-
-
-def _ask(stop_requested: Callable[[], bool]) -> None:
-    if stop_requested():
-        raise Interrupted("stopped on a signal while generating")
 
 
 def _survivors(running: np.ndarray) -> np.ndarray:

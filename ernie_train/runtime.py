@@ -11,8 +11,8 @@ What it sets was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an
   does the same, but Paddle warns on stderr when it is above 1, and no elementwise operator ran
   faster with it; FLAGS_paddle_num_threads changed nothing. So OMP_NUM_THREADS is set to 1, which
   is what Paddle itself does when it is unset.
-- OPENBLAS_NUM_THREADS: the same number for numpy's matrix products, which sampling uses; it would
-  follow OMP_NUM_THREADS otherwise.
+- OPENBLAS_NUM_THREADS: the same number for numpy's matrix products; it would follow
+  OMP_NUM_THREADS otherwise. Sampling gains little from it, and forks as many processes instead.
 - glibc's mallopt, so that freed memory is used again instead of going back to the system: Paddle
   asks the system for every larger tensor, and its pages are cleared each time. Multiplying a
   tensor of 8 MB went from 22 to 4 ms, softmax of 32 MB from 41 to 11 ms. Memory that was used once

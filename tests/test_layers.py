@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ernie_train"
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "errors", "meeting", "distributed", "storage", "yaml_files", "schema", "problems",
-        "config", "runtime", "processes", "progress", "alerts", "metrics", "thinking",
+        "config", "runtime", "processes", "forked", "progress", "alerts", "metrics", "thinking",
     ),
     ("model", "losses", "datasets", "rewards"),
     (
@@ -40,7 +40,7 @@ INDEPENDENT_FLOOR = 1
 # Numpy at most: these start fast and run in workers that must not load Paddle.
 WITHOUT_PADDLE = {
     "errors", "storage", "yaml_files", "schema", "problems", "config", "thinking", "progress",
-    "processes", "meeting", "rank_report", "launch", "datasets", "rewards",
+    "processes", "forked", "meeting", "rank_report", "launch", "datasets", "rewards",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"distributed", "parallel"}
 # They take seconds to import, or drag Paddle in, so only the function that needs one imports it.

@@ -34,20 +34,33 @@ _HAS_SMALL_KERNEL = bool(np.core._multiarray_umath.__cpu_features__.get("AVX512_
 def panels(weight: np.ndarray) -> np.ndarray:
     """A copy of a weight [...,n,m] as [...,P,n,w]; P*w may exceed m, by columns of zeros."""
     *outer, size, columns = weight.shape
-    if not _HAS_SMALL_KERNEL or size * _PANEL * _LEAST_ROWS > _SMALL_PRODUCT:
+    if _small_rows(size, _PANEL) < _LEAST_ROWS:
         return np.ascontiguousarray(weight)[..., None, :, :]
-    padded = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -columns % _PANEL)])
-    return np.ascontiguousarray(padded.reshape(*outer, size, -1, _PANEL).swapaxes(-2, -3))
+    if columns % _PANEL:
+        weight = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -columns % _PANEL)])
+    return np.ascontiguousarray(weight.reshape(*outer, size, -1, _PANEL).swapaxes(-2, -3))
 
 
 def multiply(x: np.ndarray, weight: np.ndarray, output: np.ndarray) -> None:
-    """Writes x [T,n] times the panels `weight` [P,n,w] into `output` [T,P*w]."""
-    count, size, width = weight.shape
-    by_panel = output.reshape(len(x), count, width).swapaxes(0, 1)
-    block = len(x) if count == 1 else _SMALL_PRODUCT // (size * width)
+    """Writes x [T,n] times the panels `weight` [P,n,w] into `output` [P,T,w]."""
+    _, size, width = weight.shape
+    block = _small_rows(size, width)
+    if block < _LEAST_ROWS or len(x) <= block:
+        np.matmul(x, weight, out=output)
+        return
     for start in range(0, len(x), block):
         end = start + block
-        np.matmul(x[start:end], weight, out=by_panel[:, start:end])
+        np.matmul(x[start:end], weight, out=output[:, start:end])
+
+
+def _small_rows(size: int, width: int) -> int:
+    """How many rows a small product with [size,width] may have."""
+    return _SMALL_PRODUCT // (size * width) if _HAS_SMALL_KERNEL else 0
+
+
+def by_panel(rows: np.ndarray, width: int) -> np.ndarray:
+    """A view of [T,P*w] as [P,T,w]."""
+    return rows.reshape(len(rows), -1, width).swapaxes(0, 1)
 
 
 def softmax_(scores: np.ndarray) -> np.ndarray:
@@ -65,10 +78,14 @@ def exp_(scores: np.ndarray) -> np.ndarray:
 
 def silu(x: np.ndarray) -> np.ndarray:
     """x / (1 + exp(-x))."""
+    denominator = np.negative(x)
     with np.errstate(over="ignore"):  # infinity divides to the right zero
-        denominator = np.exp(np.negative(x))
+        np.exp(denominator, out=denominator)
     denominator += 1
     return np.divide(x, denominator, out=denominator)
+
+
+ACTIVATIONS_IN_NUMPY = {"silu": silu, "swish": silu}
 
 
 def _by_paddle(act: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
@@ -76,15 +93,14 @@ def _by_paddle(act: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.nda
 
 
 def gating(hidden_act: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The function of [T,2I], gate and up side by side, that gives act(gate) * up [T,I]."""
-    own = {"silu": silu, "swish": silu}
-    act = own.get(hidden_act) or _by_paddle(ACTIVATIONS[hidden_act])
+    """The function of [2P,T,w], panels of gate and then of up, that gives act(gate)*up [T,P*w]."""
+    act = ACTIVATIONS_IN_NUMPY.get(hidden_act) or _by_paddle(ACTIVATIONS[hidden_act])
 
     def gated(gate_up: np.ndarray) -> np.ndarray:
-        width = gate_up.shape[-1] // 2
-        inner = act(gate_up[:, :width])
-        inner *= gate_up[:, width:]
-        return inner
+        count, rows, width = gate_up.shape
+        inner = act(gate_up[: count // 2])
+        inner *= gate_up[count // 2 :]
+        return inner.swapaxes(0, 1).reshape(rows, count // 2 * width)
 
     return gated
 
@@ -93,11 +109,14 @@ class Norm:
     """RMSNorm of x [T,H]."""
 
     def __init__(self, norm: RMSNorm) -> None:
-        self.weight, self.eps = norm.weight.numpy(), norm.eps
+        self.weight, self.eps = norm.weight.numpy(), np.float32(norm.eps)
+        size = len(self.weight)
+        self.mean = np.full((size, 1), 1 / size, np.float32)  # a product with it is a mean over H
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        mean_square = np.einsum("th,th->t", x, x) / x.shape[1]
-        normalized = x / np.sqrt(mean_square + self.eps)[:, None]
+        rms = np.matmul(x * x, self.mean)  # [T,1]
+        rms += self.eps
+        normalized = x / np.sqrt(rms, out=rms)
         normalized *= self.weight
         return normalized
 
@@ -112,7 +131,7 @@ class Product:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         count, _, width = self.weight.shape
         output = np.empty((len(x), count * width), np.float32)
-        multiply(x, self.weight, output)
+        multiply(x, self.weight, by_panel(output, width))
         y = output[:, : self.columns]
         if self.bias is not None:
             y += self.bias
@@ -152,12 +171,23 @@ class Mlp:
     """A gated `MLP`: x [T,H] -> [T,H]."""
 
     def __init__(self, mlp: MLP, hidden_act: str) -> None:
-        self.gate_up = Product(*side_by_side(mlp.gate_proj, mlp.up_proj))
+        both = [side_by_side(projection) for projection in (mlp.gate_proj, mlp.up_proj)]
+        self.width = both[0][0].shape[1]
+        self.gate_up = np.concatenate([panels(weight) for weight, _ in both])  # [2P,n,w]
+        count, _, width = self.gate_up.shape
+        room = (0, count // 2 * width - self.width)
+        biases = [np.pad(bias, room) for _, bias in both if bias is not None]
+        self.bias = np.concatenate(biases).reshape(count, 1, width) if biases else None
         self.down = Product(*side_by_side(mlp.down_proj))
         self.gated = gating(hidden_act)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        return self.down(self.gated(self.gate_up(x)))
+        count, _, width = self.gate_up.shape
+        gate_up = np.empty((count, len(x), width), np.float32)
+        multiply(x, self.gate_up, gate_up)
+        if self.bias is not None:
+            gate_up += self.bias
+        return self.down(self.gated(gate_up)[:, : self.width])
 
 
 class Experts:
@@ -168,8 +198,9 @@ class Experts:
         self.top_k, self.norm_min = config.moe_k, config.moe_norm_min
         self.router = Product(moe.gate.weight.numpy(), None)
         self.bias = moe.moe_statics.e_score_correction_bias.numpy()
-        gate_up = np.concatenate([experts.gate_proj.numpy(), experts.up_proj.numpy()], 2)
-        self.gate_up, self.down = panels(gate_up), panels(experts.down_proj.numpy())  # [E,P,n,w]
+        # [E,2P,n,w], [E,P,n,w]
+        both = [panels(projection.numpy()) for projection in (experts.gate_proj, experts.up_proj)]
+        self.gate_up, self.down = np.concatenate(both, 1), panels(experts.down_proj.numpy())
         self.width, self.size = config.moe_intermediate_size, config.hidden_size
         self.gated = gating(config.hidden_act)
         shared = moe.shared_experts
@@ -179,15 +210,20 @@ class Experts:
         """x [T,H] -> output [T,H] and the experts chosen [T,k]."""
         chosen, weights = self._route(x)
         pairs = chosen.reshape(-1)
-        order = np.argsort(pairs, kind="stable")  # [R] pairs sorted by expert
-        ends = np.cumsum(np.bincount(pairs, minlength=len(self.down))).tolist()
+        order = pairs.argsort(kind="stable")  # [R] pairs sorted by expert
+        ends = np.bincount(pairs, minlength=len(self.down)).cumsum().tolist()
         rows = x.take(order // self.top_k, 0)
-        inner = self.gated(_by_expert(rows, self.gate_up, ends)[:, : 2 * self.width])
-        rows = _by_expert(inner, self.down, ends)[:, : self.size]
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
+        _, count, _, width = self.gate_up.shape
+        gate_up = np.empty((count, len(rows), width), np.float32)
+        _by_expert(rows, self.gate_up, ends, gate_up)
+        inner = self.gated(gate_up)[:, : self.width]
+        _, count, _, width = self.down.shape
+        rows = np.empty((len(rows), count * width), np.float32)
+        _by_expert(inner, self.down, ends, by_panel(rows, width))
+        place = order.argsort()
+        rows = rows.take(place, 0)[:, : self.size]
         # [T,1,k] @ [T,k,H] -> [T,1,H]
-        output = np.matmul(weights[:, None], rows[place].reshape(*chosen.shape, -1))[:, 0]
+        output = np.matmul(weights[:, None], rows.reshape(*chosen.shape, -1))[:, 0]
         if self.shared is not None:
             output += self.shared(x)
         return output, chosen
@@ -196,19 +232,19 @@ class Experts:
         """The experts [T,k] of x [T,H] and their weights [T,k]."""
         probs = softmax_(self.router(x))
         # The bias picks experts, raw probabilities weigh them (arXiv:2408.15664).
-        chosen = np.argpartition(-(probs + self.bias), self.top_k - 1, -1)[:, : self.top_k]
+        chosen = (probs + self.bias).argpartition(-self.top_k, -1)[:, -self.top_k :]
         weights = probs[np.arange(len(x))[:, None], chosen]
         weights /= np.maximum(weights.sum(-1, keepdims=True), self.norm_min)
         return chosen, weights
 
 
-def _by_expert(rows: np.ndarray, weights: np.ndarray, ends: list[int]) -> np.ndarray:
-    """rows [R,n] sorted by expert, panels [E,P,n,w], `ends` of each expert's rows -> [R,P*w]."""
-    _, count, _, width = weights.shape
-    output = np.empty((len(rows), count * width), np.float32)
+def _by_expert(rows: np.ndarray, weights: np.ndarray, ends: list[int], output: np.ndarray) -> None:
+    """Writes the products of rows [R,n], sorted by expert, with panels [E,P,n,w] into [P,R,w].
+
+    `ends` tell where the rows of each expert end.
+    """
     start = 0
     for weight, end in zip(weights, ends, strict=True):
         if end > start:
-            multiply(rows[start:end], weight, output[start:end])
+            multiply(rows[start:end], weight, output[:, start:end])
         start = end
-    return output

@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 from ernie_train.model.arrays import (
+    ACTIVATIONS_IN_NUMPY,
     Experts,
     Mlp,
     Norm,
@@ -112,6 +113,8 @@ class Decoder:
         self.norm = Norm(model.model.norm)
         weight, bias = model.head()
         self.head = Product(weight.numpy().T, None if bias is None else bias.numpy())
+        # Else an activation is Paddle's, which a forked process must not call.
+        self.without_paddle = config.hidden_act in ACTIVATIONS_IN_NUMPY
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, DecoderCache]:
         """What follows each prompt, and the cache to go on with.
