@@ -17,9 +17,12 @@ from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_config
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(ranks, tmp_path):
-    """With every token at two experts, the other ranks' experts get none."""
+    """With every token at two experts, the other ranks' experts get none.
+
+    An odd number of ranks exchanges rows by padded gathering.
+    """
     start_on_ranks(ranks, "empty_ranks.py", tmp_path)
     set_grid(Grid())
     one = everything()
