@@ -34,7 +34,7 @@ def whole(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return next(parts[at][name] for at in ranks if name in parts[at])
 
     joined = {}
-    for name in sorted({name for part in parts for name in part}):
+    for name in sorted({name for named in parts for name in named}):
         if is_expert_parameter(name):
             places = [[at, *grid.replicas(at)] for at in grid.expert_group(me)]
             joined[name] = np.concatenate([of_one(name, ranks) for ranks in places])
@@ -58,7 +58,7 @@ def new_trainer(
         parallel.enable_recompute(model)
     model.train()
     for name, parameter in model.named_parameters():
-        parameter.stop_gradient = any(part in name for part in frozen)
+        parameter.stop_gradient = any(words in name for words in frozen)
     settings = OptimConfig(lr=1e-3, schedule="constant")
     optimizer = Optimizer(model, settings, shards_gradients=shards_gradients)
     return Trainer(model, optimizer, balance=BalanceConfig(**BALANCE))

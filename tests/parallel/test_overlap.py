@@ -31,7 +31,7 @@ class Late:
 
 
 class LateLines:
-    """Lines of one rank whose rows arrive when they are waited for; `events` tells what happened."""
+    """Lines of one rank whose rows arrive when they are waited for; `events` tells of both."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -123,7 +123,7 @@ def test_shared_experts_run_while_rows_travel_in_both_directions(late, shared):
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_model_trains_the_same_over_late_lines(late, recompute, frozen):
-    """`frozen`: parameters without a gradient, with `model.` all but the last layer and the head."""
+    """`frozen`: parameters without a gradient; `model.`: all but the last layer and the head."""
     models = [make_model(tie_word_embeddings=False) for _ in range(2)]
     for model in models:
         model.train()
