@@ -23,7 +23,7 @@ def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(ranks, tmp_path
 
     An odd number of ranks exchanges rows by padded gathering.
     """
-    start_on_ranks(ranks, "empty_ranks.py", tmp_path)
+    start_on_ranks(ranks, "empty_ranks.py", tmp_path, timeout_s=300)
     set_grid(Grid())
     one = everything()
     for rank in range(ranks):
