@@ -35,8 +35,8 @@ def apart(one):
 def found(tmp_path_factory):
     """What every rank of every layout gave."""
     out = tmp_path_factory.mktemp("grids")
-    start_on_ranks(2, "train_grids.py", out, *ON_TWO)
-    start_on_ranks(4, "train_grids.py", out, *ON_FOUR)
+    start_on_ranks(2, "train_grids.py", out, *ON_TWO, timeout_s=300)
+    start_on_ranks(4, "train_grids.py", out, *ON_FOUR, timeout_s=300)
     read = {path.stem: dict(np.load(path)) for path in sorted(out.glob("*.npz"))}
     return {grid: [r for name, r in read.items() if name.startswith(grid)]
             for grid in (*ON_TWO, *ON_FOUR)}  # fmt: skip
