@@ -81,16 +81,31 @@ class Optimizer:
 
     With several ranks each parameter has an owner among the ranks that hold it, which writes it to
     checkpoints. Under `sharding` the owner alone keeps its state and updates it (ZeRO-1,
-    arXiv:1910.02054), and the others are given the result.
+    arXiv:1910.02054), and the others are given the result. `shards_gradients` then leaves the sum
+    of a gradient with its owner alone (ZeRO-2), which is what happens on a GPU.
+
+    Raises `ValueError` for gradients that are to be sharded where state is not.
     """
 
-    def __init__(self, model: nn.Layer, config: OptimConfig) -> None:
+    def __init__(
+        self, model: nn.Layer, config: OptimConfig, *, shards_gradients: bool | None = None
+    ) -> None:
         self.config = config
+        sharding = distributed.grid().sharding
+        if shards_gradients and not sharding:
+            raise ValueError("gradients cannot be sharded where optimizer state is not")
+        on_gpu = paddle.get_device().startswith("gpu")
+        self.shards_gradients = sharding and (
+            on_gpu if shards_gradients is None else shards_gradients
+        )
         self.parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
         self.owners = parallel.owners(self.parameters)
         mine = {n: p for n, p in self.parameters.items() if self.owners[n] == distributed.rank()}
         self.owned = mine  # what this rank writes
-        self.updated = mine if distributed.grid().sharding else self.parameters
+        self.updated = mine if sharding else self.parameters
+        self._reduction = parallel.GradientReduction(
+            self.parameters, self.owners if self.shards_gradients else None
+        )
         decayed = {p.name for n, p in self.parameters.items() if decays(n, p)}
         self._adamw = paddle.optimizer.AdamW(
             learning_rate=config.lr,
@@ -104,12 +119,23 @@ class Optimizer:
             multi_precision=True,
         )
 
+    def begin_last_pass(self) -> None:
+        """Lets gradients leave for other ranks during the backward pass that comes.
+
+        It must be the last one before `reduce_gradients`.
+        """
+        self._reduction.begin_last_pass()
+
     def reduce_gradients(self) -> None:
         """Adds up the gradients over ranks; once a step, before anything looks at them."""
-        parallel.reduce_gradients(self.parameters)
+        self._reduction.finish()
 
     def gradient_norm(self) -> float:
-        """The global 2-norm of all gradients, summed in float64; each expert counts once."""
+        """The global 2-norm of all gradients, summed in float64; each parameter counts once."""
+        if self.shards_gradients:
+            own = [_square_sum(p.grad) for p in self.owned.values() if p.grad is not None]
+            everyone = range(distributed.world_size())
+            return math.sqrt(distributed.sum_over(everyone, math.fsum(own)))
         dense, experts = parallel.split_by_place(self.parameters)
         squares = [_square_sum(p.grad) for p in dense.values() if p.grad is not None]
         of_experts = [_square_sum(p.grad) for p in experts.values() if p.grad is not None]
@@ -133,10 +159,9 @@ class Optimizer:
             parallel.broadcast_updated(self.parameters, self.owners)
 
     def clear_gradients(self) -> None:
-        self._adamw.clear_grad()
-        if self.updated is not self.parameters:
-            for parameter in self.parameters.values():
-                parameter.clear_gradient(True)
+        """Sets them to zero; gradients that are sharded give their memory back."""
+        for parameter in self.parameters.values():
+            parameter.clear_gradient(not self.shards_gradients)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """`{"moment1"|"moment2"|"master": {parameter name: tensor}}` of what this rank owns.

@@ -91,9 +91,12 @@ class Trainer(Generic[ModelT, BatchT]):
         sums: dict[str, float] = {}
         shown: dict[str, tuple[float, float]] = {}
         load = self.balancer.new_load()
-        for batch in distributed.share(micro_batches):
+        last = _passes(micro_batches) - 1
+        for number, batch in enumerate(distributed.share(micro_batches)):
             output = loss_fn(self.model, batch)
             terms = [*output.terms, *self.balancer.terms(output.router_stats)]
+            if number == last:
+                self.optimizer.begin_last_pass()
             _backward(terms, counts, output.last)
             load.add(output.router_stats)
             for term in terms:
@@ -101,7 +104,7 @@ class Trainer(Generic[ModelT, BatchT]):
             for name, (value, count) in output.shown.items():
                 before = shown.get(name, (0.0, 0.0))
                 shown[name] = (before[0] + value, before[1] + count)
-        self._join_others(micro_batches)
+        self._join_others(micro_batches, last_of_step=True)
         self.optimizer.reduce_gradients()
         lr = learning_rate(self.optimizer.config, self.step + 1, total_steps)
         metrics = _metrics(sums, counts, shown)
@@ -131,7 +134,7 @@ class Trainer(Generic[ModelT, BatchT]):
                 terms = [*output.terms, *self.balancer.terms(output.router_stats)]
                 wanted = [term for term in terms if term.name == name]
                 _backward(wanted, counts, output.last)
-            self._join_others(micro_batches)
+            self._join_others(micro_batches, last_of_step=False)
             self.optimizer.reduce_gradients()
             norms[name] = self.optimizer.gradient_norm()
             self.optimizer.clear_gradients()
@@ -146,10 +149,11 @@ class Trainer(Generic[ModelT, BatchT]):
         names = sorted({name for micro in counts for name in micro})
         return {n: math.fsum(micro.get(n, 0.0) for micro in counts) for n in names}
 
-    def _join_others(self, micro_batches: Sequence[BatchT]) -> None:
-        """Joins the passes of ranks that have a micro-batch more than this one."""
-        passes = -(-len(micro_batches) // distributed.world_size())
-        for _ in range(passes - len(distributed.share(micro_batches))):
+    def _join_others(self, micro_batches: Sequence[BatchT], *, last_of_step: bool) -> None:
+        """Joins the pass of ranks that have a micro-batch more than this one."""
+        if len(distributed.share(micro_batches)) < _passes(micro_batches):
+            if last_of_step:
+                self.optimizer.begin_last_pass()
             parallel.idle_pass(self.model, backward=True)
 
     def _refuse_non_finite(self, metrics: dict[str, float]) -> None:
@@ -161,6 +165,11 @@ class Trainer(Generic[ModelT, BatchT]):
                 f"step {self.step + 1} would not be finite ({listed}); nothing was updated. "
                 "The last checkpoint is intact: lower optim.lr or look at this step's batch."
             )
+
+
+def _passes(micro_batches: Sequence[Any]) -> int:
+    """Backward passes of a step, as many on each rank."""
+    return -(-len(micro_batches) // distributed.world_size())
 
 
 def _metrics(

@@ -27,20 +27,37 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Departed:
+    """Rows on their way to their experts; what is made of `x` is made while they travel."""
+
+    x: Tensor  # [T,H] as it was given
+    way: Any  # what the dispatcher needs to receive them
+
+
+@dataclass(frozen=True)
 class Arrived:
     """Rows where their experts are; R here is what came, E the experts that are here."""
 
     rows: Tensor  # [R,H] sorted by expert
     weights: Tensor  # [R,1]
     tokens_per_expert: list[int]  # [E] summing to R
+    meanwhile: Tensor | None  # [T,H] what was made of the tokens while rows travelled
     way_home: Any  # what the dispatcher needs to bring them back
 
 
 class Dispatcher(Protocol):
     """Brings tokens to their experts and their results home."""
 
-    def dispatch(self, x: Tensor, weights: Tensor, routing: Routing) -> Arrived:
-        """x [T,H], weights [T,K] -> the rows for the experts that are here."""
+    def depart(self, x: Tensor, weights: Tensor, routing: Routing) -> Departed:
+        """Sends the rows of x [T,H] and their weights, of [T,K], off to their experts."""
+        ...
+
+    def arrive(self, departed: Departed, meanwhile: Tensor | None) -> Arrived:
+        """Waits for the rows of the experts that are here.
+
+        meanwhile [T,H]: what was made of `departed.x`. It goes on as `Arrived.meanwhile`, so that
+        in the backward pass too its gradient is computed while gradients of rows travel.
+        """
         ...
 
     def combine(self, rows: Tensor, arrived: Arrived) -> Tensor:
@@ -116,10 +133,14 @@ def _sum_pairs(rows: Tensor, routing: Routing) -> Tensor:
 class LocalDispatcher:
     """All experts live here: dispatching is a permutation."""
 
-    def dispatch(self, x: Tensor, weights: Tensor, routing: Routing) -> Arrived:
+    def depart(self, x: Tensor, weights: Tensor, routing: Routing) -> Departed:
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
-        return Arrived(rows, row_weights, routing.tokens_per_expert, routing)
+        return Departed(x, (rows, row_weights, routing))
+
+    def arrive(self, departed: Departed, meanwhile: Tensor | None) -> Arrived:
+        rows, row_weights, routing = departed.way
+        return Arrived(rows, row_weights, routing.tokens_per_expert, meanwhile, routing)
 
     def combine(self, rows: Tensor, arrived: Arrived) -> Tensor:
         return Unpermute.apply(rows, arrived.way_home)

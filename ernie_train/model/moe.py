@@ -210,11 +210,13 @@ class MoE(nn.Layer):
         """x [T,H] -> output [T,H], router logits [T,E], expert ids [T,K], dropped rows."""
         logits, weights, expert_ids = self.gate(x, self.moe_statics.e_score_correction_bias)
         routing = make_routing(expert_ids, self.config.moe_num_experts, self._capacity(x.shape[0]))
-        arrived = self.dispatcher.dispatch(x, weights, routing)
+        departed = self.dispatcher.depart(x, weights, routing)
+        shared = None if self.shared_experts is None else self.shared_experts(departed.x)
+        arrived = self.dispatcher.arrive(departed, shared)
         routed = self.experts(arrived.rows, arrived.weights, arrived.tokens_per_expert)
         output = self.dispatcher.combine(routed, arrived)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(x)
+        if arrived.meanwhile is not None:
+            output = output + arrived.meanwhile
         return output, logits, expert_ids, routing.dropped
 
     def _capacity(self, tokens: int) -> int | None:

@@ -5,14 +5,15 @@ from ernie_train.parallel.gradients import (
     broadcast_updated,
     owned,
     owners,
-    reduce_gradients,
     split_by_place,
 )
 from ernie_train.parallel.pace import HasDecoder, Pace, idle_pass
+from ernie_train.parallel.reduction import GradientReduction
 from ernie_train.parallel.wrap import clone_model, enable_recompute, new_model
 
 __all__ = [
     "ExpertDispatcher",
+    "GradientReduction",
     "HasDecoder",
     "Pace",
     "broadcast_updated",
@@ -24,6 +25,5 @@ __all__ = [
     "new_model",
     "owned",
     "owners",
-    "reduce_gradients",
     "split_by_place",
 ]

@@ -17,10 +17,10 @@ from paddle.autograd import PyLayer
 from ernie_train import distributed
 from ernie_train.errors import ConfigError
 from ernie_train.model import Ernie4_5_MoeConfig, Placement
-from ernie_train.model.autograd import as_dtype
-from ernie_train.model.dispatch import Arrived, Permute, Routing, Unpermute
+from ernie_train.model.autograd import as_dtype, only, wanted
+from ernie_train.model.dispatch import Arrived, Departed, Permute, Routing, Unpermute
 from ernie_train.model.moe import ALL_HERE
-from ernie_train.parallel.lines import Lines, lines, split_counts
+from ernie_train.parallel.lines import Lines, Pending, lines, split_counts
 
 
 @dataclass(frozen=True)
@@ -63,34 +63,79 @@ class Way:
     def nothing_arrives(self) -> bool:
         return not any(self.tokens_per_expert)
 
-    def out(self, rows: Tensor) -> Tensor:
-        """Rows [R,W] of this rank's tokens -> rows [A,W] for its experts.
+    def send_out(self, rows: Tensor) -> Pending:
+        """Rows [R,W] of this rank's tokens leave for their experts; `received` ends it."""
+        return self.lines.exchange(rows, self.counts)
+
+    def received(self, pending: Pending) -> Tensor:
+        """The rows [A,W] for this rank's experts.
 
         Paddle's kernels take no empty tensors: where nothing arrives there is one row of zeros.
         """
-        arrived = self.lines.exchange(rows, self.counts)
+        arrived = pending.wait()
         if self.nothing_arrives:
-            return paddle.zeros([1, rows.shape[-1]], rows.dtype)
+            return paddle.zeros([1, arrived.shape[-1]], arrived.dtype)
         return paddle.gather(arrived, self.by_expert)
 
-    def home(self, rows: Tensor) -> Tensor:
-        """The inverse of `out`: [A,W] -> [R,W]."""
+    def send_home(self, rows: Tensor) -> Pending:
+        """The inverse of `send_out`: [A,W] leave for the ranks of their tokens, who wait."""
         rows = rows[:0] if self.nothing_arrives else paddle.gather(rows, self.by_arrival)
         return self.lines.exchange(rows, self.counts.T)
 
 
-class _Out(PyLayer):
-    """Rows [R,H] and their weights [R,1] to the experts; gradients come home by the same way."""
+class _Trip:
+    """What is on its way between `_Depart` and `_Arrive`, in either direction."""
+
+    def __init__(self, way: Way) -> None:
+        self.way = way
+        self.pending: Pending | None = None
+
+    def take(self) -> Pending:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            raise RuntimeError("rows are awaited that were not sent")
+        return pending
+
+
+class _Depart(PyLayer):
+    """Begins the exchange that `_Arrive` ends; backward ends the one that `_Arrive` begins.
+
+    x [T,H] passes through, and what is made of it passes through `_Arrive`: so the graph itself
+    has that computed between the two, in the backward pass as well. The first output is a number
+    of no meaning that ties the two together. What passes through is copied: Paddle takes an output
+    that shares its memory with an input for an update in place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, way: Way) -> tuple[Tensor, Tensor]:
-        ctx.way = way
-        arrived = way.out(_packed(rows, weights))
-        return _unpacked(arrived)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, weights: Tensor, trip: _Trip) -> Any:
+        ctx.trip, ctx.wanted = trip, wanted(x, rows, weights)
+        ctx.set_materialize_grads(False)
+        trip.pending = trip.way.send_out(_packed(rows, weights))
+        return paddle.zeros([1], rows.dtype), x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return _unpacked(ctx.way.home(_packed(*grads)))
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return only(ctx.wanted, (grads[1], *_unpacked(ctx.trip.take().wait())))
+
+
+class _Arrive(PyLayer):
+    """Rows [A,H] and weights [A,1] of the experts here, and `meanwhile` [T,H] as it came."""
+
+    @staticmethod
+    def forward(ctx: Any, tie: Tensor, meanwhile: Tensor | None, trip: _Trip) -> Any:
+        ctx.trip = trip
+        arrived = _unpacked(trip.way.received(trip.take()))
+        if meanwhile is None:
+            ctx.wanted = wanted(tie)
+            return arrived
+        ctx.wanted = wanted(tie, meanwhile)
+        return *arrived, meanwhile.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.wanted[0]:
+            ctx.trip.pending = ctx.trip.way.send_home(_packed(*grads[:2]))
+        return only(ctx.wanted, (paddle.zeros([1], grads[0].dtype), *grads[2:]))
 
 
 class _Home(PyLayer):
@@ -99,11 +144,11 @@ class _Home(PyLayer):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, way: Way) -> Tensor:
         ctx.way = way
-        return way.home(rows)
+        return way.send_home(rows).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return ctx.way.out(grads[0])
+        return ctx.way.received(ctx.way.send_out(grads[0]))
 
 
 def _packed(rows: Tensor, weights: Tensor) -> Tensor:
@@ -123,15 +168,22 @@ class ExpertDispatcher:
     `idle_pass`.
     """
 
-    def dispatch(self, x: Tensor, weights: Tensor, routing: Routing) -> Arrived:
-        way = Way.of(routing.tokens_per_expert)
+    def depart(self, x: Tensor, weights: Tensor, routing: Routing) -> Departed:
+        trip = _Trip(Way.of(routing.tokens_per_expert))
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
-        arrived, arrived_weights = _Out.apply(rows, as_dtype(row_weights, rows.dtype), way)
-        per_expert = way.tokens_per_expert
-        if way.nothing_arrives:
+        tie, x = _Depart.apply(x, rows, as_dtype(row_weights, rows.dtype), trip)
+        return Departed(x, (tie, routing, trip))
+
+    def arrive(self, departed: Departed, meanwhile: Tensor | None) -> Arrived:
+        tie, routing, trip = departed.way
+        rows, weights, *through = _Arrive.apply(tie, meanwhile, trip)
+        per_expert = trip.way.tokens_per_expert
+        if trip.way.nothing_arrives:
             per_expert = [1, *per_expert[1:]]  # the row of zeros
-        return Arrived(arrived, arrived_weights, per_expert, (routing, way))
+        return Arrived(
+            rows, weights, per_expert, through[0] if through else None, (routing, trip.way)
+        )
 
     def combine(self, rows: Tensor, arrived: Arrived) -> Tensor:
         routing, way = arrived.way_home

@@ -1,13 +1,12 @@
-"""Gradients and updated parameters between the ranks that hold the same ones.
+"""Who holds and who owns which parameter, and how updated ones get to the others.
 
-Losses are sums divided by counts of the whole step, so gradients are added, not averaged. Dense
-parameters are on all ranks, experts on their replicas. Many small tensors travel as a few large
-ones.
+Dense parameters are on all ranks, experts on their replicas. Many small tensors travel as a few
+large ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,32 +28,6 @@ def split_by_place(parameters: Named) -> tuple[dict[str, Tensor], dict[str, Tens
     return {n: p for n, p in parameters.items() if n not in experts}, experts
 
 
-def reduce_gradients(parameters: Named) -> None:
-    """Adds up the gradients of each parameter over the ranks that hold it.
-
-    Every rank must call it, with the parameters in one order. A gradient that is absent on all
-    ranks stays absent.
-    """
-    if distributed.world_size() == 1:
-        return
-    dense, experts = split_by_place(parameters)
-    _reduce(list(dense.values()), experts=False)
-    if experts and distributed.grid().data > 1:
-        _reduce(list(experts.values()), experts=True)
-
-
-def _reduce(parameters: list[Tensor], *, experts: bool) -> None:
-    present = paddle.to_tensor([float(p.grad is not None) for p in parameters], "float32")
-    ranks = lines().add_up(present, experts=experts).tolist()
-    known = [p for p, having in zip(parameters, ranks, strict=True) if having > 0]
-    for parameter in known:
-        if parameter.grad is None:
-            parameter.grad = paddle.zeros(parameter.shape, parameter.dtype)
-    with paddle.no_grad():
-        for bucket in _buckets(parameter.grad for parameter in known):
-            _unflatten(lines().add_up(_flat(bucket), experts=experts), bucket)
-
-
 def broadcast_updated(parameters: Named, owners: Mapping[str, int]) -> None:
     """Gives each parameter as its owner has it to the ranks that hold it.
 
@@ -70,28 +43,33 @@ def broadcast_updated(parameters: Named, owners: Mapping[str, int]) -> None:
 
 def _broadcast(parameters: Named, owners: Mapping[str, int], *, experts: bool) -> None:
     for owner in sorted({owners[n] for n in parameters}):
+        theirs = {n: p for n, p in parameters.items() if owners[n] == owner}
         with paddle.no_grad():
-            for bucket in _buckets(p for n, p in parameters.items() if owners[n] == owner):
-                _unflatten(lines().copy_from(owner, _flat(bucket), experts=experts), bucket)
+            for names in buckets(theirs):
+                bucket = [theirs[name] for name in names]
+                unflatten(lines().copy_from(owner, flatten(bucket), experts=experts), bucket)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type, up to `BUCKET_NUMBERS` together; a larger one is alone."""
-    held: dict[Any, list[Tensor]] = {}
-    for tensor in tensors:
+def buckets(tensors: Named) -> Iterator[list[str]]:
+    """Names of tensors of one type, up to `BUCKET_NUMBERS` together; a larger one is alone."""
+    held: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
         bucket = held.setdefault(tensor.dtype, [])
-        if bucket and sum(int(t.size) for t in bucket) + int(tensor.size) > BUCKET_NUMBERS:
+        numbers = sum(int(tensors[other].size) for other in (*bucket, name))
+        if bucket and numbers > BUCKET_NUMBERS:
             yield bucket
             bucket = held[tensor.dtype] = []
-        bucket.append(tensor)
+        bucket.append(name)
     yield from (bucket for bucket in held.values() if bucket)
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """All numbers of the tensors, one after another."""
     return paddle.concat([tensor.reshape([-1]) for tensor in tensors])
 
 
-def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
+def unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Fills the tensors with what `flatten` made."""
     start = 0
     for tensor in tensors:
         end = start + int(tensor.size)

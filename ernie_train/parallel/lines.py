@@ -13,6 +13,7 @@ Shapes: N ranks of an expert group, R rows, W numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,21 +25,45 @@ from ernie_train import distributed
 from ernie_train.distributed import Grid
 
 
+@dataclass
+class Pending:
+    """What is on its way. Buffers are held here until it was waited for."""
+
+    result: Tensor
+    task: Any = None  # None: it is here already
+    sent: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The result; only now may it be read."""
+        if self.task is not None:
+            self.task.wait()
+            self.task = self.sent = None
+        return self.result
+
+
 class Lines(Protocol):
-    """What ranks send each other under one grid."""
+    """What ranks send each other under one grid.
+
+    NCCL's tasks run beside the computation. Paddle's over gloo are done when they are returned,
+    send and recv without `sync_op` too, so there is nothing to wait for.
+    """
 
     sent_bytes: int  # rows that left this rank, without padding
 
-    def exchange(self, rows: Tensor, counts: np.ndarray) -> Tensor:
-        """Rows within the expert group.
+    def exchange(self, rows: Tensor, counts: np.ndarray) -> Pending:
+        """Begins to exchange rows within the expert group.
 
         counts [N,N]: how many rows go from each rank to each. rows [R,W] stand in the order of the
         ranks that they go to; those that come, in the order of the ranks that they come from.
         """
         ...
 
-    def add_up(self, flat: Tensor, *, experts: bool) -> Tensor:
-        """The sum of `flat` [W] over all ranks, or over the replicas of this rank's experts."""
+    def add_up(self, flat: Tensor, *, experts: bool, at: int | None = None) -> Pending:
+        """Begins to add up `flat` [W] over all ranks, or over the replicas of this rank's experts.
+
+        at: the only rank, with `experts` the only replica (counted from 0), that needs the sum; on
+        others the result is of no use. `flat` must not be used any more.
+        """
         ...
 
     def copy_from(self, owner: int, flat: Tensor, *, experts: bool) -> Tensor:
@@ -58,12 +83,12 @@ class GlooLines:
         self.group = grid.expert_group(distributed.rank())
         self.me = self.group.index(distributed.rank())
 
-    def exchange(self, rows: Tensor, counts: np.ndarray) -> Tensor:
+    def exchange(self, rows: Tensor, counts: np.ndarray) -> Pending:
         distributed.ready()
         elsewhere = int(counts[self.me].sum() - counts[self.me, self.me])
         self.sent_bytes += elsewhere * rows.shape[-1] * rows.element_size()
         parts = self._in_pairs(rows, counts) if len(self.group) % 2 == 0 else None
-        return paddle.concat(self._by_gathering(rows, counts) if parts is None else parts)
+        return Pending(paddle.concat(self._by_gathering(rows, counts) if parts is None else parts))
 
     def _in_pairs(self, rows: Tensor, counts: np.ndarray) -> list[Tensor]:
         """Round after round each rank has one partner; of the two the lower one sends first.
@@ -103,16 +128,19 @@ class GlooLines:
                 parts.append(told[source][end - count : end])
         return parts or [rows[:0]]
 
-    def add_up(self, flat: Tensor, *, experts: bool) -> Tensor:
+    def add_up(self, flat: Tensor, *, experts: bool, at: int | None = None) -> Pending:
         distributed.ready()
         if not experts or self.grid.expert == 1:
-            paddle_distributed.all_reduce(flat)
-            return flat
+            if at is None:
+                paddle_distributed.all_reduce(flat)
+            else:
+                paddle_distributed.reduce(flat, dst=at)
+            return Pending(flat)
         # A slot for the experts of each rank of a group: replicas add up in theirs.
         slots = paddle.zeros([self.grid.expert, flat.shape[0]], flat.dtype)
         slots[self.me] = flat
         paddle_distributed.all_reduce(slots)
-        return slots[self.me]
+        return Pending(slots[self.me])
 
     def copy_from(self, owner: int, flat: Tensor, *, experts: bool) -> Tensor:
         distributed.ready()
@@ -143,25 +171,37 @@ def _partners(me: int, size: int) -> Iterator[int]:
 
 
 class NcclLines:
-    """Collectives of Paddle's groups; not run on GPUs here."""
+    """Collectives of Paddle's groups; not run on GPUs here.
+
+    Gradients have a group of their own for all ranks: what others wait for, such as how many rows
+    come, must not queue behind them.
+    """
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.sent_bytes = grid, 0
         me = distributed.rank()
         self.experts = _group(grid.expert_group(at) for at in range(distributed.world_size()))
         self.replicas = _group(grid.replicas(at) for at in range(distributed.world_size()))
+        self.everyone = _group(iter([list(range(distributed.world_size()))]))
         self.me = me % grid.expert
 
-    def exchange(self, rows: Tensor, counts: np.ndarray) -> Tensor:
+    def exchange(self, rows: Tensor, counts: np.ndarray) -> Pending:
         sent, received = counts[self.me].tolist(), counts[:, self.me].tolist()
         self.sent_bytes += (sum(sent) - sent[self.me]) * rows.shape[-1] * rows.element_size()
         came = paddle.empty([sum(received), rows.shape[-1]], rows.dtype)
-        paddle_distributed.alltoall_single(came, rows, sent, received, group=self.experts)
-        return came
+        task = paddle_distributed.alltoall_single(
+            came, rows, sent, received, group=self.experts, sync_op=False
+        )
+        return Pending(came, task, rows)
 
-    def add_up(self, flat: Tensor, *, experts: bool) -> Tensor:
-        paddle_distributed.all_reduce(flat, group=self.replicas if experts else None)
-        return flat
+    def add_up(self, flat: Tensor, *, experts: bool, at: int | None = None) -> Pending:
+        group = self.replicas if experts else self.everyone
+        if at is None:
+            task = paddle_distributed.all_reduce(flat, group=group, sync_op=False)
+        else:
+            to = self.grid.replicas(distributed.rank())[at] if experts else at
+            task = paddle_distributed.reduce(flat, dst=to, group=group, sync_op=False)
+        return Pending(flat, task)
 
     def copy_from(self, owner: int, flat: Tensor, *, experts: bool) -> Tensor:
         if experts:

@@ -1,6 +1,7 @@
 """Keeping ranks in step: under expert parallelism every rank must run each layer as often as all.
 
-A rank that has nothing to run while others do runs one token whose result is thrown away.
+A rank that has nothing to run while others do runs one token whose result is thrown away. Where all
+experts are on each rank nobody needs the others in a pass, and ranks meet once, at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Pace:
                 pace.more()
                 model(...)
 
-    Raises `Interrupted` on all ranks at once when a stop was asked for on one.
+    Raises `Interrupted` on all ranks when a stop was asked for on one: with experts spread over
+    ranks in the same pass, else on each when it has made its passes, or was asked itself.
     """
 
     def __init__(
@@ -54,7 +56,12 @@ class Pace:
         self.model, self.stop_requested = model, stop_requested
 
     def more(self) -> bool:
-        """Announces one more pass; returns whether to stop instead, the same on all ranks."""
+        """Announces one more pass; returns whether to stop instead.
+
+        The answer is the same on all ranks where they run passes together.
+        """
+        if distributed.grid().expert == 1:
+            return self.stop_requested()
         return self._announce(working=True)[1]
 
     def __enter__(self) -> Pace:
@@ -66,8 +73,21 @@ class Pace:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None or distributed.world_size() == 1:
+        if distributed.world_size() == 1:
             return
+        if distributed.grid().expert == 1:
+            self._meet_once(error)
+        elif kind is None:
+            self._join_until_all_are_through()
+
+    def _meet_once(self, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, Interrupted):
+            return  # this rank ends, and others see that
+        stopped = distributed.any_rank(error is not None or self.stop_requested())
+        if stopped and error is None:
+            raise Interrupted("stopped on a signal, here or on another rank")
+
+    def _join_until_all_are_through(self) -> None:
         while True:
             others_work, stop = self._announce(working=False)
             if stop:
@@ -77,8 +97,6 @@ class Pace:
             idle_pass(self.model, backward=False)
 
     def _announce(self, *, working: bool) -> tuple[bool, bool]:
-        stop = self.stop_requested()
-        if distributed.world_size() == 1:
-            return working, stop
-        workers, stopping = distributed.all_reduce_sum([float(working), float(stop)])
+        numbers = [float(working), float(self.stop_requested())]
+        workers, stopping = distributed.all_reduce_sum(numbers)
         return workers > 0, stopping > 0

@@ -15,18 +15,20 @@ from ernie_train.parallel.lines import lines
 from tests.parallel.scenario import new_trainer, step_batches, whole
 from tests.small_models import make_config
 
-BIASES = {"one expert": [9, 9, 0, 0, 0, 0, 0, 0], "last": [0, 0, 0, 0, 0, 0, 9, 9],
-          "all": [0] * 8}  # fmt: skip
+EXPERTS = 12  # over 2, 3, 4 ranks
+BIASES = {"one expert": [9, 9, *[0] * 10], "last": [*[0] * 10, 9, 9], "all": [0] * 12}
 
 
 def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
     """An MoE layer under a bias that sends every token to two experts; each rank has its tokens."""
     paddle.seed(3)
-    config = make_config(moe_num_experts=8, initializer_range=0.3)
+    config = make_config(moe_num_experts=EXPERTS, initializer_range=0.3)
     layer = MoE(config, parallel.experts_placed(config))
     for name, parameter in layer.named_parameters():
         random = np.random.default_rng(len(name))
-        everywhere = [8, *parameter.shape[1:]] if ".experts." in f".{name}" else parameter.shape
+        everywhere = (
+            [EXPERTS, *parameter.shape[1:]] if ".experts." in f".{name}" else parameter.shape
+        )
         values = random.normal(0, 0.3, everywhere).astype(np.float32)
         if parameter.shape != list(everywhere):
             here = parallel.experts_placed(config).experts
@@ -39,7 +41,7 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
     x = paddle.to_tensor(every[rank::ranks], stop_gradient=False)
     out, _, _, _ = layer(x)
     (out * paddle.to_tensor(np.cos(every[rank::ranks]))).sum().backward()
-    parallel.reduce_gradients(dict(layer.named_parameters(prefix="model.mlp")))
+    parallel.GradientReduction(dict(layer.named_parameters(prefix="model.mlp"))).finish()
     grads = {f"x.mlp.{n}": p.grad.numpy() for n, p in layer.named_parameters()}
     rows = np.stack([out.numpy(), x.grad.numpy()], 1)
     parts = distributed.gather_objects(rows)
@@ -51,7 +53,7 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
 
 def fewer_batches_than_ranks() -> dict[str, np.ndarray]:
     """A step of one micro-batch, and passes of which the first rank makes most."""
-    trainer = new_trainer()
+    trainer = new_trainer(moe_num_experts=EXPERTS)
     from ernie_train.stages.supervised import PackedLoss
 
     batch = step_batches(0)[1]

@@ -23,24 +23,44 @@ BALANCE = {"orthogonal_coef": 1e-3, "z_loss_coef": 1e-3, "bias_update_rate": 1e-
 
 
 def whole(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays by parameter name, experts joined in their order; the same on every rank."""
+    """Arrays by parameter name, experts joined in their order.
+
+    This rank's own arrays and those of its expert group, others' where these have none.
+    """
     parts = distributed.gather_objects(named)
-    joined = dict(named)
-    for name in named:
+    grid, me = distributed.grid(), distributed.rank()
+
+    def of_one(name: str, ranks: list[int]) -> np.ndarray:
+        return next(parts[at][name] for at in ranks if name in parts[at])
+
+    joined = {}
+    for name in sorted({name for named in parts for name in named}):
         if is_expert_parameter(name):
-            members = distributed.grid().expert_group(distributed.rank())
-            joined[name] = np.concatenate([parts[at][name] for at in members])
+            places = [[at, *grid.replicas(at)] for at in grid.expert_group(me)]
+            joined[name] = np.concatenate([of_one(name, ranks) for ranks in places])
+        else:
+            joined[name] = of_one(name, [me, *range(len(parts))])
     return joined
 
 
-def new_trainer(recompute: bool = False, **optim: Any) -> Trainer[Any, Any]:
+def new_trainer(
+    recompute: bool = False,
+    shards_gradients: bool = False,
+    frozen: tuple[str, ...] = (),
+    **config_keys: Any,
+) -> Trainer[Any, Any]:
+    """`frozen`: parts of the names of parameters that are not trained."""
     paddle.seed(4)
-    config = make_config(initializer_range=0.2, num_hidden_layers=3, tie_word_embeddings=False)
+    keys = {"initializer_range": 0.2, "tie_word_embeddings": False} | config_keys
+    config = make_config(**keys)
     model = parallel.new_model(config, "float32")
     if recompute:
         parallel.enable_recompute(model)
     model.train()
-    optimizer = Optimizer(model, OptimConfig(lr=1e-3, schedule="constant", **optim))
+    for name, parameter in model.named_parameters():
+        parameter.stop_gradient = any(words in name for words in frozen)
+    settings = OptimConfig(lr=1e-3, schedule="constant")
+    optimizer = Optimizer(model, settings, shards_gradients=shards_gradients)
     return Trainer(model, optimizer, balance=BalanceConfig(**BALANCE))
 
 
@@ -51,16 +71,25 @@ def step_batches(step: int, order: list[int] | None = None) -> list[Any]:
     return [part(batch, cuts[at]) for at in order or range(MICRO_BATCHES)]
 
 
-def train(grid: Grid, *, recompute: bool = False, order: list[int] | None = None) -> dict[str, Any]:
+def train(
+    grid: Grid,
+    *,
+    recompute: bool = False,
+    shards_gradients: bool = False,
+    order: list[int] | None = None,
+) -> dict[str, Any]:
     """Trains `STEPS` steps; what the first one saw, and the weights after the last."""
     distributed.set_grid(grid)
-    trainer = new_trainer(recompute)
+    trainer = new_trainer(recompute, shards_gradients)
     loss = PackedLoss("tokens")
     first: dict[str, Any] = {}
     update = trainer.optimizer.step
 
     def step(lr: float, norm: float) -> None:
-        grads = {n: p.grad.numpy().copy() for n, p in trainer.optimizer.parameters.items()}
+        held = {n: p for n, p in trainer.optimizer.parameters.items() if p.grad is not None}
+        optimizer = trainer.optimizer
+        assert held.keys() == (optimizer.owned if shards_gradients else optimizer.parameters).keys()
+        grads = {n: p.grad.numpy().copy() for n, p in held.items()}
         first.update({f"gradient/{n}": a for n, a in whole(grads).items()})
         update(lr, norm)
 

@@ -13,9 +13,9 @@ from ernie_train.distributed import Grid
 from tests.parallel.ranks import start_on_ranks
 from tests.parallel.scenario import distance, train
 
-# expert, data, sharding, recompute
-ON_TWO = ["2,1,0,0", "2,1,1,1", "1,2,0,0", "1,2,1,0"]
-ON_FOUR = ["4,1,0,0", "4,1,1,1", "2,2,0,0", "2,2,1,0"]
+# expert, data, sharding (1: of the optimizer's state, 2: of gradients too), recompute
+ON_TWO = ["2,1,0,0", "2,1,1,1", "1,2,0,0", "1,2,1,0", "1,2,2,1", "2,1,2,0"]
+ON_FOUR = ["4,1,0,0", "4,1,1,1", "2,2,0,0", "2,2,1,0", "2,2,2,1"]
 RELATIVE = 1e-5
 
 
@@ -35,8 +35,8 @@ def apart(one):
 def found(tmp_path_factory):
     """What every rank of every layout gave."""
     out = tmp_path_factory.mktemp("grids")
-    start_on_ranks(2, "train_grids.py", out, *ON_TWO)
-    start_on_ranks(4, "train_grids.py", out, *ON_FOUR)
+    start_on_ranks(2, "train_grids.py", out, *ON_TWO, timeout_s=300)
+    start_on_ranks(4, "train_grids.py", out, *ON_FOUR, timeout_s=300)
     read = {path.stem: dict(np.load(path)) for path in sorted(out.glob("*.npz"))}
     return {grid: [r for name, r in read.items() if name.startswith(grid)]
             for grid in (*ON_TWO, *ON_FOUR)}  # fmt: skip

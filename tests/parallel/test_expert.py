@@ -17,10 +17,13 @@ from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_config
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(ranks, tmp_path):
-    """With every token at two experts, the other ranks' experts get none."""
-    start_on_ranks(ranks, "empty_ranks.py", tmp_path)
+    """With every token at two experts, the other ranks' experts get none.
+
+    An odd number of ranks exchanges rows by padded gathering.
+    """
+    start_on_ranks(ranks, "empty_ranks.py", tmp_path, timeout_s=300)
     set_grid(Grid())
     one = everything()
     for rank in range(ranks):
@@ -47,24 +50,44 @@ def test_in_every_round_each_rank_has_one_partner_and_meets_all(size):
 def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
     """The collective is played here; the arguments are those that Paddle documents."""
     told = {}
+    task = SimpleNamespace(wait=lambda: told.update(waited=True))
 
-    def all_to_all(out, rows, in_split_sizes, out_split_sizes, group):
-        told.update(sent=in_split_sizes, received=out_split_sizes, group=group)
+    def all_to_all(out, rows, in_split_sizes, out_split_sizes, group, sync_op):
+        told.update(sent=in_split_sizes, received=out_split_sizes, group=group, sync_op=sync_op)
         assert sum(in_split_sizes) == rows.shape[0]
         assert sum(out_split_sizes) == out.shape[0]
+        return task
+
+    def summed(flat, **keys):
+        told.clear()
+        told.update(keys)
+        return task
 
     made = []
     monkeypatch.setattr(
         lines, "paddle_distributed",
         SimpleNamespace(new_group=lambda ranks: made.append(ranks) or tuple(ranks),
-                        alltoall_single=all_to_all),
+                        alltoall_single=all_to_all, all_reduce=summed, reduce=summed),
     )  # fmt: skip
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     monkeypatch.setenv("PADDLE_TRAINER_ID", "3")
     nccl = lines.NcclLines(Grid(expert=2, data=2))
-    assert made == [[0, 1], [2, 3], [0, 2], [1, 3]]
-    nccl.exchange(paddle.ones([5, 7]), np.array([[1, 2], [4, 1]]))
-    assert told == {"sent": [4, 1], "received": [2, 1], "group": (2, 3)}
+    assert made == [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3]]
+    pending = nccl.exchange(paddle.ones([5, 7]), np.array([[1, 2], [4, 1]]))
+    assert told == {"sent": [4, 1], "received": [2, 1], "group": (2, 3), "sync_op": False}
+    assert pending.wait().shape == [3, 7]
+    assert told.pop("waited")
+    everyone, replicas, flat = (0, 1, 2, 3), (1, 3), paddle.ones([2])
+    for experts, at, expected in (
+        (False, None, {"group": everyone}),
+        (True, None, {"group": replicas}),
+        (False, 2, {"group": everyone, "dst": 2}),
+        (True, 1, {"group": replicas, "dst": 3}),
+    ):
+        pending = nccl.add_up(flat, experts=experts, at=at)
+        assert told == {**expected, "sync_op": False}
+        assert pending.wait() is flat
+        assert told["waited"]
     assert nccl.sent_bytes == 4 * 7 * 4
 
 

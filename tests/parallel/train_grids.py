@@ -1,4 +1,7 @@
-"""On every rank: trains under each grid that is named `expert,data,sharding,recompute`."""
+"""On every rank: trains under each grid that is named `expert,data,sharding,recompute`.
+
+sharding: 1 shards the optimizer's state, 2 gradients too.
+"""
 
 import sys
 from pathlib import Path
@@ -13,5 +16,6 @@ from tests.parallel.scenario import train
 out = Path(sys.argv[1])
 for text in sys.argv[2:]:
     expert, data, sharding, recompute = map(int, text.split(","))
-    result = train(Grid(expert, data, bool(sharding)), recompute=bool(recompute))
+    grid = Grid(expert, data, sharding > 0)
+    result = train(grid, recompute=bool(recompute), shards_gradients=sharding == 2)
     np.savez(out / f"{text}-rank{distributed.rank()}.npz", **result)

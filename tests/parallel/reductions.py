@@ -1,0 +1,152 @@
+"""On every rank: gradients that leave during the backward pass, beside those that leave after it.
+
+Grids are named as in `train_grids.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+import ernie_train  # noqa: F401
+from ernie_train import distributed, parallel
+from ernie_train.distributed import Grid
+from ernie_train.parallel import GradientReduction, gradients, lines
+from ernie_train.stages.supervised import PackedLoss
+from tests.parallel.scenario import new_trainer, step_batches
+
+gradients.BUCKET_NUMBERS = 3000  # so that there are many
+STEPS = 2
+# Micro-batches of a step: two for each rank, or one of the ranks without a last one.
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "accumulated": (2 * distributed.world_size(), ()),
+    "idle": (2 * distributed.world_size() - 1, ()),
+    "frozen": (distributed.world_size(), (
+        "layers.1.input_layernorm", "k_proj", "layers.2.mlp.experts.up_proj", "lm_head",
+    )),
+}  # fmt: skip
+
+
+class Late:
+    """Something on its way that is sent no sooner than somebody waits for it."""
+
+    def __init__(self, work: Callable[[], paddle.Tensor]) -> None:
+        self.wait = work
+
+
+class LateLines:
+    """The lines of this grid, doing their work when they are waited for."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def exchange(self, rows: paddle.Tensor, counts: np.ndarray) -> Late:
+        return Late(lambda: self.real.exchange(rows, counts).wait())
+
+    def add_up(self, flat: paddle.Tensor, **keys: Any) -> Late:
+        return Late(lambda: self.real.add_up(flat, **keys).wait())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+class Log:
+    """What left during the backward pass and after it, and whether sums are right."""
+
+    def __init__(self, reduction: GradientReduction, *, checks_sums: bool) -> None:
+        self.checks_sums = checks_sums
+        self.during: list[tuple[str, ...]] = []
+        self.after: list[tuple[str, ...]] = []
+        self.order: list[tuple[str, ...]] = []
+        self.reduction = reduction
+        self._here = self.during
+        self._send, reduction._send = reduction._send, self._sent  # type: ignore[method-assign]
+        self._finish, reduction.finish = reduction.finish, self._finished  # type: ignore
+
+    def _sent(self, bucket: Any) -> None:
+        self._here.append(bucket.names)
+        self.order.append(bucket.names)
+        self._send(bucket)
+
+    def _finished(self) -> None:
+        self._here = self.after
+        before = self._arrays()
+        self._finish()
+        if self.checks_sums:
+            self._check(before)
+        self._here = self.during
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        named = self.reduction.parameters.items()
+        return {n: p.grad.numpy().copy() for n, p in named if p.grad is not None}
+
+    def _check(self, before: dict[str, np.ndarray]) -> None:
+        """Compares with the sums of what all ranks had, in float64."""
+        told = distributed.gather_objects(before)
+        dense, experts = parallel.split_by_place(self.reduction.parameters)
+        holders = {False: range(len(told)), True: distributed.grid().replicas(distributed.rank())}
+        after = self._arrays()
+        for kind, part in ((False, dense), (True, experts)):
+            for name in part:
+                parts = [
+                    told[at][name].astype("float64") for at in holders[kind] if name in told[at]
+                ]
+                if name not in after:  # sharded: with its owner
+                    continue
+                total = np.sum(parts, axis=0)
+                scale = float(np.abs(parts).max())
+                np.testing.assert_allclose(after[name], total, rtol=1e-5, atol=1e-6 * scale)
+
+
+def trained(grid: Grid, case: str, mode: str, **keys: Any) -> tuple[dict[str, Any], Log]:
+    """Weights and norms after some steps; mode: after (the pass), during, late (lines)."""
+    micro_batches, frozen = CASES[case]
+    distributed.set_grid(grid)
+    real = lines.lines()
+    trainer = new_trainer(moe_num_experts=12, frozen=frozen, **keys)
+    log = Log(trainer.optimizer._reduction, checks_sums=mode == "after")
+    if mode == "after":
+        trainer.optimizer.begin_last_pass = lambda: None  # type: ignore[method-assign]
+    if mode == "late":
+        lines._made[grid] = LateLines(real)  # type: ignore[assignment]
+    found: dict[str, Any] = {}
+    for step in range(STEPS):
+        batches = [b for more in range(2) for b in step_batches(2 * step + more)][:micro_batches]
+        result = trainer.train_step(batches, PackedLoss("tokens"), STEPS)
+        found |= {f"{step}: {name}": np.float64(v) for name, v in result.metrics.items()}
+    lines._made[grid] = real
+    return found | {n: t.numpy() for n, t in trainer.model.state_dict().items()}, log
+
+
+def check(text: str, case: str) -> None:
+    expert, data, sharding, recompute = map(int, text.split(","))
+    grid = Grid(expert, data, sharding > 0)
+    keys = {"recompute": bool(recompute), "shards_gradients": sharding == 2}
+    runs = {mode: trained(grid, case, mode, **keys) for mode in ("after", "during", "late")}
+    expected, after = runs["after"]
+    assert not after.during
+    for mode in ("during", "late"):
+        found, log = runs[mode]
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(
+                found[name], array, err_msg=f"{text} {case} {mode} {name}"
+            )
+        assert {*log.during, *log.after} == {*after.after}
+        # Where all experts are on each rank an idle rank has no pass to be idle in.
+        idle = case == "idle" and expert == 1 and distributed.rank() == distributed.world_size() - 1
+        print(text, case, mode, len(log.during), len(log.after), flush=True)
+        assert not log.during if idle else len(log.during) > len(log.after)
+        assert all(other == log.order for other in distributed.gather_objects(log.order))
+
+
+if __name__ == "__main__":
+    for text in sys.argv[2:]:
+        for case in CASES:
+            check(text, case)
+    (Path(sys.argv[1]) / f"{distributed.rank()}-{distributed.world_size()}").touch()
