@@ -44,7 +44,7 @@ class RecomputeConfig(StrictConfig):
             raise ValueError(f"name one of {', '.join(PARTS)}, or say `recompute: false`")
         if doubled := [part for part in PARTS if parts.count(part) > 1]:
             raise ValueError(f"{doubled[0]} stands there twice")
-        return parts
+        return tuple(part for part in PARTS if part in parts)
 
     def of_layer(self, layer: int) -> frozenset[Part]:
         """What is run again of layer `layer` (from 0)."""

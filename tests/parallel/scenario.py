@@ -12,6 +12,7 @@ from ernie_train.balance import BalanceConfig
 from ernie_train.distributed import Grid
 from ernie_train.model import is_expert_parameter
 from ernie_train.optim import OptimConfig, Optimizer
+from ernie_train.parallel.lines import lines
 from ernie_train.stages.supervised import PackedLoss
 from ernie_train.trainer import Trainer
 from tests.small_models import make_config
@@ -33,14 +34,23 @@ def whole(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return joined
 
 
-def new_trainer(recompute: bool = False, **optim: Any) -> Trainer[Any, Any]:
+RECOMPUTE: dict[str, parallel.Recompute] = {
+    "none": False,
+    "layers": True,
+    "experts": parallel.RecomputeConfig(parts=("experts",)),
+    "experts of 2": parallel.RecomputeConfig(parts=("experts",), layers=2),
+}
+
+
+def new_trainer(recompute: parallel.Recompute = False, **keys: Any) -> Trainer[Any, Any]:
+    """`keys`: of the model's configuration."""
     paddle.seed(4)
-    config = make_config(initializer_range=0.2, num_hidden_layers=3, tie_word_embeddings=False)
+    keys = {"num_hidden_layers": 3, "tie_word_embeddings": False, **keys}
+    config = make_config(initializer_range=0.2, **keys)
     model = parallel.new_model(config, "float32")
-    if recompute:
-        parallel.enable_recompute(model)
+    parallel.enable_recompute(model, recompute)
     model.train()
-    optimizer = Optimizer(model, OptimConfig(lr=1e-3, schedule="constant", **optim))
+    optimizer = Optimizer(model, OptimConfig(lr=1e-3, schedule="constant"))
     return Trainer(model, optimizer, balance=BalanceConfig(**BALANCE))
 
 
@@ -51,11 +61,12 @@ def step_batches(step: int, order: list[int] | None = None) -> list[Any]:
     return [part(batch, cuts[at]) for at in order or range(MICRO_BATCHES)]
 
 
-def train(grid: Grid, *, recompute: bool = False, order: list[int] | None = None) -> dict[str, Any]:
-    """Trains `STEPS` steps; what the first one saw, and the weights after the last."""
+def train(grid: Grid, *, recompute: str = "none", order: list[int] | None = None) -> dict[str, Any]:
+    """Trains `STEPS` steps; what the first one saw, the weights after the last, and bytes sent."""
     distributed.set_grid(grid)
-    trainer = new_trainer(recompute)
+    trainer = new_trainer(RECOMPUTE[recompute])
     loss = PackedLoss("tokens")
+    before = lines().sent_bytes if grid.expert > 1 else 0
     first: dict[str, Any] = {}
     update = trainer.optimizer.step
 
@@ -75,6 +86,8 @@ def train(grid: Grid, *, recompute: bool = False, order: list[int] | None = None
     for number in range(1, STEPS):
         trainer.train_step(step_batches(number, order), loss, STEPS)
     weights = whole({n: t.numpy() for n, t in trainer.model.state_dict().items()})
+    if grid.expert > 1:
+        first["exchanged"] = np.float64(lines().sent_bytes - before)
     return first | {f"weight/{n}": a for n, a in weights.items()}
 
 

@@ -12,6 +12,7 @@ from tests.parallel.scenario import train
 
 out = Path(sys.argv[1])
 for text in sys.argv[2:]:
-    expert, data, sharding, recompute = map(int, text.split(","))
-    result = train(Grid(expert, data, bool(sharding)), recompute=bool(recompute))
+    *numbers, recompute = text.split(",")
+    expert, data, sharding = map(int, numbers)
+    result = train(Grid(expert, data, bool(sharding)), recompute=recompute)
     np.savez(out / f"{text}-rank{distributed.rank()}.npz", **result)
