@@ -146,7 +146,8 @@ class Balancer:
         if self.layers and self._orthogonal_in_loss:
             losses = [router_orthogonal_loss(moe.gate.weight) for moe in self.layers.values()]
             mean = _sum(losses) / layers
-            terms.append(Term(ORTHOGONAL, mean, 1.0, config.orthogonal_coef * layers))
+            coef = config.orthogonal_coef * layers
+            terms.append(Term(ORTHOGONAL, mean, 1.0, coef, of_weights=True))
         if config.load_balance_coef and router_stats:
             terms.append(self._by_tokens(LOAD_BALANCE, router_stats, config.load_balance_coef))
         if config.z_loss_coef and router_stats:

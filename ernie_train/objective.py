@@ -32,12 +32,16 @@ ModelT_contra = TypeVar("ModelT_contra", bound=TrainedModel, contravariant=True)
 
 @dataclass(frozen=True)
 class Term:
-    """A part of the objective: `coef * sum / count`, the count taken over the whole step."""
+    """A part of the objective: `coef * sum / count`, the count taken over the whole step.
+
+    of_weights: it reads parameters themselves, not what a pass through the model made of them.
+    """
 
     name: str
     sum: Tensor
     count: float
     coef: float = 1.0
+    of_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,7 @@ class Pipeline:
         else:
             model = parallel.new_model(source.build(), dtype)
         check_fit(self.recipe, model.config, tokenizer)
-        if self.recipe.parallel.recompute:
-            parallel.enable_recompute(model)
+        parallel.enable_recompute(model, self.recipe.parallel.recompute)
         return model
 
     def _write_facts(self, tokenizer: Tokenizer) -> None:

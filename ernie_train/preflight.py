@@ -16,7 +16,7 @@ from ernie_train.errors import ConfigError
 from ernie_train.evaluate import load_problems, require_verifiers
 from ernie_train.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
-from ernie_train.parallel import check_expert_degree
+from ernie_train.parallel import RecomputeConfig, check_expert_degree
 from ernie_train.recipe import Recipe
 from ernie_train.rewards.sandbox import set_policy
 from ernie_train.stages import STAGES, StageData
@@ -72,6 +72,15 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
         check_expert_degree(recipe.parallel.expert, config)
     except ConfigError as error:
         problems += error.problems
+    recompute = recipe.parallel.recompute
+    if (
+        isinstance(recompute, RecomputeConfig)
+        and (recompute.layers or 0) > config.num_hidden_layers
+    ):
+        problems.append(
+            f"parallel.recompute.layers={recompute.layers}: the model has "
+            f"{config.num_hidden_layers} layers"
+        )
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(
             f"tokenizer.path: {recipe.tokenizer.path} has {tokenizer.vocab_size} tokens, "

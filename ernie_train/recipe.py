@@ -12,6 +12,7 @@ from ernie_train.errors import ConfigError
 from ernie_train.hf import load_config
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model_directory import find_model
+from ernie_train.parallel import Recompute
 from ernie_train.rewards.sandbox import SandboxPolicy
 from ernie_train.stages import AnyStageConfig, SftConfig
 from ernie_train.stages.packed import SupervisedConfig
@@ -63,13 +64,13 @@ class ParallelConfig(StrictConfig):
     expert: the experts of a layer are dealt out over so many consecutive ranks.
     data: copies of every expert. Dense parameters are on all ranks.
     sharding: optimizer state is spread over the ranks that hold the same parameter.
-    recompute: layers are run again in the backward pass instead of kept.
+    recompute: layers are run again in the backward pass instead of kept; or parts of them.
     """
 
     expert: PositiveInt = 1
     data: PositiveInt = 1
     sharding: bool = False
-    recompute: bool = False
+    recompute: Recompute = False
 
     @model_validator(mode="after")
     def _useful(self) -> ParallelConfig:

@@ -192,14 +192,19 @@ def _backward(terms: list[Term], counts: dict[str, float], last: Tensor | None) 
     """Adds the gradient of sum over terms of coef * sum / global count.
 
     So it is divided once, by what the whole step counts. Where ranks exchange rows in the backward
-    pass, zero times `last` makes it go through every layer.
+    pass, zero times `last` makes it go through every layer. Terms of weights go back apart from
+    those of the pass, and before them, so that sums of gradients are taken in one order whether
+    layers are run again in the backward pass or not.
     """
-    parts: list[Any] = [term.sum * (term.coef / max(counts[term.name], 1.0)) for term in terms]
+    of_weights: list[Tensor] = []
+    of_pass: list[Tensor] = []
+    for term in terms:
+        part = term.sum * (term.coef / max(counts[term.name], 1.0))
+        (of_weights if term.of_weights else of_pass).append(part)
     if last is not None and distributed.grid().expert > 1:
-        parts.append(last.sum().astype("float32") * 0.0)
-    if not parts:
-        return
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    total.backward()
+        of_pass.append(last.sum().astype("float32") * 0.0)
+    for parts in filter(None, (of_weights, of_pass)):
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        total.backward()

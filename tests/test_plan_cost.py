@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
@@ -12,14 +13,16 @@ from rich.console import Console
 from ernie_train.config import parse_config
 from ernie_train.errors import UserError
 from ernie_train.model import Ernie4_5_MoeConfig
+from ernie_train.parallel import Recompute, RecomputeConfig
+from ernie_train.parallel.recompute import PARTS
 from ernie_train.plan import PlanSettings, print_plan
 from ernie_train.plan.activations import MicroBatch
-from ernie_train.plan.cost import Rates, mean_context, step_cost, token_flops
-from ernie_train.plan.layout import Layout, Precision, count_parameters
+from ernie_train.plan.cost import Rates, mean_context, recomputed_flops, step_cost, token_flops
+from ernie_train.plan.layout import Layout, Precision, count_parameters, layouts
 from ernie_train.plan.memory import Job, Machine
 from ernie_train.plan.search import Problem, candidates, smallest_cluster
 from ernie_train.plan.work import Work, recipe_work
-from ernie_train.recipe import Recipe
+from ernie_train.recipe import ParallelConfig, Recipe
 
 BF16 = Precision("bfloat16", "bfloat16")
 RATES = Rates(tflops=100.0, inside_gbps=800.0, between_gbps=80.0, memory_gb_per_s=1000.0)
@@ -86,13 +89,26 @@ def test_attention_is_the_causal_half(large: Ernie4_5_MoeConfig) -> None:
     assert token_flops(large, mean_context(length)).attention * length == wanted
 
 
-def test_training_and_recomputing(large: Ernie4_5_MoeConfig) -> None:
+def test_training_and_what_is_done_again(large: Ernie4_5_MoeConfig) -> None:
+    """Parts add up to the layers, and layers of one kind cost the same; the first one is dense."""
     flops = token_flops(large, 100.0)
-    plain = flops.training(recompute=False, head_again=False)
-    assert plain == 3 * flops.forward
-    layers = flops.layers + flops.attention
-    assert flops.training(recompute=True, head_again=False) == plain + layers
-    assert flops.training(recompute=False, head_again=True) == plain + flops.head
+    assert flops.training(0.0) == 3 * flops.forward
+    assert flops.training(flops.head) == 3 * flops.forward + flops.head
+    whole = recomputed_flops(large, 100.0, True)
+    assert whole == pytest.approx(flops.layers + flops.attention)
+    attention, experts = (
+        recomputed_flops(large, 100.0, RecomputeConfig(parts=(part,))) for part in PARTS
+    )
+    assert attention + experts == pytest.approx(whole)
+    # 2560 x (20 + 4) x 128 twice, and 20 x 128 x 100 twice, all times 2, in each of 28 layers
+    assert attention == 28 * 2 * (2 * 2560 * 24 * 128 + 2 * 20 * 128 * 100)
+    some = [
+        recomputed_flops(large, 100.0, RecomputeConfig(parts=("experts",), layers=n))
+        for n in (1, 2, 3)
+    ]
+    assert some[0] == 2 * 3 * 2560 * 12288
+    assert some[2] - some[1] == pytest.approx((experts - some[0]) / 27)
+    assert recomputed_flops(large, 100.0, False) == 0
 
 
 # ---- traffic -------------------------------------------------------------------------------------
@@ -102,14 +118,23 @@ def sft_work(micro_batches: int = 4) -> Work:
     return Work("sft", Job(MicroBatch(1, 8192, 8192), "cross_entropy"), 1, micro_batches, 10)
 
 
-@pytest.mark.parametrize(("recompute", "passes"), [(False, 4), (True, 6)])
+@pytest.mark.parametrize(
+    ("recompute", "passes"),
+    [
+        (False, 4),
+        (True, 6),
+        (RecomputeConfig(parts=("attention",)), 4),
+        (RecomputeConfig(parts=("experts",)), 6),
+        (RecomputeConfig(parts=("experts",), layers=10), 4 + 2 * 9 / 27),  # the first is dense
+    ],
+)
 def test_an_exchange_sends_k_rows_a_layer(
-    large: Ernie4_5_MoeConfig, recompute: bool, passes: int
+    large: Ernie4_5_MoeConfig, recompute: Recompute, passes: float
 ) -> None:
-    """Of 8 ranks' rows 1/8 stays at home; dispatch and combine, forward and backward."""
+    """Of 8 ranks' rows 1/8 stays at home; dispatch and combine, forward, backward and again."""
     layout = Layout(8, 1, False, recompute)
     cost = step_cost(large, BF16, layout, RATES, sft_work(8))
-    assert cost.sent["all-to-all"] == 8192 * 27 * 6 * 2560 * 2 * 7 / 8 * passes
+    assert cost.sent["all-to-all"] == pytest.approx(8192 * 27 * 6 * 2560 * 2 * 7 / 8 * passes)
     assert cost.seconds["all-to-all"] == pytest.approx(cost.sent["all-to-all"] * 8 / 800e9)
     alone = step_cost(large, BF16, Layout(1, 8, False, recompute), RATES, sft_work(8))
     assert alone.sent["all-to-all"] == 0
@@ -193,6 +218,32 @@ def test_sft_and_rl_of_the_large_model_fit_eight_ranks() -> None:
         assert fitting[0].seconds == min(c.seconds for c in fitting)
 
 
+def test_attention_and_experts_are_tried_alone_and_what_the_recipe_says(
+    large: Ernie4_5_MoeConfig,
+) -> None:
+    own = RecomputeConfig(parts=("experts",), layers=14)
+    tried = [layout.again for layout in layouts(large, 1)]
+    assert tried == ["no", "attention", "experts", "layers"]
+    assert [x.again for x in layouts(large, 1, own=own)] == [*tried, "experts, first 14"]
+    for known in (True, RecomputeConfig(), RecomputeConfig(parts=("experts",))):
+        assert [x.again for x in layouts(large, 1, own=known)] == tried
+
+
+def test_less_is_run_again_where_memory_is_left() -> None:
+    """The more is kept, the faster; the experts are the bulk of what a layer keeps."""
+    by_choice = {
+        c.layout.again: c
+        for c in candidates(problem(recipe(SFT)), 8)
+        if c.layout.expert == 8 and c.layout.sharding
+    }
+    order = ["no", "attention", "experts", "layers"]
+    peaks, seconds = ([getattr(by_choice[n], k) for n in order] for k in ("peak", "seconds"))
+    assert peaks == sorted(peaks, reverse=True)
+    assert seconds == sorted(seconds)
+    saved = peaks[0] - np.array(peaks)
+    assert saved[2] > 4 * saved[1]
+
+
 def test_a_critic_needs_more_machines() -> None:
     tight = problem(recipe(RL | CRITIC))
     assert not any(c.fits(80) for c in candidates(tight, 8))
@@ -228,12 +279,32 @@ def test_the_answer_names_the_best_layout() -> None:
     assert "weights bfloat16, gradients bfloat16 (device: gpu)" in text
 
 
+def test_the_answer_says_what_is_run_again() -> None:
+    own = parse_config(
+        Recipe,
+        recipe_data(SFT, preset="21b-a3b", device="gpu")
+        | {"parallel": {"recompute": {"parts": ["experts"], "layers": 27}}},
+        "test",
+    )
+    text = printed(own, PlanSettings(expert=8))
+    rows = [line.split("yes")[1] for line in text.splitlines() if line.count("yes") == 1]
+    assert {row.split()[0] for row in rows} >= {"experts", "experts,", "layers"}
+    layout = Layout(8, 1, True, own.parallel.recompute)
+    said = yaml.safe_load(layout.as_yaml())
+    assert said["parallel"]["recompute"] == {"parts": ["experts"], "layers": 27}
+    for choice, words in ((False, False), (True, True), (RecomputeConfig(layers=3),
+                          {"parts": ["attention", "experts"], "layers": 3})):  # fmt: skip
+        yaml_ = Layout(8, 1, True, choice).as_yaml()
+        assert yaml.safe_load(yaml_)["parallel"]["recompute"] == words
+        assert parse_config(ParallelConfig, yaml.safe_load(yaml_)["parallel"], "plan")
+
+
 def test_the_answer_says_what_is_missing() -> None:
     text = printed(recipe(RL | CRITIC), PlanSettings())
     assert "nothing fits" in text
     assert "what binds is critic" in text
     assert "the smallest cluster that holds it: " in text
-    long = printed(recipe(SFT | {"seq_len": 131072}), PlanSettings())
+    long = " ".join(printed(recipe(SFT | {"seq_len": 131072}), PlanSettings()).split())
     assert "no cluster of up to 1024 ranks holds it" in long
     assert "a smaller micro_batch_size or shorter rows take less" in long
 

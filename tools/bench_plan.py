@@ -23,7 +23,10 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ernie_train.plan.layout import Layout
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,21 +41,40 @@ MINIMAL = {
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of `seq_len` tokens in documents of `document_tokens` each."""
+    """Rows of `seq_len` tokens in documents of `document_tokens` each.
+
+    recompute: as in a recipe.
+    """
 
     preset: str
     seq_len: int
     rows: int
     document_tokens: int
-    recompute: bool
+    recompute: bool | dict[str, Any]
+
+    def layout(self) -> Layout:
+        """One rank."""
+        from ernie_train.config import parse_config
+        from ernie_train.plan.layout import Layout
+        from ernie_train.recipe import ParallelConfig
+
+        parallel = parse_config(ParallelConfig, {"recompute": self.recompute}, "case")
+        return Layout(parallel.expert, parallel.data, parallel.sharding, parallel.recompute)
 
 
+EXPERTS: dict[str, Any] = {"parts": ["experts"]}
+ATTENTION: dict[str, Any] = {"parts": ["attention"]}
 CASES = [
     Case("tiny", 1024, 1, 1024, False),
     Case("tiny", 1024, 1, 1024, True),
+    Case("tiny", 1024, 1, 1024, ATTENTION),
+    Case("tiny", 1024, 1, 1024, EXPERTS),
     Case("tiny", 1024, 4, 128, False),
     Case("mini", 1024, 1, 1024, False),
     Case("mini", 1024, 1, 1024, True),
+    Case("mini", 1024, 1, 1024, ATTENTION),
+    Case("mini", 1024, 1, 1024, EXPERTS),
+    Case("mini", 1024, 1, 1024, EXPERTS | {"layers": 5}),
     Case("mini", 512, 2, 128, False),
     Case("mini", 2048, 1, 2048, False),
     Case("mini", 2048, 1, 2048, True),
@@ -63,13 +85,12 @@ def planned_bytes(case: Case) -> float:
     """What `plan` says that one rank needs."""
     from ernie_train.model import Ernie4_5_MoeConfig
     from ernie_train.plan.activations import MicroBatch
-    from ernie_train.plan.layout import Layout, Precision
+    from ernie_train.plan.layout import Precision
     from ernie_train.plan.memory import Job, Machine, rank_memory
 
     machine = Machine(on_gpu=False, precision=Precision("float32", "float32"))
     job = Job(MicroBatch(case.rows, case.seq_len, case.document_tokens), "cross_entropy")
-    layout = Layout(expert=1, data=1, sharding=False, recompute=case.recompute)
-    return rank_memory(Ernie4_5_MoeConfig.preset(case.preset), machine, layout, job).peak
+    return rank_memory(Ernie4_5_MoeConfig.preset(case.preset), machine, case.layout(), job).peak
 
 
 def train(config: Any, case: Case) -> None:
@@ -84,8 +105,7 @@ def train(config: Any, case: Case) -> None:
 
     model = new_model(config, "float32")
     model.train()
-    if case.recompute:
-        enable_recompute(model)
+    enable_recompute(model, case.layout().recompute)
     optimizer = Optimizer(model, OptimConfig(lr=1e-4, schedule="constant"))
     trainer: Trainer[Any, Batch] = Trainer(model, optimizer)
     random = np.random.default_rng(0)
@@ -159,7 +179,8 @@ def main() -> int:
         print(json.dumps(measure(Case(**json.loads(options.case)))))
         return 0
     print(
-        "preset  tokens     document recompute   plan MB  peak MB  plan/peak  tensors MB  base MB"
+        "preset  tokens     document        recompute   plan MB  peak MB  plan/peak  tensors MB"
+        "  base MB"
     )
     worst = 0.0
     for case in CASES:
@@ -171,7 +192,7 @@ def main() -> int:
         worst = max(worst, abs(ratio - 1))
         print(
             f"{case.preset:6}  {case.rows} x {case.seq_len:<6} {case.document_tokens:8} "
-            f"{'yes' if case.recompute else 'no':>9}  {mb['planned']:8.1f} {mb['resident']:8.1f}  "
+            f"{case.layout().again:>16}  {mb['planned']:8.1f} {mb['resident']:8.1f}  "
             f"{ratio:9.3f}  {mb['tensors']:10.1f}  {mb['base']:7.1f}",
             flush=True,
         )

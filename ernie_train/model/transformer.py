@@ -55,6 +55,7 @@ class DecoderLayer(nn.Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.number = layer  # from 0
         self.is_moe = config.is_moe_layer(layer)
         self.mlp = MoE(config, placement) if self.is_moe else MLP(config, config.intermediate_size)
 
@@ -62,7 +63,14 @@ class DecoderLayer(nn.Layer):
         self, x: Tensor, tables: AttentionTables, cache: KVCache | None
     ) -> tuple[Tensor, RouterOutput]:
         """x [T,H] -> x [T,H] and what the router did."""
-        x = x + self.self_attn(self.input_layernorm(x), tables, cache)
+        return self.add_experts(self.add_attention(x, tables, cache))
+
+    def add_attention(self, x: Tensor, tables: AttentionTables, cache: KVCache | None) -> Tensor:
+        """x [T,H] -> x [T,H] with what attention adds to it."""
+        return x + self.self_attn(self.input_layernorm(x), tables, cache)
+
+    def add_experts(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
+        """x [T,H] -> x [T,H] with what the MoE, or MLP, adds to it, and what the router did."""
         y = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(y), None

@@ -8,14 +8,22 @@ from ernie_train.parallel.gradients import (
     split_by_place,
 )
 from ernie_train.parallel.pace import HasDecoder, Pace, idle_pass
+from ernie_train.parallel.recompute import (
+    Recompute,
+    RecomputeConfig,
+    enable_recompute,
+    recomputed_parts,
+)
 from ernie_train.parallel.reduction import GradientReduction
-from ernie_train.parallel.wrap import clone_model, enable_recompute, new_model
+from ernie_train.parallel.wrap import clone_model, new_model
 
 __all__ = [
     "ExpertDispatcher",
     "GradientReduction",
     "HasDecoder",
     "Pace",
+    "Recompute",
+    "RecomputeConfig",
     "broadcast_updated",
     "check_expert_degree",
     "clone_model",
@@ -25,5 +33,6 @@ __all__ = [
     "new_model",
     "owned",
     "owners",
+    "recomputed_parts",
     "split_by_place",
 ]

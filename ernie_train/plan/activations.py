@@ -8,10 +8,13 @@ dimension, E experts, k experts per token, I expert width, R routed rows of this
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.parallel import recomputed_parts
+from ernie_train.parallel.recompute import PARTS, Part
 from ernie_train.plan.layout import Layout, Precision, moe_layers
 
 _FLOAT, _INT = 4, 8  # bytes of float32 and int64
@@ -49,36 +52,33 @@ class Activations:
     def peak(self, batch: MicroBatch, head: Head) -> float:
         """Most bytes that live beside weights, gradients and optimizer state in a training step.
 
-        Either while the loss is made or in the backward pass of the last layers; with recompute
-        the activations of one layer at a time stand beside the inputs of all.
+        Either while the loss is made, or in the backward pass of a layer: what is kept of it and
+        of those before, and what is made again. Experts go back first; what they took is free
+        again when attention does.
         """
-        kept = self.kept(batch)
-        backward = self._backward_of_a_layer(batch)
-        if self.layout.recompute:
-            backward += max(self.layer(batch, moe) for moe in self._kinds())
-        return kept + max(self._head_transient(batch, head), backward)
+        standing = self.kept(batch)
+        peaks = [standing + self._head_transient(batch, head)]
+        layers = self._layers()
+        turns = {layer: self._turn(batch, *layer) for layer in set(layers)}
+        for layer in reversed(layers):
+            kept, beside = turns[layer]
+            peaks.append(standing + beside)
+            standing -= kept
+        return max(peaks)
 
     def kept(self, batch: MicroBatch) -> float:
         """What stands when the forward pass is done."""
         config = self.config
-        mixtures = moe_layers(config)
-        if self.layout.recompute:
-            inputs = batch.tokens * config.hidden_size * self.precision.width
-            layers = float(config.num_hidden_layers * inputs)
-        else:
-            layers = mixtures * self.layer(batch, True)
-            layers += (config.num_hidden_layers - mixtures) * self.layer(batch, False)
+        counts = Counter(self._layers())
+        layers = sum(n * sum(self._kept_parts(batch, *layer)) for layer, n in counts.items())
         # Router logits, probabilities and expert ids are reported for the losses.
         reported = batch.tokens * (2 * config.moe_num_experts * _FLOAT + config.moe_k * _INT)
-        return layers + mixtures * reported + self._tables(batch) + self._after_layers(batch)
+        reported *= moe_layers(config)
+        return layers + reported + self._tables(batch) + self._after_layers(batch)
 
     def layer(self, batch: MicroBatch, moe: bool) -> float:
         """What a layer keeps where it is not recomputed, less what it reports."""
-        config, width, tokens = self.config, self.precision.width, batch.tokens
-        # x / rms and 1 / rms in float32, and the norm's output, twice
-        norms = 2 * tokens * (config.hidden_size * (_FLOAT + width) + _FLOAT)
-        kept = norms + self._attention(batch)
-        return kept + (self._mixture(tokens) if moe else self._mlp(tokens, dense=True))
+        return self._attention(batch) + self._experts(batch, moe)
 
     def prefill(self, tokens: int, prompt_tokens: int) -> float:
         """One layer's activations: without gradients each layer's go before the next one's come."""
@@ -94,18 +94,56 @@ class Activations:
     # ---- parts -----------------------------------------------------------------------------------
 
     def _kinds(self) -> set[bool]:
-        return {self.config.is_moe_layer(i) for i in range(self.config.num_hidden_layers)}
+        return {moe for moe, _ in self._layers()}
+
+    def _layers(self) -> list[tuple[bool, frozenset[Part]]]:
+        """Whether each layer is an MoE layer, and what is run again of it."""
+        numbers, again = range(self.config.num_hidden_layers), self.layout.recompute
+        return [(self.config.is_moe_layer(n), recomputed_parts(again, n)) for n in numbers]
+
+    def _kept_parts(
+        self, batch: MicroBatch, moe: bool, parts: frozenset[Part]
+    ) -> tuple[float, float]:
+        """What attention and experts of a layer keep: of what is run again its input, [T,H]."""
+        stream = batch.tokens * self.config.hidden_size * self.precision.width
+        if parts == set(PARTS):
+            return stream, 0.0
+        return (
+            stream if "attention" in parts else self._attention(batch),
+            stream if "experts" in parts else self._experts(batch, moe),
+        )
+
+    def _turn(self, batch: MicroBatch, moe: bool, parts: frozenset[Part]) -> tuple[float, float]:
+        """What a layer keeps, and the most that stands beside it in the layer's backward pass."""
+        attention, experts = self._kept_parts(batch, moe, parts)
+        made = self._experts(batch, moe) if "experts" in parts else 0.0
+        made += self._attention(batch) if parts == set(PARTS) else 0.0
+        beside = made + self._backward_of_experts(batch)
+        if parts == {"attention"}:
+            made = self._attention(batch) + self._backward_of_attention(batch)
+            beside = max(beside, made - experts)
+        return attention + experts, beside
+
+    def _norm(self, tokens: int) -> float:
+        """x / rms and 1 / rms in float32, and the norm's output."""
+        return tokens * (self.config.hidden_size * (_FLOAT + self.precision.width) + _FLOAT)
 
     @property
     def _heads(self) -> tuple[int, int]:
         return self.config.num_attention_heads, int(self.config.num_key_value_heads or 0)
 
     def _attention(self, batch: MicroBatch) -> float:
-        """q, k, v and output, and for each query what the backward pass needs of its scores."""
+        """Norm, q, k, v, output, and for each query what the backward pass needs of its scores."""
         heads, kv_heads = self._heads
         rows = (2 * heads + 2 * kv_heads) * self.config.attention_head_dim
         scores = heads * self._scores_of_a_query(batch.document_tokens)
-        return batch.tokens * (rows * self.precision.width + scores)
+        own = batch.tokens * (rows * self.precision.width + scores)
+        return self._norm(batch.tokens) + own
+
+    def _experts(self, batch: MicroBatch, moe: bool) -> float:
+        """Norm, and the mixture or the MLP."""
+        own = self._mixture(batch.tokens) if moe else self._mlp(batch.tokens, dense=True)
+        return self._norm(batch.tokens) + own
 
     def _scores_of_a_query(self, length: int) -> float:
         """Bytes kept for a query and head, the mean over a document: see model/blocks.py."""
@@ -158,14 +196,19 @@ class Activations:
         weight = 3 * config.vocab_size * config.hidden_size * width
         return logits + weight + (2 * batch.tokens + 3 * part) * config.hidden_size * width
 
-    def _backward_of_a_layer(self, batch: MicroBatch) -> float:
-        """Gradients on their way: of the stream, of rows, and of a layer's experts.
+    def _backward_of_attention(self, batch: MicroBatch) -> float:
+        """Gradients on their way: of the stream.
 
         The head's gradient waits for the embedding's where the two are tied.
         """
+        config, width = self.config, self.precision.width
+        waiting = config.vocab_size if config.tie_word_embeddings else 0
+        return float((3 * batch.tokens + waiting) * config.hidden_size * width)
+
+    def _backward_of_experts(self, batch: MicroBatch) -> float:
+        """Gradients on their way: of the stream, of rows, and of a layer's experts."""
         config, width, hidden = self.config, self.precision.width, self.config.hidden_size
-        held = 3 * batch.tokens * hidden * width
-        held += config.vocab_size * hidden * width if config.tie_word_embeddings else 0
+        held = self._backward_of_attention(batch)
         if not moe_layers(config):
             inner = config.intermediate_size
             return held + (3 * batch.tokens * inner + hidden * inner) * width

@@ -61,6 +61,7 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
         settings.memory_gb or DEFAULT_MEMORY_GB,
         _rates(machine, settings),
         settings.expert,
+        recipe.parallel.recompute,
     )
     found = candidates(problem, ranks)
     print_assumptions(problem, ranks, why, console)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.parallel import Recompute, recomputed_parts
 from ernie_train.plan.layout import (
     Layout,
     Parameters,
@@ -56,25 +57,48 @@ class TokenFlops:
     def forward(self) -> float:
         return self.layers + self.attention + self.head
 
-    def training(self, *, recompute: bool, head_again: bool) -> float:
-        """Forward, twice as much backward, and what is done again."""
-        again = (self.layers + self.attention) * recompute + self.head * head_again
+    def training(self, again: float) -> float:
+        """Forward, twice as much backward, and the operations `again` that are done once more."""
         return 3 * self.forward + again
 
 
 def token_flops(config: Ernie4_5_MoeConfig, context: float) -> TokenFlops:
     """`context`: (L + 1) / 2 in documents of L tokens, for attention is causal."""
-    hidden, dim = config.hidden_size, config.attention_head_dim
-    query = config.num_attention_heads * dim
-    projections = 2 * hidden * (query + int(config.num_key_value_heads or 0) * dim)
+    numbers = range(config.num_hidden_layers)
+    products = sum(_projections(config) + _experts(config, number) for number in numbers)
+    scores = config.num_hidden_layers * _scores(config, context)
+    return TokenFlops(products, scores, 2.0 * config.vocab_size * config.hidden_size)
+
+
+def recomputed_flops(config: Ernie4_5_MoeConfig, context: float, recompute: Recompute) -> float:
+    """Operations of a token in what is run again in the backward pass."""
+    total = 0.0
+    for number in range(config.num_hidden_layers):
+        parts = recomputed_parts(recompute, number)
+        if "attention" in parts:
+            total += _projections(config) + _scores(config, context)
+        if "experts" in parts:
+            total += _experts(config, number)
+    return total
+
+
+def _projections(config: Ernie4_5_MoeConfig) -> float:
+    """Queries, keys, values and outputs of a layer."""
+    heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
+    return 4.0 * config.hidden_size * heads * config.attention_head_dim
+
+
+def _scores(config: Ernie4_5_MoeConfig, context: float) -> float:
+    """q k^T and p v of a layer."""
+    return 4.0 * config.num_attention_heads * config.attention_head_dim * context
+
+
+def _experts(config: Ernie4_5_MoeConfig, number: int) -> float:
+    """Router, chosen and shared experts of layer `number`, or its MLP where it is dense."""
+    if not config.is_moe_layer(number):
+        return 6.0 * config.hidden_size * config.intermediate_size
     width = config.moe_intermediate_size * (config.moe_k + config.moe_num_shared_experts)
-    mixture = hidden * config.moe_num_experts + 3 * hidden * width
-    mixtures = moe_layers(config)
-    dense = config.num_hidden_layers - mixtures
-    products = config.num_hidden_layers * projections + mixtures * mixture
-    products += dense * 3 * hidden * config.intermediate_size
-    scores = 4.0 * query * context * config.num_hidden_layers  # q k^T and p v
-    return TokenFlops(2.0 * products, scores, 2.0 * config.vocab_size * hidden)
+    return 2.0 * config.hidden_size * (config.moe_num_experts + 3 * width)
 
 
 def mean_context(length: int) -> float:
@@ -105,16 +129,17 @@ def step_cost(
 ) -> StepCost:
     """Operations, bytes and seconds of one step of `work`."""
     batch, ranks = work.job.micro_batch, layout.ranks
-    flops = token_flops(config, mean_context(batch.document_tokens))
-    again = work.job.head == "logprobs"  # its backward pass makes the logits again
-    per_token = flops.training(recompute=layout.recompute, head_again=again)
-    critic = flops.training(recompute=layout.recompute, head_again=False) - 3 * flops.head
-    per_token += critic if work.job.critic else 0.0
+    context = mean_context(batch.document_tokens)
+    flops = token_flops(config, context)
+    again = recomputed_flops(config, context, layout.recompute)
+    # The backward pass of logprobs makes the logits again.
+    per_token = flops.training(again + flops.head * (work.job.head == "logprobs"))
+    per_token += flops.training(again) - 3 * flops.head if work.job.critic else 0.0
     micro_batches = work.updates * -(-work.micro_batches // ranks)
     trained = micro_batches * batch.tokens  # of the fullest rank
     scored = -(-work.scored // ranks) * batch.seq_len * work.scoring_models
     exchange = _exchange_per_token(config, precision, layout)
-    passes = (6 if layout.recompute else 4) * (2 if work.job.critic else 1)
+    passes = _passes(config, layout.recompute) * (2 if work.job.critic else 1)
     sent = {"all-to-all": exchange * (passes * trained + 2 * scored)}
     sent |= _update_bytes(config, precision, layout, work)
     seconds = {
@@ -135,6 +160,16 @@ def _exchange_per_token(config: Ernie4_5_MoeConfig, precision: Precision, layout
     share = min(1.0, config.moe_capacity_factor or 1.0) * (1 - 1 / layout.expert)
     row = config.hidden_size * precision.width
     return moe_layers(config) * config.moe_k * row * share
+
+
+def _passes(config: Ernie4_5_MoeConfig, recompute: Recompute) -> float:
+    """Exchanges of a trained token, the mean over the MoE layers: there and back, both ways.
+
+    Experts that are run again go there and back once more.
+    """
+    mixtures = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+    again = sum("experts" in recomputed_parts(recompute, number) for number in mixtures)
+    return 4 + 2 * again / max(1, len(mixtures))
 
 
 def _update_bytes(

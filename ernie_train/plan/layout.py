@@ -12,6 +12,7 @@ from typing import Literal
 
 from ernie_train.errors import UserError
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.parallel.recompute import PARTS, Recompute, RecomputeConfig
 
 GB = 1e9
 Dtype = Literal["float32", "bfloat16"]
@@ -20,24 +21,39 @@ BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Layout:
-    """`sharding` spreads optimizer state over the ranks that hold the same parameter."""
+    """`sharding` spreads optimizer state over the ranks that hold the same parameter.
+
+    `recompute` is as in a recipe: true, false, or what is run again.
+    """
 
     expert: int
     data: int
     sharding: bool
-    recompute: bool
+    recompute: Recompute
 
     @property
     def ranks(self) -> int:
         return self.expert * self.data
 
+    @property
+    def again(self) -> str:
+        """What is run again, in words."""
+        if isinstance(self.recompute, bool):
+            return "layers" if self.recompute else "no"
+        parts, layers = self.recompute.parts, self.recompute.layers
+        words = " and ".join(parts) if len(parts) < len(PARTS) else "layers"
+        return words if layers is None else f"{words}, first {layers}"
+
     def as_yaml(self) -> str:
         """The layout as a recipe says it."""
-        flags = (str(flag).lower() for flag in (self.sharding, self.recompute))
-        sharding, recompute = flags
+        recompute = str(self.recompute).lower()
+        if isinstance(self.recompute, RecomputeConfig):
+            said = [f"parts: [{', '.join(self.recompute.parts)}]"]
+            said += [f"layers: {self.recompute.layers}"] if self.recompute.layers else []
+            recompute = f"{{{', '.join(said)}}}"
         return (
-            f"parallel: {{expert: {self.expert}, data: {self.data}, sharding: {sharding}, "
-            f"recompute: {recompute}}}"
+            f"parallel: {{expert: {self.expert}, data: {self.data}, "
+            f"sharding: {str(self.sharding).lower()}, recompute: {recompute}}}"
         )
 
 
@@ -110,9 +126,12 @@ def critic_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
     return Parameters(own.dense - head + config.hidden_size + 1, own.experts)
 
 
-def layouts(config: Ernie4_5_MoeConfig, ranks: int, expert: int | None = None) -> Iterator[Layout]:
+def layouts(
+    config: Ernie4_5_MoeConfig, ranks: int, expert: int | None = None, own: Recompute = False
+) -> Iterator[Layout]:
     """Every layout of `ranks` ranks; with `expert` only those of that expert degree.
 
+    Each is tried with nothing, attention, experts and whole layers run again, and with `own`.
     Raises `UserError` for a degree that does not divide the experts or the ranks.
     """
     experts = config.moe_num_experts if moe_layers(config) else 1
@@ -120,8 +139,11 @@ def layouts(config: Ernie4_5_MoeConfig, ranks: int, expert: int | None = None) -
         raise UserError(
             f"--expert {expert} must divide the {experts} experts of a layer and the {ranks} ranks"
         )
+    choices: list[Recompute] = [False, *(RecomputeConfig(parts=(p,)) for p in PARTS), True]
+    if own not in (*choices, RecomputeConfig()):
+        choices.append(own)
     degrees = [n for n in range(1, experts + 1) if experts % n == 0 and ranks % n == 0]
     for degree in degrees if expert is None else [expert]:
         for sharding in (False, True) if ranks > 1 else (False,):
-            for recompute in (False, True):
+            for recompute in choices:
                 yield Layout(degree, ranks // degree, sharding, recompute)

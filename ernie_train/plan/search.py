@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.parallel import Recompute
 from ernie_train.plan.cost import Rates, StepCost, step_cost
 from ernie_train.plan.layout import GB, Layout, layouts
 from ernie_train.plan.memory import Machine, Memory, rank_memory
@@ -25,6 +26,7 @@ class Problem:
     memory_gb: float
     rates: Rates
     expert: int | None = None  # only layouts of this expert degree
+    recompute: Recompute = False  # tried beside what is always tried
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Candidate:
 
 def candidates(problem: Problem, ranks: int) -> list[Candidate]:
     """Every layout of `ranks` ranks, the fastest first; equally fast ones by their memory."""
-    found = [_candidate(problem, x) for x in layouts(problem.config, ranks, problem.expert)]
+    tried = layouts(problem.config, ranks, problem.expert, problem.recompute)
+    found = [_candidate(problem, layout) for layout in tried]
     return sorted(found, key=lambda c: (c.seconds, c.peak))
 
 

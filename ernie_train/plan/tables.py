@@ -90,7 +90,7 @@ def layout_table(problem: Problem, fitting: Sequence[Candidate]) -> Table:
             str(layout.expert),
             str(layout.data),
             _yes(layout.sharding),
-            _yes(layout.recompute),
+            layout.again,
             _gb(candidate.peak),
             problem.work[candidate.tightest].name,
             " / ".join(f"{c.total_seconds:.3g}" for c in candidate.cost),
@@ -137,7 +137,7 @@ def describe(layout: Layout) -> str:
     """A layout in words."""
     words = f"expert {layout.expert} x data {layout.data}"
     words += ", sharded optimizer" if layout.sharding else ""
-    return words + (", recompute" if layout.recompute else "")
+    return words + (f", recompute {layout.again}" if layout.recompute else "")
 
 
 def _binding(candidate: Candidate) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -12,7 +13,7 @@ from ernie_train.distributed import Grid
 from ernie_train.model.moe import MoE
 from ernie_train.parallel import Pace
 from ernie_train.parallel.lines import lines
-from tests.parallel.scenario import new_trainer, step_batches, whole
+from tests.parallel.scenario import RECOMPUTE, new_trainer, step_batches, whole
 from tests.small_models import make_config
 
 EXPERTS = 12  # over 2, 3, 4 ranks
@@ -51,9 +52,9 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
     return {"rows": joined, **whole(grads)}
 
 
-def fewer_batches_than_ranks() -> dict[str, np.ndarray]:
+def fewer_batches_than_ranks(recompute: str, **keys: Any) -> dict[str, np.ndarray]:
     """A step of one micro-batch, and passes of which the first rank makes most."""
-    trainer = new_trainer(moe_num_experts=EXPERTS)
+    trainer = new_trainer(RECOMPUTE[recompute], moe_num_experts=EXPERTS, **keys)
     from ernie_train.stages.supervised import PackedLoss
 
     batch = step_batches(0)[1]
@@ -66,7 +67,8 @@ def fewer_batches_than_ranks() -> dict[str, np.ndarray]:
             seen.append(trainer.model(paddle.to_tensor(batch.input_ids)).logits.numpy())
     assert all(np.allclose(seen[0], other, atol=1e-5) for other in seen)
     state = whole({n: t.numpy() for n, t in trainer.model.state_dict().items()})
-    return {"load": result.load.tokens_per_expert, "logits": seen[0], **metrics,
+    load = {"load": result.load.tokens_per_expert, "dropped": result.load.dropped}
+    return {**load, "logits": seen[0], **metrics,
             **{f"weight/{n}": a for n, a in state.items()}}  # fmt: skip
 
 
@@ -76,7 +78,10 @@ def everything() -> dict[str, np.ndarray]:
         for case, bias in BIASES.items()
         for name, array in layer_results(bias).items()
     }
-    return found | fewer_batches_than_ranks()
+    found |= fewer_batches_than_ranks("none")
+    again = fewer_batches_than_ranks("experts", moe_capacity_factor=0.7)
+    assert again["dropped"].sum() > 0
+    return found | {f"experts again: {name}": array for name, array in again.items()}
 
 
 if __name__ == "__main__":

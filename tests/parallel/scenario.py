@@ -12,6 +12,7 @@ from ernie_train.balance import BalanceConfig
 from ernie_train.distributed import Grid
 from ernie_train.model import is_expert_parameter
 from ernie_train.optim import OptimConfig, Optimizer
+from ernie_train.parallel.lines import lines
 from ernie_train.stages.supervised import PackedLoss
 from ernie_train.trainer import Trainer
 from tests.small_models import make_config
@@ -43,19 +44,26 @@ def whole(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return joined
 
 
+RECOMPUTE: dict[str, parallel.Recompute] = {
+    "none": False,
+    "layers": True,
+    "experts": parallel.RecomputeConfig(parts=("experts",)),
+    "experts of 2": parallel.RecomputeConfig(parts=("experts",), layers=2),
+}
+
+
 def new_trainer(
-    recompute: bool = False,
+    recompute: parallel.Recompute = False,
     shards_gradients: bool = False,
     frozen: tuple[str, ...] = (),
     **config_keys: Any,
 ) -> Trainer[Any, Any]:
     """`frozen`: parts of the names of parameters that are not trained."""
     paddle.seed(4)
-    keys = {"initializer_range": 0.2, "tie_word_embeddings": False} | config_keys
-    config = make_config(**keys)
+    keys = {"initializer_range": 0.2, "num_hidden_layers": 3, "tie_word_embeddings": False}
+    config = make_config(**keys | config_keys)
     model = parallel.new_model(config, "float32")
-    if recompute:
-        parallel.enable_recompute(model)
+    parallel.enable_recompute(model, recompute)
     model.train()
     for name, parameter in model.named_parameters():
         parameter.stop_gradient = any(words in name for words in frozen)
@@ -74,14 +82,15 @@ def step_batches(step: int, order: list[int] | None = None) -> list[Any]:
 def train(
     grid: Grid,
     *,
-    recompute: bool = False,
+    recompute: str = "none",
     shards_gradients: bool = False,
     order: list[int] | None = None,
 ) -> dict[str, Any]:
-    """Trains `STEPS` steps; what the first one saw, and the weights after the last."""
+    """Trains `STEPS` steps; what the first one saw, the weights after the last, and bytes sent."""
     distributed.set_grid(grid)
-    trainer = new_trainer(recompute, shards_gradients)
+    trainer = new_trainer(RECOMPUTE[recompute], shards_gradients)
     loss = PackedLoss("tokens")
+    before = lines().sent_bytes if grid.expert > 1 else 0
     first: dict[str, Any] = {}
     update = trainer.optimizer.step
 
@@ -104,6 +113,8 @@ def train(
     for number in range(1, STEPS):
         trainer.train_step(step_batches(number, order), loss, STEPS)
     weights = whole({n: t.numpy() for n, t in trainer.model.state_dict().items()})
+    if grid.expert > 1:
+        first["exchanged"] = np.float64(lines().sent_bytes - before)
     return first | {f"weight/{n}": a for n, a in weights.items()}
 
 

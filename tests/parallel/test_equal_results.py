@@ -14,8 +14,13 @@ from tests.parallel.ranks import start_on_ranks
 from tests.parallel.scenario import distance, train
 
 # expert, data, sharding (1: of the optimizer's state, 2: of gradients too), recompute
-ON_TWO = ["2,1,0,0", "2,1,1,1", "1,2,0,0", "1,2,1,0", "1,2,2,1", "2,1,2,0"]
-ON_FOUR = ["4,1,0,0", "4,1,1,1", "2,2,0,0", "2,2,1,0", "2,2,2,1"]
+ON_TWO = [
+    "2,1,0,none", "2,1,1,layers", "1,2,0,none", "1,2,1,none", "1,2,2,layers", "2,1,2,none",
+    "2,1,0,experts", "2,1,0,experts of 2",
+]  # fmt: skip
+ON_FOUR = [
+    "4,1,0,none", "4,1,1,layers", "2,2,0,none", "2,2,1,experts", "2,2,1,none", "2,2,2,layers",
+]  # fmt: skip
 RELATIVE = 1e-5
 
 
@@ -38,7 +43,7 @@ def found(tmp_path_factory):
     start_on_ranks(2, "train_grids.py", out, *ON_TWO, timeout_s=300)
     start_on_ranks(4, "train_grids.py", out, *ON_FOUR, timeout_s=300)
     read = {path.stem: dict(np.load(path)) for path in sorted(out.glob("*.npz"))}
-    return {grid: [r for name, r in read.items() if name.startswith(grid)]
+    return {grid: [r for name, r in read.items() if name.startswith(f"{grid}-rank")]
             for grid in (*ON_TWO, *ON_FOUR)}  # fmt: skip
 
 
@@ -47,7 +52,7 @@ def test_a_layout_gives_the_results_of_one_rank(one, apart, found, grid):
     ranks = found[grid]
     assert len(ranks) == (2 if grid in ON_TWO else 4)
     for result in ranks:
-        assert result.keys() == one.keys()
+        assert result.keys() - {"exchanged"} == one.keys()
         for name in (n for n in one if n.startswith("metric/")):
             np.testing.assert_allclose(result[name], one[name], rtol=RELATIVE, err_msg=name)
         for name in (n for n in one if n.startswith("gradient/")):
@@ -65,3 +70,20 @@ def test_ranks_hold_the_same_bits(found, grid):
     for other in others:
         for name in (n for n in first if n.startswith(("weight/", "metric/"))):
             np.testing.assert_array_equal(other[name], first[name], err_msg=name)
+
+
+@pytest.mark.parametrize("recompute", ["experts", "experts of 2"])
+def test_experts_that_run_again_exchange_once_more_to_the_same_bits(found, recompute):
+    """Rows go out and home, then their gradients; run again, rows go out and home once more.
+
+    Rows go out with their weight, so it is all ranks together that send half as much again.
+    """
+    kept, again = found["2,1,0,none"], found[f"2,1,0,{recompute}"]
+    for one_rank, same_rank in zip(kept, again, strict=True):
+        for name in (n for n in one_rank if n != "exchanged"):
+            np.testing.assert_array_equal(same_rank[name], one_rank[name], err_msg=name)
+    more = sum(r["exchanged"] for r in again) / sum(r["exchanged"] for r in kept)
+    if recompute == "experts of 2":  # of which one has an exchange, of two in all
+        assert 1.1 < more < 1.4
+    else:
+        assert more == 1.5

@@ -15,7 +15,8 @@ from tests.parallel.scenario import train
 
 out = Path(sys.argv[1])
 for text in sys.argv[2:]:
-    expert, data, sharding, recompute = map(int, text.split(","))
+    *numbers, recompute = text.split(",")
+    expert, data, sharding = map(int, numbers)
     grid = Grid(expert, data, sharding > 0)
-    result = train(grid, recompute=bool(recompute), shards_gradients=sharding == 2)
+    result = train(grid, recompute=recompute, shards_gradients=sharding == 2)
     np.savez(out / f"{text}-rank{distributed.rank()}.npz", **result)
