@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from ernie_train import distributed, parallel
+from ernie_train.distributed import Grid
 from ernie_train.losses import cross_entropy
-from ernie_train.model import Ernie4_5_MoeConfig, kv_cache
+from ernie_train.model import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    LocalDispatcher,
+    Placement,
+    decode,
+    kv_cache,
+)
 from ernie_train.model import layout as model_layout
-from ernie_train.plan import activations, memory
+from ernie_train.plan import activations, decoder, memory
 from ernie_train.plan.activations import Activations, MicroBatch
 from ernie_train.plan.layout import (
     GB,
@@ -30,6 +39,7 @@ from ernie_train.plan.memory import (
     rank_memory,
     rollout_bytes,
 )
+from ernie_train.plan.shards import updated_by_rank
 
 BF16 = Precision("bfloat16", "bfloat16")
 FP32 = Precision("float32", "float32")
@@ -57,9 +67,16 @@ def test_the_large_model_on_eight_ranks(
     large: Ernie4_5_MoeConfig, gradients: str, expected_gb: float
 ) -> None:
     """About 49 GB (57 with float32 gradients) of weights, gradients and states."""
-    precision = Precision("bfloat16", gradients)  # type: ignore[arg-type]
-    parts = model_bytes(count_parameters(large), precision, Layout(8, 1, True, True))
-    assert sum(parts) / GB == pytest.approx(expected_gb, abs=0.05)
+    precision, layout = Precision("bfloat16", gradients), Layout(8, 1, True, True)  # type: ignore[arg-type]
+    counts = count_parameters(large)
+    held, even = counts.on_rank(layout).total, counts.updated_on_rank(layout)
+    assert sum(model_bytes(held, even, precision)) / GB == pytest.approx(expected_gb, abs=0.05)
+    # Parameters are not cut: the owner of the embedding has 1.0 GB of states more.
+    fullest = max(updated_by_rank(large, layout))
+    more = 12 * (large.vocab_size * large.hidden_size - counts.dense / 8) / GB
+    assert sum(model_bytes(held, fullest, precision)) / GB == pytest.approx(
+        expected_gb + more, abs=0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,8 +95,9 @@ def test_states_are_sharded_over_the_ranks_that_hold_a_parameter(
     counts = Parameters(dense=1_000_000, experts=16_000_000)
     assert counts.on_rank(layout).total == held * 1e6
     assert counts.updated_on_rank(layout) == updated * 1e6
-    assert model_bytes(counts, BF16, layout) == (2e6 * held, 2e6 * held, 12e6 * updated)
-    assert model_bytes(counts, FP32, layout) == (4e6 * held, 4e6 * held, 8e6 * updated)
+    own = counts.on_rank(layout).total, counts.updated_on_rank(layout)
+    assert model_bytes(*own, BF16) == (2e6 * held, 2e6 * held, 12e6 * updated)
+    assert model_bytes(*own, FP32) == (4e6 * held, 4e6 * held, 8e6 * updated)
 
 
 def test_states_of_all_ranks_add_up_to_the_whole(large: Ernie4_5_MoeConfig) -> None:
@@ -91,6 +109,40 @@ def test_states_of_all_ranks_add_up_to_the_whole(large: Ernie4_5_MoeConfig) -> N
             assert total == pytest.approx(counts.total)
         else:
             assert total == counts.dense * 64 + counts.experts * layout.data
+
+
+def test_whole_parameters_are_dealt_out_over_a_job(large: Ernie4_5_MoeConfig) -> None:
+    """Nothing is lost or doubled, and the owner of the embedding has the most of all."""
+    layout = Layout(8, 2, True, True)
+    found = updated_by_rank(large, layout)
+    assert sum(found) == count_parameters(large).total
+    embedding = large.vocab_size * large.hidden_size
+    assert max(found) >= embedding + min(found) - count_parameters(large).dense / 16
+    assert updated_by_rank(large, Layout(8, 2, False, True)) == [
+        count_parameters(large).on_rank(layout).total
+    ] * 16  # fmt: skip
+    critic = updated_by_rank(large, layout, critic=True)
+    assert sum(critic) == critic_parameters(large).total  # tied: the embedding stays
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": False, "use_bias": True}])
+@pytest.mark.parametrize("grid", [Grid(4, 1, True), Grid(2, 2, True), Grid(1, 4, True)])
+def test_the_plan_deals_parameters_as_the_optimizer_does(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool], grid: Grid
+) -> None:
+    """Against the owners that each rank of a real model names."""
+    config = Ernie4_5_MoeConfig.preset("tiny", **settings)
+    monkeypatch.setattr(distributed, "_grid", grid)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    owned = []
+    for rank in range(4):
+        monkeypatch.setenv("PADDLE_TRAINER_ID", str(rank))
+        here = range(rank % grid.expert, rank % grid.expert + 16 // grid.expert)
+        model = Ernie4_5_MoeForCausalLM(config, Placement(here, LocalDispatcher()))
+        names = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
+        owned.append(sum(int(names[name].size) for name in parallel.owned(names)))
+    layout = Layout(grid.expert, grid.data, True, False)
+    assert updated_by_rank(config, layout) == owned
 
 
 @pytest.mark.parametrize("preset", ["tiny", "21b-a3b"])
@@ -113,6 +165,8 @@ def test_constants_are_those_of_the_code() -> None:
     assert model_layout._ALIGNMENT == activations.ALIGNMENT
     assert cross_entropy._CHUNK_ELEMENTS == activations.CHUNK_ELEMENTS
     assert kv_cache._GROWTH == memory._CACHE_GROWTH
+    assert decode._GROWTH == decoder.GROWTH
+    assert decode._CHUNK_TOKENS == decoder.CHUNK_TOKENS
 
 
 MEASURE = """
@@ -143,6 +197,16 @@ def test_the_peak_of_a_real_step(seq_len: int, rows: int, documents: int, recomp
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.02)
+
+
+@pytest.mark.parametrize("prompt", [31, 32, 100])
+def test_slots_grow_as_those_of_the_decoder(prompt: int) -> None:
+    config = Ernie4_5_MoeConfig.preset("tiny")
+    cache = decode.DecoderCache(config, 1, prompt + 1, config.rope_theta)
+    cache.lengths[:] = prompt
+    for new in range(1, 200):  # the first token comes from the prompt, the last one stays outside
+        assert decoder._slots(prompt, prompt + new) == cache.capacity
+        cache.advance()
 
 
 def test_activations_grow_with_tokens_and_recompute_keeps_a_layer() -> None:
@@ -191,3 +255,31 @@ def test_reference_and_critic_stand_beside_the_policy(large: Ernie4_5_MoeConfig)
     trained = alone.weights + alone.gradients + alone.optimizer
     assert both.critic == pytest.approx(trained, rel=1e-4)  # a scalar head more
     assert both.peak == alone.peak + both.reference + both.critic
+
+
+def test_sharded_gradients_come_and_go(large: Ernie4_5_MoeConfig) -> None:
+    """Full ones stand in the backward pass, none in rollouts, and one model's at a time."""
+    layout, batch = Layout(8, 1, True, True), MicroBatch(1, 1024, 1024)
+    rollout = Rollout(512, 8, 1024, 7168, 64)
+    job = Job(batch, "logprobs", True, True, rollout)
+    stay = rank_memory(large, Machine(True, BF16), layout, job)
+    go = rank_memory(large, Machine(True, BF16, shards_gradients=True), layout, job)
+    gradients = 2 * count_parameters(large).on_rank(layout).total
+    assert stay.critic - go.critic == pytest.approx(gradients, rel=1e-4)
+    assert go.gradients == stay.gradients == gradients
+    assert go.rollouts > go.activations + gradients
+    assert stay.peak - go.peak == pytest.approx(2 * gradients, rel=1e-4)
+    whole = Layout(8, 1, False, True)
+    assert rank_memory(large, Machine(True, BF16, True), whole, job) == rank_memory(
+        large, Machine(True, BF16), whole, job
+    )
+
+
+def test_sampling_on_a_cpu_copies_the_weights() -> None:
+    """Not where experts are spread: there the model's own forward pass samples."""
+    config, rollout = Ernie4_5_MoeConfig.preset("mini"), Rollout(4, 1, 32, 32, 4)
+    bytes_ = rollout_bytes(Activations(config, FP32, Layout(1, 1, False, False), False), rollout)
+    weights = 4 * count_parameters(config).total
+    assert weights < bytes_ < 1.5 * weights
+    spread = rollout_bytes(Activations(config, FP32, Layout(2, 1, False, False), False), rollout)
+    assert spread < 0.5 * weights
