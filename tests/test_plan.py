@@ -137,7 +137,8 @@ def test_the_plan_deals_parameters_as_the_optimizer_does(
     owned = []
     for rank in range(4):
         monkeypatch.setenv("PADDLE_TRAINER_ID", str(rank))
-        here = range(rank % grid.expert, rank % grid.expert + 16 // grid.expert)
+        count = 16 // grid.expert
+        here = range(rank % grid.expert * count, (rank % grid.expert + 1) * count)
         model = Ernie4_5_MoeForCausalLM(config, Placement(here, LocalDispatcher()))
         names = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
         owned.append(sum(int(names[name].size) for name in parallel.owned(names)))
@@ -266,7 +267,8 @@ def test_sharded_gradients_come_and_go(large: Ernie4_5_MoeConfig) -> None:
     go = rank_memory(large, Machine(True, BF16, shards_gradients=True), layout, job)
     gradients = 2 * count_parameters(large).on_rank(layout).total
     assert stay.critic - go.critic == pytest.approx(gradients, rel=1e-4)
-    assert go.gradients == stay.gradients == gradients
+    assert stay.gradients == gradients
+    assert go.gradients == pytest.approx(gradients, rel=1e-4)  # a critic's value head more
     assert go.rollouts > go.activations + gradients
     assert stay.peak - go.peak == pytest.approx(2 * gradients, rel=1e-4)
     whole = Layout(8, 1, False, True)

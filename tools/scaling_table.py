@@ -14,8 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ernie_train.plan import PlanSettings
 from ernie_train.plan.command import plan_problem
@@ -24,6 +23,7 @@ from ernie_train.plan.search import Candidate, Problem, candidates, smallest_clu
 from ernie_train.plan.tables import describe
 from ernie_train.recipe import load_recipe
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
 SFT, PRL = "ernie-21b-a3b-sft", "ernie-21b-a3b-prl"
 GPUS = (8, 16, 64, 256, 1024)
