@@ -46,7 +46,7 @@ def cluster_table() -> Iterator[str]:
     """What each job needs of eight GPUs, and the smallest cluster that holds it."""
     yield "| job | closest on 8 GPUs | smallest cluster | what binds there |"
     yield "|---|---|---|---|"
-    jobs = (
+    jobs: tuple[tuple[str, str, list[str]], ...] = (
         ("SFT, rows of 8K", SFT, []),
         ("progressive RL at 8K, no critic", PRL, []),
         ("progressive RL at 8K with a critic", PRL, CRITIC),
@@ -102,10 +102,10 @@ def with_tables(page: str) -> str:
     for name, table in TABLES.items():
         start, end = f"<!-- {name}: tools/scaling_table.py --write -->", "<!-- end -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-        block = "\n".join([start, *table(), end])
-        page, found = pattern.subn(lambda _, block=block: block, page)
-        if found != 1:
-            raise ValueError(f"{found} places for the table {name}; there must be one")
+        if len(pattern.findall(page)) != 1:
+            raise ValueError(f"the page must have one place for the table {name}")
+        before, after = pattern.split(page)
+        page = before + "\n".join([start, *table(), end]) + after
     return page
 
 
