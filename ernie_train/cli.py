@@ -128,14 +128,21 @@ def plan(
     interconnect_gbps: Annotated[
         float | None, typer.Option(min=1e-6, help="Gbit/s that a rank sends to others")
     ] = None,
+    between_gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="the same, to ranks of other machines")
+    ] = None,
+    memory_gb_per_s: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s that a rank reads from its memory")
+    ] = None,
 ) -> None:
     """Tell how a recipe fits a cluster: memory, traffic and time of every layout."""
     from ernie_train.plan import PlanSettings, print_plan
     from ernie_train.recipe import load_recipe
 
     settings = PlanSettings(
-        gpus, gpu_memory_gb, expert, gradients, document_tokens, tflops, interconnect_gbps
-    )
+        gpus, gpu_memory_gb, expert, gradients, document_tokens,
+        tflops, interconnect_gbps, between_gbps, memory_gb_per_s,
+    )  # fmt: skip
     print_plan(load_recipe(recipe, overrides), settings, Console())
 
 

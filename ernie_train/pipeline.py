@@ -166,7 +166,9 @@ class Pipeline:
         source = self.recipe.model
         dtype = "bfloat16" if device == "gpu" else "float32"
         if source.path is not None:
-            model = load_pretrained(find_model(source.path).weights, dtype=dtype)
+            weights = find_model(source.path).weights
+            source.build()  # other sizes than its preset's are told before a large model is made
+            model = load_pretrained(weights, dtype=dtype)
         else:
             model = parallel.new_model(source.build(), dtype)
         check_fit(self.recipe, model.config, tokenizer)

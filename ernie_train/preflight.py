@@ -33,8 +33,10 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     base_dir = Path.cwd()
     runtime.select_device(recipe.device)
     set_policy(recipe.sandbox)
-    tokenizer = load_tokenizer(base_dir / recipe.tokenizer.path)
+    tokenizer = _tokenizer_or_stand_in(recipe, base_dir, console)
     config = recipe.model.build()
+    if recipe.model.is_absent:
+        console.print(recipe.model.told_absent(), highlight=False)
     check_fit(recipe, config, tokenizer)
     total, active = config.num_parameters()
     console.print(
@@ -50,6 +52,18 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         check_gates(recipe, problems)
         tasks = {record.fields["task"] for record in problems}
         console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
+
+
+def _tokenizer_or_stand_in(recipe: Recipe, base_dir: Path, console: Console) -> Tokenizer:
+    source = recipe.tokenizer
+    if not source.is_absent(base_dir):
+        return load_tokenizer(base_dir / source.path)
+    console.print(
+        f"tokenizer: nothing at {source.path}; {source.stand_in} stands in for it, so what follows "
+        "counts other tokens. A run needs the model's own: tokenizer.path=...",
+        highlight=False,
+    )
+    return load_tokenizer(base_dir / str(source.stand_in))
 
 
 def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:

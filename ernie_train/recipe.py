@@ -21,7 +21,8 @@ from ernie_train.stages.packed import SupervisedConfig
 class ModelSource(StrictConfig):
     """A preset, trained from scratch, whose config keys may be overridden, or what `path` holds.
 
-    `path`: a Hugging Face directory, a checkpoint or a run directory.
+    `path`: a Hugging Face directory, a checkpoint or a run directory. Beside it `preset` says which
+    sizes must lie there; until they do, `check` and `plan` go by the preset. A run needs the files.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -31,31 +32,64 @@ class ModelSource(StrictConfig):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSource:
-        if (self.preset is None) == (self.path is None):
-            raise ValueError("exactly one of preset and path must be given")
-        if self.preset is not None:
-            try:
-                self.build()
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
-        elif self.model_extra:
+        if self.preset is None and self.path is None:
+            raise ValueError("preset or path must be given")
+        if self.path is not None and self.model_extra:
             names = ", ".join(self.model_extra)
             raise ValueError(
                 f"{names}: a model from path keeps its own sizes; remove the overrides"
             )
+        if self.preset is not None:
+            try:
+                self._of_preset()
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return self
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is nothing at `path`, and `preset` stands for it."""
+        return self.preset is not None and self.path is not None and not Path(self.path).exists()
+
     def build(self) -> Ernie4_5_MoeConfig:
-        """The model's configuration; `ConfigError` for an unknown preset or impossible sizes."""
-        if self.preset is not None:
-            return Ernie4_5_MoeConfig.preset(self.preset, **(self.model_extra or {}))
-        return load_config(find_model(str(self.path)).weights)
+        """The model's configuration; `ConfigError` for an unknown preset or impossible sizes.
+
+        Also where the sizes at `path` are not those of the preset beside it.
+        """
+        if self.path is None or self.is_absent:
+            return self._of_preset()
+        found = load_config(find_model(self.path).weights)
+        if self.preset is not None and (wrong := self._of_preset().differing_sizes(found)):
+            listed = ", ".join(f"{name}={value}" for name, value in wrong.items())
+            raise ConfigError(
+                f"model.path: {self.path} has other sizes than model.preset={self.preset}: {listed}"
+            )
+        return found
+
+    def told_absent(self) -> str:
+        """What to say where the preset stands for a model that is not there."""
+        return (
+            f"model: nothing at {self.path}; sizes are those of preset {self.preset}. A run needs "
+            "the weights: model.path=..."
+        )
+
+    def _of_preset(self) -> Ernie4_5_MoeConfig:
+        return Ernie4_5_MoeConfig.preset(str(self.preset), **(self.model_extra or {}))
 
 
 class TokenizerSource(StrictConfig):
-    """A directory with a SentencePiece model, or a tokenizer that PaddleNLP can read."""
+    """A directory with a SentencePiece model, or a tokenizer that PaddleNLP can read.
+
+    `stand_in`: another one, by which `check` goes while there is nothing at `path`. A run never
+    takes it: ids of the wrong vocabulary would train without an error.
+    """
 
     path: str
+    stand_in: str | None = None
+
+    def is_absent(self, base_dir: Path) -> bool:
+        """Whether there is nothing at `path`, and `stand_in` stands for it."""
+        return self.stand_in is not None and not (base_dir / self.path).exists()
 
 
 class ParallelConfig(StrictConfig):

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 
+from ernie_train import distributed, parallel
+from ernie_train.distributed import Grid
 from ernie_train.losses import cross_entropy
-from ernie_train.model import Ernie4_5_MoeConfig, kv_cache
+from ernie_train.model import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    LocalDispatcher,
+    Placement,
+    decode,
+    kv_cache,
+)
 from ernie_train.model import layout as model_layout
-from ernie_train.parallel import RecomputeConfig
+from ernie_train.parallel import RecomputeConfig, reduction
+from ernie_train.parallel import gradients as parallel_gradients
 from ernie_train.parallel.recompute import Part
-from ernie_train.plan import activations, memory
+from ernie_train.plan import activations, buckets, decoder, memory
 from ernie_train.plan.activations import Activations, MicroBatch
 from ernie_train.plan.layout import (
     GB,
@@ -33,6 +43,7 @@ from ernie_train.plan.memory import (
     rank_memory,
     rollout_bytes,
 )
+from ernie_train.plan.shards import updated_by_rank
 
 BF16 = Precision("bfloat16", "bfloat16")
 FP32 = Precision("float32", "float32")
@@ -60,9 +71,16 @@ def test_the_large_model_on_eight_ranks(
     large: Ernie4_5_MoeConfig, gradients: str, expected_gb: float
 ) -> None:
     """About 49 GB (57 with float32 gradients) of weights, gradients and states."""
-    precision = Precision("bfloat16", gradients)  # type: ignore[arg-type]
-    parts = model_bytes(count_parameters(large), precision, Layout(8, 1, True, True))
-    assert sum(parts) / GB == pytest.approx(expected_gb, abs=0.05)
+    precision, layout = Precision("bfloat16", gradients), Layout(8, 1, True, True)  # type: ignore[arg-type]
+    counts = count_parameters(large)
+    held, even = counts.on_rank(layout).total, counts.updated_on_rank(layout)
+    assert sum(model_bytes(held, even, precision)) / GB == pytest.approx(expected_gb, abs=0.05)
+    # Parameters are not cut: the owner of the embedding has 1.0 GB of states more.
+    fullest = max(updated_by_rank(large, layout))
+    more = 12 * (large.vocab_size * large.hidden_size - counts.dense / 8) / GB
+    assert sum(model_bytes(held, fullest, precision)) / GB == pytest.approx(
+        expected_gb + more, abs=0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,8 +99,9 @@ def test_states_are_sharded_over_the_ranks_that_hold_a_parameter(
     counts = Parameters(dense=1_000_000, experts=16_000_000)
     assert counts.on_rank(layout).total == held * 1e6
     assert counts.updated_on_rank(layout) == updated * 1e6
-    assert model_bytes(counts, BF16, layout) == (2e6 * held, 2e6 * held, 12e6 * updated)
-    assert model_bytes(counts, FP32, layout) == (4e6 * held, 4e6 * held, 8e6 * updated)
+    own = counts.on_rank(layout).total, counts.updated_on_rank(layout)
+    assert model_bytes(*own, BF16) == (2e6 * held, 2e6 * held, 12e6 * updated)
+    assert model_bytes(*own, FP32) == (4e6 * held, 4e6 * held, 8e6 * updated)
 
 
 def test_states_of_all_ranks_add_up_to_the_whole(large: Ernie4_5_MoeConfig) -> None:
@@ -94,6 +113,41 @@ def test_states_of_all_ranks_add_up_to_the_whole(large: Ernie4_5_MoeConfig) -> N
             assert total == pytest.approx(counts.total)
         else:
             assert total == counts.dense * 64 + counts.experts * layout.data
+
+
+def test_whole_parameters_are_dealt_out_over_a_job(large: Ernie4_5_MoeConfig) -> None:
+    """Nothing is lost or doubled, and the owner of the embedding has the most of all."""
+    layout = Layout(8, 2, True, True)
+    found = updated_by_rank(large, layout)
+    assert sum(found) == count_parameters(large).total
+    embedding = large.vocab_size * large.hidden_size
+    assert max(found) >= embedding + min(found) - count_parameters(large).dense / 16
+    assert updated_by_rank(large, Layout(8, 2, False, True)) == [
+        count_parameters(large).on_rank(layout).total
+    ] * 16  # fmt: skip
+    critic = updated_by_rank(large, layout, critic=True)
+    assert sum(critic) == critic_parameters(large).total  # tied: the embedding stays
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": False, "use_bias": True}])
+@pytest.mark.parametrize("grid", [Grid(4, 1, True), Grid(2, 2, True), Grid(1, 4, True)])
+def test_the_plan_deals_parameters_as_the_optimizer_does(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool], grid: Grid
+) -> None:
+    """Against the owners that each rank of a real model names."""
+    config = Ernie4_5_MoeConfig.preset("tiny", **settings)
+    monkeypatch.setattr(distributed, "_grid", grid)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    owned = []
+    for rank in range(4):
+        monkeypatch.setenv("PADDLE_TRAINER_ID", str(rank))
+        count = 16 // grid.expert
+        here = range(rank % grid.expert * count, (rank % grid.expert + 1) * count)
+        model = Ernie4_5_MoeForCausalLM(config, Placement(here, LocalDispatcher()))
+        names = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
+        owned.append(sum(int(names[name].size) for name in parallel.owned(names)))
+    layout = Layout(grid.expert, grid.data, True, False)
+    assert updated_by_rank(config, layout) == owned
 
 
 @pytest.mark.parametrize("preset", ["tiny", "21b-a3b"])
@@ -116,6 +170,10 @@ def test_constants_are_those_of_the_code() -> None:
     assert model_layout._ALIGNMENT == activations.ALIGNMENT
     assert cross_entropy._CHUNK_ELEMENTS == activations.CHUNK_ELEMENTS
     assert kv_cache._GROWTH == memory._CACHE_GROWTH
+    assert decode._GROWTH == decoder.GROWTH
+    assert decode._CHUNK_TOKENS == decoder.CHUNK_TOKENS
+    assert parallel_gradients.BUCKET_NUMBERS == buckets.BUCKET_NUMBERS
+    assert reduction.IN_FLIGHT == buckets.IN_FLIGHT
 
 
 MEASURE = """
@@ -148,6 +206,16 @@ def test_the_peak_of_a_real_step(seq_len: int, rows: int, documents: int, recomp
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.02)
+
+
+@pytest.mark.parametrize("prompt", [31, 32, 100])
+def test_slots_grow_as_those_of_the_decoder(prompt: int) -> None:
+    config = Ernie4_5_MoeConfig.preset("tiny")
+    cache = decode.DecoderCache(config, 1, prompt + 1, config.rope_theta)
+    cache.lengths[:] = prompt
+    for new in range(1, 200):  # the first token comes from the prompt, the last one stays outside
+        assert decoder._slots(prompt, prompt + new) == cache.capacity
+        cache.advance()
 
 
 def test_activations_grow_with_tokens_and_recompute_keeps_a_layer() -> None:
@@ -195,6 +263,62 @@ def test_the_first_layers_save_as_much_as_all_where_the_head_takes_most() -> Non
     assert peaks[1] > peaks[4] > peaks[7]
 
 
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": False, "use_bias": True}])
+@pytest.mark.parametrize("grid", [Grid(4, 1, True), Grid(2, 2, True), Grid(1, 4, False)])
+def test_gradients_on_their_way_are_those_of_real_buckets(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool], grid: Grid
+) -> None:
+    """Against the buckets of a model's own parameters, in the order in which they leave."""
+    for module in (parallel_gradients, buckets):
+        monkeypatch.setattr(module, "BUCKET_NUMBERS", 4096)
+    monkeypatch.setattr(distributed, "_grid", grid)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    config = Ernie4_5_MoeConfig.preset("tiny", **settings)
+    here = range(config.moe_num_experts // grid.expert)
+    model = Ernie4_5_MoeForCausalLM(config, Placement(here, LocalDispatcher()))
+    parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
+    leaving = reduction._all_buckets(reduction._parts(parameters), None)
+    layout = Layout(grid.expert, grid.data, grid.sharding, False)
+    buckets._known.clear()
+    planned = buckets.numbers_in_flight(config, layout)
+    for layer, most in enumerate(planned):
+        gone = [bucket for bucket in leaving if bucket.complete_after > layer]
+        sizes = [sum(int(parameters[n].size) for n in bucket.names) for bucket in gone]
+        flights = [sum(sizes[at : at + reduction.IN_FLIGHT]) for at in range(len(sizes))]
+        assert max(flights, default=0) <= most
+        assert most <= max(4 * 4096, sum(sorted(sizes)[-4:]), 1.5 * max(flights, default=0))
+    buckets._known.clear()
+    assert planned == sorted(planned, reverse=True)
+    assert buckets.numbers_in_flight(config, Layout(1, 1, False, False)) == [0] * len(planned)
+
+
+def test_gradients_on_their_way_lift_the_peak_of_first_layers() -> None:
+    """With the loss's peak out of the way: a layer's turn grows by the buckets beside it."""
+    config = Ernie4_5_MoeConfig.preset("mini")
+    alone = Activations(config, FP32, Layout(1, 1, False, True), False)
+    among = Activations(config, FP32, Layout(1, 2, False, True), False)
+    batch = MicroBatch(1, 8, 8)
+    more = among.peak(batch, "cross_entropy") - alone.peak(batch, "cross_entropy")
+    travelling = 4 * max(buckets.numbers_in_flight(config, among.layout))
+    assert 0 < more <= travelling
+
+
+def test_shared_experts_copy_their_input_where_rows_leave() -> None:
+    """In float32 the router keeps the original; in bfloat16 nothing but the copy stays."""
+    config = Ernie4_5_MoeConfig.preset("mini", moe_capacity_factor=None)
+    without = Ernie4_5_MoeConfig.preset("mini", moe_num_shared_experts=0)
+    tokens, batch = 1024, MicroBatch(1, 1024, 1024)
+    for precision, copies in ((FP32, 1), (BF16, 0)):
+        spread, here = (
+            [Activations(c, precision, Layout(n, 1, False, False), True) for c in (config, without)]
+            for n in (2, 1)
+        )
+        with_shared, no_shared = (
+            a.layer(batch, True) - b.layer(batch, True) for a, b in zip(spread, here, strict=True)
+        )
+        assert with_shared - no_shared == copies * tokens * config.hidden_size * 4
+
+
 def test_an_expert_group_has_a_fullest_rank(large: Ernie4_5_MoeConfig) -> None:
     """Rows per rank stay k per token, times the stated imbalance once experts are spread."""
     alone = Activations(large, BF16, Layout(1, 8, False, True), True)
@@ -230,3 +354,32 @@ def test_reference_and_critic_stand_beside_the_policy(large: Ernie4_5_MoeConfig)
     trained = alone.weights + alone.gradients + alone.optimizer
     assert both.critic == pytest.approx(trained, rel=1e-4)  # a scalar head more
     assert both.peak == alone.peak + both.reference + both.critic
+
+
+def test_sharded_gradients_come_and_go(large: Ernie4_5_MoeConfig) -> None:
+    """Full ones stand in the backward pass, none in rollouts, and one model's at a time."""
+    layout, batch = Layout(8, 1, True, True), MicroBatch(1, 1024, 1024)
+    rollout = Rollout(512, 8, 1024, 7168, 64)
+    job = Job(batch, "logprobs", True, True, rollout)
+    stay = rank_memory(large, Machine(True, BF16), layout, job)
+    go = rank_memory(large, Machine(True, BF16, shards_gradients=True), layout, job)
+    gradients = 2 * count_parameters(large).on_rank(layout).total
+    assert stay.critic - go.critic == pytest.approx(gradients, rel=1e-4)
+    assert stay.gradients == gradients
+    assert go.gradients == pytest.approx(gradients, rel=1e-4)  # a critic's value head more
+    assert go.rollouts > go.activations + gradients
+    assert stay.peak - go.peak == pytest.approx(2 * gradients, rel=1e-4)
+    whole = Layout(8, 1, False, True)
+    assert rank_memory(large, Machine(True, BF16, True), whole, job) == rank_memory(
+        large, Machine(True, BF16), whole, job
+    )
+
+
+def test_sampling_on_a_cpu_copies_the_weights() -> None:
+    """Not where experts are spread: there the model's own forward pass samples."""
+    config, rollout = Ernie4_5_MoeConfig.preset("mini"), Rollout(4, 1, 32, 32, 4)
+    bytes_ = rollout_bytes(Activations(config, FP32, Layout(1, 1, False, False), False), rollout)
+    weights = 4 * count_parameters(config).total
+    assert weights < bytes_ < 1.5 * weights
+    spread = rollout_bytes(Activations(config, FP32, Layout(2, 1, False, False), False), rollout)
+    assert spread < 0.5 * weights

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from ernie_train.parallel import Recompute, RecomputeConfig
 from ernie_train.parallel.recompute import PARTS
 from ernie_train.plan import PlanSettings, print_plan
 from ernie_train.plan.activations import MicroBatch
+from ernie_train.plan.command import plan_problem
 from ernie_train.plan.cost import Rates, mean_context, recomputed_flops, step_cost, token_flops
 from ernie_train.plan.layout import Layout, Precision, count_parameters, layouts
 from ernie_train.plan.memory import Job, Machine
+from ernie_train.plan.overlap import hidden_seconds
 from ernie_train.plan.search import Problem, candidates, smallest_cluster
 from ernie_train.plan.work import Work, recipe_work
 from ernie_train.recipe import ParallelConfig, Recipe
@@ -163,6 +166,24 @@ def test_compute_follows_the_fullest_rank(large: Ernie4_5_MoeConfig) -> None:
     assert even.seconds["compute"] == pytest.approx(8192 * flops / 100e12)
     assert uneven.seconds["compute"] == pytest.approx(2 * even.seconds["compute"])
     assert (even.busy_ranks, few.busy_ranks) == (8, 3)
+
+
+def test_half_of_the_exchanges_may_go_behind_shared_experts(large: Ernie4_5_MoeConfig) -> None:
+    """On fast wires half of them does, on slow ones what shared experts compute meanwhile."""
+    layout, work = Layout(8, 1, True, False), sft_work(16)
+    fast = Rates(tflops=100.0, inside_gbps=8000.0, between_gbps=80.0, memory_gb_per_s=1000.0)
+    slow = replace(fast, inside_gbps=1.0)
+    cost = step_cost(large, BF16, layout, fast, work)
+    gradients = cost.seconds["gradients"]
+    assert hidden_seconds(large, layout, work, cost) == pytest.approx(
+        cost.seconds["all-to-all"] / 2 + gradients
+    )
+    cost = step_cost(large, BF16, layout, slow, work)
+    shared = 3 * 27 * 3 * 2 * 2560 * 3072 * 2 * 8192 / 100e12  # two micro-batches of a rank
+    forward = token_flops(large, mean_context(8192)).forward
+    last_backward = 2 * forward * 8192 / 100e12
+    assert cost.seconds["gradients"] > last_backward
+    assert hidden_seconds(large, layout, work, cost) == pytest.approx(shared + last_backward)
 
 
 # ---- the work of stages --------------------------------------------------------------------------
@@ -321,6 +342,20 @@ def test_naming_gpus_plans_for_gpus() -> None:
         auto, PlanSettings(ranks=8, gradients="float32")
     )
     assert "weights float32" in printed(auto, PlanSettings())
+
+
+def test_rates_are_those_that_are_given() -> None:
+    """Rollouts read weights and cache: at half the rate they take twice as long."""
+    text = printed(recipe(RL), PlanSettings(interconnect_gbps=800.0, between_gbps=100.0))
+    assert "800 Gbit/s within a machine of 8 and 100 beyond" in text
+    assert "may overlap" in text
+
+    def seconds(rate: float) -> float:
+        settings = PlanSettings(memory_gb_per_s=rate, tflops=1e9, interconnect_gbps=1e9)
+        problem, _ = plan_problem(recipe(RL), settings)
+        return candidates(problem, 8)[0].cost[0].seconds["rollouts"]
+
+    assert seconds(1000.0) == pytest.approx(2 * seconds(2000.0), rel=1e-3)
 
 
 def test_ranks_without_a_micro_batch_are_told() -> None:

@@ -1,11 +1,12 @@
-"""The memory that `plan` states beside what a training process really takes at its peak.
+"""The memory that `plan` states beside what training processes really take at their peak.
 
-    python tools/bench_plan.py [--only mini] [--default-allocator]
+    python tools/bench_plan.py [--only mini] [--ranks 4] [--default-allocator]
 
-Each case is an SFT step of one rank on a CPU, in a process of its own, one after another. Measured
-is the most memory that the process had resident (VmHWM) less its base: what it has resident after
-training a minimal model, so with everything loaded and warmed up. `tensors` is the most that Paddle
-had given out to tensors by its own count, which depends on no allocator.
+Each case is an SFT step on a CPU, by one rank or by several over gloo, or sampling after it, in
+processes of its own, one case after another. Measured is the most memory that the fullest rank had
+resident (VmHWM) less its base: what it has resident after training a minimal model among as many
+ranks, so with everything loaded, joined and warmed up. `tensors` is the most that Paddle had given
+out to tensors by its own count, which depends on no allocator and knows nothing of numpy's arrays.
 
 The C library is told to return freed memory to the system at once. With `--default-allocator` it
 keeps it for reuse, as in a run of the toolkit (see runtime.py): faster, with a higher peak, the
@@ -21,7 +22,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_scaling import Layout as Side
+from bench_scaling import environments
+
 TOLERANCE = 0.10
+HEADING = """\
+| preset | layout | tokens of a rank | plan MB | measured MB | plan / measured | tensors MB |
+|---|---|---|---:|---:|---:|---:|"""
 STEPS = 3  # memory settles in the second: gradients stay allocated after the first
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 MINIMAL = {
@@ -41,9 +48,11 @@ MINIMAL = {
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of `seq_len` tokens in documents of `document_tokens` each.
+    """Rows of `seq_len` tokens in documents of `document_tokens` each; a micro-batch for each rank.
 
     recompute: as in a recipe.
+    sequences: measured is not the training step but the sampling after it, of so many sequences
+        with prompts and completions of half `seq_len` each.
     """
 
     preset: str
@@ -51,14 +60,23 @@ class Case:
     rows: int
     document_tokens: int
     recompute: bool | dict[str, Any]
+    expert: int = 1
+    data: int = 1
+    sharding: bool = False
+    sequences: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.expert * self.data
 
     def layout(self) -> Layout:
-        """One rank."""
+        """As the recipe of such a job would have it."""
         from ernie_train.config import parse_config
         from ernie_train.plan.layout import Layout
         from ernie_train.recipe import ParallelConfig
 
-        parallel = parse_config(ParallelConfig, {"recompute": self.recompute}, "case")
+        own = {name: getattr(self, name) for name in ("expert", "data", "sharding", "recompute")}
+        parallel = parse_config(ParallelConfig, own, "case")
         return Layout(parallel.expert, parallel.data, parallel.sharding, parallel.recompute)
 
 
@@ -78,23 +96,39 @@ CASES = [
     Case("mini", 512, 2, 128, False),
     Case("mini", 2048, 1, 2048, False),
     Case("mini", 2048, 1, 2048, True),
+    Case("tiny", 256, 1, 256, False, sequences=256),
+    Case("mini", 256, 1, 256, False, sequences=64),
+    Case("mini", 1024, 1, 1024, False, sequences=16),
+    Case("mini", 1024, 1, 1024, False, expert=2),
+    Case("mini", 1024, 1, 1024, True, expert=2),
+    Case("mini", 1024, 1, 1024, False, data=2),
+    Case("mini", 1024, 1, 1024, False, data=2, sharding=True),
+    Case("mini", 1024, 1, 1024, False, expert=2, sharding=True),
+    Case("mini", 1024, 1, 1024, False, expert=2, data=2, sharding=True),
+    Case("mini", 1024, 1, 1024, True, expert=2, data=2, sharding=True),
+    Case("mini", 1024, 1, 1024, False, expert=4, sharding=True),
+    Case("mini", 1024, 1, 1024, False, data=4, sharding=True),
 ]
 
 
 def planned_bytes(case: Case) -> float:
-    """What `plan` says that one rank needs."""
+    """What `plan` says that the fullest rank needs."""
     from ernie_train.model import Ernie4_5_MoeConfig
     from ernie_train.plan.activations import MicroBatch
     from ernie_train.plan.layout import Precision
-    from ernie_train.plan.memory import Job, Machine, rank_memory
+    from ernie_train.plan.memory import Job, Machine, Rollout, rank_memory
 
     machine = Machine(on_gpu=False, precision=Precision("float32", "float32"))
-    job = Job(MicroBatch(case.rows, case.seq_len, case.document_tokens), "cross_entropy")
-    return rank_memory(Ernie4_5_MoeConfig.preset(case.preset), machine, case.layout(), job).peak
+    half = case.seq_len // 2
+    rollout = Rollout(case.sequences, 1, half, half, case.sequences) if case.sequences else None
+    batch = MicroBatch(case.rows, case.seq_len, case.document_tokens)
+    job = Job(batch, "cross_entropy", rollout=rollout)
+    memory = rank_memory(Ernie4_5_MoeConfig.preset(case.preset), machine, case.layout(), job)
+    return memory.resident + memory.rollouts if case.sequences else memory.peak
 
 
-def train(config: Any, case: Case) -> None:
-    """A few optimizer steps of SFT on random tokens."""
+def train(config: Any, case: Case) -> Any:
+    """A few optimizer steps of SFT on random tokens; the trainer, with all that it holds."""
     import numpy as np
 
     from ernie_train.datasets import Batch
@@ -111,15 +145,34 @@ def train(config: Any, case: Case) -> None:
     random = np.random.default_rng(0)
     places = np.tile(np.arange(case.seq_len), (case.rows, 1))
     for _ in range(STEPS):
-        ids = random.integers(1, config.vocab_size, (case.rows, case.seq_len + 1))
-        batch = Batch(
-            input_ids=ids[:, :-1],
-            labels=ids[:, 1:],
-            position_ids=places % case.document_tokens,
-            document_ids=places // case.document_tokens + 1,
-            loss_mask=np.ones(places.shape, np.float32),
-        )
-        trainer.train_step([batch], PackedLoss("tokens"), STEPS)
+        batches = []
+        for _ in range(case.ranks):
+            ids = random.integers(1, config.vocab_size, (case.rows, case.seq_len + 1))
+            batches.append(
+                Batch(
+                    input_ids=ids[:, :-1],
+                    labels=ids[:, 1:],
+                    position_ids=places % case.document_tokens,
+                    document_ids=places // case.document_tokens + 1,
+                    loss_mask=np.ones(places.shape, np.float32),
+                )
+            )
+        trainer.train_step(batches, PackedLoss("tokens"), STEPS)
+    return trainer
+
+
+def sample(model: Any, sequences: int, seq_len: int) -> None:
+    """Completions that never stop; prompts all differ."""
+    import numpy as np
+
+    from ernie_train.generation import generate
+
+    half = seq_len // 2
+    prompts = np.random.default_rng(1).integers(1, model.config.vocab_size, (sequences, half))
+    generate(
+        model, prompts.tolist(), max_new_tokens=half, temperature=1.0, batch_size=sequences,
+        record_experts=True,
+    )  # fmt: skip
 
 
 def resident_bytes(field: str) -> int:
@@ -132,6 +185,7 @@ def resident_bytes(field: str) -> int:
 
 def measure(case: Case) -> dict[str, float]:
     """Trains in this process; bytes at the peak less the base."""
+    from ernie_train import distributed
     from ernie_train.model import Ernie4_5_MoeConfig  # before Paddle: it sets the processor up
 
     import paddle  # isort: skip
@@ -139,15 +193,26 @@ def measure(case: Case) -> dict[str, float]:
     # Paddle has no public function for the memory that tensors take on a CPU.
     from paddle.base import core  # isort: skip
 
-    small = Case("tiny", 64, 1, 32, case.recompute)
-    train(Ernie4_5_MoeConfig.preset("tiny", **MINIMAL), small)
+    def begin() -> None:
+        distributed.barrier()
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+        core.host_memory_stat_reset_peak_value("Allocated", 0)
+
+    distributed.set_grid(distributed.Grid(case.expert, case.data, case.sharding))
+    small = replace(case, seq_len=64, rows=1, document_tokens=32)
+    minimal = train(Ernie4_5_MoeConfig.preset("tiny", **MINIMAL), small)
+    if case.sequences:
+        sample(minimal.model, 4, 16)
+    del minimal
     square = paddle.ones([1024, 1024])
     paddle.matmul(square, square)  # MKL keeps the buffers of its first large product for good
     del square
     base = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
-    core.host_memory_stat_reset_peak_value("Allocated", 0)
-    train(Ernie4_5_MoeConfig.preset(case.preset), case)
+    begin()
+    trainer = train(Ernie4_5_MoeConfig.preset(case.preset), case)
+    if case.sequences:
+        begin()
+        sample(trainer.model, case.sequences, case.seq_len)
     return {
         "base": base,
         "resident": resident_bytes("VmHWM") - base,
@@ -157,45 +222,57 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def measured_apart(case: Case, environment: dict[str, str]) -> dict[str, float]:
-    """`measure` in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--case", json.dumps(asdict(case))],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    """`measure` in a fresh process for each rank: the most that any of them took."""
+    command = [sys.executable, "-W", "ignore", __file__, "--case", json.dumps(asdict(case))]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **own, **environment}, stdout=subprocess.PIPE, text=True
+        )
+        for own in environments(Side("", expert=case.expert, data=case.data))
+    ]
+    told = [rank.communicate()[0] for rank in ranks]
+    if failed := [at for at, rank in enumerate(ranks) if rank.returncode]:
+        raise SystemExit(f"{case}: rank {failed[0]} failed")
+    found = [json.loads(text.splitlines()[-1]) for text in told]
+    return {name: max(each[name] for each in found) for name in found[0]}
+
+
+def row(case: Case, found: dict[str, float]) -> str:
+    """A line of the table in docs/scaling.md."""
+    mb = {name: value / 1e6 for name, value in found.items()}
+    layout = f"expert {case.expert}, data {case.data}" + (", sharded" if case.sharding else "")
+    what = f"{case.rows} x {case.seq_len} in {case.document_tokens}"
+    if case.sequences:
+        what = f"{case.sequences} x {case.seq_len} sampled"
+    if case.recompute:
+        parts, comma, first = case.layout().again.partition(", ")
+        what += ", recompute" if parts == "layers" else f", {parts} run again"
+        what += comma + first
+    cells = (
+        case.preset, "1 rank" if case.ranks == 1 else layout, what, f"{mb['planned']:.1f}",
+        f"{mb['resident']:.1f}", f"{mb['planned'] / mb['resident']:.3f}", f"{mb['tensors']:.1f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="cases whose preset has this name")
+    parser.add_argument("--ranks", type=int, default=0, help="cases of so many ranks; 0: all")
     parser.add_argument("--default-allocator", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(Case(**json.loads(options.case)))))
         return 0
-    print(
-        "preset  tokens     document        recompute   plan MB  peak MB  plan/peak  tensors MB"
-        "  base MB"
-    )
+    print(HEADING)
     worst = 0.0
     for case in CASES:
-        if options.only and options.only != case.preset:
+        if options.only not in ("", case.preset) or options.ranks not in (0, case.ranks):
             continue
         found = measured_apart(case, {} if options.default_allocator else RETURN_FREED)
-        mb = {name: value / 1e6 for name, value in found.items()}
-        ratio = mb["planned"] / mb["resident"]
-        worst = max(worst, abs(ratio - 1))
-        print(
-            f"{case.preset:6}  {case.rows} x {case.seq_len:<6} {case.document_tokens:8} "
-            f"{case.layout().again:>16}  {mb['planned']:8.1f} {mb['resident']:8.1f}  "
-            f"{ratio:9.3f}  {mb['tensors']:10.1f}  {mb['base']:7.1f}",
-            flush=True,
-        )
+        print(row(case, found), flush=True)
+        worst = max(worst, abs(found["planned"] / found["resident"] - 1))
     print(f"largest difference: {100 * worst:.1f} %")
     return int(worst > TOLERANCE)
 

@@ -46,6 +46,14 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_rmsnorm": ((None, True), "the norm is RMSNorm"),
 }
 
+# What decides which parameters there are, and which of them a token uses.
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings", "use_bias", "moe_intermediate_size",
+    "moe_num_experts", "moe_k", "moe_num_shared_experts", "moe_layer_start_index",
+    "moe_layer_end_index", "moe_layer_interval",
+)  # fmt: skip
+
 # Names of the same thing in Hugging Face's attribute map.
 _ALIASES = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
 
@@ -178,6 +186,14 @@ class Ernie4_5_MoeConfig:
     def with_overrides(self, overrides: Mapping[str, Any]) -> Ernie4_5_MoeConfig:
         """A copy with some keys changed; an unknown key is a `ConfigError` naming the nearest."""
         return dataclasses.replace(self, **_checked_overrides(overrides))
+
+    def differing_sizes(self, other: Ernie4_5_MoeConfig) -> dict[str, Any]:
+        """What `other` has instead, of the keys that say which parameters there are."""
+        return {
+            name: getattr(other, name)
+            for name in _SIZES
+            if getattr(other, name) != getattr(self, name)
+        }
 
     # ---- what follows from the fields ----------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import Literal
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.parallel import recomputed_parts
 from ernie_train.parallel.recompute import PARTS, Part
+from ernie_train.plan.buckets import numbers_in_flight
 from ernie_train.plan.layout import Layout, Precision, moe_layers
 
 _FLOAT, _INT = 4, 8  # bytes of float32 and int64
@@ -54,15 +55,16 @@ class Activations:
 
         Either while the loss is made, or in the backward pass of a layer: what is kept of it and
         of those before, and what is made again. Experts go back first; what they took is free
-        again when attention does.
+        again when attention does. Gradients of layers that are through may be on their way.
         """
         standing = self.kept(batch)
         peaks = [standing + self._head_transient(batch, head)]
         layers = self._layers()
         turns = {layer: self._turn(batch, *layer) for layer in set(layers)}
-        for layer in reversed(layers):
+        travelling = numbers_in_flight(self.config, self.layout)
+        for layer, numbers in zip(reversed(layers), reversed(travelling), strict=True):
             kept, beside = turns[layer]
-            peaks.append(standing + beside)
+            peaks.append(standing + beside + numbers * self.precision.gradient_width)
             standing -= kept
         return max(peaks)
 
@@ -168,6 +170,9 @@ class Activations:
         kept = tokens * config.moe_num_experts * _FLOAT  # the router's probabilities
         if width != _FLOAT:
             kept += tokens * config.hidden_size * _FLOAT  # its input in float32
+        elif self.layout.expert > 1 and config.moe_num_shared_experts:
+            # Shared experts keep a copy of the input, which in float32 the router keeps too.
+            kept += tokens * config.hidden_size * _FLOAT
         kept += 4 * pairs * _FLOAT  # those of the chosen experts, until they are weights
         kept += 3 * pairs * _INT  # the way of every pair to its row and back
         # The experts' input, their weights, and up, sigmoid, silu, wide weights, weighted product.

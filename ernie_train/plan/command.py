@@ -9,7 +9,7 @@ from rich.console import Console
 from ernie_train import runtime
 from ernie_train.errors import UserError
 from ernie_train.plan.cost import Rates
-from ernie_train.plan.layout import BYTES, Dtype, Precision
+from ernie_train.plan.layout import BYTES, Dtype, Layout, Precision
 from ernie_train.plan.memory import Machine
 from ernie_train.plan.search import Problem, candidates, smallest_cluster
 from ernie_train.plan.tables import (
@@ -17,6 +17,7 @@ from ernie_train.plan.tables import (
     idle_ranks,
     layout_table,
     memory_table,
+    own_layout,
     print_assumptions,
     shortage,
     step_table,
@@ -45,6 +46,8 @@ class PlanSettings:
     document_tokens: int | None = None
     tflops: float | None = None
     interconnect_gbps: float | None = None
+    between_gbps: float | None = None  # beyond a machine, where that differs
+    memory_gb_per_s: float | None = None
 
 
 def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None:
@@ -52,8 +55,36 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
 
     Raises `UserError` for an expert degree or gradients that cannot be.
     """
-    machine, why = _machine(recipe, settings)
+    problem, why = plan_problem(recipe, settings)
     ranks = settings.ranks or DEFAULT_RANKS
+    found = candidates(problem, ranks)
+    if recipe.model.is_absent:
+        console.print(recipe.model.told_absent(), highlight=False)
+    print_assumptions(problem, ranks, why, console)
+    fitting = [candidate for candidate in found if candidate.fits(problem.memory_gb)]
+    shown = fitting[0] if fitting else min(found, key=lambda c: c.peak)
+    console.print(f"the {'best' if fitting else 'smallest'}: {describe(shown.layout)}")
+    console.print(memory_table(problem.work, shown))
+    console.print(step_table(problem, shown))
+    for line in idle_ranks(problem.work, shown):
+        console.print(line, highlight=False)
+    own = recipe.parallel
+    of_recipe = Layout(own.expert, own.data, own.sharding, own.recompute)
+    for candidate in found:
+        if candidate.layout == of_recipe:
+            console.print(own_layout(problem, candidate), highlight=False)
+    if fitting:
+        console.print(layout_table(problem, fitting))
+        console.print(f"{len(found) - len(fitting)} other layouts do not fit", highlight=False)
+        console.print(f"it fits; the fastest: {shown.layout.as_yaml()}", highlight=False)
+        return
+    for line in shortage(problem, shown, smallest_cluster(problem)):
+        console.print(line, highlight=False)
+
+
+def plan_problem(recipe: Recipe, settings: PlanSettings) -> tuple[Problem, str]:
+    """What is to be laid out, and a word on why on such ranks."""
+    machine, why = _machine(recipe, settings)
     problem = Problem(
         recipe.model.build(),
         recipe_work(recipe, settings.document_tokens),
@@ -63,22 +94,7 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
         settings.expert,
         recipe.parallel.recompute,
     )
-    found = candidates(problem, ranks)
-    print_assumptions(problem, ranks, why, console)
-    fitting = [candidate for candidate in found if candidate.fits(problem.memory_gb)]
-    shown = fitting[0] if fitting else min(found, key=lambda c: c.peak)
-    console.print(f"the {'best' if fitting else 'smallest'}: {describe(shown.layout)}")
-    console.print(memory_table(problem.work, shown))
-    console.print(step_table(problem.work, shown))
-    for line in idle_ranks(problem.work, shown):
-        console.print(line, highlight=False)
-    if fitting:
-        console.print(layout_table(problem, fitting))
-        console.print(f"{len(found) - len(fitting)} other layouts do not fit", highlight=False)
-        console.print(f"it fits; the fastest: {shown.layout.as_yaml()}", highlight=False)
-        return
-    for line in shortage(problem, shown, smallest_cluster(problem)):
-        console.print(line, highlight=False)
+    return problem, why
 
 
 def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:
@@ -94,7 +110,8 @@ def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:
     gradients = _dtype(settings.gradients) or weights
     if settings.gradients == "bfloat16" and weights == "float32":
         raise UserError("--gradients bfloat16: on a CPU weights and gradients are float32")
-    return Machine(device == "gpu", Precision(weights, gradients)), why
+    on_gpu = device == "gpu"
+    return Machine(on_gpu, Precision(weights, gradients), shards_gradients=on_gpu), why
 
 
 def _dtype(name: str | None) -> Dtype | None:
@@ -112,6 +129,6 @@ def _rates(machine: Machine, settings: PlanSettings) -> Rates:
     return Rates(
         settings.tflops or base.tflops,
         wires or base.inside_gbps,
-        wires or base.between_gbps,
-        base.memory_gb_per_s,
+        settings.between_gbps or wires or base.between_gbps,
+        settings.memory_gb_per_s or base.memory_gb_per_s,
     )

@@ -98,7 +98,10 @@ class Parameters:
         return Parameters(self.dense, self.experts // layout.expert)
 
     def updated_on_rank(self, layout: Layout) -> float:
-        """Parameters whose optimizer state one rank holds: its share under sharding."""
+        """Parameters whose optimizer state one rank holds: under sharding an even share.
+
+        What the fullest rank has is in `shards.updated_by_rank`.
+        """
         own = self.on_rank(layout)
         if not layout.sharding:
             return own.total

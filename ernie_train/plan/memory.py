@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.plan.activations import Activations, Head, MicroBatch
+from ernie_train.plan.decoder import decoder_bytes
 from ernie_train.plan.layout import (
     Layout,
-    Parameters,
     Precision,
     count_parameters,
     critic_parameters,
 )
+from ernie_train.plan.shards import updated_by_rank
 
 _CACHE_GROWTH = 32  # slots; as in model/kv_cache.py
 # CUDA context, NCCL's buffers and the workspaces of libraries: an allowance, not measured.
@@ -51,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. Activations and the cache of rollouts do not stand at the same time."""
+    """Bytes of one rank. Activations and the memory of rollouts do not stand at the same time."""
 
     weights: float
     gradients: float
@@ -61,6 +62,7 @@ class Memory:
     activations: float
     rollouts: float
     reserve: float
+    gradients_stay: bool = True  # while completions are sampled
 
     @property
     def resident(self) -> float:
@@ -70,45 +72,71 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.resident + max(self.activations, self.rollouts)
+        return self.resident + max(self.activations, self._rollouts_beyond)
 
     def binding(self) -> str:
         """The largest part of the peak."""
-        parts = dict(vars(self))
-        parts.pop("rollouts" if self.activations >= self.rollouts else "activations")
+        parts = {name: size for name, size in vars(self).items() if name != "gradients_stay"}
+        if self.activations >= self._rollouts_beyond:
+            parts.pop("rollouts")
+        else:
+            parts.pop("activations")
+            if not self.gradients_stay:
+                parts.pop("gradients")
         return max(parts, key=lambda name: parts[name])
+
+    @property
+    def _rollouts_beyond(self) -> float:
+        """What rollouts take beyond the gradients whose place they have."""
+        return self.rollouts - (0.0 if self.gradients_stay else self.gradients)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of rank and how it computes."""
+    """A kind of rank and how it computes.
+
+    shards_gradients: under sharding a reduced gradient is at its owner alone, until the update.
+    """
 
     on_gpu: bool
     precision: Precision
+    shards_gradients: bool = False
 
 
 def rank_memory(config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, job: Job) -> Memory:
-    """Memory of the fullest rank. Gradients stay allocated between steps, as Paddle keeps them."""
+    """Memory of the fullest rank: the one that updates most parameters.
+
+    Gradients stay allocated between steps, as Paddle keeps them, where they are not sharded.
+    """
     precision = machine.precision
     activations = Activations(config, precision, layout, machine.on_gpu)
-    policy = model_bytes(count_parameters(config), precision, layout)
-    critic = model_bytes(critic_parameters(config), precision, layout)
+    held = count_parameters(config).on_rank(layout).total
+    critic_held = critic_parameters(config).on_rank(layout).total if job.critic else 0
+    updated, by_critic = updated_by_rank(config, layout), [0] * layout.ranks
+    if job.critic:
+        by_critic = updated_by_rank(config, layout, critic=True)
+    own, critics = max(zip(updated, by_critic, strict=True), key=sum)
+    weights, gradients, states = model_bytes(held, own, precision)
+    critic_weights, critic_gradients, critic_states = model_bytes(critic_held, critics, precision)
+    come_and_go = machine.shards_gradients and layout.sharding
+    if come_and_go:  # after each update, so those of policy and critic stand in turn
+        gradients, critic_gradients = max(gradients, critic_gradients), 0.0
     return Memory(
-        *policy,
-        reference=policy[0] if job.reference else 0.0,
-        critic=sum(critic) if job.critic else 0.0,
+        weights,
+        gradients,
+        states,
+        reference=weights if job.reference else 0.0,
+        critic=critic_weights + critic_gradients + critic_states,
         activations=activations.peak(job.micro_batch, job.head),
         rollouts=rollout_bytes(activations, job.rollout) if job.rollout else 0.0,
         reserve=GPU_RESERVE_BYTES if machine.on_gpu else 0.0,
+        gradients_stay=not come_and_go,
     )
 
 
-def model_bytes(
-    parameters: Parameters, precision: Precision, layout: Layout
-) -> tuple[float, float, float]:
-    """(weights, gradients, optimizer state) of a trained model on one rank."""
-    held = parameters.on_rank(layout).total
-    states = parameters.updated_on_rank(layout) * precision.state_width
+def model_bytes(held: int, updated: int, precision: Precision) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer state) of a trained model, from numbers of parameters."""
+    states = updated * precision.state_width
     return held * precision.width, held * precision.gradient_width, states
 
 
@@ -122,10 +150,14 @@ def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: 
 def rollout_bytes(activations: Activations, rollout: Rollout) -> float:
     """The cache of all completions at full length while it grows, or the prompts' first pass.
 
-    As it grows, keys (then values) stand twice: half of the cache more.
+    As it grows, keys (then values) stand twice: half of the cache more. On a CPU that has all
+    experts the weights stand twice: see `decoder`.
     """
     config, width = activations.config, activations.precision.width
     sequences = rollout.at_once(activations.layout.ranks)
+    spread = activations.layout.expert > 1
+    if not (activations.on_gpu or spread or config.moe_capacity_factor is not None):
+        return decoder_bytes(config, sequences, rollout.prompt_tokens, rollout.new_tokens)
     total = rollout.prompt_tokens + rollout.new_tokens
     cache = cache_bytes(config, sequences, total, width)
     logits = 2.0 * sequences * config.vocab_size * 4  # and probabilities, float32

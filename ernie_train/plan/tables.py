@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ernie_train.plan.layout import GB, Layout, count_parameters
+from ernie_train.plan.overlap import hidden_seconds
 from ernie_train.plan.search import MOST_RANKS, Candidate, Problem
 from ernie_train.plan.work import Work
 
@@ -42,7 +43,7 @@ def print_assumptions(problem: Problem, ranks: int, why: str, console: Console) 
     console.print(
         f"assumed rates of a rank: {rates.tflops:g} TFLOPS, {rates.inside_gbps:g} Gbit/s within a "
         f"machine of 8 and {rates.between_gbps:g} beyond, {rates.memory_gb_per_s:g} GB/s from its "
-        "memory; nothing overlaps",
+        "memory; seconds are added up as if nothing overlapped",
         highlight=False,
     )
 
@@ -60,8 +61,9 @@ def memory_table(work: Sequence[Work], candidate: Candidate) -> Table:
     return table
 
 
-def step_table(work: Sequence[Work], candidate: Candidate) -> Table:
+def step_table(problem: Problem, candidate: Candidate) -> Table:
     """What a step of each phase costs."""
+    work = problem.work
     table = _table("a step", *(phase.name for phase in work))
     table.add_row("tokens trained", *(f"{phase.tokens:,}" for phase in work))
     table.add_row("GFLOP per token", *(f"{c.flops_per_token / 1e9:.4g}" for c in candidate.cost))
@@ -75,13 +77,17 @@ def step_table(work: Sequence[Work], candidate: Candidate) -> Table:
         cells = (f"{c.seconds.get(kind, 0.0):.3g}" for c in candidate.cost)
         table.add_row(f"{kind}: seconds", *cells)
     table.add_row("seconds in all", *(f"{c.total_seconds:.3g}" for c in candidate.cost))
+    if problem.machine.on_gpu and ranks > 1:
+        pairs = zip(work, candidate.cost, strict=True)
+        hidden = [hidden_seconds(problem.config, candidate.layout, w, c) for w, c in pairs]
+        table.add_row("may overlap", *(f"{seconds:.3g}" for seconds in hidden))
     return table
 
 
 def layout_table(problem: Problem, fitting: Sequence[Candidate]) -> Table:
-    """The layouts that fit, the best first."""
-    columns = ("expert", "data", "sharding", "recompute", "peak GB", "in", "seconds a step")
-    table = _table("layouts that fit", *columns, "bound by")
+    """The layouts that fit, the best first; s/step names phases that take equally long once."""
+    columns = ("expert", "data", "sharded", "recompute", "GB", "in", "s/step")
+    table = _table("that fit", *columns, "binds")
     for place, candidate in enumerate(fitting):
         layout = candidate.layout
         slowest = max(candidate.cost, key=lambda c: c.total_seconds)
@@ -93,11 +99,21 @@ def layout_table(problem: Problem, fitting: Sequence[Candidate]) -> Table:
             layout.again,
             _gb(candidate.peak),
             problem.work[candidate.tightest].name,
-            " / ".join(f"{c.total_seconds:.3g}" for c in candidate.cost),
+            " / ".join(dict.fromkeys(f"{c.total_seconds:.3g}" for c in candidate.cost)),
             slowest.binding(),
             style="bold green" if place == 0 else "",
         )
     return table
+
+
+def own_layout(problem: Problem, candidate: Candidate) -> str:
+    """How the layout that the recipe asks for fares."""
+    fits = "fits" if candidate.fits(problem.memory_gb) else "does not fit"
+    seconds = " / ".join(dict.fromkeys(f"{c.total_seconds:.3g}" for c in candidate.cost))
+    return (
+        f"the recipe's own {describe(candidate.layout)} {fits}: {_gb(candidate.peak)} GB in "
+        f"{problem.work[candidate.tightest].name}, {seconds} s a step"
+    )
 
 
 def shortage(problem: Problem, closest: Candidate, cluster: Candidate) -> list[str]:
