@@ -217,7 +217,8 @@ def test_freed_tensors_are_used_again() -> None:
         "for _ in range(10): x * 2\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
-    assert int(child(code)) < 500
+    # One of the ten may still grow the heap.
+    assert int(child(code)) < 5_000
     # glibc's own default, given by the user, which therefore stays: the referee.
     assert int(child(code, MALLOC_MMAP_THRESHOLD_="131072")) > 10_000
 
