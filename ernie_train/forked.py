@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -99,12 +98,7 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for pid in self._running.values():
             os.kill(pid, signal.SIGKILL)
         for reading, pid in self._running.items():
@@ -117,11 +111,10 @@ def _work(job: Callable[[], object], writing: int, parent: int) -> NoReturn:
     """What a copy does. It leaves buffers, handlers and threads of its parent alone."""
     status = 1
     try:
-        die_with_parent()
-        if os.getppid() == parent:  # else it has ended already
-            gc.disable()  # looking through all the parent's objects would copy their pages
-            job()
-            status = 0
+        die_with_parent(parent)
+        gc.disable()  # looking through all the parent's objects would copy their pages
+        job()
+        status = 0
     except BaseException as error:
         with open(writing, "wb") as stream:
             stream.write(pickle.dumps((_packed(error), traceback.format_exc())))

@@ -168,6 +168,15 @@ def test_the_tokenizer_is_the_one_that_its_command_makes(tmp_path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_the_seed_decides_who_slips():
+    task = next(task for task in TASKS if task.name == "boolean")
+    items = make_data.build_task(task, {"train": 40})
+    one, again, other = (
+        make_data.rows_of_split(task, COLLECTED, items, seed=seed) for seed in (1, 1, 2)
+    )
+    assert one == again != other
+
+
 def test_another_seed_gives_other_rows_and_too_few_problems_are_an_error():
     task = next(task for task in TASKS if task.name == "boolean")
     small = {"train": 5, "validation": 2, "test": 2}

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import tiny_seeds
-from ernie_train.config import load_yaml, parse_config
+from ernie_train.config import apply_overrides, load_yaml, parse_config
 from ernie_train.recipe import Recipe
 from ernie_train.run_directory import StageDone, write_done
 
@@ -67,3 +67,11 @@ def test_the_control_trains_as_long_as_the_rl_stages(tmp_path: Any) -> None:
 def test_the_recipe_has_the_stages_that_the_table_names() -> None:
     stages = [stage["name"] for stage in load_yaml(tiny_seeds.ROOT / tiny_seeds.RECIPE)["stages"]]
     assert stages == [tiny_seeds.SFT, *tiny_seeds.DOMAINS]
+
+
+def test_no_gate_leaves_a_seed_out() -> None:
+    recipe = load_yaml(tiny_seeds.ROOT / tiny_seeds.RECIPE)
+    assert [stage["name"] for stage in recipe["stages"] if "gate" in stage] == [*tiny_seeds.DOMAINS]
+    without = apply_overrides(recipe, tiny_seeds.PIPELINE.overrides)
+    assert all(stage.get("gate") is None for stage in without["stages"])
+    parse_config(Recipe, without, "pipeline")
