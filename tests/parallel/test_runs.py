@@ -147,6 +147,10 @@ def runs(root) -> dict[str, Any]:
         wrong.append(
             ["cd", str(root / f"{name}-{{rank}}"), *command(root, "sft-ep2")[:2], *changes]
         )
+    for rank, step in enumerate((STEPS, STEPS // 2)):  # and a model of another step
+        shutil.copytree(checkpoint(root, "sft-one", "sft", step), root / f"other-{rank}/model")
+    changes = ["--run-dir", str(root / "runs/weights"), 'model={"path": "model"}']
+    wrong.append(["cd", str(root / "other-{rank}"), *command(root, "sft-ep2")[:2], *changes])
     refused = run_on(2, root, wrong)
     statuses.append(run_on(4, root, [go_on("sft-ep2dp2")])[0])
     return {"statuses": statuses, "refused": refused}
@@ -214,9 +218,9 @@ def test_completions_are_those_of_one_rank(root, runs):
 
 def test_what_cannot_work_is_told_once_with_status_2(runs):
     statuses, printed = runs["refused"]
-    assert statuses == [[2] * 7] * 2
+    assert statuses == [[2] * 8] * 2
     text = " ".join(printed.split())
-    assert text.count("error:") == 7, text
+    assert text.count("error:") == 8, text
     assert "the seed differs between the ranks: rank 1 from rank 0" in text
     assert "the recipe differs between the ranks" in text
     assert "parallel.expert=4 x parallel.data=1 needs 4 ranks, but this job has 2" in text
@@ -225,3 +229,4 @@ def test_what_cannot_work_is_told_once_with_status_2(runs):
     assert "no checkpoint in" in text
     assert "without-1/train.jsonl: no such file" in text
     assert "the data of stage sft differs between the ranks: rank 1 from rank 0" in text
+    assert "the weights differs between the ranks: rank 1 from rank 0" in text
