@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -107,6 +108,15 @@ os.close(out)
 
 
 # ---- logs and records ----------------------------------------------------------------------------
+
+
+def test_what_is_said_keeps_paths_whole():
+    path = f"/{'long' * 20}/[b]run/logs/rank_1.log"
+    heard = io.StringIO()
+    voice = Voice(Console(file=heard, width=40))
+    voice.say(f"printed last ({path}):")
+    voice.error(f"no {path}")
+    assert heard.getvalue() == f"printed last ({path}):\nerror: no {path}\n"
 
 
 def test_logs_wait_for_the_run_directory_and_keep_ranks_apart(tmp_path, capsysbinary):

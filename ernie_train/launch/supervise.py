@@ -102,7 +102,7 @@ def _tell(job: Job, verdict: Verdict, voice: Voice) -> None:
     if named and lines:
         voice.say(f"rank {verdict.rank} printed last ({job.logs.path(verdict.rank or 0)}):")
         for line in lines:
-            voice.say(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            voice.say(f"  {line}")
 
 
 def print_error(console: Console, message: str) -> None:

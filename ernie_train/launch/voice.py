@@ -21,11 +21,14 @@ class Voice:
         self._console = console
         self._complaints: set[str] = set()
 
-    def say(self, *objects: Any, **style: Any) -> None:
-        """Prints as the console does, or not at all."""
+    def say(self, text: str) -> None:
+        """Prints a text as it is, paths unbroken, or not at all."""
+        self._print(text, markup=False)
+
+    def _print(self, text: str, *, markup: bool) -> None:
         # A console that finds its pipe broken would end the process: so it writes to memory.
         with self._console.capture() as said:
-            self._console.print(*objects, **style)
+            self._console.print(text, markup=markup, highlight=False, soft_wrap=True)
         try:
             self._console.file.write(said.get())
             self._console.file.flush()
@@ -34,14 +37,14 @@ class Voice:
 
     def error(self, message: str) -> None:
         """Says why a command ends."""
-        self.say(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        self._print(f"[bold red]error:[/] {escape(message)}", markup=True)
 
     def complain(self, about: str, error: OSError) -> None:
         """Says, the first time, that something could not be written; the job goes on without."""
         if about not in self._complaints:
             self._complaints.add(about)
             reason = error.strerror or str(error)
-            self.say(f"{about} cannot be written any more: {reason}", markup=False, soft_wrap=True)
+            self.say(f"{about} cannot be written any more: {reason}")
 
 
 def silence(stream: IO[Any]) -> None:
