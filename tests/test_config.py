@@ -11,10 +11,14 @@ from ernie_train.config import (
     StrictConfig,
     apply_overrides,
     default_of,
+    dump_yaml,
     iterate_leaves,
     parse_config,
 )
 from ernie_train.errors import ConfigError
+from ernie_train.recipe import load_recipe
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 class Optim(StrictConfig):
@@ -364,3 +368,10 @@ def test_leaves_are_all_the_keys_that_hold_values() -> None:
     }  # fmt: skip
     assert leaves["stages[sft].optim.lr"] == 1e-3
     assert leaves["shares"] == {}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_a_run_records_of_a_recipe_is_that_recipe(path, tmp_path):
+    recipe = load_recipe(path)
+    dump_yaml(recipe.model_dump(mode="json"), tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe

@@ -194,6 +194,10 @@ class UpoConfig(StageConfig):
             raise ValueError("; ".join(problems))
         return self
 
+    def _changes(self, name: str) -> bool:
+        """Whether a setting is not at its default; what a run records has all defaults written."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
     def _rollout_problems(self) -> list[str]:
         made = self.offline is not None and self.offline.prompts is not None
         needs = ["data", "reward"] if self.needs_rollouts or made else []
@@ -215,7 +219,7 @@ class UpoConfig(StageConfig):
             problems += [
                 f"{name} has no effect: nothing is sampled"
                 for name in _SAMPLING
-                if name in self.model_fields_set and getattr(self, name) is not None
+                if self._changes(name)
             ]
         return problems
 
@@ -234,7 +238,7 @@ class UpoConfig(StageConfig):
         problems += [
             f"{name} has no effect with advantage={self.advantage!r}"
             for name in unused
-            if name in self.model_fields_set
+            if self._changes(name)
         ]
         if self.policy_coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
             problems.append("entropy_coef and kl act on the policy term's tokens: policy_coef=0")
