@@ -90,10 +90,10 @@ def run(
     call = RunCall(recipe, overrides or [], run_dir, first, last, _interpreter(referee))
     settings = LaunchSettings(nproc or 1, nnodes, master, node_rank, max_restarts, hang_timeout_s)
     if nproc is not None:
-        raise typer.Exit(call.launch(settings, Console(stderr=True), debug=_debug))
+        raise typer.Exit(call.launch(settings, _console(stderr=True), debug=_debug))
     if settings != LaunchSettings(nproc=1):
         raise UserError("the options of a launch need --nproc, the ranks of this machine")
-    call.run_here(Console(quiet=not distributed.is_main()))
+    call.run_here(_console(quiet=not distributed.is_main()))
 
 
 @app.command()
@@ -102,7 +102,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     from ernie_train.preflight import check_recipe
     from ernie_train.recipe import load_recipe
 
-    check_recipe(load_recipe(recipe, overrides), Console())
+    check_recipe(load_recipe(recipe, overrides), _console())
 
 
 @app.command()
@@ -143,7 +143,7 @@ def plan(
         gpus, gpu_memory_gb, expert, gradients, document_tokens,
         tflops, interconnect_gbps, between_gbps, memory_gb_per_s,
     )  # fmt: skip
-    print_plan(load_recipe(recipe, overrides), settings, Console())
+    print_plan(load_recipe(recipe, overrides), settings, _console())
 
 
 @app.command()
@@ -151,7 +151,7 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> 
     """Show a run's stages, steps and latest metrics."""
     from ernie_train.status import print_status
 
-    print_status(run_dir, Console())
+    print_status(run_dir, _console())
 
 
 @app.command(name="eval")
@@ -180,7 +180,7 @@ def evaluate(
         raise UserError(f"--n {n} with --temperature 0 would draw the same completion {n} times")
     config = EvalConfig(max_new_tokens, batch_size, n, chosen, seed)
     chosen_tasks = [name.strip() for name in tasks.split(",")] if tasks else []
-    evaluate_model(model, data, chosen_tasks, max_examples, config, output, Console())
+    evaluate_model(model, data, chosen_tasks, max_examples, config, output, _console())
 
 
 @app.command()
@@ -201,7 +201,7 @@ def score(
     """Grade completions with a verifier and print how many are right."""
     from ernie_train.score_file import score_file
 
-    score_file(reward, data, completions, out, Console())
+    score_file(reward, data, completions, out, _console())
 
 
 @app.command()
@@ -242,7 +242,7 @@ def export(
     """Write a Hugging Face directory and prove it by reading it back."""
     from ernie_train.commands import export_model
 
-    export_model(model, out, dtype, max_shard_size, _interpreter(referee), Console())
+    export_model(model, out, dtype, max_shard_size, _interpreter(referee), _console())
 
 
 @app.command()
@@ -274,6 +274,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(status)
     report.begin()
     report.end(*_run(arguments))
+
+
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that prints texts as they are: brackets in paths and layouts are no markup."""
+    return Console(stderr=stderr, quiet=quiet, markup=False)
 
 
 def _run(arguments: list[str] | None) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from ernie_train.errors import ConfigError
 from ernie_train.evaluate import load_problems, require_verifiers
 from ernie_train.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
-from ernie_train.parallel import RecomputeConfig, check_expert_degree
+from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
 from ernie_train.recipe import Recipe
 from ernie_train.rewards.sandbox import set_policy
 from ernie_train.stages import STAGES, StageData
@@ -79,6 +79,23 @@ def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:
         raise ConfigError(wrong)
 
 
+def _recompute_problems(recompute: Recompute, config: Ernie4_5_MoeConfig) -> list[str]:
+    if not isinstance(recompute, RecomputeConfig):
+        return []
+    problems = []
+    if (recompute.layers or 0) > config.num_hidden_layers:
+        problems.append(
+            f"parallel.recompute.layers={recompute.layers}: the model has "
+            f"{config.num_hidden_layers} layers"
+        )
+    if recompute.chunk_tokens and config.moe_capacity_factor is not None:
+        problems.append(
+            f"parallel.recompute.chunk_tokens={recompute.chunk_tokens}: moe_capacity_factor="
+            f"{config.moe_capacity_factor} counts over a whole micro-batch; leave one of them out"
+        )
+    return problems
+
+
 def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> None:
     """Raises `ConfigError` when tokenizer, sequence lengths or layout do not fit the model."""
     problems = []
@@ -86,15 +103,7 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
         check_expert_degree(recipe.parallel.expert, config)
     except ConfigError as error:
         problems += error.problems
-    recompute = recipe.parallel.recompute
-    if (
-        isinstance(recompute, RecomputeConfig)
-        and (recompute.layers or 0) > config.num_hidden_layers
-    ):
-        problems.append(
-            f"parallel.recompute.layers={recompute.layers}: the model has "
-            f"{config.num_hidden_layers} layers"
-        )
+    problems += _recompute_problems(recipe.parallel.recompute, config)
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(
             f"tokenizer.path: {recipe.tokenizer.path} has {tokenizer.vocab_size} tokens, "

@@ -193,6 +193,8 @@ print(json.dumps(bench_plan.measure(bench_plan.Case(*json.loads(sys.argv[1])))))
         (1024, 1, 128, True),
         (512, 2, 128, {"parts": ["experts"]}),
         (1024, 1, 1024, {"parts": ["attention"], "layers": 3}),
+        (1280, 1, 1280, {"chunk_tokens": 256}),
+        (1024, 1, 128, {"parts": ["experts"], "chunk_tokens": 100}),
     ],
 )
 def test_the_peak_of_a_real_step(seq_len: int, rows: int, documents: int, recompute: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from ernie_train.cli import main
 from ernie_train.config import parse_config
 from ernie_train.errors import UserError
 from ernie_train.model import Ernie4_5_MoeConfig
@@ -20,13 +21,20 @@ from ernie_train.plan import PlanSettings, print_plan
 from ernie_train.plan.activations import MicroBatch
 from ernie_train.plan.command import plan_problem
 from ernie_train.plan.cost import Rates, mean_context, recomputed_flops, step_cost, token_flops
-from ernie_train.plan.layout import Layout, Precision, count_parameters, layouts
+from ernie_train.plan.layout import (
+    CHUNK_TOKENS,
+    Layout,
+    Precision,
+    count_parameters,
+    layouts,
+)
 from ernie_train.plan.memory import Job, Machine
 from ernie_train.plan.overlap import hidden_seconds
 from ernie_train.plan.search import Problem, candidates, smallest_cluster
 from ernie_train.plan.work import Work, recipe_work
 from ernie_train.recipe import ParallelConfig, Recipe
 
+ROOT = Path(__file__).resolve().parent.parent
 BF16 = Precision("bfloat16", "bfloat16")
 RATES = Rates(tflops=100.0, inside_gbps=800.0, between_gbps=80.0, memory_gb_per_s=1000.0)
 SFT = {
@@ -273,8 +281,30 @@ def test_a_critic_needs_more_machines() -> None:
     assert not any(c.fits(80) for c in candidates(tight, cluster.layout.ranks - 8))
 
 
-def test_more_ranks_do_not_help_a_row_that_is_too_long() -> None:
+def test_long_rows_fit_where_experts_take_chunks_of_them() -> None:
     long = problem(recipe(SFT | {"seq_len": 131072}))
+    cluster = smallest_cluster(long)
+    assert (cluster.layout.ranks, cluster.fits(80)) == (16, True)
+    assert cluster.layout.recompute == RecomputeConfig(chunk_tokens=CHUNK_TOKENS)
+    assert cluster.memory[0].binding() == "activations"
+    whole = next(
+        c for c in candidates(long, 16) if c.layout == replace(cluster.layout, recompute=True)
+    )
+    assert not whole.fits(80)
+    assert whole.seconds == cluster.seconds
+
+
+def test_chunks_are_tried_for_long_micro_batches_alone(large: Ernie4_5_MoeConfig) -> None:
+    tried = [layout.again for layout in layouts(large, 1, tokens=CHUNK_TOKENS)]
+    more = [layout.again for layout in layouts(large, 1, tokens=CHUNK_TOKENS + 1)]
+    words = f"chunks of {CHUNK_TOKENS}"
+    assert more == [*tried, f"experts, {words}", f"layers, {words}"]
+    limited = Ernie4_5_MoeConfig.preset("21b-a3b", moe_capacity_factor=1.0)
+    assert [x.again for x in layouts(limited, 1, tokens=10**6)] == tried
+
+
+def test_more_ranks_do_not_help_a_row_that_is_too_long() -> None:
+    long = problem(recipe(SFT | {"seq_len": 131072, "micro_batch_size": 4}))
     cluster = smallest_cluster(long)
     assert not cluster.fits(80)
     assert cluster.memory[0].binding() == "activations"
@@ -314,10 +344,21 @@ def test_the_answer_says_what_is_run_again() -> None:
     said = yaml.safe_load(layout.as_yaml())
     assert said["parallel"]["recompute"] == {"parts": ["experts"], "layers": 27}
     for choice, words in ((False, False), (True, True), (RecomputeConfig(layers=3),
-                          {"parts": ["attention", "experts"], "layers": 3})):  # fmt: skip
+                          {"parts": ["attention", "experts"], "layers": 3}),
+                          (RecomputeConfig(parts=("experts",), chunk_tokens=512),
+                          {"parts": ["experts"], "chunk_tokens": 512})):  # fmt: skip
         yaml_ = Layout(8, 1, True, choice).as_yaml()
         assert yaml.safe_load(yaml_)["parallel"]["recompute"] == words
         assert parse_config(ParallelConfig, yaml.safe_load(yaml_)["parallel"], "plan")
+
+
+def test_a_layout_is_printed_with_its_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    sft = ROOT / "recipes" / "ernie-21b-a3b-sft.yaml"
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", str(sft), "--gpus", "8", "--gpu-memory-gb", "80"])
+    assert not stopped.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "recompute: {parts: [experts]}}" in said
 
 
 def test_the_answer_says_what_is_missing() -> None:
@@ -325,7 +366,8 @@ def test_the_answer_says_what_is_missing() -> None:
     assert "nothing fits" in text
     assert "what binds is critic" in text
     assert "the smallest cluster that holds it: " in text
-    long = " ".join(printed(recipe(SFT | {"seq_len": 131072}), PlanSettings()).split())
+    too_long = recipe(SFT | {"seq_len": 131072, "micro_batch_size": 4})
+    long = " ".join(printed(too_long, PlanSettings()).split())
     assert "no cluster of up to 1024 ranks holds it" in long
     assert "a smaller micro_batch_size or shorter rows take less" in long
 

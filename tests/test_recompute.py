@@ -36,6 +36,13 @@ CHOICES: dict[str, Any] = {
     "first layers": {"layers": 2},
     "experts of the first layers": {"parts": ["experts"], "layers": 2},
 }
+# Experts' gradients are added up chunk by chunk, so they are the same but for rounding.
+CHUNKED: dict[str, Any] = {
+    "chunks": {"chunk_tokens": 7},
+    "chunks of experts": {"parts": ["experts"], "chunk_tokens": 5},
+    "a token each": {"chunk_tokens": 1},
+    "chunks of the first layers": {"layers": 2, "chunk_tokens": 1000},
+}
 BALANCE = BalanceConfig(
     load_balance_coef=0.1, z_loss_coef=0.01, orthogonal_coef=1e-3, bias_update_rate=0.01
 )
@@ -43,7 +50,7 @@ BALANCE = BalanceConfig(
 
 def chosen(name: str) -> Recompute:
     """The setting as a recipe would give it."""
-    data = {} if name == "none" else {"recompute": CHOICES[name]}
+    data = {} if name == "none" else {"recompute": (CHOICES | CHUNKED)[name]}
     return parse_config(ParallelConfig, data, "test").recompute
 
 
@@ -90,7 +97,7 @@ def test_the_named_parts_of_the_first_layers_run_twice(name, attention, experts,
     assert counts == wanted
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", [*CHOICES, *CHUNKED])
 def test_nothing_is_kept_for_later_in_evaluation_or_beside_a_cache(name):
     """A reference never trains, and what a cache holds would be appended to twice."""
     model = model_with(name)
@@ -145,6 +152,46 @@ def test_a_step_gives_the_bits_of_one_that_keeps_everything(variant):
             np.testing.assert_array_equal(one[1], other[1], err_msg=name)
             np.testing.assert_array_equal(one[2], other[2], err_msg=name)
         assert seen[2] == seen_again[2], "random numbers"
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("variant", [name for name in VARIED if name != "capacity"])
+def test_chunks_give_a_step_that_keeps_everything_but_for_rounding(name, variant):
+    weights, seen = trained("none", **VARIED[variant])
+    in_chunks, seen_in_chunks = trained(name, **VARIED[variant])
+    start = state(model_with("none", **VARIED[variant]))
+    for parameter, one in weights.items():
+        moved = np.linalg.norm(one - start[parameter])
+        assert np.linalg.norm(in_chunks[parameter] - one) <= 1e-2 * moved, parameter
+    for one, other in zip(seen[:2], seen_in_chunks[:2], strict=True):
+        assert one[0].keys() == other[0].keys()
+        for metric, value in one[0].items():
+            assert other[0][metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "experts"), [("chunks", 2, 1 + 1), ("chunks of experts", 1, 2)]
+)
+def test_a_layer_runs_twice_its_experts_in_chunks(name, attention, experts):
+    """9 tokens make 2 chunks of at most 7, or of at most 5."""
+    model = model_with(name)
+    counts = calls_of(model)
+    model.model(paddle.ones([1, 9], "int64")).hidden.sum().backward()
+    wanted = {f"attention {layer}": attention for layer in range(3)}
+    assert counts == wanted | {f"experts {layer}": 2 * experts for layer in range(3)}
+
+
+def test_a_gradient_that_nothing_asks_for_is_none_of_the_routers():
+    """Where no loss reads the router's logits its gradient comes from the weights alone."""
+    gradients = []
+    for name in ("none", "chunks"):
+        model = model_with(name)
+        model.model(paddle.arange(9).reshape([1, 9])).hidden.square().sum().backward()
+        gradients.append({n: p.grad.numpy() for n, p in model.named_parameters() if "lm_" not in n})
+    for parameter, one in gradients[0].items():
+        scale = np.abs(one).max()
+        np.testing.assert_allclose(gradients[1][parameter], one, atol=1e-5 * scale)
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +301,11 @@ def test_what_a_recipe_may_say():
         ),
         ({"parts": "experts"}, "recompute.parts: expected a list, got the text 'experts'"),
         ({"parts": ["experts", "experts"]}, "recompute.parts: experts stands there twice"),
+        (
+            {"parts": ["attention"], "chunk_tokens": 8},
+            "recompute.chunk_tokens: has no effect without experts among the parts",
+        ),
+        ({"chunk_tokens": 0}, "recompute.chunk_tokens: must be >= 1, got the number 0"),
         ({"layers": 0}, "recompute.layers: must be >= 1, got the number 0"),
         ({"layers": [0, 1]}, "recompute.layers: expected a whole number, got a list of 2"),
         ({"layers": True}, "recompute.layers: expected a whole number, got the boolean true"),
@@ -272,11 +324,25 @@ def test_what_a_recipe_may_not_say(value, says):
     assert problems(recompute=value) == [says]
 
 
-def test_more_layers_than_the_model_has_are_refused(workspace, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            ["parallel.recompute.layers=3"],
+            "parallel.recompute.layers=3: the model has 2 layers",
+        ),
+        (
+            ["parallel.recompute.chunk_tokens=8", "model.moe_capacity_factor=1.5"],
+            "parallel.recompute.chunk_tokens=8: moe_capacity_factor=1.5 counts over a whole "
+            "micro-batch; leave one of them out",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(workspace, tmp_path, capsys, settings, says):
     recipe = str(workspace / "recipe.yaml")
     for verb, more in (("check", []), ("run", ["--run-dir", str(tmp_path / "run")])):
         with pytest.raises(SystemExit) as stopped:
-            main([verb, recipe, *more, "parallel.recompute.layers=3"])
+            main([verb, recipe, *more, *settings])
         assert stopped.value.code == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert "parallel.recompute.layers=3: the model has 2 layers" in said
+        assert says in said

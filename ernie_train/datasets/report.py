@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ernie_train.datasets.records import BadRow
 
@@ -123,7 +123,7 @@ class DataReport:
             table.add_row(*_cells(self.total()))
         return table
 
-    def _caption(self) -> str:
+    def _caption(self) -> Text:
         lines = [
             "lengths p50..max in tokens, before cutting; "
             f"rows of {self.seq_len} tokens, packed {100 * self.packing_fill:.1f} % full"
@@ -134,16 +134,16 @@ class DataReport:
                 reasons.append(f"{len(source.bad)} bad, first {source.bad[0]}")
             if reasons:
                 lines.append(f"left out of {source.path}: {'; '.join(reasons)}")
-        return escape("\n".join(lines))
+        return Text("\n".join(lines), "table.caption")
 
 
-def _cells(source: SourceReport) -> list[str]:
+def _cells(source: SourceReport) -> list[str | Text]:
     lengths = source.percentiles()
     times = "" if source.weight == 1 else f" x{source.weight:g}"
     numbers = [source.rows, source.kept, source.tokens, source.trainable_tokens]
     numbers += [lengths.get(name, 0) for name in PERCENTILES]
     return [
-        escape(source.path + times),
+        Text(source.path + times),
         *map(_compact, numbers),
         f"{100 * source.share_truncated:.1f} %",
     ]

@@ -33,12 +33,8 @@ class _LinearCrossEntropy(PyLayer):
         grad_weight, grad_bias = None, None
         for part in chunks(hidden.shape[0], weight.shape[0]):
             h, y, w = hidden[part], labels[part], token_weights[part].unsqueeze(1)
-            logits = paddle.matmul(h, weight, transpose_y=True)
-            if bias is not None:
-                logits = logits + bias
-            loss, probs = cross_entropy_rows(logits, y)
+            loss, (dh, dw, db) = _chunk(h, weight, bias, y, w)
             losses.append(loss)
-            dh, dw, db = _chunk_gradients(probs, h, weight, y, w)
             grad_hidden.append(dh)
             grad_weight = dw if grad_weight is None else grad_weight.add_(dw)
             if bias is not None:
@@ -62,6 +58,17 @@ class _LinearCrossEntropy(PyLayer):
         return (*given, None, None)
 
 
+def _chunk(
+    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, w: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Losses of a chunk and its gradients; its logits end with this call, before the next ones."""
+    logits = paddle.matmul(h, weight, transpose_y=True)
+    if bias is not None:
+        logits = logits + bias
+    losses, probs = cross_entropy_rows(logits, labels)
+    return losses, _chunk_gradients(probs, h, weight, labels, w)
+
+
 def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
     """The tokens in parts whose logits may exist at once."""
     size = max(1, _CHUNK_ELEMENTS // vocab_size)
@@ -78,7 +85,9 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.astype("float32")
     probs = F.softmax(logits)
     normalizer = logits.max(-1) - paddle.log(probs.max(-1))
-    chosen = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1).squeeze(1)
+    # Paddle's take_along_axis copies all logits to read one of a row.
+    places = paddle.stack([paddle.arange(len(labels)), labels], axis=1)
+    chosen = paddle.gather_nd(logits, places)
     return normalizer - chosen, probs
 
 

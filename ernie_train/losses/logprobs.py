@@ -69,19 +69,26 @@ class _TokenLogprobs(PyLayer):
         grad_hidden: list[Tensor] = []
         totals: list[Tensor] | None = None
         for part in chunks(hidden.shape[0], weight.shape[0]):
-            h, y, g = hidden[part], ids[part], grad_logprobs[part]
-            logits = _logits(h, weight, ctx.bias, ctx.temperature)
-            _, probs = cross_entropy_rows(logits, y)
-            rows = _dense_gradient(
-                logits, probs, g, None if grad_entropy is None else grad_entropy[part]
-            )
-            dh, *sums = _head_gradients(rows, h, weight, y, g)
+            below = None if grad_entropy is None else grad_entropy[part]
+            given = ids[part], grad_logprobs[part], below
+            dh, *sums = _chunk_gradients(hidden[part], weight, ctx.bias, ctx.temperature, *given)
             grad_hidden.append(dh)
             pairs = zip(totals or sums, sums, strict=True)
             totals = sums if totals is None else [total.add_(more) for total, more in pairs]
-        given = (paddle.concat(grad_hidden), *(totals or ()))[: len(ctx.frozen)]
-        wanted = (None if still else g for g, still in zip(given, ctx.frozen, strict=True))
+        found = (paddle.concat(grad_hidden), *(totals or ()))[: len(ctx.frozen)]
+        wanted = (None if still else g for g, still in zip(found, ctx.frozen, strict=True))
         return (*wanted, None)
+
+
+def _chunk_gradients(
+    h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float,
+    ids: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those of hidden [N,H], weight and bias; the logits of a chunk end with this call."""
+    logits = _logits(h, weight, bias, temperature)
+    _, probs = cross_entropy_rows(logits, ids)
+    rows = _dense_gradient(logits, probs, grad_logprobs, grad_entropy)
+    return _head_gradients(rows, h, weight, ids, grad_logprobs)
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

@@ -11,6 +11,7 @@ from ernie_train.parallel.pace import HasDecoder, Pace, idle_pass
 from ernie_train.parallel.recompute import (
     Recompute,
     RecomputeConfig,
+    chunk_tokens,
     enable_recompute,
     recomputed_parts,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "RecomputeConfig",
     "broadcast_updated",
     "check_expert_degree",
+    "chunk_tokens",
     "clone_model",
     "enable_recompute",
     "experts_placed",

@@ -3,18 +3,22 @@
 Memory is what it saves, operations what it costs, and with experts on several ranks their exchange:
 a part keeps the stream that enters it and nothing else.
 
-Shapes: T tokens, H hidden size.
+Shapes: T tokens, H hidden size, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
+import paddle
 from paddle import Tensor
+from paddle.autograd import PyLayer
 from paddle.distributed.fleet import utils
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
+from ernie_train import distributed
 from ernie_train.config import PositiveInt, StrictConfig
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.attention import AttentionTables
@@ -32,10 +36,13 @@ class RecomputeConfig(StrictConfig):
         both, which then are one: the layer.
     layers: the first so many layers, all where it is absent. The first ones, because theirs are
         the activations that stand longest.
+    chunk_tokens: experts, or the MLP, take so many tokens of a micro-batch at a time, so that
+        their own activations do not grow with it; all at once where it is absent.
     """
 
     parts: tuple[Part, ...] = PARTS
     layers: PositiveInt | None = None
+    chunk_tokens: PositiveInt | None = None
 
     @field_validator("parts")
     @classmethod
@@ -45,6 +52,13 @@ class RecomputeConfig(StrictConfig):
         if doubled := [part for part in PARTS if parts.count(part) > 1]:
             raise ValueError(f"{doubled[0]} stands there twice")
         return tuple(part for part in PARTS if part in parts)
+
+    @field_validator("chunk_tokens")
+    @classmethod
+    def _of_experts(cls, chunk_tokens: int | None, known: ValidationInfo) -> int | None:
+        if chunk_tokens is not None and "experts" not in known.data.get("parts", PARTS):
+            raise ValueError("has no effect without experts among the parts")
+        return chunk_tokens
 
     def of_layer(self, layer: int) -> frozenset[Part]:
         """What is run again of layer `layer` (from 0)."""
@@ -58,9 +72,16 @@ Recompute = bool | RecomputeConfig
 
 def recomputed_parts(recompute: Recompute, layer: int) -> frozenset[Part]:
     """What is run again of layer `layer` (from 0)."""
-    if recompute is False:
-        return frozenset()
-    return (RecomputeConfig() if recompute is True else recompute).of_layer(layer)
+    return frozenset() if recompute is False else _config(recompute).of_layer(layer)
+
+
+def chunk_tokens(recompute: Recompute) -> int | None:
+    """Tokens that experts take at a time where they are run again; None: all."""
+    return None if recompute is False else _config(recompute).chunk_tokens
+
+
+def _config(recompute: Literal[True] | RecomputeConfig) -> RecomputeConfig:
+    return RecomputeConfig() if recompute is True else recompute
 
 
 def enable_recompute(model: Ernie4_5_MoeForCausalLM, recompute: Recompute = True) -> None:
@@ -83,12 +104,18 @@ def _run_layer(
     parts = recomputed_parts(recompute, layer.number)
     if not parts or not layer.training or cache is not None:
         return run_layer(layer, x, tables, cache)
-    if len(parts) == len(PARTS):
-        return _experts_again(lambda x: layer(x, tables, None), x)
-    if "experts" in parts:
-        return _experts_again(layer.add_experts, layer.add_attention(x, tables, None))
-    x = utils.recompute(lambda x: layer.add_attention(x, tables, None), x)
-    return layer.add_experts(x)
+
+    def add_attention(x: Tensor) -> Tensor:
+        return layer.add_attention(x, tables, None)
+
+    if parts == {"attention"}:
+        return layer.add_experts(utils.recompute(add_attention, x))
+    whole, size = len(parts) == len(PARTS), chunk_tokens(recompute)
+    if not whole:
+        x = add_attention(x)
+    if size is not None:
+        return _in_chunks(layer, size, x, add_attention if whole else None)
+    return _experts_again(lambda x: layer(x, tables, None) if whole else layer.add_experts(x), x)
 
 
 def _experts_again(run: Any, x: Tensor) -> tuple[Tensor, RouterOutput]:
@@ -107,3 +134,102 @@ def _experts_again(run: Any, x: Tensor) -> tuple[Tensor, RouterOutput]:
         return outputs, None
     y, router_logits, expert_ids = outputs
     return y, (router_logits, expert_ids, dropped[0])
+
+
+# ---- experts in chunks ---------------------------------------------------------------------------
+
+
+def _in_chunks(
+    layer: DecoderLayer, size: int, x: Tensor, before: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, RouterOutput]:
+    """`add_experts` of x [T,H], of `before(x)` if there is one, `size` tokens at a time."""
+    chunks = _chunks(x.shape[0], size, layer.is_moe and distributed.grid().expert > 1)
+    y, *routed = _InChunks.apply(x, layer, before, chunks)
+    # None are dropped: with a capacity a chunk would count for itself, so both are refused.
+    return y, (*routed, 0) if routed else None
+
+
+def _chunks(tokens: int, size: int, together: bool) -> list[slice]:
+    """Slices of a micro-batch; `together` as many on each rank, empty ones where it has no more.
+
+    Micro-batches differ in tokens, and every exchange must meet those of the other ranks.
+    """
+    own = -(-tokens // size)
+    count = int(distributed.gather_numbers([own]).max()) if together else own
+    return [slice(min(i * size, tokens), min((i + 1) * size, tokens)) for i in range(count)]
+
+
+class _InChunks(PyLayer):
+    """x [T,H] -> x [T,H], and of an MoE layer the router's logits [T,E] and expert ids [T,K].
+
+    Both passes go through the chunks in one order, so exchanges meet on all ranks. For an empty
+    chunk the first token runs, and what comes of it is thrown away.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: DecoderLayer,
+        before: Callable[[Tensor], Tensor] | None,
+        chunks: list[slice],
+    ) -> Any:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.before, ctx.chunks = layer, before, chunks
+        ctx.set_materialize_grads(False)
+        stream = x if before is None else before(x)
+        outputs = []
+        for chunk in chunks:
+            y, routed = layer.add_experts(_tokens(stream, chunk))
+            if not _is_empty(chunk):
+                outputs.append((y, *(routed or ())[:2]))
+        joined = tuple(map(paddle.concat, zip(*outputs, strict=True)))
+        if len(joined) > 1:
+            ctx.mark_non_differentiable(joined[2])
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor:
+        (x,) = ctx.saved_tensor()
+        with paddle.enable_grad():
+            if ctx.before is None:
+                return _back_through_chunks(ctx, x, grads)
+            x = _leaf(x)
+            stream = ctx.before(x)
+            paddle.autograd.backward([stream], [_back_through_chunks(ctx, stream, grads)])
+            return x.grad
+
+
+def _back_through_chunks(ctx: Any, stream: Tensor, grads: tuple[Tensor | None, ...]) -> Tensor:
+    """Gradient of what goes into the experts, [T,H]; their own parameters get theirs."""
+    pieces = []
+    for chunk in ctx.chunks:
+        piece = _leaf(_tokens(stream, chunk))
+        y, routed = ctx.layer.add_experts(piece)
+        outputs = [y, *(routed or ())[:1]]
+        told = [_gradient(g, o, chunk) for g, o in zip(grads, outputs, strict=False)]
+        paddle.autograd.backward(outputs, told)
+        if not _is_empty(chunk):
+            pieces.append(piece.grad)
+    return paddle.concat(pieces)
+
+
+def _is_empty(chunk: slice) -> bool:
+    return bool(chunk.start == chunk.stop)
+
+
+def _tokens(x: Tensor, chunk: slice) -> Tensor:
+    return x[:1] if _is_empty(chunk) else x[chunk]
+
+
+def _leaf(x: Tensor) -> Tensor:
+    x = x.detach()
+    x.stop_gradient = False
+    return x
+
+
+def _gradient(grad: Tensor | None, output: Tensor, chunk: slice) -> Tensor:
+    """The part of `grad` for `output`: zeros where nothing depends on it, or it was no token's."""
+    if grad is None or _is_empty(chunk):
+        return paddle.zeros_like(output)
+    return grad[chunk]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.parallel import recomputed_parts
+from ernie_train.parallel import chunk_tokens, recomputed_parts
 from ernie_train.parallel.recompute import PARTS, Part
 from ernie_train.plan.buckets import numbers_in_flight
 from ernie_train.plan.layout import Layout, Precision, moe_layers
@@ -80,7 +80,7 @@ class Activations:
 
     def layer(self, batch: MicroBatch, moe: bool) -> float:
         """What a layer keeps where it is not recomputed, less what it reports."""
-        return self._attention(batch) + self._experts(batch, moe)
+        return self._attention(batch) + self._experts(batch.tokens, moe)
 
     def prefill(self, tokens: int, prompt_tokens: int) -> float:
         """One layer's activations: without gradients each layer's go before the next one's come."""
@@ -112,19 +112,20 @@ class Activations:
             return stream, 0.0
         return (
             stream if "attention" in parts else self._attention(batch),
-            stream if "experts" in parts else self._experts(batch, moe),
+            stream if "experts" in parts else self._experts(batch.tokens, moe),
         )
 
     def _turn(self, batch: MicroBatch, moe: bool, parts: frozenset[Part]) -> tuple[float, float]:
         """What a layer keeps, and the most that stands beside it in the layer's backward pass."""
         attention, experts = self._kept_parts(batch, moe, parts)
-        made = self._experts(batch, moe) if "experts" in parts else 0.0
-        made += self._attention(batch) if parts == set(PARTS) else 0.0
-        beside = made + self._backward_of_experts(batch)
-        if parts == {"attention"}:
-            made = self._attention(batch) + self._backward_of_attention(batch)
-            beside = max(beside, made - experts)
-        return attention + experts, beside
+        tokens = self._experts_at_once(batch, parts)
+        attention_again = self._attention(batch) if "attention" in parts else 0.0
+        turn_of_experts = self._backward_of_experts(batch, tokens)
+        turn_of_experts += self._experts(tokens, moe) if "experts" in parts else 0.0
+        turn_of_experts += attention_again if "experts" in parts else 0.0
+        # What experts kept has gone when it is attention's turn.
+        turn_of_attention = attention_again + self._backward_of_attention(batch) - experts
+        return attention + experts, max(turn_of_experts, turn_of_attention)
 
     def _norm(self, tokens: int) -> float:
         """x / rms and 1 / rms in float32, and the norm's output."""
@@ -142,17 +143,22 @@ class Activations:
         own = batch.tokens * (rows * self.precision.width + scores)
         return self._norm(batch.tokens) + own
 
-    def _experts(self, batch: MicroBatch, moe: bool) -> float:
+    def _experts_at_once(self, batch: MicroBatch, parts: frozenset[Part]) -> int:
+        """Tokens whose experts are in memory together in a layer's backward pass."""
+        chunk = chunk_tokens(self.layout.recompute) if "experts" in parts else None
+        return min(batch.tokens, chunk or batch.tokens)
+
+    def _experts(self, tokens: int, moe: bool) -> float:
         """Norm, and the mixture or the MLP."""
-        own = self._mixture(batch.tokens) if moe else self._mlp(batch.tokens, dense=True)
-        return self._norm(batch.tokens) + own
+        own = self._mixture(tokens) if moe else self._mlp(tokens, dense=True)
+        return self._norm(tokens) + own
 
     def _scores_of_a_query(self, length: int) -> float:
         """Bytes kept for a query and head, the mean over a document: see model/blocks.py."""
         width = self.precision.width
         if self.on_gpu or length > KEPT_LENGTH:
             return _FLOAT  # the log-sum-exp
-        if length <= BATCHED_LENGTH:
+        if self._are_batched(length):
             return length * width
         blocks = -(-length // KEPT_BLOCK)
         block = -(-length // (blocks * ALIGNMENT)) * ALIGNMENT
@@ -191,34 +197,52 @@ class Activations:
 
     def _head_transient(self, batch: MicroBatch, head: Head) -> float:
         """Chunks of logits, the head's gradients and their temporary copies, hidden states."""
-        config, width = self.config, self.precision.width
+        config, width, tokens = self.config, self.precision.width, batch.tokens
         chunk = max(1, CHUNK_ELEMENTS // config.vocab_size)
-        part = min(batch.tokens, chunk)
-        copies = 2 if batch.tokens <= chunk else 3  # a chunk's logits come before the last ones go
-        if head == "logprobs":
-            copies += 1
+        part, chunks = min(tokens, chunk), -(-tokens // chunk)
+        if head == "cross_entropy":
+            copies = 2.0 if width == _FLOAT else 2 + width / _FLOAT  # as they come out of the head
+        else:
+            copies = 4 if chunks == 1 else 5  # the last chunk's logits, while the next ones come
         logits = copies * part * config.vocab_size * _FLOAT
-        weight = 3 * config.vocab_size * config.hidden_size * width
-        return logits + weight + (2 * batch.tokens + 3 * part) * config.hidden_size * width
+        # A chunk's gradient, its copy with the labels' part, their sum, the one before.
+        weight = (1 + min(chunks, 3)) * config.vocab_size * config.hidden_size * width
+        return logits + weight + 2 * (tokens + part) * config.hidden_size * width
 
-    def _backward_of_attention(self, batch: MicroBatch) -> float:
-        """Gradients on their way: of the stream.
-
-        The head's gradient waits for the embedding's where the two are tied.
-        """
+    def _stream_gradients(self, batch: MicroBatch) -> float:
+        """Of the stream; and the head's waits for the embedding's where the two are tied."""
         config, width = self.config, self.precision.width
         waiting = config.vocab_size if config.tie_word_embeddings else 0
         return float((3 * batch.tokens + waiting) * config.hidden_size * width)
 
-    def _backward_of_experts(self, batch: MicroBatch) -> float:
-        """Gradients on their way: of the stream, of rows, and of a layer's experts."""
+    def _backward_of_attention(self, batch: MicroBatch) -> float:
+        """Gradients on their way: of the stream, of the output, q, k and v.
+
+        A CPU has the output's three times and the values' once more, and in long documents blocks
+        of all before they are joined; where documents are scored as a whole, the gradients of the
+        scores stand as well.
+        """
+        (heads, kv_heads), width = self._heads, self.precision.width
+        copies = 2 * heads + 2 * kv_heads
+        if not self.on_gpu:
+            is_long = batch.document_tokens > KEPT_LENGTH
+            copies += 2 * heads + kv_heads + (2 * heads + 2 * kv_heads) * is_long
+        scores = batch.document_tokens if self._are_batched(batch.document_tokens) else 0
+        own = copies * self.config.attention_head_dim + heads * scores
+        return self._stream_gradients(batch) + batch.tokens * own * width
+
+    def _are_batched(self, length: int) -> bool:
+        return not self.on_gpu and length <= BATCHED_LENGTH
+
+    def _backward_of_experts(self, batch: MicroBatch, tokens: int) -> float:
+        """Gradients on their way: of the stream, of a layer's experts, and of rows of `tokens`."""
         config, width, hidden = self.config, self.precision.width, self.config.hidden_size
-        held = self._backward_of_attention(batch)
+        held = self._stream_gradients(batch)
         if not moe_layers(config):
             inner = config.intermediate_size
-            return held + (3 * batch.tokens * inner + hidden * inner) * width
+            return held + (3 * tokens * inner + hidden * inner) * width
         # Each expert's gradients, then all of them stacked.
         experts = config.moe_num_experts // self.layout.expert
         held += 2 * 3 * experts * hidden * config.moe_intermediate_size * width
         # Of the rows: incoming, of each expert, joined. An exchange before or after holds no more.
-        return held + 3 * self.routed_rows(batch.tokens) * hidden * width
+        return held + 3 * self.routed_rows(tokens) * hidden * width

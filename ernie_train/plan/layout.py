@@ -16,6 +16,7 @@ from ernie_train.parallel.recompute import PARTS, Recompute, RecomputeConfig
 
 GB = 1e9
 Dtype = Literal["float32", "bfloat16"]
+CHUNK_TOKENS = 16384  # that a recipe may name; tried where micro-batches are longer
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 
@@ -42,14 +43,17 @@ class Layout:
             return "layers" if self.recompute else "no"
         parts, layers = self.recompute.parts, self.recompute.layers
         words = " and ".join(parts) if len(parts) < len(PARTS) else "layers"
-        return words if layers is None else f"{words}, first {layers}"
+        words += "" if layers is None else f", first {layers}"
+        chunk = self.recompute.chunk_tokens
+        return words if chunk is None else f"{words}, chunks of {chunk}"
 
     def as_yaml(self) -> str:
         """The layout as a recipe says it."""
         recompute = str(self.recompute).lower()
         if isinstance(self.recompute, RecomputeConfig):
             said = [f"parts: [{', '.join(self.recompute.parts)}]"]
-            said += [f"layers: {self.recompute.layers}"] if self.recompute.layers else []
+            numbers = {name: getattr(self.recompute, name) for name in ("layers", "chunk_tokens")}
+            said += [f"{name}: {number}" for name, number in numbers.items() if number]
             recompute = f"{{{', '.join(said)}}}"
         return (
             f"parallel: {{expert: {self.expert}, data: {self.data}, "
@@ -130,11 +134,16 @@ def critic_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
 
 
 def layouts(
-    config: Ernie4_5_MoeConfig, ranks: int, expert: int | None = None, own: Recompute = False
+    config: Ernie4_5_MoeConfig,
+    ranks: int,
+    expert: int | None = None,
+    own: Recompute = False,
+    tokens: int = 0,
 ) -> Iterator[Layout]:
     """Every layout of `ranks` ranks; with `expert` only those of that expert degree.
 
-    Each is tried with nothing, attention, experts and whole layers run again, and with `own`.
+    Each is tried with nothing, attention, experts and whole layers run again, and with `own`; where
+    a micro-batch has more than `CHUNK_TOKENS` of `tokens`, experts are run again in chunks as well.
     Raises `UserError` for a degree that does not divide the experts or the ranks.
     """
     experts = config.moe_num_experts if moe_layers(config) else 1
@@ -143,6 +152,9 @@ def layouts(
             f"--expert {expert} must divide the {experts} experts of a layer and the {ranks} ranks"
         )
     choices: list[Recompute] = [False, *(RecomputeConfig(parts=(p,)) for p in PARTS), True]
+    if tokens > CHUNK_TOKENS and config.moe_capacity_factor is None:
+        choices.append(RecomputeConfig(parts=("experts",), chunk_tokens=CHUNK_TOKENS))
+        choices.append(RecomputeConfig(chunk_tokens=CHUNK_TOKENS))
     if own not in (*choices, RecomputeConfig()):
         choices.append(own)
     degrees = [n for n in range(1, experts + 1) if experts % n == 0 and ranks % n == 0]

@@ -54,7 +54,8 @@ class Candidate:
 
 def candidates(problem: Problem, ranks: int) -> list[Candidate]:
     """Every layout of `ranks` ranks, the fastest first; equally fast ones by their memory."""
-    tried = layouts(problem.config, ranks, problem.expert, problem.recompute)
+    tokens = max(work.job.micro_batch.tokens for work in problem.work)
+    tried = layouts(problem.config, ranks, problem.expert, problem.recompute, tokens)
     found = [_candidate(problem, layout) for layout in tried]
     return sorted(found, key=lambda c: (c.seconds, c.peak))
 

@@ -81,7 +81,9 @@ def everything() -> dict[str, np.ndarray]:
     found |= fewer_batches_than_ranks("none")
     again = fewer_batches_than_ranks("experts", moe_capacity_factor=0.7)
     assert again["dropped"].sum() > 0
-    return found | {f"experts again: {name}": array for name, array in again.items()}
+    found |= {f"experts again: {name}": array for name, array in again.items()}
+    in_chunks = fewer_batches_than_ranks("chunks")
+    return found | {f"chunks: {name}": array for name, array in in_chunks.items()}
 
 
 if __name__ == "__main__":

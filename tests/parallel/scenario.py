@@ -49,6 +49,9 @@ RECOMPUTE: dict[str, parallel.Recompute] = {
     "layers": True,
     "experts": parallel.RecomputeConfig(parts=("experts",)),
     "experts of 2": parallel.RecomputeConfig(parts=("experts",), layers=2),
+    # Ranks have unequal numbers of tokens, so of chunks.
+    "chunks": parallel.RecomputeConfig(chunk_tokens=10),
+    "chunks of experts": parallel.RecomputeConfig(parts=("experts",), chunk_tokens=16),
 }
 
 
