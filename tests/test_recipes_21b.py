@@ -87,10 +87,19 @@ def test_a_critic_names_the_smallest_cluster(cli):
     assert "the smallest cluster that holds it: 16 ranks" in told
 
 
-def test_rows_of_128k_name_the_smallest_cluster_or_what_does_not_shrink(cli):
-    status, told = cli("plan", SFT, *CLUSTER, "stages.sft.seq_len=131072")
+def test_rows_of_128k_name_the_smallest_cluster_and_fit_it(cli):
+    long = "stages.sft.seq_len=131072"
+    status, told = cli("plan", SFT, *CLUSTER, long)
     assert status == 0, told
-    assert "it fits" in told or "what binds is activations" in told
+    assert "what binds is activations" in told
+    assert "the smallest cluster that holds it: 16 ranks" in told
+    chunks = "parallel.recompute={chunk_tokens: 16384}"
+    comment = " ".join((ROOT / SFT).read_text("utf-8").replace("#", "").split())
+    assert f"{long} parallel.data=2 '{chunks}'" in comment
+    sixteen = ("--gpus", "16", "--gpu-memory-gb", "80")
+    status, told = cli("plan", SFT, *sixteen, long, "parallel.data=2", chunks)
+    assert status == 0, told
+    assert "chunks of 16384 fits: " in told
 
 
 def test_a_run_without_weights_refuses(cli, tmp_path):
