@@ -26,12 +26,16 @@ from ernie_train.stages.packed import SupervisedConfig
 def check_recipe(recipe: Recipe, console: Console) -> None:
     """Prints the resolved recipe, the model's size, and for each stage its batch and data.
 
-    Raises the same errors that a run would raise before its first step.
+    Raises the same errors that a run would raise before its first step, but tells of what may be
+    elsewhere: GPUs, a model, its tokenizer.
     """
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     console.print(Syntax(resolved, "yaml", background_color="default"))
     base_dir = Path.cwd()
-    runtime.select_device(recipe.device)
+    if recipe.device == "gpu" and (missing := runtime.why_no_gpu()):
+        console.print(f"device: gpu, but here {missing}. A run needs a GPU.", highlight=False)
+    else:
+        runtime.select_device(recipe.device)
     set_policy(recipe.sandbox)
     tokenizer = _tokenizer_or_stand_in(recipe, base_dir, console)
     config = recipe.model.build()

@@ -205,6 +205,17 @@ def cpu_setup_report() -> list[str]:
     return lines
 
 
+def why_no_gpu() -> str | None:
+    """Why Paddle has no GPU here, and what to do; None where it has one."""
+    import paddle
+
+    if not paddle.is_compiled_with_cuda():
+        return "this Paddle is the CPU build; install requirements-gpu.txt"
+    if paddle.device.cuda.device_count() == 0:
+        return "Paddle sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return None
+
+
 def select_device(name: str) -> str:
     """Selects and returns the device: `cpu`, or `gpu` for this rank's GPU.
 
@@ -218,16 +229,10 @@ def select_device(name: str) -> str:
 
     if name not in ("auto", "cpu", "gpu"):
         raise ConfigError(f"device: unknown device {name!r}; use auto, cpu or gpu")
-    compiled = paddle.is_compiled_with_cuda()
-    present = compiled and paddle.device.cuda.device_count() > 0
-    if name == "gpu" and not present:
-        reason = (
-            "Paddle sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
-            if compiled
-            else "this Paddle is the CPU build; install requirements-gpu.txt"
-        )
-        raise ConfigError(f"device: gpu was asked for, but {reason}")
-    device = "gpu" if present and name != "cpu" else "cpu"
+    missing = why_no_gpu()
+    if name == "gpu" and missing:
+        raise ConfigError(f"device: gpu was asked for, but {missing}")
+    device = "cpu" if missing or name == "cpu" else "gpu"
     if device == "gpu":
         # The launcher gives each rank its GPU in FLAGS_selected_gpus.
         index = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"  # noqa: SIM112

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ernie_train import runtime
 from ernie_train.cli import _run
 from ernie_train.config import load_yaml
 from ernie_train.errors import ConfigError
@@ -45,13 +46,17 @@ def test_they_pass_check_on_a_bare_clone(cli, recipe):
     place = load_recipe(recipe).model.path
     assert f"model: nothing at {place}; sizes are those of preset 21b-a3b." in told
     assert "data/tokenizer stands in for it" in told
+    missing = runtime.why_no_gpu()
+    assert (f"device: gpu, but here {missing}. A run needs a GPU." in told) == bool(missing)
 
 
+@pytest.mark.parametrize("cluster", [(), CLUSTER], ids=["by default", "named"])
 @pytest.mark.parametrize("recipe", [SFT, PRL])
-def test_they_fit_eight_gpus(cli, recipe):
-    status, told = cli("plan", recipe, *CLUSTER)
+def test_they_fit_eight_gpus(cli, recipe, cluster):
+    status, told = cli("plan", recipe, *cluster)
     assert status == 0, told
     assert "(1.441 B dense, 20.384 B in routed experts)" in told
+    assert "assumed: 8 GPUs of 80 GB (10^9 bytes); weights bfloat16" in told
     assert "it fits; the fastest: parallel: {expert: " in told
     assert "the recipe's own expert 8 x data 1, sharded optimizer, recompute" in told
     assert " fits: " in told
