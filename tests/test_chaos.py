@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ernie_train.processes import process_state
 from tests.launched import LIMIT_S, alive, left_behind, ranks_of, wait_for
 from tests.stages.test_upo import GAE, REWARD, stage
 from tests.workspace import make_workspace, metrics_without_time, rows, start, write_rows
@@ -67,14 +68,35 @@ class Chaos:
             kind = self.rng.choices(list(KINDS), list(KINDS.values()))[0]
             incident: Callable[..., int | None] = INCIDENT[kind]
             victim = self.rng.choice(sorted(ranks))
-            if not send(victim, 0) or process.poll() is not None:
+            if process.poll() is not None:
+                break
+            step = last_step(directory, self.stage_name)
+            try:
+                status = incident(process, victim, ranks)
+            except Missed:
                 continue
             self.happened[kind] += 1
-            print(f"{directory.name}: {kind}, step {last_step(directory, self.stage_name)}")
-            status = incident(process, victim, ranks)
+            print(f"{directory.name}: {kind}, step {step}")
             if status is not None:
                 return status
         return process.wait(LIMIT_S * 10)
+
+
+class Missed(Exception):
+    """The rank was ending by itself: no incident."""
+
+
+def stop(rank: int) -> None:
+    """Raises `Missed` where it is past being stopped."""
+
+    def is_settled() -> bool:
+        found = process_state(rank)
+        return found is None or found.state in "TZX"
+
+    send(rank, signal.SIGSTOP)
+    wait_for(is_settled, "it does not stop")
+    if not alive(rank):
+        raise Missed
 
 
 def kill_rank(process: subprocess.Popen[str], victim: int, ranks: set[int]) -> None:
@@ -83,14 +105,14 @@ def kill_rank(process: subprocess.Popen[str], victim: int, ranks: set[int]) -> N
 
 
 def stop_for_a_while(process: subprocess.Popen[str], victim: int, ranks: set[int]) -> None:
-    send(victim, signal.SIGSTOP)
+    stop(victim)
     time.sleep(STOPPED_S)
     assert alive(victim), "it was ended although it was stopped for a moment only"
     send(victim, signal.SIGCONT)
 
 
 def stop_for_good(process: subprocess.Popen[str], victim: int, ranks: set[int]) -> None:
-    send(victim, signal.SIGSTOP)
+    stop(victim)
     wait_for(lambda: not any(map(alive, ranks)), "a rank that hangs was not ended")
 
 
@@ -116,12 +138,11 @@ def begin(recipe: Path, directory: Path, *options: object) -> subprocess.Popen[s
                  "--hang-timeout-s", HANG_S, *options)  # fmt: skip
 
 
-def send(pid: int, number: int) -> bool:
+def send(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        return False
-    return True
+        raise Missed from None
 
 
 def last_step(directory: Path, stage_name: str) -> int:

@@ -63,6 +63,13 @@ def test_they_fit_eight_gpus(cli, recipe, cluster):
     assert "nothing at" in told  # that the preset stands for the model
 
 
+def test_eighty_columns_cut_nothing_off(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, told = cli("plan", SFT, "stages.sft.seq_len=131072", "--gpus", "16")
+    assert "…" not in told
+    assert "layers, chunks of 16384 75.5" in told
+
+
 def test_the_tables_of_the_page_are_what_plan_says(monkeypatch):
     """docs/scaling.md cannot go stale: python tools/scaling_table.py --write makes it anew."""
     monkeypatch.syspath_prepend(ROOT / "tools")

@@ -169,9 +169,10 @@ def _kinds(columns: Sequence[dict[str, float]]) -> list[str]:
 
 def _table(heading: str, *columns: str) -> Table:
     # A title, unlike the first column's heading, would be broken to the table's width.
-    table = Table(Column(heading, no_wrap=True), box=SIMPLE)
+    table = Table(Column(heading, no_wrap=True), box=SIMPLE, padding=0, pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="right")
+        # Folded, a cell of a narrow terminal still says all.
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
