@@ -2,8 +2,8 @@
 
 import warnings
 
-from ernie_train.runtime import __version__ as __version__
-from ernie_train.runtime import configure_process
+from ernie_train.core.cpu import __version__ as __version__
+from ernie_train.core.cpu import configure_process
 
 # Paddle reads the processor settings once, when it is imported, so they must stand before that.
 configure_process()

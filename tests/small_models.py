@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import paddle
 
-from ernie_train.hf_layout import Layout
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.weights.layout import Layout
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

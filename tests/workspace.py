@@ -43,7 +43,7 @@ def write_rows(path: Path, made: list[dict[str, Any]]) -> None:
 
 def make_workspace(root: Path) -> Path:
     """Writes data, tokenizer and `recipe.yaml` below `root`; returns the recipe's path."""
-    from ernie_train.datasets import render_chat, train_tokenizer
+    from ernie_train.data import render_chat, train_tokenizer
 
     for name, count, seed in (("train", 120, 1), ("validation", 12, 2), ("test", 20, 3)):
         write_rows(root / f"{name}.jsonl", rows(count, seed))

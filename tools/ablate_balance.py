@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import Arm, markdown_table, mean_and_spread, results_of, values_of
-from ernie_train.metrics import read_metrics
+from ernie_train.io.metrics_log import read_metrics
 
 RECIPE = "recipes/balance.yaml"
 LAST_STEPS = 20  # over which the router's figures are averaged

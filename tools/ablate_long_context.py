@@ -23,9 +23,9 @@ import numpy as np
 
 import make_needles
 from ablations import ROOT, Arm, markdown_table, mean_and_spread, results_of, values_of
-from ernie_train.commands import open_model
-from ernie_train.config import load_yaml
-from ernie_train.datasets import Tokenizer
+from ernie_train.cli.model import open_model
+from ernie_train.core.config import load_yaml
+from ernie_train.data import Tokenizer
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from make_needles import NeedleText
 

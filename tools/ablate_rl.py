@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rl_figures
 from ablations import ROOT, results_of, run_program, stop_on_sigterm
-from ernie_train.metrics import read_metrics
+from ernie_train.io.metrics_log import read_metrics
 from rl_arms import DOMAIN, LOOSE, LOOSE_DOMAIN, RECIPE, Budget, Place, arms
 from rl_start import START_RECIPE, make_rows, make_start
 

@@ -39,10 +39,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import numpy as np
 
     # The package's import sets the processor up, before Paddle is imported.
-    from ernie_train.datasets import Batch
+    from ernie_train.data import Batch
     from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
     from ernie_train.parallel import enable_recompute
-    from ernie_train.stages.supervised import PackedLoss
+    from ernie_train.train.supervised import PackedLoss
 
     base = peak_kib()
     length, document = options.measure

@@ -71,9 +71,9 @@ class Case:
 
     def layout(self) -> Layout:
         """As the recipe of such a job would have it."""
-        from ernie_train.config import parse_config
+        from ernie_train.core.config import parse_config
         from ernie_train.plan.layout import Layout
-        from ernie_train.recipe import ParallelConfig
+        from ernie_train.run.recipe import ParallelConfig
 
         own = {name: getattr(self, name) for name in ("expert", "data", "sharding", "recompute")}
         parallel = parse_config(ParallelConfig, own, "case")
@@ -134,11 +134,11 @@ def train(config: Any, case: Case) -> Any:
     """A few optimizer steps of SFT on random tokens; the trainer, with all that it holds."""
     import numpy as np
 
-    from ernie_train.datasets import Batch
-    from ernie_train.optim import OptimConfig, Optimizer
+    from ernie_train.data import Batch
     from ernie_train.parallel import enable_recompute, new_model
-    from ernie_train.stages.supervised import PackedLoss
-    from ernie_train.trainer import Trainer
+    from ernie_train.train.optimizer import OptimConfig, Optimizer
+    from ernie_train.train.supervised import PackedLoss
+    from ernie_train.train.trainer import Trainer
 
     model = new_model(config, "float32")
     model.train()
@@ -168,7 +168,7 @@ def sample(model: Any, sequences: int, seq_len: int) -> None:
     """Completions that never stop; prompts all differ."""
     import numpy as np
 
-    from ernie_train.generation import generate
+    from ernie_train.generate.engine import generate
 
     half = seq_len // 2
     prompts = np.random.default_rng(1).integers(1, model.config.vocab_size, (sequences, half))
@@ -188,7 +188,7 @@ def resident_bytes(field: str) -> int:
 
 def measure(case: Case) -> dict[str, float]:
     """Trains in this process; bytes at the peak less the base."""
-    from ernie_train import distributed
+    from ernie_train.core import process_group
     from ernie_train.model import Ernie4_5_MoeConfig  # before Paddle: it sets the processor up
 
     import paddle  # isort: skip
@@ -197,11 +197,11 @@ def measure(case: Case) -> dict[str, float]:
     from paddle.base import core  # isort: skip
 
     def begin() -> None:
-        distributed.barrier()
+        process_group.barrier()
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
         core.host_memory_stat_reset_peak_value("Allocated", 0)
 
-    distributed.set_grid(distributed.Grid(case.expert, case.data, case.sharding))
+    process_group.set_grid(process_group.Grid(case.expert, case.data, case.sharding))
     small = replace(case, seq_len=64, rows=1, document_tokens=32)
     minimal = train(Ernie4_5_MoeConfig.preset("tiny", **MINIMAL), small)
     if case.sequences:

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_verifiers
 
-from ernie_train.rewards import sandbox
-from ernie_train.rewards.sandbox import Tests
+from ernie_train.rewards.sandbox import api
+from ernie_train.rewards.sandbox.api import Tests
 
 # Runs some items; how many, and in how many seconds.
 Bench = Callable[[], tuple[int, float]]
@@ -34,19 +34,19 @@ PROGRAMS, PROGRAMS_WITHOUT_POOL = 600, 60
 
 
 def call(pooled: bool) -> None:
-    outcome = sandbox.run_calls(SOURCE, "f", [[a] for a in ARGUMENTS], pooled=pooled)
+    outcome = api.run_calls(SOURCE, "f", [[a] for a in ARGUMENTS], pooled=pooled)
     if outcome.values != [["value", expected] for expected in EXPECTED]:
         raise RuntimeError(f"a right program: {outcome}")
 
 
 def judge(pooled: bool) -> None:
-    outcome = sandbox.run_tests(SOURCE, TESTS, pooled=pooled)
+    outcome = api.run_tests(SOURCE, TESTS, pooled=pooled)
     if not all(passed for passed, _ in outcome.values) or not outcome.values:
         raise RuntimeError(f"a right program: {outcome}")
 
 
 def script(pooled: bool) -> None:
-    outcome = sandbox.run_script("print(sum(map(int, input().split())))", "1 2 3\n", pooled=pooled)
+    outcome = api.run_script("print(sum(map(int, input().split())))", "1 2 3\n", pooled=pooled)
     if outcome.values != ["6\n"]:
         raise RuntimeError(f"a right program: {outcome}")
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="those whose names contain one")
     names = parser.parse_args().names
-    print(f"sandbox layer: {sandbox.layer_in_force()}")
+    print(f"sandbox layer: {api.layer_in_force()}")
     for name, bench in BENCHES.items():
         if names and not any(wanted in name for wanted in names):
             continue

@@ -51,9 +51,9 @@ def serve_ours() -> None:
     def build(request: dict[str, Any]) -> dict[str, Any]:
         """Makes the model `model` (of `MODELS`), random, and saves it in `directory`."""
         # The package's import sets the processor up, before Paddle is imported.
-        from ernie_train.hf import load_pretrained, save_pretrained
+        from ernie_train.core.devices import seed_everything
         from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-        from ernie_train.runtime import seed_everything
+        from ernie_train.weights.hf import load_pretrained, save_pretrained
 
         seed_everything(0)
         tiny = request["model"] == "tiny"
@@ -65,12 +65,12 @@ def serve_ours() -> None:
     def describe(_: Any) -> dict[str, Any]:
         import paddle
 
-        from ernie_train.runtime import cpu_setup_report
+        from ernie_train.core.cpu import cpu_setup_report
 
         return {"paddle": paddle.__version__, "set_up": cpu_setup_report()}
 
     def rollout(request: dict[str, Any]) -> dict[str, Any]:
-        from ernie_train.generation import generate
+        from ernie_train.generate.engine import generate
 
         start, cpu_start = time.perf_counter(), processor_seconds()
         completions = generate(

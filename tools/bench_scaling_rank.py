@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bench_protocol import serve
 
 if TYPE_CHECKING:
-    from ernie_train.objective import LossOutput
+    from ernie_train.train.loss_terms import LossOutput
 
 ROWS, LENGTH, MICRO_BATCHES = 4, 512, 2
 EXCHANGES = 4  # of a row: to its expert and back, forward and backward
@@ -23,16 +23,17 @@ class Rank:
     def build(self, request: dict[str, Any]) -> dict[str, Any]:
         import numpy as np
 
-        from ernie_train import distributed, parallel  # before Paddle: it sets the processor up
+        from ernie_train import parallel  # before Paddle: it sets the processor up
+        from ernie_train.core import process_group
 
         import paddle  # isort: skip
         from paddle.base import core  # isort: skip
 
         from ernie_train.model import Ernie4_5_MoeConfig
-        from ernie_train.optim import OptimConfig, Optimizer
-        from ernie_train.trainer import Trainer
+        from ernie_train.train.optimizer import OptimConfig, Optimizer
+        from ernie_train.train.trainer import Trainer
 
-        distributed.set_grid(distributed.Grid(request["expert"], request["data"]))
+        process_group.set_grid(process_group.Grid(request["expert"], request["data"]))
         paddle.seed(1)
         self.base = resident_bytes("VmRSS")
         core.host_memory_stat_reset_peak_value("Allocated", 0)
@@ -41,7 +42,7 @@ class Rank:
         model.train()
         optimizer = Optimizer(model, OptimConfig(lr=1e-4, schedule="constant"))
         self.trainer: Trainer[Any, Any] = Trainer(model, optimizer)
-        self.loss = CountingLoss(distributed, self.config.moe_num_experts)
+        self.loss = CountingLoss(process_group, self.config.moe_num_experts)
         self.random = np.random.default_rng(0)
         self.update_s = 0.0
         self._time_updates()
@@ -79,7 +80,7 @@ class Rank:
     def _step(self) -> float:
         import numpy as np
 
-        from ernie_train.datasets import Batch
+        from ernie_train.data import Batch
 
         places = np.tile(np.arange(LENGTH), (ROWS, 1))
         micro_batches = []
@@ -105,13 +106,13 @@ class Rank:
 class CountingLoss:
     """The loss of SFT; counts the experts on other ranks that this rank's tokens chose."""
 
-    def __init__(self, distributed: Any, experts: int) -> None:
-        from ernie_train.stages.supervised import PackedLoss
+    def __init__(self, process_group: Any, experts: int) -> None:
+        from ernie_train.train.supervised import PackedLoss
 
         self.inner = PackedLoss("tokens")
         self.elsewhere = 0
-        degree = distributed.grid().expert
-        first = distributed.rank() % degree * (experts // degree)
+        degree = process_group.grid().expert
+        first = process_group.rank() % degree * (experts // degree)
         self.here = range(first, first + experts // degree)
 
     def counts(self, batch: Any) -> dict[str, float]:
@@ -127,10 +128,10 @@ class CountingLoss:
 
 def sent_bytes() -> int:
     """Bytes of rows that have left this rank."""
-    from ernie_train import distributed
-    from ernie_train.parallel.lines import lines
+    from ernie_train.core import process_group
+    from ernie_train.parallel.collectives import lines
 
-    return lines().sent_bytes if distributed.grid().expert > 1 else 0
+    return lines().sent_bytes if process_group.grid().expert > 1 else 0
 
 
 def resident_bytes(field: str) -> int:

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from bench_protocol import Side, serve
 
 if TYPE_CHECKING:
-    from ernie_train.datasets import Batch
-    from ernie_train.trainer import Trainer
+    from ernie_train.data import Batch
+    from ernie_train.train.trainer import Trainer
 
 TOOLS = Path(__file__).resolve().parent
 MODEL: dict[str, Any] = {
@@ -52,11 +52,12 @@ class Ours:
         """Loads the model in `directory`; the other keys are those of the peer's `build`."""
         import numpy as np
 
+        from ernie_train.train.optimizer import OptimConfig, Optimizer
+        from ernie_train.train.supervised import PackedLoss
+        from ernie_train.train.trainer import Trainer
+
         # The package's import sets the processor up, before Paddle is imported.
-        from ernie_train.hf import load_pretrained
-        from ernie_train.optim import OptimConfig, Optimizer
-        from ernie_train.stages.supervised import PackedLoss
-        from ernie_train.trainer import Trainer
+        from ernie_train.weights.hf import load_pretrained
 
         optim = dict(request["optim"])
         optim["clip_grad_norm"] = optim.pop("max_grad_norm")
@@ -73,7 +74,7 @@ class Ours:
         """One optimizer step over a fresh batch; returns its mean loss per token."""
         import numpy as np
 
-        from ernie_train.datasets import Batch
+        from ernie_train.data import Batch
 
         rows, length = self.batch
         ids = self.random.integers(1, self.vocab_size, (rows, length + 1))
@@ -108,7 +109,7 @@ def serve_ours() -> None:
     def describe(_: Any) -> dict[str, Any]:
         import paddle
 
-        from ernie_train.runtime import cpu_setup_report
+        from ernie_train.core.cpu import cpu_setup_report
 
         return {"paddle": paddle.__version__, "set_up": cpu_setup_report()}
 

@@ -181,7 +181,7 @@ def describe() -> dict[str, Any]:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc reuse freed memory instead of returning it, as `ernie_train.runtime` does."""
+    """Has glibc reuse freed memory instead of returning it, as `ernie_train.core.cpu` does."""
     trim_threshold, mmap_threshold, size_bytes = -1, -3, 1 << 30
     mallopt = ctypes.CDLL(None).mallopt
     for parameter in (mmap_threshold, trim_threshold):

@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import ScoringService
-from ernie_train.rewards.gold import with_response
-from ernie_train.rewards.service import Item
-from ernie_train.thinking import format_completion
+from ernie_train.rewards.scoring.reference_completion import with_response
+from ernie_train.rewards.scoring.service import Item
 
 # Runs some items; how many, and in how many seconds.
 Bench = Callable[[], tuple[int, float]]

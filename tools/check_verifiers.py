@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import verifier_checks_code
 
 from ernie_train.rewards import score_batch
-from ernie_train.rewards.gold import gold_completion, with_response
+from ernie_train.rewards.scoring.reference_completion import gold_completion, with_response
 
 # name, scored correct, total, descriptions of what scored unexpectedly
 Check = tuple[str, int, int, list[str]]

@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ernie_train.datasets import Tokenizer, train_tokenizer
-from ernie_train.errors import DataError
+from ernie_train.core.errors import DataError
+from ernie_train.data import Tokenizer, train_tokenizer
 
 SEED = 20251123
 # Tokens of a text, eos included, and how many texts there are of it.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations import ROOT, Arm
-from ernie_train.config import load_yaml
+from ernie_train.core.config import load_yaml
 
 RECIPE = "recipes/ablate_rl.yaml"
 LOOSE = "loose-"  # what the names of arms begin with that train on the exploitable reward

@@ -21,20 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from ablate_rl_rewards import mentions
-from ernie_train.commands import open_model
-from ernie_train.datasets import Record, Tokenizer
-from ernie_train.evaluate import (
-    EvalConfig,
-    completion_text,
-    encode_prompt,
-    evaluate,
-    load_problems,
-    problem_row,
-)
-from ernie_train.experience import micro_batches, policy_logprobs
-from ernie_train.generation import generate
+from ernie_train.cli.model import open_model
+from ernie_train.data import Record, Tokenizer
+from ernie_train.eval.evaluate import EvalConfig, evaluate, load_problems
+from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
+from ernie_train.generate.engine import generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rollout import Sample
+from ernie_train.rl.batch import micro_batches, policy_logprobs
+from ernie_train.rl.rollout import Sample
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "data" / "test"
 MAX_NEW_TOKENS = 96

@@ -13,7 +13,7 @@ from typing import Any
 import make_data
 
 from ablations import ROOT, Arm, train
-from ernie_train.run_directory import read_done
+from ernie_train.io.run_dir import read_done
 from rl_arms import DOMAIN, LOOSE_DOMAIN, Budget
 
 START_RECIPE = "recipes/ablate_rl_start.yaml"

@@ -21,7 +21,7 @@ from ernie_train.plan.command import plan_problem
 from ernie_train.plan.layout import GB
 from ernie_train.plan.search import Candidate, Problem, candidates, smallest_cluster
 from ernie_train.plan.tables import describe
-from ernie_train.recipe import load_recipe
+from ernie_train.run.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"

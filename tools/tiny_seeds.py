@@ -28,9 +28,9 @@ from ablations import (
     results_of,
     stop_on_sigterm,
 )
-from ernie_train.config import load_yaml
-from ernie_train.metrics import read_metrics
-from ernie_train.run_directory import read_done
+from ernie_train.core.config import load_yaml
+from ernie_train.io.metrics_log import read_metrics
+from ernie_train.io.run_dir import read_done
 
 RECIPE = "recipes/tiny.yaml"
 SFT, CONTROL = "sft", "SFT continued"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ernie_train.datasets import Record, read_records, render_chat, train_tokenizer
-from ernie_train.errors import ErnieTrainError
+from ernie_train.core.errors import ErnieTrainError
+from ernie_train.data import Record, read_records, render_chat, train_tokenizer
 
 
 def texts_of(record: Record) -> Iterator[str]:

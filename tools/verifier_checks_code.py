@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie_train.rewards import code, sandbox, tool_call
+from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards.sandbox import api
 from ernie_train.rewards.score import Score
-from ernie_train.thinking import format_completion
+from ernie_train.rewards.verifiers import code, tool_call
 
 # Name of the check, how many scored correct, of how many, and each miss.
 Check = tuple[str, int, int, list[str]]
@@ -157,7 +158,7 @@ def _broken_mutant(problem: _Problem) -> str | None:
 
 
 def _fails_as_script(problem: _Problem, source: str) -> bool:
-    return sandbox.run_script(f"{source}\n{problem.script}", "").kind == "failed"
+    return api.run_script(f"{source}\n{problem.script}", "").kind == "failed"
 
 
 def _mutable(node: ast.AST) -> bool:

@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie_train import processes, rank_report
+from ernie_train.core import processes
+from ernie_train.launch import rank_files
 from ernie_train.launch.launcher import Launcher, LaunchSettings, last_line
 from ernie_train.launch.logs import RankLogs
-from ernie_train.rank_report import Ending, RankProcess
+from ernie_train.launch.rank_files import RankExit, RankProcess
 
 POLL_S = 0.1
 SETTLE_S = 2.0  # a rank fails within moments of its peer: it must not be blamed for that
@@ -53,7 +54,7 @@ class Job:
         self.settings = settings
         self.logs = logs
         self.ranks: dict[int, RankProcess] = {}
-        self.endings: dict[int, Ending] = {}
+        self.endings: dict[int, RankExit] = {}
         self._dead: dict[int, float] = {}  # without a last word, and when that was seen
         self._signs: dict[int, tuple[object, float]] = {}  # the last sign of life, and when
         self._signalled: set[int] = set()
@@ -72,11 +73,11 @@ class Job:
         if now - self._looked_at > 20 * POLL_S:
             self._signs.clear()  # this process itself was stopped: what it missed says nothing
         self._looked_at = now
-        for process in rank_report.read_processes(self.directory):
+        for process in rank_files.read_processes(self.directory):
             self.ranks.setdefault(process.rank, process)
             self.logs.add(process.rank, self._launcher.rank_log(process.local_rank))
         dead = [r for r, p in self.ranks.items() if not processes.is_running(p.pid, p.started)]
-        for ending in rank_report.read_endings(self.directory):  # last words come before death
+        for ending in rank_files.read_endings(self.directory):  # last words come before death
             self.endings.setdefault(ending.rank, ending)
         for rank in dead:
             if rank not in self.endings:
@@ -172,7 +173,7 @@ class Job:
     def _note_sign(self, rank: int, now: float) -> None:
         # A thread that touches a file may starve in a process that is busy, hence the processor.
         state = processes.process_state(self.ranks[rank].pid)
-        sign = (rank_report.last_beat(self.directory, rank), state.cpu_ticks if state else 0)
+        sign = (rank_files.last_beat(self.directory, rank), state.cpu_ticks if state else 0)
         if rank not in self._signs or self._signs[rank][0] != sign:
             self._signs[rank] = (sign, now)
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ernie_train import processes, rank_report
-from ernie_train.runtime import StopFlag
+from ernie_train.core import processes
+from ernie_train.core.signals import StopFlag
+from ernie_train.launch import rank_files
 
 HANG_TIMEOUT_S = 25.0  # collectives of gloo give up after 30 s by themselves
 # The launcher would take these for its own options.
@@ -103,13 +104,13 @@ def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH")))),
-        rank_report.DIRECTORY: str(directory),
-        rank_report.SUPERVISOR: str(os.getpid()),
+        rank_files.DIRECTORY: str(directory),
+        rank_files.SUPERVISOR: str(os.getpid()),
     }
     environment.setdefault("GLOG_minloglevel", "1")  # how ranks find one another is no news
     if sys.stdout is not None and sys.stdout.isatty():
         size = os.get_terminal_size(sys.stdout.fileno())
-        environment[rank_report.TERMINAL] = "1"
+        environment[rank_files.TERMINAL] = "1"
         environment |= {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
     return environment
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ernie_train.launch.voice import Voice, silence
+from ernie_train.launch.console import SafeConsole, to_devnull
 
 LOGS = "logs"
 SHOWN_LINES = 30
@@ -48,7 +48,7 @@ class RankLogs:
         voice: tells where something cannot be written; the rest is passed on all the same.
     """
 
-    def __init__(self, run_dir: Path | None, title: str, voice: Voice) -> None:
+    def __init__(self, run_dir: Path | None, title: str, voice: SafeConsole) -> None:
         self._run_dir = run_dir
         self._voice = voice
         self._title = f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n".encode()
@@ -121,5 +121,5 @@ class RankLogs:
             sys.stdout.buffer.flush()
         except OSError as error:
             self._lost.add(0)
-            silence(sys.stdout)
+            to_devnull(sys.stdout)
             self._voice.complain("what rank 0 prints", error)

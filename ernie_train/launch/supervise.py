@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ernie_train import processes, rank_report
-from ernie_train.errors import ConfigError
+from ernie_train.core import processes
+from ernie_train.core.errors import ConfigError
+from ernie_train.core.signals import StopFlag
+from ernie_train.launch import rank_files
+from ernie_train.launch.console import SafeConsole
 from ernie_train.launch.job import POLL_S, Job, Verdict
 from ernie_train.launch.launcher import LaunchSettings
 from ernie_train.launch.logs import LOGS, RankLogs
-from ernie_train.launch.voice import Voice
-from ernie_train.runtime import StopFlag
 
 RECORD = "launches.jsonl"
 _ADDRESS = re.compile(r"[^:/\s]+:\d+")
@@ -37,14 +38,14 @@ def supervise(
     """
     check(settings)
     processes.adopt_orphans()
-    restarts, anew_begun, voice = 0, False, Voice(console)
+    restarts, anew_begun, voice = 0, False, SafeConsole(console)
     with StopFlag() as stop:
         while True:
             title = f"{settings.nproc} ranks" + (f", restart {restarts}" if restarts else "")
             logs = RankLogs(run_dir, title, voice)
             with Job(command(anew_begun), settings, logs) as job:
                 verdict = _watch(job, stop)
-                anew_begun = anew_begun or rank_report.was_noted(job.directory, "anew")
+                anew_begun = anew_begun or rank_files.was_noted(job.directory, "anew")
                 if verdict.status not in (0, 3):
                     _tell(job, verdict, voice)
             try:
@@ -91,7 +92,7 @@ def _watch(job: Job, stop: StopFlag) -> Verdict:
         time.sleep(POLL_S)
 
 
-def _tell(job: Job, verdict: Verdict, voice: Voice) -> None:
+def _tell(job: Job, verdict: Verdict, voice: SafeConsole) -> None:
     """The message first, then what the rank had printed, if that was not shown already."""
     job.logs.interrupt()
     lines = job.logs.last_lines(verdict.rank) if verdict.rank else []
@@ -107,7 +108,7 @@ def _tell(job: Job, verdict: Verdict, voice: Voice) -> None:
 
 def print_error(console: Console, message: str) -> None:
     """Prints why a command ends, if somebody can still read it."""
-    Voice(console).error(message)
+    SafeConsole(console).error(message)
 
 
 def _record(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie_train.errors import ConfigError
+from ernie_train.core.errors import ConfigError
 from ernie_train.model.configuration_checks import find_problems
 
 MOE_MODEL_TYPE = "ernie4_5_moe"

@@ -15,8 +15,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.layout import BatchLayout
 
 _GROWTH = 32  # slots are added in multiples of this
 _MASKED = -1e30

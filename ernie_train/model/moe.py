@@ -16,10 +16,10 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from ernie_train.model.autograd import as_dtype, only, wanted
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.dispatch import LocalDispatcher, Placement, make_routing
 from ernie_train.model.mlp import ACTIVATIONS, MLP
+from ernie_train.model.pylayer import as_dtype, only, wanted
+from ernie_train.model.token_dispatcher import LocalDispatcher, Placement, make_routing
 
 ALL_HERE = Placement(None, LocalDispatcher())
 

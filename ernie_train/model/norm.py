@@ -11,7 +11,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from ernie_train.model.autograd import as_dtype, only, wanted
+from ernie_train.model.pylayer import as_dtype, only, wanted
 
 
 def _rows(column: Tensor, width: int) -> Tensor:

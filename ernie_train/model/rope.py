@@ -14,7 +14,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernie_train.model.autograd import as_dtype
+from ernie_train.model.pylayer import as_dtype
 
 
 def inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:

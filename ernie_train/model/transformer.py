@@ -16,15 +16,15 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from ernie_train.model.attention import Attention, AttentionTables
-from ernie_train.model.autograd import dtype_name
+from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.dispatch import Placement, is_expert_parameter
 from ernie_train.model.kv_cache import KVCache
-from ernie_train.model.layout import BatchLayout
 from ernie_train.model.mlp import MLP
 from ernie_train.model.moe import ALL_HERE, MoE, RouterStats
 from ernie_train.model.norm import RMSNorm
+from ernie_train.model.pylayer import dtype_name
 from ernie_train.model.rope import RopeTables
+from ernie_train.model.token_dispatcher import Placement, is_expert_parameter
 
 # The experts chosen and the router's logits of a layer; None for a dense layer.
 RouterOutput = tuple[Tensor, Tensor, int] | None

@@ -14,13 +14,13 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernie_train import distributed
-from ernie_train.errors import ConfigError
+from ernie_train.core import process_group
+from ernie_train.core.errors import ConfigError
 from ernie_train.model import Ernie4_5_MoeConfig, Placement
-from ernie_train.model.autograd import as_dtype, only, wanted
-from ernie_train.model.dispatch import Arrived, Departed, Permute, Routing, Unpermute
 from ernie_train.model.moe import ALL_HERE
-from ernie_train.parallel.lines import Lines, Pending, lines, split_counts
+from ernie_train.model.pylayer import as_dtype, only, wanted
+from ernie_train.model.token_dispatcher import Arrived, Departed, Permute, Routing, Unpermute
+from ernie_train.parallel.collectives import Lines, Pending, lines, split_counts
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Way:
 
         Every rank must call it at the same place.
         """
-        ranks = distributed.grid().expert
+        ranks = process_group.grid().expert
         counts = split_counts(tokens_per_expert).reshape([ranks, ranks, -1])  # [from,to,L]
-        here = counts[:, distributed.rank() % ranks]  # [N,L]
+        here = counts[:, process_group.rank() % ranks]  # [N,L]
         number = np.arange(here.size).reshape(here.shape)  # of a block of rows, as they arrive
         block = np.repeat(number.reshape(-1), here.reshape(-1))
         order = np.argsort(number.T.reshape(-1))[block]  # its place when sorted by expert
@@ -195,12 +195,12 @@ def experts_placed(config: Ernie4_5_MoeConfig) -> Placement:
 
     Raises `ConfigError` for a degree that does not divide the experts.
     """
-    degree = distributed.grid().expert
+    degree = process_group.grid().expert
     check_expert_degree(degree, config)
     if degree == 1:
         return ALL_HERE
     here = config.moe_num_experts // degree
-    first = distributed.rank() % degree * here
+    first = process_group.rank() % degree * here
     return Placement(range(first, first + here), ExpertDispatcher())
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_train import distributed
+from ernie_train.core import process_group
 from ernie_train.model import is_expert_parameter
-from ernie_train.parallel.lines import lines
+from ernie_train.parallel.collectives import lines
 
 BUCKET_NUMBERS = 2**23  # of a buffer: 32 MiB in float32
 
@@ -35,9 +35,9 @@ def broadcast_updated(parameters: Named, owners: Mapping[str, int]) -> None:
     """
     dense, experts = split_by_place(parameters)
     _broadcast(dense, owners, experts=False)
-    if distributed.grid().data > 1:
+    if process_group.grid().data > 1:
         # Of experts it is the replica that counts: each expert group has an owner of its own there.
-        replica = {n: owners[n] // distributed.grid().expert for n in experts}
+        replica = {n: owners[n] // process_group.grid().expert for n in experts}
         _broadcast(experts, replica, experts=True)
 
 
@@ -79,7 +79,7 @@ def unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
 
 def owned(parameters: Named) -> set[str]:
     """Names of the parameters that this rank writes."""
-    return {name for name, owner in owners(parameters).items() if owner == distributed.rank()}
+    return {name for name, owner in owners(parameters).items() if owner == process_group.rank()}
 
 
 def owners(parameters: Named) -> dict[str, int]:
@@ -89,14 +89,16 @@ def owners(parameters: Named) -> dict[str, int]:
     ranks have about equally many numbers; a parameter is never cut.
     """
     dense, experts = split_by_place(parameters)
-    grid = distributed.grid()
+    grid = process_group.grid()
     found: dict[str, int] = {}
     for part, ranks in (
-        (dense, list(range(distributed.world_size()))),
-        (experts, grid.replicas(distributed.rank())),
+        (dense, list(range(process_group.world_size()))),
+        (experts, grid.replicas(process_group.rank())),
     ):
         names = list(part)
         sizes = [int(np.prod(part[name].shape)) for name in names]
-        for holder, hand in zip(ranks, distributed.deal(sizes, len(ranks)), strict=True):
+        for holder, hand in zip(
+            ranks, process_group.partition_by_size(sizes, len(ranks)), strict=True
+        ):
             found |= {names[at]: holder for at in hand}
     return found

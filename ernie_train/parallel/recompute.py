@@ -18,8 +18,8 @@ from paddle.autograd import PyLayer
 from paddle.distributed.fleet import utils
 from pydantic import ValidationInfo, field_validator
 
-from ernie_train import distributed
-from ernie_train.config import PositiveInt, StrictConfig
+from ernie_train.core import process_group
+from ernie_train.core.config import PositiveInt, StrictConfig
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.attention import AttentionTables
 from ernie_train.model.kv_cache import KVCache
@@ -143,7 +143,7 @@ def _in_chunks(
     layer: DecoderLayer, size: int, x: Tensor, before: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, RouterOutput]:
     """`add_experts` of x [T,H], of `before(x)` if there is one, `size` tokens at a time."""
-    chunks = _chunks(x.shape[0], size, layer.is_moe and distributed.grid().expert > 1)
+    chunks = _chunks(x.shape[0], size, layer.is_moe and process_group.grid().expert > 1)
     y, *routed = _InChunks.apply(x, layer, before, chunks)
     # None are dropped: with a capacity a chunk would count for itself, so both are refused.
     return y, (*routed, 0) if routed else None
@@ -155,7 +155,7 @@ def _chunks(tokens: int, size: int, together: bool) -> list[slice]:
     Micro-batches differ in tokens, and every exchange must meet those of the other ranks.
     """
     own = -(-tokens // size)
-    count = int(distributed.gather_numbers([own]).max()) if together else own
+    count = int(process_group.all_gather_ints([own]).max()) if together else own
     return [slice(min(i * size, tokens), min((i + 1) * size, tokens)) for i in range(count)]
 
 

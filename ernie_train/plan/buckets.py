@@ -9,10 +9,10 @@ import math
 import re
 from heapq import nlargest
 
-from ernie_train.hf_layout import parameter_shapes
 from ernie_train.model import is_expert_parameter
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.plan.layout import Layout, moe_layers
+from ernie_train.weights.layout import parameter_shapes
 
 # Those of parallel/gradients.py and parallel/reduction.py, which load Paddle.
 BUCKET_NUMBERS, IN_FLIGHT = 2**23, 4

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ernie_train import runtime
-from ernie_train.errors import UserError
+from ernie_train.core import devices
+from ernie_train.core.errors import UserError
 from ernie_train.plan.cost import Rates
 from ernie_train.plan.layout import BYTES, Dtype, Layout, Precision
 from ernie_train.plan.memory import Machine
@@ -23,7 +23,7 @@ from ernie_train.plan.tables import (
     step_table,
 )
 from ernie_train.plan.work import recipe_work
-from ernie_train.recipe import Recipe
+from ernie_train.run.recipe import Recipe
 
 DEFAULT_RANKS, DEFAULT_MEMORY_GB = 8, 80.0
 # What an H100 and a processor core may achieve: stated in every plan, not measured here.
@@ -104,7 +104,7 @@ def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:
         if settings.ranks is not None or settings.memory_gb is not None:
             device, why = "gpu", "device: auto; GPUs were named"
         else:
-            device = "gpu" if runtime.select_device("auto") == "gpu" else "cpu"
+            device = "gpu" if devices.select_device("auto") == "gpu" else "cpu"
             why = f"device: auto, {'a' if device == 'gpu' else 'no'} GPU here; --gpus plans GPUs"
     weights: Dtype = "bfloat16" if device == "gpu" else "float32"
     gradients = _dtype(settings.gradients) or weights

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ernie_train.errors import UserError
+from ernie_train.core.errors import UserError
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.parallel.recompute import PARTS, Recompute, RecomputeConfig
 

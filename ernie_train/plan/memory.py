@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.plan.activations import Activations, Head, MicroBatch
 from ernie_train.plan.decoder import decoder_bytes
-from ernie_train.plan.layout import (
-    Layout,
-    Precision,
-    count_parameters,
-    critic_parameters,
-)
+from ernie_train.plan.layout import Layout, Precision, count_parameters, critic_parameters
 from ernie_train.plan.shards import updated_by_rank
 
 _CACHE_GROWTH = 32  # slots; as in model/kv_cache.py

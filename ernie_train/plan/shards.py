@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from ernie_train import distributed
-from ernie_train.hf_layout import parameter_shapes
+from ernie_train.core import process_group
 from ernie_train.model import is_expert_parameter
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.plan.layout import Layout, moe_layers
+from ernie_train.weights.layout import parameter_shapes
 
 _Sizes = tuple[int, ...]
 
@@ -61,4 +61,4 @@ def _loads(sizes: _Sizes, hands: int) -> list[int]:
     """What is in each hand; for a single one nothing need be dealt."""
     if hands == 1:
         return [sum(sizes)]
-    return [sum(sizes[at] for at in hand) for hand in distributed.deal(sizes, hands)]
+    return [sum(sizes[at] for at in hand) for hand in process_group.partition_by_size(sizes, hands)]

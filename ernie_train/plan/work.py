@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from ernie_train.plan.activations import MicroBatch
 from ernie_train.plan.memory import Job, Rollout
-from ernie_train.recipe import Recipe
-from ernie_train.stages import AnyStageConfig, DpoConfig, UpoConfig
-from ernie_train.stages.packed import SupervisedConfig
+from ernie_train.run.recipe import Recipe
+from ernie_train.run.stages import AnyStageConfig, DpoConfig, UpoConfig
+from ernie_train.train.supervised_data import SupervisedConfig
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ sandbox. `composition.build_reward` makes a recipe's reward of them; docs/reward
 whole.
 """
 
-from ernie_train.rewards.named import REWARDS, RewardFn, reward_named
-from ernie_train.rewards.sandbox import SandboxUnavailable
+from ernie_train.rewards.registry import REWARDS, RewardFn, reward_named
+from ernie_train.rewards.sandbox.api import SandboxUnavailable
 from ernie_train.rewards.score import Score, Status, read_completion, read_response
-from ernie_train.rewards.service import ScoringReport, ScoringService, score_batch
+from ernie_train.rewards.scoring.service import ScoringReport, ScoringService, score_batch
 
 __all__ = [
     "REWARDS",

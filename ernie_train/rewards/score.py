@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ernie_train.thinking import ParsedCompletion, parse_completion
+from ernie_train.data.completion_format import ParsedCompletion, parse_completion
 
 Status = Literal["correct", "wrong", "bad_gold", "timeout", "infrastructure"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import REWARDS, ScoringService
-from ernie_train.rewards.gold import gold_completion
-from ernie_train.thinking import format_completion
+from ernie_train.rewards.scoring.reference_completion import gold_completion
 from tests.attacks.texts import ATTACKS, LABEL, LETTER, PEOPLE, ROOT, TWELVE
 
 # Far above what any attack takes; a comparison may use 3 s of processor time of its own.

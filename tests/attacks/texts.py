@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ernie_train.thinking import format_completion
+from ernie_train.data.completion_format import format_completion
 
 
 class TextAttack(NamedTuple):

@@ -6,13 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_train.losses import (
-    KL_IN_LOSS_KINDS,
-    kl_estimate,
-    kl_loss,
-    policy_loss,
-    value_loss,
-)
+from ernie_train.losses import KL_IN_LOSS_KINDS, kl_estimate, kl_loss, policy_loss, value_loss
 from tests.losses.finite_differences import gradient
 
 SHAPE = (5, 8)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_train.model import blocks, flash
-from ernie_train.model.attention import document_attention
-from ernie_train.model.layout import BatchLayout
+from ernie_train.model.attention import blocked, online
+from ernie_train.model.attention.layer import document_attention
+from ernie_train.model.batch_layout import BatchLayout
 
 
 def plain_attention(q, k, v, segment_of_token, heads, key_heads):
@@ -91,7 +91,7 @@ def test_only_long_documents_are_recomputed():
     for bucket in gathering.buckets:
         q = paddle.ones([len(bucket.query_rows), 4])
         k, v = (paddle.ones([len(bucket.key_rows), 4]) for _ in range(2))
-        kernel = flash if bucket.is_long else blocks
+        kernel = online if bucket.is_long else blocked
         kept.append(sum(x.size for x in kernel.forward(bucket, q, k, v)[1]))
     # A number for each head and query; then 4 heads of 8 (3) blocks of 128 (104) queries.
     expected = [4 * 1056, 4 * 36 * 128 * 128, 4 * 6 * 104 * 104, 4 * 8 * 8]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ernie_train.errors import ConfigError
+from ernie_train.core.errors import ConfigError
 from ernie_train.model.configuration import PRESETS, Ernie4_5_MoeConfig
 
 

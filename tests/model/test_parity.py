@@ -22,9 +22,9 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from ernie_train.hf import load_pretrained
-from ernie_train.hf_layout import to_hf
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.weights.hf import load_pretrained
+from ernie_train.weights.layout import to_hf
 
 LOGITS_ATOL = 2e-5
 GRADIENT_RTOL = 1e-4  # of the largest entry of the same tensor

@@ -8,11 +8,12 @@ import numpy as np
 import paddle
 
 import ernie_train  # noqa: F401
-from ernie_train import distributed, parallel
-from ernie_train.distributed import Grid
+from ernie_train import parallel
+from ernie_train.core import process_group
+from ernie_train.core.process_group import Grid
 from ernie_train.model.moe import MoE
-from ernie_train.parallel import Pace
-from ernie_train.parallel.lines import lines
+from ernie_train.parallel import Lockstep
+from ernie_train.parallel.collectives import lines
 from tests.parallel.scenario import RECOMPUTE, new_trainer, step_batches, whole
 from tests.small_models import make_config
 
@@ -38,14 +39,14 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
     layer.moe_statics.e_score_correction_bias.set_value(np.array([bias], np.float32))
     random = np.random.default_rng(7)
     every = random.normal(size=(13, config.hidden_size)).astype(np.float32)
-    ranks, rank = distributed.world_size(), distributed.rank()
+    ranks, rank = process_group.world_size(), process_group.rank()
     x = paddle.to_tensor(every[rank::ranks], stop_gradient=False)
     out, _, _, _ = layer(x)
     (out * paddle.to_tensor(np.cos(every[rank::ranks]))).sum().backward()
     parallel.GradientReduction(dict(layer.named_parameters(prefix="model.mlp"))).finish()
     grads = {f"x.mlp.{n}": p.grad.numpy() for n, p in layer.named_parameters()}
     rows = np.stack([out.numpy(), x.grad.numpy()], 1)
-    parts = distributed.gather_objects(rows)
+    parts = process_group.all_gather_objects(rows)
     joined = np.zeros((13, *rows.shape[1:]), np.float32)
     for at, part in enumerate(parts):
         joined[at::ranks] = part
@@ -55,15 +56,15 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
 def fewer_batches_than_ranks(recompute: str, **keys: Any) -> dict[str, np.ndarray]:
     """A step of one micro-batch, and passes of which the first rank makes most."""
     trainer = new_trainer(RECOMPUTE[recompute], moe_num_experts=EXPERTS, **keys)
-    from ernie_train.stages.supervised import PackedLoss
+    from ernie_train.train.supervised import PackedLoss
 
     batch = step_batches(0)[1]
     result = trainer.train_step([batch], PackedLoss("tokens"), 9)
     metrics = {f"metric/{n}": np.float64(v) for n, v in result.metrics.items()}
     seen = []
-    with Pace(trainer.model) as pace, paddle.no_grad():
-        for _ in range(3 * (distributed.world_size() - distributed.rank())):
-            assert not pace.more()
+    with Lockstep(trainer.model) as lockstep, paddle.no_grad():
+        for _ in range(3 * (process_group.world_size() - process_group.rank())):
+            assert not lockstep.next_pass()
             seen.append(trainer.model(paddle.to_tensor(batch.input_ids)).logits.numpy())
     assert all(np.allclose(seen[0], other, atol=1e-5) for other in seen)
     state = whole({n: t.numpy() for n, t in trainer.model.state_dict().items()})
@@ -87,7 +88,7 @@ def everything() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    distributed.set_grid(Grid(expert=distributed.world_size()))
+    process_group.set_grid(Grid(expert=process_group.world_size()))
     out = Path(sys.argv[1])
-    np.savez(out / f"{distributed.world_size()}-{distributed.rank()}.npz", **everything())
+    np.savez(out / f"{process_group.world_size()}-{process_group.rank()}.npz", **everything())
     assert lines().sent_bytes > 0

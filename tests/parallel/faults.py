@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 import ernie_train  # noqa: F401
-from ernie_train import distributed
-from ernie_train.cli import main
-from ernie_train.errors import StorageError
+from ernie_train.cli.main import main
+from ernie_train.core import process_group
+from ernie_train.core.errors import StorageError
 
 
 def fault(command: dict[str, Any], held: ExitStack) -> None:
@@ -62,11 +62,11 @@ def hide(name: str, files: list[str], value: object) -> Any:
 statuses = []
 for number, command in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     with ExitStack() as held:
-        if command.get("rank") == distributed.rank():
+        if command.get("rank") == process_group.rank():
             fault(command, held)
         try:
             main(command["arguments"])
         except SystemExit as stopped:
             statuses.append(int(stopped.code or 0))
     print(f"-- {number}", flush=True)
-Path(f"{sys.argv[1]}.status-{distributed.rank()}.json").write_text(json.dumps(statuses))
+Path(f"{sys.argv[1]}.status-{process_group.rank()}.json").write_text(json.dumps(statuses))

@@ -14,19 +14,20 @@ import numpy as np
 import paddle
 
 import ernie_train  # noqa: F401
-from ernie_train import distributed, parallel
-from ernie_train.distributed import Grid
-from ernie_train.parallel import GradientReduction, gradients, lines
-from ernie_train.stages.supervised import PackedLoss
+from ernie_train import parallel
+from ernie_train.core import process_group
+from ernie_train.core.process_group import Grid
+from ernie_train.parallel import GradientReduction, collectives, gradients
+from ernie_train.train.supervised import PackedLoss
 from tests.parallel.scenario import new_trainer, step_batches
 
 gradients.BUCKET_NUMBERS = 3000  # so that there are many
 STEPS = 2
 # Micro-batches of a step: two for each rank, or one of the ranks without a last one.
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "accumulated": (2 * distributed.world_size(), ()),
-    "idle": (2 * distributed.world_size() - 1, ()),
-    "frozen": (distributed.world_size(), (
+    "accumulated": (2 * process_group.world_size(), ()),
+    "idle": (2 * process_group.world_size() - 1, ()),
+    "frozen": (process_group.world_size(), (
         "layers.1.input_layernorm", "k_proj", "layers.2.mlp.experts.up_proj", "lm_head",
     )),
 }  # fmt: skip
@@ -87,9 +88,12 @@ class Log:
 
     def _check(self, before: dict[str, np.ndarray]) -> None:
         """Compares with the sums of what all ranks had, in float64."""
-        told = distributed.gather_objects(before)
+        told = process_group.all_gather_objects(before)
         dense, experts = parallel.split_by_place(self.reduction.parameters)
-        holders = {False: range(len(told)), True: distributed.grid().replicas(distributed.rank())}
+        holders = {
+            False: range(len(told)),
+            True: process_group.grid().replicas(process_group.rank()),
+        }
         after = self._arrays()
         for kind, part in ((False, dense), (True, experts)):
             for name in part:
@@ -106,20 +110,20 @@ class Log:
 def trained(grid: Grid, case: str, mode: str, **keys: Any) -> tuple[dict[str, Any], Log]:
     """Weights and norms after some steps; mode: after (the pass), during, late (lines)."""
     micro_batches, frozen = CASES[case]
-    distributed.set_grid(grid)
-    real = lines.lines()
+    process_group.set_grid(grid)
+    real = collectives.lines()
     trainer = new_trainer(moe_num_experts=12, frozen=frozen, **keys)
     log = Log(trainer.optimizer._reduction, checks_sums=mode == "after")
     if mode == "after":
         trainer.optimizer.begin_last_pass = lambda: None  # type: ignore[method-assign]
     if mode == "late":
-        lines._made[grid] = LateLines(real)  # type: ignore[assignment]
+        collectives._made[grid] = LateLines(real)  # type: ignore[assignment]
     found: dict[str, Any] = {}
     for step in range(STEPS):
         batches = [b for more in range(2) for b in step_batches(2 * step + more)][:micro_batches]
         result = trainer.train_step(batches, PackedLoss("tokens"), STEPS)
         found |= {f"{step}: {name}": np.float64(v) for name, v in result.metrics.items()}
-    lines._made[grid] = real
+    collectives._made[grid] = real
     return found | {n: t.numpy() for n, t in trainer.model.state_dict().items()}, log
 
 
@@ -139,14 +143,18 @@ def check(text: str, case: str) -> None:
             )
         assert {*log.during, *log.after} == {*after.after}
         # Where all experts are on each rank an idle rank has no pass to be idle in.
-        idle = case == "idle" and expert == 1 and distributed.rank() == distributed.world_size() - 1
+        idle = (
+            case == "idle"
+            and expert == 1
+            and process_group.rank() == process_group.world_size() - 1
+        )
         print(text, case, mode, len(log.during), len(log.after), flush=True)
         assert not log.during if idle else len(log.during) > len(log.after)
-        assert all(other == log.order for other in distributed.gather_objects(log.order))
+        assert all(other == log.order for other in process_group.all_gather_objects(log.order))
 
 
 if __name__ == "__main__":
     for text in sys.argv[2:]:
         for case in CASES:
             check(text, case)
-    (Path(sys.argv[1]) / f"{distributed.rank()}-{distributed.world_size()}").touch()
+    (Path(sys.argv[1]) / f"{process_group.rank()}-{process_group.world_size()}").touch()

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import ernie_train  # noqa: F401
-from ernie_train import distributed
-from ernie_train.cli import main
+from ernie_train.cli.main import main
+from ernie_train.core import process_group
 
 path = Path(sys.argv[1])
 statuses = []
 for arguments in json.loads(path.read_text()):
-    own = [argument.replace("{rank}", str(distributed.rank())) for argument in arguments]
+    own = [argument.replace("{rank}", str(process_group.rank())) for argument in arguments]
     if own[0] == "cd":
         os.chdir(own[1])
         own = own[2:]
@@ -25,4 +25,4 @@ for arguments in json.loads(path.read_text()):
         main(own)
     except SystemExit as stopped:
         statuses.append(int(stopped.code or 0))
-path.with_suffix(f".status-{distributed.rank()}.json").write_text(json.dumps(statuses))
+path.with_suffix(f".status-{process_group.rank()}.json").write_text(json.dumps(statuses))

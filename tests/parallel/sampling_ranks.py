@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 import ernie_train  # noqa: F401
-from ernie_train import distributed
-from ernie_train.distributed import Grid
-from ernie_train.errors import Interrupted
-from ernie_train.runtime import cpu_setup
-from ernie_train.spread import generate_spread
+from ernie_train.core import process_group
+from ernie_train.core.cpu import cpu_setup
+from ernie_train.core.errors import Interrupted
+from ernie_train.core.process_group import Grid
+from ernie_train.generate.sharded import generate_sharded
 from tests.small_models import make_model
 
 STOPPED_AFTER = 5
@@ -26,7 +26,7 @@ def prompts() -> list[list[int]]:
 
 def sampled() -> list[list[int]]:
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
-    found = generate_spread(make_model(), prompts(), stop_requested=lambda: False, **settings)
+    found = generate_sharded(make_model(), prompts(), stop_requested=lambda: False, **settings)
     return [completion.ids for completion in found]
 
 
@@ -37,23 +37,23 @@ def stopped() -> bool:
     def stop_requested() -> bool:
         nonlocal asked
         asked += 1
-        last = distributed.rank() + 1 == distributed.world_size()
+        last = process_group.rank() + 1 == process_group.world_size()
         return last and asked > STOPPED_AFTER
 
     try:
-        generate_spread(make_model(), prompts(), max_new_tokens=40, stop_requested=stop_requested)
+        generate_sharded(make_model(), prompts(), max_new_tokens=40, stop_requested=stop_requested)
     except Interrupted:
         return True
     return False
 
 
 def main(directory: Path) -> None:
-    distributed.set_grid(Grid(data=2))
+    process_group.set_grid(Grid(data=2))
     cpu_setup().threads = 2
     forks: list[int] = []
     os.register_at_fork(after_in_parent=lambda: forks.append(1))
     result = {"ids": sampled(), "stopped": stopped(), "forks": len(forks)}
-    (directory / f"{distributed.rank()}.json").write_text(json.dumps(result))
+    (directory / f"{process_group.rank()}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

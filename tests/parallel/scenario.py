@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import paddle
 
-from ernie_train import distributed, parallel
-from ernie_train.balance import BalanceConfig
-from ernie_train.distributed import Grid
+from ernie_train import parallel
+from ernie_train.core import process_group
+from ernie_train.core.process_group import Grid
 from ernie_train.model import is_expert_parameter
-from ernie_train.optim import OptimConfig, Optimizer
-from ernie_train.parallel.lines import lines
-from ernie_train.stages.supervised import PackedLoss
-from ernie_train.trainer import Trainer
+from ernie_train.parallel.collectives import lines
+from ernie_train.train.moe_balance import BalanceConfig
+from ernie_train.train.optimizer import OptimConfig, Optimizer
+from ernie_train.train.supervised import PackedLoss
+from ernie_train.train.trainer import Trainer
 from tests.small_models import make_config
-from tests.test_trainer import part, rows
+from tests.train.test_trainer import part, rows
 
 STEPS = 20
 MICRO_BATCHES = 4
@@ -28,8 +29,8 @@ def whole(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     This rank's own arrays and those of its expert group, others' where these have none.
     """
-    parts = distributed.gather_objects(named)
-    grid, me = distributed.grid(), distributed.rank()
+    parts = process_group.all_gather_objects(named)
+    grid, me = process_group.grid(), process_group.rank()
 
     def of_one(name: str, ranks: list[int]) -> np.ndarray:
         return next(parts[at][name] for at in ranks if name in parts[at])
@@ -90,7 +91,7 @@ def train(
     order: list[int] | None = None,
 ) -> dict[str, Any]:
     """Trains `STEPS` steps; what the first one saw, the weights after the last, and bytes sent."""
-    distributed.set_grid(grid)
+    process_group.set_grid(grid)
     trainer = new_trainer(RECOMPUTE[recompute], shards_gradients)
     loss = PackedLoss("tokens")
     before = lines().sent_bytes if grid.expert > 1 else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ernie_train.distributed import Grid
+from ernie_train.core.process_group import Grid
 from tests.parallel.ranks import start_on_ranks
 from tests.parallel.scenario import distance, train
 

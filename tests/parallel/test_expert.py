@@ -8,10 +8,10 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_train.distributed import Grid, set_grid
-from ernie_train.errors import ConfigError
-from ernie_train.parallel import check_expert_degree, lines
-from ernie_train.parallel.lines import _partners
+from ernie_train.core.errors import ConfigError
+from ernie_train.core.process_group import Grid, set_grid
+from ernie_train.parallel import check_expert_degree, collectives
+from ernie_train.parallel.collectives import _partners
 from tests.parallel.empty_ranks import everything
 from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_config
@@ -66,13 +66,13 @@ def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
 
     made = []
     monkeypatch.setattr(
-        lines, "paddle_distributed",
+        collectives, "paddle_distributed",
         SimpleNamespace(new_group=lambda ranks: made.append(ranks) or tuple(ranks),
                         alltoall_single=all_to_all, all_reduce=summed, reduce=summed),
     )  # fmt: skip
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     monkeypatch.setenv("PADDLE_TRAINER_ID", "3")
-    nccl = lines.NcclLines(Grid(expert=2, data=2))
+    nccl = collectives.NcclLines(Grid(expert=2, data=2))
     assert made == [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3]]
     pending = nccl.exchange(paddle.ones([5, 7]), np.array([[1, 2], [4, 1]]))
     assert told == {"sent": [4, 1], "received": [2, 1], "group": (2, 3), "sync_op": False}

@@ -9,23 +9,23 @@ import pytest
 import yaml
 
 from tests.parallel.ranks import start_on_ranks
-from tests.stages.test_upo import GAE, REWARD, stage
+from tests.rl.test_upo import GAE, REWARD, stage
 from tests.workspace import make_workspace, rows, write_rows
 
 RANKS = 2
 # What fails, on which rank, in which recipe.
 FAULTS: list[tuple[str, int, dict[str, str]]] = [
-    ("sft", 0, {"call": "ernie_train.metrics:MetricsWriter.__init__"}),
-    ("sft", 0, {"call": "ernie_train.metrics:MetricsWriter.log"}),
-    ("sft", 0, {"call": "ernie_train.metrics:MetricsWriter.sync"}),
-    ("sft", 0, {"call": "ernie_train.metrics:MetricsWriter.close"}),
-    ("sft", 0, {"call": "ernie_train.checkpoint:CheckpointStore.sweep"}),
-    ("sft", 0, {"call": "ernie_train.checkpoint:CheckpointStore._retain"}),
+    ("sft", 0, {"call": "ernie_train.io.metrics_log:MetricsWriter.__init__"}),
+    ("sft", 0, {"call": "ernie_train.io.metrics_log:MetricsWriter.log"}),
+    ("sft", 0, {"call": "ernie_train.io.metrics_log:MetricsWriter.sync"}),
+    ("sft", 0, {"call": "ernie_train.io.metrics_log:MetricsWriter.close"}),
+    ("sft", 0, {"call": "ernie_train.weights.checkpoint:CheckpointStore.sweep"}),
+    ("sft", 0, {"call": "ernie_train.weights.checkpoint:CheckpointStore._retain"}),
     ("sft", 0, {"file": "README.md"}),
-    ("rl", 0, {"call": "ernie_train.stages.upo:cut_after"}),
-    ("rl", 0, {"call": "ernie_train.stages.upo:sample_lines"}),
-    ("rl", 0, {"call": "ernie_train.stages.upo_groups:write_rollout"}),
-    ("rl", 1, {"call": "ernie_train.stages.upo:build_reward"}),
+    ("rl", 0, {"call": "ernie_train.rl.loop:cut_after"}),
+    ("rl", 0, {"call": "ernie_train.rl.loop:sample_lines"}),
+    ("rl", 0, {"call": "ernie_train.rl.groups:write_rollout"}),
+    ("rl", 1, {"call": "ernie_train.rl.loop:build_reward"}),
 ]
 UNSEEN = ["DONE", "evaluation.json", "export.json", "offline_pairs.jsonl"]
 

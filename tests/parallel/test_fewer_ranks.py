@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launched import left_behind, ranks_of, wait_for
+from tests.launch.launched import left_behind, ranks_of, wait_for
 from tests.parallel.test_runs import apart, run_here
 from tests.workspace import make_workspace, metrics_without_time, start
 

@@ -13,10 +13,10 @@ import pytest
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from ernie_train.model.dispatch import Placement
 from ernie_train.model.moe import MoE
+from ernie_train.model.token_dispatcher import Placement
 from ernie_train.parallel import ExpertDispatcher, enable_recompute, expert
-from ernie_train.parallel.lines import Pending
+from ernie_train.parallel.collectives import Pending
 from tests.small_models import fill, make_config, make_model
 
 

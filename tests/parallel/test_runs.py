@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from ernie_train.cli import main
-from ernie_train.rollout import read_rollout
-from ernie_train.tensor_files import TensorFiles
+from ernie_train.cli.main import main
+from ernie_train.io.safetensors import TensorFiles
+from ernie_train.rl.rollout import read_rollout
 from tests.parallel.ranks import start_on_ranks
 from tests.workspace import make_workspace, metrics_without_time, rows, write_rows
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 import ernie_train  # noqa: F401
-from ernie_train import distributed
-from ernie_train.distributed import Grid
+from ernie_train.core import process_group
+from ernie_train.core.process_group import Grid
 from tests.parallel.scenario import train
 
 out = Path(sys.argv[1])
@@ -19,4 +19,4 @@ for text in sys.argv[2:]:
     expert, data, sharding = map(int, numbers)
     grid = Grid(expert, data, sharding > 0)
     result = train(grid, recompute=recompute, shards_gradients=sharding == 2)
-    np.savez(out / f"{text}-rank{distributed.rank()}.npz", **result)
+    np.savez(out / f"{text}-rank{process_group.rank()}.npz", **result)

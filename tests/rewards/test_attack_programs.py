@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ernie_train.rewards import code, sandbox, sandbox_layers, sandbox_pool
-from ernie_train.rewards.sandbox import Limits
-from ernie_train.rewards.sandbox_pool import POOL
-from ernie_train.thinking import format_completion
+from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards.sandbox import api, backends, pool
+from ernie_train.rewards.sandbox.api import Limits
+from ernie_train.rewards.sandbox.pool import POOL
+from ernie_train.rewards.verifiers import code
 
 PROGRAMS = sorted((Path(__file__).parents[1] / "attacks" / "programs").glob("*.py"))
 CALLS = {"entry_point": "f", "tests": [[[1], 2], [[40], 41]]}
@@ -67,23 +68,23 @@ def settles(condition):
 @pytest.fixture(autouse=True, scope="module")
 def marked():
     POOL.close()
-    boot, sandbox_pool._BOOT = sandbox_pool._BOOT, MARK + sandbox_pool._BOOT
+    boot, pool._BOOT = pool._BOOT, MARK + pool._BOOT
     yield
-    sandbox_pool._BOOT = boot
+    pool._BOOT = boot
     POOL.close()
     assert settles(lambda: not processes_inside())
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(sandbox, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=3))
+    monkeypatch.setattr(api, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=3))
 
 
 def layers():
-    found, _ = sandbox_layers.possible_layers("rlimits_only")
+    found, _ = backends.possible_layers("rlimits_only")
     working = {}
     for layer in found:
-        if layer.name not in working and not sandbox.trial(layer):
+        if layer.name not in working and not api.trial(layer):
             working[layer.name] = layer
     return working
 
@@ -116,7 +117,7 @@ def test_the_attacks_come_out_the_same_without_the_pool():
     quick = [p for p in PROGRAMS if p.stem in ("forged_verdict", "equals_everything", "ptrace")]
     for path in quick:
         call = path.read_text(), "f", [[1], [40]]
-        assert sandbox.run_calls(*call, pooled=False) == sandbox.run_calls(*call)
+        assert api.run_calls(*call, pooled=False) == api.run_calls(*call)
 
 
 @pytest.mark.parametrize("name", [n for n in ("Landlock", "rlimits_only") if n in LAYERS])
@@ -129,7 +130,7 @@ def test_the_attacks_behind_the_other_layers(name, monkeypatch):
         "Landlock": {"filling_the_directory"},
     }[name]  # fmt: skip
     left_by_others = set(glob.glob("/tmp/ernie-sandbox-*"))
-    monkeypatch.setattr(sandbox, "current_layer", lambda: LAYERS[name])
+    monkeypatch.setattr(api, "current_layer", lambda: LAYERS[name])
     try:
         for path in PROGRAMS:
             if path.stem in allowed | (PATIENT - {"fork_bomb", "daemon", "threads_that_outlive"}):

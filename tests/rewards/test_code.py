@@ -2,9 +2,10 @@
 
 import pytest
 
-from ernie_train.rewards import code, sandbox
-from ernie_train.rewards.sandbox import Limits, Outcome
-from ernie_train.thinking import format_completion
+from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards.sandbox import api
+from ernie_train.rewards.sandbox.api import Limits, Outcome
+from ernie_train.rewards.verifiers import code
 
 ROW = {"entry_point": "f", "tests": [[[1], 2], [[40], 41]]}
 ASSERTS = {"tests": ["assert f(1) == 2", "assert f(40) == 41"]}
@@ -172,15 +173,15 @@ def test_tests_that_the_rows_own_solution_fails_are_bad_gold(form):
 
 
 def test_tests_that_never_end_are_the_rows_fault(monkeypatch):
-    monkeypatch.setattr(sandbox, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=4))
+    monkeypatch.setattr(api, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=4))
     endless = {"tests": ["while f(1):\n    pass"], "solution": RIGHT}
     assert graded(RIGHT, endless).status == "bad_gold"
 
 
 def test_the_solution_is_tried_once_and_only_when_a_program_fails(monkeypatch):
     ran = []
-    run_tests = sandbox.run_tests
-    monkeypatch.setattr(sandbox, "run_tests", lambda s, t: ran.append(s) or run_tests(s, t))
+    run_tests = api.run_tests
+    monkeypatch.setattr(api, "run_tests", lambda s, t: ran.append(s) or run_tests(s, t))
     row = ASSERTS | {"solution": RIGHT}
     for source, expected in ((RIGHT + "\n", "correct"), ("f = 1", "wrong"), ("f = 2", "wrong")):
         assert graded(source, row).status == expected
@@ -189,7 +190,7 @@ def test_the_solution_is_tried_once_and_only_when_a_program_fails(monkeypatch):
 
 def test_an_accident_of_the_solution_says_nothing_about_the_completion(monkeypatch):
     outcomes = {"f = 1": Outcome("failed", [], "slow"), RIGHT: Outcome("timeout", [], "busy")}
-    monkeypatch.setattr(sandbox, "run_tests", lambda source, tests: outcomes[source])
+    monkeypatch.setattr(api, "run_tests", lambda source, tests: outcomes[source])
     row = ASSERTS | {"solution": RIGHT}
     assert graded("f = 1", row).status == "timeout"
     outcomes[RIGHT] = Outcome("returned", [[True, ""], [True, ""]])
@@ -199,13 +200,13 @@ def test_an_accident_of_the_solution_says_nothing_about_the_completion(monkeypat
 @pytest.mark.parametrize("kind", ["timeout", "infrastructure"])
 def test_accidents_keep_their_name_in_every_form(kind, monkeypatch):
     for name in ("run_calls", "run_tests", "run_script"):
-        monkeypatch.setattr(sandbox, name, lambda *arguments: Outcome(kind, [], "why"))
+        monkeypatch.setattr(api, name, lambda *arguments: Outcome(kind, [], "why"))
     for row in (ROW, ASSERTS, SCRIPTS):
         assert (graded(RIGHT, row).status, graded(RIGHT, row).detail) == (kind, "why")
 
 
 def test_programs_end_at_their_limits(monkeypatch):
-    monkeypatch.setattr(sandbox, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=10))
+    monkeypatch.setattr(api, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=10))
     for row in (ROW, ASSERTS, SCRIPTS):
         score = graded("while True:\n    pass", row)
         assert score.status == "wrong" and "more than 1 s of processor time" in score.detail
@@ -214,10 +215,10 @@ def test_programs_end_at_their_limits(monkeypatch):
 
 def test_no_sandbox_is_no_verdict(monkeypatch):
     def refuse():
-        raise sandbox.SandboxUnavailable("none works")
+        raise api.SandboxUnavailable("none works")
 
-    monkeypatch.setattr(sandbox, "current_layer", refuse)
-    with pytest.raises(sandbox.SandboxUnavailable):
+    monkeypatch.setattr(api, "current_layer", refuse)
+    with pytest.raises(api.SandboxUnavailable):
         graded(RIGHT)
 
 

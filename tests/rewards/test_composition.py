@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from ernie_train.config import StrictConfig, parse_config
-from ernie_train.errors import ConfigError, UserError
-from ernie_train.rewards.composition import RewardConfig, build_reward
-from ernie_train.rewards.format import format_score
-from ernie_train.thinking import format_completion
+from ernie_train.core.config import StrictConfig, parse_config
+from ernie_train.core.errors import ConfigError, UserError
+from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards.scoring.composition import RewardConfig, build_reward
+from ernie_train.rewards.verifiers.format import format_score
 
 
 class Section(StrictConfig):

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import REWARDS
-from ernie_train.thinking import format_completion
 
 
 def graded(reward, row, response):

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_train.rewards import math_answer, math_process
-from ernie_train.rewards.math_process import TOO_MUCH, MathProcess
-from ernie_train.rewards.quantities import parse_number, parse_quantity
-from ernie_train.thinking import format_completion
+from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards.verifiers import math_answer, math_process
+from ernie_train.rewards.verifiers.math_process import TOO_MUCH, MathProcess
+from ernie_train.rewards.verifiers.quantities import parse_number, parse_quantity
 
 
 def graded(gold, response):

@@ -16,20 +16,20 @@ from pathlib import Path
 import pytest
 
 import ernie_train
-from ernie_train.rewards import sandbox, sandbox_filter, sandbox_layers
-from ernie_train.rewards.sandbox import Limits, Tests, run_calls, run_script, run_tests
-from ernie_train.rewards.sandbox_pool import POOL, Server, ServerLost
+from ernie_train.rewards.sandbox import api, backends, seccomp
+from ernie_train.rewards.sandbox.api import Limits, Tests, run_calls, run_script, run_tests
+from ernie_train.rewards.sandbox.pool import POOL, Server, ServerLost
 
 RIGHT = "def f(x):\n    return x + 1"
 LAYERS = {}
-for layer in sandbox_layers.possible_layers("rlimits_only")[0]:
-    if layer.name not in LAYERS and not sandbox.trial(layer):
+for layer in backends.possible_layers("rlimits_only")[0]:
+    if layer.name not in LAYERS and not api.trial(layer):
         LAYERS[layer.name] = layer
 
 
 @pytest.fixture(params=list(LAYERS))
 def layer(request, monkeypatch):
-    monkeypatch.setattr(sandbox, "current_layer", lambda: LAYERS[request.param])
+    monkeypatch.setattr(api, "current_layer", lambda: LAYERS[request.param])
     yield request.param
     POOL.close()
 
@@ -37,10 +37,10 @@ def layer(request, monkeypatch):
 @pytest.fixture
 def strict_layer(monkeypatch):
     """Tells the layers of the policy "strict" from those that need to be asked for."""
-    sandbox._working_layer.cache_clear()
+    api._working_layer.cache_clear()
     yield
-    sandbox.set_policy("strict")
-    sandbox._working_layer.cache_clear()
+    api.set_policy("strict")
+    api._working_layer.cache_clear()
 
 
 def probe(expression):
@@ -169,7 +169,7 @@ def test_nothing_of_this_process_can_be_seen(monkeypatch, tmp_path):
 
 @pytest.mark.skipif("Landlock" not in LAYERS, reason="this kernel has no Landlock")
 def test_landlock_hides_files_that_anyone_may_read(monkeypatch):
-    monkeypatch.setattr(sandbox, "current_layer", lambda: LAYERS["Landlock"])
+    monkeypatch.setattr(api, "current_layer", lambda: LAYERS["Landlock"])
     assert "Permission denied" in probe("open('/etc/passwd').read()")[1]
     for place in ("/", "/etc", "/proc", "/tmp", "/dev"):
         assert probe(f"os.listdir({place!r})")[0] == "error", place
@@ -266,7 +266,7 @@ def test_threads_share_the_pool_and_equal_serial_runs():
 
 def test_a_server_that_is_killed_costs_its_program_alone(monkeypatch):
     assert run_calls(RIGHT, "f", [[1]]).kind == "returned"
-    with POOL.slot(sandbox.current_layer()) as slot:
+    with POOL.slot(api.current_layer()) as slot:
         victim = slot.programs
 
     def kill_all():
@@ -284,7 +284,7 @@ def test_a_server_that_is_killed_costs_its_program_alone(monkeypatch):
 
 def test_an_idle_server_that_has_ended_is_replaced():
     assert run_calls(RIGHT, "f", [[1]]).kind == "returned"
-    with POOL.slot(sandbox.current_layer()) as slot:
+    with POOL.slot(api.current_layer()) as slot:
         slot.programs._process.kill()
         slot.programs._process.wait()
         slot.programs._control.shutdown(2)
@@ -293,7 +293,8 @@ def test_an_idle_server_that_has_ended_is_replaced():
 
 SERVING = """
 import os, sys, time
-from ernie_train.rewards import sandbox, sandbox_pool
+from ernie_train.rewards.sandbox import api as sandbox
+from ernie_train.rewards.sandbox import pool as sandbox_pool
 sandbox_pool._BOOT = sys.argv[1] + sandbox_pool._BOOT
 if sys.argv[2] != "bubblewrap":
     layers = sandbox.possible_layers("rlimits_only")[0]
@@ -332,16 +333,16 @@ def test_everything_ends_with_a_process_that_is_killed(layer):
 
 
 def test_a_machine_that_is_too_busy_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr(sandbox, "_KNOWN_PROGRAM", "import time\ntime.sleep(60)")
+    monkeypatch.setattr(api, "_KNOWN_PROGRAM", "import time\ntime.sleep(60)")
     outcome = run_calls("import time\ntime.sleep(60)", "f", [[1]], Limits(wall_s=1))
     assert outcome.kind == "timeout"
-    monkeypatch.setattr(sandbox, "_KNOWN_PROGRAM", "no python")
+    monkeypatch.setattr(api, "_KNOWN_PROGRAM", "no python")
     outcome = run_calls("import time\ntime.sleep(60)", "f", [[1]], Limits(wall_s=1))
     assert outcome.kind == "infrastructure"
 
 
 def test_a_program_that_something_outside_kills_is_no_wrong_answer():
-    with POOL.slot(sandbox.current_layer()) as slot:
+    with POOL.slot(api.current_layer()) as slot:
         server = slot.programs._process.pid
     timer = threading.Timer(0.7, lambda: os.kill(max(descendants(server)), 9))
     timer.start()
@@ -366,27 +367,27 @@ def descendants(root):
 
 
 def test_the_best_layer_is_in_force(strict_layer):
-    assert sandbox.layer_in_force() == next(iter(LAYERS))
-    assert sandbox.get_policy() == "strict"
+    assert api.layer_in_force() == next(iter(LAYERS))
+    assert api.get_policy() == "strict"
 
 
 def test_without_bubblewrap_landlock_is_next_then_limits_where_they_are_asked_for(
     strict_layer, monkeypatch
 ):
-    monkeypatch.setattr(sandbox_layers.shutil, "which", which_without("bwrap"))
+    monkeypatch.setattr(backends.shutil, "which", which_without("bwrap"))
     if "Landlock" in LAYERS:
-        assert sandbox.layer_in_force() == "Landlock"
-    sandbox._working_layer.cache_clear()
-    working = sandbox.trial
+        assert api.layer_in_force() == "Landlock"
+    api._working_layer.cache_clear()
+    working = api.trial
     monkeypatch.setattr(
-        sandbox, "trial", lambda layer: "no" if layer.name == "Landlock" else working(layer)
+        api, "trial", lambda layer: "no" if layer.name == "Landlock" else working(layer)
     )
-    with pytest.raises(sandbox.SandboxUnavailable) as refused:
-        sandbox.layer_in_force()
+    with pytest.raises(api.SandboxUnavailable) as refused:
+        api.layer_in_force()
     for word in ("apt-get install bubblewrap", "Landlock does not work", "sandbox: rlimits_only"):
         assert word in str(refused.value)
-    sandbox.set_policy("rlimits_only")
-    assert sandbox.layer_in_force() == "rlimits_only"
+    api.set_policy("rlimits_only")
+    assert api.layer_in_force() == "rlimits_only"
     assert run_calls(RIGHT, "f", [[1]]).values == [["value", 2]]
 
 
@@ -406,15 +407,15 @@ def test_an_interpreter_that_finds_the_library_of_another_is_refused():
 
 
 def test_root_without_a_way_to_become_another_user_is_refused(strict_layer, monkeypatch):
-    monkeypatch.setattr(sandbox_layers.shutil, "which", which_without("setpriv"))
-    with pytest.raises(sandbox.SandboxUnavailable, match="util-linux"):
-        sandbox.layer_in_force()
+    monkeypatch.setattr(backends.shutil, "which", which_without("setpriv"))
+    with pytest.raises(api.SandboxUnavailable, match="util-linux"):
+        api.layer_in_force()
 
 
 def test_an_unknown_processor_is_refused(strict_layer, monkeypatch):
-    monkeypatch.setattr(sandbox_filter.platform, "machine", lambda: "riscv64")
-    with pytest.raises(sandbox.SandboxUnavailable, match="processor"):
-        sandbox.layer_in_force()
+    monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
+    with pytest.raises(api.SandboxUnavailable, match="processor"):
+        api.layer_in_force()
 
 
 def test_a_bubblewrap_that_does_not_work_says_why(monkeypatch):
@@ -425,18 +426,18 @@ def test_a_bubblewrap_that_does_not_work_says_why(monkeypatch):
         fake.chmod(0o755)
         Path(directory).chmod(0o755)
         monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
-        layers, _ = sandbox_layers.possible_layers("strict")
-        assert "No permissions to create a new namespace" in sandbox.trial(layers[0])
+        layers, _ = backends.possible_layers("strict")
+        assert "No permissions to create a new namespace" in api.trial(layers[0])
 
 
 def test_a_sandbox_that_cannot_be_started_is_no_wrong_answer(monkeypatch):
-    broken = sandbox_layers.Layer(
+    broken = backends.Layer(
         "bubblewrap", ("/bin/false",), "/usr/bin/python3", None, True, True, None
     )
-    monkeypatch.setattr(sandbox, "current_layer", lambda: broken)
+    monkeypatch.setattr(api, "current_layer", lambda: broken)
     assert run_calls(RIGHT, "f", [[1]]).kind == "infrastructure"
     with pytest.raises(ServerLost):
-        Server(sandbox_layers.Layer("bubblewrap", ("/nowhere",), "x", None, True, True, None))
+        Server(backends.Layer("bubblewrap", ("/nowhere",), "x", None, True, True, None))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user")
@@ -446,16 +447,14 @@ def test_a_plain_user_needs_no_more(name):
     place = Path("/var/tmp") / f"ernie-copy-{os.getpid()}-{name}"
     try:
         package = place / "ernie_train"
-        (package / "rewards").mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "rewards" / "__init__.py").touch()
         source = Path(ernie_train.__file__).parent
-        shutil.copy(source / "errors.py", package)
-        for path in (source / "rewards").glob("sandbox*.py"):
-            shutil.copy(path, package / "rewards")
-        shutil.copytree(source / "rewards" / "inside", package / "rewards" / "inside")
+        for inner in ("", "core", "rewards"):
+            (package / inner).mkdir(parents=True)
+            (package / inner / "__init__.py").touch()
+        shutil.copy(source / "core" / "errors.py", package / "core")
+        shutil.copytree(source / "rewards" / "sandbox", package / "rewards" / "sandbox")
         script = (
-            "import os\nfrom ernie_train.rewards import sandbox\n"
+            "import os\nfrom ernie_train.rewards.sandbox import api as sandbox\n"
             "layers = sandbox.possible_layers('rlimits_only')[0]\n"
             f"sandbox.current_layer = lambda: [l for l in layers if l.name == {name!r}][-1]\n"
             "assert os.getuid() == 12345\n"
@@ -501,10 +500,10 @@ ALLOW, REFUSE, NO_SUCH_CALL = 0x7FFF0000, 0x50001, 0x50026
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_the_filter_allows_its_list_and_nothing_else(machine):
-    program = sandbox_filter.build_filter(machine)
+    program = seccomp.build_filter(machine)
     column = ["x86_64", "aarch64"].index(machine)
-    free = {numbers[column] for numbers in sandbox_filter.FREE_CALLS.values()} - {None}
-    checked = {numbers[column]: name for name, numbers in sandbox_filter.CHECKED_CALLS.items()}
+    free = {numbers[column] for numbers in seccomp.FREE_CALLS.values()} - {None}
+    checked = {numbers[column]: name for name, numbers in seccomp.CHECKED_CALLS.items()}
     for number in [*range(600), 0x40000000, 0x40000001]:
         if number not in checked:
             expected = ALLOW if number in free else REFUSE
@@ -540,5 +539,5 @@ def test_the_numbers_are_those_of_the_kernels_tables(machine):
     numbers = {n: int(v) for n, v in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)}
     numbers.setdefault("newfstatat", numbers.get("fstatat"))
     column = ["x86_64", "aarch64"].index(machine)
-    ours = sandbox_filter.FREE_CALLS | sandbox_filter.CHECKED_CALLS
+    ours = seccomp.FREE_CALLS | seccomp.CHECKED_CALLS
     assert {n: v[column] for n, v in ours.items()} == {n: numbers.get(n) for n in ours}

@@ -12,20 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ernie_train.errors import UserError
-from ernie_train.processes import process_state
-from ernie_train.rewards import (
-    REWARDS,
-    SandboxUnavailable,
-    Score,
-    ScoringService,
-    sandbox,
-    score_batch,
-)
-from ernie_train.rewards import service as service_module
-from ernie_train.rewards.user import UserReward
-from ernie_train.thinking import format_completion
-from tests.launched import REPOSITORY, wait_for
+from ernie_train.core.errors import UserError
+from ernie_train.core.processes import process_state
+from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards import REWARDS, SandboxUnavailable, Score, ScoringService, score_batch
+from ernie_train.rewards.sandbox import api
+from ernie_train.rewards.scoring import service as service_module
+from ernie_train.rewards.verifiers.user import UserReward
+from tests.launch.launched import REPOSITORY, wait_for
 
 USER_REWARD = """
 import os, signal, time
@@ -60,7 +54,7 @@ ITEMS = [
 OWNER = """
 import sys
 from ernie_train.rewards import ScoringService
-from ernie_train.rewards.user import UserReward
+from ernie_train.rewards.verifiers.user import UserReward
 ScoringService(2).score([(UserReward(sys.argv[1], "score"), {}, "x")] * 2)
 """
 ENDLESS = """
@@ -177,7 +171,7 @@ def test_programs_are_graded_by_the_processes_too():
 
 def test_without_a_sandbox_the_batch_is_refused(monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import ernie_train.rewards.named as named\n"
+        "import ernie_train.rewards.registry as named\n"
         "from ernie_train.rewards import SandboxUnavailable\n"
         "def score(row, completion):\n"
         "    raise SandboxUnavailable('no sandbox works here')\n"
@@ -193,15 +187,15 @@ def test_without_a_sandbox_the_batch_is_refused(monkeypatch, tmp_path):
 def test_the_processes_have_the_sandbox_policy_of_this_one(monkeypatch, tmp_path):
     path = tmp_path / "policy.py"
     path.write_text(
-        "from ernie_train.rewards import sandbox\n"
+        "from ernie_train.rewards.sandbox import api as sandbox\n"
         "def score(row, completion):\n"
         "    return sandbox.get_policy() == row['policy']\n"
     )
-    service, before = ScoringService(1), sandbox.get_policy()
+    service, before = ScoringService(1), api.get_policy()
     for policy in ("strict", "rlimits_only", "strict"):
-        sandbox.set_policy(policy)
+        api.set_policy(policy)
         scores, _ = service.score([(UserReward(str(path), "score"), {"policy": policy}, "")])
-        sandbox.set_policy(before)
+        api.set_policy(before)
         assert scores[0].value == 1.0
     service.close()
 
@@ -236,7 +230,7 @@ def slow_verifier(monkeypatch, tmp_path):
     """`exact` hangs on some texts, in the scoring processes of this test."""
     (tmp_path / "sitecustomize.py").write_text(
         "import time\n"
-        "import ernie_train.rewards.exact as exact\n"
+        "import ernie_train.rewards.verifiers.exact as exact\n"
         "graded = exact.score\n"
         "def score(row, completion):\n"
         "    if row.get('always') or 'hang' in completion:\n"
@@ -245,7 +239,7 @@ def slow_verifier(monkeypatch, tmp_path):
         "        raise KeyError('a defect')\n"
         "    return graded(row, completion)\n"
         "exact.score = score\n"
-        "import ernie_train.rewards.named as named\n"
+        "import ernie_train.rewards.registry as named\n"
         "named.REWARDS['exact'] = score\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
@@ -295,7 +289,9 @@ def test_the_batch_has_a_deadline_too(user):
 
 
 def test_processes_that_do_not_start_are_no_wrong_answers(monkeypatch):
-    monkeypatch.setattr("ernie_train.rewards.worker_process._MODULE", "ernie_train.no_such_module")
+    monkeypatch.setattr(
+        "ernie_train.rewards.scoring.worker_process._MODULE", "ernie_train.no_such_module"
+    )
     scores, _ = ScoringService(1).score(ITEMS)
     assert {score.status for score in scores} == {"infrastructure"}
 

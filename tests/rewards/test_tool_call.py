@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_train.rewards import tool_call
-from ernie_train.thinking import format_completion
+from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards.verifiers import tool_call
 
 ROW = {"expected_calls": [{"name": "weather", "arguments": {"city": ["Paris"], "days": [3]}}]}
 

@@ -20,10 +20,10 @@ import rl_measure
 import rl_start
 from ablate_rl_rewards import coin, mentions
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.recipe import load_recipe
-from ernie_train.rollout import Sample
-from ernie_train.stages.sft import SftConfig
-from ernie_train.stages.upo_config import UpoConfig
+from ernie_train.rl.config import UpoConfig
+from ernie_train.rl.rollout import Sample
+from ernie_train.run.recipe import load_recipe
+from ernie_train.train.sft import SftConfig
 from rl_arms import Budget, Place
 from tests.small_models import fill, make_model
 

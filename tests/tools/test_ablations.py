@@ -18,9 +18,9 @@ import pytest
 import ablations
 import make_needles
 from ablations import Arm
-from ernie_train.recipe import load_recipe
-from ernie_train.stages.pretrain import PretrainConfig
-from ernie_train.stages.sft import SftConfig
+from ernie_train.run.recipe import load_recipe
+from ernie_train.train.pretrain import PretrainConfig
+from ernie_train.train.sft import SftConfig
 
 ARM = Arm("quick", ("stages.sft.steps=3",))
 

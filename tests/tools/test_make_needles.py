@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import make_needles
-from ernie_train.datasets import Tokenizer, load_tokenizer, read_records
+from ernie_train.data import Tokenizer, load_tokenizer, read_records
 from make_needles import MIN_TOKENS, VALUES, NeedleText, make_text
 
 

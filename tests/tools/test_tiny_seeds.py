@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import tiny_seeds
-from ernie_train.config import apply_overrides, load_yaml, parse_config
-from ernie_train.recipe import Recipe
-from ernie_train.run_directory import StageDone, write_done
+from ernie_train.core.config import apply_overrides, load_yaml, parse_config
+from ernie_train.io.run_dir import StageDone, write_done
+from ernie_train.run.recipe import Recipe
 
 TASKS = {"logic": ["aiw"], "math": ["chain_sum"], "code": ["list_function"],
          "science": ["formula"], "tools": ["tool_choice"]}  # fmt: skip

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ernie_train.datasets import load_tokenizer
+from ernie_train.data import load_tokenizer
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_tokenizer.py"
 

@@ -6,8 +6,8 @@ import pytest
 import verifier_checks_code
 from verifier_checks_code import checks
 
-from ernie_train.rewards import code, tool_call
 from ernie_train.rewards.score import Score
+from ernie_train.rewards.verifiers import code, tool_call
 
 MBPP = [
     {"task_id": 1, "code": "def double(x):\r\n    return x * 2", "test_setup_code": "",

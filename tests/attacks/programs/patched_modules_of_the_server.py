@@ -2,7 +2,7 @@
 import sys
 
 for name, module in list(sys.modules.items()):
-    if "inside" in name:
+    if "guest" in name:
         for attribute in ("encode", "send", "decode", "run"):
             if hasattr(module, attribute):
                 setattr(module, attribute, lambda *a, **k: True)

@@ -1,0 +1,180 @@
+"""What the `doctor` verb shows: what is here, what is slow or missing, and how to mend it."""
+
+import os
+import platform
+import shutil
+import socket
+import time
+from typing import NamedTuple
+
+import rich.console
+import rich.table
+
+from ernie_train.core import cpu, devices, environment
+from ernie_train.rewards.sandbox import SandboxUnavailable, layer_in_force
+
+MATMUL_SIZE = 2048
+# Below this a thread has missed the fast path; with it, the slowest measured made 70.
+SLOW_GFLOPS_PER_THREAD = 35.0
+LOW_DISK_BYTES = 5 * 10**9
+# Kernels that the model uses where they are registered (Paddle's names).
+FUSED_KERNELS = (
+    "swiglu",
+    "rms_norm",
+    "fused_rotary_position_embedding",
+    "flash_attn",
+    "flashmask_attention",
+    "moe_permute",
+    "moe_unpermute",
+)
+
+
+class Finding(NamedTuple):
+    """One line of the report; `advice` is empty where nothing needs to be done."""
+
+    name: str
+    value: str
+    advice: str = ""
+
+
+def measure_matmul_gflops(size: int = MATMUL_SIZE, seconds: float = 1.0) -> float:
+    """Speed of the best of several `size` x `size` fp32 matmuls on the current device, GFLOP/s."""
+    import paddle
+
+    a = paddle.randn([size, size])
+    b = paddle.randn([size, size])
+    paddle.matmul(a, b).numpy()  # the first call sets libraries up
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        product = paddle.matmul(a, b)
+        if "gpu" in paddle.get_device():
+            paddle.device.synchronize()
+        best = min(best, time.perf_counter() - start)
+        del product
+    return 2 * size**3 / best / 1e9
+
+
+def matmul_advice(gflops: float, setup: cpu.CpuSetup, load: float) -> str:
+    """What to do about a slow processor; empty if it is not slow.
+
+    Args:
+        gflops: the measured speed.
+        setup: the record of the CPU set-up.
+        load: processes that wanted the processor in the last minute, on average.
+    """
+    if gflops >= SLOW_GFLOPS_PER_THREAD * setup.threads:
+        return ""
+    if setup.vendor == "AuthenticAMD" and setup.kept.get("MKL_DEBUG_CPU_TYPE", "5") != "5":
+        return "set MKL_DEBUG_CPU_TYPE=5, or leave it unset, for the fast path on AMD"
+    if setup.too_late:
+        return "import ernie_train before paddle: its CPU settings came too late"
+    if load > setup.cores:
+        return (
+            f"other work keeps {load:.1f} of {setup.cores} cores busy: wait, or use fewer threads"
+        )
+    return f"slow for {setup.threads} threads; fewer may do better: try MKL_NUM_THREADS=1"
+
+
+def _versions() -> list[Finding]:
+    versions = environment.installed_versions()
+    findings = [Finding("python", platform.python_version())]
+    for name in environment.VERSIONED:
+        if name in versions:
+            findings.append(Finding(name, versions[name]))
+    if not {"paddlepaddle", "paddlepaddle-gpu"} & set(versions):
+        advice = "pip install -r requirements.txt"
+        findings.append(Finding("paddlepaddle", "not installed by pip", advice))
+    return findings
+
+
+def _device() -> list[Finding]:
+    device = devices.select_device("auto")
+    setup = cpu.cpu_setup()
+    gflops = measure_matmul_gflops()
+    speed = f"{gflops:.0f} GFLOP/s ({MATMUL_SIZE} x {MATMUL_SIZE}, float32)"
+    advice = "" if device == "gpu" else matmul_advice(gflops, setup, os.getloadavg()[0])
+    findings = [Finding("device", device)]
+    findings += [Finding("CPU set-up", line) for line in cpu.cpu_setup_report()]
+    findings.append(Finding("matmul", speed, advice))
+    present = [name for name in FUSED_KERNELS if devices.kernel_available(name, device)]
+    absent = [name for name in FUSED_KERNELS if name not in present]
+    findings.append(Finding("fused kernels", ", ".join(present) or "none"))
+    if absent:
+        value = f"{', '.join(absent)}: plain operators are used instead"
+        findings.append(Finding("kernels missing", value))
+    return findings
+
+
+def check_sandbox() -> Finding:
+    """Which sandbox the programs that a model writes are run in, found out by running one."""
+    name = "sandbox"
+    try:
+        layer = layer_in_force()
+    except SandboxUnavailable as unavailable:
+        advice = "apt-get install bubblewrap; until then programs of a model are not scored"
+        return Finding(name, f"none works: {unavailable}", advice)
+    if layer == "bubblewrap":
+        return Finding(name, layer)
+    advice = "bubblewrap stops more: apt-get install bubblewrap, and allow user namespaces"
+    return Finding(name, layer, advice)
+
+
+def check_address() -> Finding:
+    """Where ranks on other machines would look for this one, as Paddle's launcher finds it out."""
+    name = "address"
+    if os.environ.get("POD_IP"):
+        return Finding(name, f"{os.environ['POD_IP']} (POD_IP)")
+    advice = "for runs on several machines set POD_IP to an address that the others reach"
+    try:
+        address = socket.gethostbyname(socket.getfqdn(socket.gethostname()))
+    except OSError:
+        return Finding(name, "this machine's name leads to none", advice)
+    return Finding(name, address, advice if address.startswith("127.") else "")
+
+
+def _ranks() -> list[Finding]:
+    import paddle
+
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    places, kind = (gpus, "GPU") if gpus else (cpu.cpu_setup().cores, "core")
+    value = f"run --nproc {places} starts one for each {kind}"
+    return [Finding("ranks", value), check_address()]
+
+
+def _surroundings() -> list[Finding]:
+    free = shutil.disk_usage(os.getcwd()).free
+    low = free < LOW_DISK_BYTES
+    memory = environment.memory_bytes()
+    findings = [
+        check_sandbox(),
+        Finding("free disk", f"{free / 1e9:.1f} GB", "make room for checkpoints" if low else ""),
+    ]
+    if memory:
+        value = f"{memory['available'] / 1e9:.1f} of {memory['total'] / 1e9:.1f} GB available"
+        findings.append(Finding("memory", value))
+    git = shutil.which("git")
+    advice = "" if git else "apt-get install git; runs then record the code's version"
+    findings.append(Finding("git", git or "not found", advice))
+    return findings
+
+
+def doctor_report() -> list[Finding]:
+    """Looks at everything; measuring the matmul takes about a second."""
+    return [*_versions(), *_device(), *_ranks(), *_surroundings()]
+
+
+def print_doctor_report(
+    findings: list[Finding], console: rich.console.Console | None = None
+) -> None:
+    """Prints the findings as a table, with the advice last and in colour."""
+    table = rich.table.Table(box=None, pad_edge=False)
+    for column in ("", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    last = ""
+    for name, value, advice in findings:
+        cells = ["" if name == last else name, value, advice]
+        table.add_row(*map(rich.text.Text, cells), style="yellow" if advice else "")
+        last = name
+    (console or rich.console.Console()).print(table)

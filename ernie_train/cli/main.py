@@ -1,0 +1,311 @@
+"""The command line: `ernie-train VERB`, also `python -m ernie_train VERB`.
+
+Exit status: 0 done; 2 a mistake in recipe, data or arguments; 3 stopped on a signal after saving;
+4 training became non-finite; 5 a stage's gate was not met; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ernie_train.cli.run import RunCall
+from ernie_train.core import process_group
+from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError
+from ernie_train.launch import LaunchSettings, print_error
+from ernie_train.launch.rank_files import RankReport, is_supervised
+
+app = typer.Typer(
+    help="Trains ERNIE 4.5 mixture-of-experts models with PaddlePaddle.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_debug = False
+
+RecipePath = Annotated[Path, typer.Argument(help="a YAML recipe")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings to change: stages.sft.optim.lr=1e-4 ...")
+]
+Model = Annotated[
+    Path, typer.Argument(help="a Hugging Face directory, a checkpoint or a run directory")
+]
+Referee = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ERNIE_TRAIN_REFEREE",
+        help="a Python interpreter with torch and transformers, or its environment's directory: "
+        "the export is then proven by transformers",
+    ),
+]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="show tracebacks and debug messages")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    level = logging.DEBUG if debug else logging.WARNING
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=debug)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="where to write; default runs/<recipe's name>")
+    ] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", help="do this stage and all after it anew")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
+    referee: Referee = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="start this many ranks on this machine")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="restarts when a rank dies or hangs")
+    ] = LaunchSettings.max_restarts,
+    hang_timeout_s: Annotated[
+        float, typer.Option(min=3, help="a rank without a sign of life for so long has hung")
+    ] = LaunchSettings.hang_timeout_s,
+    nnodes: Annotated[int, typer.Option(min=1, help="machines")] = LaunchSettings.nnodes,
+    master: Annotated[
+        str | None, typer.Option(help="address:port on one of the machines")
+    ] = LaunchSettings.master,
+    node_rank: Annotated[
+        int, typer.Option(min=-1, help="number of this machine; -1: in order of arrival")
+    ] = LaunchSettings.node_rank,
+) -> None:
+    """Run a recipe's stages; run again on the same directory it continues."""
+    call = RunCall(recipe, overrides or [], run_dir, first, last, _interpreter(referee))
+    settings = LaunchSettings(nproc or 1, nnodes, master, node_rank, max_restarts, hang_timeout_s)
+    if nproc is not None:
+        raise typer.Exit(call.launch(settings, _console(stderr=True), debug=_debug))
+    if settings != LaunchSettings(nproc=1):
+        raise UserError("the options of a launch need --nproc, the ranks of this machine")
+    call.run_here(_console(quiet=not process_group.is_main()))
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Validate recipe, model, tokenizer and data without training, and show the label mask."""
+    from ernie_train.run.check import check_recipe
+    from ernie_train.run.recipe import load_recipe
+
+    check_recipe(load_recipe(recipe, overrides), _console())
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="ranks; default 8")] = None,
+    gpu_memory_gb: Annotated[
+        float | None, typer.Option(min=0.001, help="memory of a rank; default 80")
+    ] = None,
+    expert: Annotated[
+        int | None, typer.Option(min=1, help="only layouts of this expert degree")
+    ] = None,
+    gradients: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default as the weights")
+    ] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option(min=1, help="mean length of packed documents; default a row")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="what a rank achieves in training")
+    ] = None,
+    interconnect_gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="Gbit/s that a rank sends to others")
+    ] = None,
+    between_gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="the same, to ranks of other machines")
+    ] = None,
+    memory_gb_per_s: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s that a rank reads from its memory")
+    ] = None,
+) -> None:
+    """Tell how a recipe fits a cluster: memory, traffic and time of every layout."""
+    from ernie_train.plan import PlanSettings, print_plan
+    from ernie_train.run.recipe import load_recipe
+
+    settings = PlanSettings(
+        gpus, gpu_memory_gb, expert, gradients, document_tokens,
+        tflops, interconnect_gbps, between_gbps, memory_gb_per_s,
+    )  # fmt: skip
+    print_plan(load_recipe(recipe, overrides), settings, _console())
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """Show a run's stages, steps and latest metrics."""
+    from ernie_train.cli.status import print_status
+
+    print_status(run_dir, _console())
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="problems: a .jsonl file or a directory")] = Path(
+        "data/test"
+    ),
+    tasks: Annotated[str | None, typer.Option(help="only these tasks or domains: math,aiw")] = None,
+    n: Annotated[int, typer.Option(min=1, help="completions a problem, for pass@n")] = 1,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="problems of each task")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="default 0 for n=1, else 1")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path | None, typer.Option(help="write samples here, as JSONL")] = None,
+) -> None:
+    """Solve held-out problems and print accuracy by task."""
+    from ernie_train.cli.model import evaluate_model
+    from ernie_train.eval.evaluate import EvalConfig
+
+    chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
+    if n > 1 and chosen == 0:
+        raise UserError(f"--n {n} with --temperature 0 would draw the same completion {n} times")
+    config = EvalConfig(max_new_tokens, batch_size, n, chosen, seed)
+    chosen_tasks = [name.strip() for name in tasks.split(",")] if tasks else []
+    evaluate_model(model, data, chosen_tasks, max_examples, config, output, _console())
+
+
+@app.command()
+def score(
+    reward: Annotated[
+        str,
+        typer.Option(
+            help="a verifier (math, logic, code, ...), row for the one that each row names, "
+            "FILE.py:FUNCTION, or a .yaml file with a recipe's reward"
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="the problems, a JSON object a line")],
+    completions: Annotated[
+        Path, typer.Option(help='lines {"completion": text}, in the order of the data or with id')
+    ],
+    out: Annotated[Path | None, typer.Option(help="write each score here, as JSONL")] = None,
+) -> None:
+    """Grade completions with a verifier and print how many are right."""
+    from ernie_train.cli.score import score_file
+
+    score_file(reward, data, completions, out, _console())
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="what to ask")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    raw: Annotated[
+        bool, typer.Option(help="continue the text itself, without chat format")
+    ] = False,
+) -> None:
+    """Complete one prompt."""
+    from ernie_train.cli.model import complete
+
+    text = complete(
+        model,
+        prompt,
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    print(text)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    max_shard_size: Annotated[str, typer.Option()] = "5GB",
+    referee: Referee = None,
+) -> None:
+    """Write a Hugging Face directory and prove it by reading it back."""
+    from ernie_train.cli.model import export_model
+
+    export_model(model, out, dtype, max_shard_size, _interpreter(referee), _console())
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, device, kernels and CPU set-up, and what is slow."""
+    from ernie_train.cli.doctor import doctor_report, print_doctor_report
+
+    print_doctor_report(doctor_report())
+
+
+def _interpreter(referee: str | None) -> str | None:
+    """The interpreter that `--referee` means; an environment's directory holds bin/python."""
+    if referee is None:
+        return None
+    path = Path(referee)
+    python = path / "bin" / "python" if path.is_dir() else path
+    if not python.exists():
+        raise UserError(f"--referee {referee}: there is no interpreter at {python}")
+    return str(python)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and exits with its status; every mistake is one message, no traceback."""
+    report = RankReport.of_this_process()
+    if report is None:
+        status, message = _run(arguments)
+        if message:
+            print_error(Console(stderr=True), message)
+        sys.exit(status)
+    report.begin()
+    report.end(*_run(arguments))
+
+
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that prints texts as they are: brackets in paths and layouts are no markup."""
+    return Console(stderr=stderr, quiet=quiet, markup=False)
+
+
+def _run(arguments: list[str] | None) -> tuple[int, str]:
+    """Exit status and, if there is one, the message that says why."""
+    try:
+        result: Any = app(arguments, standalone_mode=False)
+    except ErnieTrainError as error:
+        return _failed(error, error.exit_status)
+    except typer.Exit as stop:
+        return stop.exit_code, ""
+    except KeyboardInterrupt:
+        return 1, "interrupted before anything was saved since the last checkpoint"
+    except Exception as error:  # the last line of defence: a bug, told in one line
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # a mistake in the arguments
+            error.show()
+            return error.exit_code, ""
+        return _failed(error, 1, hint=" (a defect; --debug shows where)")
+    return result if isinstance(result, int) else 0, ""
+
+
+def _failed(error: BaseException, exit_status: int, hint: str = "") -> tuple[int, str]:
+    alike = (
+        isinstance(error, ErnieTrainError) and error.on_all_ranks and not process_group.is_main()
+    )
+    if (alike and not is_supervised()) or isinstance(error, FailedElsewhere):
+        return exit_status, ""  # another rank tells
+    if _debug:
+        Console(stderr=True).print_exception()
+    kind = "" if isinstance(error, ErnieTrainError) else f"{type(error).__name__}: "
+    return exit_status, f"{kind}{error}{hint}"

@@ -1,0 +1,192 @@
+"""Grades a file of completions with a verifier, to try the verifier without any training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from ernie_train.core.config import StrictConfig, load_yaml, parse_config
+from ernie_train.core.errors import DataError, Interrupted, storage_errors
+from ernie_train.core.signals import StopFlag
+from ernie_train.rewards.score import Status
+from ernie_train.rewards.scoring import (
+    ComposedScore,
+    RewardConfig,
+    ScoredBatch,
+    build_reward,
+)
+
+_STATUSES: tuple[Status, ...] = get_args(Status)
+_SHOWN = 3
+
+
+class _Section(StrictConfig):
+    reward: RewardConfig
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A completion, the row that it answers, and its score."""
+
+    row: dict[str, Any]
+    completion: dict[str, Any]
+    score: ComposedScore
+
+
+def score_file(
+    reward: str, data: Path, completions: Path, out: Path | None, console: Console
+) -> None:
+    """Grades `completions` for the rows of `data`, prints the table and may write the scores.
+
+    Raises UserError for files that do not fit together and for rewards that are not there,
+    Interrupted where a signal ended it.
+    """
+    config, base_directory = reward_config(reward)
+    pairs = pair_up(read_rows(data), read_rows(completions), data, completions)
+    texts = [_text_of(completion, completions) for _, completion in pairs]
+    composed = build_reward(config, base_directory)
+    try:
+        with StopFlag() as stop:
+            batch = composed.score_batch(
+                [row for row, _ in pairs], texts, stop_requested=lambda: stop.requested
+            )
+            if stop.requested:
+                raise Interrupted("stopped by a signal before everything was graded")
+    finally:
+        composed.close()
+    graded = [
+        Graded(row, completion, score)
+        for (row, completion), score in zip(pairs, batch.scores, strict=True)
+    ]
+    print_scores(graded, batch, console)
+    if out is not None:
+        with storage_errors("cannot write the scores", out):
+            lines = (json.dumps(_line(entry), ensure_ascii=False) for entry in graded)
+            out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def reward_config(reward: str) -> tuple[RewardConfig, Path]:
+    """What --reward means: a name, `row`, FILE.py:FUNCTION, or a .yaml file with a `reward`.
+
+    Gives it with the directory that its files are relative to. No bound is set on the share
+    without a score: the table shows it.
+    """
+    if reward.endswith((".yaml", ".yml")):
+        path = Path(reward)
+        section = load_yaml(path)
+        value = section.get("reward", section)
+        return parse_config(_Section, {"reward": value}, str(path)).reward, path.parent
+    part = {"python": reward} if ".py:" in reward else {"name": reward}
+    settings = {"reward": {"parts": [part], "max_excluded_fraction": 1.0}}
+    return parse_config(_Section, settings, "--reward").reward, Path()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; DataError with the line where one is none."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}:{number}: it is no JSON object")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{number}: it is not valid JSON: {error}") from None
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    return rows
+
+
+def pair_up(
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[dict[str, Any]],
+    data: Path,
+    completions_path: Path,
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(row, completion): by `id` where every completion has one, else in order.
+
+    By `id` a row may have any number of completions. Raises DataError for an unknown or a
+    doubtful id, and for different lengths without ids.
+    """
+    if all("id" in completion for completion in completions):
+        counts = Counter(json.dumps(row.get("id")) for row in rows if "id" in row)
+        by_id = {json.dumps(row["id"]): row for row in rows if "id" in row}
+        for completion in completions:
+            key = json.dumps(completion["id"])
+            if counts[key] != 1:
+                raise DataError(
+                    f"{completions_path}: the id {key} stands {counts[key]} times in {data}, "
+                    "it must stand there once"
+                )
+        return [(by_id[json.dumps(c["id"])], c) for c in completions]
+    if len(rows) != len(completions):
+        raise DataError(
+            f"{data} has {len(rows)} rows and {completions_path} {len(completions)} completions; "
+            "give a completion a row, in order, or give both an id"
+        )
+    return list(zip(rows, completions, strict=True))
+
+
+def print_scores(graded: Sequence[Graded], batch: ScoredBatch, console: Console) -> None:
+    """A line for each task and one for all: how many of each status, and the mean value.
+
+    Means are over what trains. Below stand the means of several parts, and why scores are missing.
+    """
+    tasks: dict[str, list[Graded]] = {}
+    for entry in graded:
+        tasks.setdefault(str(entry.row.get("task", "")), []).append(entry)
+    table = Table("task", *(s.replace("_", " ") for s in _STATUSES), "mean")
+    for task in sorted(tasks) if len(tasks) > 1 else []:
+        table.add_row(task or "(none)", *_numbers(tasks[task]))
+    table.add_row("all", *_numbers(graded))
+    console.print(table)
+    console.print(f"{len(graded)} completions in {batch.report.seconds:.1f} s", highlight=False)
+    trained = [entry.score for entry in graded if entry.score.score.trains]
+    for label in graded[0].score.parts if len(graded[0].score.parts) > 1 else ():
+        mean = _mean([score.parts[label] for score in trained])
+        console.print(f"mean of {label}: {mean}", markup=False, highlight=False)
+    for status in _STATUSES[2:]:
+        details = Counter(e.score.score.detail for e in graded if e.score.score.status == status)
+        for detail, count in details.most_common(_SHOWN):
+            console.print(f"{status}: {count} x {detail}", markup=False, highlight=False)
+
+
+def _numbers(graded: Sequence[Graded]) -> list[str]:
+    counts = Counter(entry.score.score.status for entry in graded)
+    mean = _mean([entry.score.value for entry in graded if entry.score.score.trains])
+    return [*(str(counts[status]) for status in _STATUSES), mean]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.4f}" if values else "-"
+
+
+def _text_of(completion: dict[str, Any], path: Path) -> str:
+    for key in ("completion", "text"):
+        if isinstance(completion.get(key), str):
+            return str(completion[key])
+    raise DataError(f"{path}: a completion needs a text under completion or text: {completion!r}")
+
+
+def _line(entry: Graded) -> dict[str, Any]:
+    identity = {"id": entry.completion["id"]} if "id" in entry.completion else {}
+    score = entry.score
+    return {
+        **identity,
+        "value": score.value,
+        "status": score.score.status,
+        "detail": score.score.detail,
+        "parts": score.parts,
+    }

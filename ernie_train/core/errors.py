@@ -1,0 +1,122 @@
+"""Errors that a user sees, and the exit status that each one gives the command line.
+
+Exit status: 0 done; 1 anything else (such as a full disk); 2 a mistake in a recipe, in data or in
+arguments; 3 stopped on a signal after saving; 4 training became non-finite; 5 a gate was not met.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class ErnieTrainError(Exception):
+    """Base of every error raised on purpose; its text is the whole message for the user."""
+
+    exit_status: int = 1
+    on_all_ranks: bool = False  # every rank raises it at the same place, so one may tell
+
+
+class UserError(ErnieTrainError):
+    """A mistake in recipe, data or arguments, which the user can mend: exit status 2."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a recipe or with settings, in one message.
+
+    Attributes:
+        problems: one line each, `stages.0.optim.lr: expected a number, got the text 'fast'`.
+        source: the file (or the command line) that the settings came from; may be empty.
+    """
+
+    def __init__(self, problems: str | Sequence[str], source: str = "") -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.source = source
+        prefix = f"{source}: " if source else ""
+        if len(self.problems) == 1:
+            message = prefix + self.problems[0]
+        else:
+            listed = "\n".join(f"  - {problem}" for problem in self.problems)
+            message = f"{prefix}{len(self.problems)} problems\n{listed}"
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
+        # Exceptions are rebuilt from their arguments when they cross a process boundary; the
+        # default would take the finished message for a problem and lose the source.
+        return type(self), (self.problems, self.source)
+
+
+class DataError(UserError):
+    """Input data that cannot be used; names file and line and gives the reason."""
+
+
+class WeightsError(UserError):
+    """A model directory or safetensors file that does not fit; lists the tensors concerned."""
+
+
+class CheckpointError(UserError):
+    """A truncated, corrupted or foreign checkpoint or run directory."""
+
+
+class StorageError(ErnieTrainError):
+    """The disk is full or a path cannot be written: exit status 1."""
+
+
+class Interrupted(ErnieTrainError):
+    """Stopped on SIGTERM or SIGINT after everything was saved: exit status 3."""
+
+    exit_status = 3
+    on_all_ranks = True
+
+
+class NonFiniteError(ErnieTrainError):
+    """A loss or gradient became NaN or infinite; the last good checkpoint stays: exit status 4."""
+
+    exit_status = 4
+    on_all_ranks = True
+
+
+class GateError(ErnieTrainError):
+    """A stage finished below the metric that its recipe demands: exit status 5."""
+
+    exit_status = 5
+    on_all_ranks = True
+
+
+class FailedElsewhere(ErnieTrainError):
+    """Another rank failed and tells why: this one ends with the same exit status, silently."""
+
+    def __init__(self, rank: int, exit_status: int) -> None:
+        super().__init__(f"rank {rank} failed")
+        self.rank, self.exit_status = rank, exit_status
+
+    def __reduce__(self) -> tuple[type[FailedElsewhere], tuple[int, int]]:
+        return type(self), (self.rank, self.exit_status)
+
+
+@contextmanager
+def storage_errors(what: str, path: Path) -> Iterator[None]:
+    """Turns an `OSError` inside into a `StorageError` that says what failed, where and why."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{what}: the disk is full{_free(path)}: {path}") from error
+        if error.errno == errno.EFBIG:
+            raise StorageError(f"{what}: file size limit reached: {path}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"{what}: no permission to write: {path}") from error
+        reason = error.strerror or str(error)
+        raise StorageError(f"{what}: {reason}: {error.filename or path}") from error
+
+
+def _free(path: Path) -> str:
+    for parent in (path, *path.parents):
+        if parent.exists():
+            return f" ({shutil.disk_usage(parent).free / 2**20:.1f} MB left)"
+    return ""

@@ -1,0 +1,48 @@
+"""Rows of text to packed batches: tokenizer, chat format, record formats, mixing and packing."""
+
+from ernie_train.data.chat import (
+    CHAT_TEMPLATE,
+    PLAIN_CHAT_TEMPLATE,
+    drop_thinking,
+    encode_chat,
+    prompt_ids,
+    render_chat,
+    require_chat_tokens,
+)
+from ernie_train.data.documents import DocumentBuilder, Documents, EncodedDocument
+from ernie_train.data.loader import Batch, ConsecutiveLoaders, PackedLoader
+from ernie_train.data.packing import pack_documents
+from ernie_train.data.preview import preview
+from ernie_train.data.reader import ReadReport, Record, read_records
+from ernie_train.data.report import DataReport, SourceReport
+from ernie_train.data.sources import DataSource, load_sources, refit
+from ernie_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "PLAIN_CHAT_TEMPLATE",
+    "Batch",
+    "ConsecutiveLoaders",
+    "DataReport",
+    "DataSource",
+    "DocumentBuilder",
+    "Documents",
+    "EncodedDocument",
+    "PackedLoader",
+    "ReadReport",
+    "Record",
+    "SourceReport",
+    "Tokenizer",
+    "drop_thinking",
+    "encode_chat",
+    "load_sources",
+    "load_tokenizer",
+    "pack_documents",
+    "preview",
+    "prompt_ids",
+    "read_records",
+    "refit",
+    "render_chat",
+    "require_chat_tokens",
+    "train_tokenizer",
+]

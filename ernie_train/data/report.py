@@ -1,0 +1,157 @@
+"""What became of the rows of each source: counts, lengths, and how full the packed rows are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ernie_train.data.reader import BadRow
+
+PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+LISTED_BAD_ROWS = 100
+
+
+@dataclass
+class SourceReport:
+    """One source. Lengths are in tokens, of encoded rows before anything is cut.
+
+    rows = kept + bad + dropped. `over_seq_len` rows were longer than seq_len, and `overlong` says
+    what was done to them; `truncated` were cut.
+    """
+
+    path: str
+    format: str
+    weight: float
+    overlong: str
+    rows: int = 0
+    kept: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    documents: int = 0
+    tokens: int = 0
+    trainable_tokens: int = 0
+    over_seq_len: int = 0
+    truncated: int = 0
+    lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    @property
+    def share_truncated(self) -> float:
+        """Share of the encoded rows that were cut, 0..1."""
+        return self.truncated / max(len(self.lengths), 1)
+
+    def percentiles(self) -> dict[str, int]:
+        """Lengths of encoded rows, in tokens; empty where there is none."""
+        if not len(self.lengths):
+            return {}
+        values = np.percentile(self.lengths, list(PERCENTILES.values()), method="higher")
+        return dict(zip(PERCENTILES, map(int, values), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "format": self.format,
+            "weight": self.weight,
+            "rows": self.rows,
+            "kept": self.kept,
+            "bad": len(self.bad),
+            "bad_rows": [str(row) for row in self.bad[:LISTED_BAD_ROWS]],
+            "dropped": dict(self.dropped),
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "trainable_tokens": self.trainable_tokens,
+            "lengths": self.percentiles(),
+            "overlong": self.overlong,
+            "over_seq_len": self.over_seq_len,
+            "share_truncated": self.share_truncated,
+        }
+
+
+@dataclass
+class DataReport:
+    """All sources of a stage; packing_fill is the share of packed rows that is not padding."""
+
+    sources: list[SourceReport]
+    seq_len: int
+    packing_fill: float = 0.0
+
+    def total(self) -> SourceReport:
+        """The sources added up."""
+        total = SourceReport("total", "", 1.0, "")
+        for source in self.sources:
+            total.rows += source.rows
+            total.kept += source.kept
+            total.bad += source.bad
+            for reason, count in source.dropped.items():
+                total.dropped[reason] = total.dropped.get(reason, 0) + count
+            total.documents += source.documents
+            total.tokens += source.tokens
+            total.trainable_tokens += source.trainable_tokens
+            total.over_seq_len += source.over_seq_len
+            total.truncated += source.truncated
+        if self.sources:
+            total.lengths = np.concatenate([source.lengths for source in self.sources])
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        total = self.total().to_dict()
+        for key in ("path", "format", "weight", "overlong"):
+            del total[key]
+        return {
+            "seq_len": self.seq_len,
+            "packing_fill": self.packing_fill,
+            "total": total,
+            "sources": [source.to_dict() for source in self.sources],
+        }
+
+    def as_table(self) -> Table:
+        """The report for a terminal of 80 columns; why rows were left out stands below."""
+        table = Table(title="Data", caption=self._caption(), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("source", overflow="fold", min_width=16)
+        for name in ("rows", "kept", "tokens", "trained", *PERCENTILES, "cut"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for source in self.sources:
+            table.add_row(*_cells(source))
+        if len(self.sources) > 1:
+            table.add_section()
+            table.add_row(*_cells(self.total()))
+        return table
+
+    def _caption(self) -> Text:
+        lines = [
+            "lengths p50..max in tokens, before cutting; "
+            f"rows of {self.seq_len} tokens, packed {100 * self.packing_fill:.1f} % full"
+        ]
+        for source in self.sources:
+            reasons = [f"{count} {reason}" for reason, count in source.dropped.items()]
+            if source.bad:
+                reasons.append(f"{len(source.bad)} bad, first {source.bad[0]}")
+            if reasons:
+                lines.append(f"left out of {source.path}: {'; '.join(reasons)}")
+        return Text("\n".join(lines), "table.caption")
+
+
+def _cells(source: SourceReport) -> list[str | Text]:
+    lengths = source.percentiles()
+    times = "" if source.weight == 1 else f" x{source.weight:g}"
+    numbers = [source.rows, source.kept, source.tokens, source.trainable_tokens]
+    numbers += [lengths.get(name, 0) for name in PERCENTILES]
+    return [
+        Text(source.path + times),
+        *map(_compact, numbers),
+        f"{100 * source.share_truncated:.1f} %",
+    ]
+
+
+def _compact(number: int) -> str:
+    """1234 -> 1234, 12345 -> 12.3k, 1234567 -> 1.23M."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
+        if number >= size:
+            return f"{number / (1000 if unit == 'k' else size):.3g}{unit}"
+    return str(number)

@@ -1,0 +1,244 @@
+"""From the sources that a recipe names to encoded documents, and a report on every row."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ernie_train.core.config import StrictConfig
+from ernie_train.core.errors import DataError
+from ernie_train.data.chat import drop_thinking, encode_chat, require_chat_tokens
+from ernie_train.data.documents import DocumentBuilder, Documents
+from ernie_train.data.formats import Record
+from ernie_train.data.loader import PackedLoader
+from ernie_train.data.reader import BadRow, ReadReport, iter_records
+from ernie_train.data.report import DataReport, SourceReport
+from ernie_train.data.tokenizer import Tokenizer
+
+Kind = Literal["sft", "pretrain"]
+Overlong = Literal["drop", "truncate", "split"]
+FormatName = Literal[
+    "auto",
+    "sharegpt",
+    "alpaca",
+    "preference",
+    "messages",
+    "prompt_completion",
+    "prompt",
+    "text",
+]
+
+# A conversation cut short teaches to stop nowhere; a text goes on in the next document.
+DEFAULT_OVERLONG: dict[Kind, Overlong] = {"sft": "drop", "pretrain": "split"}
+SILENT_S = 2.0  # a progress bar appears after this
+
+
+class DataSource(StrictConfig):
+    """One entry of a stage's `data`.
+
+    path: a .jsonl, .jsonl.gz, .json or .txt file or a directory of them, relative to where the
+        command is started.
+    weight: an epoch holds round(weight * documents) samples of it.
+    format: of its rows; "auto" tells it from their keys.
+    max_examples: uses only the first rows that are good, as many as this.
+    include_thinking: False leaves the assistant's reasoning out, so that only answers are trained.
+    overlong: what happens to rows longer than seq_len; by default "drop" in SFT, "split" (into
+        documents of seq_len) in pre-training.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    format: FormatName = "auto"
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    include_thinking: bool = True
+    overlong: Overlong | None = None
+
+
+class _Dropped(Exception):
+    """A good row that this kind of training cannot use; the text is the reason."""
+
+
+def load_sources(
+    sources: Sequence[DataSource],
+    tokenizer: Tokenizer,
+    *,
+    kind: Kind,
+    seq_len: int,
+    base_dir: str | Path,
+    thinking: bool = True,
+    max_bad_fraction: float = 0.01,
+    seed: int = 0,
+) -> tuple[list[Documents], DataReport]:
+    """Read, check and encode the sources of a stage.
+
+    "sft": conversations, trained on the assistant's turns. "pretrain": texts, each followed by
+    eos, or conversations, trained on every token. No document is longer than `seq_len` tokens.
+    `seed` only shuffles for the report's packing_fill. Raises DataError where a source cannot be
+    read, has too many bad rows, or leaves nothing to train on.
+    """
+    if seq_len < 2:
+        raise DataError(f"seq_len {seq_len} leaves no token to predict; it must be at least 2")
+    if kind == "sft":
+        require_chat_tokens(tokenizer, thinking)
+    encode = _encoder(tokenizer, kind, thinking)
+    documents: list[Documents] = []
+    reports: list[SourceReport] = []
+    for source in sources:
+        encoded, report = _load(source, encode, kind, seq_len, Path(base_dir), max_bad_fraction)
+        documents.append(encoded)
+        reports.append(report)
+    result = DataReport(reports, seq_len)
+    if not any(len(part) for part in documents):
+        raise DataError(_nothing_left(reports))
+    weights = [source.weight for source in sources]
+    loader = PackedLoader(documents, weights, seq_len, 1, seed=seed, epochs=1, pad_id=0)
+    result.packing_fill = loader.packing_fill()
+    return documents, result
+
+
+Encode = Callable[[Record, bool], tuple[list[int], list[bool]]]
+
+
+def _encoder(tokenizer: Tokenizer, kind: Kind, thinking: bool) -> Encode:
+    def encode(record: Record, include_thinking: bool) -> tuple[list[int], list[bool]]:
+        if record.kind == "text":
+            if kind == "sft":
+                raise _Dropped("plain text, which SFT cannot use")
+            ids = _encode_text(tokenizer, record.text or "")
+            return ids, [True] * len(ids)
+        if record.kind == "preference":
+            raise _Dropped("a preference pair, which this stage cannot use")
+        messages = record.messages if include_thinking else drop_thinking(record.messages)
+        ids, trainable = encode_chat(tokenizer, messages, record.tools, thinking)
+        return (ids, [True] * len(ids)) if kind == "pretrain" else (ids, trainable)
+
+    return encode
+
+
+def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    found = tokenizer.control_pattern.search(text)
+    if found:
+        raise DataError(f"the text contains the control token {found.group()}")
+    return [*tokenizer.encode(text), tokenizer.eos_token_id]
+
+
+def _load(
+    source: DataSource,
+    encode: Encode,
+    kind: Kind,
+    seq_len: int,
+    base_dir: Path,
+    max_bad_fraction: float,
+) -> tuple[Documents, SourceReport]:
+    path = base_dir / source.path
+    overlong = source.overlong or DEFAULT_OVERLONG[kind]
+    report = SourceReport(source.path, "", source.weight, overlong)
+    read = ReadReport(str(path))
+    builder = DocumentBuilder()
+    lengths: list[int] = []
+    for record in _with_progress(iter_records(path, source.format, read), read):
+        try:
+            ids, trainable = encode(record, source.include_thinking)
+            lengths.append(len(ids))
+            pieces = _fit(ids, trainable, seq_len, overlong, report)
+        except DataError as error:
+            read.bad.append(BadRow(record.source, str(error)))
+        except _Dropped as reason:
+            report.drop(str(reason))
+        else:
+            report.kept += 1
+            for piece_ids, piece_trainable in pieces:
+                builder.add(piece_ids, piece_trainable, record.source)
+        if report.kept == source.max_examples:
+            break
+    read.check(max_bad_fraction)
+    documents = builder.build()
+    report.rows, report.bad, report.format = read.rows, read.bad, read.format or source.format
+    report.documents, report.tokens = len(documents), len(documents.tokens)
+    report.trainable_tokens = _trained(documents)
+    report.lengths = np.array(lengths, dtype=np.int64)
+    return documents, report
+
+
+def _fit(
+    ids: list[int], trainable: list[bool], seq_len: int, overlong: Overlong, report: SourceReport
+) -> list[tuple[list[int], list[bool]]]:
+    """The documents that one row makes, none longer than seq_len."""
+    # A document's first token is nobody's label.
+    if not any(trainable[1:]):
+        raise _Dropped("without a trainable token")
+    if len(ids) <= seq_len:
+        return [(ids, trainable)]
+    report.over_seq_len += 1
+    if overlong == "drop":
+        raise _Dropped("longer than seq_len")
+    if overlong == "truncate":
+        if not any(trainable[1:seq_len]):
+            raise _Dropped("without a trainable token within seq_len")
+        report.truncated += 1
+        return [(ids[:seq_len], trainable[:seq_len])]
+    # Neighbours share one token, so that the first token of the next one is predicted too.
+    starts = range(0, len(ids) - 1, seq_len - 1)
+    pieces = [(ids[at : at + seq_len], trainable[at : at + seq_len]) for at in starts]
+    return [piece for piece in pieces if any(piece[1][1:])]
+
+
+def refit(documents: Documents, source: DataSource, kind: Kind, seq_len: int) -> Documents:
+    """The documents of `source`, loaded for a longer seq_len, as a shorter one has them.
+
+    What is longer than `seq_len` is split, cut or dropped, as the source says.
+    """
+    if not len(documents) or int(documents.lengths.max()) <= seq_len:
+        return documents
+    overlong = source.overlong or DEFAULT_OVERLONG[kind]
+    report = SourceReport(source.path, "", source.weight, overlong)
+    builder = DocumentBuilder()
+    for document in documents:
+        try:
+            pieces = _fit(
+                document.ids.tolist(), document.trainable.tolist(), seq_len, overlong, report
+            )
+        except _Dropped:
+            continue
+        for ids, trainable in pieces:
+            builder.add(ids, trainable, document.source)
+    return builder.build()
+
+
+def _trained(documents: Documents) -> int:
+    """Tokens that are somebody's label."""
+    first = documents.offsets[:-1]
+    return int(documents.trainable.sum()) - int(documents.trainable[first].sum())
+
+
+def _nothing_left(reports: list[SourceReport]) -> str:
+    lines = []
+    for report in reports:
+        reasons = [f"{count} {reason}" for reason, count in report.dropped.items()]
+        reasons += [f"{len(report.bad)} bad"] if report.bad else []
+        lines.append(f"  {report.path}: {report.rows} rows; {', '.join(reasons) or 'none kept'}")
+    return "the data leaves nothing to train on:\n" + "\n".join(lines)
+
+
+def _with_progress(records: Iterator[Record], read: ReadReport) -> Iterator[Record]:
+    """Pass records on; in a terminal a bar shows how far reading is, once it takes a while."""
+    console = Console(stderr=True)
+    started = time.monotonic()
+    for record in records:
+        yield record
+        if console.is_terminal and time.monotonic() - started > SILENT_S:
+            break
+    else:
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"encoding {Path(read.path).name}", total=read.bytes_total)
+        while batch := list(islice(records, 64)):
+            progress.update(task, completed=read.bytes_read)
+            yield from batch

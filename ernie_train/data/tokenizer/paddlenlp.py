@@ -1,0 +1,76 @@
+"""A user's own tokenizer directory that has no `tokenizer.model`, read by PaddleNLP."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ernie_train.core.errors import DataError
+from ernie_train.data.chat_template import CONTROL_TOKENS, MARKUP_TOKENS
+from ernie_train.data.tokenizer.base import (
+    Tokenizer,
+    WholeTokens,
+    check_unicode,
+    copy_tokenizer_files,
+)
+from ernie_train.data.tokenizer.hf_files import write_chat_template
+
+
+class PaddleNLPTokenizer(Tokenizer):
+    """Whatever PaddleNLP's AutoTokenizer makes of the directory."""
+
+    def __init__(self, directory: Path) -> None:
+        from paddlenlp.transformers import AutoTokenizer  # takes seconds to import
+
+        self.directory = directory
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+            raise DataError(
+                f"PaddleNLP cannot load a tokenizer from {directory}: {error}"
+            ) from error
+        added: dict[str, int] = dict(self._tokenizer.added_tokens_encoder)
+        self._ids: dict[str, int] = {**self._tokenizer.get_vocab(), **added}
+        self.vocab_size = max(self._ids.values()) + 1
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise DataError(f"the tokenizer in {directory} names no eos_token")
+        pad, bos = self._tokenizer.pad_token_id, self._tokenizer.bos_token_id
+        self.eos_token_id = int(eos)
+        self.pad_token_id = self.eos_token_id if pad is None else int(pad)
+        self.bos_token_id = self.eos_token_id if bos is None else int(bos)
+        special = {t for t in self._tokenizer.all_special_tokens if t in self._ids}
+        self._whole = WholeTokens(added | {text: self._ids[text] for text in special})
+        special -= set(MARKUP_TOKENS)
+        self.control_tokens = frozenset(special | (set(CONTROL_TOKENS) & set(self._ids)))
+        self._control_ids = {self._ids[text] for text in self.control_tokens}
+
+    def encode(self, text: str) -> list[int]:
+        check_unicode(text)
+        return self._whole.encode(text, self._encode_rest)
+
+    def _encode_rest(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        drop = self._control_ids if skip_special_tokens else set()
+        return self._whole.decode(ids, self._decode_rest, drop)
+
+    def _decode_rest(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def token_id(self, piece: str) -> int | None:
+        return self._ids.get(piece)
+
+    def save_pretrained(self, out_dir: str | Path, *, thinking: bool = True) -> None:
+        out_dir = Path(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer_files(self.directory, out_dir)
+        write_chat_template(out_dir, thinking)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(sorted(self._ids.items())).encode())
+        merges = self.directory / "merges.txt"
+        if merges.exists():
+            digest.update(merges.read_bytes())
+        return digest.hexdigest()

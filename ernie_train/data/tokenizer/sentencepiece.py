@@ -1,0 +1,216 @@
+"""Text to token ids and back: SentencePiece directly, or a user's own tokenizer.
+
+ERNIE's ids: `<unk>` = pad 0, `<s>` 1, `</s>` 2. Encoding adds nothing, neither bos nor a space in
+front, so that the ids of pieces put together are the ids of the texts put together wherever the
+boundary is a token of its own (special tokens, markup, the newline).
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from ernie_train.core.errors import DataError
+from ernie_train.data.chat_template import CONTROL_TOKENS, MARKUP_TOKENS
+from ernie_train.data.completion_format import EOS
+from ernie_train.data.tokenizer.base import (
+    Tokenizer,
+    WholeTokens,
+    check_unicode,
+    copy_tokenizer_files,
+)
+from ernie_train.data.tokenizer.hf_files import (
+    TOKENIZER_FILES,
+    read_json,
+    special_tokens,
+    write_chat_template,
+    write_huggingface_files,
+)
+from ernie_train.data.tokenizer.paddlenlp import PaddleNLPTokenizer
+from ernie_train.data.tokenizer.sentencepiece_proto import (
+    PieceType,
+    parse_model,
+    without_dummy_prefix,
+)
+
+MODEL_FILE = "tokenizer.model"
+UNK, BOS = "<unk>", "<s>"
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A `tokenizer.model`, with the tokens that the files beside it add."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        model_path = directory / MODEL_FILE
+        data = self._model_bytes = model_path.read_bytes()
+        try:
+            self._proto = parse_model(data)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(without_dummy_prefix(data))
+        except (ValueError, RuntimeError) as error:
+            raise DataError(f"{model_path} is not a SentencePiece model: {error}") from error
+        config = _optional_json(directory / "tokenizer_config.json")
+        if self._proto.add_dummy_prefix and config.get("add_prefix_space") is not False:
+            raise DataError(
+                f"{model_path} puts a space in front of every text, which ERNIE tokenizers do not; "
+                'if the model was trained without it, write "add_prefix_space": false into '
+                "tokenizer_config.json"
+            )
+        self._added = {
+            text: token_id
+            for text, token_id in _added_tokens(directory, config).items()
+            if not self._is_user_defined(text, token_id)
+        }
+        self._set_special_tokens(config)
+
+    def _set_special_tokens(self, config: dict[str, Any]) -> None:
+        pieces = self._proto.pieces
+        ids = {piece.text: token_id for token_id, piece in enumerate(pieces)} | self._added
+        whole = {p.text for p in pieces if p.type in (PieceType.CONTROL, PieceType.UNKNOWN)}
+        whole |= {*self._added, *special_tokens(self._proto)}
+        self._ids = ids
+        self._whole = WholeTokens({text: ids[text] for text in whole})
+        self.vocab_size = max(ids.values()) + 1
+        named = {role: _token_text(config.get(role)) for role in ("pad_token", "eos_token")}
+        self.bos_token_id = self._required(_token_text(config.get("bos_token")) or BOS)
+        self.eos_token_id = self._required(named["eos_token"] or EOS)
+        self.pad_token_id = self._required(named["pad_token"] or UNK)
+        special = set(special_tokens(self._proto))
+        special |= {text for text in self._added if text in CONTROL_TOKENS}
+        self.control_tokens = frozenset(special)
+        self._special_ids = {ids[text] for text in special}
+
+    def _is_user_defined(self, text: str, token_id: int) -> bool:
+        pieces = self._proto.pieces
+        if not 0 <= token_id < len(pieces):
+            return False
+        return pieces[token_id].text == text and pieces[token_id].type is PieceType.USER_DEFINED
+
+    def _required(self, piece: str) -> int:
+        if piece not in self._ids:
+            raise DataError(f"{self.directory / MODEL_FILE} has no piece {piece!r}")
+        return self._ids[piece]
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self._whole.encode(text, self._processor.encode)
+        except RuntimeError:
+            check_unicode(text)
+            raise
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        drop = self._special_ids if skip_special_tokens else set()
+        return self._whole.decode(ids, self._processor.decode, drop)
+
+    def token_id(self, piece: str) -> int | None:
+        return self._ids.get(piece)
+
+    def save_pretrained(self, out_dir: str | Path, *, thinking: bool = True) -> None:
+        out_dir = Path(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer_files(self.directory, out_dir)
+        if not (out_dir / "tokenizer.json").exists():
+            write_huggingface_files(out_dir, self._proto, self._added)
+        write_chat_template(out_dir, thinking)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self._model_bytes)
+        digest.update(json.dumps(sorted(self._added.items())).encode())
+        digest.update(str((self.pad_token_id, self.bos_token_id, self.eos_token_id)).encode())
+        return digest.hexdigest()
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer directory: `tokenizer.model` directly, anything else through PaddleNLP.
+
+    Raises DataError where the directory, or something in it, is missing or broken.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise DataError(f"tokenizer directory {directory} does not exist")
+    if (directory / MODEL_FILE).is_file():
+        return SentencePieceTokenizer(directory)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise DataError(
+            f"{directory} holds no tokenizer: neither {MODEL_FILE} nor another file of "
+            f"{', '.join(TOKENIZER_FILES[1:])}"
+        )
+    return PaddleNLPTokenizer(directory)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, out_dir: str | Path
+) -> SentencePieceTokenizer:
+    """Train a BPE tokenizer with ERNIE's special tokens and write it, Hugging Face files included.
+
+    Deterministic: one thread, every text used. Raises DataError where `vocab_size` does not suit
+    the texts.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,  # pad is unk, as in ERNIE
+            unk_surface=UNK,
+            user_defined_symbols=[*CONTROL_TOKENS, *MARKUP_TOKENS, "\n"],
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,  # indentation of code
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            character_coverage=0.9998,
+            max_sentence_length=2**20,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"cannot train a tokenizer of {vocab_size} pieces on these texts: {error}"
+        ) from error
+    for name in TOKENIZER_FILES:
+        (out_dir / name).unlink(missing_ok=True)
+    (out_dir / MODEL_FILE).write_bytes(model.getvalue())
+    tokenizer = SentencePieceTokenizer(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    return tokenizer
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    # A newline is a piece of its own, so no piece crosses lines and the order of lines is free.
+    for text in texts:
+        yield from filter(None, text.split("\n"))
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _token_text(entry: Any) -> str | None:
+    """A special token of tokenizer_config.json: a string, or a dict with "content"."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
+
+
+def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, int]:
+    """Tokens that stand beside `tokenizer.model`: text -> id."""
+    added = {str(k): int(v) for k, v in _optional_json(directory / "added_tokens.json").items()}
+    for token_id, entry in config.get("added_tokens_decoder", {}).items():
+        text = _token_text(entry)
+        if text is not None:
+            added[text] = int(token_id)
+    return added

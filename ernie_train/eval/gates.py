@@ -1,0 +1,45 @@
+"""Gates between stages: what a model must be able to do before the next one begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ernie_train.core.errors import GateError
+from ernie_train.train.stage import Gate
+
+
+def known_metrics(problems: Iterable[Any]) -> set[str]:
+    """The metrics that solving these problems produces."""
+    names = {str(p.fields[key]) for p in problems for key in ("task", "domain")}
+    return {"eval/mean", *(f"eval/{name}" for name in names)}
+
+
+def measured(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation, as gates name them."""
+    found = {f"eval/{task['task']}": task["accuracy"] for task in evaluation["tasks"]}
+    found |= {f"eval/{d}": v["accuracy"] for d, v in evaluation["domains"].items()}
+    return {**found, "eval/mean": evaluation["mean_accuracy"]}
+
+
+def check_gate(
+    gate: Gate, stage: str, evaluation: dict[str, Any], before: dict[str, Any] | None
+) -> None:
+    """Raises `GateError` where a stage's result does not suffice; `before` is the one before it."""
+    value = measured(evaluation)[gate.metric]
+    problems = []
+    if value < gate.at_least:
+        problems.append(f"{gate.metric} is {value:.3f}, the gate asks for {gate.at_least:g}")
+    if gate.max_regression is not None and before is not None:
+        for domain, now in evaluation["domains"].items():
+            was = before["domains"][domain]["accuracy"]
+            if was - now["accuracy"] > gate.max_regression:
+                problems.append(
+                    f"eval/{domain} fell from {was:.3f} to {now['accuracy']:.3f}, more than "
+                    f"max_regression={gate.max_regression:g}"
+                )
+    if problems:
+        raise GateError(
+            f"stage {stage} does not pass its gate: {'; '.join(problems)}. Train it longer (--from "
+            f"{stage} with other settings) or change the gate; what was trained is kept"
+        )

@@ -1,0 +1,286 @@
+"""Writing directories that are either whole or absent, and proving later that they still are.
+
+A directory is written beside its place as `<name>.tmp`, every file is synced, `MANIFEST.json`
+(sizes and SHA-256 of the files) is written last, and one rename makes it visible. A directory that
+is replaced is first moved to `<name>.old`; `recover` moves it back if no replacement arrived.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ernie_train.core import consensus, process_group
+from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
+
+MANIFEST = "MANIFEST.json"
+
+
+MANIFEST_FORMAT = "ernie_train 1"
+
+
+# Marks a `.tmp` or `.old` directory as ours, so that cleaning up never deletes a stranger's.
+MARKER = ".ernie_train_incomplete"
+
+
+_CHUNK_BYTES = 2**20
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    size: int  # bytes
+    sha256: str
+
+
+# ---- files -------------------------------------------------------------------------------------
+def sync_path(path: Path) -> None:
+    """Flushes a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest_file(path: Path) -> FileDigest:
+    sha, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            sha.update(chunk)
+            size += len(chunk)
+    return FileDigest(size, sha.hexdigest())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with storage_errors("cannot write", path):
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                json.dump(value, stream, indent=2, ensure_ascii=False)
+                stream.write("\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            sync_path(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+# ---- manifests ---------------------------------------------------------------------------------
+def write_manifest(
+    directory: Path, digests: dict[str, FileDigest], info: dict[str, Any] | None = None
+) -> None:
+    """Writes `MANIFEST.json` over the files in `digests`, `info` and itself."""
+    files = {n: {"size": d.size, "sha256": d.sha256} for n, d in sorted(digests.items())}
+    manifest = {"format": MANIFEST_FORMAT, **(info or {}), "files": files}
+    write_json(directory / MANIFEST, {**manifest, "sha256": fingerprint(manifest)})
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-able value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The content of `MANIFEST.json`; `CheckpointError` if it is missing, damaged or not ours."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory}: incomplete, it has no {MANIFEST}") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise CheckpointError(f"{path}: not a manifest of this program ({MANIFEST_FORMAT!r})")
+    if manifest.pop("sha256", None) != fingerprint(manifest):
+        raise CheckpointError(f"{path}: damaged: it does not match its own hash")
+    return manifest
+
+
+def has_manifest(directory: Path) -> bool:
+    try:
+        read_manifest(directory)
+    except CheckpointError:
+        return False
+    return True
+
+
+def verify_manifest(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """Compares the files in `directory` with its manifest and returns the manifest.
+
+    Raises `CheckpointError` that lists every missing, truncated or altered file. With
+    `hashes=False` only sizes are compared.
+    """
+    manifest = read_manifest(directory)
+    problems = []
+    for name, expected in manifest["files"].items():
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            if size != expected["size"]:
+                problems.append(f"{path}: {size} bytes instead of {expected['size']}: truncated?")
+            elif hashes and digest_file(path).sha256 != expected["sha256"]:
+                problems.append(f"{path}: content differs from its hash: damaged")
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return manifest
+
+
+# ---- directories -------------------------------------------------------------------------------
+def _sibling(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _discard(path: Path) -> None:
+    """Deletes a directory of ours; it stays marked as ours until its last file is gone."""
+    for entry in sorted(path.iterdir()):
+        if entry.name == MARKER:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (path / MARKER).unlink(missing_ok=True)
+    path.rmdir()
+
+
+def recover(path: Path) -> None:
+    """Undoes what a writer that was killed left beside `path`: `<path>.tmp` and `<path>.old`."""
+    old, temporary = _sibling(path, ".old"), _sibling(path, ".tmp")
+    with storage_errors("cannot clean up", path):
+        # A `.old` without our mark may be somebody's backup, unless there is nothing in it.
+        if old.is_dir() and ((old / MARKER).exists() or not any(old.iterdir())):
+            if path.exists():
+                _discard(old)
+            else:
+                old.rename(path)
+                sync_path(path.parent)
+        (path / MARKER).unlink(missing_ok=True)
+        if temporary.exists():
+            if not _is_ours(temporary):
+                raise StorageError(f"{temporary} is in the way and not ours: move it away")
+            _discard(temporary)
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    return (path / MARKER).exists() or has_manifest(path) or not any(path.iterdir())
+
+
+def remove_directory(path: Path) -> None:
+    """Deletes a directory that we wrote; killed in between, it never looks like a whole one."""
+    with storage_errors("cannot delete", path):
+        (path / MARKER).touch()
+        doomed = _sibling(path, ".tmp")  # what `recover` sweeps away
+        if doomed.exists():
+            _discard(doomed)
+        path.rename(doomed)
+        sync_path(path.parent)
+        _discard(doomed)
+
+
+def write_directory(
+    path: Path,
+    write: Callable[[Path], dict[str, FileDigest]],
+    *,
+    info: dict[str, Any] | None = None,
+    manifest_all: bool = True,
+) -> None:
+    """Makes the directory `path` from what `write(temporary directory)` puts there, or nothing.
+
+    `write` returns digests that it knows already (file name -> digest). The manifest lists those
+    and, with `manifest_all`, every other file too. An existing `path` is replaced only if it is
+    empty or carries our manifest.
+
+    Every rank must call it: `write` runs on each, for files of its own in the one directory, and
+    rank 0 does the rest. What `write` does that can fail on one rank belongs in
+    `consensus.fail_together`.
+
+    Raises `UserError` if `path` holds anything else, `StorageError` on a full disk or the like;
+    whatever was there before is still there then.
+    """
+    temporary = _sibling(path, ".tmp")
+    with consensus.fail_together():
+        if process_group.is_main():
+            _begin(path, temporary)
+    try:
+        with storage_errors("cannot write", path):
+            digests = dict(write(temporary))
+        told = process_group.all_gather_objects(digests)
+        with consensus.fail_together():
+            if process_group.is_main():
+                every = {name: digest for part in told for name, digest in part.items()}
+                _finish(path, temporary, every, info, manifest_all)
+    except BaseException:
+        if process_group.is_main():
+            with storage_errors("cannot write", path):
+                recover(path)
+        raise
+
+
+def _begin(path: Path, temporary: Path) -> None:
+    check_replaceable(path)
+    with storage_errors("cannot write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        temporary.mkdir()
+        (temporary / MARKER).touch()
+
+
+def _finish(
+    path: Path,
+    temporary: Path,
+    digests: dict[str, FileDigest],
+    info: dict[str, Any] | None,
+    manifest_all: bool,
+) -> None:
+    with storage_errors("cannot write", path):
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            name = file.relative_to(temporary).as_posix()
+            if manifest_all and name not in digests and file.name != MARKER:
+                digests[name] = digest_file(file)
+            sync_path(file)
+        write_manifest(temporary, digests, info)
+        _publish(temporary, path)
+
+
+def check_replaceable(path: Path) -> None:
+    """`UserError` if `path` is a file, or a directory with content that we did not write."""
+    if path.is_dir():
+        if any(path.iterdir()) and not has_manifest(path):
+            raise UserError(
+                f"{path} exists, is not empty and was not written by this program: "
+                "give another path or move it away"
+            )
+    elif path.exists():
+        raise UserError(f"{path} exists and is not a directory")
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    (temporary / MARKER).unlink()
+    sync_path(temporary)
+    old = _sibling(path, ".old")
+    replaced = path.exists() and any(path.iterdir())
+    if replaced:
+        (path / MARKER).touch()
+        path.rename(old)
+    temporary.rename(path)  # over an empty directory too
+    sync_path(path.parent)
+    if replaced:
+        _discard(old)

@@ -1,0 +1,396 @@
+"""What a stage measures, to three places: metrics.jsonl, VisualDL and the terminal.
+
+`metrics.jsonl` is the source of truth: one JSON object a step, flushed at once. Numbers are written
+so that reading gives the same bits; JSON has no NaN or infinity, so those are written as the texts
+"nan", "inf" and "-inf". `time` holds what differs from run to run. On resume the lines after the
+checkpoint's step are cut off, and VisualDL's log, which shows a single file per run, is written
+anew from the lines that stay.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from ernie_train.core import consensus, process_group
+from ernie_train.core.errors import CheckpointError, storage_errors
+
+FILE_NAME = "metrics.jsonl"
+RESERVED = ("step", "time")
+PLAIN_LINE_EVERY_S = 5.0
+_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def encode_line(step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> str:
+    """One line of metrics.jsonl, without its end.
+
+    Raises:
+        ValueError: a metric is called `step` or `time`, or is no number.
+    """
+    clash = [name for name in RESERVED if name in metrics]
+    if clash:
+        raise ValueError(f"a metric cannot be called {clash[0]!r}")
+    values = {name: _plain(name, value) for name, value in metrics.items()}
+    times = {name: _plain(name, value) for name, value in timings.items()}
+    return json.dumps({"step": step, **values, "time": times}, allow_nan=False)
+
+
+def _plain(name: str, value: Any) -> int | float | str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, bool | str):
+        raise ValueError(f"the metric {name!r} must be a number, not {value!r}")
+    number = float(value)  # numpy's numbers too; float32 widens exactly
+    return number if math.isfinite(number) else repr(number)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a metrics.jsonl, with NaN and infinities as numbers again.
+
+    A last line without its end, which a killed process leaves, is passed over.
+
+    Raises:
+        CheckpointError: another line is damaged; names file and line.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith("\n"):
+                return
+            yield _decode_line(line, f"{path}:{number}")
+
+
+def _decode_line(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        valid = isinstance(row, dict) and isinstance(row["step"], int)
+    except (ValueError, KeyError):
+        valid = False
+    if not valid:
+        raise CheckpointError(f"{place}: not a line of metrics; restore or delete the file")
+    times = row.pop("time", {})
+    return {**_numbers(row), "time": _numbers(times)}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with "nan" and the like as numbers again."""
+    return {n: _SPECIAL.get(v, v) if isinstance(v, str) else v for n, v in values.items()}
+
+
+def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
+    """Removes the lines after `step` (all, if None) and a torn last one; returns what stays.
+
+    The file is replaced in one go, so that a kill leaves either the old lines or the new ones.
+
+    Raises:
+        CheckpointError: a line is damaged.
+        StorageError: the file cannot be written.
+    """
+    kept: list[str] = []
+    rows: list[dict[str, Any]] = []
+    if step is not None and path.exists():
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.endswith("\n"):
+                    break
+                row = _decode_line(line, f"{path}:{number}")
+                if row["step"] <= step:
+                    kept.append(line)
+                    rows.append(row)
+    temporary = path.with_name(path.name + ".tmp")
+    with storage_errors("cannot write", path):
+        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.writelines(kept)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    return rows
+
+
+class MetricsWriter:
+    """Writes a stage's metrics; use it as a context manager, or call `close`.
+
+    Args:
+        stage_dir: directory of the stage; made if it is missing.
+        resume_step: step of the checkpoint that training continues from: later lines are cut off.
+            None begins anew.
+        terminal: True for a progress bar, False for plain lines, one every few seconds.
+        total_steps: steps of the stage, for the time left; None if it is not known.
+        label: what the terminal calls this stage.
+        visualdl: whether to write VisualDL's log too.
+        console: where the terminal's part goes; standard output by default.
+        clock: seconds that only rise, for tests.
+
+    Raises:
+        StorageError: the directory cannot be written.
+        CheckpointError: the metrics.jsonl that is there is damaged.
+    """
+
+    def __init__(
+        self,
+        stage_dir: str | Path,
+        *,
+        resume_step: int | None,
+        terminal: bool,
+        total_steps: int | None = None,
+        label: str = "",
+        visualdl: bool = True,
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        directory = Path(stage_dir)
+        self.path = directory / FILE_NAME
+        with storage_errors("cannot write", directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        rows = cut_after(self.path, resume_step)
+        self._last_step = resume_step if resume_step is not None else -1
+        self._scalars = _VisualDL(directory / "visualdl", rows) if visualdl else None
+        display = _Bar if terminal else _PlainLines
+        first = resume_step or 0
+        self._display = display(console or rich.console.Console(), clock, label, first, total_steps)
+        with storage_errors("cannot write", self.path):
+            self._stream = self.path.open("a", encoding="utf-8", newline="\n")
+
+    def log(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """Records one step.
+
+        Args:
+            step: the optimizer step; never lower than the one before.
+            metrics: what a repeated run gives again bit by bit.
+            timings: what it does not, such as `tokens_per_second`.
+
+        Raises:
+            ValueError: a step that lies before the last one, a reserved name, or no number.
+            StorageError: the disk is full.
+        """
+        if step < self._last_step:
+            raise ValueError(f"step {step} was logged after step {self._last_step}")
+        self._last_step = step
+        times = {**timings, "unix_s": time.time()}
+        line = encode_line(step, metrics, times)
+        with storage_errors("cannot write", self.path):
+            self._stream.write(line + "\n")
+            self._stream.flush()
+            if self._scalars:
+                self._scalars.add(step, metrics, times)
+        self._display.update(step, {**metrics, **timings})
+
+    def note(self, text: str) -> None:
+        """Prints a line for the reader, above the progress bar if there is one."""
+        self._display.note(text)
+
+    def sync(self) -> None:
+        """Forces what was logged to the disk, so that a checkpoint never knows more than it."""
+        with storage_errors("cannot write", self.path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files; more than once does no harm."""
+        self._display.close()
+        with storage_errors("cannot write", self.path):
+            if self._scalars:
+                self._scalars.close()
+            self._stream.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+class StageMetrics:
+    """The metrics of a stage on every rank: rank 0 writes them, the others have the same numbers.
+
+    A context manager. Every rank must call `log`, `sync` and the constructor, which takes what
+    `MetricsWriter` takes: where rank 0 cannot write, all end.
+    """
+
+    def __init__(self, stage_dir: str | Path, **options: Any) -> None:
+        self._writer: MetricsWriter | None = None
+        with consensus.fail_together():
+            if process_group.is_main():
+                self._writer = MetricsWriter(stage_dir, **options)
+
+    def log(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """See `MetricsWriter.log`."""
+        with consensus.fail_together():
+            if self._writer is not None:
+                self._writer.log(step, metrics, timings)
+
+    def note(self, text: str) -> None:
+        """Prints a line, on rank 0; any rank may call it alone."""
+        if self._writer is not None:
+            self._writer.note(text)
+
+    def sync(self) -> None:
+        """See `MetricsWriter.sync`."""
+        with consensus.fail_together():
+            if self._writer is not None:
+                self._writer.sync()
+
+    def __enter__(self) -> "StageMetrics":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None:  # maybe on this rank alone
+            self._close()
+            return
+        with consensus.fail_together():
+            self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _VisualDL:
+    """VisualDL's scalars. Its viewer shows one file per directory, so there is only ever one."""
+
+    def __init__(self, directory: Path, rows: list[dict[str, Any]]) -> None:
+        # Half a second, and nobody needs it who only reads metrics.
+        from visualdl import LogWriter
+
+        with storage_errors("cannot write", directory):
+            directory.mkdir(exist_ok=True)
+            for old in directory.glob("vdlrecords.*"):
+                old.unlink()
+            self._writer = LogWriter(logdir=str(directory), file_name="vdlrecords.metrics.log")
+        for row in rows:
+            metrics = {name: value for name, value in row.items() if name not in RESERVED}
+            self.add(row["step"], metrics, row["time"])
+
+    def add(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
+        at = round(times["unix_s"] * 1000) if "unix_s" in times else None  # milliseconds
+        for group, values in (("", metrics), ("time/", times)):
+            for name, value in values.items():
+                if name != "unix_s":
+                    self._writer.add_scalar(
+                        tag=group + name, value=float(value), step=step, walltime=at
+                    )
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def format_duration(seconds: float) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _summary(values: Mapping[str, float]) -> list[str]:
+    """What a line of the terminal has room for, as far as it is known."""
+    parts = []
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4f}")
+    if "reward" in values:
+        parts.append(f"reward {values['reward']:.3f}  accuracy {values.get('accuracy', 0):.3f}")
+    if "kl" in values:
+        parts.append(f"kl {values['kl']:.4f}")
+    if "lr" in values:
+        parts.append(f"lr {values['lr']:.2e}")
+    if "rope_theta" in values:
+        parts.append(f"RoPE base {values['rope_theta']:,.0f} at {values['seq_len']:.0f} tokens")
+    if "moe/load_max" in values:
+        parts.append(f"busiest expert {values['moe/load_max']:.1f}x")
+    if values.get("moe/dead_experts", 0) > 0:
+        parts.append(f"{values['moe/dead_experts']:.0f} experts idle")
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    return parts
+
+
+class _PlainLines:
+    """A line for the first step, for the last one, and at most every few seconds between."""
+
+    def __init__(
+        self,
+        console: rich.console.Console,
+        clock: Callable[[], float],
+        label: str,
+        first_step: int,
+        total_steps: int | None,
+    ) -> None:
+        self._console, self._clock, self._label = console, clock, label
+        self._first_step, self._total = first_step, total_steps
+        self._began = clock()
+        self._printed_at: float | None = None
+        self._pending = ""
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        now = self._clock()
+        of_total = f"/{self._total}" if self._total is not None else ""
+        parts = [f"step {step}{of_total}", *_summary(values)]
+        left = self._seconds_left(step, now)
+        if left is not None:
+            parts.append(f"{format_duration(left)} left")
+        self._pending = "  ".join([self._label, *parts] if self._label else parts)
+        due = self._printed_at is None or now - self._printed_at >= PLAIN_LINE_EVERY_S
+        if due or step == self._total:
+            self._flush(now)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        done = step - self._first_step
+        if self._total is None or done <= 0:
+            return None
+        return (now - self._began) / done * max(0, self._total - step)
+
+    def _flush(self, now: float) -> None:
+        if self._pending:
+            self.note(self._pending)
+            self._pending, self._printed_at = "", now
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._flush(self._clock())
+
+
+class _Bar(_PlainLines):
+    """A progress bar in the terminal's last line."""
+
+    def __init__(
+        self,
+        console: rich.console.Console,
+        clock: Callable[[], float],
+        label: str,
+        first_step: int,
+        total_steps: int | None,
+    ) -> None:
+        super().__init__(console, clock, label, first_step, total_steps)
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[summary]}", markup=False),
+            console=console,
+            get_time=clock,
+        )
+        self._task = self._progress.add_task(
+            label, total=total_steps, completed=first_step, summary=""
+        )
+        self._progress.start()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        parts = _summary(values)
+        left = self._seconds_left(step, self._clock())
+        if left is not None:
+            parts.append(f"{format_duration(left)} left")
+        self._progress.update(self._task, completed=step, summary="  ".join(parts))
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,155 @@
+"""Who owns a run directory, and which of its stages are finished.
+
+`RunLock` keeps a second run out. `DONE` in a stage's directory says from which settings and from
+which input its result came, so that a changed recipe is noticed instead of mixed with old results.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ernie_train.core.errors import CheckpointError, UserError, storage_errors
+from ernie_train.io.files import fingerprint, write_json
+
+DONE = "DONE"
+LOCK = ".lock"
+
+
+class RunLock:
+    """Holds a run directory for this process: `with RunLock(run_dir): ...`.
+
+    The lock goes with the process, however it ends. Raises `UserError` that names the process if
+    another one holds it, `StorageError` if the directory cannot be written.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        with storage_errors("cannot use the run directory", self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                _lock(descriptor, fcntl.LOCK_EX, self.run_dir)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def refuse_if_in_use(run_dir: str | Path) -> None:
+    """Raises `UserError` that names the process if one holds the directory; changes nothing."""
+    try:
+        descriptor = os.open(Path(run_dir) / LOCK, os.O_RDONLY)
+    except OSError:
+        return  # nobody has run here; whoever does tells what else is wrong with it
+    try:
+        _lock(descriptor, fcntl.LOCK_SH, Path(run_dir))
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        time.sleep(0.1)  # it may be held for a moment by somebody who only asks
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 200).decode(errors="replace").strip()
+        raise UserError(
+            f"{run_dir} is in use by another run ({owner or 'just starting'}): "
+            "wait for it, stop it, or give another --run-dir"
+        ) from None
+
+
+# ---- finished stages ---------------------------------------------------------------------------
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON-able values differ: "optim.lr: 0.001 -> 0.002" for each place."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in differences(
+                old.get(key, "(absent)"), new.get(key, "(absent)"), f"{path}.{key}" if path else key
+            )
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{path}.{i}")]
+    same = old == new and isinstance(old, bool) == isinstance(new, bool)
+    return [] if same else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A finished stage: its settings, what it was fed (name -> hash), and what came out."""
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    result: dict[str, Any]
+
+    def changes(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+        """What is different now; an empty list means that the result still stands."""
+        return differences(self.settings, settings) + differences(self.inputs, inputs, "input")
+
+
+def write_done(stage_dir: str | Path, done: StageDone) -> None:
+    """Marks a stage as finished; call it after everything else is on the disk."""
+    value = {"settings": done.settings, "inputs": done.inputs, "result": done.result}
+    write_json(Path(stage_dir) / DONE, {**value, "sha256": fingerprint(value)})
+
+
+def read_done(stage_dir: str | Path) -> StageDone | None:
+    """The mark of a finished stage, None if it is not; `CheckpointError` if it is damaged."""
+    path = Path(stage_dir) / DONE
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        expected = value.pop("sha256")
+        done = StageDone(value["settings"], value["inputs"], value["result"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stage") from None
+    if fingerprint(value) != expected:
+        raise CheckpointError(f"{path}: does not match its own hash; delete it to redo the stage")
+    return done

@@ -1,0 +1,19 @@
+"""Causal attention within packed documents, and against a key/value cache.
+
+`layer` chooses the kernel: probabilities kept for the backward pass (`blocked`), an online softmax
+for long documents (`online`), Paddle's FlashMask on GPUs (`flashmask`).
+"""
+
+from ernie_train.model.attention.layer import (
+    Attention,
+    AttentionTables,
+    cached_attention,
+    document_attention,
+)
+
+__all__ = [
+    "Attention",
+    "AttentionTables",
+    "cached_attention",
+    "document_attention",
+]

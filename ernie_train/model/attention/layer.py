@@ -1,0 +1,143 @@
+"""Grouped-query causal attention within documents, and against a key/value cache.
+
+On a GPU with a FlashMask kernel `flashmask` does the work. Elsewhere documents are gathered into
+buckets, which `blocks` or, beyond a length, `flash` works off.
+
+Shapes: T tokens, H hidden size, N query heads, K key/value heads, G = N/K, D head dimension,
+C capacity of a cache.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from paddle.autograd import PyLayer
+
+from ernie_train.model.attention import blocked, flashmask, online
+from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket, Gathering
+from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.kv_cache import CacheStep, KVCache
+from ernie_train.model.pylayer import only, wanted
+from ernie_train.model.rope import RopeTables, apply_rope
+
+
+class _DocumentAttention(PyLayer):
+    """softmax(q k^T / sqrt(D)) v within the gathered documents, q [T*N,D], k and v [T*K,D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Gathering) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        sources = [_pad_row(x, layout.padded) for x in (q, k, v)]
+        saved, outputs = [], []
+        for bucket in layout.buckets:
+            indices = (bucket.query_rows, bucket.key_rows, bucket.key_rows)
+            gathered = [paddle.gather(x, i) for x, i in zip(sources, indices, strict=True)]
+            gathered[0] = gathered[0].scale_(scale)
+            output, kept = _kernel(bucket).forward(bucket, *gathered)
+            saved.append((gathered, kept))
+            outputs.append(output)
+        ctx.layout, ctx.saved, ctx.scale = layout, saved, scale
+        ctx.wanted = wanted(q, k, v)
+        result = paddle.gather(_joined(outputs), layout.query_return)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (output,) = ctx.saved_tensor()
+        delta = paddle.matmul(grad * output, paddle.ones([grad.shape[-1], 1], grad.dtype))
+        grad, delta = (_pad_row(x, ctx.layout.padded) for x in (grad, delta))
+        dq_all, dk_all, dv_all = [], [], []
+        for bucket, (gathered, kept) in zip(ctx.layout.buckets, ctx.saved, strict=True):
+            tensors = (*gathered, paddle.gather(grad, bucket.query_rows))
+            bucket_delta = paddle.gather(delta, bucket.query_rows)
+            dq, dk, dv = _kernel(bucket).backward(bucket, kept, tensors, bucket_delta)
+            dq_all.append(dq)
+            dk_all.append(dk)
+            dv_all.append(dv)
+        ctx.saved = None
+        dq = paddle.gather(_joined(dq_all), ctx.layout.query_return).scale_(ctx.scale)
+        dk = paddle.gather(_joined(dk_all), ctx.layout.key_return)
+        dv = paddle.gather(_joined(dv_all), ctx.layout.key_return)
+        return only(ctx.wanted, (dq, dk, dv))
+
+
+def _kernel(bucket: Bucket) -> ModuleType:
+    return online if bucket.is_long else blocked
+
+
+def _pad_row(x: Tensor, padded: bool) -> Tensor:
+    return paddle.concat([x, paddle.zeros([1, x.shape[-1]], x.dtype)]) if padded else x
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else paddle.concat(parts)
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
+    """Causal attention of every token to its own document.
+
+    q [T*N,D], k and v [T*K,D] hold one row per token and head, tokens outermost; query head n reads
+    key/value head n // G. Returns [T*N,D].
+    """
+    if flashmask.available(q):
+        return flashmask.document_attention(q, k, v, layout)
+    return _DocumentAttention.apply(q, k, v, layout.gathering)
+
+
+def cached_attention(q: Tensor, step: CacheStep, keys: Tensor, values: Tensor) -> Tensor:
+    """New tokens q [T*N,D] attend to cached keys and values [B*K,C,D]; no gradient."""
+    lanes, _, head_dim = keys.shape
+    queries = paddle.gather(q, step.query_rows).reshape([lanes, -1, head_dim])
+    scores = paddle.matmul(queries.scale_(head_dim**-0.5), keys, transpose_y=True)
+    output = paddle.matmul(F.softmax(scores.add_(step.mask)), values)
+    return paddle.gather(output.reshape([-1, head_dim]), step.query_return)
+
+
+class Attention(nn.Layer):
+    """Queries, keys, values, rotary positions, attention and output projection of one layer."""
+
+    def __init__(self, config: Ernie4_5_MoeConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = int(config.head_dim or 0)
+        bias = None if config.use_bias else False
+        query_size = self.num_heads * self.head_dim
+        key_size = self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias_attr=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias_attr=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias_attr=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias_attr=bias)
+
+    def forward(self, x: Tensor, tables: AttentionTables, cache: KVCache | None = None) -> Tensor:
+        """x [T,H] -> [T,H]."""
+        rotation = tables.rope.rotation
+        q = apply_rope(self.q_proj(x).reshape([-1, self.head_dim]), *tables.query, rotation)
+        k = apply_rope(self.k_proj(x).reshape([-1, self.head_dim]), *tables.key, rotation)
+        v = self.v_proj(x).reshape([-1, self.head_dim])
+        if cache is not None:
+            keys, values = cache.append(self.layer, k, v)
+        if cache is not None and cache.step.attends_to_cache:
+            output = cached_attention(q, cache.step, keys, values)
+        else:
+            output = document_attention(q, k, v, tables.layout)
+        return self.o_proj(output.reshape([x.shape[0], -1]))
+
+
+class AttentionTables:
+    """What every layer's attention shares in one forward pass: layout and rotary tables."""
+
+    def __init__(self, config: Ernie4_5_MoeConfig, batch: BatchLayout, rope: RopeTables) -> None:
+        self.rope = rope
+        self.query = rope.for_heads(config.num_attention_heads)
+        self.key = rope.for_heads(int(config.num_key_value_heads or 0))
+        self.layout = batch.attention(
+            config.num_attention_heads, int(config.num_key_value_heads or 0)
+        )

@@ -1,0 +1,32 @@
+"""Runs programs that a model wrote where they can do no harm, and brings back plain values.
+
+`guest` is what runs inside; it is sent there as text. docs/rewards.md describes the walls.
+"""
+
+from ernie_train.rewards.sandbox.api import (
+    Limits,
+    Outcome,
+    SandboxPolicy,
+    SandboxUnavailable,
+    Tests,
+    current_layer,
+    layer_in_force,
+    run_calls,
+    run_script,
+    run_tests,
+    set_policy,
+)
+
+__all__ = [
+    "Limits",
+    "Outcome",
+    "SandboxPolicy",
+    "SandboxUnavailable",
+    "Tests",
+    "current_layer",
+    "layer_in_force",
+    "run_calls",
+    "run_script",
+    "run_tests",
+    "set_policy",
+]

@@ -1,0 +1,236 @@
+"""Runs programs that a model wrote, where they can do no harm, and brings back plain values.
+
+A warmed interpreter inside the sandbox forks a fresh process for each program (`sandbox_pool`). The
+process has limits on processor time, memory, file sizes, descriptors and output, and a filter of
+system calls (`sandbox_filter`): it can start no other process, so nothing outlives it, and it can
+name none, so it reaches neither its server nor its judge. What it may write to is one throw-away
+directory; a program that changed anything there costs the sandbox, and the next one gets a new one.
+
+The only way out is JSON, rebuilt here or in a judge as plain values. No exit status, no print and
+no patched library of the program's process is a verdict. A row's own tests run in a judge: another
+process in another sandbox, to which the program's functions are proxies (`inside/judge.py`).
+
+Layers, best first; `layer_in_force` names the one in use:
+
+bubblewrap    Own file system, process, network, IPC and user namespaces: of the machine's files it
+              sees the interpreter's and /usr, read-only; no /proc, /etc or home; 16 MiB of /tmp in
+              memory. Does not stop: bugs of the kernel; use of the processor up to the limits;
+              reading what lies under /usr.
+Landlock      For machines that forbid namespaces. Files as above by kernel rules, no sockets by the
+              filter. Does not stop: asking whether a path exists, its size and times (not its
+              content); filling the disk with many files of the permitted size until its time is
+              over; threads up to its memory. Its directory is one on disk.
+rlimits_only  Limits and the filter alone, used only where the policy asks for it. Does not stop:
+              reading every file that the user (for root: the user nobody) may read, and writing,
+              up to the permitted size, to every one that the user may write: the memory of the
+              user's other processes under /proc too.
+
+All of them stop network, new processes, signals and tracing, and drop root. Without a layer that
+the policy allows nothing is run: `SandboxUnavailable`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ernie_train.rewards.sandbox.backends import (
+    Layer,
+    LayerName,
+    SandboxPolicy,
+    SandboxUnavailable,
+    possible_layers,
+)
+from ernie_train.rewards.sandbox.pool import POOL, ServerLost, Slot
+from ernie_train.rewards.sandbox.process import (
+    Hung,
+    Limits,
+    LostUnderProgram,
+    Outcome,
+    Tests,
+    exchange,
+    judge_tests,
+    script_output,
+)
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Limits",
+    "Outcome",
+    "SandboxPolicy",
+    "SandboxUnavailable",
+    "Tests",
+    "get_policy",
+    "layer_in_force",
+    "run_calls",
+    "run_script",
+    "run_tests",
+    "set_policy",
+]
+
+
+DEFAULT_LIMITS = Limits()
+_policy: SandboxPolicy = "strict"
+
+
+def set_policy(policy: SandboxPolicy) -> None:
+    """The weakest layer that this process accepts; "rlimits_only" is the recipe's own word for it.
+
+    It holds for this process alone; a worker process is told again.
+    """
+    global _policy
+    _policy = policy
+
+
+def get_policy() -> SandboxPolicy:
+    """What `set_policy` set, for handing it on to a worker process."""
+    return _policy
+
+
+def layer_in_force() -> LayerName:
+    """The layer that programs run behind; SandboxUnavailable where there is none."""
+    return current_layer().name
+
+
+def current_layer() -> Layer:
+    """The best layer that works here, tried out once per process and policy.
+
+    Raises SandboxUnavailable with every reason.
+    """
+    return _working_layer(_policy)
+
+
+@functools.cache
+def _working_layer(policy: SandboxPolicy) -> Layer:
+    layers, reasons = possible_layers(policy)
+    for layer in layers:
+        failure = trial(layer)
+        if not failure:
+            return layer
+        reasons.append(f"{layer.name} does not work with {layer.interpreter}: {failure}")
+    raise SandboxUnavailable(
+        "programs of a model are never run without a sandbox, and none works here: "
+        + "; ".join(reasons)
+        + ". Where namespaces are forbidden, as default profiles of containers do, allow them, or "
+        "use a kernel with Landlock; the recipe's `sandbox: rlimits_only` does without both, and "
+        "then programs can read the user's files"
+    )
+
+
+def trial(layer: Layer) -> str:
+    """ "" where a known program gives its value behind this layer, else what went wrong."""
+    try:
+        with POOL.slot(layer) as slot:
+            return _known_failure(slot)
+    except (ServerLost, LostUnderProgram) as lost:
+        return str(lost)
+    except Hung:
+        return "a known program does not end"
+
+
+def _known_failure(slot: Slot) -> str:
+    request = {"kind": "calls", "source": "f = abs", "entry_point": "f", "calls": [[-3]]}
+    outcome = exchange(slot, request, Limits(cpu_s=10, wall_s=30))
+    return "" if outcome.values == [["value", 3]] else outcome.detail or "it gives a wrong value"
+
+
+def run_calls(
+    source: str,
+    entry_point: str,
+    calls: Sequence[list[Any]],
+    limits: Limits | None = None,
+    *,
+    pooled: bool = True,
+) -> Outcome:
+    """Define `source` in a fresh process and call `entry_point` with each list of arguments.
+
+    The outcome has ["value", v] or ["error", text] for each call. `pooled` False starts a sandbox
+    for this program alone. Raises SandboxUnavailable where there is no sandbox.
+    """
+    limits = limits or DEFAULT_LIMITS
+    request = {"kind": "calls", "source": source, "entry_point": entry_point, "calls": list(calls)}
+
+    def run(slot: Slot) -> Outcome:
+        outcome = exchange(slot, request, limits)
+        if outcome.kind != "returned" or _are_pairs(outcome.values, len(calls)):
+            return outcome
+        return Outcome("failed", [], "the program sent back something else than its values")
+
+    return _in_slot(run, limits, pooled)
+
+
+def _are_pairs(values: Any, expected: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == expected
+        and all(isinstance(v, list) and len(v) == 2 and v[0] in ("value", "error") for v in values)
+    )
+
+
+def run_script(
+    source: str, stdin: str, limits: Limits | None = None, *, pooled: bool = True
+) -> Outcome:
+    """Run `source` as a script with this input; the outcome's one value is what it wrote (text).
+
+    A script that ends with a status other than 0 has failed. Raises as `run_calls`.
+    """
+    limits = limits or DEFAULT_LIMITS
+    return _in_slot(lambda slot: script_output(slot, source, stdin, limits), limits, pooled)
+
+
+def run_tests(
+    source: str, tests: Tests, limits: Limits | None = None, *, pooled: bool = True
+) -> Outcome:
+    """Run a row's own tests in a judge against `source` in a process of its own.
+
+    The outcome has [passed, text] for each test, or for each method of a test case. Raises as
+    `run_calls`.
+    """
+    limits = limits or DEFAULT_LIMITS
+    return _in_slot(lambda slot: judge_tests(slot, source, tests, limits), limits, pooled)
+
+
+def _in_slot(run: Callable[[Slot], Outcome], limits: Limits, pooled: bool) -> Outcome:
+    """Run something in a slot, and where it was not finished in time find out whose fault it was.
+
+    A known program that needs little must get at least the share of a core that the limits promise
+    (`cpu_s` in `wall_s`) in the same slot, or else the machine was too busy.
+    """
+    layer = current_layer()
+    try:
+        with POOL.slot(layer, keep=pooled) as slot:
+            try:
+                return run(slot)
+            except Hung:
+                return _blame(slot, limits)
+            except LostUnderProgram as lost:
+                # Whatever it did, a program that ends its sandbox has not answered; but where no
+                # sandbox works that says nothing about it.
+                failure = _known_failure(slot)
+                if failure:
+                    return Outcome("infrastructure", [], failure)
+                return Outcome("failed", [], str(lost))
+    except (ServerLost, LostUnderProgram, Hung) as lost:
+        return Outcome("infrastructure", [], str(lost) or "a known program does not end")
+
+
+_BUSY_S = 0.05
+_KNOWN_PROGRAM = f"""
+import time
+def f(x):
+    start = time.process_time()
+    while time.process_time() < start + {_BUSY_S}:
+        pass
+    return x + 1
+"""
+
+
+def _blame(slot: Slot, limits: Limits) -> Outcome:
+    request = {"kind": "calls", "source": _KNOWN_PROGRAM, "entry_point": "f", "calls": [[1]]}
+    allowed_s = max(1.0, 2 * _BUSY_S * limits.wall_s / limits.cpu_s)
+    try:
+        outcome = exchange(slot, request, Limits(wall_s=allowed_s))
+    except Hung:
+        return Outcome("timeout", [], "the machine is too busy: a known program does not end")
+    if outcome.values == [["value", 2]]:
+        return Outcome("failed", [], f"not finished after {limits.wall_s:g} s")
+    return Outcome("infrastructure", [], f"a known program fails too: {outcome.detail}")

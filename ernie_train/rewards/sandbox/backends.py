@@ -1,0 +1,128 @@
+"""Which walls stand around a sandbox: bubblewrap, else Landlock, else limits alone if allowed.
+
+Every layer has the same inside (`inside/`): the system-call filter of `sandbox_filter`, resource
+limits, a fresh process per program. `sandbox` says what each layer stops and what it does not.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ernie_train.core.errors import ErnieTrainError
+from ernie_train.rewards.sandbox import seccomp
+
+SandboxPolicy = Literal["strict", "rlimits_only"]
+LayerName = Literal["bubblewrap", "Landlock", "rlimits_only"]
+
+_NOBODY = 65534
+# Size of the throw-away /tmp of bubblewrap. It lives in memory.
+_DIRECTORY_BYTES = 16 << 20
+
+
+class SandboxUnavailable(ErnieTrainError):
+    """Programs cannot be run safely on this machine; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How to start an interpreter behind the walls of one layer.
+
+    `command` stands in front of the interpreter. `readable` are the paths that Landlock leaves
+    readable, None without Landlock. `own_directory` tells that the layer brings a writable /tmp of
+    its own; otherwise one is made for each sandbox, owned by `user`. `counts_threads` tells that
+    threads are counted for this sandbox alone, so that a limit on them can be set.
+    """
+
+    name: LayerName
+    command: tuple[str, ...]
+    interpreter: str
+    readable: tuple[str, ...] | None
+    own_directory: bool
+    counts_threads: bool
+    user: int | None
+
+
+def possible_layers(policy: SandboxPolicy) -> tuple[list[Layer], list[str]]:
+    """The layers to try, best first, and why others are not among them."""
+    if not seccomp.supported():
+        raise SandboxUnavailable(
+            f"no sandbox for this processor ({os.uname().machine}): programs of a model are run on "
+            "x86-64 and aarch64 under Linux alone"
+        )
+    layers, reasons = [], []
+    names: list[LayerName] = ["bubblewrap", "Landlock"]
+    if policy == "rlimits_only":
+        names.append("rlimits_only")
+    for name in names:
+        try:
+            drop, user = _dropped_privileges()
+            command = [*drop, *_bubblewrap()] if name == "bubblewrap" else drop
+        except SandboxUnavailable as unavailable:
+            reasons.append(str(unavailable))
+            continue
+        layers += [_layer(name, command, interpreter, user) for interpreter in _interpreters()]
+    return layers, list(dict.fromkeys(reasons))
+
+
+def _layer(name: LayerName, command: list[str], interpreter: str, user: int | None) -> Layer:
+    inner = name == "bubblewrap"
+    if inner:
+        if not interpreter.startswith("/usr/"):
+            command = [*command, "--ro-bind", sys.base_prefix, sys.base_prefix]
+        # After every mount, so that it holds for what they made too.
+        command = [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
+    readable = ("/usr", "/lib", "/lib64", "/lib32", "/bin", sys.base_prefix)
+    return Layer(
+        name=name,
+        command=tuple(command),
+        interpreter=interpreter,
+        readable=readable if name == "Landlock" else None,
+        own_directory=inner,
+        counts_threads=inner,
+        user=user,
+    )
+
+
+def _interpreters() -> list[str]:
+    """This interpreter, then the system's: one below a private home is out of others' reach."""
+    found = [Path(sys.executable).resolve(), Path("/usr/bin/python3").resolve()]
+    return [str(path) for path in dict.fromkeys(found) if path.exists()]
+
+
+def _dropped_privileges() -> tuple[list[str], int | None]:
+    """For root: the command that becomes another user, and that user."""
+    if os.geteuid() != 0:
+        return [], None
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        raise SandboxUnavailable(
+            "setpriv is not installed, and root must not run programs of a model under its own "
+            "name; install the package util-linux, or run as a plain user"
+        )
+    user = str(_NOBODY)
+    drop = [setpriv, "--reuid", user, "--regid", user, "--clear-groups", "--no-new-privs"]
+    return drop, _NOBODY
+
+
+def _bubblewrap() -> list[str]:
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise SandboxUnavailable(
+            "bubblewrap (bwrap) is not installed; install the package: apt-get install bubblewrap"
+        )
+    # Not --die-with-parent: it would end with the thread that started it. The server inside leaves
+    # when its control socket closes, and everything with it.
+    command = [bwrap, "--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    command += ["--setenv", "PYTHONHASHSEED", "0", "--hostname", "sandbox"]
+    command += ["--ro-bind", "/usr", "/usr"]
+    for name in ("/lib", "/lib64", "/lib32", "/bin"):
+        if os.path.islink(name):
+            command += ["--symlink", os.readlink(name), name]
+        elif os.path.isdir(name):
+            command += ["--ro-bind", name, name]
+    for device in ("/dev/null", "/dev/urandom"):
+        command += ["--dev-bind", device, device]
+    return [*command, "--size", str(_DIRECTORY_BYTES), "--tmpfs", "/tmp"]

@@ -1,0 +1,148 @@
+"""The process of a program that a model wrote: defines it, calls it, sends back plain values.
+
+Nothing in this process knows what is expected, and nothing that it says is a verdict.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import types
+from typing import Any
+
+from ernie_train.rewards.sandbox.guest.values import Reader, decode, encode, send
+
+_MAX_REQUEST_BYTES = 64 << 20
+_SHOWN = 200
+
+
+def run(channel: int) -> None:
+    """Takes the one request that says what to do, and does it."""
+    reader = Reader(channel, _MAX_REQUEST_BYTES)
+    request = reader.message()
+    kind = request["kind"]
+    if kind == "calls":
+        _answer_calls(channel, request)
+    elif kind == "script":
+        _run_script(channel, request["source"])
+    else:
+        _serve_judge(channel, reader, request["source"])
+
+
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:_SHOWN]}"
+
+
+def _module(name: str) -> dict[str, Any]:
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return module.__dict__
+
+
+def _answer_calls(channel: int, request: dict[str, Any]) -> None:
+    """["value", v] or ["error", text] for each call, in one message.
+
+    Each call gets arguments of its own from the JSON text, so that calls do not see one another's
+    changes.
+    """
+    calls = [json.dumps(call) for call in request["calls"]]
+    space, failure, values = _module("candidate"), "", []
+    try:
+        exec(compile(request["source"], "candidate", "exec"), space)
+        function = _function(space, request["entry_point"])
+    except BaseException as error:
+        failure = described(error)
+    for call in calls:
+        try:
+            if failure:
+                raise RuntimeError(failure)
+            value = ["value", function(*json.loads(call))]
+            json.dumps(value, allow_nan=False)
+        except BaseException as error:
+            value = ["error", described(error)]
+        values.append(value)
+    send(channel, values)
+
+
+def _function(space: dict[str, Any], name: str) -> Any:
+    """The function of that name, or the method of a class Solution, as contests ask for it."""
+    if name not in space and "Solution" in space:
+        return getattr(space["Solution"](), name)
+    return space[name]
+
+
+def _run_script(channel: int, source: str) -> None:
+    """As `python program.py`: reads and writes the standard streams, and exits as Python does."""
+    sys.stdin = open(0, encoding="utf-8", errors="replace")  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", newline="\n")  # noqa: SIM115
+    sys.argv = ["program.py"]
+    status, failure = 0, ""
+    try:
+        exec(compile(source, "program.py", "exec"), _module("__main__"))
+    except SystemExit as error:
+        code = error.code
+        status = code if isinstance(code, int) else int(code is not None)
+    except BaseException as error:
+        status, failure = 1, described(error)
+    if "threading" in sys.modules:  # as at the end of any script
+        sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
+    send(channel, failure)
+    sys.stdout.flush()
+    os._exit(status & 255)
+
+
+def _serve_judge(channel: int, reader: Reader, source: str) -> None:
+    """Does what a judge asks with the objects of the program, until the judge has gone.
+
+    Objects that are no plain values stay here in `objects` and go by their place in it.
+    """
+    space = _module("candidate")
+    objects: list[Any] = []
+
+    def number_of(value: Any) -> int:
+        objects.append(value)
+        return len(objects) - 1
+
+    def perform(request: Any) -> Any:
+        operation, target, arguments = request
+        arguments = decode(arguments, objects.__getitem__)
+        if operation == "define":
+            return exec(compile(target, "candidate", "exec"), space)
+        if operation == "name":
+            return space[target]
+        return _OPERATIONS[operation](objects[target], *arguments)
+
+    message: Any = ["define", source, []]
+    while True:
+        try:
+            answer = ["value", encode(perform(message), number_of)]
+        except BaseException as error:
+            answer = ["error", _builtin_name(error), str(error)[:_SHOWN]]
+        send(channel, answer)
+        try:
+            message = reader.message()
+        except EOFError:
+            return
+
+
+def _builtin_name(error: BaseException) -> str:
+    """The class of an exception; of the program's own classes the builtin one that it extends."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+
+
+def _call(function: Any, positional: list[Any], named: dict[str, Any]) -> Any:
+    return function(*positional, **named)
+
+
+_OPERATIONS: dict[str, Any] = {
+    "call": _call,
+    "get": getattr,
+    "set": setattr,
+    "item": lambda target, key: target[key],
+    "iter": iter,
+    "next": next,
+    "len": len,
+}

@@ -1,0 +1,316 @@
+"""Sandboxes that are kept warm: starting and ending programs in them, from the trusted side.
+
+    Server   one sandbox with its warmed interpreter, one program at a time
+    Slot     a Server for programs and, once one is needed, a second one for judges
+    Pool     idle slots of this process; a thread takes one for each program and gives it back
+
+A server costs some 30 ms to start, a program in it about 1 ms.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ernie_train.rewards.sandbox import seccomp
+from ernie_train.rewards.sandbox.backends import Layer
+
+_START_S = 20.0
+_STOP_S = 10.0
+_KEPT_SLOTS = 2 * (os.cpu_count() or 1)
+
+# The modules of `inside/`, in the order of their imports, under the names that they know.
+_MODULES = ("values", "candidate", "test_judge", "server")
+_BOOT = """
+import json, sys, types
+sys.path.remove("")
+# Below a private home its library may be out of reach, and another's is found in its place.
+if not sys.executable.startswith(sys.base_prefix.rstrip("/") + "/"):
+    sys.exit(f"its own library cannot be read; it found that of {sys.base_prefix}")
+sources, settings = map(json.loads, sys.argv[1:])
+for name, source in sources.items():
+    sys.modules[name] = module = types.ModuleType(name)
+    module.__path__ = []
+    exec(compile(source, name, "exec"), module.__dict__)
+sys.argv[1:] = []
+module.serve(settings)
+"""
+
+
+class ServerLost(Exception):
+    """A sandbox did not start, or ended by itself; the text says what is known."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program's process ended.
+
+    `status` is that of wait(2), None for one that we had to end; `cpu_s` is the time it used.
+    """
+
+    status: int | None
+    cpu_s: float
+
+    @property
+    def killed_by(self) -> int:
+        """The signal that ended it, 0 for none and for ours."""
+        if self.status is None or not os.WIFSIGNALED(self.status):
+            return 0
+        return os.WTERMSIG(self.status)
+
+
+class Server:
+    """One sandbox. Raises ServerLost where it does not start."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self._closed = False
+        self._scratch = None if layer.own_directory else _Scratch(layer.user)
+        settings = {
+            "filter": seccomp.build_filter().hex(),
+            "directory": self._scratch.path if self._scratch else "/tmp",
+            "readable": layer.readable,
+        }
+        command = [*layer.command, layer.interpreter, "-s", "-S", "-B", "-c", _BOOT]
+        command += [json.dumps(_sources()), json.dumps(settings)]
+        self._control, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with inner:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=inner.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env={"PYTHONHASHSEED": "0"},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._closed = True
+            self._control.close()
+            self._remove_scratch()
+            raise ServerLost(f"the sandbox cannot be started: {error}") from error
+        self._control.settimeout(_START_S)
+        try:
+            self._receive()
+        except ServerLost as lost:
+            reason = self._errors() or str(lost)
+            self.close()
+            raise ServerLost(f"the sandbox did not start: {reason}") from lost
+
+    @property
+    def usable(self) -> bool:
+        """Whether it takes programs. One that is idle says nothing until it ends."""
+        if self._closed:
+            return False
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        return not poll.poll(0)
+
+    def start(
+        self, descriptors: list[int], limits: dict[str, tuple[int, int]], *, judge: bool = False
+    ) -> None:
+        """Fork a process with these descriptors; what it does is told to it on the first one."""
+        message = json.dumps({"limits": limits, "judge": judge}).encode()
+        try:
+            socket.send_fds(self._control, [message], descriptors)
+        except OSError as error:
+            self.close()
+            raise ServerLost(f"the sandbox has ended: {error}") from error
+
+    def stop(self, *, ending: bool = False) -> Ended:
+        """End the process, whatever it does; a sandbox that is no longer as new is left.
+
+        With `ending` the process is given a moment to end by itself.
+        """
+        try:
+            self._control.settimeout(_STOP_S)
+            self._control.send(b"wait" if ending else b"stop")
+            report = json.loads(self._receive())
+        except (OSError, ServerLost) as error:
+            reason = self._errors() or str(error)
+            self.close()
+            raise ServerLost(f"the sandbox ended under the program: {reason}") from error
+        if not report["clean"]:
+            self.close()
+        return Ended(report["status"], report["cpu_s"])
+
+    def close(self) -> None:
+        """End the sandbox and everything in it."""
+        if self._closed:
+            return
+        self._closed = True
+        self._control.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+        self._remove_scratch()
+
+    def _remove_scratch(self) -> None:
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
+
+    def _receive(self) -> bytes:
+        try:
+            message = self._control.recv(4096)
+        except TimeoutError as error:
+            raise ServerLost("it does not answer") from error
+        except OSError as error:
+            raise ServerLost(str(error)) from error
+        if not message:
+            raise ServerLost("it has ended")
+        return message
+
+    def _errors(self) -> str:
+        """What the start wrote to the error stream; programs have no access to it."""
+        stream = self._process.stderr
+        if stream is None or stream.closed:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.5)
+        os.set_blocking(stream.fileno(), False)
+        try:
+            return os.read(stream.fileno(), 1 << 16).decode(errors="replace").strip()[-300:]
+        except BlockingIOError:
+            return ""
+
+
+class Slot:
+    """What one program at a time is run with."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        self._programs: Server | None = None
+        self._judges: Server | None = None
+
+    @property
+    def programs(self) -> Server:
+        self._programs = _usable(self._programs, self._layer)
+        return self._programs
+
+    @property
+    def judges(self) -> Server:
+        self._judges = _usable(self._judges, self._layer)
+        return self._judges
+
+    def close(self) -> None:
+        for server in (self._programs, self._judges):
+            if server is not None:
+                server.close()
+
+
+def _usable(server: Server | None, layer: Layer) -> Server:
+    if server is not None and not server.usable:
+        server.close()
+        server = None
+    return server or Server(layer)
+
+
+class Pool:
+    """Idle slots by layer. Threads share it; a forked child starts with an empty one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[tuple[Layer, Slot]] = []
+        self._owner = os.getpid()
+
+    @contextlib.contextmanager
+    def slot(self, layer: Layer, *, keep: bool = True) -> Iterator[Slot]:
+        """A slot for one program; `keep` False gives a new one and closes it afterwards."""
+        slot = self._take(layer) if keep else Slot(layer)
+        try:
+            yield slot
+        except BaseException:
+            slot.close()  # a program may still be running in it
+            raise
+        with self._lock:
+            if keep and len(self._idle) < _KEPT_SLOTS:
+                self._idle.append((layer, slot))
+                return
+        slot.close()
+
+    def _take(self, layer: Layer) -> Slot:
+        with self._lock:
+            if self._owner != os.getpid():  # the slots are the parent's
+                self._idle, self._owner = [], os.getpid()
+            for index in range(len(self._idle) - 1, -1, -1):
+                if self._idle[index][0] == layer:
+                    return self._idle.pop(index)[1]
+        return Slot(layer)
+
+    def close(self) -> None:
+        """End all idle sandboxes."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            if self._owner != os.getpid():
+                return
+        for _, slot in idle:
+            slot.close()
+
+
+POOL = Pool()
+atexit.register(POOL.close)
+
+
+@cache
+def _sources() -> dict[str, str]:
+    package = "ernie_train.rewards.sandbox.guest"
+    parents = {"ernie_train": "", "ernie_train.rewards": "", "ernie_train.rewards.sandbox": ""}
+    parents[package] = ""
+    folder = Path(__file__).parent / "guest"
+    return parents | {
+        f"{package}.{name}": (folder / f"{name}.py").read_text(encoding="utf-8")
+        for name in _MODULES
+    }
+
+
+class _Scratch:
+    """A directory for the programs of one server, where the layer has none of its own.
+
+    It is locked as long as its owner lives, so that those of owners that were killed are known,
+    and removed when the next one is made.
+    """
+
+    _PREFIX = "ernie-sandbox-"
+
+    def __init__(self, user: int | None) -> None:
+        for left in Path(tempfile.gettempdir()).glob(f"{self._PREFIX}*"):
+            with contextlib.suppress(OSError):  # another user's, or gone by now
+                lock = _locked(left)
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        self.path = tempfile.mkdtemp(prefix=self._PREFIX)
+        self._lock = _locked(Path(self.path))
+        if user is not None:
+            os.chown(self.path, user, user)
+
+    def remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(self.path, 0o700)  # a program may have locked itself in
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _locked(directory: Path) -> int:
+    """A descriptor that holds the directory's lock; OSError where another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

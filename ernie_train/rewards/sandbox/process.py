@@ -1,0 +1,265 @@
+"""One program in a slot: what it may use, what it is told, and what is made of its answer."""
+
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ernie_train.rewards.sandbox.backends import Layer
+from ernie_train.rewards.sandbox.pool import Ended, Server, ServerLost, Slot
+
+
+class Hung(Exception):
+    """Nothing came before the deadline."""
+
+
+class LostUnderProgram(Exception):
+    """The sandbox ended while a program was in it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use. Sizes are in bytes, times in seconds.
+
+    Processor time decides; the wall limit is there for programs that sleep, and generous, so that
+    a busy machine does not fail a program that would have made it.
+    """
+
+    cpu_s: int = 2
+    wall_s: float = 8.0
+    memory_bytes: int = 512 << 20
+    threads: int = 16
+    file_bytes: int = 1 << 20
+    open_files: int = 32
+    output_bytes: int = 1 << 20
+
+    def resources(self, layer: Layer) -> dict[str, tuple[int, int]]:
+        """Soft and hard limit by its name in setrlimit(2)."""
+        limits = {
+            "CPU": (self.cpu_s, self.cpu_s + 1),
+            "AS": (self.memory_bytes, self.memory_bytes),
+            "FSIZE": (self.file_bytes, self.file_bytes),
+            "NOFILE": (self.open_files, self.open_files),
+            "CORE": (0, 0),
+        }
+        return limits | ({"NPROC": (self.threads, self.threads)} if layer.counts_threads else {})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came back from a program.
+
+    kind: "returned": `values` are what the caller asked for; "failed": the program broke its limits
+    or its own process, `detail` says how; "bad_tests": the row's tests fail without the program;
+    "timeout": the machine was too busy to give a program its time; "infrastructure": the sandbox
+    failed. After the last three nothing is known about the program.
+    """
+
+    kind: Literal["returned", "failed", "bad_tests", "timeout", "infrastructure"]
+    values: list[Any]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Tests:
+    """A row's own tests, for a judge.
+
+    `tests` are sources: statements with `assert`, a function `check(candidate)`, or unittest
+    cases. `setup` is run once before them. `names` are those of the program that they use;
+    `entry_point`, or "", is what `check` is called with.
+    """
+
+    tests: list[str]
+    names: list[str]
+    setup: str = ""
+    entry_point: str = ""
+    __test__ = False  # for pytest, which collects classes of this name
+
+
+@dataclass
+class _Process:
+    """A program's or a judge's process, our end of its channel, and when it must have answered."""
+
+    server: Server
+    limits: Limits
+    channel: socket.socket
+    deadline: float  # of time.monotonic()
+    ended: Ended | None = None
+
+    def tell(self, request: dict[str, Any]) -> None:
+        """A process that has ended shows it when it is read from."""
+        self.channel.settimeout(max(self.deadline - time.monotonic(), 0.01))
+        try:
+            self.channel.sendall(json.dumps(request).encode() + b"\n")
+        except TimeoutError as error:
+            raise Hung from error
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+    def line(self) -> tuple[bytes, str]:
+        """What it sends up to a newline, and "" or why there is no whole line."""
+        return _read(self.channel.fileno(), self.deadline, self.limits.output_bytes, line=True)
+
+    def stop(self, *, ending: bool = False) -> Ended:
+        """End the process; with `ending` give it a moment to do so by itself."""
+        if self.ended is None:
+            try:
+                self.ended = self.server.stop(ending=ending)
+            except ServerLost as lost:
+                raise LostUnderProgram(str(lost)) from lost
+        return self.ended
+
+    def fate(self, otherwise: str) -> Outcome:
+        """The outcome of a process that closed its channel without the answer."""
+        ended = self.stop(ending=True)
+        # One that catches SIGXCPU gets SIGKILL a second later. The kernel counts for the limit in
+        # ticks, which on a busy virtual machine run ahead of the time that it reports.
+        caught = ended.killed_by == signal.SIGKILL and ended.cpu_s >= self.limits.cpu_s / 2
+        if ended.killed_by == signal.SIGXCPU or caught:
+            return Outcome("failed", [], f"more than {self.limits.cpu_s} s of processor time")
+        if ended.killed_by == signal.SIGKILL:  # the filter leaves it no way to do so itself
+            return Outcome("infrastructure", [], "something outside killed the program")
+        if ended.killed_by:
+            otherwise += f" ({signal.Signals(ended.killed_by).name})"
+        return Outcome("failed", [], otherwise)
+
+
+@contextmanager
+def _process(
+    server: Server, limits: Limits, deadline: float, *more: int, judge: bool = False
+) -> Iterator[_Process]:
+    """A fresh process with a channel and the descriptors `more`; it has ended afterwards."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            server.start([theirs.fileno(), *more], limits.resources(server.layer), judge=judge)
+        process = _Process(server, limits, ours, deadline)
+        try:
+            yield process
+        finally:
+            process.stop()
+
+
+def exchange(slot: Slot, request: dict[str, Any], limits: Limits) -> Outcome:
+    """Send one request to a fresh process; the values are its answer, of whatever form.
+
+    Raises Hung where there is none in time, LostUnderProgram, and ServerLost.
+    """
+    with _process(slot.programs, limits, time.monotonic() + limits.wall_s) as process:
+        process.tell(request)
+        line, problem = process.line()
+        if problem:
+            return process.fate(problem)
+    return _parsed(line)
+
+
+def _parsed(line: bytes) -> Outcome:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return Outcome("failed", [], "the program sent back something else than JSON")
+    return Outcome("returned", values if isinstance(values, list) else [values])
+
+
+def script_output(slot: Slot, source: str, stdin: str, limits: Limits) -> Outcome:
+    """What a script writes to its standard output, as one text. Raises as `exchange`."""
+    # The input is a file in memory: writing it into a pipe could block on a script that does not
+    # read.
+    given = os.memfd_create("stdin")
+    reading, writing = os.pipe()
+    deadline = time.monotonic() + limits.wall_s
+    try:
+        os.write(given, stdin.encode())
+        os.lseek(given, 0, os.SEEK_SET)
+        with _process(slot.programs, limits, deadline, given, writing) as process:
+            os.close(writing)
+            writing = -1
+            process.tell({"kind": "script", "source": source})
+            output, problem = _read(reading, deadline, limits.output_bytes, line=False)
+            if problem:
+                return Outcome("failed", [], problem)
+            ended = process.stop(ending=True)
+            if ended.status != 0:
+                failure = _text(process.line()[0])
+                return process.fate(failure or "the script ended with a status other than 0")
+    finally:
+        for descriptor in (given, reading, *([writing] if writing >= 0 else [])):
+            os.close(descriptor)
+    return Outcome("returned", [output.decode(errors="replace")])
+
+
+def _text(line: bytes) -> str:
+    try:
+        return str(json.loads(line))[:300]
+    except (ValueError, RecursionError):
+        return ""
+
+
+def judge_tests(slot: Slot, source: str, tests: Tests, limits: Limits) -> Outcome:
+    """[passed, text] for each of a row's tests. Raises as `exchange`."""
+    deadline = time.monotonic() + limits.wall_s
+    with _process(slot.programs, limits, deadline) as program:
+        program.tell({"kind": "objects", "source": source})
+        line, problem = program.line()
+        if problem:
+            return program.fate(problem)
+        defined = _parsed(line).values
+        if defined[:1] != ["value"]:
+            return Outcome("failed", [], ": ".join(map(str, defined[1:]))[:300])
+        verdict = _judged(slot.judges, program, tests)
+        if isinstance(verdict, Outcome):
+            return verdict
+        if "setup_error" in verdict:
+            return Outcome("bad_tests", [], f"bad tests: {verdict['setup_error']}")
+        if verdict["gone"]:
+            fate = program.fate(verdict["gone"])
+            return fate if fate.kind != "failed" else Outcome("returned", verdict["results"])
+    return Outcome("returned", verdict["results"])
+
+
+def _judged(server: Server, program: _Process, tests: Tests) -> dict[str, Any] | Outcome:
+    """What the judge says; the program's channel goes over to it."""
+    limits, way = program.limits, program.channel.fileno()
+    program.channel.setblocking(True)  # the judge shares the mode with us
+    with _process(server, limits, program.deadline, way, judge=True) as judge:
+        judge.tell({
+            "setup": tests.setup, "tests": tests.tests, "names": tests.names,
+            "entry_point": tests.entry_point, "max_bytes": limits.output_bytes,
+        })  # fmt: skip
+        program.channel.close()
+        line, problem = judge.line()
+        if problem:
+            return judge.fate("the tests themselves broke the limits")
+    verdict: dict[str, Any] = json.loads(line)
+    return verdict
+
+
+def _read(source: int, deadline: float, max_bytes: int, *, line: bool) -> tuple[bytes, str]:
+    """Bytes up to a newline (`line`) or to the end, and "" or why that did not come.
+
+    Raises Hung at the deadline.
+    """
+    poll = select.poll()
+    poll.register(source, select.POLLIN)
+    data = bytearray()
+    while True:
+        left_ms = (deadline - time.monotonic()) * 1000
+        if left_ms <= 0 or not poll.poll(left_ms):
+            raise Hung
+        try:
+            part = os.read(source, 1 << 16)
+        except ConnectionResetError:  # it ended with something unread
+            part = b""
+        if not part:
+            return bytes(data), "the program ended without returning values" if line else ""
+        data += part
+        if line and b"\n" in part:
+            return bytes(data[: data.index(b"\n")]), ""
+        if len(data) > max_bytes:
+            return bytes(data), f"more than {max_bytes} bytes of output"

@@ -1,0 +1,276 @@
+"""The reward of a recipe: weighted parts, graded together, each part's value told apart.
+
+reward: logic                                      # one verifier
+reward: row                                        # the verifier that each row names
+reward: {python: my_rewards.py:score}              # a function of one's own
+reward:
+  - {name: row, weight: 1.0}
+  - {name: format, weight: 0.1, max_tokens: 2048}
+reward: {max_excluded_fraction: 0.05, parts: [...]}
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import Field
+
+from ernie_train.core.config import StrictConfig
+from ernie_train.core.errors import UserError
+from ernie_train.rewards.registry import REWARDS, reward_named
+from ernie_train.rewards.score import Score
+from ernie_train.rewards.scoring.service import Reward, ScoringReport, ScoringService
+from ernie_train.rewards.verifiers.format import format_score
+from ernie_train.rewards.verifiers.llm_judge import Judge
+from ernie_train.rewards.verifiers.user import find_user_reward
+
+_SHOWN_EXCLUDED = 5
+
+
+class JudgeConfig(StrictConfig):
+    """A language model that compares a response with the row's `answer`; see rewards/judge.py."""
+
+    url: str = Field(min_length=1, description="OpenAI-compatible endpoint, up to and with /v1")
+    model: str = Field(min_length=1)
+    api_key_env: str | None = Field(
+        default=None, description="the environment variable that holds the key"
+    )
+    timeout_s: float = Field(default=60.0, gt=0, description="for one request")
+    retries: int = Field(default=2, ge=0, le=10, description="further requests after a failure")
+    parallel: int = Field(default=8, ge=1, le=256, description="requests at a time")
+
+
+class RewardPart(StrictConfig):
+    """One part: exactly one of `name`, `python` and `judge`."""
+
+    name: str | None = Field(
+        default=None, description="a verifier's name, or `row`: the one in each row's `reward`"
+    )
+    python: str | None = Field(default=None, description="file.py:function, beside the recipe")
+    judge: JudgeConfig | None = None
+    weight: float = Field(default=1.0, description="what its value is multiplied by")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="of `format` only: longer completions lose half of it"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> "RewardPart":
+        given = [k for k in ("name", "python", "judge") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("exactly one of name, python and judge must be given")
+        if self.name is not None and self.name != "row":
+            try:
+                reward_named(self.name)
+            except UserError as error:
+                raise ValueError(f"{error}, or row") from None
+        if self.max_tokens is not None and self.name != "format":
+            raise ValueError("max_tokens is for the part named format")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name under which its values are logged."""
+        if self.python is not None:
+            return self.python.rpartition(":")[2]
+        return self.name or "judge"
+
+
+class RewardConfig(StrictConfig):
+    """The parts of a reward; a name, one part or a list of parts may stand for it."""
+
+    parts: list[RewardPart] = Field(min_length=1)
+    max_excluded_fraction: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="share of a batch that may go without a score; above it the run refuses",
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"parts": [{"name": value}]}
+        if isinstance(value, list):
+            return {"parts": value}
+        if isinstance(value, dict) and not value.keys() & {"parts", "max_excluded_fraction"}:
+            return {"parts": [value]}
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _labels_differ(self) -> "RewardConfig":
+        labels = Counter(part.label for part in self.parts)
+        if twice := [label for label, count in labels.items() if count > 1]:
+            raise ValueError(f"two parts have the name {twice[0]!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class ComposedScore:
+    """One completion's reward.
+
+    value: the sum of weight times value over the parts. score: of the verifier, which is the first
+    part other than format; where any part says nothing about the completion, the score of that
+    part, so that `score.trains` holds for the whole. parts: each part's value by its label.
+    """
+
+    value: float
+    score: Score
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    scores: list[ComposedScore]
+    report: ScoringReport
+
+
+class ComposedReward:
+    """A recipe's reward, ready to grade; `close` ends its processes. Made by `build_reward`."""
+
+    def __init__(
+        self, config: RewardConfig, rewards: Sequence[Reward | None], service: ScoringService
+    ) -> None:
+        self.config = config
+        self._parts = list(zip(config.parts, rewards, strict=True))
+        self._service = service
+
+    @property
+    def labels(self) -> list[str]:
+        return [part.label for part in self.config.parts]
+
+    @property
+    def verifier(self) -> RewardPart:
+        """The part whose score says whether a completion is right: the first but format."""
+        parts = self.config.parts
+        return next((part for part in parts if part.name != "format"), parts[0])
+
+    def grade_verifier(
+        self,
+        rows: Sequence[dict[str, Any]],
+        completions: Sequence[str],
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> list[Score]:
+        """The scores of `verifier` alone, whatever share of them is excluded."""
+        reward = next(reward for part, reward in self._parts if part is self.verifier)
+        items = [
+            (reward or _reward_of_row(row), row, completion)
+            for row, completion in zip(rows, completions, strict=True)
+        ]
+        return self._service.score(items, stop_requested=stop_requested)[0]
+
+    def score_batch(
+        self,
+        rows: Sequence[dict[str, Any]],
+        completions: Sequence[str],
+        token_counts: Sequence[int] | None = None,
+        *,
+        whole: bool = True,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> ScoredBatch:
+        """Grade `completions[i]` for `rows[i]`; `token_counts[i]` is its length in tokens.
+
+        `whole=False`: it is a part of a batch, and `check_excluded` is asked about all of it later.
+
+        Raises UserError where a row names no known verifier, where `max_tokens` is set and
+        `token_counts` are not given, and where more than `max_excluded_fraction` of the batch has
+        no score; what SandboxUnavailable says, where there are programs to run.
+        """
+        if len(rows) != len(completions) or len(token_counts or rows) != len(rows):
+            raise ValueError("rows, completions and token_counts must have the same length")
+        stopped = False
+
+        def stop() -> bool:
+            nonlocal stopped
+            stopped = stopped or stop_requested()
+            return stopped
+
+        pairs = list(zip(rows, completions, strict=True))
+        sent = [(part, reward) for part, reward in self._parts if part.name != "format"]
+        items = [
+            (reward or _reward_of_row(row), row, text) for _, reward in sent for row, text in pairs
+        ]
+        graded, report = self._service.score(items, stop_requested=stop)
+        columns = {
+            part.label: graded[i * len(pairs) : (i + 1) * len(pairs)]
+            for i, (part, _) in enumerate(sent)
+        }
+        for part in self.config.parts:
+            if part.name == "format":
+                columns[part.label] = _format_scores(part, pairs, token_counts)
+        scores = [
+            self._compose({part.label: columns[part.label][i] for part in self.config.parts})
+            for i in range(len(pairs))
+        ]
+        if whole and not stopped:
+            self.check_excluded([composed.score for composed in scores])
+        return ScoredBatch(scores, report)
+
+    def close(self) -> None:
+        self._service.close()
+
+    def _compose(self, scores: dict[str, Score]) -> ComposedScore:
+        excluded = [score for score in scores.values() if not score.trains]
+        total = sum(part.weight * scores[part.label].value for part in self.config.parts)
+        score = excluded[0] if excluded else scores[self.verifier.label]
+        return ComposedScore(total, score, {label: s.value for label, s in scores.items()})
+
+    def check_excluded(self, scores: Sequence[Score]) -> None:
+        """Raises UserError where more than `max_excluded_fraction` of a batch has no score."""
+        excluded = [score for score in scores if not score.trains]
+        bound = self.config.max_excluded_fraction
+        if len(excluded) <= bound * len(scores):
+            return
+        told = Counter(f"{score.status}: {score.detail}" for score in excluded)
+        shown = "\n".join(f"  {n} x {text}" for text, n in told.most_common(_SHOWN_EXCLUDED))
+        raise UserError(
+            f"{len(excluded)} of {len(scores)} completions could not be scored, more than "
+            f"max_excluded_fraction {bound:g} allows:\n{shown}"
+        )
+
+
+def build_reward(config: RewardConfig, base_directory: Path) -> ComposedReward:
+    """What a recipe's `reward` describes; files are taken relative to `base_directory`.
+
+    Nothing is run or started yet. Raises UserError for a function that is not there and for a
+    judge whose key is not set.
+    """
+    rewards: list[Reward | None] = []
+    workers = None
+    for part in config.parts:
+        if part.python is not None:
+            rewards.append(find_user_reward(part.python, base_directory))
+        elif part.judge is not None:
+            settings = part.judge.model_dump(exclude={"parallel"})
+            judge = Judge(**settings)
+            judge.require_key()
+            rewards.append(judge)
+            workers = max(workers or 0, part.judge.parallel)
+        else:
+            rewards.append(None if part.name == "row" else part.name)
+    return ComposedReward(config, rewards, ScoringService(workers))
+
+
+def _reward_of_row(row: dict[str, Any]) -> str:
+    name = row.get("reward")
+    if not isinstance(name, str):
+        raise UserError(
+            f"a row names no verifier; it needs a field reward, one of {', '.join(sorted(REWARDS))}"
+        )
+    reward_named(name)
+    return name
+
+
+def _format_scores(
+    part: RewardPart, pairs: Sequence[tuple[dict[str, Any], str]], counts: Sequence[int] | None
+) -> list[Score]:
+    if part.max_tokens is not None and counts is None:
+        raise UserError("reward format: max_tokens needs the number of tokens of each completion")
+    return [
+        format_score(row, text, tokens=counts[i] if counts else None, max_tokens=part.max_tokens)
+        for i, (row, text) in enumerate(pairs)
+    ]

@@ -1,0 +1,274 @@
+"""The scoring service: many completions, graded in parallel by processes of their own.
+
+Scores come in the order of the items and do not depend on it. An item that takes too long, or
+ends its process, costs that process and its own time, nothing else: the process is replaced, and
+the row's own answer is graded in the same place. If that goes well, the completion was to blame
+and is wrong; else it is "timeout" or "infrastructure" and says nothing about the completion.
+"""
+
+import atexit
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any
+
+from ernie_train.core.cpu import local_rank_count
+from ernie_train.rewards.registry import RewardFn, reward_named
+from ernie_train.rewards.sandbox import api
+from ernie_train.rewards.score import Score
+from ernie_train.rewards.scoring.reference_completion import gold_completion
+from ernie_train.rewards.scoring.worker_process import WorkerLost, WorkerProcess
+
+# A reward by name, or an object of which a copy can be sent to another process.
+Reward = str | RewardFn
+Item = tuple[Reward, dict[str, Any], str]
+
+_POLL_S = 0.1
+_MAX_FAILED_STARTS = 3
+
+
+@dataclass(frozen=True)
+class ScoringReport:
+    """What became of a batch: `statuses` counts its scores, `workers_lost` killed processes."""
+
+    items: int
+    seconds: float
+    statuses: dict[str, int]
+    workers_lost: int = 0
+
+    @property
+    def items_per_second(self) -> float:
+        return self.items / self.seconds if self.seconds else 0.0
+
+    @property
+    def excluded(self) -> int:
+        """Scores that may not enter accuracies and advantages."""
+        return sum(n for s, n in self.statuses.items() if s not in ("correct", "wrong"))
+
+
+@dataclass
+class _Task:
+    """An item to grade; with `fault` it is its row's own answer, after the item failed so.
+
+    `died` tells that a process ended over it once: machines kill processes too, so it is tried
+    again before anyone is blamed.
+    """
+
+    index: int
+    fault: Score | None = None
+    died: bool = False
+
+
+@dataclass
+class _Batch:
+    items: Sequence[Item]
+    scores: list[Score | None]
+    todo: deque[_Task]
+    lost: int = 0
+    open: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open = len(self.items)
+
+    def settle(self, task: _Task, score: Score) -> None:
+        self.scores[task.index] = score
+        self.open -= 1
+
+    def failed(self, task: _Task, fault: Score) -> None:
+        """An item cost its process, or its verifier raised: grade its gold answer in its place."""
+        if task.fault is not None:
+            self.settle(task, task.fault)
+            return
+        reward, row, _ = self.items[task.index]
+        if not isinstance(reward, str) or gold_completion(reward, row) is None:
+            self.settle(task, fault)
+            return
+        self.todo.appendleft(_Task(task.index, fault))
+
+    def gold_graded(self, task: _Task, gold: Score) -> None:
+        """The row's own answer could be graded: the completion was to blame for its failure."""
+        if task.fault is None:
+            raise ValueError("not a task of a gold answer")
+        fair = gold.status == "correct"
+        self.settle(task, Score.wrong(task.fault.detail) if fair else task.fault)
+
+    def give_up(self, score: Score) -> None:
+        self.scores = [score if old is None else old for old in self.scores]
+        self.open = 0
+
+
+class ScoringService:
+    """A pool of scoring processes, kept between batches; `close` ends them.
+
+    workers: how many, by default one a core of this process. item_s: seconds for one item, unless
+    its reward has a `deadline_s`; batch_s: for all of a batch.
+    """
+
+    def __init__(
+        self, workers: int | None = None, *, item_s: float = 60.0, batch_s: float = 3600.0
+    ) -> None:
+        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // _ranks_here())
+        self.item_s = item_s
+        self.batch_s = batch_s
+        self._pool: list[WorkerProcess] = []
+        self._failed_starts = 0
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        atexit.register(self.close)
+
+    def score(
+        self,
+        items: Sequence[Item],
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> tuple[list[Score], ScoringReport]:
+        """Grade (reward, row, completion) items; scores come in the order of the items.
+
+        `stop_requested` is asked at least every 0.2 s; once it says so, what is not graded gets
+        "infrastructure", and "timeout" once the batch's time is over. Raises UserError for an
+        unknown name before anything is graded, and SandboxUnavailable where there are programs to
+        run and no sandbox.
+        """
+        for reward, _, _ in items:
+            if isinstance(reward, str):
+                reward_named(reward)
+        start = time.monotonic()
+        batch = _Batch(items, [None] * len(items), deque(map(_Task, range(len(items)))))
+        with self._lock:
+            self._failed_starts = 0
+            for worker in [w for w in self._pool if w.policy != api.get_policy()]:
+                self._drop(worker)
+            try:
+                self._run(batch, start + self.batch_s, stop_requested)
+            finally:
+                for worker in [w for w in self._pool if w.task is not None]:
+                    self._drop(worker)
+        scores = [score for score in batch.scores if score is not None]
+        counts = Counter(str(score.status) for score in scores)
+        seconds = time.monotonic() - start
+        return scores, ScoringReport(len(scores), seconds, dict(counts), batch.lost)
+
+    def close(self) -> None:
+        """End the processes; the next batch starts new ones."""
+        if os.getpid() != self._owner:  # a fork of the process that owns them
+            return
+        with self._lock:
+            for worker in self._pool:
+                worker.close()
+            self._pool.clear()
+
+    def _run(self, batch: _Batch, end: float, stop_requested: Callable[[], bool]) -> None:
+        while batch.open:
+            if stop_requested():
+                return batch.give_up(Score.infrastructure("stopped before it was graded"))
+            if time.monotonic() >= end:
+                return batch.give_up(Score.timeout(f"not graded within {self.batch_s:g} s"))
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                return batch.give_up(Score.infrastructure("the scoring processes do not start"))
+            while len(self._pool) < min(self.workers, batch.open):
+                self._pool.append(WorkerProcess())
+            for worker in self._pool:
+                if worker.ready and worker.task is None and batch.todo:
+                    self._hand_out(batch, worker, batch.todo.popleft())
+            answered = wait([worker.fileno() for worker in self._pool], timeout=_POLL_S)
+            for worker in [w for w in self._pool if w.fileno() in answered]:
+                self._receive(batch, worker)
+            now = time.monotonic()
+            for worker in [w for w in self._pool if _waited_for(w) and now >= w.deadline]:
+                self._too_slow(batch, worker)
+
+    def _hand_out(self, batch: _Batch, worker: WorkerProcess, task: _Task) -> None:
+        reward, row, completion = batch.items[task.index]
+        if task.fault is not None and isinstance(reward, str):
+            completion = gold_completion(reward, row) or ""
+        limit_s = getattr(reward, "deadline_s", self.item_s)
+        try:
+            worker.ask(task, (reward, row, completion), limit_s)
+        except WorkerLost:  # it ended while it was idle, which is not the item's fault
+            self._drop(worker)
+            batch.todo.appendleft(task)
+
+    def _receive(self, batch: _Batch, worker: WorkerProcess) -> None:
+        try:
+            kind, *told = worker.answer()
+        except WorkerLost:
+            self._died(batch, worker)
+            return
+        task, worker.task = worker.task, None
+        if kind == "ready":
+            worker.ready, self._failed_starts = True, 0
+        elif kind == "unavailable":
+            raise api.SandboxUnavailable(told[0])
+        elif kind == "raised":
+            batch.failed(task, Score.infrastructure(f"the verifier failed: {told[0]}"))
+        elif task.fault is not None:
+            batch.gold_graded(task, Score(*told))
+        else:
+            batch.settle(task, Score(*told))
+
+    def _died(self, batch: _Batch, worker: WorkerProcess) -> None:
+        task = worker.task
+        if not worker.ready:
+            self._failed_starts += 1
+        self._drop(worker)
+        if task is None:
+            return
+        batch.lost += 1
+        if task.died:
+            batch.failed(task, Score.infrastructure("it ended the process that graded it"))
+        else:
+            batch.todo.appendleft(_Task(task.index, task.fault, died=True))
+
+    def _too_slow(self, batch: _Batch, worker: WorkerProcess) -> None:
+        task = worker.task
+        self._drop(worker)
+        if task is None:
+            self._failed_starts += 1
+            return
+        batch.lost += 1
+        reward = batch.items[task.index][0]
+        limit_s = getattr(reward, "deadline_s", self.item_s)
+        batch.failed(task, Score.timeout(f"not graded within {limit_s:g} s"))
+
+    def _drop(self, worker: WorkerProcess) -> None:
+        worker.kill()
+        self._pool.remove(worker)
+
+
+def _waited_for(worker: WorkerProcess) -> bool:
+    return worker.task is not None or not worker.ready
+
+
+def score_batch(
+    items: Sequence[Item],
+    *,
+    workers: int | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> list[Score]:
+    """Grade (reward, row, completion) items with processes shared by the whole program.
+
+    As `ScoringService.score`; `workers` other than the last time's makes new processes.
+    """
+    return shared_service(workers).score(items, stop_requested=stop_requested)[0]
+
+
+def _ranks_here() -> int:
+    """Ranks of this job on this machine: they share its cores."""
+    return local_rank_count(os.environ)
+
+
+def shared_service(workers: int | None = None) -> ScoringService:
+    """The program's own service; a new one where another number of workers is wanted."""
+    global _shared
+    if _shared is None or (workers is not None and workers != _shared.workers):
+        if _shared is not None:
+            _shared.close()
+        _shared = ScoringService(workers)
+    return _shared
+
+
+_shared: ScoringService | None = None

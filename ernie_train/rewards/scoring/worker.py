@@ -1,0 +1,49 @@
+"""A scoring process: takes (reward, row, completion) from a pipe and gives a score back.
+
+It is started by `worker_process.py` and may be killed at any moment. Replies are JSON, so that
+nothing is unpickled that came from a process which read completions.
+"""
+
+import json
+import os
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ernie_train.core.processes import die_with_parent
+from ernie_train.rewards.registry import reward_named
+from ernie_train.rewards.sandbox import api
+
+
+def main(descriptor: int, policy: api.SandboxPolicy, parent: int) -> None:
+    """Answers requests until the other end of the pipe is closed, or its owner `parent` ends."""
+    # A verifier that computes for ever would not see the pipe close.
+    die_with_parent(parent)
+    api.set_policy(policy)
+    # Programs that a reward starts must not get hold of the pipe, and prints not of the output.
+    os.set_inheritable(descriptor, False)
+    os.dup2(2, 1)
+    pipe: Connection[Any, Any] = Connection(descriptor)
+    try:
+        pipe.send_bytes(b'["ready"]')
+        while True:
+            reward, row, completion = pipe.recv()
+            pipe.send_bytes(json.dumps(_graded(reward, row, completion)).encode())
+    except (EOFError, ConnectionError):
+        return
+
+
+def _graded(reward: Any, row: dict[str, Any], completion: str) -> list[Any]:
+    try:
+        grade = reward_named(reward) if isinstance(reward, str) else reward
+        score = grade(row, completion)
+    except api.SandboxUnavailable as error:
+        return ["unavailable", str(error)]
+    except Exception as error:  # the service finds out whose fault it is
+        return ["raised", f"{type(error).__name__}: {str(error)[:300]}"]
+    return ["score", score.value, score.status, score.detail]
+
+
+if __name__ == "__main__":
+    chosen: api.SandboxPolicy = "rlimits_only" if sys.argv[2] == "rlimits_only" else "strict"
+    main(int(sys.argv[1]), chosen, int(sys.argv[3]))

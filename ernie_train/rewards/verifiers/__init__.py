@@ -1,0 +1,1 @@
+"""Verifiers, one module each: `score(row, completion) -> Score`; `rewards.registry` names them."""

@@ -1,0 +1,90 @@
+"""Who is what: truth assignments such as those of knights and knaves, in any order.
+
+An assignment is written as sentences ("Zoey is a knight, and Ethan is a knave.", "(1) Zoey is a
+knight", "Zoey: knight", "Zoey and Ethan are knights"). Each person must be named exactly once, and
+nobody else may be named; what a sentence leaves open or denies counts as wrong.
+"""
+
+import functools
+import re
+from collections.abc import Collection, Mapping
+
+from ernie_train.rewards.score import Score
+from ernie_train.rewards.verifiers.answer_text import (
+    MAX_RESPONSE_CHARACTERS,
+    denies,
+    fold,
+    hedges,
+    named_answers,
+    squeeze,
+)
+
+_NAME = r"[A-Z][A-Za-z'-]{0,40}"
+_IS = r"\s*(?:\b(?:is|are|must be)\b|:|=|->|\u2192|\|)\s*(?:both\s|all\s)?(?:an?\s|the\s)?\s*"
+_NUMBERS = re.compile(r"\(\d+\)|(?m:^[ \t]*(?:\d+[.)]|[-*])\s)")
+# Capitals at the head of a sentence that are nobody's name.
+_CONNECTIVES = {"therefore", "thus", "hence", "so", "then", "finally", "and"}
+
+
+def parse_assignment(
+    text: str, roles: Collection[str], people: Collection[str] = ()
+) -> dict[str, str] | None:
+    """{person: role} as a text says it; None where it contradicts, repeats or hedges.
+
+    Any word with a capital may be a name; `people` are names of other forms. A role that is
+    mentioned outside of such a statement makes the text unclear: None.
+    """
+    name_word, names, role_said, role_word = _patterns(frozenset(roles), frozenset(people))
+    text = _NUMBERS.sub("; ", text.replace("**", ""))
+    text = re.sub(r'\\(?:text|\\|newline)|[{}$"]', " ", text)
+    if hedges(text) or denies(text, besides=roles):
+        return None
+    found: dict[str, str] = {}
+    rest, position, read = [], 0, 0
+    while listed := names.search(text, position):
+        position = listed.end()
+        said = role_said.match(text, position)
+        if said is None:
+            continue
+        rest.append(text[read : listed.start()])
+        position = read = said.end()
+        for name in name_word.findall(listed.group()):
+            if name not in people and fold(name) in _CONNECTIVES:
+                continue
+            if name in found:
+                return None
+            found[name] = fold(said[1])
+    rest.append(text[read:])
+    return None if any(map(role_word.search, rest)) else found
+
+
+@functools.lru_cache(maxsize=1024)
+def _patterns(roles: frozenset[str], people: frozenset[str]) -> tuple[re.Pattern[str], ...]:
+    """What finds a name, a list of names, the role that is said of them and any role."""
+    known = [re.escape(name) for name in sorted(people, key=lambda name: (-len(name), name))]
+    name = rf"(?<!\w)(?:{'|'.join([*known, _NAME])})(?!\w)"
+    names = rf"{name}(?:(?:\s?,\s(?:and\s)?|\sand\s){name}){{0,20}}"
+    role = "|".join(re.escape(r) for r in sorted(roles, key=lambda role: (-len(role), role)))
+    role = rf"(?i:({role})s?)(?!\w)"
+    patterns = name, names, _IS + role, rf"(?<!\w){role}"
+    return tuple(map(re.compile, patterns))
+
+
+def grade_assignment(gold: Mapping[str, str], response: str) -> Score:
+    """Exactly the people of `gold`, each with the role that it gives them."""
+    roles = {fold(role) for role in gold.values()}
+    if roles <= {"knight", "knave"}:
+        roles = {"knight", "knave"}
+    if len(response) > MAX_RESPONSE_CHARACTERS:
+        return Score.wrong(f"a response of {len(response)} characters")
+    texts = named_answers(response) or [response]
+    if len(texts) > 1 and len(set(map(squeeze, texts))) > 1:
+        return Score.wrong("the response names several answers")
+    # "The answer is:" may stand on a line of its own, above the list.
+    found = parse_assignment(texts[0], roles, gold) or parse_assignment(response, roles, gold)
+    if found is None:
+        return Score.wrong("the response contradicts itself, repeats a person or leaves it open")
+    if found == {name: fold(role) for name, role in gold.items()}:
+        return Score.correct()
+    told = ", ".join(f"{name} {role}" for name, role in sorted(found.items())) or "nobody"
+    return Score.wrong(f"not the assignment: {told[:200]}")

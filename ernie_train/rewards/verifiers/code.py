@@ -1,0 +1,332 @@
+"""Programs: what a completion defines must pass the row's tests, in the sandbox.
+
+A row says how it is tested by the form of its `tests`, and may have `hidden_tests` of the same form
+beside those that the problem shows; a program is correct when it passes all of both.
+
+    [arguments, expected]             `entry_point` is called; plain JSON values
+    "assert f(1) == 2"                statements, `check(candidate)`, or unittest cases, as source
+    {"input": .., "output": ..}       the program as a script; output compared line by line,
+                                      expected decimals to six digits
+
+Arguments reach the program as copies: what it changes in them, and functions or objects of the
+tests' own, do not get across.
+
+For tests that are source, `setup` is run before them (it may use the program's names), `preamble`
+stands ahead of the program and runs before the setup too: what it defines (helpers, imports) is the
+tests' own and cannot be replaced by the program, but for the `entry_point`. `pass_rate` true gives
+the share of tests passed as the value; the status is correct only where all are. `solution` is a
+program that must pass: a row where it fails is reported as bad_gold instead of blaming completions.
+"""
+
+import ast
+import builtins
+import functools
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ernie_train.rewards.sandbox import api
+from ernie_train.rewards.sandbox.api import Outcome
+from ernie_train.rewards.score import Score, read_response
+from ernie_train.rewards.verifiers.tool_call import same_json
+
+_FENCED = re.compile(r"```(python3?|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_DECIMAL = re.compile(r"[+-]?\d{1,20}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
+_MAX_CHARACTERS = 50_000
+# Whether a test was passed, and what to say where it was not.
+_Result = tuple[bool, str]
+_Results = list[_Result] | Score
+
+
+class _BadTests(Exception):
+    """The row's tests cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Suite:
+    """The tests of a row, ready to be run against the source of any program."""
+
+    results_of: Callable[[str], _Results]
+    preamble: str
+
+
+def score(row: dict[str, Any], completion: str) -> Score:
+    """Run the program of a completion against the row's tests; see the module for the fields.
+
+    What a program breaks itself, the limits too, is wrong. Raises SandboxUnavailable where programs
+    cannot be run safely.
+    """
+    try:
+        suite = _suite(row)
+    except _BadTests as error:
+        return Score.bad_gold(str(error))
+    response = read_response(row, completion)
+    if isinstance(response, Score):
+        return response
+    graded = _graded(suite, program_of(response), whole=row.get("pass_rate") is not True)
+    if graded.status != "wrong" or not isinstance(row.get("solution"), str):
+        return graded
+    reference = _solution_score(row, suite)
+    if reference.status == "wrong":
+        return Score.bad_gold(f"the row's own solution fails: {reference.detail}")
+    # An accident of the reference in the same place: nothing is known about the completion.
+    return graded if reference.status == "correct" else reference
+
+
+def program_of(response: str) -> str:
+    """The last fenced block of Python, else the last of no named language, else all of it.
+
+    Behind a program a block without a language often shows what it prints.
+    """
+    blocks = _FENCED.findall(response)
+    named = [source for language, source in blocks if language]
+    return (named or [source for _, source in blocks] or [response])[-1]
+
+
+def _graded(suite: _Suite, source: str, *, whole: bool) -> Score:
+    """`whole`: nothing but passing every test has a value."""
+    if len(source) > _MAX_CHARACTERS:
+        return Score.wrong(f"a program of {len(source)} characters")
+    if suite.preamble:
+        source = f"{suite.preamble}\n{source}"
+    results = suite.results_of(source)
+    if isinstance(results, Score):
+        return results
+    passed = sum(ok for ok, _ in results)
+    if passed == len(results):
+        return Score.correct()
+    first = next(text for ok, text in results if not ok)
+    detail = f"{passed} of {len(results)} tests passed: {first}"
+    return Score(0.0 if whole else passed / len(results), "wrong", detail)
+
+
+_solution_scores: dict[str, Score] = {}
+_MAX_SOLUTION_SCORES = 100_000
+
+
+def _solution_score(row: dict[str, Any], suite: _Suite) -> Score:
+    """What the row's solution gets; found out once in a process."""
+    fields = ("tests", "hidden_tests", "entry_point", "setup", "preamble", "solution")
+    text = json.dumps([row.get(name) for name in fields], sort_keys=True, default=repr)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    known = _solution_scores.get(key)
+    if known is not None:
+        return known
+    reference = _graded(suite, row["solution"], whole=True)
+    if reference.trains:
+        if len(_solution_scores) >= _MAX_SOLUTION_SCORES:
+            _solution_scores.clear()
+        _solution_scores[key] = reference
+    return reference
+
+
+# ---- the three forms of tests -------------------------------------------------------------------
+
+
+def _suite(row: dict[str, Any]) -> _Suite:
+    tests = _listed(row.get("tests")) + _listed(row.get("hidden_tests"))
+    texts = {name: row.get(name, "") for name in ("entry_point", "setup", "preamble", "solution")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise _BadTests(f"{name} must be a text, not {text!r}"[:200])
+    if tests and all(isinstance(test, str) for test in tests):
+        run = _source_tests(tests, texts)
+    elif tests and all(_is_call(test) for test in tests):
+        if not texts["entry_point"]:
+            raise _BadTests("tests of the form [arguments, expected] need entry_point")
+        run = functools.partial(_call_results, texts["entry_point"], tests)
+    elif tests and all(_is_script(test) for test in tests):
+        every = row.get("pass_rate") is True
+        run = functools.partial(_script_results, tests, every)
+    else:
+        raise _BadTests(
+            "needs tests, a list of [arguments, expected], of source texts, or of "
+            '{"input", "output"}'
+        )
+    return _Suite(run, texts["preamble"])
+
+
+def _listed(tests: Any) -> list[Any]:
+    if tests is None:
+        return []
+    if isinstance(tests, str):
+        return [tests] if tests.strip() else []
+    if not isinstance(tests, list):
+        raise _BadTests(f"tests must be a list or a text, not {tests!r}"[:200])
+    return tests
+
+
+def _is_call(test: Any) -> bool:
+    return isinstance(test, list) and len(test) == 2 and isinstance(test[0], list)
+
+
+def _is_script(test: Any) -> bool:
+    return isinstance(test, dict) and all(isinstance(test.get(k), str) for k in ("input", "output"))
+
+
+def _call_results(entry_point: str, tests: list[tuple[list[Any], Any]], source: str) -> _Results:
+    outcome = api.run_calls(source, entry_point, [arguments for arguments, _ in tests])
+    if outcome.kind != "returned":
+        return _failure(outcome)
+    results = []
+    for (arguments, expected), (kind, value) in zip(tests, outcome.values, strict=True):
+        call = f"{entry_point}{tuple(arguments)}"[:200]
+        if kind != "value":
+            results.append((False, f"{call}: {str(value)[:200]}"))
+        elif not _equal(value, expected):
+            shown = f"{str(value)[:80]}, expected {str(expected)[:80]}"
+            results.append((False, f"{call} gives {shown}"))
+        else:
+            results.append((True, ""))
+    return results
+
+
+def _script_results(tests: list[dict[str, str]], every: bool, source: str) -> _Results:
+    """With `every` false the first failure ends it: the tests after it count as not passed."""
+    results: list[_Result] = []
+    for test in tests:
+        outcome = api.run_script(source, test["input"])
+        if outcome.kind == "failed":
+            results.append((False, outcome.detail))
+        elif outcome.kind != "returned":
+            return _failure(outcome)
+        else:
+            same = _same_output(outcome.values[0], test["output"])
+            shown = f"{outcome.values[0][:80]!r}, expected {test['output'][:80]!r}"
+            results.append((same, "" if same else f"it writes {shown}"))
+        if not results[-1][0] and not every:
+            return results + [(False, "")] * (len(tests) - len(results))
+    return results
+
+
+def _source_tests(tests: list[str], texts: dict[str, str]) -> Callable[[str], _Results]:
+    setup = f"{texts['preamble']}\n{texts['setup']}"
+    names, imports = _names_used(setup, tests, texts)
+    prepared = api.Tests(
+        tests=tests,
+        names=names,
+        setup="".join(f"import {name}\n" for name in imports) + setup,
+        entry_point=texts["entry_point"],
+    )
+
+    def results_of(source: str) -> _Results:
+        outcome = api.run_tests(source, prepared)
+        if outcome.kind != "returned":
+            return _failure(outcome)
+        # A test of one statement says more than the name of its exception.
+        shown = tests if len(tests) == len(outcome.values) else [""] * len(outcome.values)
+        return [
+            (passed, f"{test.strip()[:200]}: {text}".strip(": "))
+            for test, (passed, text) in zip(shown, outcome.values, strict=True)
+        ]
+
+    return results_of
+
+
+def _names_used(setup: str, tests: list[str], texts: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the program that setup and tests use, and modules that they use unimported."""
+    trees = [_parsed(setup, "setup"), *(_parsed(test, "a test") for test in tests)]
+    entry_point = texts["entry_point"]
+    used, own = set[str](), set[str]()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            used.add(node.id)
+        else:
+            own.update(_bound(node))
+    if "check" in own and not entry_point:
+        raise _BadTests("tests that define check(candidate) need entry_point")
+    solved = {
+        name
+        for node in _parsed(f"{texts['preamble']}\n{texts['solution']}", "the solution").body
+        if not isinstance(node, ast.Import | ast.ImportFrom)
+        for child in ([node] if hasattr(node, "name") else ast.walk(node))
+        for name in _bound(child)
+    }
+    used -= own
+    imports = (used & sys.stdlib_module_names) - solved - {entry_point}
+    names = {name for name in used if name in solved or not hasattr(builtins, name)} - imports
+    names |= {entry_point} - {""}
+    if not names:
+        raise _BadTests("the tests use nothing of the program; name its entry_point")
+    return sorted(names), sorted(imports)
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    """Names that this node alone gives a meaning to."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ExceptHandler) and node.name:
+        yield node.name
+
+
+def _parsed(source: str, what: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _BadTests(f"{what} is no Python: {error}: {source[:100]!r}") from error
+
+
+def _failure(outcome: Outcome) -> Score:
+    return {
+        "failed": Score.wrong,
+        "bad_tests": Score.bad_gold,
+        "timeout": Score.timeout,
+        "infrastructure": Score.infrastructure,
+    }[outcome.kind](outcome.detail)
+
+
+# ---- comparison ---------------------------------------------------------------------------------
+
+
+def _equal(value: Any, expected: Any) -> bool:
+    """Equal JSON values; floating-point numbers to within rounding."""
+    if isinstance(expected, float) and isinstance(value, int | float):
+        return not isinstance(value, bool) and math.isclose(
+            value, expected, rel_tol=1e-9, abs_tol=1e-12
+        )
+    if isinstance(expected, list) and isinstance(value, list):
+        return len(value) == len(expected) and all(map(_equal, value, expected))
+    if isinstance(expected, dict) and isinstance(value, dict):
+        same = value.keys() == expected.keys()
+        return same and all(_equal(value[key], expected[key]) for key in expected)
+    return same_json(value, expected)
+
+
+def _same_output(written: str, expected: str) -> bool:
+    """The same lines; where one differs, the same words in it, decimals to within rounding."""
+    lines, wanted = _lines(written), _lines(expected)
+    if len(lines) != len(wanted):
+        return False
+    for line, want in zip(lines, wanted, strict=True):
+        if line == want:
+            continue
+        words, wants = line.split(" "), want.split(" ")
+        if len(words) != len(wants) or not all(map(_same_word, words, wants)):
+            return False
+    return True
+
+
+def _same_word(word: str, expected: str) -> bool:
+    """Equal texts, or a number within 1e-6 of an expected decimal."""
+    if word == expected:
+        return True
+    decimal = "." in expected and _DECIMAL.fullmatch(expected) and _DECIMAL.fullmatch(word)
+    if not decimal:
+        return False
+    return math.isclose(float(word), float(expected), rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines without the white space at their ends, nor empty ones at the end."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]

@@ -1,0 +1,16 @@
+"""Exact answers: equal texts, spaces aside."""
+
+from typing import Any
+
+from ernie_train.rewards.score import Score, grade_response, mismatch
+from ernie_train.rewards.verifiers.answer_text import squeeze
+
+
+def score(row: dict[str, Any], completion: str) -> Score:
+    """Compare the response with `answer`; capitals count, since mV is not MV."""
+    return grade_response(row, completion, _compare)
+
+
+def _compare(gold: str, response: str) -> Score:
+    equal = squeeze(response) == squeeze(gold)
+    return Score.correct() if equal else mismatch(gold, response)

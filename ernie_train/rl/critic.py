@@ -1,0 +1,98 @@
+"""The critic of PPO: a model of its own that predicts the return at every position.
+
+Shapes: B rows, S positions, T real tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from ernie_train.core.errors import WeightsError
+from ernie_train.io.safetensors import ArraysByOtherNames, TensorFiles
+from ernie_train.model import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    Ernie4_5_MoeModel,
+    HiddenOutput,
+)
+from ernie_train.model.pylayer import default_dtype, dtype_name
+from ernie_train.parallel import owned
+from ernie_train.weights import layout
+
+_HEAD = "value_head."
+
+
+class Critic(nn.Layer):
+    """The decoder of a policy with a scalar head [H] instead of its vocabulary.
+
+    It starts from the policy's weights and a head of zeros, so that its first values are 0.
+    """
+
+    def __init__(self, policy: Ernie4_5_MoeForCausalLM) -> None:
+        super().__init__()
+        self.config: Ernie4_5_MoeConfig = policy.config
+        with default_dtype(dtype_name(policy.head()[0])):
+            self.model = Ernie4_5_MoeModel(policy.config, policy.model.placement)
+            self.value_head = nn.Linear(policy.config.hidden_size, 1)
+        self.model.rope_theta = policy.model.rope_theta
+        self.model.run_layer = policy.model.run_layer
+        self.model.set_state_dict(policy.model.state_dict())
+        for parameter in self.value_head.parameters():
+            parameter.set_value(paddle.zeros_like(parameter))
+
+    def forward(self, input_ids: Tensor, document_ids: Any) -> tuple[Tensor, HiddenOutput]:
+        """input_ids, document_ids [B,S] -> values [T] of the real tokens, and the hidden states.
+
+        The value at a token is the return that is expected after it.
+        """
+        output = self.model(input_ids, document_ids=document_ids)
+        return self.value_head(output.hidden).astype("float32").squeeze(-1), output
+
+    def to_disk(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Parameters, or their moments, under the names that a model directory has for them."""
+        body = {n: a for n, a in named.items() if not n.startswith(_HEAD)}
+        head = {n: a for n, a in named.items() if n.startswith(_HEAD)}
+        return {**dict(layout.to_hf(self.config, body, self.model.placement.experts)), **head}
+
+    def from_disk(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inverse of `to_disk`; `WeightsError` for arrays of another model."""
+        head = {n: stored[n] for n in stored if n.startswith(_HEAD)}
+        names = {n: n for n in stored if not n.startswith(_HEAD)}
+        body = ArraysByOtherNames(stored, names)
+        return {**dict(layout.from_hf(self.config, body, self.model.placement.experts)), **head}
+
+    def load_directory(self, directory: Path) -> None:
+        """Starts from the `critic/` directory of a checkpoint; `WeightsError` for a misfit."""
+        if not directory.is_dir():
+            raise WeightsError(f"{directory}: no such directory with a critic")
+        try:
+            self.load(TensorFiles(directory, "model"))
+        except WeightsError as error:
+            raise WeightsError(f"{directory}: {error}") from None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The weights that this rank writes, under their names on disk."""
+        state = self.state_dict()
+        mine = owned(state)
+        return self.to_disk({n: t.numpy() for n, t in state.items() if n in mine})
+
+    def load(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Fills the critic with what `arrays` gave on all ranks.
+
+        Raises `WeightsError` if it was of another size.
+        """
+        arrays = self.from_disk(stored)
+        own = self.state_dict()
+        wrong = [n for n, t in own.items() if n not in arrays or list(arrays[n].shape) != t.shape]
+        if wrong:
+            raise WeightsError(
+                f"the critic is of another size than the policy: {', '.join(wrong[:5])}"
+            )
+        for name, tensor in own.items():
+            tensor.set_value(arrays[name])

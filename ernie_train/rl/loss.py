@@ -1,0 +1,143 @@
+"""The losses of RL on micro-batches of samples: the policy's objective and the critic's error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_train.losses import (
+    KlInLossKind,
+    completion_logratios,
+    dpo_loss,
+    implicit_rewards,
+    kl_estimate,
+    kl_loss,
+    policy_loss,
+    value_loss,
+)
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.rl.batch import SampleBatch, critic_values, policy_logprobs
+from ernie_train.rl.critic import Critic
+from ernie_train.train.loss_terms import LossOutput, LossTerm
+
+Shown = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class UpoLoss:
+    """policy_coef * PPO + kl_coef * KL - entropy_coef * entropy + preference_coef * DPO.
+
+    The first three are means over the trained tokens of the step, the last over its pairs. Terms
+    with a coefficient of 0 are absent. `kl_kind` None leaves KL out of the loss.
+    """
+
+    temperature: float
+    clip_ratio: tuple[float, float]
+    policy_coef: float = 1.0
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_kind: KlInLossKind | None = None
+    preference_coef: float = 0.0
+    beta: float = 0.1
+    has_reference: bool = False
+
+    def counts(self, batch: SampleBatch) -> dict[str, float]:
+        tokens = float(batch.trained.sum())
+        coefs = {"policy": self.policy_coef, "entropy": self.entropy_coef}
+        if self.kl_kind is not None:
+            coefs["kl_loss"] = self.kl_coef
+        counts = {name: tokens for name, coef in coefs.items() if coef}
+        if self.preference_coef:
+            counts["preference"] = float(len(batch.pairs))
+        return counts
+
+    def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: SampleBatch) -> LossOutput:
+        logprobs, entropy, router_stats = policy_logprobs(
+            model, batch, temperature=self.temperature, with_entropy=True
+        )
+        counts = self.counts(batch)
+        terms: list[LossTerm] = []
+        shown: Shown = {}
+        if float(batch.trained.sum()) > 0:
+            terms, shown = self._token_terms(logprobs, entropy, batch, counts)
+        if self.preference_coef and batch.pairs:
+            term, seen = self._preference(logprobs, batch)
+            terms.append(term)
+            shown |= seen
+        return LossOutput(terms, shown, router_stats, logprobs)
+
+    def _token_terms(
+        self, logprobs: Tensor, entropy: Tensor | None, batch: SampleBatch, counts: dict[str, float]
+    ) -> tuple[list[LossTerm], Shown]:
+        mask = paddle.to_tensor(batch.trained)
+        tokens = float(batch.trained.sum())
+        terms = []
+        shown: Shown = {}
+        if "policy" in counts:
+            total, clipped = policy_loss(
+                logprobs,
+                batch.gather("old_logprobs"),
+                batch.gather("advantages"),
+                mask,
+                clip_ratio=self.clip_ratio,
+            )
+            terms.append(LossTerm("policy", total, tokens, self.policy_coef))
+            shown["clip_ratio"] = (float(clipped), tokens)
+        if entropy is not None:
+            summed = (entropy * mask).sum()
+            shown["entropy"] = (float(summed), tokens)
+            if "entropy" in counts:
+                terms.append(LossTerm("entropy", summed, tokens, -self.entropy_coef))
+        if self.has_reference:
+            reference = batch.gather("ref_logprobs")
+            estimate = kl_estimate(logprobs.detach(), reference, "k3") * mask
+            shown["kl"] = (float(estimate.sum()), tokens)
+            if "kl_loss" in counts and self.kl_kind is not None:
+                summed = kl_loss(logprobs, reference, mask, kind=self.kl_kind)
+                terms.append(LossTerm("kl_loss", summed, tokens, self.kl_coef))
+        return terms, shown
+
+    def _preference(self, logprobs: Tensor, batch: SampleBatch) -> tuple[LossTerm, Shown]:
+        ratios = completion_logratios(
+            logprobs,
+            batch.gather("ref_logprobs"),
+            paddle.to_tensor(batch.owners),
+            len(batch.samples),
+        )
+        places = np.array(batch.pairs, np.int64)
+        chosen, rejected = (paddle.gather(ratios, paddle.to_tensor(places[:, i])) for i in (0, 1))
+        total = dpo_loss(chosen, rejected, beta=self.beta).sum()
+        seen = implicit_rewards(chosen, rejected, beta=self.beta)
+        pairs = float(len(batch.pairs))
+        shown = {
+            "rewards/accuracies": (float(seen.accuracies.sum()), pairs),
+            "rewards/margins": (float(seen.margins.sum()), pairs),
+            "rewards/chosen": (float(seen.chosen.sum()), pairs),
+            "rewards/rejected": (float(seen.rejected.sum()), pairs),
+        }
+        return LossTerm("preference", total, pairs, self.preference_coef), shown
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The critic's clipped squared error, a mean over the trained tokens of the step."""
+
+    clip_range: float | None
+
+    def counts(self, batch: SampleBatch) -> dict[str, float]:
+        return {"value_loss": float(batch.trained.sum())}
+
+    def __call__(self, model: Critic, batch: SampleBatch) -> LossOutput:
+        values, router_stats = critic_values(model, batch)
+        total = value_loss(
+            values,
+            batch.gather("values"),
+            batch.gather("returns"),
+            paddle.to_tensor(batch.trained),
+            clip_range=self.clip_range,
+        )
+        term = LossTerm("value_loss", total, float(batch.trained.sum()))
+        return LossOutput([term], {}, router_stats, values)

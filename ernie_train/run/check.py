@@ -1,0 +1,155 @@
+"""The `check` verb: everything that can be known before training, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.syntax import Syntax
+
+from ernie_train.core import devices
+from ernie_train.core.errors import ConfigError
+from ernie_train.data import Record, Tokenizer, load_tokenizer
+from ernie_train.eval.evaluate import load_problems, require_verifiers
+from ernie_train.eval.gates import known_metrics
+from ernie_train.model import Ernie4_5_MoeConfig
+from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
+from ernie_train.rewards.sandbox import set_policy
+from ernie_train.run.recipe import Recipe
+from ernie_train.run.stages import STAGES, StageData
+from ernie_train.train.supervised_data import SupervisedConfig
+
+
+def check_recipe(recipe: Recipe, console: Console) -> None:
+    """Prints the resolved recipe, the model's size, and for each stage its batch and data.
+
+    Raises the same errors that a run would raise before its first step, but tells of what may be
+    elsewhere: GPUs, a model, its tokenizer.
+    """
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    console.print(Syntax(resolved, "yaml", background_color="default"))
+    base_dir = Path.cwd()
+    if recipe.device == "gpu" and (missing := devices.why_no_gpu()):
+        console.print(f"device: gpu, but here {missing}. A run needs a GPU.", highlight=False)
+    else:
+        devices.select_device(recipe.device)
+    set_policy(recipe.sandbox)
+    tokenizer = _tokenizer_or_stand_in(recipe, base_dir, console)
+    config = recipe.model.build()
+    if recipe.model.is_absent:
+        console.print(recipe.model.told_absent(), highlight=False)
+    check_fit(recipe, config, tokenizer)
+    total, active = config.num_parameters()
+    console.print(
+        f"model: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active for a token; "
+        f"tokenizer: {tokenizer.vocab_size} tokens",
+        highlight=False,
+    )
+    for index, stage in enumerate(recipe.stages):
+        _check_stage(stage, StageData(base_dir, tokenizer, recipe.stage_seed(index)), console)
+    if recipe.evaluation is not None:
+        problems = load_problems(base_dir / recipe.evaluation.path)
+        require_verifiers(problems)
+        check_gates(recipe, problems)
+        tasks = {record.fields["task"] for record in problems}
+        console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
+
+
+def _tokenizer_or_stand_in(recipe: Recipe, base_dir: Path, console: Console) -> Tokenizer:
+    source = recipe.tokenizer
+    if not source.is_absent(base_dir):
+        return load_tokenizer(base_dir / source.path)
+    console.print(
+        f"tokenizer: nothing at {source.path}; {source.stand_in} stands in for it, so what follows "
+        "counts other tokens. A run needs the model's own: tokenizer.path=...",
+        highlight=False,
+    )
+    return load_tokenizer(base_dir / str(source.stand_in))
+
+
+def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:
+    """Raises `ConfigError` for a gate on a metric that solving `problems` does not produce."""
+    known = known_metrics(problems)
+    wrong = [
+        f"stages.{index}.gate.metric={stage.gate.metric}: never produced; there are "
+        f"{', '.join(sorted(known))}"
+        for index, stage in enumerate(recipe.stages)
+        if stage.gate is not None and stage.gate.metric not in known
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def _recompute_problems(recompute: Recompute, config: Ernie4_5_MoeConfig) -> list[str]:
+    if not isinstance(recompute, RecomputeConfig):
+        return []
+    problems = []
+    if (recompute.layers or 0) > config.num_hidden_layers:
+        problems.append(
+            f"parallel.recompute.layers={recompute.layers}: the model has "
+            f"{config.num_hidden_layers} layers"
+        )
+    if recompute.chunk_tokens and config.moe_capacity_factor is not None:
+        problems.append(
+            f"parallel.recompute.chunk_tokens={recompute.chunk_tokens}: moe_capacity_factor="
+            f"{config.moe_capacity_factor} counts over a whole micro-batch; leave one of them out"
+        )
+    return problems
+
+
+def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` when tokenizer, sequence lengths or layout do not fit the model."""
+    problems = []
+    try:
+        check_expert_degree(recipe.parallel.expert, config)
+    except ConfigError as error:
+        problems += error.problems
+    problems += _recompute_problems(recipe.parallel.recompute, config)
+    if tokenizer.vocab_size > config.vocab_size:
+        problems.append(
+            f"tokenizer.path: {recipe.tokenizer.path} has {tokenizer.vocab_size} tokens, "
+            f"the model only vocab_size={config.vocab_size}"
+        )
+    theta = config.rope_theta
+    for index, stage in enumerate(recipe.stages):
+        problems += _length_problems(stage, f"stages.{index}", config.max_position_embeddings)
+        problems += _balance_problems(stage, f"stages.{index}", config)
+        if isinstance(stage, SupervisedConfig) and stage.rope_schedule:
+            first = stage.rope_schedule[0].rope_theta
+            if first < theta:
+                problems.append(
+                    f"stages.{index}.rope_schedule.0.rope_theta={first:g} lies below the "
+                    f"{theta:g} that the model has then: a schedule never goes down "
+                    "(a preset starts where model.rope_theta says)"
+                )
+            theta = stage.rope_schedule[-1].rope_theta
+    if problems:
+        raise ConfigError(problems)
+
+
+def _length_problems(stage: Any, path: str, limit: int) -> list[str]:
+    return [
+        f"{path}.{name}={length} exceeds the model's max_position_embeddings={limit}"
+        for name, length in stage.lengths().items()
+        if length > limit
+    ]
+
+
+def _balance_problems(stage: Any, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
+    if any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
+        return []
+    return [
+        f"{path}.balance.{name}={getattr(stage.balance, name):g} has no effect: the model has no "
+        "MoE layer, so neither router nor selection bias"
+        for name in stage.balance.active()
+    ]
+
+
+def _check_stage(stage: Any, data: StageData, console: Console) -> None:
+    prepared = STAGES[stage.kind].prepare(stage, data)
+    console.rule(f"stage {stage.name} ({stage.kind})")
+    console.print(prepared.report.as_table())
+    STAGES[stage.kind].describe(stage, data, prepared, console)

@@ -1,0 +1,116 @@
+"""What people read at the end: the table of results, the receipt's line, the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+
+from ernie_train.run.export import RECEIPT, Receipt
+from ernie_train.run.recipe import Recipe
+
+
+def evaluation_table(result: dict[str, Any]) -> Group:
+    """Accuracy by task and by domain, beside the most frequent answer and the untrained model."""
+    trained = result["trained"]
+    untrained = {t["task"]: t for t in result.get("untrained", {}).get("tasks", [])}
+    tasks = _table("held-out problems", "domain", "task", "n", "accuracy", "baseline")
+    if untrained:
+        tasks.add_column("untrained", justify="right")
+    tasks.add_column("cut off", justify="right")
+    for task in trained["tasks"]:
+        cells = [task["domain"], task["task"], str(task["problems"])]
+        cells += [_percent(task["accuracy"]), _percent(task["baseline"])]
+        if untrained:
+            cells.append(_percent(untrained[task["task"]]["accuracy"]))
+        tasks.add_row(*cells, _percent(task["truncated"]))
+    domains = _table("", "domain", "accuracy", "baseline", "above it")
+    for domain, values in trained["domains"].items():
+        accuracy, baseline = values["accuracy"], values["baseline"]
+        gain = f"{100 * (accuracy - baseline):+.1f}"
+        domains.add_row(domain, _percent(accuracy), _percent(baseline), gain)
+    lines = [f"mean over tasks: {_percent(trained['mean_accuracy'])} %"]
+    lines.append("in %; baseline: always the task's most frequent answer")
+    if untrained:
+        count = next(iter(untrained.values()))["problems"]
+        lines.append(f"untrained: the model before its first step, on {count} problems of a task")
+    lines += [
+        f"{task['task']}: {n} completions could not be scored ({status})"
+        for task in trained["tasks"]
+        for status, n in task["excluded"].items()
+    ]
+    return Group(tasks, domains, *lines)
+
+
+def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """Accuracy of every task and domain after each stage, and what the last stage added."""
+    table = _table("solved, in %", "domain", "task", *(name for name, _ in results))
+    if len(results) > 1:
+        table.add_column("last stage", justify="right")
+
+    def add(domain: str, task: str, values: list[float], section: bool = False) -> None:
+        cells = [_percent(value) for value in values]
+        if len(values) > 1:
+            cells.append(f"{100 * (values[-1] - values[-2]):+.1f}")
+        table.add_row(domain, task, *cells, end_section=section)
+
+    evaluations = [result["trained"] for _, result in results]
+    for at, task in enumerate(evaluations[-1]["tasks"]):
+        values = [evaluation["tasks"][at]["accuracy"] for evaluation in evaluations]
+        add(task["domain"], task["task"], values, at == len(evaluations[-1]["tasks"]) - 1)
+    for domain in evaluations[-1]["domains"]:
+        add(domain, "all", [e["domains"][domain]["accuracy"] for e in evaluations])
+    add("all", "mean", [evaluation["mean_accuracy"] for evaluation in evaluations])
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title or None, box=SIMPLE, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("domain", "task") else "right")
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def receipt_line(directory: Path, receipt: Receipt) -> str:
+    """One line that says what the comparison after an export found."""
+    return (
+        f"exported to {directory} ({receipt.dtype}); {receipt.note} ({receipt.reader}): "
+        f"{'passed' if receipt.passed else 'FAILED'}, largest logit difference "
+        f"{receipt.max_logit_difference:.1e}, see {RECEIPT}"
+    )
+
+
+def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:
+    """README.md of an exported model: where it comes from and what was measured."""
+    stages = " -> ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
+    source = recipe.model.path or f"preset {recipe.model.preset}"
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:",
+        "- ernie4_5", "- ernie_train", "---", "",
+        f"# {recipe.name}", "",
+        f"Trained with ernie_train from {source}, seed {recipe.seed}, stages: {stages}.", "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained(".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```", "",
+    ]  # fmt: skip
+    if evaluation is not None:
+        lines += ["| domain | task | problems | accuracy | most frequent answer |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [
+            f"| {t['domain']} | {t['task']} | {t['problems']} | {_percent(t['accuracy'])} % | "
+            f"{_percent(t['baseline'])} % |"
+            for t in evaluation["trained"]["tasks"]
+        ]
+        lines += ["", "Greedy decoding on held-out generated problems.", ""]
+    lines += [f"How the export was checked: `{RECEIPT}`.", ""]
+    return "\n".join(lines)

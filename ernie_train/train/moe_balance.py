@@ -1,0 +1,201 @@
+"""Balance of the experts in training: terms on the router, and what moves after an update.
+
+Coefficients of 0 are absent: no term, no cost, the same bits as without this module. The router's
+weight takes gradients of all terms; the selection bias is moved by load statistics alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from pydantic import model_validator
+
+from ernie_train.core import process_group
+from ernie_train.core.config import NonNegative, StrictConfig
+from ernie_train.losses import (
+    load_balance_loss,
+    router_orthogonal_gradient,
+    router_orthogonal_loss,
+    router_z_loss,
+    selection_bias_step,
+    unbiased_expert_ids,
+)
+from ernie_train.model import RouterStats
+from ernie_train.model.moe import MoE
+from ernie_train.train.loss_terms import LossTerm, TrainedModel
+
+ORTHOGONAL = "balance/orthogonal"
+LOAD_BALANCE = "balance/load_balance"
+Z_LOSS = "balance/z_loss"
+
+
+class BalanceConfig(StrictConfig):
+    """What keeps the experts in use; everything is off by default, as in ERNIE 4.5's SFT.
+
+    Each term enters the objective as its coefficient times its sum over the MoE layers, and is
+    shown as its mean over them. ERNIE 4.5's pre-training has orthogonal_coef 1e-3 (decoupled),
+    load_balance_coef 1e-5 and bias_update_rate 1e-3.
+
+    orthogonal_mode: "loss" adds the term to the objective; "decoupled" moves the router by
+        -orthogonal_coef * gradient after each update, past learning rate, moments and clipping.
+    bias_update_rate: step of the auxiliary-loss-free selection bias; 0 freezes it.
+    """
+
+    orthogonal_coef: NonNegative = 0.0
+    orthogonal_mode: Literal["loss", "decoupled"] = "loss"
+    load_balance_coef: NonNegative = 0.0
+    z_loss_coef: NonNegative = 0.0
+    bias_update_rate: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BalanceConfig:
+        if self.orthogonal_mode == "decoupled" and self.orthogonal_coef == 0:
+            raise ValueError("orthogonal_mode='decoupled' has no effect without orthogonal_coef")
+        return self
+
+    def active(self) -> list[str]:
+        """The settings that are not zero."""
+        names = ("orthogonal_coef", "load_balance_coef", "z_loss_coef", "bias_update_rate")
+        return [name for name in names if getattr(self, name) > 0]
+
+
+def moe_layers(model: TrainedModel) -> dict[int, MoE]:
+    """The MoE layers of a model by their number."""
+    return {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_moe}
+
+
+class RouterStatsAccumulator:
+    """What the routers did in one optimizer step, summed over its micro-batches, then over ranks.
+
+    tokens_per_expert [L,E] counts every choice of every real token, before any capacity limit;
+    entropy [L] sums the routers' entropies in nats over `tokens` [L]; dropped [L] counts choices
+    that a capacity limit dropped. L MoE layers in their order.
+    """
+
+    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
+        self.layers = list(layers)
+        self.tokens_per_expert = np.zeros((len(self.layers), num_experts))
+        self.entropy, self.tokens, self.dropped = (np.zeros(len(self.layers)) for _ in range(3))
+
+    def add(self, router_stats: Sequence[RouterStats]) -> None:
+        experts = self.tokens_per_expert.shape[1]
+        with paddle.no_grad():
+            for stats in router_stats:
+                at = self.layers.index(stats.layer)
+                chosen = paddle.bincount(stats.expert_ids.reshape([-1]), minlength=experts)
+                self.tokens_per_expert[at] += chosen.numpy()
+                probs = stats.router_probs.detach()
+                self.entropy[at] -= float((probs * paddle.log(paddle.clip(probs, 1e-30))).sum())
+                self.tokens[at] += probs.shape[0]
+                self.dropped[at] += stats.dropped
+
+    def merge(self, other: RouterStatsAccumulator) -> None:
+        """Adds what the routers did in another step."""
+        self.tokens_per_expert += other.tokens_per_expert
+        self.entropy += other.entropy
+        self.tokens += other.tokens
+        self.dropped += other.dropped
+
+    def reduce(self) -> None:
+        """Sums over all ranks; each has the same numbers then."""
+        parts = (self.tokens_per_expert, self.entropy, self.tokens, self.dropped)
+        flat = np.concatenate([part.reshape(-1) for part in parts])
+        total = np.array(process_group.all_reduce_sum(flat.tolist()))
+        for part in parts:
+            part[...] = total[: part.size].reshape(part.shape)
+            total = total[part.size :]
+
+
+class MoeBalance:
+    """Applies a `BalanceConfig` to one model."""
+
+    def __init__(self, model: TrainedModel, config: BalanceConfig) -> None:
+        self.config = config
+        self.layers = moe_layers(model)
+        self.top_k = model.config.moe_k
+        self.num_experts = model.config.moe_num_experts
+
+    def counts(self, num_tokens: int) -> dict[str, float]:
+        """Counts of the terms of a micro-batch with `num_tokens` real tokens.
+
+        The load-balance loss is not linear in tokens, so it is taken per micro-batch and weighted
+        by its tokens; the orthogonal one does not depend on the batch and counts once for each.
+        """
+        counts: dict[str, float] = {}
+        if not self.layers:
+            return counts
+        if self._orthogonal_in_loss:
+            counts[ORTHOGONAL] = 1.0
+        if self.config.load_balance_coef:
+            counts[LOAD_BALANCE] = float(num_tokens)
+        if self.config.z_loss_coef:
+            counts[Z_LOSS] = float(num_tokens)
+        return counts
+
+    @property
+    def _orthogonal_in_loss(self) -> bool:
+        return self.config.orthogonal_coef > 0 and self.config.orthogonal_mode == "loss"
+
+    def terms(self, router_stats: Sequence[RouterStats]) -> list[LossTerm]:
+        """The terms of one micro-batch, from what its forward pass reported."""
+        config, terms, layers = self.config, [], len(self.layers)
+        if self.layers and self._orthogonal_in_loss:
+            losses = [router_orthogonal_loss(moe.gate.weight) for moe in self.layers.values()]
+            mean = _sum(losses) / layers
+            coef = config.orthogonal_coef * layers
+            terms.append(LossTerm(ORTHOGONAL, mean, 1.0, coef, of_weights=True))
+        if config.load_balance_coef and router_stats:
+            terms.append(self._by_tokens(LOAD_BALANCE, router_stats, config.load_balance_coef))
+        if config.z_loss_coef and router_stats:
+            terms.append(self._by_tokens(Z_LOSS, router_stats, config.z_loss_coef))
+        return terms
+
+    def _by_tokens(self, name: str, router_stats: Sequence[RouterStats], coef: float) -> LossTerm:
+        layers = len(self.layers)
+        losses, tokens = [], 0
+        for stats in router_stats:
+            if name == Z_LOSS:
+                loss = router_z_loss(stats.router_logits)
+            else:
+                ids = unbiased_expert_ids(stats.router_probs, self.top_k)
+                loss = load_balance_loss(stats.router_probs, ids, self.num_experts)
+            losses.append(loss * (stats.router_probs.shape[0] / layers))
+            tokens += stats.router_probs.shape[0]
+        return LossTerm(name, _sum(losses), tokens / layers, coef * layers)
+
+    def new_load(self) -> RouterStatsAccumulator:
+        return RouterStatsAccumulator(list(self.layers), self.num_experts)
+
+    def after_step(self, load: RouterStatsAccumulator) -> dict[str, float]:
+        """Moves what no gradient moves: routers (decoupled orthogonalization) and their biases.
+
+        Returns what is shown of it: the mean over the layers of the loss that was stepped down.
+        """
+        shown: dict[str, float] = {}
+        decoupled = self.config.orthogonal_mode == "decoupled" and self.config.orthogonal_coef > 0
+        if self.layers and decoupled:
+            values = []
+            for moe in self.layers.values():
+                value, gradient = router_orthogonal_gradient(moe.gate.weight)
+                values.append(value)
+                with paddle.no_grad():
+                    moe.gate.weight.subtract_(gradient * self.config.orthogonal_coef)
+            shown[ORTHOGONAL] = sum(values) / len(values)
+        with paddle.no_grad():
+            if self.config.bias_update_rate and self.layers:
+                steps = selection_bias_step(load.tokens_per_expert, self.config.bias_update_rate)
+                for moe, step in zip(self.layers.values(), steps, strict=True):
+                    bias = moe.moe_statics.e_score_correction_bias
+                    bias.add_(paddle.to_tensor(step).reshape(bias.shape))
+        return shown
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

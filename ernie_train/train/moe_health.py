@@ -1,0 +1,202 @@
+"""How the experts of a mixture fare in training: metrics by layer, and warnings with a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import paddle
+from pydantic import Field
+
+from ernie_train.core.config import PositiveInt, StrictConfig
+from ernie_train.core.warn_once import WarnOnce
+from ernie_train.losses import mean_absolute_cosine
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.train.moe_balance import RouterStatsAccumulator, moe_layers
+
+REMEDY = "raise balance.bias_update_rate (0.001 is usual) or balance.load_balance_coef"
+
+# How a figure of all layers is made from those of each.
+_OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
+    "load_max": max,
+    "load_cv": lambda values: sum(values) / len(values),
+    "dead_experts": sum,
+    "router_entropy": lambda values: sum(values) / len(values),
+    "bias_range": max,
+    "router_cosine": lambda values: sum(values) / len(values),
+    "drop_rate": lambda values: sum(values) / len(values),
+    "routing_changed": lambda values: sum(values) / len(values),
+}
+
+
+class MoeHealthConfig(StrictConfig):
+    """What is watched of the experts.
+
+    layers_every_steps: figures of single layers; those of all layers are logged every step.
+    probe_every_steps, probe_tokens: how often, and on how many tokens of the stage's first batch,
+        today's choice of experts is compared with that at the stage's start.
+    warn_load_max: bound of the busiest expert's load over the mean load.
+    warn_after_steps: a warning appears when an expert got no token, or the load stood above its
+        bound, for as many steps in a row.
+    """
+
+    layers_every_steps: PositiveInt = 10
+    probe_every_steps: PositiveInt = 100
+    probe_tokens: PositiveInt = 512
+    warn_load_max: Annotated[float, Field(gt=1)] = 4.0
+    warn_after_steps: PositiveInt = 20
+
+
+def layer_health(
+    model: Ernie4_5_MoeForCausalLM, load: RouterStatsAccumulator
+) -> dict[int, dict[str, float]]:
+    """Figures of each MoE layer over the tokens in `load`.
+
+    load_max: busiest expert's tokens over the mean; load_cv: standard deviation over the mean;
+    dead_experts: how many got no token; router_entropy: mean over tokens in nats; bias_range:
+    largest less smallest selection bias; router_cosine: mean |cosine| between two experts' router
+    columns; drop_rate: share of choices dropped, where the model has a capacity factor.
+    """
+    figures = {}
+    for at, (layer, moe) in enumerate(moe_layers(model).items()):
+        tokens = load.tokens_per_expert[at]
+        mean = max(tokens.mean(), 1e-30)
+        values = {
+            "load_max": float(tokens.max() / mean),
+            "load_cv": float(tokens.std() / mean),
+            "dead_experts": float((tokens == 0).sum()),
+            "router_entropy": float(load.entropy[at] / max(load.tokens[at], 1.0)),
+            "bias_range": float(np.ptp(moe.moe_statics.e_score_correction_bias.numpy())),
+            "router_cosine": mean_absolute_cosine(moe.gate.weight),
+        }
+        if model.config.moe_capacity_factor is not None:
+            values["drop_rate"] = float(load.dropped[at] / max(tokens.sum(), 1.0))
+        figures[layer] = values
+    return figures
+
+
+def over_layers(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """The figures of all layers in one, as `moe/<name>`: the worst, the sum or the mean."""
+    names = {name: None for values in figures.values() for name in values}
+    return {
+        f"moe/{name}": float(_OVER_LAYERS[name]([values[name] for values in figures.values()]))
+        for name in names
+    }
+
+
+@dataclass(frozen=True)
+class RoutingProbe:
+    """Tokens whose experts at the stage's start are remembered."""
+
+    input_ids: np.ndarray  # [B,S]
+    document_ids: np.ndarray  # [B,S]
+    position_ids: np.ndarray  # [B,S]
+    expert_ids: np.ndarray  # [L,T,K] sorted; T real tokens
+
+    @classmethod
+    def take(cls, model: Ernie4_5_MoeForCausalLM, batch: Any, max_tokens: int) -> RoutingProbe:
+        """Remembers the experts of a batch's first tokens: whole rows, or a part of a long one."""
+        rows = max(1, max_tokens // np.asarray(batch.input_ids).shape[1])
+        first = [
+            np.asarray(array)[:rows, :max_tokens].copy()
+            for array in (batch.input_ids, batch.document_ids, batch.position_ids)
+        ]
+        ids, documents, positions = first
+        return cls(ids, documents, positions, _chosen_experts(model, ids, documents, positions))
+
+    def changed(self, model: Ernie4_5_MoeForCausalLM) -> list[float]:
+        """For each MoE layer the share of tokens that now go to another set of experts."""
+        now = _chosen_experts(model, self.input_ids, self.document_ids, self.position_ids)
+        return [float(share) for share in (now != self.expert_ids).any(-1).mean(-1)]
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def _chosen_experts(
+    model: Ernie4_5_MoeForCausalLM, input_ids: Any, document_ids: Any, position_ids: Any
+) -> np.ndarray:
+    training = model.training
+    model.eval()
+    with paddle.no_grad():
+        output = model.model(
+            paddle.to_tensor(input_ids), paddle.to_tensor(position_ids), document_ids
+        )
+    if training:
+        model.train()
+    chosen = [np.sort(stats.expert_ids.numpy(), axis=-1) for stats in output.router_stats]
+    return np.stack(chosen).astype(np.int16)
+
+
+class MoeHealth:
+    """Watches one stage: `observe` every step; `first_batch` is asked for at the stage's start."""
+
+    def __init__(
+        self,
+        model: Ernie4_5_MoeForCausalLM,
+        config: MoeHealthConfig,
+        *,
+        first_batch: Callable[[], Any],
+        state: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`state` is what `state_dict` gave at the checkpoint that training goes on from."""
+        self.model, self.config = model, config
+        self.layers = list(moe_layers(model))
+        self._dead_steps = np.zeros((len(self.layers), model.config.moe_num_experts), np.int64)
+        self._high_steps = np.zeros(len(self.layers), np.int64)
+        self._alerts = WarnOnce(warn)
+        self._dead: dict[int, frozenset[int]] = dict.fromkeys(self.layers, frozenset())
+        self._probe: RoutingProbe | None = None
+        if state is not None and self.layers:
+            self._probe = RoutingProbe(**state["probe"])
+            self._dead_steps, self._high_steps = state["dead_steps"], state["high_steps"]
+        elif self.layers:
+            self._probe = RoutingProbe.take(model, first_batch(), config.probe_tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._probe is None:
+            return {}
+        counts = {"dead_steps": self._dead_steps.copy(), "high_steps": self._high_steps.copy()}
+        return {"probe": self._probe.state_dict(), **counts}
+
+    def observe(self, step: int, load: RouterStatsAccumulator) -> dict[str, float]:
+        """The metrics of a step; warns of what should not stay as it is."""
+        if self._probe is None:
+            return {}
+        figures = layer_health(self.model, load)
+        if step % self.config.probe_every_steps == 0:
+            for layer, share in zip(self.layers, self._probe.changed(self.model), strict=True):
+                figures[layer]["routing_changed"] = share
+        metrics = over_layers(figures)
+        if step % self.config.layers_every_steps == 0:
+            for layer, values in figures.items():
+                metrics |= {f"moe/layer_{layer:02d}/{n}": v for n, v in values.items()}
+        self._warn_of_dead(load)
+        self._warn_of_load(figures)
+        return metrics
+
+    def _warn_of_dead(self, load: RouterStatsAccumulator) -> None:
+        idle = load.tokens_per_expert == 0
+        self._dead_steps = np.where(idle, self._dead_steps + 1, 0)
+        steps = self.config.warn_after_steps
+        for layer, idle_steps in zip(self.layers, self._dead_steps, strict=True):
+            dead = frozenset(np.flatnonzero(idle_steps >= steps).tolist())
+            listed = ", ".join(map(str, sorted(dead)[:8])) + (" and more" if len(dead) > 8 else "")
+            text = f"layer {layer}: expert {listed} got no token for {steps} steps; {REMEDY}"
+            more = dead - self._dead[layer]  # told of again when another one dies
+            self._alerts.tell(("dead", layer), bool(dead), text, again=bool(more))
+            self._dead[layer] = dead
+
+    def _warn_of_load(self, figures: Mapping[int, Mapping[str, float]]) -> None:
+        bound, steps = self.config.warn_load_max, self.config.warn_after_steps
+        for at, (layer, values) in enumerate(figures.items()):
+            high = values["load_max"] > bound
+            self._high_steps[at] = self._high_steps[at] + 1 if high else 0
+            text = (
+                f"layer {layer}: the busiest expert has had more than {bound:g} times the mean "
+                f"load for {steps} steps, now {values['load_max']:.1f} times; {REMEDY}"
+            )
+            self._alerts.tell(("load", layer), self._high_steps[at] >= steps, text)

@@ -1,0 +1,251 @@
+"""AdamW with decay groups, gradient clipping and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from pydantic import Field, model_validator
+
+from ernie_train import parallel
+from ernie_train.core import process_group
+from ernie_train.core.config import NonNegative, Positive, StrictConfig
+from ernie_train.core.errors import CheckpointError
+from ernie_train.io.safetensors import ArraysByOtherNames
+from ernie_train.weights.checkpoint import Rename
+
+_MOMENTS = ("moment1", "moment2")
+
+
+_POWERS = ("beta1_pow_acc", "beta2_pow_acc")
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimConfig(StrictConfig):
+    """AdamW (arXiv:1711.05101) and its schedule; defaults are those of ERNIE 4.5's pre-training."""
+
+    lr: Positive
+    min_lr: NonNegative = 0.0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None  # of all steps; wsd's own
+    weight_decay: NonNegative = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    clip_grad_norm: Positive | None = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}")
+        if self.schedule == "wsd" and self.decay_fraction is None:
+            raise ValueError("schedule='wsd' needs decay_fraction")
+        if self.schedule != "wsd" and self.decay_fraction is not None:
+            raise ValueError(f"decay_fraction has no effect under schedule={self.schedule!r}")
+        if self.schedule == "constant" and self.min_lr != 0:
+            raise ValueError("min_lr has no effect under schedule='constant'")
+        return self
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The rate of optimizer step `step` (counted from 1) of `total_steps`.
+
+    Warm-up is linear over the first `warmup_steps`. Cosine and linear fall to `min_lr` at the last
+    step; wsd holds `lr` and falls over the last `decay_fraction` of the steps as
+    `min_lr + (lr - min_lr) * (1 - sqrt(progress))`.
+    """
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    span = max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.schedule == "cosine":
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif config.schedule == "linear":
+        share = 1.0 - progress
+    elif config.schedule == "constant":
+        return config.lr
+    else:
+        decay_steps = max(1, round((config.decay_fraction or 0.0) * total_steps))
+        share = 1.0 - math.sqrt(max(0.0, (step - (total_steps - decay_steps)) / decay_steps))
+    return config.min_lr + (config.lr - config.min_lr) * share
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to biases and norms."""
+    return parameter.ndim > 1 and not name.endswith("bias")
+
+
+class Optimizer:
+    """AdamW over a model's trained parameters, with its state under the parameters' names.
+
+    With several ranks each parameter has an owner among the ranks that hold it, which writes it to
+    checkpoints. Under `sharding` the owner alone keeps its state and updates it (ZeRO-1,
+    arXiv:1910.02054), and the others are given the result. `shards_gradients` then leaves the sum
+    of a gradient with its owner alone (ZeRO-2), which is what happens on a GPU.
+
+    Raises `ValueError` for gradients that are to be sharded where state is not.
+    """
+
+    def __init__(
+        self, model: nn.Layer, config: OptimConfig, *, shards_gradients: bool | None = None
+    ) -> None:
+        self.config = config
+        sharding = process_group.grid().sharding
+        if shards_gradients and not sharding:
+            raise ValueError("gradients cannot be sharded where optimizer state is not")
+        on_gpu = paddle.get_device().startswith("gpu")
+        self.shards_gradients = sharding and (
+            on_gpu if shards_gradients is None else shards_gradients
+        )
+        self.parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
+        self.owners = parallel.owners(self.parameters)
+        mine = {n: p for n, p in self.parameters.items() if self.owners[n] == process_group.rank()}
+        self.owned = mine  # what this rank writes
+        self.updated = mine if sharding else self.parameters
+        self._reduction = parallel.GradientReduction(
+            self.parameters, self.owners if self.shards_gradients else None
+        )
+        decayed = {p.name for n, p in self.parameters.items() if decays(n, p)}
+        self._adamw = paddle.optimizer.AdamW(
+            learning_rate=config.lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            epsilon=config.eps,
+            weight_decay=config.weight_decay,
+            # Paddle takes no empty list: a rank that owns nothing moves a number of no use.
+            parameters=list(self.updated.values()) or [paddle.create_parameter([1], "float32")],
+            apply_decay_param_fun=lambda name: name in decayed,
+            multi_precision=True,
+        )
+
+    def begin_last_pass(self) -> None:
+        """Lets gradients leave for other ranks during the backward pass that comes.
+
+        It must be the last one before `reduce_gradients`.
+        """
+        self._reduction.begin_last_pass()
+
+    def reduce_gradients(self) -> None:
+        """Adds up the gradients over ranks; once a step, before anything looks at them."""
+        self._reduction.finish()
+
+    def gradient_norm(self) -> float:
+        """The global 2-norm of all gradients, summed in float64; each parameter counts once."""
+        if self.shards_gradients:
+            own = [_square_sum(p.grad) for p in self.owned.values() if p.grad is not None]
+            everyone = range(process_group.world_size())
+            return math.sqrt(process_group.sum_over_ranks(everyone, math.fsum(own)))
+        dense, experts = parallel.split_by_place(self.parameters)
+        squares = [_square_sum(p.grad) for p in dense.values() if p.grad is not None]
+        of_experts = [_square_sum(p.grad) for p in experts.values() if p.grad is not None]
+        if process_group.grid().expert > 1:
+            group = process_group.grid().expert_group(process_group.rank())
+            of_experts = [process_group.sum_over_ranks(group, math.fsum(of_experts))]
+        return math.sqrt(math.fsum([*squares, *of_experts]))
+
+    def step(self, lr: float, gradient_norm: float) -> None:
+        """One update at the rate `lr`; gradients are scaled down to `clip_grad_norm` first."""
+        limit = self.config.clip_grad_norm
+        if limit is not None and gradient_norm > limit:
+            scale = limit / gradient_norm
+            with paddle.no_grad():
+                for parameter in self.updated.values():
+                    if parameter.grad is not None:
+                        parameter.grad.scale_(scale)
+        self._adamw.set_lr(lr)
+        self._adamw.step()
+        if self.updated is not self.parameters:
+            parallel.broadcast_updated(self.parameters, self.owners)
+
+    def clear_gradients(self) -> None:
+        """Sets them to zero; gradients that are sharded give their memory back."""
+        for parameter in self.parameters.values():
+            parameter.clear_gradient(not self.shards_gradients)
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """`{"moment1"|"moment2"|"master": {parameter name: tensor}}` of what this rank owns.
+
+        Empty before a first step.
+        """
+        found = self._adamw.state_dict()
+        slots: dict[str, dict[str, Tensor]] = {}
+        for slot in _MOMENTS:
+            named = {n: found.get(f"{p.name}_{slot}_0") for n, p in self.owned.items()}
+            if held := {n: t for n, t in named.items() if t is not None}:
+                slots[slot] = held
+        if masters := found.get("master_weights"):
+            named = {n: masters.get(p.name) for n, p in self.owned.items()}
+            slots["master"] = {n: t for n, t in named.items() if t is not None}
+        return slots
+
+    def powers(self) -> dict[str, float]:
+        """beta1^t and beta2^t of the bias correction, which all parameters share.
+
+        Every rank must call it.
+        """
+        found = self._adamw.state_dict()
+        first = next(iter(self.updated.values()), None)
+        keys = {} if first is None else {slot: f"{first.name}_{slot}_0" for slot in _POWERS}
+        own = {slot: found[key].item() for slot, key in keys.items() if key in found}
+        return next((powers for powers in process_group.all_gather_objects(own) if powers), {})
+
+    def load_state(
+        self, moments: Mapping[str, Mapping[str, np.ndarray]], powers: Mapping[str, float]
+    ) -> None:
+        """Restores what `moments` and `powers` gave, those of all owners together.
+
+        Raises `CheckpointError` that names parameters for which nothing was saved.
+        """
+        restored: dict[str, object] = {}
+        for slot, named in moments.items():
+            if missing := sorted(set(self.updated) - set(named)):
+                raise CheckpointError(f"optimizer state {slot!r} lacks {', '.join(missing[:5])}")
+            tensors = {p.name: paddle.to_tensor(named[n]) for n, p in self.updated.items()}
+            if slot == "master":
+                restored["master_weights"] = tensors
+            else:
+                restored |= {f"{name}_{slot}_0": tensor for name, tensor in tensors.items()}
+        for slot, value in powers.items():
+            for parameter in self.updated.values():
+                restored[f"{parameter.name}_{slot}_0"] = paddle.to_tensor([value], "float32")
+        for name, tensor in restored.items():
+            if isinstance(tensor, Tensor):
+                tensor.name = name
+        self._adamw.set_state_dict(restored)
+
+
+def _square_sum(grad: Tensor) -> float:
+    flat = grad.reshape([-1]).astype("float32")
+    return float(paddle.dot(flat, flat))
+
+
+def optimizer_arrays(optimizer: Optimizer, to_disk: Rename) -> dict[str, np.ndarray]:
+    """Moments and master weights that this rank writes, as `slot/name on disk`."""
+    return {
+        f"{slot}/{name}": array
+        for slot, named in optimizer.moments().items()
+        for name, array in to_disk({n: t.numpy() for n, t in named.items()}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: Optimizer,
+    arrays: Mapping[str, np.ndarray],
+    powers: Mapping[str, float],
+    from_disk: Rename,
+) -> None:
+    """Gives an optimizer back what `optimizer_arrays` took; `CheckpointError` where some lacks."""
+    slots: dict[str, dict[str, str]] = {}
+    for key in arrays:
+        slot, _, name = key.partition("/")
+        slots.setdefault(slot, {})[name] = key
+    # A rank reads the moments of its own experts alone: those of all may not fit its memory.
+    moments = {s: from_disk(ArraysByOtherNames(arrays, keys)) for s, keys in slots.items()}
+    optimizer.load_state(moments, powers)

@@ -1,0 +1,67 @@
+"""What every stage is given, and what its settings have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ernie_train.core.config import PositiveInt, StrictConfig
+from ernie_train.core.signals import StopFlag
+from ernie_train.data import Tokenizer
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.train.moe_balance import BalanceConfig
+from ernie_train.train.moe_health import MoeHealthConfig
+from ernie_train.train.optimizer import OptimConfig
+from ernie_train.weights.checkpoint import CheckpointConfig
+
+
+class Gate(StrictConfig):
+    """What the model must do on the recipe's held-out problems before the next stage begins.
+
+    metric: eval/<task>, eval/<domain> or eval/mean, the share of problems solved.
+    max_regression: how far any domain may fall below what it was before the stage.
+    """
+
+    metric: Annotated[str, Field(pattern=r"^eval/.+$")]
+    at_least: Annotated[float, Field(ge=0, le=1)]
+    max_regression: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class StageConfig(StrictConfig):
+    """Settings that every kind of stage has."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    micro_batch_size: PositiveInt
+    optim: OptimConfig
+    balance: BalanceConfig = BalanceConfig()
+    moe_health: MoeHealthConfig = MoeHealthConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    gate: Gate | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings on which the stage's result depends; a gate only judges it."""
+        return self.model_dump(mode="json", exclude={"gate"})
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage needs to read its data."""
+
+    base_dir: Path  # relative paths of the recipe start here
+    tokenizer: Tokenizer
+    seed: int
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage is given: the model to train in place and where it may write."""
+
+    data: StageData
+    directory: Path
+    model: Ernie4_5_MoeForCausalLM
+    stop: StopFlag
+    terminal: bool

@@ -1,0 +1,219 @@
+"""The data of pre-training and SFT: documents packed into rows, phase after phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from rich.console import Console
+
+from ernie_train.core.config import PositiveInt
+from ernie_train.core.errors import DataError
+from ernie_train.data import (
+    ConsecutiveLoaders,
+    DataReport,
+    DataSource,
+    Documents,
+    PackedLoader,
+    load_sources,
+    preview,
+    refit,
+)
+from ernie_train.train.rope_schedule import Phase, RopePhase, check_rising, resolve
+from ernie_train.train.stage import StageConfig, StageData
+
+Kind = Literal["sft", "pretrain"]
+
+
+class SupervisedConfig(StageConfig):
+    """Settings of a stage that learns from given text.
+
+    A step trains `grad_accum_steps` micro-batches, on all ranks together.
+
+    Its rows have one length, `seq_len`, for `steps` or `epochs`; or `rope_schedule` gives the
+    length, the duration and RoPE's base of each of its phases.
+    """
+
+    data: Annotated[list[DataSource], Field(min_length=1)]
+    validation: list[DataSource] = []
+    grad_accum_steps: PositiveInt = 1
+    validate_every_steps: PositiveInt | None = None
+    seq_len: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    rope_schedule: list[RopePhase] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SupervisedConfig:
+        if self.rope_schedule is not None:
+            self._check_schedule(self.rope_schedule)
+        elif self.seq_len is None:
+            raise ValueError("seq_len must be given, or a rope_schedule")
+        elif (self.epochs is None) == (self.steps is None):
+            raise ValueError("exactly one of epochs and steps must be given")
+        if self.validate_every_steps is not None and not self.validation:
+            raise ValueError("validate_every_steps needs validation data")
+        if self.checkpoint.best_metric is not None and self.validate_every_steps is None:
+            raise ValueError("checkpoint.best_metric needs validate_every_steps")
+        return self
+
+    def _check_schedule(self, schedule: list[RopePhase]) -> None:
+        if not schedule:
+            raise ValueError("rope_schedule needs at least one phase")
+        for name in ("seq_len", "steps", "epochs"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect beside rope_schedule: its phases say it")
+        check_rising(schedule)
+
+    def paths(self) -> list[str]:
+        """Every file or directory that the stage reads."""
+        return [source.path for source in (*self.data, *self.validation)]
+
+    def lengths(self) -> dict[str, int]:
+        """The sequence lengths that the model must be able to hold, by setting."""
+        if self.rope_schedule is None:
+            return {"seq_len": self.longest_seq_len}
+        return {
+            f"rope_schedule.{at}.seq_len": phase.seq_len
+            for at, phase in enumerate(self.rope_schedule)
+        }
+
+    def phases(self) -> list[Phase]:
+        """The phases of the stage; a stage without a schedule is one."""
+        if self.rope_schedule is None:
+            return [Phase(self.longest_seq_len, self.micro_batch_size)]
+        rows, accumulated = self.micro_batch_size, self.grad_accum_steps
+        return [resolve(phase, rows, accumulated) for phase in self.rope_schedule]
+
+    @property
+    def longest_seq_len(self) -> int:
+        return self.rope_schedule[-1].seq_len if self.rope_schedule else int(self.seq_len or 0)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage's data: one `Documents` a source, their report, and the validation documents.
+
+    `loaders` hold the documents of each phase, packed for its sequence length.
+    """
+
+    documents: list[Documents]
+    report: DataReport
+    validation: list[Documents]
+    loaders: list[PackedLoader]
+
+
+def prepare(config: SupervisedConfig, data: StageData, *, kind: Kind, thinking: bool) -> Prepared:
+    """Reads, encodes and packs the stage's data; `DataError` says what is wrong with which rows."""
+
+    def read(sources: list[DataSource]) -> tuple[list[Documents], DataReport]:
+        return load_sources(
+            sources,
+            data.tokenizer,
+            kind=kind,
+            seq_len=config.longest_seq_len,
+            base_dir=data.base_dir,
+            thinking=thinking,
+            max_bad_fraction=config.max_bad_fraction,
+            seed=data.seed,
+        )
+
+    documents, report = read(config.data)
+    validation = read(config.validation)[0] if config.validation else []
+    loaders = _loaders(config, data, documents, kind)
+    return Prepared(documents, report, validation, loaders)
+
+
+def _loaders(
+    config: SupervisedConfig, data: StageData, documents: list[Documents], kind: Kind
+) -> list[PackedLoader]:
+    loaders, before = [], None
+    for index, phase in enumerate(config.phases()):
+        fitted = [
+            refit(part, source, kind, phase.seq_len)
+            for part, source in zip(documents, config.data, strict=True)
+        ]
+        if before is not None and phase.seq_len > before:
+            _require_longer(fitted, before, f"{index}.seq_len={phase.seq_len}")
+        if phase.upsample is not None:
+            bound = phase.upsample.longer_than
+            _require_longer(fitted, bound, f"{index}.upsample.longer_than={bound}")
+        weights = [source.weight for source in config.data]
+        before = phase.seq_len
+        loaders.append(
+            PackedLoader(
+                *_upsampled(fitted, weights, phase),
+                seq_len=phase.seq_len,
+                micro_batch_size=phase.micro_batch_size,
+                seed=data.seed + 101 * index,  # each phase shuffles anew
+                epochs=None,
+                pad_id=data.tokenizer.pad_token_id,
+            )
+        )
+    return loaders
+
+
+def _require_longer(documents: Sequence[Documents], bound: int, setting: str) -> None:
+    longest = max((int(part.lengths.max()) for part in documents if len(part)), default=0)
+    if longest <= bound:
+        raise DataError(
+            f"rope_schedule.{setting}: no document is longer than {bound} tokens (the longest has "
+            f"{longest}), so there is nothing to learn at that length; add longer documents"
+        )
+
+
+def _upsampled(
+    documents: list[Documents], weights: list[float], phase: Phase
+) -> tuple[list[Documents], list[float]]:
+    """Long documents of each source as a source of their own with a higher weight."""
+    if phase.upsample is None:
+        return documents, weights
+    parts, shares = [], []
+    for part, weight in zip(documents, weights, strict=True):
+        long = part.lengths > phase.upsample.longer_than
+        for chosen, factor in ((~long, 1.0), (long, phase.upsample.factor)):
+            if np.any(chosen):
+                parts.append(part.select(chosen))
+                shares.append(weight * factor)
+    return parts, shares
+
+
+def total_steps(config: SupervisedConfig, prepared: Prepared) -> int:
+    """Optimizer steps of the stage; a last partial step draws on the batches after its epochs."""
+    if config.rope_schedule is not None:
+        return sum(phase.steps or 0 for phase in config.phases())
+    if config.epochs is None:
+        return int(config.steps or 0)
+    batches = sum(prepared.loaders[0].batches_per_epoch(epoch) for epoch in range(config.epochs))
+    return -(-batches // config.grad_accum_steps)
+
+
+def describe(
+    config: SupervisedConfig, data: StageData, prepared: Prepared, console: Console
+) -> None:
+    """Prints what a step of each phase is, and a row as it will be trained."""
+    for phase in config.phases():
+        rows = phase.micro_batch_size * config.grad_accum_steps
+        base = "" if phase.rope_theta is None else f", RoPE base {phase.rope_theta:g}"
+        base += " at its end" if phase.smooth else ""
+        console.print(
+            f"a step trains {rows} rows of {phase.seq_len} tokens ({rows * phase.seq_len} at most) "
+            f"in {config.grad_accum_steps} micro-batches; steps: "
+            f"{phase.steps or total_steps(config, prepared)}{base}",
+            highlight=False,
+        )
+    first = next(documents[0] for documents in prepared.documents if len(documents))
+    console.print("the first row, trained tokens in colour:")
+    console.print(preview(data.tokenizer, first))
+
+
+def batch_source(config: SupervisedConfig, prepared: Prepared) -> ConsecutiveLoaders:
+    """The batches of all phases; those of the last never end, its steps say when it is over."""
+    batches = [
+        None if phase.steps is None else phase.steps * config.grad_accum_steps
+        for phase in config.phases()
+    ]
+    return ConsecutiveLoaders(prepared.loaders, batches)

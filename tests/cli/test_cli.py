@@ -1,0 +1,310 @@
+"""The command line as a user meets it: every mistake is one clear message and the right status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ernie_train.cli.main import main
+from ernie_train.rewards.sandbox import api
+from tests.workspace import REPOSITORY, make_workspace, rows, write_recipe, write_rows
+
+
+@pytest.fixture(autouse=True)
+def _own_reader(monkeypatch):
+    """Exports are read back by this toolkit alone: test_export lets transformers do it."""
+    monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    make_workspace(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(workspace):
+    """A finished run of a few steps."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(workspace / "recipe.yaml"), "--run-dir", str(workspace / "run"),
+              "stages.sft.steps=3", "evaluation=null", "export=null"])  # fmt: skip
+    assert stopped.value.code == 0
+    return workspace / "run"
+
+
+@pytest.fixture
+def cli(capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return int(stopped.value.code or 0), captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+# ---- recipes ------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ({"modle": {"preset": "tiny"}}, "did you mean 'model'"),
+    ({"model": {"preset": "tinny"}}, "tinny"),
+    ({"model": {"preset": "tiny", "moe_kk": 2}}, "moe_k"),
+    ({"model": {"preset": "tiny", "moe_k": 99}}, "moe_k"),
+    ({"model": {"path": "x", "moe_k": 2}}, "a model from path keeps its own sizes"),
+    ({"model": {}}, "preset or path must be given"),
+    ({"seed": "seven"}, "seed"),
+    ({"seed": -1}, "seed"),
+    ({"device": "tpu"}, "device"),
+    ({"stages": []}, "stages"),
+    ({"export": {"dtype": "int8"}}, "export.dtype"),
+    ({"parallel": {"expert": 3}}, "parallel.expert"),
+    ({"parallel": {"data": 0}}, "parallel.data"),
+    ({"parallel": {"sharding": True}}, "sharding has no effect on one rank"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES)
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_a_mistake_in_the_recipe(workspace, tmp_path, cli, change, message, verb):
+    recipe = workspace / "recipe.yaml"
+    text = recipe.read_text()
+    try:
+        write_recipe(workspace, **change)
+        extra = ["--run-dir", tmp_path / "run"] if verb == "run" else []
+        status, _, err = cli(verb, recipe, *extra)
+    finally:
+        recipe.write_text(text)
+    assert status == 2
+    assert message in err
+    assert not (tmp_path / "run").exists(), "nothing may be written before the recipe is right"
+
+
+def test_all_mistakes_at_once_each_with_its_path(workspace, cli):
+    status, _, err = cli(
+        "check", workspace / "recipe.yaml", "stages.sft.optim.lr=-1", "stages.sft.seq_len=0",
+        "stages.sft.kind=sft", "export.dtype=int8",
+    )  # fmt: skip
+    assert status == 2
+    for path in ("stages.0.optim.lr", "stages.0.seq_len", "export.dtype"):
+        assert path in err
+
+
+def test_an_unknown_key_in_a_stage_names_the_nearest(workspace, cli):
+    status, _, err = cli("check", workspace / "recipe.yaml", "stages.sft.optim.larning_rate=1e-3")
+    assert status == 2
+    assert "larning_rate" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.sft.epochs=2", "exactly one of epochs and steps"),
+        ("stages.sft.validation=[]", "validate_every_steps needs validation data"),
+        ("stages.sft.seq_len=4096", "max_position_embeddings=256"),
+        ("model.vocab_size=100", "vocab_size=100"),
+        ("stages.sft.optim.min_lr=1", "min_lr"),
+        ("stages.sft.data.0.path=/nowhere.jsonl", "/nowhere.jsonl"),
+        ("tokenizer.path=/nowhere", "/nowhere"),
+        ("evaluation.path=/nowhere", "/nowhere"),
+        ("stages.nope.steps=3", "nope"),
+    ],
+)
+def test_settings_that_do_not_fit_together(workspace, cli, override, message):
+    status, _, err = cli("check", workspace / "recipe.yaml", override)
+    assert status == 2
+    assert message in err
+
+
+def test_broken_yaml_and_missing_recipe(tmp_path, cli):
+    (tmp_path / "bad.yaml").write_text("name: x\nseed: [1,\n")
+    status, _, err = cli("check", tmp_path / "bad.yaml")
+    assert status == 2
+    assert "bad.yaml" in err
+    status, _, err = cli("check", tmp_path / "none.yaml")
+    assert status == 2
+    assert "none.yaml" in err
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "holds no rows"),
+        (["not json"] * 20, "not json"),
+        ([json.dumps({"messages": [{"role": "user", "content": "?"}]})] * 20, "nothing"),
+    ],
+)
+def test_data_without_a_row_to_train_on(workspace, tmp_path, cli, lines, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines))
+    status, _, err = cli(
+        "run", workspace / "recipe.yaml", f"stages.sft.data.0.path={data}",
+        "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert status == 2
+    assert "data.jsonl" in err
+    assert message in err or ":1" in err
+
+
+def test_check_shows_batch_report_and_label_mask(workspace, cli):
+    status, out, _ = cli("check", workspace / "recipe.yaml")
+    assert status == 0
+    words = " ".join(out.split())
+    assert "a step trains 4 rows of 128 tokens (512 at most) in 2 micro-batches; steps: 12" in words
+    assert "think_mode=True" in out
+    assert "20 problems of 1 tasks" in words
+
+
+def test_problems_that_could_not_be_scored_are_told_before_training(
+    workspace, tmp_path, cli, monkeypatch
+):
+    made = rows(2, 0)
+    made[1]["reward"] = "exactt"
+    write_rows(tmp_path / "test.jsonl", made)
+    arguments = ("run", workspace / "recipe.yaml", f"evaluation.path={tmp_path / 'test.jsonl'}",
+                 "--run-dir", tmp_path / "run")  # fmt: skip
+    status, _, err = cli(*arguments)
+    assert status == 2
+    assert "did you mean 'exact'" in err
+    made[1] |= {"reward": "code", "tests": [], "entry_point": "f"}
+    write_rows(tmp_path / "test.jsonl", made)
+    monkeypatch.setattr(api, "possible_layers", lambda policy: ([], ["no bubblewrap"]))
+    api._working_layer.cache_clear()
+    status, _, err = cli(*arguments)
+    api._working_layer.cache_clear()
+    assert status == 1
+    assert "bubblewrap" in err
+    assert not (tmp_path / "run").exists()
+
+
+# ---- places -------------------------------------------------------------------------------------
+
+
+def test_an_unwritable_run_directory_is_an_io_error(workspace, tmp_path, cli):
+    (tmp_path / "file").write_text("")
+    status, _, err = cli("run", workspace / "recipe.yaml", "--run-dir", tmp_path / "file/run")
+    assert status == 1
+    assert "file/run" in err
+
+
+def test_from_and_until_name_known_stages(workspace, tmp_path, cli):
+    status, _, err = cli(
+        "run", workspace / "recipe.yaml", "--run-dir", tmp_path / "run", "--from", "stf"
+    )
+    assert status == 2
+    assert "no stage 'stf'" in err
+
+
+@pytest.mark.parametrize("verb", ["status", "eval", "export", "generate"])
+def test_a_directory_that_is_no_model(tmp_path, cli, verb):
+    extra = {"export": [tmp_path / "out"], "generate": ["--prompt", "x"]}.get(verb, [])
+    problems = tmp_path / "test.jsonl"
+    write_rows(problems, rows(2, 0))
+    if verb == "eval":
+        extra = ["--data", problems]
+    status, _, err = cli(verb, tmp_path, *extra)
+    assert status == 2
+    assert str(tmp_path) in err.replace(" ", "")
+
+
+def test_usage_errors_exit_2(cli):
+    assert cli("run")[0] == 2
+    assert cli("fly")[0] == 2
+
+
+# ---- the verbs on a trained model ----------------------------------------------------------------
+
+
+def test_status_shows_stages_and_what_comes_next(trained, cli):
+    status, out, _ = cli("status", trained)
+    assert status == 0
+    assert "sft" in out
+    assert "done" in out
+    assert "next: nothing" in out
+
+
+def test_generate_from_run_checkpoint_and_export(trained, tmp_path, cli):
+    out = tmp_path / "out"
+    status, message, _ = cli("export", trained, out, "--dtype", "float32")
+    assert status == 0
+    assert "passed" in message
+    checkpoint = sorted((trained / "01-sft/checkpoints").iterdir())[-1]
+    texts = [
+        cli("generate", place, "--prompt", "What is 1 + 2?", "--max-new-tokens", 8)
+        for place in (trained, checkpoint, out)
+    ]
+    assert [status for status, _, _ in texts] == [0, 0, 0]
+    assert len({text for _, text, _ in texts}) == 1
+
+
+def test_export_in_bfloat16_keeps_the_router_in_float32_and_passes(trained, tmp_path, cli):
+    from ernie_train.io.safetensors import TensorFiles
+
+    assert cli("export", trained, tmp_path / "out")[0] == 0
+    receipt = json.loads((tmp_path / "out/export_receipt.json").read_text())
+    assert receipt["passed"]
+    assert receipt["dtype"] == "bfloat16"
+    files = TensorFiles(tmp_path / "out")
+    assert files["model.layers.1.mlp.gate.weight"].dtype == "float32"
+
+
+def test_export_refuses_a_directory_that_is_not_ours(trained, tmp_path, cli):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious.txt").write_text("mine")
+    status, _, err = cli("export", trained, tmp_path / "out")
+    assert status == 2
+    assert str(tmp_path / "out") in err.replace(" ", "")
+    assert (tmp_path / "out/precious.txt").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path, cli):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    weights = sorted(copy.glob("01-sft/checkpoints/*/model.safetensors"))[-1]
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(bytes(content))
+    status, _, err = cli("generate", copy, "--prompt", "x")
+    assert status == 2
+    assert "model.safetensors" in err
+
+
+def test_eval_prints_a_table_and_writes_samples(trained, workspace, tmp_path, cli):
+    output = tmp_path / "samples.jsonl"
+    status, out, _ = cli(
+        "eval", trained, "--data", workspace / "test.jsonl", "--max-examples", 6, "--n", 2,
+        "--max-new-tokens", 8, "--output", output,
+    )  # fmt: skip
+    assert status == 0
+    assert "sum" in out
+    samples = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(samples) == 12
+    assert {sample["status"] for sample in samples} <= {"correct", "wrong"}
+    status, _, err = cli("eval", trained, "--data", workspace / "test.jsonl", "--tasks", "addition")
+    assert status == 2
+    assert "addition" in err
+    status, _, err = cli("eval", trained, "--n", 4, "--temperature", 0)
+    assert status == 2
+    assert "4 times" in err
+
+
+def test_doctor_runs(cli):
+    status, out, _ = cli("doctor")
+    assert status == 0
+    assert "GFLOP" in out
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "ernie_train", "--help"],
+        cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for verb in ("run", "check", "status", "eval", "generate", "export", "doctor"):
+        assert verb in done.stdout

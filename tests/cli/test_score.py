@@ -1,0 +1,139 @@
+"""The verb score: files in, a table and scores out, and one message for every mistake."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ernie_train.cli.main import main
+from ernie_train.data.completion_format import format_completion
+from tests.workspace import REPOSITORY
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"id": i, "task": "ab"[i % 2], "answer": str(i), "reward": "math"} for i in range(6)]
+    given = [{"completion": format_completion("x", str(i if i < 4 else -1))} for i in range(6)]
+    return lines(tmp_path / "data.jsonl", rows), lines(tmp_path / "completions.jsonl", given)
+
+
+@pytest.fixture
+def score(capsys):
+    def call(reward, data, completions, *more):
+        with pytest.raises(SystemExit) as stopped:
+            main(["score", "--reward", str(reward), "--data", str(data), "--completions",
+                  str(completions), *map(str, more)])  # fmt: skip
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+def cells(output, task):
+    (line,) = [line for line in output.splitlines() if line.startswith(f"│ {task} ")]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_the_table_counts_statuses_by_task(score, files, tmp_path):
+    status, output, _ = score("math", *files, "--out", tmp_path / "out.jsonl")
+    assert status == 0
+    assert cells(output, "a") == ["a", "2", "1", "0", "0", "0", "0.6667"]
+    assert cells(output, "b") == ["b", "2", "1", "0", "0", "0", "0.6667"]
+    assert cells(output, "all") == ["all", "4", "2", "0", "0", "0", "0.6667"]
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["value"] for row in written] == [1.0] * 4 + [0.0] * 2
+    assert written[0] == {
+        "value": 1.0, "status": "correct", "detail": "", "parts": {"math": 1.0}}  # fmt: skip
+
+
+def test_ids_pair_completions_with_rows_in_any_order_and_number(score, files, tmp_path):
+    given = [{"id": i, "text": format_completion("x", str(i))} for i in (5, 0, 0, 3)]
+    given.append({"id": 3, "text": format_completion("x", "5")})
+    status, output, _ = score("row", files[0], lines(tmp_path / "c.jsonl", given))
+    assert status == 0
+    assert cells(output, "all")[1:3] == ["4", "1"]
+
+
+def test_a_function_of_ones_own_and_a_file_with_a_reward(score, files, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(row, completion):\n    return 0.5\n")
+    status, output, _ = score(f"{tmp_path}/mine.py:score", *files)
+    assert (status, cells(output, "all")[-1]) == (0, "0.5000")
+    recipe = tmp_path / "reward.yaml"
+    recipe.write_text(
+        "reward:\n  - {name: row}\n  - {name: format, weight: 0.1}\n"
+        "  - {python: 'mine.py:score', weight: 2.0}\n"
+    )
+    status, output, _ = score(recipe, *files)
+    assert status == 0
+    assert cells(output, "all")[-1] == "1.7667"  # 4/6 * 1 + 0.1 + 2 * 0.5
+    for told in ("mean of row: 0.6667", "mean of format: 1.0000", "mean of score: 0.5000"):
+        assert told in output
+
+
+def test_what_could_not_be_scored_is_counted_and_told(score, files, tmp_path):
+    rows = [{"answer": 12}, {"answer": "1"}]
+    given = [{"completion": format_completion("x", "1")}] * 2
+    status, output, _ = score(
+        "math", lines(tmp_path / "d.jsonl", rows), lines(tmp_path / "c.jsonl", given)
+    )
+    assert status == 0
+    assert cells(output, "all") == ["all", "1", "0", "1", "0", "0", "1.0000"]
+    assert "bad_gold: 1 x answer must be a non-empty text, not 12" in output
+
+
+def test_a_signal_stops_it_at_once(files, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import pathlib, time\n"
+        "def score(row, completion):\n"
+        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "    time.sleep(1000)\n"
+    )
+    command = [sys.executable, "-m", "ernie_train", "score", "--data", files[0], "--completions"]
+    command += [files[1], "--reward", f"{tmp_path}/mine.py:score"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    assert process.wait(20) == 3
+    assert time.monotonic() - start < 5
+    assert "stopped by a signal" in process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("reward", "data", "completions", "message"),
+    [
+        ("mth", None, None, "did you mean 'math'"),
+        ("nowhere.py:score", None, None, "cannot read"),
+        ("nowhere.yaml", None, None, "nowhere.yaml"),
+        ("math", "absent", None, "cannot read"),
+        ("math", None, "", "holds no rows"),
+        ("math", None, "{}\n", "has 6 rows and"),
+        ("math", None, "nonsense\n", "other.jsonl:1: it is not valid JSON"),
+        ("math", None, "[]\n", "other.jsonl:1: it is no JSON object"),
+        ("math", None, '{"id": 77, "completion": ""}\n', "the id 77 stands 0 times"),
+        ("math", None, '{"id": 1, "answer": ""}\n', "needs a text under completion or text"),
+        ("row", '{"answer": "1"}\n', '{"completion": ""}\n', "a row names no verifier"),
+    ],
+)
+def test_mistakes_are_one_message(score, files, tmp_path, reward, data, completions, message):
+    paths = list(files)
+    for place, text in enumerate((data, completions)):
+        if text is not None:
+            paths[place] = tmp_path / ("other.jsonl" if place else "rows.jsonl")
+            if text != "absent":
+                paths[place].write_text(text)
+    status, _, errors = score(reward, *paths)
+    assert status == 2
+    assert message in errors.replace("\n", " ")
+    assert "Traceback" not in errors

@@ -1,0 +1,88 @@
+"""Ranks, barrier and sums, on one process and on two."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ernie_train.core import process_group
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+TWO_RANKS = """
+import json, sys
+from pathlib import Path
+from ernie_train.core import process_group as d
+out = Path(sys.argv[1])
+d.barrier()
+sums = d.all_reduce_sum([1.0 + d.rank(), 2.0**53 * (1 - d.rank()) + 2 * d.rank(), 1e-300])
+if d.is_main():
+    (out / "written_by_main").touch()
+d.barrier()
+seen = (out / "written_by_main").exists()
+result = {"rank": d.rank(), "world": d.world_size(), "sums": sums, "seen": seen}
+(out / f"rank{d.rank()}.json").write_text(json.dumps(result))
+"""
+
+
+def test_a_single_process_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "3")  # left over from somewhere else
+    assert (process_group.rank(), process_group.world_size()) == (0, 1)
+    assert process_group.is_main()
+    assert process_group.all_reduce_sum([0.1, 3]) == [0.1, 3.0]
+    process_group.barrier()
+
+
+def test_a_single_process_does_not_load_paddle() -> None:
+    code = (
+        "import sys; from ernie_train import distributed as d; "
+        "d.barrier(); d.initialize(); d.all_reduce_sum([1.0]); print('paddle' in sys.modules)"
+    )
+    environ = {k: v for k, v in os.environ.items() if k != "PADDLE_TRAINERS_NUM"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_the_launcher_s_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "2")
+    assert (process_group.rank(), process_group.world_size()) == (2, 4)
+    assert not process_group.is_main()
+
+
+def test_two_ranks_wait_and_add_up(tmp_path: Path) -> None:
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    launch = [sys.executable, "-W", "ignore", "-m", "paddle.distributed.launch"]
+    launch += ["--nproc_per_node", "2", "--backend", "gloo", "--log_dir", str(tmp_path / "log")]
+    environ = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    # In float32 the second would lose its 2 and the third would be 0.
+    expected = {"world": 2, "sums": [3.0, 2.0**53 + 2, 2e-300], "seen": True}
+    assert results == [{"rank": rank, **expected} for rank in (0, 1)]
+
+
+def test_sums_of_what_is_not_finite_are_left_to_those_who_look_at_them():
+    assert math.isnan(process_group._sum([math.inf, -math.inf]))
+    assert process_group._sum([0.1] * 10) == 1.0

@@ -1,0 +1,236 @@
+"""Referee: the model without a cache, one sequence at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.core.errors import Interrupted
+from ernie_train.generate import engine as generate_engine
+from ernie_train.generate.engine import generate
+from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from tests.small_models import make_model
+
+PROMPT_LENGTHS = (5, 9, 3, 40, 17)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = Ernie4_5_MoeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16,
+        moe_num_experts=6, moe_k=2, moe_num_shared_experts=1, max_position_embeddings=256,
+        initializer_range=0.3,
+    )  # fmt: skip
+    paddle.seed(3)
+    return Ernie4_5_MoeForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 97, n).tolist() for n in PROMPT_LENGTHS]
+
+
+def log_probs(model, ids, temperature=1.0):
+    with paddle.no_grad():
+        logits = model(paddle.to_tensor([ids])).logits[0].numpy().astype(np.float64) / temperature
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_greedy_equals_the_uncached_model_token_by_token(model, prompts):
+    completions = generate(model, prompts, max_new_tokens=70, batch_size=3)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected = log_probs(model, prompt + completion.ids)[len(prompt) - 1 : -1]
+        assert completion.ids == expected.argmax(-1).tolist()
+        chosen = expected[np.arange(len(completion.ids)), completion.ids]
+        np.testing.assert_allclose(completion.logprobs, chosen, atol=2e-5)
+        assert not completion.finished
+
+
+def test_sampled_logprobs_are_those_of_the_tempered_distribution(model, prompts):
+    completions = generate(model, prompts, max_new_tokens=20, temperature=0.7, seed=5)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected = log_probs(model, prompt + completion.ids, 0.7)[len(prompt) - 1 : -1]
+        chosen = expected[np.arange(len(completion.ids)), completion.ids]
+        np.testing.assert_allclose(completion.logprobs, chosen, atol=2e-5)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(model, prompts):
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
+    together = generate(model, prompts, **settings)
+    small_batches = generate(model, prompts, batch_size=2, **settings)
+    assert [c.ids for c in together] == [c.ids for c in small_batches]
+    assert len({len(c.ids) for c in together}) > 1, "sequences must leave the batch at times"
+
+
+def test_a_sequence_alone_is_the_one_in_the_batch(model, prompts):
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11}
+    together = generate(model, prompts, **settings)
+    alone = generate(model, prompts[:1], **settings)
+    assert alone[0].ids == together[0].ids
+
+
+def test_recomputed_logprobs_are_the_sampled_ones(model, prompts):
+    """By the pass that an update makes: with a gradient, packed in one row."""
+    completions = generate(model, prompts, max_new_tokens=40, temperature=1.0, seed=2)
+    rows = [p + c.ids for p, c in zip(prompts, completions, strict=True)]
+    lengths = [len(row) for row in rows]
+    documents = np.repeat(np.arange(1, len(rows) + 1), lengths)[None]
+    ids = paddle.to_tensor(np.concatenate(rows)[None])
+    logits = model(ids, document_ids=paddle.to_tensor(documents)).logits[0].astype("float64")
+    logprobs = paddle.nn.functional.log_softmax(logits).numpy()
+    ends = np.cumsum(lengths)
+    differences = [
+        logprobs[np.arange(end - len(c.ids), end) - 1, c.ids] - c.logprobs
+        for end, c in zip(ends, completions, strict=True)
+    ]
+    assert np.abs(np.exp(np.concatenate(differences)) - 1).mean() < 1e-5
+
+
+def test_a_dense_model_has_no_experts_to_record():
+    dense = make_model(moe_num_experts=0)
+    (completion,) = generate(dense, [[3, 4, 5]], max_new_tokens=4, record_experts=True)
+    assert len(completion.ids) == 4 and completion.expert_ids is None
+
+
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_recorded_experts_are_those_of_the_predicting_positions(
+    model, prompts, own_forward, monkeypatch
+):
+    if own_forward:
+        monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
+    settings = {"temperature": 1.0, "seed": 4, "eos_token_id": [5, 6, 7]}
+    completions = generate(model, prompts, max_new_tokens=30, record_experts=True, **settings)
+    assert len({len(c.ids) for c in completions}) > 1, "sequences must leave the batch at times"
+    for prompt, completion in zip(prompts, completions, strict=True):
+        stats = model(paddle.to_tensor([prompt + completion.ids])).router_stats
+        expected = np.stack([s.expert_ids.numpy() for s in stats], 1)[len(prompt) - 1 : -1]
+        assert completion.expert_ids.dtype == np.int16
+        np.testing.assert_array_equal(np.sort(completion.expert_ids), np.sort(expected))
+    plain = generate(model, prompts, max_new_tokens=30, **settings)
+    assert [c.expert_ids for c in plain] == [None] * len(prompts)
+    assert [c.ids for c in plain] == [c.ids for c in completions]
+
+
+def test_the_models_own_forward_samples_the_same(model, prompts, monkeypatch):
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
+    expected = generate(model, prompts, **settings)
+    monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
+    own = generate(model, prompts, **settings)
+    assert [c.ids for c in own] == [c.ids for c in expected]
+    for a, b in zip(own, expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_equal_prompts_are_computed_once_and_sampled_apart(
+    model, prompts, own_forward, monkeypatch
+):
+    if own_forward:
+        monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
+    engine = generate_engine._OwnForward if own_forward else generate_engine.Decoder
+    computed = []
+    prefill = engine.prefill
+    monkeypatch.setattr(
+        engine, "prefill", lambda self, rows: (computed.append(rows), prefill(self, rows))[1]
+    )
+    repeated = [p for _ in range(4) for p in prompts]
+    settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 11}
+    completions = generate(model, repeated, **settings)
+    assert [sorted(rows, key=len) for rows in computed] == [sorted(map(tuple, prompts), key=len)]
+    assert [c.ids for c in completions[: len(prompts)]] == [
+        c.ids for c in generate(model, prompts, **settings)
+    ]
+    assert len({tuple(c.ids) for c in completions}) == len(repeated)
+    for prompt, completion in zip(repeated, completions, strict=True):
+        expected = log_probs(model, prompt + completion.ids)[len(prompt) - 1 : -1]
+        chosen = expected[np.arange(len(completion.ids)), completion.ids]
+        np.testing.assert_allclose(completion.logprobs, chosen, atol=2e-5)
+
+
+def test_finished_sequences_leave_the_batch(model, prompts, monkeypatch):
+    batches = []
+    step = generate_engine.Decoder.__call__
+
+    def counted(self, tokens, cache):
+        batches.append(len(tokens))
+        return step(self, tokens, cache)
+
+    monkeypatch.setattr(generate_engine.Decoder, "__call__", counted)
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "eos_token_id": [5, 6, 7, 8]}
+    completions = generate(model, prompts * 4, **settings)
+    # With 20 sequences the cache is repacked when 3 of them are done: 1/8 of the batch.
+    running = [sum(len(c.ids) > n for c in completions) for n in range(1, len(batches) + 1)]
+    for left, batch in zip(running, batches, strict=True):
+        assert left <= batch <= left / (1 - generate_engine._LEAVE_SHARE)
+    assert len(set(batches)) > 3
+
+
+def test_stops_at_a_stop_token_and_says_so(model, prompts):
+    free = generate(model, prompts, max_new_tokens=12)
+    stop = free[0].ids[4]
+    stopped = generate(model, prompts, max_new_tokens=12, eos_token_id=stop)
+    first = free[0].ids.index(stop)
+    assert stopped[0].ids == free[0].ids[: first + 1]
+    assert stopped[0].finished
+    for a, b in zip(free, stopped, strict=True):
+        assert b.finished == (stop in a.ids)
+
+
+def test_sampling_follows_the_distribution(model):
+    prompt = [4, 8, 15]
+    probs = np.exp(log_probs(model, prompt)[-1])
+    drawn = generate(model, [prompt] * 4000, max_new_tokens=1, temperature=1.0, batch_size=1000)
+    counts = np.bincount([c.ids[0] for c in drawn], minlength=97)
+    # Pearson's chi-squared over 96 degrees of freedom: mean 96, standard deviation 14.
+    expected = probs * 4000
+    assert (((counts - expected) ** 2) / expected).sum() < 96 + 5 * 14
+
+
+def test_top_k_and_top_p_cut_the_tail(model):
+    prompt = [4, 8, 15]
+    order = np.argsort(-log_probs(model, prompt)[-1])
+    probs = np.exp(log_probs(model, prompt)[-1])[order]
+    for settings, allowed in (
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.5}, int((np.cumsum(probs) - probs < 0.5).sum())),
+        ({"top_p": 1e-9}, 1),
+    ):
+        drawn = generate(
+            model, [prompt] * 300, max_new_tokens=1, temperature=1.0, batch_size=300, **settings
+        )
+        seen = {c.ids[0] for c in drawn}
+        assert seen <= set(order[:allowed].tolist())
+        assert len(seen) > 1 or allowed == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature"),
+        ({"max_new_tokens": 1, "top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": 1, "top_k": -1}, "top_k"),
+    ],
+)
+def test_settings_out_of_range_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1, 2]], **settings)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, [[1], []], max_new_tokens=1)
+
+
+def test_a_stop_request_interrupts(model, prompts):
+    asked = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        generate(model, prompts, max_new_tokens=50, stop_requested=lambda: next(asked))
+
+
+def test_a_cache_made_under_another_rope_base_is_refused(model):
+    cache = model.new_cache(1)
+    cache.rope_theta = 123.0
+    with pytest.raises(ValueError, match="rope_theta"):
+        model(paddle.to_tensor([[1, 2]]), kv_cache=cache)

@@ -1,0 +1,95 @@
+"""Referee: the cumulative distribution in float64, searched without blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ernie_train.generate.sampler import Sampler, SamplingConfig, sample
+
+ALMOST_ONE = np.nextafter(1.0, 0.0)
+
+
+def cut_and_normalized(probs: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
+    """What is left of one distribution [V], by definition."""
+    kept, mass = np.zeros_like(probs), 0.0
+    for rank, token in enumerate(sorted(range(len(probs)), key=lambda t: (-probs[t], t))):
+        if mass >= top_p or (top_k and rank >= top_k):
+            break
+        kept[token] = probs[token]
+        mass += probs[token]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 128, 1000])
+def test_inverts_the_cumulative_distribution(size):
+    rng = np.random.default_rng(size)
+    probs = rng.random((200, size)) ** 8
+    probs[rng.random(probs.shape) < 0.3] = 0.0
+    probs[:, size // 2] += 1e-3  # no row is all zero
+    uniform = rng.random(200)
+    tokens = sample(probs, uniform)
+    for row, token in enumerate(tokens):
+        cumulative = np.cumsum(probs[row]) / probs[row].sum()
+        # Rounding may move the border between two tokens by a few last bits.
+        assert (cumulative[token - 1] if token else 0.0) <= uniform[row] + 1e-12
+        assert uniform[row] < cumulative[token] + 1e-12
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, ALMOST_ONE])
+@pytest.mark.parametrize("place", [0, 63, 64, 99])
+def test_never_picks_a_token_without_mass(uniform, place):
+    probs = np.zeros((1, 100), np.float32)
+    probs[0, place] = 0.1  # not a power of two: sums of it round
+    assert sample(probs, np.array([uniform])) == [place]
+    probs[0, 70] = 1e-30
+    assert probs[0, sample(probs, np.array([uniform]))[0]] > 0
+
+
+def test_sums_that_round_up_do_not_lead_past_the_last_token_with_mass():
+    """In float32 the sum of a block is above or below what its tokens add up to in float64."""
+    probs = np.random.default_rng(5).random((300, 100)).astype(np.float32)
+    probs[:, 80:] = 0.0
+    assert (sample(probs, np.full(300, ALMOST_ONE)) == 79).mean() > 0.2
+    assert (sample(probs, np.full(300, ALMOST_ONE)) <= 79).all()
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.7, 0), (1.0, 4), (0.7, 2), (1e-9, 0)])
+def test_follows_the_cut_distribution_and_reports_the_whole_one(top_p, top_k):
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 1.5, 70)
+    temperature, count = 0.8, 20000
+    config = SamplingConfig(1, temperature, top_p, top_k, seed=3)
+    sampler = Sampler(config, range(count))
+    wide = np.tile(logits, (count, 1)).astype(np.float32)
+    tokens, logprobs = sampler(wide, np.arange(count), 0)
+    whole = np.exp(logits / temperature - np.logaddexp.reduce(logits / temperature))
+    np.testing.assert_allclose(logprobs, np.log(whole)[tokens], atol=2e-6)
+    left = cut_and_normalized(whole, top_p, top_k)
+    counts = np.bincount(tokens, minlength=70)
+    assert (counts[left == 0] == 0).all()
+    expected = left[left > 0] * count
+    # Pearson's chi-squared: mean n - 1, variance 2 (n - 1).
+    freedom = len(expected) - 1
+    chi_squared = (((counts[left > 0] - expected) ** 2) / expected).sum()
+    assert chi_squared <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_greedy_reports_the_distribution_at_temperature_one():
+    logits = np.random.default_rng(2).normal(0, 2, (5, 33)).astype(np.float32)
+    tokens, logprobs = Sampler(SamplingConfig(1), range(5))(logits, np.arange(5), 0)
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    expected = logits.max(-1) - np.logaddexp.reduce(logits.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(logprobs, expected, atol=2e-6)
+
+
+def test_numbers_depend_on_seed_and_index_alone():
+    logits = np.zeros((4, 50), np.float32)
+    few = Sampler(SamplingConfig(3, 1.0, seed=9), [7, 2, 5, 0])
+    many = Sampler(SamplingConfig(8, 1.0, seed=9), range(8))
+    other = Sampler(SamplingConfig(3, 1.0, seed=10), [7, 2, 5, 0])
+    rows, numbers = np.arange(4), np.array([7, 2, 5, 0])
+    for step in range(3):
+        picked = few(logits, rows, step)[0].tolist()
+        assert picked == many(logits, numbers, step)[0].tolist()
+    assert picked != other(logits, rows, 2)[0].tolist()

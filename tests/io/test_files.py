@@ -1,0 +1,228 @@
+"""Directories that are whole or absent: interruption at every step, full disks, damage."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ernie_train.core.errors import CheckpointError, StorageError, UserError
+from ernie_train.io import files
+from ernie_train.io.files import (
+    FileDigest,
+    recover,
+    remove_directory,
+    verify_manifest,
+    write_directory,
+    write_json,
+)
+
+
+def writer(text: str) -> Callable[[Path], dict[str, FileDigest]]:
+    def write(directory: Path) -> dict[str, FileDigest]:
+        (directory / "a.txt").write_text(text)
+        (directory / "sub").mkdir()
+        (directory / "sub" / "b.txt").write_text(text * 2)
+        return {}
+
+    return write
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*"))
+
+
+def test_whole_directory_with_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "out"
+    write_directory(path, writer("x"), info={"step": 3})
+    assert names(path) == ["MANIFEST.json", "a.txt", "sub", "sub/b.txt"]
+    manifest = verify_manifest(path)
+    assert manifest["step"] == 3
+    assert manifest["files"].keys() == {"a.txt", "sub/b.txt"}
+    # SHA-256 of "x", from the published algorithm's reference vectors via sha256sum.
+    assert manifest["files"]["a.txt"]["sha256"].startswith("2d711642b726b04401627ca9fbac32f5c853")
+
+
+def test_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    def fail(directory: Path) -> dict[str, FileDigest]:
+        writer("x")(directory)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(tmp_path / "out", fail)
+    assert names(tmp_path) == []
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing after it runs."""
+
+
+def steps_of_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Counts the points at which a replacement can be cut: each call that changes the disk."""
+    return run_until(tmp_path / "count", monkeypatch, -1)
+
+
+def run_until(root: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int) -> int:
+    """Replaces `root/out` and dies before the disk-changing call number `stop_at`."""
+    root.mkdir()
+    write_directory(root / "out", writer("old"))
+    calls = 0
+
+    def counted(function: Callable) -> Callable:  # type: ignore[type-arg]
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            if calls == stop_at:
+                raise Killed
+            calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "rename", "unlink", "rmdir", "touch", "replace"):
+            patch.setattr(Path, name, counted(getattr(Path, name)))
+        patch.setattr(files, "sync_path", counted(files.sync_path))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        # A killed process does not clean up either.
+        original = files.recover
+        recovered = iter([original])
+        patch.setattr(files, "recover", lambda path: next(recovered, lambda _: None)(path))
+        with contextlib.suppress(Killed):
+            write_directory(root / "out", writer("new"))
+    return calls
+
+
+def test_a_kill_at_any_point_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = steps_of_replacement(tmp_path, monkeypatch)
+    assert total > 15
+    seen = set()
+    for stop_at in range(total):
+        root = tmp_path / str(stop_at)
+        run_until(root, monkeypatch, stop_at)
+        recover(root / "out")
+        verify_manifest(root / "out")
+        assert names(root / "out") == ["MANIFEST.json", "a.txt", "sub", "sub/b.txt"], stop_at
+        assert names(root)[0] == "out"
+        assert [p.name for p in root.iterdir()] == ["out"], stop_at
+        seen.add((root / "out" / "a.txt").read_text())
+        write_directory(root / "out", writer("later"))  # and the next one works
+        assert (root / "out" / "a.txt").read_text() == "later"
+    assert seen == {"old", "new"}
+
+
+def test_a_kill_while_deleting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stop_at in range(8):
+        root = tmp_path / str(stop_at)
+        root.mkdir()
+        write_directory(root / "out", writer("x"))
+        left = stop_at
+
+        def counted(function: Callable) -> Callable:  # type: ignore[type-arg]
+            def call(*args: object, **kwargs: object) -> object:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "unlink", "rmdir", "touch"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            with contextlib.suppress(Killed):
+                remove_directory(root / "out")
+        if (root / "out").exists():
+            verify_manifest(root / "out")
+        recover(root / "out")
+        assert [p.name for p in root.iterdir()] in ([], ["out"])
+
+
+def test_strangers_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("x")
+    with pytest.raises(StorageError, match="in the way"):
+        write_directory(tmp_path / "out", writer("x"))
+    assert (tmp_path / "out.tmp" / "mine").exists()
+    (tmp_path / "out.tmp" / "mine").rename(tmp_path / "mine")
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "mine").write_text("x")
+    write_directory(tmp_path / "out", writer("x"))
+    assert (tmp_path / "out.old" / "mine").exists()
+
+
+def test_foreign_target(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "MANIFEST.json").write_text('{"format": "of another program"}')
+    with pytest.raises(UserError, match="not written by this program"):
+        write_directory(tmp_path / "out", writer("x"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_directory_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="no permission"):
+        write_directory(tmp_path / "out", writer("x"))
+    tmp_path.chmod(0o700)
+
+
+def test_unwritable_place() -> None:
+    with pytest.raises(StorageError, match="cannot write"):
+        write_directory(Path("/proc/ernie_train/out"), writer("x"))
+
+
+def test_parent_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_directory(tmp_path / "file" / "out", writer("x"))
+
+
+# ---- manifests ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": "ernie_train 1"}', '{"format": "ernie_train 1", "files": {}}'],
+)
+def test_damaged_manifest(tmp_path: Path, text: str) -> None:
+    (tmp_path / "MANIFEST.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json"):
+        verify_manifest(tmp_path)
+
+
+def test_every_damaged_file_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    write_directory(path, writer("abcdef"))
+    (path / "a.txt").write_text("abcdeF")
+    (path / "sub" / "b.txt").write_text("abc")
+    verify = verify_manifest
+    with pytest.raises(CheckpointError, match=r"a\.txt: content differs.*b\.txt: 3 bytes"):
+        verify(path)
+    with pytest.raises(CheckpointError, match=r"b\.txt") as caught:
+        verify(path, hashes=False)
+    assert "a.txt" not in str(caught.value)
+    (path / "a.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.txt: No such file"):
+        verify(path)
+
+
+def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert names(tmp_path) == ["x.json"]

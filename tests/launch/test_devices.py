@@ -1,0 +1,119 @@
+"""Which devices ranks get on a machine whose GPUs are pretended to Paddle's launcher."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ernie_train.cli.run import RunCall
+from ernie_train.core import process_group
+from ernie_train.core.errors import ConfigError
+from ernie_train.launch import LaunchSettings, launcher
+from tests.launch.launched import wait_for
+
+# Stands in for the interpreter that runs the launcher. CUDA counts up to the first wrong number.
+MACHINE = """#!{python}
+import os, runpy, sys
+from paddle.base import core
+def visible():
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = [str(i) for i in range({gpus})]
+    if named is None:
+        return len(numbers)
+    known = [name.strip() in numbers for name in named.split(",")]
+    return (known + [False]).index(False)
+core.is_compiled_with_cuda = lambda: True
+core.get_cuda_device_count = visible
+sys.argv = sys.argv[sys.argv.index("-m") + 1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+RANK = """
+import json, os, pathlib, sys
+path = pathlib.Path(sys.argv[1], f"rank_{os.environ['PADDLE_TRAINER_ID']}")
+path.with_suffix(".tmp").write_text(json.dumps(dict(os.environ)))
+path.with_suffix(".tmp").replace(path.with_suffix(".json"))
+"""
+
+
+def environments(
+    tmp_path: Path, patch: pytest.MonkeyPatch, *, gpus: int, hide_gpus: bool
+) -> list[dict[str, str]]:
+    """What two ranks find in their environment on a machine with so many GPUs."""
+    machine, rank = tmp_path / "machine", tmp_path / "rank.py"
+    machine.write_text(MACHINE.format(python=sys.executable, gpus=gpus))
+    machine.chmod(0o755)
+    rank.write_text(RANK)
+    command = [sys.executable, "-u", str(rank), str(tmp_path)]
+    with patch.context() as pretended:
+        pretended.setattr(launcher.sys, "executable", str(machine))
+        started = launcher.Launcher(command, LaunchSettings(2, hide_gpus=hide_gpus), tmp_path)
+    try:
+        found = [tmp_path / f"rank_{number}.json" for number in range(2)]
+
+        def over() -> bool:
+            return started.process.poll() is not None or all(path.exists() for path in found)
+
+        wait_for(over, "the launcher did nothing")
+        assert all(path.exists() for path in found), started._log.read_text()
+    finally:
+        started.process.kill()
+        started.process.wait()
+    return [json.loads(path.read_text()) for path in found]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "hide_gpus", "visible"), [(8, True, None), (1, True, "0"), (8, False, "")]
+)
+def test_on_a_gpu_machine_ranks_stay_on_the_cpu_if_they_should(
+    tmp_path, monkeypatch, gpus, hide_gpus, visible
+):
+    """Also with fewer GPUs than ranks, which the launcher would deal out."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for found in environments(tmp_path, monkeypatch, gpus=gpus, hide_gpus=hide_gpus):
+        assert found.get("PADDLE_DISTRI_BACKEND") == "gloo"
+        assert found["CUDA_VISIBLE_DEVICES"].split(",")[0] == "-1", "CUDA shows it no GPU"
+
+
+def test_each_rank_gets_its_gpu_where_it_may_have_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    found = environments(tmp_path, monkeypatch, gpus=8, hide_gpus=False)
+    assert [rank["FLAGS_selected_gpus"] for rank in found] == ["0", "1"]
+    assert all(rank["CUDA_VISIBLE_DEVICES"] == "2,5" for rank in found)
+    assert not any("PADDLE_DISTRI_BACKEND" in rank for rank in found)
+
+
+@pytest.mark.parametrize(
+    ("device", "hidden"), [("cpu", True), ("auto", False), ("gpu", False), (None, False)]
+)
+def test_the_recipe_s_device_decides(tmp_path, monkeypatch, device, hidden):
+    seen: list[LaunchSettings] = []
+    monkeypatch.setattr(
+        "ernie_train.cli.run.supervise", lambda command, settings, *rest: seen.append(settings)
+    )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: x\ndevice: cpu\n" if device == "cpu" else "name: x\n")
+    overrides = [f"device={device}"] if device in ("auto", "gpu") else []
+    call = RunCall(recipe, overrides, tmp_path / "run", None, None, None)
+    call.launch(LaunchSettings(2), None, debug=False)
+    assert [settings.hide_gpus for settings in seen] == [hidden]
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "NCCL"), ("gpu", "GLOO")])
+def test_ranks_that_others_started_for_another_device_are_told(monkeypatch, device, backend):
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr("paddle.distributed.get_backend", lambda: backend)
+    with pytest.raises(ConfigError, match="PADDLE_DISTRI_BACKEND"):
+        process_group.require_backend(device)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "GLOO"), ("gpu", "NCCL")])
+def test_a_device_goes_with_its_backend(monkeypatch, device, backend):
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr("paddle.distributed.get_backend", lambda: backend)
+    process_group.require_backend(device)

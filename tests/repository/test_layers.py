@@ -1,0 +1,352 @@
+"""The order of the packages: who may import whom. Walks every import, those in functions too.
+
+A package imports packages above it in PACKAGES; a module imports modules listed before it in its
+own package. A nested package is a unit among the modules of its parent and has an order of its own;
+from elsewhere it is reached through its `__init__` alone. Private names stay in their module.
+"""
+
+import ast
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
+
+PACKAGES: dict[str, str] = {
+    "core": "errors warn_once signals processes progress cpu devices environment barrier"
+    " worker_pool yaml config_schema config_problems config process_group consensus",
+    "io": "files metrics_log run_dir safetensors",
+    "losses": "advantages balance cross_entropy policy preference logprobs",
+    "model": "configuration_checks configuration pylayer batch_layout rope norm mlp kv_cache"
+    " attention token_dispatcher moe transformer numpy_layers numpy_decoder",
+    "model.attention": "blocked online flashmask layer",
+    "data": "completion_format documents formats reader mixing packing loader report chat_template"
+    " tokenizer chat preview sources",
+    "data.tokenizer": "sentencepiece_proto hf_files base paddlenlp sentencepiece",
+    "rewards": "score sandbox verifiers registry scoring",
+    "rewards.sandbox": "guest seccomp backends pool process api",
+    "rewards.sandbox.guest": "values candidate test_judge server",
+    "rewards.verifiers": "answer_text math_worker math_process assignments choices quantities"
+    " exact format math_answer logic tool_call code llm_judge user",
+    "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
+    "parallel": "collectives lockstep recompute expert gradients gradient_reduction build",
+    "weights": "layout hf checkpoint model_directory",
+    "generate": "sampler engine sharded",
+    "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
+    " supervised_data supervised pretrain sft",
+    "eval": "prompts evaluate gates",
+    "rl": "config critic rollout batch data groups pairs loss report learner loop dpo",
+    "launch": "console rank_files logs launcher job supervise",
+    "run": "stages recipe check referee_script export render finalize pipeline",
+    "plan": "layout buckets decoder shards activations memory work cost overlap search tables"
+    " command",
+    "cli": "doctor status model score run main",
+}
+ROOT_MODULES = ("__main__",)
+MOST_MODULES = 16
+# Independent of each other, so that each can be read alone.
+INDEPENDENT = {
+    "losses": {"model", "data", "rewards"},
+    "model": {"losses", "data", "rewards"},
+    "data": {"losses", "model", "rewards"},
+    "rewards": {"losses", "model"},
+    "launch": {"model", "data", "train", "rl"},
+}
+# Numpy at most: these start fast and run in workers that must not load Paddle.
+WITHOUT_PADDLE = {
+    "core.errors", "core.yaml", "core.config_schema", "core.config_problems", "core.config",
+    "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
+    "core.warn_once", "core.cpu", "io.files", "launch", "data", "rewards",
+}  # fmt: skip
+MAY_DISTRIBUTE = {"core.process_group", "parallel"}
+# They take seconds to import, or drag Paddle in, so only the function that needs one imports it.
+ONLY_IN_FUNCTIONS = {"paddlenlp", "math_verify", "reasoning_gym", "visualdl", "matplotlib"}
+# Paddle fixes its CPU settings on import, and ernie_train's __init__ imports this package.
+PADDLE_ONLY_IN_FUNCTIONS = {"core"}
+
+
+class Import(NamedTuple):
+    """One import: the full name of the module, the name taken from it, line, in a function?"""
+
+    module: str
+    name: str
+    line: int
+    in_function: bool
+
+
+def is_module(root: Path, name: str) -> bool:
+    path = root.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def module_name(root: Path, path: Path) -> str:
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(root: Path, path: Path) -> Iterator[Import]:
+    package = path.parent.relative_to(root.parent).parts
+    todo: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), False)]
+    while todo:
+        node, inside = todo.pop()
+        for module, name in _names_imported(root, package, node):
+            yield Import(module, name, getattr(node, "lineno", 0), inside)
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        todo += [(child, inside) for child in ast.iter_child_nodes(node)]
+
+
+def _names_imported(
+    root: Path, package: tuple[str, ...], node: ast.AST
+) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, "") for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+        base = ".".join(filter(None, (base, node.module or "")))
+        for alias in node.names:
+            # `from ernie_train.core import errors` imports a module, not only a name.
+            full = f"{base}.{alias.name}"
+            own = base.split(".")[0] == root.name
+            whole = is_module(root, full) if own else base == "paddle"
+            yield (full, "") if whole else (base, alias.name)
+    elif isinstance(node, ast.Call):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        called = node.func.id if isinstance(node.func, ast.Name) else called
+        if called in ("import_module", "__import__") and node.args:
+            first = node.args[0]
+            name = first.value if isinstance(first, ast.Constant) else "a name made at run time"
+            yield str(name), ""
+    elif isinstance(node, ast.Attribute) and ast.unparse(node) == "paddle.distributed":
+        yield "paddle.distributed", ""
+
+
+def units(name: str) -> list[tuple[str, str]]:
+    """(package, unit) at each depth: a.b.c -> ("", a), (a, b), (a.b, c)."""
+    parts = name.split(".")
+    return [(".".join(parts[:at]), part) for at, part in enumerate(parts)]
+
+
+def place(package: str, unit: str) -> int | None:
+    order = [name for name in PACKAGES if "." not in name] + list(ROOT_MODULES)
+    order = order if package == "" else PACKAGES.get(package, "").split()
+    return order.index(unit) if unit in order else None
+
+
+def violations(root: Path) -> list[str]:
+    found, graph = [], {}
+    for path in sorted(root.rglob("*.py")):
+        name = module_name(root, path)
+        imports = list(imports_of(root, path))
+        graph[name] = {i.module for i in imports if i.module.split(".")[0] == root.name}
+        own = name.removeprefix(root.name).lstrip(".")
+        if own == "":
+            # The package itself prepares the process; it may only look at the lowest package.
+            others = {
+                i.module.split(".")[1] for i in imports if i.module.startswith("ernie_train.")
+            }
+            found += [f"__init__ imports {other}" for other in sorted(others - {"core"})]
+            continue
+        missing = [unit for package, unit in units(own) if place(package, unit) is None]
+        if missing:
+            found.append(f"{name} has no place in the order")
+            continue
+        for imported in imports:
+            if reason := _complaint(root, own, imported):
+                found.append(f"{name}:{imported.line} {reason}")
+    return found + [f"import cycle: {' -> '.join(cycle)}" for cycle in cycles(graph)]
+
+
+def _within(name: str, names: set[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in names)
+
+
+def _complaint(root: Path, own: str, imported: Import) -> str:
+    module, parts = imported.module, imported.module.split(".")
+    if parts[0] == root.name:
+        return _order_complaint(own, ".".join(parts[1:]), imported.name)
+    if module == "a name made at run time":
+        return "imports a name made at run time, which cannot be checked"
+    if parts[:2] == ["paddle", "distributed"] and not _within(own, MAY_DISTRIBUTE):
+        return "touches paddle.distributed"
+    if parts[0] == "paddle" and _within(own, WITHOUT_PADDLE):
+        return "imports paddle"
+    lazy = ONLY_IN_FUNCTIONS | ({"paddle"} if _within(own, PADDLE_ONLY_IN_FUNCTIONS) else set())
+    if parts[0] in lazy and not imported.in_function:
+        return f"imports {parts[0]} outside a function"
+    return ""
+
+
+def _order_complaint(own: str, target: str, name: str) -> str:
+    if target == "":
+        return ""  # `import ernie_train` alone
+    if any(place(package, unit) is None for package, unit in units(target)):
+        return f"imports {target}, which has no place in the order"
+    if name.startswith("_") and not name.startswith("__"):
+        return f"imports {name}, which is private to {target}"
+    if _within(target, INDEPENDENT.get(own.split(".")[0], set())):
+        return f"imports {target}: {own.split('.')[0]} is independent of it"
+    depth = target.count(".")
+    if depth > 1 and own.split(".")[:1] != target.split(".")[:1]:
+        return f"imports {target}, which is inner to {target.rpartition('.')[0]}"
+    for (package, mine), (other_package, theirs) in zip(units(own), units(target), strict=False):
+        if package != other_package or mine == theirs:
+            continue
+        a, b = place(package, mine), place(package, theirs)
+        if a is not None and b is not None and b > a:
+            return f"looks up: {theirs} comes after {mine}"
+        return ""
+    return ""
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Import cycles between modules; a package's __init__ counts as its last module."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> None:
+        if name in trail:
+            found.append([*trail[trail.index(name) :], name])
+            return
+        if name in done:
+            return
+        for target in sorted(graph.get(name, ())):
+            # Importing a submodule runs the package's __init__ first; that is no edge of its own.
+            visit(target, [*trail, name])
+        done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+def test_every_import_respects_the_order() -> None:
+    assert violations(PACKAGE) == []
+
+
+def test_the_order_names_what_there_is_and_nothing_else() -> None:
+    for package, order in PACKAGES.items():
+        directory = PACKAGE.joinpath(*package.split("."))
+        there = {p.stem for p in directory.glob("*.py")} - {"__init__"}
+        there |= {p.parent.name for p in directory.glob("*/__init__.py")}
+        assert sorted(order.split()) == sorted(there), package
+        assert 1 < len(there) <= MOST_MODULES, f"{package} has {len(there)} modules"
+    loose = {p.stem for p in PACKAGE.glob("*.py")}
+    assert loose == {"__init__", *ROOT_MODULES}
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert len(text) > 40, path
+
+
+def test_the_walk_sees_the_whole_package() -> None:
+    seen = {module_name(PACKAGE, path) for path in PACKAGE.rglob("*.py")}
+    assert {"ernie_train", "ernie_train.core.config", "ernie_train.model"} <= seen
+    names = {i.module for i in imports_of(PACKAGE, PACKAGE / "core" / "config.py")}
+    assert {"ernie_train.core.errors", "pydantic", "json"} <= names
+
+
+TRAINER = "train/trainer.py"
+PLANTED = {
+    "upwards": ("model/moe.py", "from ernie_train.train.trainer import Trainer", "looks up"),
+    "upwards in a function": ("io/files.py", "def f():\n    import ernie_train.run", "looks up"),
+    "upwards by the package": ("io/files.py", "from ernie_train import train", "looks up"),
+    "upwards relatively": ("model/moe.py", "from .. import train", "looks up"),
+    "upwards from inside": ("model/moe.py", "from ..train.trainer import Trainer", "looks up"),
+    "upwards by importlib": (
+        "io/files.py",
+        "import importlib\nimportlib.import_module('ernie_train.train.trainer')",
+        "looks up",
+    ),
+    "unreadable name": ("io/files.py", "def f(x):\n    __import__(x)", "made at run time"),
+    "for types only": (
+        "io/files.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ernie_train.train.trainer",
+        "looks up",
+    ),
+    "neighbours": ("losses/policy.py", "from ernie_train.data import loader", "independent"),
+    "later in the package": ("core/errors.py", "from ernie_train.core import config", "looks up"),
+    "no place": ("core/helpers.py", "", "has no place"),
+    "from no place": ("io/files.py", "import ernie_train.nowhere", "no place"),
+    "inner module": (
+        TRAINER,
+        "from ernie_train.data.tokenizer.base import Tokenizer",
+        "inner to data.tokenizer",
+    ),
+    "private name": (TRAINER, "from ernie_train.model.rope import _rotate", "is private to"),
+    "distributed import": (TRAINER, "import paddle.distributed as dist", "distributed"),
+    "distributed from": (TRAINER, "from paddle import distributed", "distributed"),
+    "distributed below": (
+        TRAINER,
+        "from paddle.distributed.fleet.utils import recompute",
+        "distributed",
+    ),
+    "distributed attribute": (
+        TRAINER,
+        "import paddle\npaddle.distributed.barrier()",
+        "touches paddle.distributed",
+    ),
+    "paddle in data": ("data/loader.py", "def f():\n    import paddle", "imports paddle"),
+    "paddle too early": ("core/devices.py", "import paddle", "outside a function"),
+    "slow import": (TRAINER, "import matplotlib.pyplot", "outside a function"),
+    "a busy __init__": ("__init__.py", "import ernie_train.model", "__init__ imports model"),
+    "a cycle in a package": (
+        "model/moe.py",
+        "def f():\n    from ernie_train.model import rope",
+        "import cycle",
+    ),
+}
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A small house without faults."""
+    root = tmp_path / "ernie_train"
+    sources = {
+        "core/errors.py": "import os",
+        "core/config.py": "import os",
+        "core/devices.py": "def f():\n    import paddle",
+        "core/process_group.py": "def f():\n    import paddle.distributed",
+        "io/files.py": "import os",
+        "losses/policy.py": "import paddle",
+        "model/rope.py": "from ernie_train.core.errors import e",
+        "model/moe.py": "from ernie_train.core.errors import e",
+        "data/loader.py": "import os",
+        "data/tokenizer/base.py": "import os",
+        "parallel/build.py": "import paddle.distributed",
+        "train/trainer.py": "import paddle\nfrom ernie_train.data.tokenizer import Tokenizer",
+        "run/recipe.py": "import os",
+        "__init__.py": "from ernie_train.core.cpu import x",
+        "core/cpu.py": "import os",
+        "model/__init__.py": "from ernie_train.model.moe import y",
+    }
+    for name, source in sources.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(source + "\n")
+    return root
+
+
+def test_a_sound_house_passes(house: Path) -> None:
+    assert violations(house) == []
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_fault_is_found(house: Path, case: str) -> None:
+    if case == "a cycle in a package":
+        (house / "model" / "rope.py").write_text("from ernie_train.model import moe\n")
+    file, source, expected = PLANTED[case]
+    path = house / file
+    path.write_text(source + "\n")
+    found = violations(house)
+    assert any(expected in line for line in found), found
+
+
+def test_stray_directories_are_not_overlooked(house: Path) -> None:
+    shutil.copytree(house / "losses", house / "utils")
+    assert any("utils has no place" in line for line in violations(house))

@@ -1,0 +1,202 @@
+"""UPO's objective: by definition in numpy, its special cases to the bit, and micro-batching."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.rl.batch import SampleBatch, micro_batches, policy_logprobs
+from ernie_train.rl.loss import UpoLoss
+from ernie_train.train.optimizer import OptimConfig, Optimizer
+from ernie_train.train.trainer import Trainer
+from tests.rl.test_batch import make_samples
+from tests.small_models import assert_same, make_config, make_model, state
+
+
+def filled(count=6, seed=0):
+    """Samples with numbers as an iteration would have them, and two pairs of them."""
+    rng, samples = np.random.default_rng(seed + 50), make_samples(count, seed)
+    model = make_model()
+    for s in samples:
+        n = len(s.completion_ids)
+        with paddle.no_grad():
+            logprobs, _, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0)
+        s.old_logprobs = (logprobs.numpy() + rng.normal(0, 0.3, n)).astype(np.float32)
+        s.ref_logprobs = (logprobs.numpy() + rng.normal(0, 0.2, n)).astype(np.float32)
+        s.advantages = rng.normal(size=n).astype(np.float32)
+    samples[4].trained = False
+    return samples, [(samples[0], samples[1]), (samples[3], samples[2])]
+
+
+LOSS = {"temperature": 1.0, "clip_ratio": (0.2, 0.3)}
+FULL = UpoLoss(**LOSS, entropy_coef=0.01, kl_coef=0.05, kl_kind="k3", preference_coef=0.5,
+               beta=0.3, has_reference=True)  # fmt: skip
+
+
+def by_definition(model, samples, pairs):
+    """(policy, entropy, kl, preference) sums over counts, in float64."""
+    policy = entropy_sum = kl = 0.0
+    tokens = 0
+    logprobs_of = {}
+    for s in samples:
+        lp, entropy, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0,
+                                         with_entropy=True)  # fmt: skip
+        lp, entropy = lp.numpy().astype(np.float64), entropy.numpy().astype(np.float64)
+        logprobs_of[id(s)] = lp
+        if not s.trained:
+            continue
+        tokens += len(lp)
+        for t in range(len(lp)):
+            ratio = math.exp(lp[t] - s.old_logprobs[t])
+            clipped = min(max(ratio, 1 - 0.2), 1 + 0.3)
+            policy -= min(ratio * s.advantages[t], clipped * s.advantages[t])
+            entropy_sum += entropy[t]
+            d = lp[t] - s.ref_logprobs[t]
+            kl += math.exp(-d) - 1 + d
+    preference = 0.0
+    for chosen, rejected in pairs:
+        ratios = [(logprobs_of[id(s)] - s.ref_logprobs).sum() for s in (chosen, rejected)]
+        preference += math.log1p(math.exp(-0.3 * (ratios[0] - ratios[1])))
+    return policy / tokens, entropy_sum / tokens, kl / tokens, preference / len(pairs)
+
+
+def new_trainer(model=None, **optim):
+    model = model or make_model()
+    model.train()
+    return Trainer(model, Optimizer(model, OptimConfig(lr=1e-3, schedule="constant", **optim)))
+
+
+@pytest.mark.parametrize("size", [2, 3, 6, 50])
+def test_every_term_by_definition_whatever_the_micro_batches(size):
+    samples, pairs = filled()
+    policy, entropy, kl, preference = by_definition(make_model(), samples, pairs)
+    metrics = new_trainer().train_step(micro_batches(samples, pairs, size), FULL, 9).metrics
+    assert metrics["policy"] == pytest.approx(policy, rel=2e-5)
+    assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert metrics["kl_loss"] == pytest.approx(kl, rel=2e-5)
+    assert metrics["kl"] == pytest.approx(kl, rel=2e-5)
+    assert metrics["preference"] == pytest.approx(preference, rel=2e-5)
+
+
+def test_micro_batches_do_not_change_the_update():
+    ends = []
+    for size in (2, 3, 50):
+        samples, pairs = filled()
+        trainer = new_trainer()
+        trainer.train_step(micro_batches(samples, pairs, size), FULL, 9)
+        ends.append(state(trainer.model))
+    for other in ends[1:]:
+        for name, array in ends[0].items():
+            np.testing.assert_allclose(other[name], array, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("coefs", "weights"),
+    [
+        ({}, (1.0, 0.0, 0.0, 0.0)),
+        ({"policy_coef": 0.0, "entropy_coef": 1.0}, (0.0, -1.0, 0.0, 0.0)),
+        ({"policy_coef": 0.0, "kl_coef": 1.0, "kl_kind": "k3"}, (0.0, 0.0, 1.0, 0.0)),
+        ({"policy_coef": 0.0, "preference_coef": 1.0}, (0.0, 0.0, 0.0, 1.0)),
+        ({"policy_coef": 0.7, "entropy_coef": 0.5, "kl_coef": 0.3, "kl_kind": "k3",
+          "preference_coef": 0.4}, (0.7, -0.5, 0.3, 0.4)),
+    ],
+)  # fmt: skip
+def test_the_gradient_is_that_of_the_objective(coefs, weights):
+    """Each term alone and all together, along a random direction, by finite differences."""
+    samples, pairs = filled()
+    paddle.seed(3)
+    model = Ernie4_5_MoeForCausalLM(make_config(moe_num_experts=0, initializer_range=0.15))
+    for s in samples:
+        lp, _, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0)
+        s.old_logprobs, s.ref_logprobs = lp.numpy() + 0.05, lp.numpy() - 0.1
+    trainer = new_trainer(model)
+    kept = {}
+    trainer.optimizer.step = lambda lr, norm: kept.update(
+        {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
+    )
+    loss = UpoLoss(**LOSS, **coefs, beta=0.3, has_reference=True)
+    trainer.train_step(micro_batches(samples, pairs, 3), loss, 9)
+    # Along the gradient, so that a term is not lost among the others.
+    length = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in kept.values()))
+    direction = {n: (g / length).astype(np.float32) for n, g in kept.items()}
+
+    def objective(step):
+        held = {n: p.numpy() for n, p in model.named_parameters()}
+        for n, p in model.named_parameters():
+            if n in direction:
+                p.set_value(held[n] + np.float32(step) * direction[n])
+        parts = by_definition(model, samples, pairs)
+        for n, p in model.named_parameters():
+            p.set_value(held[n])
+        return float(np.dot(weights, parts))
+
+    numeric = (objective(3e-3) - objective(-3e-3)) / 6e-3
+    assert length == pytest.approx(numeric, rel=2e-2)
+    assert length > 1e-3
+
+
+def test_without_the_preference_it_is_plain_ppo_to_the_bit():
+    ends, seen = [], []
+    for loss, with_pairs in (
+        (UpoLoss(**LOSS), False),
+        (UpoLoss(**LOSS, preference_coef=0.0, beta=0.7, has_reference=True), False),
+        (UpoLoss(**LOSS, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0), False),
+    ):
+        samples, pairs = filled()
+        trainer = new_trainer()
+        batches = micro_batches([s for s in samples if s.trained], pairs if with_pairs else [], 3)
+        seen.append(trainer.train_step(batches, loss, 9).metrics["policy"])
+        ends.append(state(trainer.model))
+    assert len(set(seen)) == 1
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
+
+
+def test_with_the_preference_alone_it_is_dpo_and_ln_2_at_the_reference():
+    samples, pairs = filled()
+    model = make_model()
+    for s in samples:
+        lp, _, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0)
+        s.ref_logprobs = lp.numpy()
+    loss = UpoLoss(**LOSS, policy_coef=0.0, preference_coef=1.0, beta=0.1, has_reference=True)
+    trainer = new_trainer(model)
+    batches = micro_batches([], pairs, 2)
+    before = trainer.train_step(batches, loss, 9).metrics
+    assert set(before) >= {"preference", "rewards/margins"}
+    assert "policy" not in before
+    assert before["preference"] == pytest.approx(math.log(2), abs=1e-6)
+    for _ in range(4):
+        after = trainer.train_step(batches, loss, 9).metrics
+    assert after["preference"] < before["preference"]
+    assert after["rewards/margins"] > 0
+    assert after["rewards/accuracies"] == 1.0
+
+
+def test_no_gradient_flows_from_samples_that_are_only_compared():
+    """A sample outside of policy loss and pairs changes nothing."""
+    ends = []
+    for keep in (True, False):
+        samples, _ = filled()
+        trainer = new_trainer()
+        batches = micro_batches(samples if keep else [s for s in samples if s.trained], [], 50)
+        trainer.train_step(batches, UpoLoss(**LOSS), 9)
+        ends.append(state(trainer.model))
+    for name, array in ends[0].items():
+        np.testing.assert_allclose(ends[1][name], array, atol=2e-5, err_msg=name)
+
+
+def test_term_norms_leave_everything_as_it_was():
+    samples, pairs = filled()
+    trainer = new_trainer()
+    before = {n: a.copy() for n, a in state(trainer.model).items()}
+    batches = micro_batches(samples, pairs, 3)
+    norms = trainer.term_gradient_norms(batches, FULL)
+    assert set(norms) == {"policy", "entropy", "kl_loss", "preference"}
+    assert all(norm > 0 for norm in norms.values())
+    assert_same(state(trainer.model), before)
+    with_norms = trainer.train_step(batches, FULL, 9).metrics
+    assert with_norms == new_trainer().train_step(batches, FULL, 9).metrics

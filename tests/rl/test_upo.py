@@ -1,0 +1,418 @@
+"""RL stages as a whole: they learn, continue to the same bits, and refuse what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ernie_train.cli.main import main
+from ernie_train.core.errors import ConfigError
+from ernie_train.rl import groups
+from ernie_train.rl.config import UpoConfig
+from ernie_train.rl.dpo import DpoConfig
+from ernie_train.rl.learner import Learner
+from ernie_train.rl.rollout import Collector, PromptOrder, Sample, read_rollout
+from tests.workspace import make_workspace, metrics_without_time, rows, start, write_rows
+
+REWARD = '''
+def score(row, completion):
+    """Wants plus signs, which an untrained model writes now and then."""
+    return 1.0 if "+" in completion else 0.0
+'''
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("upo")
+    recipe = yaml.safe_load(make_workspace(root).read_text())
+    made = rows(40, 7)
+    for number, row in enumerate(made):
+        row["messages"] = row["messages"][:1]
+        row["difficulty"] = 1 + number % 3
+    write_rows(root / "prompts.jsonl", made)
+    preferences = [
+        {"prompt": row["messages"][0]["content"],
+         "chosen": f"<think>\n1 + 1\n</think>\n\n<response>\n{row['answer']}\n</response>",
+         "rejected": "<think>\nno idea\n</think>\n\n<response>\nnone\n</response>"}
+        for row in made[:10]
+    ]  # fmt: skip
+    write_rows(root / "preferences.jsonl", preferences)
+    (root / "reward.py").write_text(REWARD)
+    recipe |= {"evaluation": None, "export": None, "stages": [stage(root)]}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def stage(root: Path, **changes):
+    values = {
+        "name": "rl", "kind": "upo", "data": [{"path": str(root / "prompts.jsonl")}],
+        "reward": {"python": str(root / "reward.py") + ":score"}, "canaries": 0,
+        "iterations": 4, "prompts_per_iteration": 6, "group_size": 4, "max_new_tokens": 10,
+        "max_prompt_tokens": 64,
+        "micro_batch_size": 8, "optim": {"lr": 3e-3, "schedule": "constant", "weight_decay": 0.0},
+        "checkpoint": {"every_steps": 100}, "minibatches": 2, "truncated": "punish",
+    }  # fmt: skip
+    return {k: v for k, v in {**values, **changes}.items() if v is not None}
+
+
+GAE = {
+    "advantage": "gae", "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
+    "kl": {"coef": 0.01, "kind": "k1", "place": "reward"}, "update_epochs": 2,
+    "preference_coef": 0.2, "pairs": "both",
+    "offline": {"prompts": 20, "per_iteration": 2}, "balance": {"bias_update_rate": 0.001},
+    "curriculum": {"start": 1, "raise_at": 0.3}, "refill_rounds": 1,
+}  # fmt: skip
+
+
+OFFLINE_ONLY = {
+    "data": None, "reward": None, "prompts_per_iteration": None, "canaries": None,
+    "truncated": None, "group_size": None, "policy_coef": 0.0, "preference_coef": 1.0,
+    "pairs": "offline", "offline": {"path": "x", "per_iteration": 1},
+}  # fmt: skip
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    return int(stopped.value.code or 0)
+
+
+def run_stage(workspace: Path, directory: Path, **changes) -> int:
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    recipe["stages"] = [stage(workspace, **changes)]
+    path = workspace / f"{directory.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return run("run", path, "--run-dir", directory)
+
+
+# ---- it learns -----------------------------------------------------------------------------------
+
+
+def test_a_reward_that_can_be_reached_is_reached(workspace, tmp_path):
+    """Group-relative, without a critic: from a few plus signs to many."""
+    assert run_stage(workspace, tmp_path / "learns", iterations=12, prompts_per_iteration=8,
+                     group_size=8, kl={"coef": 0.001}) == 0  # fmt: skip
+    lines = metrics_without_time(tmp_path / "learns", "01-rl")
+    accuracy = [line["accuracy"] for line in lines]
+    assert np.mean(accuracy[-3:]) > np.mean(accuracy[:3]) + 0.3
+    assert max(line["logprob_mismatch"] for line in lines) < 1e-5
+    assert max(line.get("experts_changed", 0.0) for line in lines) < 0.01
+    assert lines[-1]["kl"] > 0
+    samples = [json.loads(line) for line in
+               (tmp_path / "learns/01-rl/samples.jsonl").read_text().splitlines()]  # fmt: skip
+    assert {s["step"] for s in samples} == set(range(1, 13))
+    assert all(set(s["parts"]) == {"score"} for s in samples)
+
+
+@pytest.fixture(scope="module")
+def whole(workspace) -> Path:
+    """A stage with everything on: critic, both kinds of pairs, curriculum, refills."""
+    directory = workspace / "whole"
+    assert run_stage(workspace, directory, **GAE) == 0
+    return directory
+
+
+def test_everything_on_leaves_a_critic_pairs_and_metrics(whole):
+    saved = whole / "01-rl/checkpoints/step_000004"
+    for name in ("critic/model.safetensors", "critic/optimizer.safetensors", "state.json"):
+        assert (saved / name).exists(), name
+    assert (whole / "01-rl/offline_pairs.jsonl").exists()
+    last = metrics_without_time(whole, "01-rl")[-1]
+    for name in (
+        "reward", "accuracy", "frac_reward_zero_std", "kl", "entropy", "clip_ratio", "pairs",
+        "completions/mean_length", "completions/truncated", "rewards/accuracies",
+        "rewards/margins", "critic/value_loss", "value/explained_variance", "curriculum/level",
+        "prompts_per_trained_group", "policy", "preference", "grad_norm", "moe/load_cv",
+    ):  # fmt: skip
+        assert name in last, name
+
+
+@pytest.mark.parametrize("moment", ["collect", "score", "update", "between"])
+def test_a_stage_cut_off_anywhere_continues_to_the_same_bits(
+    workspace, whole, tmp_path, monkeypatch, moment
+):
+    """A signal in the third iteration, while it samples, scores, updates, or has just ended."""
+    calls = {"n": 0}
+
+    def once_in_the_third(at: int) -> None:
+        calls["n"] += 1
+        if calls["n"] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if moment in ("collect", "score"):
+        name = "collect" if moment == "collect" else "_score"
+        original = getattr(Collector, name)
+
+        def patched(self, *arguments):
+            third = self.reward is not None and calls.setdefault("iterations", 0) >= 2
+            once_in_the_third(1) if third else None
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Collector, name, patched)
+    original_groups = groups.GroupSource.groups
+
+    def patched_groups(self, number):
+        calls["iterations"] = number - 1
+        if moment == "between" and number == 3:
+            once_in_the_third(1)
+        return original_groups(self, number)
+
+    monkeypatch.setattr(groups.GroupSource, "groups", patched_groups)
+    if moment == "update":
+        original_step = Learner._policy_step
+
+        def step(self, part, number, total, *, first):
+            if number == 3:
+                once_in_the_third(1)
+            return original_step(self, part, number, total, first=first)
+
+        monkeypatch.setattr(Learner, "_policy_step", step)
+    directory = tmp_path / f"cut-{moment}"
+    assert run_stage(workspace, directory, **GAE) == 3
+    assert run_stage(workspace, directory, **GAE) == 0
+    assert metrics_without_time(directory, "01-rl") == metrics_without_time(whole, "01-rl")
+    assert rl_files(directory) == rl_files(whole)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(workspace, whole, tmp_path):
+    """SIGKILL in rollouts, scoring, updates or saving, again and again until the stage is done."""
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    often = {**GAE, "checkpoint": {"every_steps": 1, "keep_last": 2}}
+    recipe["stages"] = [stage(workspace, **often)]
+    (workspace / "killed.yaml").write_text(yaml.safe_dump(recipe))
+    uninterrupted, began = tmp_path / "uninterrupted", time.monotonic()
+    process = start("run", workspace / "killed.yaml", "--run-dir", uninterrupted)
+    process.communicate()
+    assert process.returncode == 0
+    whole_s = time.monotonic() - began
+    rng, kills = random.Random(5), 0
+    for attempt in range(20):
+        directory = tmp_path / f"killed-{attempt}"
+        while True:
+            process = start("run", workspace / "killed.yaml", "--run-dir", directory)
+            try:
+                process.communicate(timeout=rng.uniform(0.3, 1.2) * whole_s)
+                assert process.returncode == 0
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+        assert metrics_without_time(directory, "01-rl") == metrics_without_time(
+            uninterrupted, "01-rl"
+        )
+        assert rl_files(directory) == rl_files(uninterrupted)
+        if kills >= 20:
+            return
+    raise AssertionError(f"only {kills} kills hit a running stage")
+
+
+def rl_files(directory: Path) -> dict[str, bytes]:
+    saved = directory / "01-rl/checkpoints/step_000004"
+    files = [p for p in saved.rglob("*") if p.is_file() and p.name != "MANIFEST.json"]
+    found = {str(path.relative_to(saved)): path.read_bytes() for path in files}
+    found["samples"] = (directory / "01-rl/samples.jsonl").read_bytes()
+    return found
+
+
+def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_stage(workspace, first, dump_rollouts=True, iterations=2) == 0
+    dumped = first / "01-rl/rollouts"
+    assert len(read_rollout(dumped / "000001.jsonl")) == 6
+    assert run_stage(workspace, second, iterations=2, replay_rollouts=str(dumped)) == 0
+    one, two = (metrics_without_time(d, "01-rl") for d in (first, second))
+    for a, b in zip(one, two, strict=True):
+        a.pop("experts_changed", None)  # a file does not hold the experts
+        assert a == b
+    weights = "01-rl/checkpoints/step_000002/model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+
+
+def test_dpo_raises_its_margin_and_equals_upo_without_a_policy_term(workspace, tmp_path):
+    dpo = {
+        "name": "rl", "kind": "dpo", "data": str(workspace / "preferences.jsonl"), "seq_len": 64,
+        "steps": 6, "pairs_per_step": 4, "micro_batch_size": 4,
+        "optim": {"lr": 1e-3, "schedule": "constant", "weight_decay": 0.0},
+        "checkpoint": {"every_steps": 100},
+    }  # fmt: skip
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    path = workspace / "dpo.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "stages": [dpo]}))
+    assert run("run", path, "--run-dir", tmp_path / "dpo") == 0
+    lines = metrics_without_time(tmp_path / "dpo", "01-rl")
+    assert lines[0]["preference"] == pytest.approx(np.log(2), abs=1e-5)
+    assert lines[-1]["rewards/margins"] > 0.05
+    as_upo = {
+        "data": None, "reward": None, "prompts_per_iteration": None, "iterations": 6,
+        "minibatches": 1, "canaries": None, "micro_batch_size": 4, "policy_coef": 0.0,
+        "preference_coef": 1.0, "pairs": "offline", "optim": dpo["optim"],
+        "max_prompt_tokens": 64, "max_new_tokens": 64, "truncated": None, "group_size": None,
+        "offline": {"path": str(workspace / "preferences.jsonl"), "per_iteration": 4},
+    }  # fmt: skip
+    assert run_stage(workspace, tmp_path / "upo", **as_upo) == 0
+    weights = "01-rl/checkpoints/step_000006/model.safetensors"
+    assert (tmp_path / "dpo" / weights).read_bytes() == (tmp_path / "upo" / weights).read_bytes()
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def test_the_order_of_prompts_goes_on_where_it_stood():
+    def everything(index):
+        return True
+
+    order = PromptOrder([5, 3], [1.0, 2.0], seed=3)
+    assert sorted(PromptOrder([5, 3], [1.0, 2.0], 3).take(11, everything)) == sorted(
+        [*range(5), *[5, 6, 7] * 2]
+    )
+    order.take(4, everything)
+    again = PromptOrder([5, 3], [1.0, 2.0], seed=3)
+    again.load_state_dict(json.loads(json.dumps(order.state_dict())))
+    assert again.take(20, everything) == order.take(20, everything)
+    assert set(order.take(30, lambda index: index in (1, 6))) == {1, 6}
+    with pytest.raises(ConfigError, match="no prompt is left"):
+        order.take(1, lambda index: False)
+
+
+def test_the_curriculum_rises_and_stays_within_its_levels(workspace, tmp_path):
+    (workspace / "easy.py").write_text("def score(row, completion):\n    return 1.0\n")
+    assert run_stage(workspace, tmp_path / "easy", curriculum={"raise_at": 0.9}, iterations=4,
+                     reward={"python": f"{workspace}/easy.py:score"}) == 0  # fmt: skip
+    lines = metrics_without_time(tmp_path / "easy", "01-rl")
+    assert [line["curriculum/level"] for line in lines] == [1, 2, 3, 3]
+    assert all(line["frac_reward_zero_std"] == 1.0 for line in lines)
+    assert not any("policy" in line for line in lines), "equal rewards teach nothing"
+
+
+def test_masked_truncation_keeps_cut_completions_out(workspace, tmp_path):
+    assert run_stage(workspace, tmp_path / "masked", truncated="mask", max_new_tokens=3,
+                     iterations=1) == 0  # fmt: skip
+    line = metrics_without_time(tmp_path / "masked", "01-rl")[0]
+    assert line["completions/truncated"] > 0.9
+    assert "policy" not in line
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"group_size": 1}, "advantage='group' needs a group_size of at least 2"),
+        ({"preference_coef": 0.1}, "preference_coef needs pairs"),
+        ({"preference_coef": 0.1, "pairs": "online", "pair_margin": 1.5}, "is never met"),
+        ({"preference_coef": 0.1, "pairs": "offline"}, "needs offline: where they come from"),
+        ({"pairs": "online", "micro_batch_size": 1}, "micro_batch_size of at least 2"),
+        ({"advantage": "gae"}, "needs a critic"),
+        ({"critic": {"optim": {"lr": 1e-3}}}, "no effect with advantage='group'"),
+        ({"kl": {"coef": 0.1, "kind": "k1"}}, "no useful gradient in the loss"),
+        ({"reward": None}, "reward must be given"),
+        ({"data": None}, "data must be given"),
+        ({"reward": "mathh"}, "unknown reward 'mathh'"),
+        ({"policy_coef": 0.0}, "nothing would be learnt"),
+        ({"truncated": "mask", "truncation_penalty": 0.5}, "no effect with truncated='mask'"),
+        ({"pair_margin": 0}, "greater than 0"),
+        ({"offline": {"prompts": 4, "per_iteration": 1}}, "no effect without pairs"),
+        ({"gamma": 0.9}, "gamma has no effect with advantage='group'"),
+        ({"max_pair_tokens": 9}, "max_pair_tokens has no effect beside rollouts"),
+        ({**OFFLINE_ONLY, "top_p": 0.9}, "top_p has no effect: nothing is sampled"),
+        ({**OFFLINE_ONLY, "kl": {"coef": 0.1}}, "entropy_coef and kl act on the policy term"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, says):
+    with pytest.raises(ValidationError, match=says):
+        UpoConfig(**stage(Path("x"), **changes))
+
+
+def test_a_critic_of_another_size_is_refused(workspace, tmp_path, capsys):
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    assert run_stage(workspace, tmp_path / "small", **{**GAE, "iterations": 1}) == 0
+    saved = tmp_path / "small/01-rl/checkpoints/step_000001/critic"
+    critic = {**GAE["critic"], "path": str(saved)}
+    assert (
+        run_stage(workspace, tmp_path / "same", **{**GAE, "critic": critic, "iterations": 1}) == 0
+    )
+    recipe["model"]["moe_intermediate_size"] = 24
+    recipe["stages"] = [stage(workspace, **{**GAE, "critic": critic})]
+    (workspace / "other.yaml").write_text(yaml.safe_dump(recipe))
+    capsys.readouterr()
+    assert run("run", workspace / "other.yaml", "--run-dir", tmp_path / "other") == 2
+    assert str(saved) in " ".join(capsys.readouterr().err.split()).replace(" ", "")
+
+
+def test_sampling_and_update_that_disagree_stop_the_stage(workspace, tmp_path, capsys):
+    assert run_stage(workspace, tmp_path / "off", max_logprob_mismatch=1e-12) == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert "the logprobs of sampling and of the update differ" in err
+
+
+def test_check_describes_the_stage(workspace, capsys):
+    assert run("check", workspace / "recipe.yaml") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "an iteration samples 6 prompts x 4 completions of at most 10 tokens" in out
+    assert "2 optimizer steps an iteration; iterations: 4" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"micro_batch_size": 1}, "micro_batch_size must be at least 2"),
+        ({"checkpoint": {"best_metric": "x"}}, "best_metric has no effect"),
+        ({"beta": 0}, "greater than 0"),
+    ],
+)
+def test_impossible_dpo_settings_are_refused(changes, says):
+    values = {"name": "d", "kind": "dpo", "data": "x", "seq_len": 32, "steps": 3,
+              "pairs_per_step": 2, "micro_batch_size": 2, "optim": {"lr": 1e-4}}  # fmt: skip
+    with pytest.raises(ValidationError, match=says):
+        DpoConfig(**{**values, **changes})
+
+
+def test_the_curriculum_passes_over_levels_that_no_problem_has():
+    source = groups.GroupSource.__new__(groups.GroupSource)
+    source.config = UpoConfig(**stage(Path("x"), curriculum={"raise_at": 0.5}))
+    problems = [SimpleNamespace(difficulty=level) for level in (1, 3, 7)]
+    source.prepared, source.level = SimpleNamespace(problems=problems), 1
+    for expected in (3, 7, 7):
+        at = [p.difficulty for p in problems].index(source.level)
+        source.raise_level([[Sample(at, [1], [2])]])
+        assert source.level == expected
+
+
+def test_cut_off_completions_are_settled_before_pairs_are_made(workspace, tmp_path):
+    """The starting policy's pairs obey `truncated` as the iterations' do."""
+    everything_is_cut = {**GAE, "truncated": "mask", "max_new_tokens": 3, "iterations": 1}
+    assert run_stage(workspace, tmp_path / "cut", **everything_is_cut) in (0, 2)
+    kept = tmp_path / "cut/01-rl/offline_pairs.jsonl"
+    pairs = read_rollout(kept) if kept.exists() else []
+    assert all(sample.finished for pair in pairs for sample in pair)
+
+
+def test_a_replay_that_is_not_there_is_told_before_the_stage_begins(workspace, tmp_path, capsys):
+    directory = tmp_path / "nothing"
+    directory.mkdir()
+    assert run_stage(workspace, tmp_path / "replay", replay_rollouts=str(directory)) == 2
+    assert "000001.jsonl is missing" in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "replay/01-rl/metrics.jsonl").exists()
+
+
+def test_dpo_settings_become_upo_settings():
+    config = DpoConfig(name="d", kind="dpo", data="x", seq_len=32, steps=3, pairs_per_step=2,
+                       micro_batch_size=2, optim={"lr": 1e-4}, beta=0.2)  # fmt: skip
+    found = config.as_upo()
+    assert (found.policy_coef, found.preference_coef, found.beta) == (0.0, 1.0, 0.2)
+    assert not found.needs_rollouts
+    assert found.needs_reference

@@ -1,0 +1,106 @@
+"""Referee: transformers, newest and 4.57, which load an export without this toolkit."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.core.errors import WeightsError
+from ernie_train.data import load_tokenizer
+from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.run.export import export, rounded_copy
+from ernie_train.weights.hf import load_pretrained
+from tests.conftest import referee_directory
+from tests.workspace import REPOSITORY, make_workspace
+
+PROMPTS = [[5, 9, 12, 40], list(range(3, 40)), [100, 7]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    make_workspace(root)
+    return load_tokenizer(root / "tokenizer")
+
+
+def new_model(**keys):
+    paddle.seed(2)
+    config = Ernie4_5_MoeConfig.preset(
+        "tiny", **{"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48,
+                   "num_hidden_layers": 3, "moe_intermediate_size": 16,
+                   "initializer_range": 0.2, **keys},
+    )  # fmt: skip
+    return Ernie4_5_MoeForCausalLM(config)
+
+
+def write(model, tokenizer, path, **options):
+    settings = {"prompts": PROMPTS, "dtype": "float32", "card": "# card\n", **options}
+    return export(model, tokenizer, path, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("keys", [{}, {"moe_num_experts": 0, "tie_word_embeddings": False}])
+def test_transformers_gives_the_receipt(tokenizer, tmp_path, dtype, keys):
+    python = str(referee_directory() / "bin" / "python")
+    receipt = write(new_model(**keys), tokenizer, tmp_path / "out", dtype=dtype, referee=python)
+    assert receipt.passed
+    assert receipt.reader.startswith("transformers 5")
+    assert 0 < receipt.max_logit_difference <= 2e-5
+    saved = json.loads((tmp_path / "out/export_receipt.json").read_text())
+    assert saved["passed"]
+    assert saved["reader"] == receipt.reader
+
+
+@pytest.mark.parametrize("version", ["newest", "4.57"])
+def test_the_example_of_the_readme_answers_a_prompt(tokenizer, tmp_path, referee, version):
+    write(new_model(), tokenizer, tmp_path / "out")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (example,) = [text for text in examples if "AutoModelForCausalLM" in text]
+    script = tmp_path / "example.py"
+    script.write_text(example.replace("runs/tiny/export", str(tmp_path / "out")))
+    done = referee(script, transformers=version)
+    assert "Convert 42 L to mL." in done.stdout
+    assert "<|im_start|>assistant" in done.stdout
+
+
+def test_a_difference_fails_the_receipt_and_says_how_large(tokenizer, tmp_path, monkeypatch):
+    def damaged(path, dtype="float32"):
+        model = load_pretrained(path, dtype)
+        weight = model.model.layers[1].self_attn.q_proj.weight
+        weight.set_value(weight + 0.01)
+        return model
+
+    monkeypatch.setattr("ernie_train.run.export.load_pretrained", damaged)
+    with pytest.raises(WeightsError, match="largest logit difference"):
+        write(new_model(), tokenizer, tmp_path / "out")
+    assert not json.loads((tmp_path / "out/export_receipt.json").read_text())["passed"]
+
+
+def test_the_chat_template_is_the_one_trained_with(tokenizer, tmp_path):
+    for thinking in (True, False):
+        write(new_model(), tokenizer, tmp_path / str(thinking), thinking=thinking)
+        template = (tmp_path / str(thinking) / "chat_template.jinja").read_text()
+        assert ("think_mode=True" in template) == thinking
+
+
+def test_without_torch_the_receipt_says_so(tokenizer, tmp_path):
+    receipt = write(new_model(), tokenizer, tmp_path / "out")
+    assert receipt.reader == "ernie_train"
+    assert "torch is not installed" in receipt.note
+
+
+def test_rounding_keeps_the_router_exact():
+    model = new_model()
+    copy = rounded_copy(model)
+    for name, tensor in model.state_dict().items():
+        rounded = copy.state_dict()[name].numpy()
+        if name.endswith(".mlp.gate.weight"):
+            np.testing.assert_array_equal(rounded, tensor.numpy())
+        elif "proj" in name:
+            assert (rounded != tensor.numpy()).any()
+            np.testing.assert_allclose(rounded, tensor.numpy(), rtol=2**-8)

@@ -1,0 +1,346 @@
+"""What each balance term does in training: whom it touches, when it is absent, what it counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+from pydantic import ValidationError
+
+from ernie_train import parallel
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.train.moe_balance import BalanceConfig, MoeBalance
+from ernie_train.train.moe_health import MoeHealth, MoeHealthConfig, layer_health, over_layers
+from ernie_train.train.optimizer import OptimConfig, Optimizer
+from ernie_train.train.supervised import PackedLoss
+from ernie_train.train.trainer import Trainer
+from tests.small_models import assert_same, make_config, make_model, state
+from tests.train.test_trainer import part, rows
+
+LAYERS = {"num_hidden_layers": 3, "tie_word_embeddings": False}
+
+
+def new_trainer(model, *, lr=1e-3, **balance):
+    optimizer = Optimizer(model, OptimConfig(lr=lr, schedule="constant"))
+    return Trainer(model, optimizer, balance=BalanceConfig(**balance))
+
+
+def small_model(**keys):
+    paddle.seed(4)
+    return Ernie4_5_MoeForCausalLM(make_config(initializer_range=0.2, **{**LAYERS, **keys}))
+
+
+def forward(model, batch):
+    return model.model(
+        paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.position_ids), batch.document_ids
+    )
+
+
+def touched(**balance):
+    """Names of the parameters to which the balance terms alone give a gradient."""
+    model = make_model(**LAYERS)
+    model.train()
+    terms = MoeBalance(model, BalanceConfig(**balance)).terms(forward(model, rows()).router_stats)
+    sum((term.sum * term.coef for term in terms), paddle.zeros([])).backward()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and float(parameter.grad.abs().max()) > 0
+    }
+
+
+ROUTERS = {"model.layers.1.mlp.gate.weight", "model.layers.2.mlp.gate.weight"}
+
+
+def test_orthogonalization_touches_the_routers_alone():
+    assert touched(orthogonal_coef=1.0) == ROUTERS
+
+
+@pytest.mark.parametrize("term", ["load_balance_coef", "z_loss_coef"])
+def test_terms_on_the_router_touch_it_and_what_stands_before_it(term):
+    names = touched(**{term: 1.0})
+    assert names >= ROUTERS | {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"}
+    behind = ("lm_head", "model.norm", "model.layers.2.mlp.experts", "model.layers.2.mlp.shared")
+    assert not [name for name in names if name.startswith(behind)]
+    assert not [name for name in names if "correction_bias" in name]
+
+
+def test_zero_coefficients_are_the_bits_of_a_loss_without_them():
+    found = []
+    for balance in ({}, {"orthogonal_coef": 0.0, "z_loss_coef": 0, "load_balance_coef": 0.0}):
+        trainer = new_trainer(small_model(), **balance)
+        metrics = [trainer.train_step([rows(seed=s)], PackedLoss("tokens"), 9) for s in range(3)]
+        assert not [name for name in metrics[-1].metrics if name.startswith("balance/")]
+        found.append((state(trainer.model), [m.metrics for m in metrics]))
+    assert found[0][1] == found[1][1]
+    assert_same(found[0][0], found[1][0])
+    plain = small_model()  # without a balancer in the way at all
+    optimizer = Optimizer(plain, OptimConfig(lr=1e-3, schedule="constant"))
+    for seed in range(3):
+        batch = rows(seed=seed)
+        output = PackedLoss("tokens")(plain, batch)
+        (output.terms[0].sum * (1.0 / output.terms[0].count)).backward()
+        optimizer.step(1e-3, optimizer.gradient_norm())
+        optimizer.clear_gradients()
+    assert_same(state(plain), found[0][0])
+
+
+def test_each_term_enters_the_objective_with_its_coefficient_over_all_layers():
+    batch, gradients = rows(), {}
+    for coef in (0.0, 0.5):
+        model = small_model()
+        trainer = new_trainer(model, z_loss_coef=coef)
+        kept = {}
+        trainer.optimizer.step = lambda lr, norm, m=model, k=kept: k.update(
+            {n: p.grad.numpy().copy() for n, p in m.named_parameters() if p.grad is not None}
+        )
+        metrics = trainer.train_step([batch], PackedLoss("tokens"), 9).metrics
+        gradients[coef] = (kept, metrics)
+    model = small_model()
+    stats = forward(model, batch).router_stats
+    by_layer = [paddle.square(paddle.logsumexp(s.router_logits, -1)).mean() for s in stats]
+    assert gradients[0.5][1]["balance/z_loss"] == pytest.approx(
+        float(sum(by_layer)) / len(by_layer), rel=1e-6
+    )
+    assert gradients[0.5][1]["loss"] == gradients[0.0][1]["loss"], "shown apart from the main loss"
+    (sum(by_layer) * 0.5).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and name in gradients[0.0][0]:
+            expected = gradients[0.0][0][name] + parameter.grad.numpy()
+            np.testing.assert_allclose(gradients[0.5][0][name], expected, atol=3e-6, err_msg=name)
+
+
+def test_router_terms_weigh_micro_batches_by_their_real_tokens():
+    batch = rows()
+    parts = [part(batch, slice(0, 1)), part(batch, slice(1, 8))]
+    assert parts[0].num_tokens * 3 < parts[1].num_tokens
+    trainer = new_trainer(small_model(), z_loss_coef=0.1, load_balance_coef=0.1)
+    each = [new_trainer(small_model(), z_loss_coef=0.1, load_balance_coef=0.1) for _ in parts]
+    alone = [t.train_step([p], PackedLoss("tokens"), 9).metrics
+             for t, p in zip(each, parts, strict=True)]  # fmt: skip
+    both = trainer.train_step(parts, PackedLoss("tokens"), 9).metrics
+    tokens = [p.num_tokens for p in parts]
+    for name in ("balance/z_loss", "balance/load_balance"):
+        expected = np.average([m[name] for m in alone], weights=tokens)
+        assert both[name] == pytest.approx(expected, rel=1e-5), name
+        assert both[name] != pytest.approx(np.mean([m[name] for m in alone]), rel=1e-5)
+
+
+def test_load_balance_counts_unbiased_choices_and_the_load_counts_real_ones():
+    model, batch = small_model(), rows()
+    bias = np.zeros((1, 4), np.float32)
+    bias[0, 3] = 5.0  # everyone takes expert 3
+    for layer in (1, 2):
+        model.model.layers[layer].mlp.moe_statics.e_score_correction_bias.set_value(bias)
+    stats = forward(model, batch).router_stats
+    balancer = MoeBalance(model, BalanceConfig(load_balance_coef=1.0))
+    expected = []
+    for layer in stats:
+        probs = layer.router_probs.numpy().astype(np.float64)
+        ids = np.argsort(-probs, -1)[:, :2]
+        counts = np.bincount(ids.reshape(-1), minlength=4)
+        expected.append(4 * (probs.mean(0) * counts / len(probs)).sum())
+    term = balancer.terms(stats)[0]
+    assert float(term.sum) / batch.num_tokens == pytest.approx(np.mean(expected), rel=1e-5)
+    assert term.count == batch.num_tokens
+    load = balancer.new_load()
+    load.add(stats)
+    assert (load.tokens_per_expert[:, 3] == batch.num_tokens).all()
+    assert load.tokens_per_expert.sum() == 2 * 2 * batch.num_tokens, "padding is no load"
+
+
+def test_recompute_counts_every_token_once_and_trains_the_same():
+    found = []
+    for recompute in (False, True):
+        model = small_model()
+        if recompute:
+            parallel.enable_recompute(model)
+        model.train()
+        trainer = new_trainer(model, z_loss_coef=0.01, orthogonal_coef=0.01, load_balance_coef=0.1,
+                              bias_update_rate=0.01)  # fmt: skip
+        result = trainer.train_step([rows(), rows(seed=1)], PackedLoss("tokens"), 9)
+        found.append((state(model), result.load.tokens_per_expert))
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    for name, array in found[0][0].items():
+        np.testing.assert_array_equal(found[1][0][name], array, err_msg=name)
+
+
+def test_the_selection_bias_moves_once_a_step_from_the_counts_of_all_micro_batches():
+    model = small_model()
+    trainer = new_trainer(model, bias_update_rate=0.01)
+    result = trainer.train_step([rows(), rows(seed=1), rows(seed=2)], PackedLoss("tokens"), 9)
+    for at, layer in enumerate((1, 2)):
+        counts = result.load.tokens_per_expert[at]
+        assert counts.sum() == 2 * sum(rows(seed=s).num_tokens for s in range(3))
+        bias = model.model.layers[layer].mlp.moe_statics.e_score_correction_bias.numpy()[0]
+        np.testing.assert_allclose(bias, 0.01 * np.sign(counts.mean() - counts), atol=1e-9)
+
+
+def test_without_a_rate_the_selection_bias_is_frozen():
+    model = make_model(**LAYERS)
+    name = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    before = state(model)[name].copy()
+    new_trainer(model, z_loss_coef=0.1).train_step([rows()], PackedLoss("tokens"), 9)
+    np.testing.assert_array_equal(state(model)[name], before)
+
+
+def test_the_bias_evens_out_a_load_that_is_far_from_even():
+    model = small_model()
+    for layer in (1, 2):  # everything goes to experts 0 and 1
+        bias = model.model.layers[layer].mlp.moe_statics.e_score_correction_bias
+        bias.set_value(np.array([[0.9, 0.9, 0.0, 0.0]], np.float32))
+    spreads = []
+    trainer = new_trainer(model, lr=1e-12, bias_update_rate=0.03)
+    for _ in range(40):
+        result = trainer.train_step([rows()], PackedLoss("tokens"), 99)
+        load = result.load.tokens_per_expert
+        spreads.append((load.std(-1) / load.mean(-1)).max())
+    assert spreads[0] > 0.9
+    assert max(spreads[-5:]) < 0.5 * spreads[0]
+
+
+def by_definition(w):
+    columns = w / np.linalg.norm(w, axis=0)
+    return ((columns.T @ columns - np.eye(w.shape[1])) ** 2).mean()
+
+
+def test_the_decoupled_mode_steps_after_the_optimizer_by_lambda_times_the_gradient():
+    batch, ends = rows(), {}
+    for coef in (0.0, 0.3):
+        mode = "decoupled" if coef else "loss"
+        model = small_model()
+        trainer = new_trainer(model, orthogonal_coef=coef, orthogonal_mode=mode)
+        metrics = trainer.train_step([batch], PackedLoss("tokens"), 9).metrics
+        ends[coef] = state(model)
+        if coef:
+            value = metrics["balance/orthogonal"]
+            continue
+        assert "balance/orthogonal" not in metrics
+        expected = [by_definition(ends[0.0][name].astype(np.float64)) for name in ROUTERS]
+    assert value == pytest.approx(np.mean(expected), rel=1e-5), "what was stepped down is shown"
+    for name, plain in ends[0.0].items():
+        if name not in ROUTERS:
+            np.testing.assert_array_equal(ends[0.3][name], plain, err_msg=name)
+            continue
+        w, loss = plain.astype(np.float64), by_definition
+        gradient = np.zeros_like(w)
+        for at in np.ndindex(*w.shape):
+            step = np.zeros_like(w)
+            step[at] = 1e-6
+            gradient[at] = (loss(w + step) - loss(w - step)) / 2e-6
+        np.testing.assert_allclose(ends[0.3][name], w - 0.3 * gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["loss", "decoupled"])
+def test_orthogonalization_makes_routers_more_orthogonal(mode):
+    cosines = {}
+    for coef in (0.0, 0.5):
+        trainer = new_trainer(small_model(), lr=3e-3, orthogonal_coef=coef,
+                              orthogonal_mode=mode if coef else "loss")  # fmt: skip
+        for _ in range(30):
+            result = trainer.train_step([rows()], PackedLoss("tokens"), 99)
+        cosines[coef] = over_layers(layer_health(trainer.model, result.load))["moe/router_cosine"]
+    assert cosines[0.5] < 0.6 * cosines[0.0]
+
+
+def test_a_dense_model_has_nothing_to_balance():
+    model = small_model(moe_num_experts=0)
+    trainer = new_trainer(model)
+    result = trainer.train_step([rows()], PackedLoss("tokens"), 9)
+    assert result.load.tokens_per_expert.size == 0
+    health = MoeHealth(model, MoeHealthConfig(), first_batch=rows)
+    assert health.observe(1, result.load) == {}
+    assert health.state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("balance", "says"),
+    [
+        ({"orthogonal_coef": -1e-3}, "orthogonal_coef"),
+        ({"load_balance_coef": -1}, "load_balance_coef"),
+        ({"z_loss_coef": -1}, "z_loss_coef"),
+        ({"bias_update_rate": -1e-3}, "bias_update_rate"),
+        ({"orthogonal_mode": "decoupled"}, "no effect without orthogonal_coef"),
+    ],
+)
+def test_impossible_settings_are_refused(balance, says):
+    with pytest.raises(ValidationError, match=says):
+        BalanceConfig(**balance)
+
+
+# ---- health ------------------------------------------------------------------------------------
+
+
+def test_health_by_definition():
+    model, batch = small_model(moe_capacity_factor=0.7), rows()
+    load = MoeBalance(model, BalanceConfig()).new_load()
+    stats = forward(model, batch).router_stats
+    load.add(stats)
+    figures = layer_health(model, load)
+    assert list(figures) == [1, 2]
+    for layer, found in zip(stats, figures.values(), strict=True):
+        counts = np.bincount(layer.expert_ids.numpy().reshape(-1), minlength=4)
+        probs = layer.router_probs.numpy().astype(np.float64)
+        assert found["load_max"] == pytest.approx(counts.max() / counts.mean())
+        assert found["load_cv"] == pytest.approx(counts.std() / counts.mean())
+        assert found["dead_experts"] == (counts == 0).sum()
+        assert found["router_entropy"] == pytest.approx(
+            -(probs * np.log(probs)).sum(-1).mean(), rel=1e-5
+        )
+        capacity = np.ceil(0.7 * batch.num_tokens * 2 / 4)
+        dropped = np.maximum(counts - capacity, 0).sum()
+        assert dropped > 0
+        assert found["drop_rate"] == pytest.approx(dropped / counts.sum())
+    merged = over_layers(figures)
+    assert merged["moe/load_max"] == max(f["load_max"] for f in figures.values())
+    assert merged["moe/load_cv"] == pytest.approx(np.mean([f["load_cv"] for f in figures.values()]))
+
+
+def health_of(model, warnings, **keys):
+    return MoeHealth(model, MoeHealthConfig(**keys), first_batch=rows, warn=warnings.append)
+
+
+def test_changed_routing_is_zero_at_the_start_and_one_after_a_swap():
+    model, said = small_model(), []
+    health = health_of(model, said, probe_every_steps=1, layers_every_steps=1)
+    load = MoeBalance(model, BalanceConfig()).new_load()
+    load.add(forward(model, rows()).router_stats)
+    assert health.observe(1, load)["moe/routing_changed"] == 0.0
+    bias = model.model.layers[2].mlp.moe_statics.e_score_correction_bias
+    chosen = health._probe.expert_ids[1]
+    bias.set_value(np.array([[0, 0, 9, 9]], np.float32))
+    expected = (chosen != np.array([2, 3])).any(-1).mean()
+    metrics = health.observe(2, load)
+    assert metrics["moe/layer_02/routing_changed"] == pytest.approx(expected)
+    assert metrics["moe/layer_01/routing_changed"] == 0.0
+    assert expected > 0.1
+
+
+def test_warnings_come_once_after_enough_steps_and_survive_a_checkpoint():
+    model, said = small_model(), []
+    health = health_of(model, said, warn_after_steps=3, warn_load_max=1.5)
+    load = MoeBalance(model, BalanceConfig()).new_load()
+    load.tokens_per_expert[0] = [8, 4, 4, 0]
+    load.tokens_per_expert[1] = [4, 4, 4, 4]
+    for step in (1, 2):
+        health.observe(step, load)
+    assert said == []
+    again = []
+    resumed = MoeHealth(
+        model, MoeHealthConfig(warn_after_steps=3, warn_load_max=1.5), first_batch=rows,
+        state=health.state_dict(), warn=again.append,
+    )  # fmt: skip
+    for step in (3, 4, 5):
+        health.observe(step, load)
+        resumed.observe(step, load)
+    assert said == again
+    assert len(said) == 2
+    assert "layer 1: expert 3 got no token for 3 steps" in said[0]
+    assert "layer 1: the busiest expert" in said[1]
+    assert all("bias_update_rate" in text for text in said), "every warning names its remedy"
+    load.tokens_per_expert[0] = [4, 4, 4, 4]
+    health.observe(6, load)
+    load.tokens_per_expert[0] = [8, 4, 4, 0]
+    for step in (7, 8, 9):
+        health.observe(step, load)
+    assert len(said) == 4, "it is said again after it had been in order"

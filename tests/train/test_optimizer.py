@@ -1,0 +1,124 @@
+"""Referees: the closed forms of the schedules, and AdamW in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.core.config import parse_config
+from ernie_train.core.errors import CheckpointError, ConfigError
+from ernie_train.train.optimizer import OptimConfig, Optimizer, learning_rate
+
+
+def config(**values):
+    return parse_config(OptimConfig, {"lr": 1e-3, **values}, "test")
+
+
+def test_warm_up_is_linear_and_reaches_the_rate():
+    c = config(warmup_steps=10, schedule="constant")
+    assert learning_rate(c, 1, 100) == pytest.approx(1e-4)
+    assert learning_rate(c, 10, 100) == pytest.approx(1e-3)
+    assert learning_rate(c, 100, 100) == pytest.approx(1e-3)
+
+
+def test_cosine_and_linear_end_at_min_lr_and_pass_the_middle():
+    for schedule in ("cosine", "linear"):
+        c = config(warmup_steps=10, schedule=schedule, min_lr=1e-4)
+        assert learning_rate(c, 110, 110) == pytest.approx(1e-4)
+        assert learning_rate(c, 60, 110) == pytest.approx((1e-3 + 1e-4) / 2)
+    quarter = learning_rate(config(schedule="cosine"), 25, 100)
+    assert quarter == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_wsd_holds_then_falls_by_the_square_root():
+    c = config(schedule="wsd", decay_fraction=0.2, min_lr=1e-5)
+    assert learning_rate(c, 80, 100) == pytest.approx(1e-3)
+    assert learning_rate(c, 85, 100) == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 - math.sqrt(0.25)))
+    assert learning_rate(c, 100, 100) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"min_lr": 2e-3}, "exceeds"),
+        ({"decay_fraction": 0.5}, "no effect"),
+        ({"schedule": "constant", "min_lr": 1e-5}, "no effect"),
+        ({"schedule": "wsd"}, "needs decay_fraction"),
+        ({"lr": 0.0}, "lr"),
+        ({"beta2": 1.0}, "beta2"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**values)
+
+
+class Two(paddle.nn.Layer):
+    def __init__(self):
+        super().__init__()
+        self.linear = paddle.nn.Linear(3, 2)
+        self.linear.weight.set_value(paddle.to_tensor(np.arange(6.0).reshape(3, 2), "float32"))
+
+
+def backward(model, seed):
+    x = paddle.to_tensor(np.random.default_rng(seed).normal(size=(4, 3)).astype(np.float32))
+    model.linear(x).square().sum().backward()
+
+
+def reference_adamw(model, seeds, c):
+    """AdamW on the same gradients, in float64; returns the weight and the bias."""
+    values = {n: p.numpy().astype(np.float64) for n, p in model.named_parameters()}
+    m = {n: np.zeros_like(v) for n, v in values.items()}
+    v = {n: np.zeros_like(x) for n, x in values.items()}
+    for t, seed in enumerate(seeds, 1):
+        x = np.random.default_rng(seed).normal(size=(4, 3)).astype(np.float32).astype(np.float64)
+        out = x @ values["linear.weight"] + values["linear.bias"]
+        grads = {"linear.weight": 2 * x.T @ out, "linear.bias": 2 * out.sum(0)}
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        scale = min(1.0, c.clip_grad_norm / norm)
+        for n in values:
+            g = grads[n] * scale
+            m[n] = c.beta1 * m[n] + (1 - c.beta1) * g
+            v[n] = c.beta2 * v[n] + (1 - c.beta2) * g**2
+            decay = c.weight_decay if n == "linear.weight" else 0.0
+            step = (m[n] / (1 - c.beta1**t)) / (np.sqrt(v[n] / (1 - c.beta2**t)) + c.eps)
+            values[n] -= c.lr * (step + decay * values[n])
+    return values
+
+
+def test_update_equals_adamw_with_clipping_and_decay_groups():
+    c = config(lr=1e-2, clip_grad_norm=0.5, weight_decay=0.3)
+    model, expected_of = Two(), Two()
+    expected_of.set_state_dict(model.state_dict())
+    expected = reference_adamw(expected_of, [1, 2, 3], c)
+    optimizer = Optimizer(model, c)
+    for seed in (1, 2, 3):
+        backward(model, seed)
+        optimizer.step(c.lr, optimizer.gradient_norm())
+        optimizer.clear_gradients()
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.numpy(), expected[name], rtol=2e-5)
+
+
+def test_saved_state_continues_to_the_same_bits_and_a_gap_is_named():
+    c = config(lr=1e-2)
+    model, other = Two(), Two()
+    optimizer = Optimizer(model, c)
+    backward(model, 1)
+    optimizer.step(c.lr, optimizer.gradient_norm())
+    optimizer.clear_gradients()
+    moments = {s: {n: t.numpy() for n, t in ts.items()} for s, ts in optimizer.moments().items()}
+    other.set_state_dict(model.state_dict())
+    resumed = Optimizer(other, c)
+    resumed.load_state(moments, optimizer.powers())
+    for m, o in ((model, optimizer), (other, resumed)):
+        backward(m, 2)
+        o.step(c.lr, o.gradient_norm())
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+    del moments["moment2"]["linear.bias"]
+    with pytest.raises(CheckpointError, match=r"moment2.*linear\.bias"):
+        resumed.load_state(moments, optimizer.powers())
