@@ -1,19 +1,16 @@
 """CPU set-up, device, seeds, kernels and signals of a process."""
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import ernie_train
-from ernie_train.core import cpu, devices, environment, signals
+from ernie_train.core import cpu, devices, signals
 from ernie_train.core.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -325,18 +322,3 @@ class TestStopFlag:
         with signals.StopFlag() as stop:
             stop.request("rank 3")
             assert stop.requested and stop.signal_name == "rank 3"
-
-
-def test_the_environment_is_described_in_plain_values(tmp_path: Path) -> None:
-    described = json.loads(json.dumps(environment.describe_environment()))
-    assert described["ernie_train"] == ernie_train.__version__
-    assert described["versions"]["numpy"] == np.__version__
-    assert described["cpu"]["cores"] == cpu.available_cores()
-    assert described["memory_bytes"]["total"] >= described["memory_bytes"]["available"] > 0
-    assert environment.memory_bytes(tmp_path / "missing") == {}
-    assert environment.installed_versions(["no-such-package"]) == {}
-
-
-def test_the_version_is_the_same_everywhere() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert project["version"] == ernie_train.__version__

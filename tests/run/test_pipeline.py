@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import ernie_train
 from ernie_train.cli.main import main
+from ernie_train.core import environment
 from ernie_train.train.trainer import Trainer
 from tests.workspace import (
     final_files,
@@ -65,6 +67,9 @@ def test_a_run_leaves_everything_that_the_design_names(whole):
         "export/chat_template.jinja", "export/generation_config.json", "export/README.md",
     ):  # fmt: skip
         assert (directory / name).exists(), name
+    recorded = json.loads((directory / "environment.json").read_text())
+    assert recorded["ernie_train"] == ernie_train.__version__
+    assert recorded["code"]["commit"] == environment.code_version()["commit"]
     receipt = json.loads((directory / "export/export_receipt.json").read_text())
     assert receipt["passed"]
     assert receipt["max_logit_difference"] <= 2e-5
