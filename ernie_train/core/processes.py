@@ -1,8 +1,8 @@
-"""Processes that must not outlive their owner: what Linux says of them, and how they are ended.
+"""Processes that must not outlive their owner: their state, and how to end them.
 
-A process that asks to die with its parent is killed by the kernel when the parent ends, however
-that happens. A process that adopts orphans becomes the parent of descendants whose own parent has
-ended, so that none escapes it.
+`die_with_parent` has the kernel kill a process when its parent ends, for whatever reason.
+`adopt_orphans` makes a process the parent of descendants whose own parent has ended, so that none
+escapes it.
 """
 
 import ctypes
@@ -14,24 +14,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
-_PROC = Path("/proc")
 
 
 class ProcessState(NamedTuple):
-    """What /proc/PID/stat says. `state` is R, S, D, T (stopped), Z (ended), ..."""
+    """The state of a process, from /proc/PID/stat: R, S, D, T (stopped), Z (ended), ...
+
+    `started` counts clock ticks since the machine started. Together with the process id it is
+    unique, while an id alone is used again.
+    """
 
     state: str
     parent: int
     cpu_ticks: int
-    started: int  # with the number of the process it names a process for good
+    started: int
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Has the kernel kill this process when the thread that started it ends, however that happens.
+    """Ask the kernel to kill this process when the thread that started it ends.
 
-    `parent` is the number of the process that started it, taken before it did: where that one has
-    ended before the kernel could be asked, this process ends here. None leaves that to the caller.
+    Args:
+        parent: id of the process that started this one, taken before it did. If that process
+            ended before the kernel could be asked, this one ends here. None skips the check.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if parent is not None and os.getppid() != parent:
@@ -39,14 +45,18 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of its descendants whose parents end."""
+    """Make this process the parent of its descendants whose parents end."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def process_state(pid: int) -> ProcessState | None:
-    """The state of a process, None if there is none of this number."""
+    """Return the state of a process, or None if there is no process with this id.
+
+    Not by psutil: its `create_time` (7.2.2) follows the wall clock, so after a correction of the
+    clock two processes would disagree about the start of a third.
+    """
     try:
-        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name stands in brackets and may hold anything, brackets too.
@@ -55,30 +65,25 @@ def process_state(pid: int) -> ProcessState | None:
 
 
 def is_running(pid: int, started: int) -> bool:
-    """Whether the process that began at `started` has not ended yet; a stopped one has not."""
+    """Return whether the process that began at `started` runs or is stopped, but has not ended."""
     found = process_state(pid)
     return found is not None and found.started == started and found.state not in "ZX"
 
 
 def descendants(roots: Iterable[int]) -> set[int]:
-    """All processes below `roots`, without them."""
-    parents = {}
-    for entry in _PROC.iterdir():
-        if entry.name.isdigit() and (found := process_state(int(entry.name))) is not None:
-            parents[int(entry.name)] = found.parent
-    found_below: set[int] = set()
-    level = set(roots)
-    while level:
-        level = {pid for pid, parent in parents.items() if parent in level} - found_below
-        found_below |= level
-    return found_below
+    """Return the ids of all processes below `roots`, without `roots` themselves."""
+    found: set[int] = set()
+    for root in roots:
+        with suppress(psutil.NoSuchProcess):
+            found |= {child.pid for child in psutil.Process(root).children(recursive=True)}
+    return found
 
 
 def kill_descendants(spared: Iterable[int] = (), limit_s: float = 10.0) -> set[int]:
-    """Kills all that this process started, and what those started, but not `spared`.
+    """Kill all descendants of this process but `spared` and those below them.
 
-    Returns what still ran after `limit_s`, which only a process in the kernel's hands does. This
-    process must have called `adopt_orphans`.
+    This process must have called `adopt_orphans`. Returns the ids of those that still ran after
+    `limit_s`; only a process that waits inside the kernel does.
     """
     own, kept = os.getpid(), set(spared)
     end = time.monotonic() + limit_s

@@ -1,13 +1,11 @@
-"""A part of the work in forked copies of this process, for what Python's threads cannot share.
+"""Run functions in forked copies of this process, for work that Python's threads cannot share.
 
-A copy sees everything as it was when it began, and pages are copied only once one side writes to
-them. It must do without Paddle, whose threads it does not have. What it finds out comes back in
-arrays of `shared_zeros`.
+A copy sees all memory as it was at the fork; a page is copied only once one side writes to it. It
+must not call Paddle, whose threads a fork does not copy. Results come back in `shared_zeros`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import mmap
@@ -19,10 +17,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import ThreadpoolController
 
 from ernie_train.core.errors import ErnieTrainError
 from ernie_train.core.processes import die_with_parent
@@ -31,34 +30,34 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def shared_zeros(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
-    """Zeros in memory that copies of this process share with it; what is not touched takes none."""
+    """Return zeros that forked processes share with this one; untouched pages take no memory."""
     count = math.prod(shape) if isinstance(shape, tuple) else shape
     memory = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 class WorkerPool:
-    """Copies of this process with a job each; whoever still works when the context ends is killed.
+    """Forked copies of this process with one job each; leaving the context kills those that run.
 
-    with Crew() as crew:
-        crew.start(job)
-        ...  # own work, and `crew.look()` at times
-        crew.wait(lambda: None)
+    with WorkerPool() as pool:
+        pool.start(job)
+        ...  # work of this process, with `pool.poll()` now and then
+        pool.wait()
     """
 
     def __init__(self) -> None:
-        self._running: dict[int, int] = {}  # a pipe that closes when the process ends -> its number
+        self._running: dict[int, int] = {}  # a pipe that closes when the process ends -> its id
 
     def start(self, job: Callable[[], object]) -> None:
-        """Forks a copy that does `job`, and ends with this thread at the latest."""
+        """Fork a copy that runs `job`; the kernel kills it when this thread ends."""
         reading, writing = os.pipe()
         parent = os.getpid()
-        # They stay blocked in the copy: this process hears of them too, and decides.
+        # They stay blocked in the copy: this process gets them too, and decides.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
             pid = os.fork()
             if pid == 0:
-                _work(job, writing, parent)
+                _run_job(job, writing, parent)
             self._running[reading] = pid
         except OSError:
             os.close(reading)
@@ -67,33 +66,33 @@ class WorkerPool:
             os.close(writing)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def look(self, wait_s: float = 0.0) -> None:
-        """Takes note of those that have ended; waits for one so long.
+    def poll(self, wait_s: float = 0.0) -> None:
+        """Collect the processes that have ended, waiting up to `wait_s` for the first.
 
         Raises what a job raised, and `ErnieTrainError` for a process that was killed.
         """
         if not self._running:
             return
-        poll = select.poll()
+        poller = select.poll()
         for reading in self._running:
-            poll.register(reading, select.POLLIN)
-        for reading, _ in poll.poll(wait_s * 1000):
+            poller.register(reading, select.POLLIN)
+        for reading, _ in poller.poll(wait_s * 1000):
             with open(reading, "rb") as stream:
-                told = stream.read()
+                sent = stream.read()
             _, status = os.waitpid(self._running.pop(reading), 0)
-            if told:
-                packed, text = pickle.loads(told)
-                error = pickle.loads(packed)
+            if sent:
+                pickled, text = pickle.loads(sent)
+                error = pickle.loads(pickled)
                 error.add_note(f"It was raised in a forked process:\n{text}")
                 raise error
             if status:
-                raise ErnieTrainError(f"a forked process {_ending(status)}")
+                raise ErnieTrainError(f"a forked process {_describe_status(status)}")
 
-    def wait(self, ask: Callable[[], object], every_s: float = 0.002) -> None:
-        """Waits for all to end, and calls `ask` in between, which may raise. Raises as `look`."""
+    def wait(self, on_poll: Callable[[], object] = lambda: None, every_s: float = 0.002) -> None:
+        """Wait until all have ended, calling `on_poll`, which may raise. Raises as `poll` does."""
         while self._running:
-            ask()
-            self.look(every_s)
+            on_poll()
+            self.poll(every_s)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -107,8 +106,8 @@ class WorkerPool:
         self._running.clear()
 
 
-def _work(job: Callable[[], object], writing: int, parent: int) -> NoReturn:
-    """What a copy does. It leaves buffers, handlers and threads of its parent alone."""
+def _run_job(job: Callable[[], object], writing: int, parent: int) -> NoReturn:
+    """Run `job` in a copy, which leaves its parent's buffers, exit handlers and threads alone."""
     status = 1
     try:
         die_with_parent(parent)
@@ -117,22 +116,22 @@ def _work(job: Callable[[], object], writing: int, parent: int) -> NoReturn:
         status = 0
     except BaseException as error:
         with open(writing, "wb") as stream:
-            stream.write(pickle.dumps((_packed(error), traceback.format_exc())))
+            stream.write(pickle.dumps((_pickle_error(error), traceback.format_exc())))
     finally:
         os._exit(status)
 
 
-def _packed(error: BaseException) -> bytes:
-    """The error as bytes; one that cannot be rebuilt from them as a `RuntimeError`."""
+def _pickle_error(error: BaseException) -> bytes:
+    """Pickle an error; one that does not survive that becomes a `RuntimeError` with its text."""
     try:
-        packed = pickle.dumps(error)
-        pickle.loads(packed)
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
     except Exception:  # whatever its constructor or its arguments may raise
-        packed = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-    return packed
+        pickled = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return pickled
 
 
-def _ending(status: int) -> str:
+def _describe_status(status: int) -> str:
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
         memory = " (memory may have run out)" if name == "SIGKILL" else ""
@@ -141,32 +140,20 @@ def _ending(status: int) -> str:
 
 
 @cache
-def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """What reads and sets the number of threads of numpy's OpenBLAS; None for another library."""
-    # Symbols are looked up in the libraries that this one needs, too.
-    library: Any = ctypes.CDLL(np.core._multiarray_umath.__file__)
-    for suffix in ("64_", ""):
-        get = getattr(library, f"openblas_get_num_threads{suffix}", None)
-        if get is not None:
-            return get, getattr(library, f"openblas_set_num_threads{suffix}")
-    return None
+def _openblas() -> ThreadpoolController:
+    """Return the control of numpy's OpenBLAS; it controls nothing where numpy has another BLAS."""
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def can_limit_blas() -> bool:
-    """Whether `one_blas_thread` can do what it says."""
-    return _openblas() is not None
+    """Return whether `one_blas_thread` can limit numpy's threads."""
+    return len(_openblas()) > 0
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Has numpy multiply matrices on one thread; raises `RuntimeError` without OpenBLAS."""
-    functions = _openblas()
-    if functions is None:
+    """Make numpy multiply matrices on one thread; raises `RuntimeError` without OpenBLAS."""
+    if not can_limit_blas():
         raise RuntimeError("numpy was not built with OpenBLAS")
-    get, put = functions
-    before = get()
-    put(1)
-    try:
+    with _openblas().limit(limits=1):
         yield
-    finally:
-        put(before)

@@ -224,18 +224,18 @@ def _run_shares(
     def watch() -> None:
         ask()
         tell()
-        crew.look()
+        pool.poll()
 
     def nothing() -> None: ...
 
     if len(shares) == 1:
         work(0, ask, tell)
         return
-    with one_blas_thread(), WorkerPool() as crew:
+    with one_blas_thread(), WorkerPool() as pool:
         for number in range(1, len(shares)):
-            crew.start(partial(work, number, nothing, nothing))
+            pool.start(partial(work, number, nothing, nothing))
         work(0, watch, nothing)
-        crew.wait(watch)
+        pool.wait(watch)
     tell()
 
 

@@ -30,10 +30,6 @@ def sleep_long():
     time.sleep(10 * LIMIT_S)
 
 
-def finish(crew):
-    crew.wait(lambda: None)
-
-
 def test_what_jobs_write_is_there_afterwards():
     array = shared_zeros((3, 2), np.float32)
     assert array.shape == (3, 2) and array.dtype == np.float32 and not array.any()
@@ -41,10 +37,10 @@ def test_what_jobs_write_is_there_afterwards():
     def write(row):
         array[row] = [row, os.getpid()]
 
-    with WorkerPool() as crew:
+    with WorkerPool() as pool:
         for row in (1, 2):
-            crew.start(lambda row=row: write(row))
-        finish(crew)
+            pool.start(lambda row=row: write(row))
+        pool.wait()
     assert array[:, 0].tolist() == [0, 1, 2]
     assert len(set(array[:, 1].tolist())) == 3 and os.getpid() not in array[:, 1]
 
@@ -57,9 +53,9 @@ def test_an_error_arrives_as_itself():
     def fail():
         raise ConfigError("key: wrong", source="recipe.yaml")
 
-    with pytest.raises(ConfigError) as caught, WorkerPool() as crew:
-        crew.start(fail)
-        finish(crew)
+    with pytest.raises(ConfigError) as caught, WorkerPool() as pool:
+        pool.start(fail)
+        pool.wait()
     assert str(caught.value) == "recipe.yaml: key: wrong"
     (note,) = caught.value.__notes__
     assert "in fail" in note
@@ -74,9 +70,9 @@ def test_an_error_that_cannot_be_sent_arrives_as_text():
     def fail():
         raise Stubborn(1, 2)
 
-    with pytest.raises(RuntimeError) as caught, WorkerPool() as crew:
-        crew.start(fail)
-        finish(crew)
+    with pytest.raises(RuntimeError) as caught, WorkerPool() as pool:
+        pool.start(fail)
+        pool.wait()
     assert str(caught.value) == "Stubborn: 1 and 2"
 
 
@@ -84,9 +80,9 @@ def test_a_long_error_waits_until_somebody_looks():
     def fail():
         raise ValueError("x" * 300_000)
 
-    with pytest.raises(ValueError) as caught, WorkerPool() as crew:
-        crew.start(fail)
-        finish(crew)
+    with pytest.raises(ValueError) as caught, WorkerPool() as pool:
+        pool.start(fail)
+        pool.wait()
     assert str(caught.value) == "x" * 300_000
 
 
@@ -99,17 +95,17 @@ def test_a_long_error_waits_until_somebody_looks():
     ],
 )
 def test_a_process_that_dies_is_an_error_that_says_how(job, message):
-    with pytest.raises(ErnieTrainError, match=message), WorkerPool() as crew:
-        crew.start(job)
-        finish(crew)
+    with pytest.raises(ErnieTrainError, match=message), WorkerPool() as pool:
+        pool.start(job)
+        pool.wait()
 
 
 def test_looking_does_not_wait_and_leaving_ends_all():
-    with WorkerPool() as crew:
+    with WorkerPool() as pool:
         for _ in range(2):
-            crew.start(sleep_long)
-        pids = list(crew._running.values())
-        crew.look()
+            pool.start(sleep_long)
+        pids = list(pool._running.values())
+        pool.poll()
         assert [process_state(pid).parent for pid in pids] == [os.getpid()] * 2
     assert [process_state(pid) for pid in pids] == [None, None]
 
@@ -119,11 +115,11 @@ def test_an_error_of_one_ends_the_others():
         raise ValueError("no")
 
     pids = []
-    with pytest.raises(ValueError, match="no"), WorkerPool() as crew:
-        crew.start(sleep_long)
-        crew.start(fail)
-        pids += crew._running.values()
-        finish(crew)
+    with pytest.raises(ValueError, match="no"), WorkerPool() as pool:
+        pool.start(sleep_long)
+        pool.start(fail)
+        pids += pool._running.values()
+        pool.wait()
     assert [process_state(pid) for pid in pids] == [None, None]
 
 
@@ -134,23 +130,23 @@ def test_signals_of_the_whole_group_are_for_the_parent():
         told[0] = 1
         until(lambda: told[0] == 2)
 
-    with WorkerPool() as crew:
-        crew.start(job)
+    with WorkerPool() as pool:
+        pool.start(job)
         until(lambda: told[0] == 1)
         for number in (signal.SIGTERM, signal.SIGINT):
-            os.kill(next(iter(crew._running.values())), number)
+            os.kill(next(iter(pool._running.values())), number)
         told[0] = 2
-        finish(crew)
+        pool.wait()
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
 
 
 PARENT = """
 import atexit, time, ernie_train
-from ernie_train.core.worker_pool import Crew
+from ernie_train.core.worker_pool import WorkerPool
 print("in a buffer")
 atexit.register(print, "at the end")
-with Crew() as crew:
-    crew.start(lambda: {job})
+with WorkerPool() as pool:
+    pool.start(lambda: {job})
     {then}
 """
 
@@ -162,7 +158,7 @@ def started(job, then):
 
 
 def test_a_process_ends_with_its_killed_parent():
-    then = "print(*crew._running.values(), flush=True); time.sleep(1000)"
+    then = "print(*pool._running.values(), flush=True); time.sleep(1000)"
     with started("time.sleep(1000)", then) as parent:
         assert parent.stdout.readline() == "in a buffer\n"  # once: the copy has not written it
         pid = int(parent.stdout.readline())
@@ -173,18 +169,18 @@ def test_a_process_ends_with_its_killed_parent():
 
 
 def test_buffers_and_exit_handlers_stay_with_the_parent():
-    with started("print('in the copy')", "crew.wait(lambda: None)") as parent:
+    with started("print('in the copy')", "pool.wait()") as parent:
         assert parent.stdout.read() == "in a buffer\nat the end\n"
 
 
 def test_blas_takes_one_thread_meanwhile():
-    get, put = worker_pool._openblas()
-    before = get()
-    put(2)
-    try:
+    assert worker_pool.can_limit_blas()
+
+    def threads():
+        return worker_pool._openblas().info()[0]["num_threads"]
+
+    with worker_pool._openblas().limit(limits=2):
         with pytest.raises(KeyError), one_blas_thread():
-            assert get() == 1
+            assert threads() == 1
             raise KeyError
-        assert get() == 2
-    finally:
-        put(before)
+        assert threads() == 2

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
 from ernie_train.core import worker_pool
 from ernie_train.core.cpu import cpu_setup
@@ -129,7 +130,7 @@ def test_what_needs_paddle_is_not_forked(model, prompts, forks, threads, monkeyp
 
 def test_without_openblas_nothing_is_forked(model, prompts, forks, threads, monkeypatch):
     threads(2)
-    monkeypatch.setattr(worker_pool, "_openblas", lambda: None)
+    monkeypatch.setattr(worker_pool, "_openblas", lambda: ThreadpoolController().select())
     generate(model, prompts, max_new_tokens=2)
     assert not forks
 
@@ -220,15 +221,15 @@ def test_an_error_in_a_process_is_that_of_the_whole(model, prompts, forks, threa
 
 def test_matrix_products_take_one_thread_meanwhile(model, prompts, threads):
     threads(2)
-    get, put = worker_pool._openblas()
-    before = get()
-    put(2)
+    openblas = worker_pool._openblas()
     seen = []
-    try:
+
+    def get():
+        return openblas.info()[0]["num_threads"]
+
+    with openblas.limit(limits=2):
         generate(model, prompts, max_new_tokens=2, stop_requested=lambda: bool(seen.append(get())))
         assert set(seen) == {1} and get() == 2
-    finally:
-        put(before)
 
 
 @pytest.mark.parametrize("hands", [2, 3, 4])
