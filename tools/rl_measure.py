@@ -23,7 +23,7 @@ import numpy as np
 from ablate_rl_rewards import mentions
 from ernie_train.cli.model import open_model
 from ernie_train.data import Record, Tokenizer
-from ernie_train.eval.evaluate import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
 from ernie_train.generate.engine import generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM

@@ -173,7 +173,7 @@ def evaluate(
 ) -> None:
     """Solve held-out problems and print accuracy by task."""
     from ernie_train.cli.model import evaluate_model
-    from ernie_train.eval.evaluate import EvalConfig
+    from ernie_train.eval.evaluation import EvalConfig
 
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
     if n > 1 and chosen == 0:

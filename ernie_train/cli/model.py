@@ -12,7 +12,7 @@ from ernie_train.core.errors import storage_errors
 from ernie_train.core.progress import progress_bar
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
-from ernie_train.eval.evaluate import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM

@@ -1,6 +1,6 @@
 """Evaluation on held-out problems, and the gates between stages that read it."""
 
-from ernie_train.eval.evaluate import (
+from ernie_train.eval.evaluation import (
     EvalConfig,
     Evaluation,
     TaskResult,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ernie_train.core.errors import DataError
 from ernie_train.data import Record, Tokenizer, encode_chat, prompt_ids, read_records
-from ernie_train.eval.evaluate import load_problems, require_verifiers
+from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.rewards.scoring import build_reward
 from ernie_train.rl.batch import Pairing
 from ernie_train.rl.config import PromptSource, UpoConfig

@@ -13,7 +13,7 @@ import numpy as np
 from ernie_train.core.errors import storage_errors
 from ernie_train.core.warn_once import WarnOnce
 from ernie_train.data import Record
-from ernie_train.eval.evaluate import EvalConfig, evaluate
+from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.losses import PairCounts
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.rollout import Group, Problem

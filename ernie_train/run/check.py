@@ -13,7 +13,7 @@ from rich.syntax import Syntax
 from ernie_train.core import devices
 from ernie_train.core.errors import ConfigError
 from ernie_train.data import Record, Tokenizer, load_tokenizer
-from ernie_train.eval.evaluate import load_problems, require_verifiers
+from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree

@@ -14,7 +14,7 @@ from ernie_train.core.errors import CheckpointError, storage_errors
 from ernie_train.core.progress import progress_bar
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Record, Tokenizer
-from ernie_train.eval.evaluate import EvalConfig, Evaluation, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import write_json
 from ernie_train.io.run_dir import fingerprint

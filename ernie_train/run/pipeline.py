@@ -28,7 +28,7 @@ from ernie_train.core.errors import CheckpointError, ConfigError, DataError, sto
 from ernie_train.core.process_group import Grid
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer, load_tokenizer
-from ernie_train.eval.evaluate import load_problems, require_verifiers
+from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.io.files import digest_file, write_json
 from ernie_train.io.run_dir import (
     RunLock,

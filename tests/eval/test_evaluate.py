@@ -6,8 +6,8 @@ import pytest
 
 from ernie_train.core.errors import Interrupted
 from ernie_train.data import Record, load_tokenizer
-from ernie_train.eval import evaluate as module
-from ernie_train.eval.evaluate import EvalConfig, evaluate
+from ernie_train.eval import evaluation as module
+from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from tests.workspace import make_workspace
 

@@ -9,7 +9,7 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from ernie_train.core import cpu
+from ernie_train.core import devices
 from ernie_train.model.attention import flashmask, layer
 from ernie_train.model.batch_layout import BatchLayout
 
@@ -96,7 +96,7 @@ def gpu_kernels(monkeypatch):
         assert device == "gpu"
         return name in names
 
-    monkeypatch.setattr(cpu, "kernel_available", kernel_available)
+    monkeypatch.setattr(devices, "kernel_available", kernel_available)
     flashmask._registered.cache_clear()
     yield names
     flashmask._registered.cache_clear()

@@ -12,7 +12,7 @@ from tests.parallel.ranks import start_on_ranks
 
 
 def test_ranks_with_all_experts_meet_once_and_stop_together(tmp_path):
-    start_on_ranks(2, "paces.py", tmp_path, timeout_s=300)
+    start_on_ranks(2, "lockstep_ranks.py", tmp_path, timeout_s=300)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 

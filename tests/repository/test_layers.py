@@ -37,7 +37,7 @@ PACKAGES: dict[str, str] = {
     "generate": "sampler engine sharded",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised pretrain sft",
-    "eval": "prompts evaluate gates",
+    "eval": "prompts evaluation gates",
     "rl": "config critic rollout batch data groups pairs loss report learner loop dpo",
     "launch": "console rank_files logs launcher job supervise",
     "run": "stages recipe check referee_script export render finalize pipeline",
