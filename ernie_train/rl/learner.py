@@ -203,13 +203,14 @@ class Learner:
     def restore(self, saved: Checkpoint) -> None:
         state = saved.state["learner"]
         saved.load_model(self.policy)
-        if saved.optimizer:
-            restore_optimizer(
-                self.trainer.optimizer,
-                saved.optimizer,
-                state["powers"],
-                lambda named: from_disk(self.policy, named),
-            )
+        restore_optimizer(
+            self.trainer.optimizer,
+            saved.optimizer,
+            state["powers"],
+            lambda named: from_disk(self.policy, named),
+            checkpoint=saved.path,
+            steps=state["step"],
+        )
         self.trainer.step = state["step"]
         if self.critic is not None:
             critic = self.critic.model
@@ -219,6 +220,8 @@ class Learner:
                 saved.part("critic/optimizer"),
                 state["critic_powers"],
                 critic.from_disk,
+                checkpoint=saved.path / "critic",
+                steps=state["critic_step"],
             )
             self.critic.step = state["critic_step"]
 

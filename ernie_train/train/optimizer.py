@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -160,7 +161,10 @@ class Optimizer:
                     if parameter.grad is not None:
                         parameter.grad.scale_(scale)
         self._adamw.set_lr(lr)
-        self._adamw.step()
+        # The first step names the moments. Paddle 3.3.1 numbers names through the whole process, so
+        # that the second optimizer of a parameter, in the next stage, would call them "..._1".
+        with paddle.utils.unique_name.guard():
+            self._adamw.step()
         if self.updated is not self.parameters:
             parallel.broadcast_updated(self.parameters, self.owners)
 
@@ -240,8 +244,20 @@ def restore_optimizer(
     arrays: Mapping[str, np.ndarray],
     powers: Mapping[str, float],
     from_disk: Rename,
+    *,
+    checkpoint: Path,
+    steps: int,
 ) -> None:
-    """Gives an optimizer back what `optimizer_arrays` took; `CheckpointError` where some lacks."""
+    """Restores moments and master weights as `optimizer_arrays` gave them after `steps` steps.
+
+    Raises `CheckpointError`, which names `checkpoint`, where some of them are missing.
+    """
+    if steps and not arrays:
+        raise CheckpointError(
+            f"{checkpoint}: no optimizer state although {steps} steps were made. Version 0.1.0 "
+            "wrote none in the second and later stages of a run: begin this stage again with "
+            "--from, or start a recipe of its own from the weights"
+        )
     slots: dict[str, dict[str, str]] = {}
     for key in arrays:
         slot, _, name = key.partition("/")

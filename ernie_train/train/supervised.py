@@ -156,6 +156,8 @@ def _restore(
         saved.optimizer,
         saved.state["powers"],
         lambda named: from_disk(trainer.model, named),
+        checkpoint=saved.path,
+        steps=saved.step,
     )
     batches.load_state_dict(saved.state["loader"])
     trainer.step = saved.step

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ernie_train
 from ernie_train.cli.main import main
@@ -109,6 +110,36 @@ def test_sigterm_saves_exits_3_and_continues_bit_for_bit(workspace, whole, monke
         assert (directory / f"01-sft/checkpoints/step_{step:06d}/MANIFEST.json").exists()
     assert run("run", workspace / "recipe.yaml", "--run-dir", directory) == 0
     assert_same_run(directory, whole[0])
+
+
+def test_a_later_stage_continues_bit_for_bit(workspace, monkeypatch, tmp_path):
+    """In one process all stages update the same parameters, each by an optimizer of its own."""
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    (first,) = recipe["stages"]
+    first |= {"steps": 4, "validation": []}
+    del first["validate_every_steps"]
+    first["checkpoint"] = {"every_steps": 4}
+    recipe |= {"evaluation": None, "export": None, "stages": [first, {**first, "name": "more"}]}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert run("run", path, "--run-dir", tmp_path / "whole") == 0
+    original = Trainer.train_step
+
+    def step_with_signal(self, *arguments):
+        result = original(self, *arguments)
+        second_stage = (tmp_path / "cut" / "02-more").exists()
+        if result.step == 2 and second_stage:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_with_signal)
+        assert run("run", path, "--run-dir", tmp_path / "cut") == 3
+    checkpoint = tmp_path / "cut/02-more/checkpoints/step_000002"
+    assert (checkpoint / "optimizer.safetensors").exists()
+    assert run("run", path, "--run-dir", tmp_path / "cut") == 0
+    found, wanted = (final_files(tmp_path / d, "02-more") for d in ("cut", "whole"))
+    assert found == wanted
 
 
 def assert_same_run(directory: Path, expected: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -10,7 +11,12 @@ import pytest
 
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import CheckpointError, ConfigError
-from ernie_train.train.optimizer import OptimConfig, Optimizer, learning_rate
+from ernie_train.train.optimizer import (
+    OptimConfig,
+    Optimizer,
+    learning_rate,
+    restore_optimizer,
+)
 
 
 def config(**values):
@@ -119,6 +125,16 @@ def test_saved_state_continues_to_the_same_bits_and_a_gap_is_named():
         o.step(c.lr, o.gradient_norm())
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a.numpy().tobytes() == b.numpy().tobytes()
+    # The next stage of a run updates the same parameters by another optimizer.
+    second = Optimizer(other, c)
+    backward(other, 3)
+    second.step(c.lr, second.gradient_norm())
+    assert {s: set(named) for s, named in second.moments().items()} == {
+        s: set(named) for s, named in optimizer.moments().items()
+    }
+    assert set(second.powers()) == set(optimizer.powers()) != set()
+    with pytest.raises(CheckpointError, match="step_3: no optimizer state although 3 steps"):
+        restore_optimizer(second, {}, {}, dict, checkpoint=Path("step_3"), steps=3)
     del moments["moment2"]["linear.bias"]
     with pytest.raises(CheckpointError, match=r"moment2.*linear\.bias"):
         resumed.load_state(moments, optimizer.powers())
