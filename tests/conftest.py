@@ -31,6 +31,15 @@ HOW_TO_MAKE_IT = (
     "or point ERNIE_TRAIN_REFEREE at an environment like that"
 )
 
+SLOW_LIMIT_S = 3600.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+
+
 Referee = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
