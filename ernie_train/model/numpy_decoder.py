@@ -16,7 +16,6 @@ import numpy as np
 import paddle
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.moe import LocalDispatcher
 from ernie_train.model.numpy_layers import (
     ACTIVATIONS_IN_NUMPY,
     Experts,
@@ -28,6 +27,7 @@ from ernie_train.model.numpy_layers import (
     rotate_,
     side_by_side,
 )
+from ernie_train.model.token_dispatcher import LocalDispatcher
 from ernie_train.model.transformer import DecoderLayer, Ernie4_5_MoeForCausalLM
 
 _GROWTH = 32  # slots are added in multiples of this

@@ -16,8 +16,7 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.data import Record, Tokenizer
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
-from ernie_train.io.files import write_json
-from ernie_train.io.run_dir import fingerprint
+from ernie_train.io.files import fingerprint, write_json
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import Receipt, comparison_prompts, export
 from ernie_train.run.recipe import EvaluationConfig, Recipe

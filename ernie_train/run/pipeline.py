@@ -29,12 +29,11 @@ from ernie_train.core.process_group import Grid
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer, load_tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
-from ernie_train.io.files import digest_file, write_json
+from ernie_train.io.files import digest_file, fingerprint, write_json
 from ernie_train.io.run_dir import (
     RunLock,
     StageDone,
     differences,
-    fingerprint,
     read_done,
     write_done,
 )
