@@ -1,21 +1,19 @@
 """Settings: strict schemas, overrides from the command line, and errors that name their path.
 
 A schema is a class derived from `StrictConfig`. `parse_config` reports everything that is wrong
-with the settings at once, each with its dotted path as it stands in the recipe.
+with the settings at once, each problem with its dotted path as it stands in the recipe.
 """
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+import re
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 from pydantic import Field
+from pydantic_core import ErrorDetails
 
-from ernie_train.core.config_problems import describe, list_problems, nearest_hint
-from ernie_train.core.config_schema import Leaf as Leaf
-from ernie_train.core.config_schema import default_of as default_of
-from ernie_train.core.config_schema import iterate_leaves as iterate_leaves
-from ernie_train.core.errors import ConfigError
+from ernie_train.core.errors import ConfigError, did_you_mean
 from ernie_train.core.yaml import dump_yaml as dump_yaml
 from ernie_train.core.yaml import load_yaml as load_yaml
 from ernie_train.core.yaml import parse_yaml
@@ -24,6 +22,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+KeyPath = tuple[str | int, ...]
 
 
 class StrictConfig(pydantic.BaseModel):
@@ -47,10 +47,10 @@ Config = TypeVar("Config", bound=StrictConfig)
 
 
 def parse_config(cls: type[Config], data: dict[str, Any], source: str) -> Config:
-    """Builds `cls` from plain values such as `load_yaml` gives.
+    """Build `cls` from plain values such as `load_yaml` returns.
 
     Raises:
-        ConfigError: everything that is wrong, a line each, with the dotted path of the key.
+        ConfigError: everything that is wrong, one line each, with the dotted path of the key.
     """
     try:
         # By way of JSON a list is accepted for a tuple and text for a path or an enumeration, as
@@ -61,11 +61,166 @@ def parse_config(cls: type[Config], data: dict[str, Any], source: str) -> Config
     try:
         return cls.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise ConfigError(list_problems(cls, error.errors(include_url=False)), source) from None
+        problems = list_problems(cls, data, error.errors(include_url=False))
+        raise ConfigError(problems, source) from None
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+# Pydantic's words, and those that fit the author of a recipe.
+_WORDS = {
+    "a valid number": "a number",
+    "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid array": "a list",
+    "greater than or equal to": ">=",
+    "less than or equal to": "<=",
+    "greater than": ">",
+    "less than": "<",
+}
+
+
+def list_problems(
+    cls: type[pydantic.BaseModel], data: dict[str, Any], errors: list[ErrorDetails]
+) -> list[str]:
+    """Turn pydantic's errors about `data` into lines `path: message`, in the same order."""
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for error in errors:
+        by_path.setdefault(_path_of(error, data), []).append(error)
+    lines = []
+    for path, group in by_path.items():
+        # For a value of type `int | Schema` pydantic reports that it is no int beside what is
+        # wrong inside the schema; only the latter helps.
+        if any(other[: len(path)] == path and other != path for other in by_path):
+            continue
+        prefix = f"{'.'.join(map(str, path))}: " if path else ""
+        lines += [prefix + message for message in _messages(cls, group)]
+    return lines
+
+
+def _path_of(error: ErrorDetails, data: Any) -> KeyPath:
+    """Return the keys and indices of an error as they stand in the recipe."""
+    loc = error["loc"]
+    if error["type"] == "missing":
+        return (*_keys_in(loc[:-1], data), loc[-1])
+    if error["type"].startswith("union_tag_"):
+        return (*_keys_in(loc, data), error["ctx"]["discriminator"].strip("'"))
+    return _keys_in(loc, data) or loc[-1:]  # a wrong default is not in the data
+
+
+def _keys_in(loc: KeyPath, data: Any) -> KeyPath:
+    """Drop from a location what pydantic adds for members of unions: it is no key in `data`.
+
+    A key may be named like a member, so of several readings the one with most keys counts.
+    """
+    if not loc:
+        return ()
+    head, rest = loc[0], loc[1:]
+    without = _keys_in(rest, data)
+    is_index = isinstance(data, list) and isinstance(head, int)
+    is_key = is_index or (isinstance(data, dict) and head in data)
+    with_head = (head, *_keys_in(rest, data[head])) if is_key else ()
+    return max(with_head, without, key=len)
+
+
+def _messages(cls: type[pydantic.BaseModel], errors: list[ErrorDetails]) -> list[str]:
+    """Return the messages for one key; the members of a union share one."""
+    messages, wanted, hint = [], [], ""
+    for error in errors:
+        kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+        if kind in ("missing", "union_tag_not_found"):
+            messages.append("missing; this key is required")
+        elif kind == "extra_forbidden":
+            messages.append("unknown key" + _unknown_key_hint(cls, error["loc"]))
+        elif kind in ("value_error", "assertion_error"):
+            messages.append(str(context["error"]))
+        elif kind in ("model_type", "dict_type"):
+            wanted.append("a section of `key: value` lines")
+        elif kind in ("literal_error", "enum", "union_tag_invalid"):
+            expected = context.get("expected") or context["expected_tags"].replace(", ", " or ")
+            wanted.append(expected)
+            value = context.get("tag", value)
+            if isinstance(value, str):
+                hint = did_you_mean(value, re.findall(r"'([^']*)'", expected))
+        elif error["msg"].startswith("Input should be "):
+            want = error["msg"].removeprefix("Input should be ")
+            wanted.append(re.sub("|".join(_WORDS), lambda found: _WORDS[found[0]], want))
+        elif kind in ("too_short", "too_long"):
+            messages.append(error["msg"])
+        else:
+            messages.append(f"{error['msg']}, got {describe(value)}")
+    if wanted:
+        listed = " or ".join(dict.fromkeys(wanted))
+        messages.append(f"must be {listed}, got {describe(value)}{hint}")
+    return list(dict.fromkeys(messages))
+
+
+def describe(value: Any) -> str:
+    """Describe a value for a message: `the text 'x'`, `a list of 3`."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value!r}"
+    if isinstance(value, str):
+        return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"a section with the keys {', '.join(value)}" if value else "an empty section"
+    return repr(value)
+
+
+def _unknown_key_hint(cls: type[pydantic.BaseModel], loc: KeyPath) -> str:
+    """Name the key that was meant by the last element of `loc`, or those that its schema has."""
+    schemas = [cls]
+    for element in loc[:-1]:
+        if len(schemas) > 1 and (chosen := [s for s in schemas if _is_member(element, s)]):
+            schemas = chosen
+        elif fields := [s.model_fields[element] for s in schemas if element in s.model_fields]:
+            schemas = [s for field in fields for s in _schemas_in(field.annotation)]
+    word = str(loc[-1])
+    # The right key one section too high: `lr` for `optim.lr`.
+    inside = next((path for schema in schemas for path in _paths_to(word, schema)), None)
+    if inside:
+        return f"; did you mean '{inside}'?"
+    return did_you_mean(word, [name for schema in schemas for name in schema.model_fields])
+
+
+def _schemas_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    """Yield every schema in a type such as `list[A | B] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _schemas_in(argument)
+
+
+def _is_member(element: str | int, schema: type[pydantic.BaseModel]) -> bool:
+    """Return whether pydantic means this member of a union: by its name or by its `kind`."""
+    kinds = [f.annotation for f in schema.model_fields.values() if f.is_required()]
+    return element == schema.__name__ or any(
+        get_origin(kind) is Literal and element in get_args(kind) for kind in kinds
+    )
+
+
+def _paths_to(key: str, schema: type[pydantic.BaseModel]) -> Iterator[str]:
+    """Yield the dotted paths below `schema` that end in `key`; `[]` stands for any item."""
+    for name, field in schema.model_fields.items():
+        items = "[]" if get_origin(field.annotation) in (list, tuple) else ""
+        for inner in _schemas_in(field.annotation):
+            if key in inner.model_fields:
+                yield f"{name}{items}.{key}"
+            yield from (f"{name}{items}.{path}" for path in _paths_to(key, inner))
+
+
+# ---- overrides -----------------------------------------------------------------------------------
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with `key.path=value` settings applied in order.
+    """Return a copy of `data` with `key.path=value` settings applied in order.
 
     Items of a list are addressed by index or by their `name`; values are read as YAML. A key that
     the recipe does not set is added, and `parse_config` then checks that the schema knows it.
@@ -96,7 +251,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _copy(value: Any) -> Any:
-    """Copies lists and mappings; unlike deepcopy it parts those that a YAML alias shares."""
+    """Copy lists and mappings; unlike deepcopy it separates those that a YAML alias shares."""
     if isinstance(value, dict):
         return {key: _copy(child) for key, child in value.items()}
     return [_copy(child) for child in value] if isinstance(value, list) else value
@@ -106,7 +261,7 @@ def _assign(data: dict[str, Any], parts: list[str], value: Any) -> None:
     holder: Any = data
     for depth, part in enumerate(parts[:-1]):
         if isinstance(holder, dict):
-            # A section that the recipe leaves out, or leaves empty (`optim:`), is made.
+            # Make the section where the recipe leaves it out or empty (`optim:`).
             if holder.get(part) is None:
                 holder[part] = {}
             holder = holder[part]
@@ -120,7 +275,7 @@ def _assign(data: dict[str, Any], parts: list[str], value: Any) -> None:
 
 
 def _list_index(holder: Any, parts: list[str], depth: int) -> int:
-    """Index of the list item that `parts[depth]` names."""
+    """Return the index of the list item that `parts[depth]` names."""
     path, part = ".".join(parts[: depth + 1]), parts[depth]
     if not isinstance(holder, list):
         parent = ".".join(parts[:depth])
@@ -137,5 +292,5 @@ def _list_index(holder: Any, parts: list[str], depth: int) -> int:
         known = [name for name in names if isinstance(name, str)]
         if not known:
             raise ConfigError(f"{path}: items of this list have no name; use the index, from 0")
-        raise ConfigError(f"{path}: no item of this name{nearest_hint(part, known)}")
+        raise ConfigError(f"{path}: no item of this name{did_you_mean(part, known)}")
     return names.index(part)

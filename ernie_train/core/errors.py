@@ -6,9 +6,10 @@ arguments; 3 stopped on a signal after saving; 4 training became non-finite; 5 a
 
 from __future__ import annotations
 
+import difflib
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class ConfigError(UserError):
     """Everything that is wrong with a recipe or with settings, in one message.
 
     Attributes:
-        problems: one line each, `stages.0.optim.lr: expected a number, got the text 'fast'`.
+        problems: one line each, `stages.0.optim.lr: must be a number, got the text 'fast'`.
         source: the file (or the command line) that the settings came from; may be empty.
     """
 
@@ -97,6 +98,16 @@ class FailedElsewhere(ErnieTrainError):
 
     def __reduce__(self) -> tuple[type[FailedElsewhere], tuple[int, int]]:
         return type(self), (self.rank, self.exit_status)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'lr'?` for an unknown word, or all known ones if none is near."""
+    known = list(dict.fromkeys(known))
+    parts = word.lower().replace("-", "_").split("_")
+    initials = "".join(part[:1] for part in parts)  # `learning_rate` for `lr`
+    near = [initials] if initials in known else []
+    near += difflib.get_close_matches("_".join(parts), known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """The verifiers by the names that rows and recipes give them."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
-from ernie_train.core.errors import UserError
+from ernie_train.core.errors import UserError, did_you_mean
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.verifiers import code, exact, format, logic, math_answer, tool_call
 
@@ -23,7 +22,5 @@ REWARDS: dict[str, RewardFn] = {
 def reward_named(name: str) -> RewardFn:
     """The verifier of that name; UserError with the nearest known one otherwise."""
     if name not in REWARDS:
-        near = get_close_matches(name, REWARDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown reward {name!r}: there are {', '.join(sorted(REWARDS))}{hint}")
+        raise UserError(f"unknown reward {name!r}{did_you_mean(name, REWARDS)}")
     return REWARDS[name]

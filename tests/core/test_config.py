@@ -10,9 +10,7 @@ from pydantic import Field
 from ernie_train.core.config import (
     StrictConfig,
     apply_overrides,
-    default_of,
     dump_yaml,
-    iterate_leaves,
     parse_config,
 )
 from ernie_train.core.errors import ConfigError
@@ -99,17 +97,17 @@ def test_numbers_arrive_bit_by_bit() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"name": 3}, "name: expected text, got the number 3"),
-        ({"name": None}, "name: expected text, got nothing (null)"),
-        ({"name": ["a", "b"]}, "name: expected text, got a list of 2"),
-        ({"name": {"k": 1}}, "name: expected text, got a section with the keys k"),
-        ({"name": {}}, "name: expected text, got an empty section"),
-        ({"debug": "yes"}, "debug: expected true or false, got the text 'yes'"),
-        ({"debug": 1}, "debug: expected true or false, got the number 1"),
-        ({"optim": {"lr": "1e-4"}}, "optim.lr: expected a number, got the text '1e-4'"),
-        ({"optim": {"lr": True}}, "optim.lr: expected a number, got the boolean true"),
-        ({"optim": {"lr": 0}}, "optim.lr: must be > 0.0, got the number 0"),
-        ({"optim": {"lr": 2}}, "optim.lr: must be <= 1.0, got the number 2"),
+        ({"name": 3}, "name: must be text, got the number 3"),
+        ({"name": None}, "name: must be text, got nothing (null)"),
+        ({"name": ["a", "b"]}, "name: must be text, got a list of 2"),
+        ({"name": {"k": 1}}, "name: must be text, got a section with the keys k"),
+        ({"name": {}}, "name: must be text, got an empty section"),
+        ({"debug": "yes"}, "debug: must be true or false, got the text 'yes'"),
+        ({"debug": 1}, "debug: must be true or false, got the number 1"),
+        ({"optim": {"lr": "1e-4"}}, "optim.lr: must be a number, got the text '1e-4'"),
+        ({"optim": {"lr": True}}, "optim.lr: must be a number, got the boolean true"),
+        ({"optim": {"lr": 0}}, "optim.lr: must be > 0, got the number 0"),
+        ({"optim": {"lr": 2}}, "optim.lr: must be <= 1, got the number 2"),
         (
             {"optim": {"warmup_steps": -1}},
             "optim.warmup_steps: must be >= 0, got the number -1",
@@ -117,49 +115,52 @@ def test_numbers_arrive_bit_by_bit() -> None:
         ({"optim": {"warmup_steps": 10}}, "optim.warmup_steps: must be < 10, got the number 10"),
         (
             {"optim": {"warmup_steps": 1.5}},
-            "optim.warmup_steps: expected a whole number, got the number 1.5",
+            "optim.warmup_steps: must be a whole number, got the number 1.5",
         ),
         (
             {"optim": {"warmup_steps": False}},
-            "optim.warmup_steps: expected a whole number, got the boolean false",
+            "optim.warmup_steps: must be a whole number, got the boolean false",
         ),
         (
             {"optim": {"schedule": "cosin"}},
-            "optim.schedule: expected one of cosine, linear, wsd, got the text 'cosin'; "
+            "optim.schedule: must be 'cosine', 'linear' or 'wsd', got the text 'cosin'; "
             "did you mean 'cosine'?",
         ),
         (
             {"optim": {"schedule": 1}},
-            "optim.schedule: expected one of cosine, linear, wsd, got the number 1",
+            "optim.schedule: must be 'cosine', 'linear' or 'wsd', got the number 1",
         ),
         (
             {"optim": [1]},
-            "optim: expected a section of `key: value` lines, got a list of 1",
+            "optim: must be a section of `key: value` lines, got a list of 1",
         ),
         (
             {"optim": {"betas": [0.9, "x"]}},
-            "optim.betas.1: expected a number, got the text 'x'",
+            "optim.betas.1: must be a number, got the text 'x'",
         ),
-        ({"optim": {"betas": 0.9}}, "optim.betas: expected a list, got the number 0.9"),
-        ({"shares": {"a": "w"}}, "shares.a: expected a number, got the text 'w'"),
-        ({"shares": 1}, "shares: expected a section of `key: value` lines, got the number 1"),
+        ({"optim": {"betas": 0.9}}, "optim.betas: must be a list, got the number 0.9"),
+        ({"shares": {"a": "w"}}, "shares.a: must be a number, got the text 'w'"),
+        ({"shares": 1}, "shares: must be a section of `key: value` lines, got the number 1"),
         (
             {"shares": {"a": float("nan")}},
-            "shares.a: expected a finite number, got the number nan",
+            "shares.a: must be a finite number, got the number nan",
         ),
-        ({"stages": 1}, "stages: expected a list, got the number 1"),
+        ({"stages": 1}, "stages: must be a list, got the number 1"),
         (
             {"stages": ["sft"]},
-            "stages.0: expected a section of `key: value` lines, got the text 'sft'",
+            "stages.0: must be a section of `key: value` lines, got the text 'sft'",
         ),
-        ({"stages": [stage(data=[])]}, "stages.0.data: needs at least 1 items, got 0"),
+        (
+            {"stages": [stage(data=[])]},
+            "stages.0.data: List should have at least 1 item after validation, not 0",
+        ),
         (
             {"stages": [stage(data=[{"path": "a"}] * 3)]},
-            "stages.0.data: needs at most 2 items, got 3",
+            "stages.0.data: List should have at most 2 items after validation, not 3",
         ),
         (
             {"stages": [stage(data=[{"path": 3}])]},
-            "stages.0.data.0.path: expected text, got the number 3",
+            "stages.0.data.0.path: must be text, got the number 3",
         ),
         ({"stages": [stage(name="bad")]}, "stages.0: the name must not be 'bad'"),
         (
@@ -181,7 +182,7 @@ def test_a_wrong_value_is_named_with_what_was_wanted(
         ({"optim": {"learning_rate": 1}}, "optim.learning_rate: unknown key; did you mean 'lr'?"),
         ({"optim": {"warmup": 1}}, "optim.warmup: unknown key; did you mean 'warmup_steps'?"),
         ({"stagse": []}, "stagse: unknown key; did you mean 'stages'?"),
-        ({"lr": 1}, "lr: unknown key; did you mean 'stages[sft].optim.lr'?"),
+        ({"lr": 1}, "lr: unknown key; did you mean 'stages[].optim.lr'?"),
         (
             {"stages": [stage(lr=1)]},
             "stages.0.lr: unknown key; did you mean 'optim.lr'?",
@@ -192,8 +193,7 @@ def test_a_wrong_value_is_named_with_what_was_wanted(
         ),
         (
             {"zzz": 1},
-            "zzz: unknown key; the nearest is 'name', known are name, stages, shares, mixture, "
-            "optim, debug",
+            "zzz: unknown key; known are name, stages, shares, mixture, optim, debug",
         ),
     ],
 )
@@ -209,24 +209,24 @@ def test_paths_through_unions_hold_no_tags() -> None:
         {"kind": "pretrain", "name": "p", "steps": "many"},
     ]
     assert problems(stages=stages) == [
-        "stages.0.optim.lr: expected a number, got the text 'x'",
-        "stages.0.sft: expected a whole number, got the text 'q'",
-        "stages.1.kind: expected one of sft, pretrain, got the text 'sftt'; did you mean 'sft'?",
+        "stages.0.optim.lr: must be a number, got the text 'x'",
+        "stages.0.sft: must be a whole number, got the text 'q'",
+        "stages.1.kind: must be 'sft' or 'pretrain', got the text 'sftt'; did you mean 'sft'?",
         "stages.2.kind: missing; this key is required",
-        "stages.3.steps: expected a whole number, got the text 'many'",
+        "stages.3.steps: must be a whole number, got the text 'many'",
     ]
 
 
 def test_a_union_of_types_says_what_all_of_them_want() -> None:
     assert problems(stages=[stage(eval_every=2.5)]) == [
-        "stages.0.eval_every: expected a whole number or one of never, got the number 2.5"
+        "stages.0.eval_every: must be a whole number or 'never', got the number 2.5"
     ]
     assert problems(mixture="x") == [
-        "mixture: expected a whole number or a section of `key: value` lines, got the text 'x'"
+        "mixture: must be a whole number or a section of `key: value` lines, got the text 'x'"
     ]
     # Inside a section only the section's own errors count.
     assert problems(mixture={"temperature": "x"}) == [
-        "mixture.temperature: expected a number, got the text 'x'"
+        "mixture.temperature: must be a number, got the text 'x'"
     ]
 
 
@@ -237,10 +237,9 @@ def test_all_problems_are_reported_at_once() -> None:
         )
     assert caught.value.problems == [
         "name: missing; this key is required",
-        "stages.0.name: expected text, got the number 1",
-        "stages.1.kind: expected one of sft, pretrain, got the text 'x'; "
-        "the nearest is 'sft', known are sft, pretrain",
-        "debug: expected true or false, got the number 0",
+        "stages.0.name: must be text, got the number 1",
+        "stages.1.kind: must be 'sft' or 'pretrain', got the text 'x'; known are sft, pretrain",
+        "debug: must be true or false, got the number 0",
         "nmae: unknown key; did you mean 'name'?",
     ]
     assert str(caught.value).startswith("t.yaml: 5 problems\n  - name: missing")
@@ -265,7 +264,7 @@ def test_a_wrong_default_is_found() -> None:
     class Broken(StrictConfig):
         steps: int = "many"  # type: ignore[assignment]
 
-    with pytest.raises(ConfigError, match="steps: expected a whole number"):
+    with pytest.raises(ConfigError, match="steps: must be a whole number"):
         parse_config(Broken, {}, "")
 
 
@@ -351,23 +350,6 @@ def test_an_override_of_an_unknown_key_is_left_to_the_schema() -> None:
     data = apply_overrides({"name": "x", "stages": [stage()]}, ["stages.s.optim.lrr=1"])
     with pytest.raises(ConfigError, match=r"stages\.0\.optim\.lrr: unknown key; did you mean 'lr'"):
         parse_config(Recipe, data, "")
-
-
-# ---- Leaf keys
-
-
-def test_leaves_are_all_the_keys_that_hold_values() -> None:
-    leaves = {leaf.path: default_of(leaf.field) for leaf in iterate_leaves(Recipe)}
-    assert set(leaves) == {
-        "name", "shares", "debug", "mixture.temperature",
-        "optim.lr", "optim.schedule", "optim.betas", "optim.warmup_steps",
-        "stages[sft].kind", "stages[sft].name", "stages[sft].eval_every", "stages[sft].sft",
-        "stages[sft].optim.lr", "stages[sft].optim.schedule", "stages[sft].optim.betas",
-        "stages[sft].optim.warmup_steps", "stages[sft].data[].path", "stages[sft].data[].weight",
-        "stages[pretrain].kind", "stages[pretrain].name", "stages[pretrain].steps",
-    }  # fmt: skip
-    assert leaves["stages[sft].optim.lr"] == 1e-3
-    assert leaves["shares"] == {}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -287,19 +287,19 @@ def test_what_a_recipe_may_say():
     [
         (
             {"parts": ["expert"]},
-            "recompute.parts.0: expected one of attention, experts, got the text 'expert'; "
+            "recompute.parts.0: must be 'attention' or 'experts', got the text 'expert'; "
             "did you mean 'experts'?",
         ),
         (
             {"parts": ["experts", "core_attn"]},
-            "recompute.parts.1: expected one of attention, experts, got the text 'core_attn'; "
-            "the nearest is 'attention', known are attention, experts",
+            "recompute.parts.1: must be 'attention' or 'experts', got the text 'core_attn'; "
+            "known are attention, experts",
         ),
         (
             {"parts": []},
             "recompute.parts: name one of attention, experts, or say `recompute: false`",
         ),
-        ({"parts": "experts"}, "recompute.parts: expected a list, got the text 'experts'"),
+        ({"parts": "experts"}, "recompute.parts: must be a list, got the text 'experts'"),
         ({"parts": ["experts", "experts"]}, "recompute.parts: experts stands there twice"),
         (
             {"parts": ["attention"], "chunk_tokens": 8},
@@ -307,15 +307,15 @@ def test_what_a_recipe_may_say():
         ),
         ({"chunk_tokens": 0}, "recompute.chunk_tokens: must be >= 1, got the number 0"),
         ({"layers": 0}, "recompute.layers: must be >= 1, got the number 0"),
-        ({"layers": [0, 1]}, "recompute.layers: expected a whole number, got a list of 2"),
-        ({"layers": True}, "recompute.layers: expected a whole number, got the boolean true"),
+        ({"layers": [0, 1]}, "recompute.layers: must be a whole number, got a list of 2"),
+        ({"layers": True}, "recompute.layers: must be a whole number, got the boolean true"),
         (
             {"part": ["experts"]},
             "recompute.part: unknown key; did you mean 'parts'?",
         ),
         (
             "experts",
-            "recompute: expected true or false or a section of `key: value` lines, got the text "
+            "recompute: must be true or false or a section of `key: value` lines, got the text "
             "'experts'",
         ),
     ],

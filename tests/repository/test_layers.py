@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 
 PACKAGES: dict[str, str] = {
     "core": "errors warn_once signals processes progress cpu devices environment barrier"
-    " worker_pool yaml config_schema config_problems config process_group consensus",
+    " worker_pool yaml config process_group consensus",
     "io": "files metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "configuration_checks configuration pylayer batch_layout rope norm mlp kv_cache"
@@ -57,7 +57,7 @@ INDEPENDENT = {
 }
 # Numpy at most: these start fast and run in workers that must not load Paddle.
 WITHOUT_PADDLE = {
-    "core.errors", "core.yaml", "core.config_schema", "core.config_problems", "core.config",
+    "core.errors", "core.yaml", "core.config",
     "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
     "core.warn_once", "core.cpu", "io.files", "launch", "data", "rewards",
 }  # fmt: skip
