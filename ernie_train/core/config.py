@@ -151,7 +151,7 @@ def _messages(cls: type[pydantic.BaseModel], errors: list[ErrorDetails]) -> list
             messages.append(error["msg"])
         else:
             messages.append(f"{error['msg']}, got {describe(value)}")
-    if wanted:
+    if wanted and not messages:
         listed = " or ".join(dict.fromkeys(wanted))
         messages.append(f"must be {listed}, got {describe(value)}{hint}")
     return list(dict.fromkeys(messages))

@@ -7,16 +7,16 @@ by name; keys that change nothing here (library versions, caching, parallel layo
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ernie_train.core.errors import ConfigError
-from ernie_train.model.configuration_checks import find_problems
+import pydantic
+from pydantic import Field
+
+from ernie_train.core.config import NonNegative, Positive, PositiveInt, StrictConfig, list_problems
+from ernie_train.core.errors import ConfigError, did_you_mean
 
 MOE_MODEL_TYPE = "ernie4_5_moe"
 DENSE_MODEL_TYPE = "ernie4_5"
@@ -46,7 +46,7 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_rmsnorm": ((None, True), "the norm is RMSNorm"),
 }
 
-# What decides which parameters there are, and which of them a token uses.
+# The keys that decide which parameters there are, and which of them a token uses.
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings", "use_bias", "moe_intermediate_size",
@@ -54,7 +54,8 @@ _SIZES = (
     "moe_layer_end_index", "moe_layer_interval",
 )  # fmt: skip
 
-# Names of the same thing in Hugging Face's attribute map.
+# Other names in Hugging Face's attribute map. Not pydantic's AliasChoices: a preset and its
+# overrides are merged before they are validated, so both must have the same name by then.
 _ALIASES = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
 
 # `transformers` gives a dense model other defaults than an MoE one.
@@ -88,75 +89,113 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Ernie4_5_MoeConfig:
+NonNegativeInt = Annotated[int, Field(ge=0)]
+TokenId = NonNegativeInt
+
+
+class Ernie4_5_MoeConfig(StrictConfig):
     """The sizes and constants of one model, by Hugging Face's keys; defaults are those of 21B-A3B.
 
-    `moe_num_experts=0` is a dense model (`model_type` "ernie4_5"). `head_dim=None` means
-    `hidden_size / num_attention_heads`, `num_key_value_heads=None` as many as query heads and
-    `moe_layer_end_index=-1` the last layer; all three are resolved on construction.
+    `moe_num_experts=0` is a dense model (`model_type` "ernie4_5"), whose other `moe_` keys keep
+    their defaults. `head_dim=None` means `hidden_size / num_attention_heads`,
+    `num_key_value_heads=None` as many as query heads and `moe_layer_end_index=-1` the last layer;
+    all three are resolved on construction.
     Two keys are this toolkit's own: `moe_capacity_factor`, None routes every token (dropless);
-    `embedding_initializer_range`, None starts the embedding like everything else.
+    `embedding_initializer_range`, None initializes the embedding by `initializer_range`.
 
     Raises `ConfigError` that lists every impossible value.
     """
 
-    vocab_size: int = 103424
-    hidden_size: int = 2560
-    intermediate_size: int = 12288
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 20
-    num_key_value_heads: int = 4
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 131072
-    rope_theta: float = 500000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    embedding_initializer_range: float | None = None
+    vocab_size: PositiveInt = 103424
+    hidden_size: PositiveInt = 2560
+    intermediate_size: PositiveInt = 12288
+    num_hidden_layers: PositiveInt = 28
+    num_attention_heads: PositiveInt = 20
+    num_key_value_heads: PositiveInt = 4
+    head_dim: PositiveInt | None = None
+    hidden_act: Literal["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
+    max_position_embeddings: PositiveInt = 131072
+    rope_theta: Positive = 500000.0
+    rms_norm_eps: Positive = 1e-5
+    initializer_range: Positive = 0.02
+    embedding_initializer_range: Positive | None = None
     tie_word_embeddings: bool = True
     use_bias: bool = False
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    moe_intermediate_size: int = 1536
-    moe_num_experts: int = 64
-    moe_k: int = 6
-    moe_num_shared_experts: int = 2
-    moe_layer_start_index: int = 1
-    moe_layer_end_index: int = -1
-    moe_layer_interval: int = 1
-    moe_norm_min: float = 1e-12
-    moe_capacity_factor: float | None = None
+    pad_token_id: TokenId | None = 0
+    bos_token_id: TokenId | None = 1
+    eos_token_id: TokenId | Annotated[list[TokenId], Field(min_length=1)] | None = 2
+    moe_intermediate_size: PositiveInt = 1536
+    moe_num_experts: NonNegativeInt = 64
+    moe_k: PositiveInt = 6
+    moe_num_shared_experts: NonNegativeInt = 2
+    moe_layer_start_index: NonNegativeInt = 1
+    moe_layer_end_index: Annotated[int, Field(ge=-1)] = -1
+    moe_layer_interval: PositiveInt = 1
+    moe_norm_min: NonNegative = 1e-12
+    moe_capacity_factor: Positive | None = None
 
-    def __post_init__(self) -> None:
-        def resolve(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)  # the class is frozen from here on
-
-        values = vars(self)
-        if values["num_key_value_heads"] is None:
-            resolve("num_key_value_heads", self.num_attention_heads)
-        if problems := find_problems(values):
+    def __init__(self, **keys: Any) -> None:
+        if keys.get("moe_num_experts") == 0:
+            count = keys["moe_num_experts"]
+            keys = {key: value for key, value in keys.items() if not key.startswith("moe_")}
+            keys["moe_num_experts"] = count
+        if "num_key_value_heads" in keys and keys["num_key_value_heads"] is None:
+            heads = type(self).model_fields["num_attention_heads"].default
+            keys["num_key_value_heads"] = keys.get("num_attention_heads", heads)
+        try:
+            super().__init__(**keys)
+        except pydantic.ValidationError as error:
+            problems = list_problems(type(self), keys, error.errors(include_url=False))
+            raise ConfigError(problems, source="model") from None
+        if problems := self._misfits():
             raise ConfigError(problems, source="model")
+        resolved = vars(self)  # the attributes of a frozen model
         if self.head_dim is None:
-            resolve("head_dim", self.hidden_size // self.num_attention_heads)
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "moe_norm_min"):
-            resolve(name, float(values[name]))
+            resolved["head_dim"] = self.hidden_size // self.num_attention_heads
         if self.moe_layer_end_index == -1:
-            resolve("moe_layer_end_index", self.num_hidden_layers - 1)
+            resolved["moe_layer_end_index"] = self.num_hidden_layers - 1
+
+    def _misfits(self) -> list[str]:
+        """Return what is wrong with values that are possible each by itself."""
+        problems = []
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            problems.append(
+                f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % heads:
+            problems.append(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
+                "set head_dim"
+            )
+        elif (width := self.head_dim or self.hidden_size // heads) % 2:
+            problems.append(f"head_dim={width} must be even: RoPE rotates pairs of numbers")
+        if self.moe_k > self.moe_num_experts > 0:
+            problems.append(
+                f"moe_k={self.moe_k} must not exceed moe_num_experts={self.moe_num_experts}"
+            )
+        eos = self.eos_token_id
+        ids = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id}
+        ids["eos_token_id"] = max(eos) if isinstance(eos, list) else eos
+        return problems + [
+            f"{name}={value} must be below vocab_size={self.vocab_size}"
+            for name, value in ids.items()
+            if value is not None and value >= self.vocab_size
+        ]
 
     # ---- reading -------------------------------------------------------------------------------
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Ernie4_5_MoeConfig:
-        """A size of `PRESETS`, some keys overridden; `ConfigError` on an unknown name or key."""
+        """Return a size of `PRESETS`; `ConfigError` on an unknown name or key of `overrides`."""
         if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}{_nearest(name, PRESETS)}", source="model")
+            hint = did_you_mean(name, PRESETS)
+            raise ConfigError(f"unknown preset {name!r}{hint}", source="model")
         return cls(**{**PRESETS[name], **_checked_overrides(overrides)})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "config.json") -> Ernie4_5_MoeConfig:
-        """Reads the keys of a Hugging Face `config.json`; `source` names it in errors.
+        """Read the keys of a Hugging Face `config.json`; `source` names it in errors.
 
         Both spellings of the RoPE base are read. Keys that change nothing here are skipped.
         Raises `ConfigError` for keys that would change the model and are not implemented.
@@ -169,7 +208,7 @@ class Ernie4_5_MoeConfig:
         problems += _merge_rope(values)
         if problems:
             raise ConfigError(problems, source=source)
-        known = {k: v for k, v in values.items() if k in FIELDS}
+        known = {k: v for k, v in values.items() if k in cls.model_fields}
         if model_type == DENSE_MODEL_TYPE:
             known = {**_DENSE_DEFAULTS, **known, "moe_num_experts": 0}
         try:
@@ -179,16 +218,16 @@ class Ernie4_5_MoeConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Ernie4_5_MoeConfig:
-        """Reads `config.json` in the directory `path`; `ConfigError` if missing or not JSON."""
+        """Read `config.json` in the directory `path`; `ConfigError` if missing or not JSON."""
         file = Path(path) / "config.json"
         return cls.from_dict(read_config_json(file), source=str(file))
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Ernie4_5_MoeConfig:
-        """A copy with some keys changed; an unknown key is a `ConfigError` naming the nearest."""
-        return dataclasses.replace(self, **_checked_overrides(overrides))
+        """Return a copy with some keys changed; `ConfigError` on an unknown or impossible one."""
+        return type(self)(**{**dict(self), **_checked_overrides(overrides)})
 
     def differing_sizes(self, other: Ernie4_5_MoeConfig) -> dict[str, Any]:
-        """What `other` has instead, of the keys that say which parameters there are."""
+        """Return the values in `other` of those sizes that differ from this model's."""
         return {
             name: getattr(other, name)
             for name in _SIZES
@@ -207,7 +246,7 @@ class Ernie4_5_MoeConfig:
 
     @property
     def attention_head_dim(self) -> int:
-        """`head_dim` as an int: the width of one attention head."""
+        """Return `head_dim`, the width of one attention head, which is never None here."""
         if self.head_dim is None:
             raise ConfigError("head_dim is not resolved", source="model")
         return self.head_dim
@@ -218,7 +257,7 @@ class Ernie4_5_MoeConfig:
         return self.use_bias and self.moe_num_experts > 0
 
     def is_moe_layer(self, index: int) -> bool:
-        """Whether layer `index` (from 0) is a mixture of experts, by the rule of `transformers`."""
+        """Return whether layer `index` (from 0) is MoE, by the rule of `transformers`."""
         return (
             self.moe_num_experts > 0
             and (index + 1) % self.moe_layer_interval == 0
@@ -226,7 +265,7 @@ class Ernie4_5_MoeConfig:
         )
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active per token) parameters, embeddings included, by arithmetic alone."""
+        """Return (total, active per token) parameters with embeddings, by arithmetic alone."""
         hidden, bias = self.hidden_size, int(self.use_bias)
         q_width = self.num_attention_heads * self.attention_head_dim
         kv_width = self.num_key_value_heads * self.attention_head_dim
@@ -255,7 +294,7 @@ class Ernie4_5_MoeConfig:
     # ---- writing -------------------------------------------------------------------------------
 
     def to_dict(self, torch_dtype: str = "float32") -> dict[str, Any]:
-        """The content of `config.json` for a model whose weights are stored as `torch_dtype`.
+        """Return the content of `config.json` for weights that are stored as `torch_dtype`.
 
         RoPE's base is written twice: `transformers` 4.x reads `rope_theta`, 5.x `rope_parameters`.
         The dtype is written once, as `torch_dtype`: some loaders take a key `dtype` as the mark of
@@ -264,7 +303,7 @@ class Ernie4_5_MoeConfig:
         if torch_dtype not in TORCH_DTYPES:
             expected = ", ".join(TORCH_DTYPES)
             raise ConfigError(f"torch_dtype must be one of {expected}: {torch_dtype!r}")
-        values = dataclasses.asdict(self)
+        values = self.model_dump()
         for own in ("moe_capacity_factor", "embedding_initializer_range"):
             if values[own] is None:
                 del values[own]
@@ -280,11 +319,8 @@ class Ernie4_5_MoeConfig:
         }
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Ernie4_5_MoeConfig))
-
-
 def read_config_json(file: Path) -> dict[str, Any]:
-    """The object in `file`; `ConfigError` if it is missing or is not a JSON object."""
+    """Return the object in `file`; `ConfigError` if it is missing or is not a JSON object."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -299,21 +335,14 @@ def read_config_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    candidates = list(known)
-    match = difflib.get_close_matches(name, candidates, n=1)
-    if match:
-        return f" (did you mean {match[0]!r}?)"
-    return f" (known: {', '.join(candidates)})" if len(candidates) <= 8 else ""
-
-
 def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     values = {_ALIASES.get(key, key): value for key, value in overrides.items()}
     problems = _merge_rope(values)
     values.pop("rope_parameters", None)
     values.pop("rope_scaling", None)
+    known = Ernie4_5_MoeConfig.model_fields
     problems += [
-        f"unknown key {key!r}{_nearest(key, FIELDS)}" for key in values if key not in FIELDS
+        f"{key}: unknown key{did_you_mean(key, known)}" for key in values if key not in known
     ]
     if problems:
         raise ConfigError(problems, source="model")
@@ -321,7 +350,7 @@ def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge_rope(values: dict[str, Any]) -> list[str]:
-    """Moves the RoPE base of `rope_parameters`/`rope_scaling` to `rope_theta`; returns problems."""
+    """Move the RoPE base of `rope_parameters`/`rope_scaling` to `rope_theta`; return problems."""
     problems = []
     bases = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
     for key in ("rope_parameters", "rope_scaling"):

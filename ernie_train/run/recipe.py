@@ -49,7 +49,7 @@ class ModelSource(StrictConfig):
             try:
                 self._of_preset()
             except ConfigError as error:
-                raise ValueError(str(error)) from None
+                raise ValueError("; ".join(error.problems)) from None
         return self
 
     @property

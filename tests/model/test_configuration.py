@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 from ernie_train.core.errors import ConfigError
@@ -205,3 +206,22 @@ def test_missing_or_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="JSON object"):
         Ernie4_5_MoeConfig.from_pretrained(tmp_path)
+
+
+def test_a_message_names_the_key_what_it_must_be_and_what_it_is() -> None:
+    assert problems(hidden_size=-4, rope_theta="fast", hidden_act="gleu", moe_kk=1) == [
+        "hidden_size: must be >= 1, got the number -4",
+        "hidden_act: must be 'silu', 'swish', 'gelu', 'gelu_pytorch_tanh' or 'relu', "
+        "got the text 'gleu'; did you mean 'gelu'?",
+        "rope_theta: must be a number, got the text 'fast'",
+        "moe_kk: unknown key; did you mean 'moe_k'?",
+    ]
+    assert problems(moe_num_experts=False) == [
+        "moe_num_experts: must be a whole number, got the boolean false"
+    ]
+    assert len(problems(moe_k=65, head_dim=31, pad_token_id=103424)) == 3
+
+
+def test_a_configuration_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        Ernie4_5_MoeConfig().moe_k = 2
