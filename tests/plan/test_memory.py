@@ -179,9 +179,8 @@ def test_constants_are_those_of_the_code() -> None:
 
 MEASURE = """
 import json, sys
-sys.path.insert(0, "tools")
-import bench_plan
-print(json.dumps(bench_plan.measure(bench_plan.Case(*json.loads(sys.argv[1])))))
+from tools.bench import plan
+print(json.dumps(plan.measure(plan.Case(*json.loads(sys.argv[1])))))
 """
 
 

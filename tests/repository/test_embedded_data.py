@@ -9,14 +9,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import make_data
 import pytest
 
 from ernie_train.data import read_records
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import score_batch
 from ernie_train.rewards.scoring.reference_completion import gold_completion
-from tasks import DOMAINS, HARD_TASKS, TASKS, Item, Task
+from tools.data import make_data
+from tools.data.tasks import DOMAINS, HARD_TASKS, TASKS, Item, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
@@ -137,9 +137,9 @@ def test_the_data_stay_small():
 
 
 def regenerate(out_dir, domains, hash_seed):
-    command = [sys.executable, ROOT / "tools" / "make_data.py", "--out", out_dir, "--domains"]
+    command = [sys.executable, "-m", "tools.data.make_data", "--out", out_dir, "--domains"]
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    subprocess.run([*command, *domains], check=True, env=environment, capture_output=True)
+    subprocess.run([*command, *domains], check=True, cwd=ROOT, env=environment, capture_output=True)
 
 
 def assert_same_files(out_dir, domains):
@@ -162,8 +162,10 @@ def test_the_generator_gives_the_same_bytes_for_every_domain(tmp_path):
 
 def test_the_tokenizer_is_the_one_that_its_command_makes(tmp_path):
     vocab_size = len(json.loads((DATA / "tokenizer/tokenizer.json").read_text())["model"]["vocab"])
-    command = [sys.executable, ROOT / "tools" / "train_tokenizer.py", tmp_path, DATA / "train"]
-    subprocess.run([*command, "--vocab-size", str(vocab_size)], check=True, capture_output=True)
+    command = [sys.executable, "-m", "tools.data.train_tokenizer", tmp_path, DATA / "train"]
+    subprocess.run(
+        [*command, "--vocab-size", str(vocab_size)], check=True, cwd=ROOT, capture_output=True
+    )
     for path in sorted((DATA / "tokenizer").iterdir()):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 

@@ -70,10 +70,9 @@ def test_eighty_columns_cut_nothing_off(cli, monkeypatch):
     assert "layers, chunks of 16384 75.5" in told
 
 
-def test_the_tables_of_the_page_are_what_plan_says(monkeypatch):
-    """docs/scaling.md cannot go stale: python tools/scaling_table.py --write makes it anew."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import scaling_table
+def test_the_tables_of_the_page_are_what_plan_says():
+    """docs/scaling.md cannot go stale: `tools.evidence.scaling_table --write` remakes it."""
+    from tools.evidence import scaling_table
 
     page = scaling_table.PAGE.read_text("utf-8")
     assert scaling_table.with_tables(page) == page

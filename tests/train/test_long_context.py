@@ -9,15 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench_long_context
 import numpy as np
 import pytest
 
 from ernie_train.data import Batch
 from ernie_train.train.supervised import PackedLoss
 from tests.small_models import make_model
+from tools.bench import long_context
 
-TOOLS = Path(bench_long_context.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Every expert is chosen: a choice between almost equal experts may fall either way by rounding.
 SMALL = {
@@ -105,7 +105,7 @@ def test_packed_equals_unpacked(model):
 
 TRAIN_16K = """
 import json
-import bench_long_context
+from tools.bench import long_context
 import numpy as np
 from ernie_train.data import Batch
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
@@ -116,9 +116,9 @@ model = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**keys))
 places = np.arange(16384)[None]
 ids = np.random.default_rng(0).integers(1, keys["vocab_size"], (1, 16384))
 batch = Batch(ids, ids, places % 64, places // 64 + 1, np.ones((1, 16384), np.float32))
-base = bench_long_context.peak_kib()
+base = long_context.peak_kib()
 PackedLoss("tokens")(model, batch).terms[0].sum.backward()
-print((bench_long_context.peak_kib() - base) / 1024)
+print((long_context.peak_kib() - base) / 1024)
 """
 
 
@@ -126,7 +126,7 @@ def test_no_tensor_of_tokens_by_vocabulary_exists():
     """One of 16K x 16K float32 numbers would take 1024 MiB; everything together stays below."""
     keys = {**SMALL, "vocab_size": 16384, "num_hidden_layers": 1, "moe_num_experts": 0}
     script = TRAIN_16K.format(keys=json.dumps(keys))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS.parent), str(TOOLS)])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -140,7 +140,7 @@ def options(**changes):
 
 
 def test_the_benchmark_measures_a_fresh_process():
-    result = bench_long_context.run(options(recompute=True), 300, 100)
+    result = long_context.run(options(recompute=True), 300, 100)
     assert 0 < result["base"] < result["peak"]
     assert result["seconds"] > 0 and result["cpu_seconds"] > 0
 
@@ -150,8 +150,8 @@ def test_the_benchmark_prints_ratios(monkeypatch, capsys):
         seconds = {"seconds": document / 2, "cpu_seconds": length * document / 2**18}
         return {"base": 100.0, "peak": 100 + length, **seconds}
 
-    monkeypatch.setattr(bench_long_context, "run", run)
-    bench_long_context.print_table(options(lengths=[512, 1024], packed=[2048, 64]))
+    monkeypatch.setattr(long_context, "run", run)
+    long_context.print_table(options(lengths=[512, 1024], packed=[2048, 64]))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [
         ["512", "512", "612", "512", "256.00", "1.00"],
@@ -162,7 +162,7 @@ def test_the_benchmark_prints_ratios(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_one_document_of_16k_tokens_fits_and_memory_is_linear():
-    short, long = (bench_long_context.run(options(), n, n) for n in (4096, 16384))
+    short, long = (long_context.run(options(), n, n) for n in (4096, 16384))
     assert long["peak"] < 3 * 1024
     grown = (long["peak"] - long["base"]) / (short["peak"] - short["base"])
     assert grown < 4.5  # four times the tokens; with kept probabilities it would be 16 times

@@ -1,0 +1,1 @@
+"""Benchmarks, evidence and embedded data: `python -m tools.bench.train`, from the repository."""

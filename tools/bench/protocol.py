@@ -1,0 +1,83 @@
+"""Two programs that take turns: JSON objects, one a line, over standard input and output.
+
+Only the standard library is used: both sides of a benchmark import this, each from its own
+virtual environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+Handler = Callable[[Any], dict[str, Any]]
+
+
+def serve(handlers: Mapping[str, Handler], unsupported: tuple[type[Exception], ...]) -> None:
+    """Answers requests {"name of a handler": argument} until standard input ends.
+
+    An exception in `unsupported` is answered as {"error": reason}; any other ends the process.
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing a library prints may enter the answers
+    for line in sys.stdin:
+        ((name, argument),) = json.loads(line).items()
+        try:
+            answer = handlers[name](argument)
+        except unsupported as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {first_line}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Side:
+    """A process that runs `serve`, idle between requests; a context manager that ends it."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.name = " ".join(command)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+            cwd=ROOT,
+        )
+
+    def try_ask(self, **request: Any) -> dict[str, Any]:
+        """Sends {name: argument} and waits for the answer, which may be {"error": reason}."""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("the process was started without pipes")
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self.process.wait()}; see its messages")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Like `try_ask`; an error of the other side is a `RuntimeError` here."""
+        answer = self.try_ask(**request)
+        if "error" in answer:
+            raise RuntimeError(f"{request}: {answer['error']}")
+        return answer
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        if kind is not None:
+            self.process.terminate()
+        self.process.wait()

@@ -1,0 +1,123 @@
+"""The tables of docs/scaling.md that `plan` computes for the 21B model, up to a thousand GPUs.
+
+    python -m tools.evidence.scaling_table [--write]
+
+Prints them, or writes them into the page between their marks. They are arithmetic on the recipes
+`ernie-21b-a3b-*`, with the rates that `plan` assumes: nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ernie_train.plan import PlanSettings
+from ernie_train.plan.command import plan_problem
+from ernie_train.plan.layout import GB
+from ernie_train.plan.search import Candidate, Problem, candidates, smallest_cluster
+from ernie_train.plan.tables import describe
+from ernie_train.run.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "scaling.md"
+SFT, PRL = "ernie-21b-a3b-sft", "ernie-21b-a3b-prl"
+GPUS = (8, 16, 64, 256, 1024)
+MEMORY_GB = 80.0
+STAGES = ("rl-logic", "rl-math-code", "rl-general")
+CRITIC = [
+    setting
+    for stage in STAGES
+    for setting in (f"stages.{stage}.advantage=gae", f"stages.{stage}.critic.optim.lr=1e-6")
+]
+
+
+def problem_of(recipe: str, overrides: list[str], ranks: int) -> Problem:
+    """What `plan` solves for a recipe of the repository, on GPUs."""
+    loaded = load_recipe(ROOT / "recipes" / f"{recipe}.yaml", overrides)
+    return plan_problem(loaded, PlanSettings(ranks=ranks, memory_gb=MEMORY_GB))[0]
+
+
+def cluster_table() -> Iterator[str]:
+    """What each job needs of eight GPUs, and the smallest cluster that holds it."""
+    yield "| job | closest on 8 GPUs | smallest cluster | what binds there |"
+    yield "|---|---|---|---|"
+    jobs: tuple[tuple[str, str, list[str]], ...] = (
+        ("SFT, rows of 8K", SFT, []),
+        ("progressive RL at 8K, no critic", PRL, []),
+        ("progressive RL at 8K with a critic", PRL, CRITIC),
+        ("SFT, rows of 128K", SFT, ["stages.sft.seq_len=131072"]),
+    )
+    for name, recipe, overrides in jobs:
+        problem = problem_of(recipe, overrides, 8)
+        closest = min(candidates(problem, 8), key=lambda c: c.peak)
+        cluster = smallest_cluster(problem)
+        where = f"{cluster.layout.ranks}: {describe(cluster.layout)}, {_gb(cluster)} GB"
+        if not cluster.fits(MEMORY_GB):
+            where = f"none up to 1024; least {_gb(cluster)} GB on {cluster.layout.ranks}"
+        on_eight = f"{_gb(closest)} GB: {describe(closest.layout)}"
+        yield f"| {name} | {on_eight} | {where} | {_binding(cluster)} |"
+
+
+def cluster_sizes() -> Iterator[str]:
+    """The best layout of each number of GPUs, with a micro-batch of work for every one."""
+    yield "| job | GPUs | best layout | GB | tokens/s | to 8 GPUs | GB sent | memory | time |"
+    yield "|---|---:|---|---:|---:|---:|---:|---|---|"
+    for name, recipe, setting, stages in (
+        ("SFT", SFT, "grad_accum_steps", ("sft",)),
+        ("RL", PRL, "prompts_per_iteration", STAGES),
+    ):
+        first = 0.0
+        for ranks in GPUS:
+            overrides = [f"stages.{stage}.{setting}={max(64, ranks)}" for stage in stages]
+            problem = problem_of(recipe, overrides, ranks)
+            best = next(c for c in candidates(problem, ranks) if c.fits(MEMORY_GB))
+            cost = best.cost[0]
+            rate = problem.work[0].tokens / cost.total_seconds
+            first = first or rate
+            yield (
+                f"| {name} | {ranks} | {describe(best.layout)} | {_gb(best)} | {rate:,.0f} | "
+                f"{rate / first:.1f} | {sum(cost.sent.values()) / GB:,.0f} | {_binding(best)} | "
+                f"{cost.binding()} |"
+            )
+
+
+def _gb(candidate: Candidate) -> str:
+    return f"{candidate.peak / GB:.1f}"
+
+
+def _binding(candidate: Candidate) -> str:
+    return candidate.memory[candidate.tightest].binding()
+
+
+TABLES = {"clusters": cluster_table, "sizes": cluster_sizes}
+
+
+def with_tables(page: str) -> str:
+    """The page with all tables anew; `ValueError` where one has no marks."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name}: tools/evidence/scaling_table.py --write -->", "<!-- end -->"
+        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+        if len(pattern.findall(page)) != 1:
+            raise ValueError(f"the page must have one place for the table {name}")
+        before, after = pattern.split(page)
+        page = before + "\n".join([start, *table(), end]) + after
+    return page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
+    options = parser.parse_args()
+    if options.write:
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
+    for table in TABLES.values():
+        print("\n".join(table()), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
