@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
-import rich.progress
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, storage_errors
+from ernie_train.core.progress import ProgressDisplay
 
 FILE_NAME = "metrics.jsonl"
 RESERVED = ("step", "time")
-PLAIN_LINE_EVERY_S = 5.0
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -152,9 +151,15 @@ class MetricsWriter:
         rows = cut_after(self.path, resume_step)
         self._last_step = resume_step if resume_step is not None else -1
         self._scalars = _VisualDL(directory / "visualdl", rows) if visualdl else None
-        display = _Bar if terminal else _PlainLines
-        first = resume_step or 0
-        self._display = display(console or rich.console.Console(), clock, label, first, total_steps)
+        self._display = ProgressDisplay(
+            console or rich.console.Console(),
+            bar=terminal,
+            label=label,
+            unit="step",
+            total=total_steps,
+            first=resume_step or 0,
+            clock=clock,
+        )
         with storage_errors("cannot write", self.path):
             self._stream = self.path.open("a", encoding="utf-8", newline="\n")
 
@@ -180,7 +185,7 @@ class MetricsWriter:
             self._stream.flush()
             if self._scalars:
                 self._scalars.add(step, metrics, times)
-        self._display.update(step, {**metrics, **timings})
+        self._display.update(step, _summary({**metrics, **timings}))
 
     def note(self, text: str) -> None:
         """Prints a line for the reader, above the progress bar if there is one."""
@@ -281,18 +286,8 @@ class _VisualDL:
         self._writer.close()
 
 
-def format_duration(seconds: float) -> str:
-    """`45 s`, `3 min 05 s`, `2 h 07 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def _summary(values: Mapping[str, float]) -> list[str]:
-    """What a line of the terminal has room for, as far as it is known."""
+    """Return the few values that a line of the terminal has room for."""
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")
@@ -311,86 +306,3 @@ def _summary(values: Mapping[str, float]) -> list[str]:
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     return parts
-
-
-class _PlainLines:
-    """A line for the first step, for the last one, and at most every few seconds between."""
-
-    def __init__(
-        self,
-        console: rich.console.Console,
-        clock: Callable[[], float],
-        label: str,
-        first_step: int,
-        total_steps: int | None,
-    ) -> None:
-        self._console, self._clock, self._label = console, clock, label
-        self._first_step, self._total = first_step, total_steps
-        self._began = clock()
-        self._printed_at: float | None = None
-        self._pending = ""
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        now = self._clock()
-        of_total = f"/{self._total}" if self._total is not None else ""
-        parts = [f"step {step}{of_total}", *_summary(values)]
-        left = self._seconds_left(step, now)
-        if left is not None:
-            parts.append(f"{format_duration(left)} left")
-        self._pending = "  ".join([self._label, *parts] if self._label else parts)
-        due = self._printed_at is None or now - self._printed_at >= PLAIN_LINE_EVERY_S
-        if due or step == self._total:
-            self._flush(now)
-
-    def _seconds_left(self, step: int, now: float) -> float | None:
-        done = step - self._first_step
-        if self._total is None or done <= 0:
-            return None
-        return (now - self._began) / done * max(0, self._total - step)
-
-    def _flush(self, now: float) -> None:
-        if self._pending:
-            self.note(self._pending)
-            self._pending, self._printed_at = "", now
-
-    def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self._flush(self._clock())
-
-
-class _Bar(_PlainLines):
-    """A progress bar in the terminal's last line."""
-
-    def __init__(
-        self,
-        console: rich.console.Console,
-        clock: Callable[[], float],
-        label: str,
-        first_step: int,
-        total_steps: int | None,
-    ) -> None:
-        super().__init__(console, clock, label, first_step, total_steps)
-        self._progress = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", markup=False),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[summary]}", markup=False),
-            console=console,
-            get_time=clock,
-        )
-        self._task = self._progress.add_task(
-            label, total=total_steps, completed=first_step, summary=""
-        )
-        self._progress.start()
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        parts = _summary(values)
-        left = self._seconds_left(step, self._clock())
-        if left is not None:
-            parts.append(f"{format_duration(left)} left")
-        self._progress.update(self._task, completed=step, summary="  ".join(parts))
-
-    def close(self) -> None:
-        self._progress.stop()

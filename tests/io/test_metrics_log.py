@@ -19,7 +19,6 @@ from ernie_train.io.metrics_log import (
     MetricsWriter,
     cut_after,
     encode_line,
-    format_duration,
     read_metrics,
 )
 
@@ -277,14 +276,6 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, clock: Clock) -> None:
     shown = text.getvalue()
     for part in ("[sft]", "1/4", "loss 0.5000", "2,000 tokens/s", "18 s left", "saved step 1"):
         assert part in shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 def test_the_terminal_shows_the_base_the_experts_and_the_reward(tmp_path):
