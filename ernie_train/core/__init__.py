@@ -1,6 +1,6 @@
-"""What every other package stands on: errors, settings, ranks, processor, processes, progress.
+"""The lowest package: errors, settings, ranks, processor, processes and progress.
 
-Nothing here knows of models, data or training, and nothing imports Paddle before it must: workers
-and supervisors import this package in milliseconds. It exports no names of its own; import its
+It knows nothing of models, data or training. No module imports Paddle outside a function, so that
+workers and supervisors start in milliseconds. The package itself exports no names: import its
 modules.
 """

@@ -1,9 +1,9 @@
-"""The processor, the device and the signals of this process.
+"""Settings of the processor that must be made before Paddle is imported.
 
 `configure_process` runs when `ernie_train` is imported, before Paddle is. It never overrides what
 the user set in the environment, and it keeps a record that `doctor` and `environment.json` show.
 
-What it sets was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an AMD EPYC (Zen 5):
+Each setting was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an AMD EPYC (Zen 5):
 
 - MKL_DEBUG_CPU_TYPE=5, on AMD only: a 2048 x 2048 fp32 matmul on one thread went from 20 to
   80-120 GFLOP/s. The wheel's old MKL takes a slow path on processors that are not Intel's.
@@ -31,14 +31,10 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 
-# Names the variables that an ernie_train process set, so that the processes it starts tell them
-# from the user's own and can choose anew: a rank has fewer cores than its launcher.
+# Lists the variables that an ernie_train process set, so that the processes it starts can tell
+# them from the user's own and choose again: a rank has fewer cores than its launcher.
 MARKER = "ERNIE_TRAIN_CPU_SETUP"
-
-
 THREAD_VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
-
-
 MALLOC_VARIABLES = (
     "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_TRIM_THRESHOLD_",
@@ -46,18 +42,23 @@ MALLOC_VARIABLES = (
     "MALLOC_TOP_PAD_",
     "GLIBC_TUNABLES",
 )
-
-
 # Parameters of mallopt(3) and the size below which freed memory is kept, in bytes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-
 KEEP_FREED_BYTES = 1 << 30
 
 
 @dataclass
 class CpuSetup:
-    """What `configure_process` did and found."""
+    """Record of `configure_process`.
+
+    Attributes:
+        cores: those that this process may use.
+        local_ranks: ranks of this job that share the cores.
+        threads: those of matrix products.
+        too_late: Paddle was imported first, so nothing could be set.
+        done, kept: variables that were set here, and those that the user had set before.
+        malloc: what was done to the memory allocator, in words.
+    """
 
     vendor: str = "unknown"
     cores: int = 1
@@ -73,7 +74,7 @@ _setup: CpuSetup | None = None
 
 
 def cpu_vendor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """`AuthenticAMD`, `GenuineIntel`, ...; `unknown` where the kernel does not say."""
+    """Return `AuthenticAMD`, `GenuineIntel`, ..., or `unknown` where the kernel does not say."""
     try:
         text = cpuinfo.read_text(errors="replace")
     except OSError:
@@ -86,7 +87,7 @@ def cpu_vendor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _read_quota_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores that the control group's CPU quota allows, or None without a quota."""
+    """Return how many cores the control group's CPU quota allows, or None without a quota."""
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             words = " ".join((root / name).read_text() for name in files).split()
@@ -99,14 +100,17 @@ def _read_quota_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, cut by the control group's quota."""
+    """Return how many cores this process may use, by its affinity and its control group's quota.
+
+    os.cpu_count and psutil know nothing of the quota, by which containers are limited.
+    """
     cores = len(os.sched_getaffinity(0))
     quota = _read_quota_cores()
     return max(1, min(cores, int(quota))) if quota is not None else cores
 
 
 def local_rank_count(environ: MutableMapping[str, str]) -> int:
-    """Ranks of this job that share this machine (1 outside a launcher).
+    """Return how many ranks of this job share this machine (1 outside a launcher).
 
     `paddle.distributed.launch` sets PADDLE_LOCAL_SIZE; older launchers only list all endpoints,
     from which those with this rank's host are counted.
@@ -135,7 +139,7 @@ def _keep_freed_memory(environ: MutableMapping[str, str]) -> str:
 
 
 def configure_process(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets the processor up for Paddle; see the top of this file. Called before Paddle's import.
+    """Set the processor up for Paddle, as the top of this file explains.
 
     Args:
         environ: the environment to read and to change; the process's own outside of tests.
@@ -185,14 +189,14 @@ def _threads_chosen_by_user(environ: MutableMapping[str, str]) -> int:
 
 
 def cpu_setup() -> CpuSetup:
-    """The record of `configure_process`, which importing `ernie_train` has called."""
+    """Return the record of `configure_process`, which importing `ernie_train` has called."""
     if _setup is None:
         raise RuntimeError("configure_process has not run; import ernie_train first")
     return _setup
 
 
 def cpu_setup_report() -> list[str]:
-    """What was set, what the user had set and what could not be set, a line each."""
+    """Describe in one line each what was set, what the user had set and what came too late."""
     setup = cpu_setup()
     share = f", shared by {setup.local_ranks} ranks" if setup.local_ranks > 1 else ""
     lines = [f"processor {setup.vendor}, {setup.cores} cores{share}: {setup.threads} threads"]

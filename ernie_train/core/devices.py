@@ -1,24 +1,4 @@
-"""The processor, the device and the signals of this process.
-
-`configure_process` runs when `ernie_train` is imported, before Paddle is. It never overrides what
-the user set in the environment, and it keeps a record that `doctor` and `environment.json` show.
-
-What it sets was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an AMD EPYC (Zen 5):
-
-- MKL_DEBUG_CPU_TYPE=5, on AMD only: a 2048 x 2048 fp32 matmul on one thread went from 20 to
-  80-120 GFLOP/s. The wheel's old MKL takes a slow path on processors that are not Intel's.
-- MKL_NUM_THREADS: the same matmul went from 80 to 150 GFLOP/s with two threads. OMP_NUM_THREADS
-  does the same, but Paddle warns on stderr when it is above 1, and no elementwise operator ran
-  faster with it; FLAGS_paddle_num_threads changed nothing. So OMP_NUM_THREADS is set to 1, which
-  is what Paddle itself does when it is unset.
-- OPENBLAS_NUM_THREADS: the same number for numpy's matrix products; it would follow
-  OMP_NUM_THREADS otherwise. Sampling gains little from it, and forks as many processes instead.
-- glibc's mallopt, so that freed memory is used again instead of going back to the system: Paddle
-  asks the system for every larger tensor, and its pages are cleared each time. Multiplying a
-  tensor of 8 MB went from 22 to 4 ms, softmax of 32 MB from 41 to 11 ms. Memory that was used once
-  stays with the process; its peak grew by about a tenth. Paddle's own pool
-  (FLAGS_allocator_strategy=naive_best_fit) gained nothing.
-"""
+"""The device that Paddle computes on, its kernels, and the seeds of random numbers."""
 
 import os
 import random
@@ -27,7 +7,7 @@ from ernie_train.core.errors import ConfigError
 
 
 def why_no_gpu() -> str | None:
-    """Why Paddle has no GPU here, and what to do; None where it has one."""
+    """Return the reason why Paddle has no GPU here and what to do, or None if it has one."""
     import paddle
 
     if not paddle.is_compiled_with_cuda():
@@ -38,7 +18,7 @@ def why_no_gpu() -> str | None:
 
 
 def select_device(name: str) -> str:
-    """Selects and returns the device: `cpu`, or `gpu` for this rank's GPU.
+    """Select and return the device: `cpu`, or `gpu` for this rank's GPU.
 
     Args:
         name: `auto` (a GPU where Paddle has one, else the CPU), `cpu` or `gpu`.
@@ -64,7 +44,7 @@ def select_device(name: str) -> str:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python's, numpy's and Paddle's global generators with the same number."""
+    """Seed Python's, numpy's and Paddle's global generators with the same number."""
     import numpy as np
     import paddle
 
@@ -74,7 +54,7 @@ def seed_everything(seed: int) -> None:
 
 
 def kernel_available(op_name: str, device: str) -> bool:
-    """Whether Paddle has registered a kernel of this name for `cpu` or `gpu`.
+    """Return whether Paddle has a kernel of this name for `cpu` or `gpu`.
 
     Args:
         op_name: the kernel's name in Paddle, such as `swiglu` or `flashmask_attention`.
@@ -83,8 +63,8 @@ def kernel_available(op_name: str, device: str) -> bool:
     Raises:
         ValueError: another device.
     """
-    # Paddle has no public function for this question; every kernel is listed as
-    # "(BACKEND, LAYOUT, DTYPE)". `all` adds kernels that have no operator of their own.
+    # Paddle 3.3.1 has no public function for this. It lists every kernel as
+    # "(BACKEND, LAYOUT, DTYPE)"; `all` adds kernels that have no operator of their own.
     from paddle.base import core
 
     backends = {"cpu": ("(CPU,",), "gpu": ("(GPU,", "(GPUDNN,")}.get(device.partition(":")[0])

@@ -1,4 +1,4 @@
-"""Errors that a user sees, and the exit status that each one gives the command line.
+"""Errors and warnings that a user sees, and the exit status that each error gives.
 
 Exit status: 0 done; 1 anything else (such as a full disk); 2 a mistake in a recipe, in data or in
 arguments; 3 stopped on a signal after saving; 4 training became non-finite; 5 a gate was not met.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,17 +18,17 @@ class ErnieTrainError(Exception):
     """Base of every error raised on purpose; its text is the whole message for the user."""
 
     exit_status: int = 1
-    on_all_ranks: bool = False  # every rank raises it at the same place, so one may tell
+    on_all_ranks: bool = False  # every rank raises it at the same place, so one may print it
 
 
 class UserError(ErnieTrainError):
-    """A mistake in recipe, data or arguments, which the user can mend: exit status 2."""
+    """A mistake in recipe, data or arguments, which the user can correct: exit status 2."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a recipe or with settings, in one message.
+    """All that is wrong with a recipe or with settings, in one message.
 
     Attributes:
         problems: one line each, `stages.0.optim.lr: must be a number, got the text 'fast'`.
@@ -90,7 +90,7 @@ class GateError(ErnieTrainError):
 
 
 class FailedElsewhere(ErnieTrainError):
-    """Another rank failed and tells why: this one ends with the same exit status, silently."""
+    """Another rank failed and prints why; this one ends silently with the same exit status."""
 
     def __init__(self, rank: int, exit_status: int) -> None:
         super().__init__(f"rank {rank} failed")
@@ -112,7 +112,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def storage_errors(what: str, path: Path) -> Iterator[None]:
-    """Turns an `OSError` inside into a `StorageError` that says what failed, where and why."""
+    """Turn an `OSError` inside into a `StorageError` that says what failed, where and why."""
     try:
         yield
     except OSError as error:
@@ -131,3 +131,19 @@ def _free(path: Path) -> str:
         if parent.exists():
             return f" ({shutil.disk_usage(parent).free / 2**20:.1f} MB left)"
     return ""
+
+
+class WarnOnce:
+    """Prints a warning when a condition begins, and again only after it has ended in between."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._warned: set[Hashable] = set()
+
+    def check(self, key: Hashable, wrong: bool, text: str, *, worse: bool = False) -> None:
+        """Warn of the condition `key` if it is `wrong` and new, or if it got `worse`."""
+        if wrong and (worse or key not in self._warned):
+            self._warn(f"warning: {text}")
+            self._warned.add(key)
+        elif not wrong:
+            self._warned.discard(key)

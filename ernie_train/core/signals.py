@@ -1,24 +1,4 @@
-"""The processor, the device and the signals of this process.
-
-`configure_process` runs when `ernie_train` is imported, before Paddle is. It never overrides what
-the user set in the environment, and it keeps a record that `doctor` and `environment.json` show.
-
-What it sets was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an AMD EPYC (Zen 5):
-
-- MKL_DEBUG_CPU_TYPE=5, on AMD only: a 2048 x 2048 fp32 matmul on one thread went from 20 to
-  80-120 GFLOP/s. The wheel's old MKL takes a slow path on processors that are not Intel's.
-- MKL_NUM_THREADS: the same matmul went from 80 to 150 GFLOP/s with two threads. OMP_NUM_THREADS
-  does the same, but Paddle warns on stderr when it is above 1, and no elementwise operator ran
-  faster with it; FLAGS_paddle_num_threads changed nothing. So OMP_NUM_THREADS is set to 1, which
-  is what Paddle itself does when it is unset.
-- OPENBLAS_NUM_THREADS: the same number for numpy's matrix products; it would follow
-  OMP_NUM_THREADS otherwise. Sampling gains little from it, and forks as many processes instead.
-- glibc's mallopt, so that freed memory is used again instead of going back to the system: Paddle
-  asks the system for every larger tensor, and its pages are cleared each time. Multiplying a
-  tensor of 8 MB went from 22 to 4 ms, softmax of 32 MB from 41 to 11 ms. Memory that was used once
-  stays with the process; its peak grew by about a tenth. Paddle's own pool
-  (FLAGS_allocator_strategy=naive_best_fit) gained nothing.
-"""
+"""SIGTERM and SIGINT ask for a stop, which work obeys where it can save."""
 
 import signal
 from types import FrameType, TracebackType
@@ -26,17 +6,19 @@ from typing import Any
 
 
 class StopFlag:
-    """Notes SIGTERM and SIGINT while it is entered; work asks `requested` where it can stop.
+    """Context that records SIGTERM and SIGINT; work checks `requested` wherever it can stop.
 
-    A second SIGINT raises KeyboardInterrupt at once, for the impatient. Flags nest: an inner one
-    passes what it got on to those around it, and each restores the handlers that it found.
+    A second SIGINT raises KeyboardInterrupt at once. Flags nest: a signal sets the inner flag and
+    those around it, and each flag restores the handlers that it found.
 
         with StopFlag() as stop:
             while not stop.requested: ...
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
-    _entered: "list[StopFlag]" = []  # the stack of all flags, shared on purpose
+    # The stack of entered flags is shared because a process has one handler per signal: that of
+    # the innermost flag, which must set the outer ones too.
+    _entered: "list[StopFlag]" = []
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -45,11 +27,11 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a signal came or a stop was requested."""
         return bool(self.signal_name)
 
     def request(self, signal_name: str) -> None:
-        """Asks for a stop without a signal, for instance because another rank got one."""
+        """Request a stop without a signal, for instance because another rank got one."""
         self.signal_name = self.signal_name or signal_name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -66,7 +48,7 @@ class StopFlag:
         StopFlag._entered.append(self)
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
-        # A rank is started with these blocked, lest one comes before anybody listens: now is when.
+        # A rank is started with these blocked, so that none comes before there is a handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_train.core.errors import storage_errors
-from ernie_train.core.warn_once import WarnOnce
+from ernie_train.core.errors import WarnOnce, storage_errors
 from ernie_train.data import Record
 from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.losses import PairCounts
@@ -63,7 +62,7 @@ class Watch:
         for number, (name, wrong, text) in enumerate(_RED_FLAGS):
             if name in metrics:
                 value = metrics[name]
-                self._alerts.tell(number, wrong(value), text.format(value))
+                self._alerts.check(number, wrong(value), text.format(value))
 
 
 def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:

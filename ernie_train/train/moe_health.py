@@ -11,7 +11,7 @@ import paddle
 from pydantic import Field
 
 from ernie_train.core.config import PositiveInt, StrictConfig
-from ernie_train.core.warn_once import WarnOnce
+from ernie_train.core.errors import WarnOnce
 from ernie_train.losses import mean_absolute_cosine
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.train.moe_balance import RouterStatsAccumulator, moe_layers
@@ -187,7 +187,7 @@ class MoeHealth:
             listed = ", ".join(map(str, sorted(dead)[:8])) + (" and more" if len(dead) > 8 else "")
             text = f"layer {layer}: expert {listed} got no token for {steps} steps; {REMEDY}"
             more = dead - self._dead[layer]  # told of again when another one dies
-            self._alerts.tell(("dead", layer), bool(dead), text, again=bool(more))
+            self._alerts.check(("dead", layer), bool(dead), text, worse=bool(more))
             self._dead[layer] = dead
 
     def _warn_of_load(self, figures: Mapping[int, Mapping[str, float]]) -> None:
@@ -199,4 +199,4 @@ class MoeHealth:
                 f"layer {layer}: the busiest expert has had more than {bound:g} times the mean "
                 f"load for {steps} steps, now {values['load_max']:.1f} times; {REMEDY}"
             )
-            self._alerts.tell(("load", layer), self._high_steps[at] >= steps, text)
+            self._alerts.check(("load", layer), self._high_steps[at] >= steps, text)
