@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ GIT_TIMEOUT_S = 5.0  # a checkout on a slow network file system must not hold up
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def installed_versions(names: Iterable[str] = VERSIONED) -> dict[str, str]:
-    """Return the version of each installed distribution among `names`; imports none of them."""
+def installed_versions() -> dict[str, str]:
+    """Return the version of each installed distribution of `VERSIONED`; imports none of them."""
     versions = {}
-    for name in names:
+    for name in VERSIONED:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

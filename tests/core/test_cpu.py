@@ -1,17 +1,13 @@
-"""CPU set-up, device, seeds, kernels and signals of a process."""
+"""Settings of the processor: what is set, what the user set, and what they do."""
 
 import os
-import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from ernie_train.core import cpu, devices, signals
-from ernie_train.core.errors import ConfigError
+from ernie_train.core import cpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -217,108 +213,3 @@ def test_freed_tensors_are_used_again() -> None:
     assert int(child(code)) < 500
     # glibc's own default, given by the user, which therefore stays: the referee.
     assert int(child(code, MALLOC_MMAP_THRESHOLD_="131072")) > 10_000
-
-
-def test_devices() -> None:
-    import paddle
-
-    assert devices.select_device("cpu") == "cpu"
-    assert paddle.get_device() == "cpu"
-    expected = (
-        "gpu" if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
-    )
-    assert devices.select_device("auto") == expected
-    with pytest.raises(ConfigError, match="unknown device 'tpu'; use auto, cpu or gpu"):
-        devices.select_device("tpu")
-
-
-def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    import paddle
-
-    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
-    with pytest.raises(ConfigError, match=r"CPU build; install requirements-gpu\.txt"):
-        devices.select_device("gpu")
-    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
-    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="sees no GPU; check nvidia-smi"):
-        devices.select_device("gpu")
-    assert devices.select_device("auto") == "cpu"
-
-
-def test_one_seed_for_all_generators() -> None:
-    import paddle
-
-    def draw(seed: int) -> tuple[float, float, float]:
-        devices.seed_everything(seed)
-        return random.random(), float(np.random.rand()), paddle.rand([1]).item()
-
-    first = draw(7)
-    assert draw(7) == first
-    assert all(a != b for a, b in zip(first, draw(8), strict=True))
-    draw(2**40)  # numpy takes 32 bits only
-
-
-def test_registered_kernels_are_those_that_run() -> None:
-    import paddle
-    from paddle.incubate.nn.functional import fused_rotary_position_embedding
-    from paddle.nn.functional import swiglu
-
-    assert devices.kernel_available("swiglu", "cpu")
-    assert swiglu(paddle.ones([2, 4])).shape == [2, 2]
-    if not paddle.is_compiled_with_cuda():
-        assert not devices.kernel_available("swiglu", "gpu")
-    assert not devices.kernel_available("fused_rotary_position_embedding", "cpu")
-    paddle.set_device("cpu")
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"fused_rotary|not registered"):
-        fused_rotary_position_embedding(paddle.ones([1, 2, 2, 4]))
-    assert not devices.kernel_available("no_such_kernel", "cpu")
-    with pytest.raises(ValueError, match="cpu or gpu"):
-        devices.kernel_available("swiglu", "tpu")
-
-
-class TestStopFlag:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_is_noted(self, number: signal.Signals) -> None:
-        with signals.StopFlag() as stop:
-            assert not stop.requested
-            os.kill(os.getpid(), number)
-            assert stop.requested
-            assert stop.signal_name == number.name
-
-    def test_handlers_come_back(self) -> None:
-        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-        with pytest.raises(RuntimeError), signals.StopFlag():
-            assert signal.getsignal(signal.SIGTERM) != before[0]
-            raise RuntimeError
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-    def test_a_second_interrupt_does_not_wait(self) -> None:
-        with signals.StopFlag() as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-            assert stop.signal_name == "SIGTERM"
-
-    def test_flags_nest(self) -> None:
-        with signals.StopFlag() as outer:
-            with signals.StopFlag() as inner:
-                os.kill(os.getpid(), signal.SIGTERM)
-                assert inner.requested
-            assert outer.requested
-            with signals.StopFlag() as late:
-                assert late.requested
-        with signals.StopFlag() as fresh:
-            assert not fresh.requested
-
-    def test_interrupts_are_counted_through_nested_flags(self) -> None:
-        with signals.StopFlag():
-            os.kill(os.getpid(), signal.SIGINT)
-            with signals.StopFlag(), pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-
-    def test_a_stop_without_a_signal(self) -> None:
-        with signals.StopFlag() as stop:
-            stop.request("rank 3")
-            assert stop.requested and stop.signal_name == "rank 3"

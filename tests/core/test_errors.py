@@ -53,3 +53,27 @@ def test_a_config_error_survives_a_process_boundary(problems: str | list[str]) -
         error.problems,
         "tiny.yaml",
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("stpes", "; did you mean 'steps'?"),
+        ("learning-rate", "; did you mean 'lr'?"),
+        ("zzz", "; known are lr, steps"),
+    ],
+)
+def test_the_nearest_of_the_known_words(word: str, hint: str) -> None:
+    assert errors.did_you_mean(word, ["lr", "steps", "lr"]) == hint
+
+
+def test_a_warning_is_printed_when_something_begins_and_when_it_gets_worse() -> None:
+    printed: list[str] = []
+    warnings = errors.WarnOnce(printed.append)
+    for layer, wrong, worse in [(1, True, False), (1, True, False), (2, True, False)]:
+        warnings.check(layer, wrong, f"layer {layer}", worse=worse)
+    assert printed == ["warning: layer 1", "warning: layer 2"]
+    warnings.check(1, True, "layer 1 again", worse=True)
+    warnings.check(2, False, "never printed")
+    warnings.check(2, True, "layer 2 once more")
+    assert printed[2:] == ["warning: layer 1 again", "warning: layer 2 once more"]

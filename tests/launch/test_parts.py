@@ -9,7 +9,6 @@ import pty
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from rich.console import Console
 
 from ernie_train.cli.main import main
 from ernie_train.cli.run import RunCall
-from ernie_train.core import processes
 from ernie_train.core.errors import ConfigError
 from ernie_train.io.run_dir import RunLock
 from ernie_train.launch import LaunchSettings
@@ -33,78 +31,6 @@ from tests.workspace import make_workspace
 def call(recipe: Path | str = "r.yaml", **changes: object) -> RunCall:
     options = {"run_dir": None, "first": None, "last": None, "referee": None, **changes}
     return RunCall(Path(recipe), ["seed=-1"], **options)  # type: ignore[arg-type]
-
-
-# ---- processes -----------------------------------------------------------------------------------
-
-
-def test_a_process_is_known_by_number_and_start(tmp_path):
-    # A name with brackets and spaces, which stands in the middle of what the kernel tells.
-    program = tmp_path / "x) R (1 2"
-    program.symlink_to("/bin/sleep")
-    process = subprocess.Popen([program, "60"])
-    try:
-        while (found := processes.process_state(process.pid)) is None or found.state != "S":
-            time.sleep(0.01)
-        assert found.parent == os.getpid()
-        assert process.pid in processes.descendants([os.getpid()])
-        assert processes.is_running(process.pid, found.started)
-        assert not processes.is_running(process.pid, found.started + 1), "another of its number"
-    finally:
-        process.kill()
-    while processes.process_state(process.pid).state != "Z":
-        time.sleep(0.01)
-    assert not processes.is_running(process.pid, found.started)
-    process.wait()
-    assert processes.process_state(process.pid) is None
-
-
-def test_descendants_are_killed_down_to_orphans_but_not_those_spared():
-    code = """
-import os, subprocess, sys
-from ernie_train.core import processes
-processes.adopt_orphans()
-spared = subprocess.Popen(["sleep", "60"])
-shell = subprocess.Popen(["sh", "-c", "setsid sleep 60 & sleep 60"])
-orphaned = subprocess.Popen(["sh", "-c", "setsid sleep 60 & exit"])
-orphaned.wait()
-assert len(processes.descendants([os.getpid()])) >= 4
-left = processes.kill_descendants([spared.pid])
-assert not left, left
-assert processes.descendants([os.getpid()]) == {spared.pid}
-spared.kill()
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=30)
-
-
-def test_a_process_dies_with_its_parent_also_one_that_ended_before_it_could_ask():
-    """Both are forked: one asks in time, one when its parent has already gone."""
-    code = """
-import os, sys, time
-from ernie_train.core.processes import die_with_parent
-kind, out = sys.argv[1], os.dup(1)
-heard, tell = os.pipe()
-if os.fork() == 0:
-    parent = os.getpid()
-    if os.fork() == 0:
-        os.close(1)
-        if kind == "late":
-            while os.getppid() == parent:
-                time.sleep(0.01)
-        die_with_parent(parent)
-        os.write(out, b"asked")
-        os.write(tell, b"asked")
-        time.sleep(60)
-    if kind == "in time":
-        os.read(heard, 5)
-    os._exit(0)
-os.close(out)
-"""
-    for kind, asked in (("in time", True), ("late", False)):
-        command = [sys.executable, "-c", code, kind]
-        # The output ends when the last process that holds it has.
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=50)
-        assert ("asked" in done.stdout) == asked, kind
 
 
 # ---- logs and records ----------------------------------------------------------------------------

@@ -1,0 +1,66 @@
+"""The device, the seeds and the kernels that Paddle has."""
+
+import random
+
+import numpy as np
+import pytest
+
+from ernie_train.core import devices
+from ernie_train.core.errors import ConfigError
+
+
+def test_devices() -> None:
+    import paddle
+
+    assert devices.select_device("cpu") == "cpu"
+    assert paddle.get_device() == "cpu"
+    expected = (
+        "gpu" if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
+    )
+    assert devices.select_device("auto") == expected
+    with pytest.raises(ConfigError, match="unknown device 'tpu'; use auto, cpu or gpu"):
+        devices.select_device("tpu")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import paddle
+
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
+    with pytest.raises(ConfigError, match=r"CPU build; install requirements-gpu\.txt"):
+        devices.select_device("gpu")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="sees no GPU; check nvidia-smi"):
+        devices.select_device("gpu")
+    assert devices.select_device("auto") == "cpu"
+
+
+def test_one_seed_for_all_generators() -> None:
+    import paddle
+
+    def draw(seed: int) -> tuple[float, float, float]:
+        devices.seed_everything(seed)
+        return random.random(), float(np.random.rand()), paddle.rand([1]).item()
+
+    first = draw(7)
+    assert draw(7) == first
+    assert all(a != b for a, b in zip(first, draw(8), strict=True))
+    draw(2**40)  # numpy takes 32 bits only
+
+
+def test_registered_kernels_are_those_that_run() -> None:
+    import paddle
+    from paddle.incubate.nn.functional import fused_rotary_position_embedding
+    from paddle.nn.functional import swiglu
+
+    assert devices.kernel_available("swiglu", "cpu")
+    assert swiglu(paddle.ones([2, 4])).shape == [2, 2]
+    if not paddle.is_compiled_with_cuda():
+        assert not devices.kernel_available("swiglu", "gpu")
+    assert not devices.kernel_available("fused_rotary_position_embedding", "cpu")
+    paddle.set_device("cpu")
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"fused_rotary|not registered"):
+        fused_rotary_position_embedding(paddle.ones([1, 2, 2, 4]))
+    assert not devices.kernel_available("no_such_kernel", "cpu")
+    with pytest.raises(ValueError, match="cpu or gpu"):
+        devices.kernel_available("swiglu", "tpu")
