@@ -1,10 +1,10 @@
-"""What a stage measures, to three places: metrics.jsonl, VisualDL and the terminal.
+"""Write a stage's metrics to metrics.jsonl, to VisualDL and to the terminal.
 
-`metrics.jsonl` is the source of truth: one JSON object a step, flushed at once. Numbers are written
-so that reading gives the same bits; JSON has no NaN or infinity, so those are written as the texts
-"nan", "inf" and "-inf". `time` holds what differs from run to run. On resume the lines after the
-checkpoint's step are cut off, and VisualDL's log, which shows a single file per run, is written
-anew from the lines that stay.
+`metrics.jsonl` is the source of truth: one JSON object per step, flushed at once. Numbers are
+written so that reading returns the same bits; JSON has no NaN or infinity, so those are written as
+the texts "nan", "inf" and "-inf". `time` holds the values that differ from run to run. On resume
+the lines after the checkpoint's step are cut off, and VisualDL's log is rewritten from those that
+stay, because its viewer shows a single file per run.
 """
 
 import json
@@ -27,10 +27,10 @@ _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def encode_line(step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> str:
-    """One line of metrics.jsonl, without its end.
+    """Return one line of metrics.jsonl, without its newline.
 
     Raises:
-        ValueError: a metric is called `step` or `time`, or is no number.
+        ValueError: a metric is called `step` or `time`, or is not a number.
     """
     clash = [name for name in RESERVED if name in metrics]
     if clash:
@@ -50,9 +50,9 @@ def _plain(name: str, value: Any) -> int | float | str:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics.jsonl, with NaN and infinities as numbers again.
+    """Yield the objects of a metrics.jsonl, with NaN and infinities as numbers.
 
-    A last line without its end, which a killed process leaves, is passed over.
+    A last line without its newline, which a killed process leaves, is skipped.
 
     Raises:
         CheckpointError: another line is damaged; names file and line.
@@ -79,14 +79,14 @@ def _decode_line(line: str, place: str) -> dict[str, Any]:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with "nan" and the like as numbers again."""
+    """Return the values with "nan", "inf" and "-inf" as numbers."""
     return {n: _SPECIAL.get(v, v) if isinstance(v, str) else v for n, v in values.items()}
 
 
 def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Removes the lines after `step` (all, if None) and a torn last one; returns what stays.
+    """Remove the lines after `step` (all, if None) and a torn last one; return those that stay.
 
-    The file is replaced in one go, so that a kill leaves either the old lines or the new ones.
+    The file is replaced atomically, so that a kill leaves either the old lines or the new ones.
 
     Raises:
         CheckpointError: a line is damaged.
@@ -117,19 +117,19 @@ class MetricsWriter:
     """Writes a stage's metrics; use it as a context manager, or call `close`.
 
     Args:
-        stage_dir: directory of the stage; made if it is missing.
+        stage_dir: directory of the stage; created if it is missing.
         resume_step: step of the checkpoint that training continues from: later lines are cut off.
-            None begins anew.
+            None starts from an empty file.
         terminal: True for a progress bar, False for plain lines, one every few seconds.
         total_steps: steps of the stage, for the time left; None if it is not known.
-        label: what the terminal calls this stage.
-        visualdl: whether to write VisualDL's log too.
-        console: where the terminal's part goes; standard output by default.
-        clock: seconds that only rise, for tests.
+        label: the name of the stage in the terminal.
+        visualdl: True to write VisualDL's log too.
+        console: where to show progress; standard output by default.
+        clock: a monotonic clock in seconds; another one in tests.
 
     Raises:
         StorageError: the directory cannot be written.
-        CheckpointError: the metrics.jsonl that is there is damaged.
+        CheckpointError: the existing metrics.jsonl is damaged.
     """
 
     def __init__(
@@ -164,15 +164,15 @@ class MetricsWriter:
             self._stream = self.path.open("a", encoding="utf-8", newline="\n")
 
     def log(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
-        """Records one step.
+        """Record one step.
 
         Args:
             step: the optimizer step; never lower than the one before.
-            metrics: what a repeated run gives again bit by bit.
-            timings: what it does not, such as `tokens_per_second`.
+            metrics: values that a repeated run gives again, bit by bit.
+            timings: values that it does not, such as `tokens_per_second`.
 
         Raises:
-            ValueError: a step that lies before the last one, a reserved name, or no number.
+            ValueError: a step before the last one, a reserved name, or not a number.
             StorageError: the disk is full.
         """
         if step < self._last_step:
@@ -188,17 +188,17 @@ class MetricsWriter:
         self._display.update(step, _summary({**metrics, **timings}))
 
     def note(self, text: str) -> None:
-        """Prints a line for the reader, above the progress bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         self._display.note(text)
 
     def sync(self) -> None:
-        """Forces what was logged to the disk, so that a checkpoint never knows more than it."""
+        """Force the file to disk, so that a checkpoint is never ahead of it."""
         with storage_errors("cannot write", self.path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files; more than once does no harm."""
+        """End the progress bar and close the files; more than once does no harm."""
         self._display.close()
         with storage_errors("cannot write", self.path):
             if self._scalars:
@@ -215,8 +215,8 @@ class MetricsWriter:
 class StageMetrics:
     """The metrics of a stage on every rank: rank 0 writes them, the others have the same numbers.
 
-    A context manager. Every rank must call `log`, `sync` and the constructor, which takes what
-    `MetricsWriter` takes: where rank 0 cannot write, all end.
+    A context manager. The constructor takes the arguments of `MetricsWriter`. Every rank must call
+    it, `log` and `sync`: if rank 0 cannot write, all ranks raise.
     """
 
     def __init__(self, stage_dir: str | Path, **options: Any) -> None:
@@ -232,7 +232,7 @@ class StageMetrics:
                 self._writer.log(step, metrics, timings)
 
     def note(self, text: str) -> None:
-        """Prints a line, on rank 0; any rank may call it alone."""
+        """Print a line, on rank 0; any rank may call it alone."""
         if self._writer is not None:
             self._writer.note(text)
 
@@ -261,7 +261,7 @@ class _VisualDL:
     """VisualDL's scalars. Its viewer shows one file per directory, so there is only ever one."""
 
     def __init__(self, directory: Path, rows: list[dict[str, Any]]) -> None:
-        # Half a second, and nobody needs it who only reads metrics.
+        # Takes half a second, which reading metrics alone should not cost.
         from visualdl import LogWriter
 
         with storage_errors("cannot write", directory):
