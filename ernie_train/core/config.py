@@ -75,6 +75,7 @@ _WORDS = {
     "a valid boolean": "true or false",
     "a valid string": "text",
     "a valid array": "a list",
+    "a valid list": "a list",
     "greater than or equal to": ">=",
     "less than or equal to": "<=",
     "greater than": ">",

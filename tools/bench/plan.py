@@ -9,7 +9,7 @@ ranks, so with everything loaded, joined and warmed up. `tensors` is the most th
 out to tensors by its own count, which depends on no allocator and knows nothing of numpy's arrays.
 
 The C library is told to return freed memory to the system at once. With `--default-allocator` it
-keeps it for reuse, as in a run of the toolkit (see runtime.py): faster, with a higher peak, the
+keeps it for reuse, as in a run of the toolkit (see core/cpu.py): faster, with a higher peak, the
 more so the more is freed and made again.
 
 Exits with 1 where plan and measurement differ by more than 10 %.
