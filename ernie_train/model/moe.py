@@ -1,4 +1,4 @@
-"""Router and experts; what stands between them is in `dispatch`.
+"""Router and experts; `token_dispatcher` brings tokens from the one to the other.
 
 Shapes: T tokens, H hidden size, E experts, K experts per token (moe_k), I expert width, R routed
 rows (T*K less what a capacity limit drops).
@@ -21,12 +21,12 @@ from ernie_train.model.mlp import ACTIVATIONS, MLP
 from ernie_train.model.pylayer import as_dtype, only, wanted
 from ernie_train.model.token_dispatcher import LocalDispatcher, Placement, make_routing
 
-ALL_HERE = Placement(None, LocalDispatcher())
+LOCAL_PLACEMENT = Placement(None, LocalDispatcher())
 
 
 @dataclass(frozen=True)
 class RouterStats:
-    """What one MoE layer tells the losses; only real tokens are in it."""
+    """Report of one MoE layer to the losses, over real tokens alone."""
 
     layer: int
     router_logits: Tensor  # [T,E] float32, with gradient
@@ -161,25 +161,25 @@ def experts_by_autograd(
 
 
 class Experts(nn.Layer):
-    """Gated MLPs as stacked parameters, gate and up [E,H,I], down [E,I,H]: of experts `here`."""
+    """Gated MLPs as stacked parameters, gate and up [E,H,I], down [E,I,H]: of `local_experts`."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig, here: range) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, local_experts: range) -> None:
         super().__init__()
         self.hidden_act = config.hidden_act
         inward = [config.hidden_size, config.moe_intermediate_size]
         outward = [config.moe_intermediate_size, config.hidden_size]
-        self.gate_proj = self._stacked(config.moe_num_experts, here, inward)
-        self.up_proj = self._stacked(config.moe_num_experts, here, inward)
-        self.down_proj = self._stacked(config.moe_num_experts, here, outward)
+        self.gate_proj = self._stacked(config.moe_num_experts, local_experts, inward)
+        self.up_proj = self._stacked(config.moe_num_experts, local_experts, inward)
+        self.down_proj = self._stacked(config.moe_num_experts, local_experts, outward)
 
-    def _stacked(self, everywhere: int, here: range, shape: list[int]) -> Tensor:
-        whole = self.create_parameter([everywhere, *shape])
-        if len(here) == everywhere:
+    def _stacked(self, num_experts: int, local_experts: range, shape: list[int]) -> Tensor:
+        whole = self.create_parameter([num_experts, *shape])
+        if len(local_experts) == num_experts:
             return whole
-        # The whole one was made all the same: it draws numbers, and what is drawn after it must
-        # not depend on how many experts are here.
+        # The whole stack is created all the same: its initializer draws random numbers, and what
+        # is drawn after it must not depend on the number of experts on this rank.
         zero = nn.initializer.Constant(0.0)
-        return self.create_parameter([len(here), *shape], default_initializer=zero)
+        return self.create_parameter([len(local_experts), *shape], default_initializer=zero)
 
     def forward(self, rows: Tensor, weights: Tensor, tokens_per_expert: list[int]) -> Tensor:
         """rows [R,H] sorted by expert, weights [R,1] -> weighted outputs [R,H]."""
@@ -194,12 +194,12 @@ class Experts(nn.Layer):
 class MoE(nn.Layer):
     """Routed experts plus the shared ones, which see every token."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = ALL_HERE) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = LOCAL_PLACEMENT) -> None:
         super().__init__()
         self.config = config
         self.gate = Router(config)
         self.moe_statics = MoEStatics(config.moe_num_experts)
-        self.experts = Experts(config, placement.of(config.moe_num_experts))
+        self.experts = Experts(config, placement.local_experts(config.moe_num_experts))
         self.shared_experts = None
         if config.moe_num_shared_experts:
             width = config.moe_num_shared_experts * config.moe_intermediate_size
@@ -210,13 +210,14 @@ class MoE(nn.Layer):
         """x [T,H] -> output [T,H], router logits [T,E], expert ids [T,K], dropped rows."""
         logits, weights, expert_ids = self.gate(x, self.moe_statics.e_score_correction_bias)
         routing = make_routing(expert_ids, self.config.moe_num_experts, self._capacity(x.shape[0]))
-        departed = self.dispatcher.depart(x, weights, routing)
-        shared = None if self.shared_experts is None else self.shared_experts(departed.x)
-        arrived = self.dispatcher.arrive(departed, shared)
+        # Shared experts need no exchange, so they run while rows travel to the routed ones.
+        in_flight = self.dispatcher.dispatch_start(x, weights, routing)
+        shared = None if self.shared_experts is None else self.shared_experts(in_flight.x)
+        arrived = self.dispatcher.dispatch_wait(in_flight, shared)
         routed = self.experts(arrived.rows, arrived.weights, arrived.tokens_per_expert)
         output = self.dispatcher.combine(routed, arrived)
-        if arrived.meanwhile is not None:
-            output = output + arrived.meanwhile
+        if arrived.overlapped is not None:
+            output = output + arrived.overlapped
         return output, logits, expert_ids, routing.dropped
 
     def _capacity(self, tokens: int) -> int | None:

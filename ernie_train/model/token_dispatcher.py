@@ -7,66 +7,71 @@ what a capacity limit drops).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+MetadataT = TypeVar("MetadataT")  # what one kind of dispatcher keeps between its three calls
+
 
 @dataclass(frozen=True)
 class Routing:
-    """The way of T*K (token, expert) pairs into rows sorted by expert, and back."""
+    """Maps T*K (token, expert) pairs to rows sorted by expert, and back."""
 
     tokens: int  # T
     tokens_per_expert: list[int]  # rows of each expert, summing to R
     token_of_row: Tensor  # [R]
     row_of_pair: Tensor  # [K*T] row of the pair (k, token), k outermost; R where dropped
-    weight_index: Tensor  # [R] where the row's weight stands in weights [T,K] flattened
+    weight_index: Tensor  # [R] index of the row's weight in weights [T,K] flattened
     dropped: int
 
 
 @dataclass(frozen=True)
-class Departed:
-    """Rows on their way to their experts; what is made of `x` is made while they travel."""
+class InFlight(Generic[MetadataT]):
+    """Handle of a dispatch in flight; compute on `x` until `dispatch_wait`."""
 
     x: Tensor  # [T,H] as it was given
-    way: Any  # what the dispatcher needs to receive them
+    metadata: MetadataT
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """Rows where their experts are; R here is what came, E the experts that are here."""
+class Dispatched(Generic[MetadataT]):
+    """Rows at their experts; here R counts the rows received and E the experts of this rank."""
 
     rows: Tensor  # [R,H] sorted by expert
     weights: Tensor  # [R,1]
     tokens_per_expert: list[int]  # [E] summing to R
-    meanwhile: Tensor | None  # [T,H] what was made of the tokens while rows travelled
-    way_home: Any  # what the dispatcher needs to bring them back
+    overlapped: Tensor | None  # [T,H] what was computed while rows travelled
+    metadata: MetadataT
 
 
-class Dispatcher(Protocol):
-    """Brings tokens to their experts and their results home."""
+class Dispatcher(Protocol[MetadataT]):
+    """Sends tokens to their experts and brings the results back."""
 
-    def depart(self, x: Tensor, weights: Tensor, routing: Routing) -> Departed:
-        """Sends the rows of x [T,H] and their weights, of [T,K], off to their experts."""
+    def dispatch_start(self, x: Tensor, weights: Tensor, routing: Routing) -> InFlight[MetadataT]:
+        """Send the rows of x [T,H] and their weights, of [T,K], to their experts."""
         ...
 
-    def arrive(self, departed: Departed, meanwhile: Tensor | None) -> Arrived:
-        """Waits for the rows of the experts that are here.
+    def dispatch_wait(
+        self, in_flight: InFlight[MetadataT], overlapped: Tensor | None
+    ) -> Dispatched[MetadataT]:
+        """Wait for the rows of this rank's experts.
 
-        meanwhile [T,H]: what was made of `departed.x`. It goes on as `Arrived.meanwhile`, so that
-        in the backward pass too its gradient is computed while gradients of rows travel.
+        overlapped [T,H]: what was computed of `in_flight.x`. It passes through to
+        `Dispatched.overlapped`, so that the backward pass too computes its gradient while the
+        gradients of rows travel.
         """
         ...
 
-    def combine(self, rows: Tensor, arrived: Arrived) -> Tensor:
-        """What became of `arrived.rows` [R,H], weighted -> its sum for each token [T,H]."""
+    def combine(self, rows: Tensor, dispatched: Dispatched[MetadataT]) -> Tensor:
+        """Return, for each token, the sum of its weighted expert outputs `rows` [R,H]: [T,H]."""
         ...
 
 
 def make_routing(expert_ids: Tensor, num_experts: int, capacity: int | None) -> Routing:
-    """Sorts the pairs of `expert_ids` [T,K] by expert; within an expert they keep token order.
+    """Sort the pairs of `expert_ids` [T,K] by expert; within an expert they keep token order.
 
     With a capacity every expert takes its first `capacity` pairs in the order of choice (first
     choices of all tokens before second ones) and the rest is dropped.
@@ -130,33 +135,48 @@ def _sum_pairs(rows: Tensor, routing: Routing) -> Tensor:
     return total
 
 
-class LocalDispatcher:
-    """All experts live here: dispatching is a permutation."""
+@dataclass(frozen=True)
+class LocalMetadata:
+    """Permuted rows and weights, and how to sum rows into tokens again."""
 
-    def depart(self, x: Tensor, weights: Tensor, routing: Routing) -> Departed:
+    rows: Tensor  # [R,H]
+    weights: Tensor  # [R,1]
+    routing: Routing
+
+
+class LocalDispatcher:
+    """Dispatches within one process that holds all experts: a permutation, complete at once."""
+
+    def dispatch_start(
+        self, x: Tensor, weights: Tensor, routing: Routing
+    ) -> InFlight[LocalMetadata]:
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
-        return Departed(x, (rows, row_weights, routing))
+        return InFlight(x, LocalMetadata(rows, row_weights, routing))
 
-    def arrive(self, departed: Departed, meanwhile: Tensor | None) -> Arrived:
-        rows, row_weights, routing = departed.way
-        return Arrived(rows, row_weights, routing.tokens_per_expert, meanwhile, routing)
+    def dispatch_wait(
+        self, in_flight: InFlight[LocalMetadata], overlapped: Tensor | None
+    ) -> Dispatched[LocalMetadata]:
+        local = in_flight.metadata
+        per_expert = local.routing.tokens_per_expert
+        return Dispatched(local.rows, local.weights, per_expert, overlapped, local)
 
-    def combine(self, rows: Tensor, arrived: Arrived) -> Tensor:
-        return Unpermute.apply(rows, arrived.way_home)
+    def combine(self, rows: Tensor, dispatched: Dispatched[LocalMetadata]) -> Tensor:
+        return Unpermute.apply(rows, dispatched.metadata.routing)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which experts of every layer live in this process, and who brings tokens to them."""
+    """The experts of every layer that this process holds, and who brings tokens to them."""
 
     experts: range | None  # None: all
-    dispatcher: Dispatcher
+    dispatcher: Dispatcher[Any]
 
-    def of(self, num_experts: int) -> range:
+    def local_experts(self, num_experts: int) -> range:
+        """Return the experts of a layer of `num_experts` that this process holds."""
         return range(num_experts) if self.experts is None else self.experts
 
 
 def is_expert_parameter(name: str) -> bool:
-    """Whether a parameter of this name holds experts, stacked: it may lie on some ranks only."""
+    """Return whether a parameter of this name stacks experts, so may lie on some ranks only."""
     return ".mlp.experts." in name

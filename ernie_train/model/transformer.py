@@ -20,7 +20,7 @@ from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.mlp import MLP
-from ernie_train.model.moe import ALL_HERE, MoE, RouterStats
+from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats
 from ernie_train.model.norm import RMSNorm
 from ernie_train.model.pylayer import dtype_name
 from ernie_train.model.rope import RopeTables
@@ -88,7 +88,7 @@ def run_layer(
 class Ernie4_5_MoeModel(nn.Layer):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = ALL_HERE) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = LOCAL_PLACEMENT) -> None:
         super().__init__()
         self.config = config
         self.placement = placement
@@ -172,7 +172,7 @@ class LMHead(nn.Layer):
 class Ernie4_5_MoeForCausalLM(nn.Layer):
     """The whole model; attribute names are those of the Hugging Face implementation."""
 
-    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = ALL_HERE) -> None:
+    def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = LOCAL_PLACEMENT) -> None:
         super().__init__()
         self.config = config
         self.model = Ernie4_5_MoeModel(config, placement)

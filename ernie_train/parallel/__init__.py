@@ -1,9 +1,14 @@
-"""How a model is laid over ranks: experts, gradients, optimizer state; and recomputation."""
+"""Parallelism: experts, gradients and optimizer state over ranks; and recomputation."""
 
 from ernie_train.parallel.build import clone_model, new_model
-from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, experts_placed
-from ernie_train.parallel.gradient_reduction import GradientReduction
-from ernie_train.parallel.gradients import broadcast_updated, owned, owners, split_by_place
+from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, expert_placement
+from ernie_train.parallel.gradients import (
+    GradientReducer,
+    broadcast_updated,
+    owned_names,
+    parameter_owners,
+    split_experts,
+)
 from ernie_train.parallel.lockstep import HasDecoder, Lockstep, dummy_pass
 from ernie_train.parallel.recompute import (
     Recompute,
@@ -15,7 +20,7 @@ from ernie_train.parallel.recompute import (
 
 __all__ = [
     "ExpertDispatcher",
-    "GradientReduction",
+    "GradientReducer",
     "HasDecoder",
     "Lockstep",
     "Recompute",
@@ -26,10 +31,10 @@ __all__ = [
     "clone_model",
     "dummy_pass",
     "enable_recompute",
-    "experts_placed",
+    "expert_placement",
     "new_model",
-    "owned",
-    "owners",
+    "owned_names",
+    "parameter_owners",
     "recomputed_parts",
-    "split_by_place",
+    "split_experts",
 ]

@@ -1,18 +1,19 @@
-"""The lines between ranks: rows from each to each, sums and copies among those that hold the same.
+"""Collectives between ranks: all-to-all of rows, sums and broadcasts, over gloo or NCCL.
 
-NCCL has all of it as collectives of groups. Gloo has no all-to-all, and Paddle's groups of gloo can
-be relied on for all ranks only (a second group reads addresses that the first one left in the
-store), so there everything is made of messages and collectives among all ranks. Which of the two is
-chosen in `lines`, by the backend, and nowhere else.
+NCCL runs each as one collective of a group. Paddle's gloo (paddlepaddle 3.3.1) implements neither
+all-to-all nor reduce-scatter, and only its group of all ranks is reliable: a second gloo group
+reads addresses that the first one left in the store. Over gloo everything is therefore built from
+messages between pairs and from collectives of all ranks. `get_collectives` chooses by the backend;
+no other code does.
 
-Every rank of the job must make the same calls in the same order: gloo numbers messages by it.
+Every rank of the job must make the same calls in the same order: gloo matches messages by it.
 
-Shapes: N ranks of an expert group, R rows, W numbers of a row.
+Shapes: N ranks of an expert group, R rows, W elements of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,140 +27,155 @@ from ernie_train.core.process_group import Grid
 
 
 @dataclass
-class Pending:
-    """What is on its way. Buffers are held here until it was waited for."""
+class Work:
+    """Handle of a collective that was started; holds its buffers until `wait`."""
 
     result: Tensor
-    task: Any = None  # None: it is here already
+    task: Any = None  # Paddle's task; None where the result is complete already
     sent: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """The result; only now may it be read."""
+        """Return the result, which must not be read before."""
         if self.task is not None:
             self.task.wait()
             self.task = self.sent = None
         return self.result
 
 
-class Lines(Protocol):
-    """What ranks send each other under one grid.
+class Collectives(Protocol):
+    """The collectives of one grid.
 
-    NCCL's tasks run beside the computation. Paddle's over gloo are done when they are returned,
-    send and recv without `sync_op` too, so there is nothing to wait for.
+    NCCL's tasks run beside the computation. Over gloo a task is complete when Paddle returns it,
+    also with `sync_op=False` and from isend and irecv (3.3.1), so nothing is left to wait for.
     """
 
     sent_bytes: int  # rows that left this rank, without padding
 
-    def exchange(self, rows: Tensor, counts: np.ndarray) -> Pending:
-        """Begins to exchange rows within the expert group.
+    def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
+        """Start an all-to-all within the expert group.
 
-        counts [N,N]: how many rows go from each rank to each. rows [R,W] stand in the order of the
-        ranks that they go to; those that come, in the order of the ranks that they come from.
+        Args:
+            rows: [R,W], in the order of the ranks that they go to. The result is in the order of
+                the ranks that rows come from.
+            counts: [N,N], the number of rows from each rank to each.
         """
         ...
 
-    def add_up(self, flat: Tensor, *, experts: bool, at: int | None = None) -> Pending:
-        """Begins to add up `flat` [W] over all ranks, or over the replicas of this rank's experts.
+    def all_reduce(self, flat: Tensor, *, experts: bool, dst: int | None = None) -> Work:
+        """Start the sum of `flat` [W] over all ranks, or over the replicas of this rank's experts.
 
-        at: the only rank, with `experts` the only replica (counted from 0), that needs the sum; on
-        others the result is of no use. `flat` must not be used any more.
+        `flat` belongs to the collective from here on.
+
+        Args:
+            experts: sum over the ranks that hold the same experts.
+            dst: the only rank that needs the sum, with `experts` the index of the only replica
+                (from 0); on other ranks the result is undefined. None: all of them.
         """
         ...
 
-    def copy_from(self, owner: int, flat: Tensor, *, experts: bool) -> Tensor:
-        """`flat` [W] as rank `owner` has it; with `experts` as its counterpart `owner` has it.
+    def broadcast(self, flat: Tensor, src: int, *, experts: bool) -> Tensor:
+        """Return `flat` [W] of rank `src`.
 
-        With `experts` each expert group has a copy of its own: `owner` is then the number of a
-        replica, from 0 to data - 1.
+        With `experts` every expert group has a source of its own: `src` is then the index of a
+        replica, from 0 to data - 1, and a rank gets what that replica of its own experts has.
         """
         ...
 
 
-class GlooLines:
-    """Messages between pairs, and collectives of all ranks."""
+class GlooCollectives:
+    """Messages between pairs of ranks, and collectives of all ranks."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.sent_bytes = grid, 0
         self.group = grid.expert_group(process_group.rank())
-        self.me = self.group.index(process_group.rank())
+        self.group_rank = self.group.index(process_group.rank())
 
-    def exchange(self, rows: Tensor, counts: np.ndarray) -> Pending:
+    def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
         process_group.sync()
-        elsewhere = int(counts[self.me].sum() - counts[self.me, self.me])
-        self.sent_bytes += elsewhere * rows.shape[-1] * rows.element_size()
-        parts = self._in_pairs(rows, counts) if len(self.group) % 2 == 0 else None
-        return Pending(paddle.concat(self._by_gathering(rows, counts) if parts is None else parts))
+        me = self.group_rank
+        self.sent_bytes += int(counts[me].sum() - counts[me, me]) * _row_bytes(rows)
+        by_pairs = len(self.group) % 2 == 0
+        parts = self._swap_in_pairs(rows, counts) if by_pairs else self._all_gather(rows, counts)
+        return Work(paddle.concat(parts))
 
-    def _in_pairs(self, rows: Tensor, counts: np.ndarray) -> list[Tensor]:
-        """Round after round each rank has one partner; of the two the lower one sends first.
+    def _swap_in_pairs(self, rows: Tensor, counts: np.ndarray) -> list[Tensor]:
+        """Swap rows with one partner after another; of each pair the lower rank sends first.
 
-        An empty message is one row that is thrown away, so that the numbers of messages agree.
+        The order matters: where both send first, Paddle's gloo times out. An empty message is one
+        row that is thrown away, so that all pairs make equally many calls.
         """
-        starts = np.concatenate([[0], np.cumsum(counts[self.me])]).tolist()
-        own = rows[starts[self.me] : starts[self.me + 1]]
-        came: dict[int, Tensor] = {self.me: own}
+        me = self.group_rank
+        starts = np.concatenate([[0], np.cumsum(counts[me])]).tolist()
+        received: dict[int, Tensor] = {me: rows[starts[me] : starts[me + 1]]}
         filler = paddle.zeros([1, rows.shape[-1]], rows.dtype)
-        for partner in _partners(self.me, len(self.group)):
-            other = self.group[partner]
-            going = rows[starts[partner] : starts[partner + 1]]
-            going = going if going.shape[0] else filler
-            size = max(1, int(counts[partner, self.me]))
-            came[partner] = paddle.empty([size, rows.shape[-1]], rows.dtype)
-            if self.me < partner:
-                paddle_distributed.send(going, dst=other)
-                paddle_distributed.recv(came[partner], src=other)
+        for partner in _partners(me, len(self.group)):
+            peer = self.group[partner]
+            outgoing = rows[starts[partner] : starts[partner + 1]]
+            outgoing = outgoing if outgoing.shape[0] else filler
+            size = max(1, int(counts[partner, me]))
+            received[partner] = paddle.empty([size, rows.shape[-1]], rows.dtype)
+            if me < partner:
+                paddle_distributed.send(outgoing, dst=peer)
+                paddle_distributed.recv(received[partner], src=peer)
             else:
-                paddle_distributed.recv(came[partner], src=other)
-                paddle_distributed.send(going, dst=other)
-        present = [at for at in range(len(self.group)) if counts[at, self.me]]
-        return [came[at] for at in present] or [filler[:0]]
+                paddle_distributed.recv(received[partner], src=peer)
+                paddle_distributed.send(outgoing, dst=peer)
+        present = [source for source in range(len(self.group)) if counts[source, me]]
+        return [received[source] for source in present] or [filler[:0]]
 
-    def _by_gathering(self, rows: Tensor, counts: np.ndarray) -> list[Tensor]:
-        """For an odd number of ranks, of which one would be without a partner in every round."""
-        most = int(process_group.all_gather_ints([rows.shape[0]]).max())
-        room = paddle.zeros([most - rows.shape[0], rows.shape[-1]], rows.dtype)
-        told: list[Tensor] = []
-        paddle_distributed.all_gather(told, paddle.concat([rows, room]))
+    def _all_gather(self, rows: Tensor, counts: np.ndarray) -> list[Tensor]:
+        """Gather the padded rows of all ranks and keep those for this one.
+
+        For an odd number of ranks, of which one would lack a partner in every round.
+        """
+        longest = int(process_group.all_gather_ints([rows.shape[0]]).max())
+        padding = paddle.zeros([longest - rows.shape[0], rows.shape[-1]], rows.dtype)
+        gathered: list[Tensor] = []
+        paddle_distributed.all_gather(gathered, paddle.concat([rows, padding]))
         ends = np.cumsum(counts, axis=1)
         parts = []
-        for at, source in enumerate(self.group):
-            end, count = int(ends[at, self.me]), int(counts[at, self.me])
+        for source, rank in enumerate(self.group):
+            end, count = (int(a[source, self.group_rank]) for a in (ends, counts))
             if count:
-                parts.append(told[source][end - count : end])
+                parts.append(gathered[rank][end - count : end])
         return parts or [rows[:0]]
 
-    def add_up(self, flat: Tensor, *, experts: bool, at: int | None = None) -> Pending:
+    def all_reduce(self, flat: Tensor, *, experts: bool, dst: int | None = None) -> Work:
         process_group.sync()
         if not experts or self.grid.expert == 1:
-            if at is None:
+            if dst is None:
                 paddle_distributed.all_reduce(flat)
             else:
-                paddle_distributed.reduce(flat, dst=at)
-            return Pending(flat)
-        # A slot for the experts of each rank of a group: replicas add up in theirs.
+                paddle_distributed.reduce(flat, dst=dst)
+            return Work(flat)
+        # All ranks take part, so every rank of an expert group has a slot: replicas share theirs.
         slots = paddle.zeros([self.grid.expert, flat.shape[0]], flat.dtype)
-        slots[self.me] = flat
+        slots[self.group_rank] = flat
         paddle_distributed.all_reduce(slots)
-        return Pending(slots[self.me])
+        return Work(slots[self.group_rank])
 
-    def copy_from(self, owner: int, flat: Tensor, *, experts: bool) -> Tensor:
+    def broadcast(self, flat: Tensor, src: int, *, experts: bool) -> Tensor:
         process_group.sync()
         if not experts:
-            paddle_distributed.broadcast(flat, src=owner)
+            paddle_distributed.broadcast(flat, src=src)
             return flat
         mine = flat
-        for at, source in enumerate(self.grid.expert_group(owner * self.grid.expert)):
-            sent = flat.clone()
-            paddle_distributed.broadcast(sent, src=source)
-            mine = sent if at == self.me else mine
+        for index, source in enumerate(self.grid.expert_group(src * self.grid.expert)):
+            buffer = flat.clone()
+            paddle_distributed.broadcast(buffer, src=source)
+            mine = buffer if index == self.group_rank else mine
         return mine
 
 
-def _partners(me: int, size: int) -> Iterator[int]:
-    """The partner of one of an even number of ranks in each of `size` - 1 rounds.
+def _row_bytes(rows: Tensor) -> int:
+    return int(rows.shape[-1] * rows.element_size())
 
-    The circle method: in round t partners add up to t modulo size - 1; the one that would be alone
-    meets the last rank.
+
+def _partners(me: int, size: int) -> Iterator[int]:
+    """Yield the partner of rank `me` in each of the `size` - 1 rounds; `size` is even.
+
+    The circle method of round-robin tournaments: in round t partners add up to t modulo size - 1;
+    the rank that would be alone meets the last one.
     """
     last = size - 1
     for turn in range(last):
@@ -170,72 +186,80 @@ def _partners(me: int, size: int) -> Iterator[int]:
             yield last if partner == me else partner
 
 
-class NcclLines:
-    """Collectives of Paddle's groups; not run on GPUs here.
+class NcclCollectives:
+    """Collectives of Paddle's groups; never run on GPUs by the tests.
 
-    Gradients have a group of their own for all ranks: what others wait for, such as how many rows
-    come, must not queue behind them.
+    Gradients have a group of all ranks of their own: a small message that others wait for, such as
+    the number of rows to expect, must not queue behind buckets of 32 MiB on the default group.
     """
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.sent_bytes = grid, 0
-        me = process_group.rank()
-        self.experts = _group(grid.expert_group(at) for at in range(process_group.world_size()))
-        self.replicas = _group(grid.replicas(at) for at in range(process_group.world_size()))
-        self.everyone = _group(iter([list(range(process_group.world_size()))]))
-        self.me = me % grid.expert
+        world = range(process_group.world_size())
+        self.expert_group = _new_groups(map(grid.expert_group, world))
+        self.replicas = _new_groups(map(grid.replicas, world))
+        self.world = _new_groups([list(world)])
+        self.group_rank = process_group.rank() % grid.expert
 
-    def exchange(self, rows: Tensor, counts: np.ndarray) -> Pending:
-        sent, received = counts[self.me].tolist(), counts[:, self.me].tolist()
-        self.sent_bytes += (sum(sent) - sent[self.me]) * rows.shape[-1] * rows.element_size()
-        came = paddle.empty([sum(received), rows.shape[-1]], rows.dtype)
+    def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
+        me = self.group_rank
+        sent, expected = counts[me].tolist(), counts[:, me].tolist()
+        self.sent_bytes += (sum(sent) - sent[me]) * _row_bytes(rows)
+        received = paddle.empty([sum(expected), rows.shape[-1]], rows.dtype)
         task = paddle_distributed.alltoall_single(
-            came, rows, sent, received, group=self.experts, sync_op=False
+            received, rows, sent, expected, group=self.expert_group, sync_op=False
         )
-        return Pending(came, task, rows)
+        return Work(received, task, rows)
 
-    def add_up(self, flat: Tensor, *, experts: bool, at: int | None = None) -> Pending:
-        group = self.replicas if experts else self.everyone
-        if at is None:
+    def all_reduce(self, flat: Tensor, *, experts: bool, dst: int | None = None) -> Work:
+        group = self.replicas if experts else self.world
+        if dst is None:
             task = paddle_distributed.all_reduce(flat, group=group, sync_op=False)
         else:
-            to = self.grid.replicas(process_group.rank())[at] if experts else at
+            to = self.grid.replicas(process_group.rank())[dst] if experts else dst
             task = paddle_distributed.reduce(flat, dst=to, group=group, sync_op=False)
-        return Pending(flat, task)
+        return Work(flat, task)
 
-    def copy_from(self, owner: int, flat: Tensor, *, experts: bool) -> Tensor:
+    def broadcast(self, flat: Tensor, src: int, *, experts: bool) -> Tensor:
         if experts:
-            source = self.grid.replicas(process_group.rank())[owner]
+            source = self.grid.replicas(process_group.rank())[src]
             paddle_distributed.broadcast(flat, src=source, group=self.replicas)
         else:
-            paddle_distributed.broadcast(flat, src=owner)
+            paddle_distributed.broadcast(flat, src=src)
         return flat
 
 
-def _group(members: Iterator[list[int]]) -> Any:
-    """Makes all groups, as Paddle wants it on every rank, and returns the one of this rank."""
+def _new_groups(members: Iterable[list[int]]) -> Any:
+    """Create all groups on every rank, as Paddle requires, and return the one of this rank."""
     mine = None
     for ranks in sorted({tuple(ranks) for ranks in members}):
-        made = paddle_distributed.new_group(list(ranks))
+        group = paddle_distributed.new_group(list(ranks))
         if process_group.rank() in ranks:
-            mine = made
+            mine = group
     return mine
 
 
-_BACKENDS: dict[str, Callable[[Grid], Lines]] = {"GLOO": GlooLines, "NCCL": NcclLines}
-_made: dict[Grid, Lines] = {}
+_BACKENDS: dict[str, Callable[[Grid], Collectives]] = {
+    "GLOO": GlooCollectives,
+    "NCCL": NcclCollectives,
+}
+# NCCL groups must be created once for each grid, by all ranks together.
+_of_grid: dict[Grid, Collectives] = {}
 
 
-def lines() -> Lines:
-    """The lines of the present grid; every rank must ask for them first at the same place."""
+def get_collectives() -> Collectives:
+    """Return the collectives of the present grid; the first call must be made by all ranks."""
     grid = process_group.grid()
-    if grid not in _made:
+    if grid not in _of_grid:
         process_group.init_process_group()
-        _made[grid] = _BACKENDS[paddle_distributed.get_backend()](grid)
-    return _made[grid]
+        _of_grid[grid] = _BACKENDS[paddle_distributed.get_backend()](grid)
+    return _of_grid[grid]
 
 
-def split_counts(tokens_per_expert: Sequence[int]) -> np.ndarray:
-    """What the ranks of the expert group have for every expert, [N,E]; all ranks must ask."""
-    told = process_group.all_gather_ints(tokens_per_expert)
-    return told[process_group.grid().expert_group(process_group.rank())]
+def gather_expert_counts(tokens_per_expert: Sequence[int]) -> np.ndarray:
+    """Gather the rows that each rank of the expert group has for every expert, [N,E].
+
+    All ranks of the job must call it.
+    """
+    counts = process_group.all_gather_ints(tokens_per_expert)
+    return counts[process_group.grid().expert_group(process_group.rank())]

@@ -1,5 +1,9 @@
 """Expert parallelism: the dispatcher that sends tokens to the ranks of their experts.
 
+An MoE layer makes two all-to-alls of rows forward (dispatch, combine) and two backward. While
+the dispatch travels, forward and backward, the layer computes its shared experts: `_StartDispatch`
+and `_WaitDispatch` are separate nodes of the autograd graph for that.
+
 Shapes: N ranks of the expert group, E experts of a layer, L = E/N experts of a rank, T tokens of
 this rank, K experts per token, R their rows, A rows that arrive here, H hidden size.
 """
@@ -17,195 +21,217 @@ from paddle.autograd import PyLayer
 from ernie_train.core import process_group
 from ernie_train.core.errors import ConfigError
 from ernie_train.model import Ernie4_5_MoeConfig, Placement
-from ernie_train.model.moe import ALL_HERE
+from ernie_train.model.moe import LOCAL_PLACEMENT
 from ernie_train.model.pylayer import as_dtype, only, wanted
-from ernie_train.model.token_dispatcher import Arrived, Departed, Permute, Routing, Unpermute
-from ernie_train.parallel.collectives import Lines, Pending, lines, split_counts
+from ernie_train.model.token_dispatcher import Dispatched, InFlight, Permute, Routing, Unpermute
+from ernie_train.parallel.collectives import (
+    Collectives,
+    Work,
+    gather_expert_counts,
+    get_collectives,
+)
 
 
 @dataclass(frozen=True)
-class Way:
-    """The way of rows to the ranks of their experts and back.
+class AllToAllPlan:
+    """Split sizes and row orders of the all-to-alls of one MoE layer in one pass.
 
-    At home rows stand sorted by expert, so by rank too. They arrive rank after rank and are sorted
-    by expert, within an expert by rank. `by_expert` [A] picks them from that order of arrival,
-    `by_arrival` [A] is its inverse.
+    A rank sends rows sorted by expert, so by destination too. They arrive rank after rank, and
+    are sorted by expert, within an expert by rank, for the experts to compute on.
     """
 
-    lines: Lines
+    collectives: Collectives
     counts: np.ndarray  # [N,N] rows from each rank to each
-    tokens_per_expert: list[int]  # [L] of the experts here, summing to A
-    by_expert: Tensor
-    by_arrival: Tensor
+    tokens_per_expert: list[int]  # [L] of this rank's experts, summing to A
+    to_expert_order: Tensor  # [A] gathers arrived rows into the order of experts
+    to_arrival_order: Tensor  # [A] its inverse
 
     @classmethod
-    def of(cls, tokens_per_expert: list[int]) -> Way:
-        """Tells all ranks what each has for every expert: `tokens_per_expert` [E] is this rank's.
+    def make(cls, tokens_per_expert: list[int]) -> AllToAllPlan:
+        """Exchange the counts of all ranks; `tokens_per_expert` [E] is this rank's.
 
         Every rank must call it at the same place.
         """
         ranks = process_group.grid().expert
-        counts = split_counts(tokens_per_expert).reshape([ranks, ranks, -1])  # [from,to,L]
-        here = counts[:, process_group.rank() % ranks]  # [N,L]
-        number = np.arange(here.size).reshape(here.shape)  # of a block of rows, as they arrive
-        block = np.repeat(number.reshape(-1), here.reshape(-1))
-        order = np.argsort(number.T.reshape(-1))[block]  # its place when sorted by expert
-        by_expert = np.argsort(order, kind="stable")
+        counts = gather_expert_counts(tokens_per_expert).reshape([ranks, ranks, -1])  # [from,to,L]
+        arriving = counts[:, process_group.rank() % ranks]  # [N,L]
+        block = np.arange(arriving.size).reshape(arriving.shape)  # by (rank, expert), as they come
+        block_of_row = np.repeat(block.reshape(-1), arriving.reshape(-1))
+        place_of_block = np.argsort(block.T.reshape(-1))  # by (expert, rank)
+        to_expert_order = np.argsort(place_of_block[block_of_row], kind="stable")
         return cls(
-            lines(),
+            get_collectives(),
             counts.sum(-1),
-            here.sum(0).tolist(),
-            paddle.to_tensor(by_expert),
-            paddle.to_tensor(np.argsort(by_expert, kind="stable")),
+            arriving.sum(0).tolist(),
+            paddle.to_tensor(to_expert_order),
+            paddle.to_tensor(np.argsort(to_expert_order, kind="stable")),
         )
 
     @property
     def nothing_arrives(self) -> bool:
         return not any(self.tokens_per_expert)
 
-    def send_out(self, rows: Tensor) -> Pending:
-        """Rows [R,W] of this rank's tokens leave for their experts; `received` ends it."""
-        return self.lines.exchange(rows, self.counts)
+    def start_dispatch(self, rows: Tensor) -> Work:
+        """Start sending rows [R,W] of this rank's tokens to their experts."""
+        return self.collectives.all_to_all(rows, self.counts)
 
-    def received(self, pending: Pending) -> Tensor:
-        """The rows [A,W] for this rank's experts.
+    def wait_dispatch(self, work: Work) -> Tensor:
+        """Return the rows [A,W] for this rank's experts, sorted by expert.
 
-        Paddle's kernels take no empty tensors: where nothing arrives there is one row of zeros.
+        Paddle's kernels (3.3.1) take no empty tensors: where nothing arrives there is one row of
+        zeros.
         """
-        arrived = pending.wait()
+        arrived = work.wait()
         if self.nothing_arrives:
             return paddle.zeros([1, arrived.shape[-1]], arrived.dtype)
-        return paddle.gather(arrived, self.by_expert)
+        return paddle.gather(arrived, self.to_expert_order)
 
-    def send_home(self, rows: Tensor) -> Pending:
-        """The inverse of `send_out`: [A,W] leave for the ranks of their tokens, who wait."""
-        rows = rows[:0] if self.nothing_arrives else paddle.gather(rows, self.by_arrival)
-        return self.lines.exchange(rows, self.counts.T)
-
-
-class _Trip:
-    """What is on its way between `_Depart` and `_Arrive`, in either direction."""
-
-    def __init__(self, way: Way) -> None:
-        self.way = way
-        self.pending: Pending | None = None
-
-    def take(self) -> Pending:
-        pending, self.pending = self.pending, None
-        if pending is None:
-            raise RuntimeError("rows are awaited that were not sent")
-        return pending
+    def start_combine(self, rows: Tensor) -> Work:
+        """Start sending rows [A,W] back to the ranks of their tokens; inverse of the dispatch."""
+        rows = rows[:0] if self.nothing_arrives else paddle.gather(rows, self.to_arrival_order)
+        return self.collectives.all_to_all(rows, self.counts.T)
 
 
-class _Depart(PyLayer):
-    """Begins the exchange that `_Arrive` ends; backward ends the one that `_Arrive` begins.
+class _Transfer:
+    """Hands a started all-to-all from the autograd node that starts it to the one that waits."""
 
-    x [T,H] passes through, and what is made of it passes through `_Arrive`: so the graph itself
-    has that computed between the two, in the backward pass as well. The first output is a number
-    of no meaning that ties the two together. What passes through is copied: Paddle takes an output
-    that shares its memory with an input for an update in place.
+    def __init__(self, plan: AllToAllPlan) -> None:
+        self.plan = plan
+        self.work: Work | None = None
+
+    def take(self) -> Work:
+        work, self.work = self.work, None
+        if work is None:
+            raise RuntimeError("waited for an all-to-all that was not started")
+        return work
+
+
+class _StartDispatch(PyLayer):
+    """Forward: start the all-to-all of rows. Backward: wait for that of their gradients.
+
+    `_WaitDispatch.backward` has started the latter, so shared experts overlap with communication
+    in both passes: they read the x that passes through here, and their output passes through
+    `_WaitDispatch`, so the graph itself places them between the two nodes. The dummy output orders
+    the two nodes in the graph. x is cloned, because Paddle (3.3.1) takes an output that shares
+    memory with an input for an in-place update.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, weights: Tensor, trip: _Trip) -> Any:
-        ctx.trip, ctx.wanted = trip, wanted(x, rows, weights)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, weights: Tensor, transfer: _Transfer) -> Any:
+        ctx.transfer, ctx.wanted = transfer, wanted(x, rows, weights)
         ctx.set_materialize_grads(False)
-        trip.pending = trip.way.send_out(_packed(rows, weights))
+        transfer.work = transfer.plan.start_dispatch(_pack(rows, weights))
         return paddle.zeros([1], rows.dtype), x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return only(ctx.wanted, (grads[1], *_unpacked(ctx.trip.take().wait())))
+        return only(ctx.wanted, (grads[1], *_unpack(ctx.transfer.take().wait())))
 
 
-class _Arrive(PyLayer):
-    """Rows [A,H] and weights [A,1] of the experts here, and `meanwhile` [T,H] as it came."""
+class _WaitDispatch(PyLayer):
+    """Forward: wait for the all-to-all of rows. Backward: start that of their gradients.
+
+    Returns rows [A,H] and weights [A,1] of this rank's experts, and `overlapped` [T,H] unchanged.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tie: Tensor, meanwhile: Tensor | None, trip: _Trip) -> Any:
-        ctx.trip = trip
-        arrived = _unpacked(trip.way.received(trip.take()))
-        if meanwhile is None:
-            ctx.wanted = wanted(tie)
+    def forward(ctx: Any, dummy: Tensor, overlapped: Tensor | None, transfer: _Transfer) -> Any:
+        ctx.transfer = transfer
+        arrived = _unpack(transfer.plan.wait_dispatch(transfer.take()))
+        if overlapped is None:
+            ctx.wanted = wanted(dummy)
             return arrived
-        ctx.wanted = wanted(tie, meanwhile)
-        return *arrived, meanwhile.clone()
+        ctx.wanted = wanted(dummy, overlapped)
+        return *arrived, overlapped.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if ctx.wanted[0]:
-            ctx.trip.pending = ctx.trip.way.send_home(_packed(*grads[:2]))
+            ctx.transfer.work = ctx.transfer.plan.start_combine(_pack(*grads[:2]))
         return only(ctx.wanted, (paddle.zeros([1], grads[0].dtype), *grads[2:]))
 
 
-class _Home(PyLayer):
-    """Results [A,H] of the experts to the ranks of their tokens."""
+class _Combine(PyLayer):
+    """Send results [A,H] back to the ranks of their tokens, [R,H]; nothing overlaps with it."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: Way) -> Tensor:
-        ctx.way = way
-        return way.send_home(rows).wait()
+    def forward(ctx: Any, rows: Tensor, plan: AllToAllPlan) -> Tensor:
+        ctx.plan = plan
+        return plan.start_combine(rows).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return ctx.way.received(ctx.way.send_out(grads[0]))
+        return ctx.plan.wait_dispatch(ctx.plan.start_dispatch(grads[0]))
 
 
-def _packed(rows: Tensor, weights: Tensor) -> Tensor:
-    """One message instead of two: [R,H], [R,1] -> [R,H+1]."""
+def _pack(rows: Tensor, weights: Tensor) -> Tensor:
+    """Join [R,H] and [R,1] to one message [R,H+1], so that one all-to-all carries both."""
     return paddle.concat([rows, weights], axis=-1)
 
 
-def _unpacked(packed: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     hidden = packed.shape[-1] - 1
     return packed[:, :hidden].contiguous(), packed[:, hidden:].contiguous()
 
 
+@dataclass(frozen=True)
+class AllToAllMetadata:
+    """What `ExpertDispatcher` keeps of a dispatch until its `combine`."""
+
+    routing: Routing
+    transfer: _Transfer
+    dummy: Tensor  # first output of `_StartDispatch`
+
+
 class ExpertDispatcher:
-    """Experts live on the ranks of a group, `range(rank * L, (rank + 1) * L)` on each.
+    """Dispatches over an expert group whose rank r holds the experts `range(r * L, (r + 1) * L)`.
 
     Every rank must run the same layers in the same order; one without a micro-batch runs
-    `idle_pass`.
+    `dummy_pass`.
     """
 
-    def depart(self, x: Tensor, weights: Tensor, routing: Routing) -> Departed:
-        trip = _Trip(Way.of(routing.tokens_per_expert))
+    def dispatch_start(
+        self, x: Tensor, weights: Tensor, routing: Routing
+    ) -> InFlight[AllToAllMetadata]:
+        transfer = _Transfer(AllToAllPlan.make(routing.tokens_per_expert))
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
-        tie, x = _Depart.apply(x, rows, as_dtype(row_weights, rows.dtype), trip)
-        return Departed(x, (tie, routing, trip))
+        row_weights = as_dtype(row_weights, rows.dtype)
+        dummy, x = _StartDispatch.apply(x, rows, row_weights, transfer)
+        return InFlight(x, AllToAllMetadata(routing, transfer, dummy))
 
-    def arrive(self, departed: Departed, meanwhile: Tensor | None) -> Arrived:
-        tie, routing, trip = departed.way
-        rows, weights, *through = _Arrive.apply(tie, meanwhile, trip)
-        per_expert = trip.way.tokens_per_expert
-        if trip.way.nothing_arrives:
+    def dispatch_wait(
+        self, in_flight: InFlight[AllToAllMetadata], overlapped: Tensor | None
+    ) -> Dispatched[AllToAllMetadata]:
+        metadata = in_flight.metadata
+        plan = metadata.transfer.plan
+        rows, weights, *through = _WaitDispatch.apply(metadata.dummy, overlapped, metadata.transfer)
+        per_expert = plan.tokens_per_expert
+        if plan.nothing_arrives:
             per_expert = [1, *per_expert[1:]]  # the row of zeros
-        return Arrived(
-            rows, weights, per_expert, through[0] if through else None, (routing, trip.way)
-        )
+        return Dispatched(rows, weights, per_expert, through[0] if through else None, metadata)
 
-    def combine(self, rows: Tensor, arrived: Arrived) -> Tensor:
-        routing, way = arrived.way_home
-        return Unpermute.apply(_Home.apply(rows, way), routing)
+    def combine(self, rows: Tensor, dispatched: Dispatched[AllToAllMetadata]) -> Tensor:
+        metadata = dispatched.metadata
+        return Unpermute.apply(_Combine.apply(rows, metadata.transfer.plan), metadata.routing)
 
 
-def experts_placed(config: Ernie4_5_MoeConfig) -> Placement:
-    """Where this rank's experts are under the grid of `distributed`.
+def expert_placement(config: Ernie4_5_MoeConfig) -> Placement:
+    """Return the experts of this rank under the grid of `process_group`, and their dispatcher.
 
     Raises `ConfigError` for a degree that does not divide the experts.
     """
     degree = process_group.grid().expert
     check_expert_degree(degree, config)
     if degree == 1:
-        return ALL_HERE
-    here = config.moe_num_experts // degree
-    first = process_group.rank() % degree * here
-    return Placement(range(first, first + here), ExpertDispatcher())
+        return LOCAL_PLACEMENT
+    local = config.moe_num_experts // degree
+    first = process_group.rank() % degree * local
+    return Placement(range(first, first + local), ExpertDispatcher())
 
 
 def check_expert_degree(degree: int, config: Ernie4_5_MoeConfig) -> None:
-    """Raises `ConfigError` where the experts of a layer cannot be dealt out over `degree` ranks."""
+    """Raise `ConfigError` where `degree` ranks cannot hold equal parts of a layer's experts."""
     if degree == 1:
         return
     if not any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):

@@ -1,7 +1,8 @@
-"""Keeping ranks in step: under expert parallelism every rank must run each layer as often as all.
+"""Uneven numbers of passes over ranks, like torch's `Join`: ranks out of work run dummy passes.
 
-A rank that has nothing to run while others do runs one token whose result is thrown away. Where all
-experts are on each rank nobody needs the others in a pass, and ranks meet once, at the end.
+Under expert parallelism every MoE layer of a pass makes all-to-alls, so every rank must run each
+layer as often as the others. A rank without work runs a single token and discards its result.
+Where every rank holds all experts a pass needs no other rank, and ranks agree once, at the end.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class HasDecoder(Protocol):
 
 
 def dummy_pass(model: HasDecoder, *, backward: bool) -> None:
-    """Joins the exchanges of a pass that other ranks make; gradients it leaves are zeros.
+    """Take part in the all-to-alls of a pass that other ranks run, with a single token.
 
-    Does nothing where all experts are on each rank: there is nothing to join.
+    Its gradients are zeros. Does nothing where every rank holds all experts.
     """
     if process_group.grid().expert == 1:
         return
@@ -37,17 +38,17 @@ def dummy_pass(model: HasDecoder, *, backward: bool) -> None:
 
 
 class Lockstep:
-    """Forward passes without gradient, of which each rank makes as many as it needs.
+    """Context of forward passes without gradient, of which each rank runs as many as it needs.
 
-    `more` is called before each pass; those that are through go on joining until all are.
+    Call `next_pass` before each of them. On exit a rank runs dummy passes until all ranks are done:
 
         with Lockstep(model, stop_requested) as lockstep:
-            for batch in distributed.share(batches):
+            for batch in process_group.shard(batches):
                 lockstep.next_pass()
                 model(...)
 
-    Raises `Interrupted` on all ranks when a stop was asked for on one: with experts spread over
-    ranks in the same pass, else on each when it has made its passes, or was asked itself.
+    Raises `Interrupted` on all ranks when a stop was requested on one: under expert parallelism in
+    the same pass, else on each rank after its own passes.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Lockstep:
         self.model, self.stop_requested = model, stop_requested
 
     def next_pass(self) -> bool:
-        """Announces one more pass; returns whether to stop instead.
+        """Announce one more pass; return whether to stop instead.
 
-        The answer is the same on all ranks where they run passes together.
+        Under expert parallelism all ranks get the same answer.
         """
         if process_group.grid().expert == 1:
             return self.stop_requested()
@@ -76,27 +77,27 @@ class Lockstep:
         if process_group.world_size() == 1:
             return
         if process_group.grid().expert == 1:
-            self._meet_once(error)
+            self._agree_on_stop(error)
         elif kind is None:
-            self._join_until_all_are_through()
+            self._run_dummy_passes()
 
-    def _meet_once(self, error: BaseException | None) -> None:
+    def _agree_on_stop(self, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, Interrupted):
-            return  # this rank ends, and others see that
+            return  # this rank ends with the error, and the supervisor ends the others
         stopped = process_group.any_rank(error is not None or self.stop_requested())
         if stopped and error is None:
             raise Interrupted("stopped on a signal, here or on another rank")
 
-    def _join_until_all_are_through(self) -> None:
+    def _run_dummy_passes(self) -> None:
         while True:
-            others_work, stop = self._announce(working=False)
+            others_working, stop = self._announce(working=False)
             if stop:
                 raise Interrupted("stopped on a signal: another rank was still at work")
-            if not others_work:
+            if not others_working:
                 return
             dummy_pass(self.model, backward=False)
 
     def _announce(self, *, working: bool) -> tuple[bool, bool]:
-        numbers = [float(working), float(self.stop_requested())]
-        workers, stopping = process_group.all_reduce_sum(numbers)
+        flags = [float(working), float(self.stop_requested())]
+        workers, stopping = process_group.all_reduce_sum(flags)
         return workers > 0, stopping > 0

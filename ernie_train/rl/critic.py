@@ -22,7 +22,7 @@ from ernie_train.model import (
     HiddenOutput,
 )
 from ernie_train.model.pylayer import default_dtype, dtype_name
-from ernie_train.parallel import owned
+from ernie_train.parallel import owned_names
 from ernie_train.weights import layout
 
 _HEAD = "value_head."
@@ -79,7 +79,7 @@ class Critic(nn.Layer):
     def arrays(self) -> dict[str, np.ndarray]:
         """The weights that this rank writes, under their names on disk."""
         state = self.state_dict()
-        mine = owned(state)
+        mine = owned_names(state)
         return self.to_disk({n: t.numpy() for n, t in state.items() if n in mine})
 
     def load(self, stored: Mapping[str, np.ndarray]) -> None:

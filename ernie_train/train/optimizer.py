@@ -106,11 +106,11 @@ class Optimizer:
             on_gpu if shards_gradients is None else shards_gradients
         )
         self.parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
-        self.owners = parallel.owners(self.parameters)
+        self.owners = parallel.parameter_owners(self.parameters)
         mine = {n: p for n, p in self.parameters.items() if self.owners[n] == process_group.rank()}
         self.owned = mine  # what this rank writes
         self.updated = mine if sharding else self.parameters
-        self._reduction = parallel.GradientReduction(
+        self._reducer = parallel.GradientReducer(
             self.parameters, self.owners if self.shards_gradients else None
         )
         decayed = {p.name for n, p in self.parameters.items() if decays(n, p)}
@@ -126,16 +126,16 @@ class Optimizer:
             multi_precision=True,
         )
 
-    def begin_last_pass(self) -> None:
+    def begin_last_backward(self) -> None:
         """Lets gradients leave for other ranks during the backward pass that comes.
 
         It must be the last one before `reduce_gradients`.
         """
-        self._reduction.begin_last_pass()
+        self._reducer.begin_last_backward()
 
     def reduce_gradients(self) -> None:
         """Adds up the gradients over ranks; once a step, before anything looks at them."""
-        self._reduction.finish()
+        self._reducer.finish()
 
     def gradient_norm(self) -> float:
         """The global 2-norm of all gradients, summed in float64; each parameter counts once."""
@@ -143,7 +143,7 @@ class Optimizer:
             own = [_square_sum(p.grad) for p in self.owned.values() if p.grad is not None]
             everyone = range(process_group.world_size())
             return math.sqrt(process_group.sum_over_ranks(everyone, math.fsum(own)))
-        dense, experts = parallel.split_by_place(self.parameters)
+        dense, experts = parallel.split_experts(self.parameters)
         squares = [_square_sum(p.grad) for p in dense.values() if p.grad is not None]
         of_experts = [_square_sum(p.grad) for p in experts.values() if p.grad is not None]
         if process_group.grid().expert > 1:

@@ -97,7 +97,7 @@ class Trainer(Generic[ModelT, BatchT]):
             output = loss_fn(self.model, batch)
             terms = [*output.terms, *self.balancer.terms(output.router_stats)]
             if number == last:
-                self.optimizer.begin_last_pass()
+                self.optimizer.begin_last_backward()
             _backward(terms, counts, output.last)
             load.add(output.router_stats)
             for term in terms:
@@ -154,7 +154,7 @@ class Trainer(Generic[ModelT, BatchT]):
         """Joins the pass of ranks that have a micro-batch more than this one."""
         if len(process_group.shard(micro_batches)) < _passes(micro_batches):
             if last_of_step:
-                self.optimizer.begin_last_pass()
+                self.optimizer.begin_last_backward()
             parallel.dummy_pass(self.model, backward=True)
 
     def _refuse_non_finite(self, metrics: dict[str, float]) -> None:

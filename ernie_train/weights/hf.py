@@ -29,7 +29,7 @@ from ernie_train.io.safetensors import (
 )
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.configuration import read_config_json
-from ernie_train.parallel import new_model, owned
+from ernie_train.parallel import new_model, owned_names
 from ernie_train.weights.layout import (
     EMBED_TOKENS,
     LM_HEAD,
@@ -262,7 +262,7 @@ def write_weights(
     if dtype is not None:
         _check_dtype(dtype)
     read = _LastRead(model)
-    mine = owned(read.state)
+    mine = owned_names(read.state)
     entries = []
     for piece in pieces(model.config, experts=model.model.placement.experts):
         if piece.parameter not in mine:

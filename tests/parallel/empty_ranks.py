@@ -13,7 +13,7 @@ from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
 from ernie_train.model.moe import MoE
 from ernie_train.parallel import Lockstep
-from ernie_train.parallel.collectives import lines
+from ernie_train.parallel.collectives import get_collectives
 from tests.parallel.scenario import RECOMPUTE, new_trainer, step_batches, whole
 from tests.small_models import make_config
 
@@ -25,7 +25,7 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
     """An MoE layer under a bias that sends every token to two experts; each rank has its tokens."""
     paddle.seed(3)
     config = make_config(moe_num_experts=EXPERTS, initializer_range=0.3)
-    layer = MoE(config, parallel.experts_placed(config))
+    layer = MoE(config, parallel.expert_placement(config))
     for name, parameter in layer.named_parameters():
         random = np.random.default_rng(len(name))
         everywhere = (
@@ -33,7 +33,7 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
         )
         values = random.normal(0, 0.3, everywhere).astype(np.float32)
         if parameter.shape != list(everywhere):
-            here = parallel.experts_placed(config).experts
+            here = parallel.expert_placement(config).experts
             values = values[here.start : here.stop]
         parameter.set_value(values)
     layer.moe_statics.e_score_correction_bias.set_value(np.array([bias], np.float32))
@@ -43,7 +43,7 @@ def layer_results(bias: list[float]) -> dict[str, np.ndarray]:
     x = paddle.to_tensor(every[rank::ranks], stop_gradient=False)
     out, _, _, _ = layer(x)
     (out * paddle.to_tensor(np.cos(every[rank::ranks]))).sum().backward()
-    parallel.GradientReduction(dict(layer.named_parameters(prefix="model.mlp"))).finish()
+    parallel.GradientReducer(dict(layer.named_parameters(prefix="model.mlp"))).finish()
     grads = {f"x.mlp.{n}": p.grad.numpy() for n, p in layer.named_parameters()}
     rows = np.stack([out.numpy(), x.grad.numpy()], 1)
     parts = process_group.all_gather_objects(rows)
@@ -91,4 +91,4 @@ if __name__ == "__main__":
     process_group.set_grid(Grid(expert=process_group.world_size()))
     out = Path(sys.argv[1])
     np.savez(out / f"{process_group.world_size()}-{process_group.rank()}.npz", **everything())
-    assert lines().sent_bytes > 0
+    assert get_collectives().sent_bytes > 0

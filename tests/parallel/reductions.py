@@ -17,11 +17,11 @@ import ernie_train  # noqa: F401
 from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
-from ernie_train.parallel import GradientReduction, collectives, gradients
+from ernie_train.parallel import GradientReducer, collectives, gradients
 from ernie_train.train.supervised import PackedLoss
 from tests.parallel.scenario import new_trainer, step_batches
 
-gradients.BUCKET_NUMBERS = 3000  # so that there are many
+gradients.BUCKET_ELEMENTS = 3000  # so that there are many
 STEPS = 2
 # Micro-batches of a step: two for each rank, or one of the ranks without a last one.
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -34,23 +34,23 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 class Late:
-    """Something on its way that is sent no sooner than somebody waits for it."""
+    """Work that is not even started before somebody waits for it."""
 
     def __init__(self, work: Callable[[], paddle.Tensor]) -> None:
         self.wait = work
 
 
-class LateLines:
-    """The lines of this grid, doing their work when they are waited for."""
+class LateCollectives:
+    """The collectives of this grid, doing their work when they are waited for."""
 
     def __init__(self, real: Any) -> None:
         self.real = real
 
-    def exchange(self, rows: paddle.Tensor, counts: np.ndarray) -> Late:
-        return Late(lambda: self.real.exchange(rows, counts).wait())
+    def all_to_all(self, rows: paddle.Tensor, counts: np.ndarray) -> Late:
+        return Late(lambda: self.real.all_to_all(rows, counts).wait())
 
-    def add_up(self, flat: paddle.Tensor, **keys: Any) -> Late:
-        return Late(lambda: self.real.add_up(flat, **keys).wait())
+    def all_reduce(self, flat: paddle.Tensor, **keys: Any) -> Late:
+        return Late(lambda: self.real.all_reduce(flat, **keys).wait())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -59,15 +59,15 @@ class LateLines:
 class Log:
     """What left during the backward pass and after it, and whether sums are right."""
 
-    def __init__(self, reduction: GradientReduction, *, checks_sums: bool) -> None:
+    def __init__(self, reducer: GradientReducer, *, checks_sums: bool) -> None:
         self.checks_sums = checks_sums
         self.during: list[tuple[str, ...]] = []
         self.after: list[tuple[str, ...]] = []
         self.order: list[tuple[str, ...]] = []
-        self.reduction = reduction
+        self.reducer = reducer
         self._here = self.during
-        self._send, reduction._send = reduction._send, self._sent  # type: ignore[method-assign]
-        self._finish, reduction.finish = reduction.finish, self._finished  # type: ignore
+        self._send, reducer._send = reducer._send, self._sent  # type: ignore[method-assign]
+        self._finish, reducer.finish = reducer.finish, self._finished  # type: ignore
 
     def _sent(self, bucket: Any) -> None:
         self._here.append(bucket.names)
@@ -83,13 +83,13 @@ class Log:
         self._here = self.during
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        named = self.reduction.parameters.items()
+        named = self.reducer.parameters.items()
         return {n: p.grad.numpy().copy() for n, p in named if p.grad is not None}
 
     def _check(self, before: dict[str, np.ndarray]) -> None:
         """Compares with the sums of what all ranks had, in float64."""
         told = process_group.all_gather_objects(before)
-        dense, experts = parallel.split_by_place(self.reduction.parameters)
+        dense, experts = parallel.split_experts(self.reducer.parameters)
         holders = {
             False: range(len(told)),
             True: process_group.grid().replicas(process_group.rank()),
@@ -108,22 +108,22 @@ class Log:
 
 
 def trained(grid: Grid, case: str, mode: str, **keys: Any) -> tuple[dict[str, Any], Log]:
-    """Weights and norms after some steps; mode: after (the pass), during, late (lines)."""
+    """Weights and norms after some steps; mode: after (the pass), during, late (collectives)."""
     micro_batches, frozen = CASES[case]
     process_group.set_grid(grid)
-    real = collectives.lines()
+    real = collectives.get_collectives()
     trainer = new_trainer(moe_num_experts=12, frozen=frozen, **keys)
-    log = Log(trainer.optimizer._reduction, checks_sums=mode == "after")
+    log = Log(trainer.optimizer._reducer, checks_sums=mode == "after")
     if mode == "after":
-        trainer.optimizer.begin_last_pass = lambda: None  # type: ignore[method-assign]
+        trainer.optimizer.begin_last_backward = lambda: None  # type: ignore[method-assign]
     if mode == "late":
-        collectives._made[grid] = LateLines(real)  # type: ignore[assignment]
+        collectives._of_grid[grid] = LateCollectives(real)  # type: ignore[assignment]
     found: dict[str, Any] = {}
     for step in range(STEPS):
         batches = [b for more in range(2) for b in step_batches(2 * step + more)][:micro_batches]
         result = trainer.train_step(batches, PackedLoss("tokens"), STEPS)
         found |= {f"{step}: {name}": np.float64(v) for name, v in result.metrics.items()}
-    collectives._made[grid] = real
+    collectives._of_grid[grid] = real
     return found | {n: t.numpy() for n, t in trainer.model.state_dict().items()}, log
 
 

@@ -11,7 +11,7 @@ from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
 from ernie_train.model import is_expert_parameter
-from ernie_train.parallel.collectives import lines
+from ernie_train.parallel.collectives import get_collectives
 from ernie_train.train.moe_balance import BalanceConfig
 from ernie_train.train.optimizer import OptimConfig, Optimizer
 from ernie_train.train.supervised import PackedLoss
@@ -94,7 +94,7 @@ def train(
     process_group.set_grid(grid)
     trainer = new_trainer(RECOMPUTE[recompute], shards_gradients)
     loss = PackedLoss("tokens")
-    before = lines().sent_bytes if grid.expert > 1 else 0
+    before = get_collectives().sent_bytes if grid.expert > 1 else 0
     first: dict[str, Any] = {}
     update = trainer.optimizer.step
 
@@ -118,7 +118,7 @@ def train(
         trainer.train_step(step_batches(number, order), loss, STEPS)
     weights = whole({n: t.numpy() for n, t in trainer.model.state_dict().items()})
     if grid.expert > 1:
-        first["exchanged"] = np.float64(lines().sent_bytes - before)
+        first["exchanged"] = np.float64(get_collectives().sent_bytes - before)
     return first | {f"weight/{n}": a for n, a in weights.items()}
 
 

@@ -72,20 +72,20 @@ def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
     )  # fmt: skip
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     monkeypatch.setenv("PADDLE_TRAINER_ID", "3")
-    nccl = collectives.NcclLines(Grid(expert=2, data=2))
+    nccl = collectives.NcclCollectives(Grid(expert=2, data=2))
     assert made == [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3]]
-    pending = nccl.exchange(paddle.ones([5, 7]), np.array([[1, 2], [4, 1]]))
+    pending = nccl.all_to_all(paddle.ones([5, 7]), np.array([[1, 2], [4, 1]]))
     assert told == {"sent": [4, 1], "received": [2, 1], "group": (2, 3), "sync_op": False}
     assert pending.wait().shape == [3, 7]
     assert told.pop("waited")
     everyone, replicas, flat = (0, 1, 2, 3), (1, 3), paddle.ones([2])
-    for experts, at, expected in (
+    for experts, dst, expected in (
         (False, None, {"group": everyone}),
         (True, None, {"group": replicas}),
         (False, 2, {"group": everyone, "dst": 2}),
         (True, 1, {"group": replicas, "dst": 3}),
     ):
-        pending = nccl.add_up(flat, experts=experts, at=at)
+        pending = nccl.all_reduce(flat, experts=experts, dst=dst)
         assert told == {**expected, "sync_op": False}
         assert pending.wait() is flat
         assert told["waited"]

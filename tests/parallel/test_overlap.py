@@ -1,6 +1,6 @@
-"""What is computed while rows travel, over lines that are played in one process.
+"""What is computed while rows travel, over collectives that are played in one process.
 
-The lines deliver when they are waited for, and not before: until then the buffer holds NaN.
+They deliver when they are waited for, and not before: until then the buffer holds NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paddle.autograd import PyLayer
 from ernie_train.model.moe import MoE
 from ernie_train.model.token_dispatcher import Placement
 from ernie_train.parallel import ExpertDispatcher, enable_recompute, expert
-from ernie_train.parallel.collectives import Pending
+from ernie_train.parallel.collectives import Work
 from tests.small_models import fill, make_config, make_model
 
 
@@ -30,14 +30,14 @@ class Late:
         self.work()
 
 
-class LateLines:
-    """Lines of one rank whose rows arrive when they are waited for; `events` tells of both."""
+class LateCollectives:
+    """Collectives of one rank whose rows arrive on `wait`; `events` records both."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
         self.sent_bytes = 0
 
-    def exchange(self, rows: paddle.Tensor, counts: np.ndarray) -> Pending:
+    def all_to_all(self, rows: paddle.Tensor, counts: np.ndarray) -> Work:
         assert counts.tolist() == [[rows.shape[0]]]
         came = paddle.full(rows.shape, float("nan"), rows.dtype)
         self.events.append("send")
@@ -46,7 +46,7 @@ class LateLines:
             self.events.append("wait")
             paddle.assign(rows, output=came)
 
-        return Pending(came, Late(deliver), rows)
+        return Work(came, Late(deliver), rows)
 
 
 class Watched(PyLayer):
@@ -85,9 +85,9 @@ BACKWARD = [
 
 
 @pytest.fixture
-def late(monkeypatch) -> LateLines:
-    made = LateLines()
-    monkeypatch.setattr(expert, "lines", lambda: made)
+def late(monkeypatch) -> LateCollectives:
+    made = LateCollectives()
+    monkeypatch.setattr(expert, "get_collectives", lambda: made)
     return made
 
 
@@ -122,7 +122,7 @@ def test_shared_experts_run_while_rows_travel_in_both_directions(late, shared):
 
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_model_trains_the_same_over_late_lines(late, recompute, frozen):
+def test_a_model_trains_the_same_over_late_collectives(late, recompute, frozen):
     """`frozen`: parameters without a gradient; `model.`: all but the last layer and the head."""
     models = [make_model(tie_word_embeddings=False) for _ in range(2)]
     for model in models:
@@ -152,6 +152,7 @@ def test_a_model_trains_the_same_over_late_lines(late, recompute, frozen):
 
 
 def test_rows_that_were_not_sent_are_not_awaited():
-    way = expert.Way(LateLines(), np.array([[2]]), [2], paddle.arange(2), paddle.arange(2))
-    with pytest.raises(RuntimeError, match="not sent"):
-        expert._Trip(way).take()
+    order = paddle.arange(2)
+    plan = expert.AllToAllPlan(LateCollectives(), np.array([[2]]), [2], order, order)
+    with pytest.raises(RuntimeError, match="not started"):
+        expert._Transfer(plan).take()

@@ -21,7 +21,7 @@ from ernie_train.model import (
     numpy_decoder,
 )
 from ernie_train.model import batch_layout as model_layout
-from ernie_train.parallel import RecomputeConfig, gradient_reduction
+from ernie_train.parallel import RecomputeConfig
 from ernie_train.parallel import gradients as parallel_gradients
 from ernie_train.parallel.recompute import Part
 from ernie_train.plan import activations, buckets, decoder, memory
@@ -146,7 +146,7 @@ def test_the_plan_deals_parameters_as_the_optimizer_does(
         here = range(rank % grid.expert * count, (rank % grid.expert + 1) * count)
         model = Ernie4_5_MoeForCausalLM(config, Placement(here, LocalDispatcher()))
         names = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
-        owned.append(sum(int(names[name].size) for name in parallel.owned(names)))
+        owned.append(sum(int(names[name].size) for name in parallel.owned_names(names)))
     layout = Layout(grid.expert, grid.data, True, False)
     assert updated_by_rank(config, layout) == owned
 
@@ -173,8 +173,8 @@ def test_constants_are_those_of_the_code() -> None:
     assert kv_cache._GROWTH == memory._CACHE_GROWTH
     assert numpy_decoder._GROWTH == decoder.GROWTH
     assert numpy_decoder._CHUNK_TOKENS == decoder.CHUNK_TOKENS
-    assert parallel_gradients.BUCKET_NUMBERS == buckets.BUCKET_NUMBERS
-    assert gradient_reduction.IN_FLIGHT == buckets.IN_FLIGHT
+    assert parallel_gradients.BUCKET_ELEMENTS == buckets.BUCKET_NUMBERS
+    assert parallel_gradients.MAX_IN_FLIGHT == buckets.IN_FLIGHT
 
 
 MEASURE = """
@@ -271,22 +271,25 @@ def test_gradients_on_their_way_are_those_of_real_buckets(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool], grid: Grid
 ) -> None:
     """Against the buckets of a model's own parameters, in the order in which they leave."""
-    for module in (parallel_gradients, buckets):
-        monkeypatch.setattr(module, "BUCKET_NUMBERS", 4096)
+    monkeypatch.setattr(parallel_gradients, "BUCKET_ELEMENTS", 4096)
+    monkeypatch.setattr(buckets, "BUCKET_NUMBERS", 4096)
     monkeypatch.setattr(process_group, "_grid", grid)
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     config = Ernie4_5_MoeConfig.preset("tiny", **settings)
     here = range(config.moe_num_experts // grid.expert)
     model = Ernie4_5_MoeForCausalLM(config, Placement(here, LocalDispatcher()))
     parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
-    leaving = gradient_reduction._all_buckets(gradient_reduction._parts(parameters), None)
+    shared = parallel_gradients._shared_parameters(parameters)
+    leaving = parallel_gradients._gradient_buckets(shared, None)
     layout = Layout(grid.expert, grid.data, grid.sharding, False)
     buckets._known.clear()
     planned = buckets.numbers_in_flight(config, layout)
     for layer, most in enumerate(planned):
         gone = [bucket for bucket in leaving if bucket.complete_after > layer]
         sizes = [sum(int(parameters[n].size) for n in bucket.names) for bucket in gone]
-        flights = [sum(sizes[at : at + gradient_reduction.IN_FLIGHT]) for at in range(len(sizes))]
+        flights = [
+            sum(sizes[at : at + parallel_gradients.MAX_IN_FLIGHT]) for at in range(len(sizes))
+        ]
         assert max(flights, default=0) <= most
         assert most <= max(4 * 4096, sum(sorted(sizes)[-4:]), 1.5 * max(flights, default=0))
     buckets._known.clear()

@@ -32,7 +32,7 @@ PACKAGES: dict[str, str] = {
     "rewards.verifiers": "answer_text math_worker math_process assignments choices quantities"
     " exact format math_answer logic tool_call code llm_judge user",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
-    "parallel": "collectives lockstep recompute expert gradients gradient_reduction build",
+    "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout hf checkpoint model_directory",
     "generate": "sampler engine sharded",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"

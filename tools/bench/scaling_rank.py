@@ -129,9 +129,9 @@ class CountingLoss:
 def sent_bytes() -> int:
     """Bytes of rows that have left this rank."""
     from ernie_train.core import process_group
-    from ernie_train.parallel.collectives import lines
+    from ernie_train.parallel.collectives import get_collectives
 
-    return lines().sent_bytes if process_group.grid().expert > 1 else 0
+    return get_collectives().sent_bytes if process_group.grid().expert > 1 else 0
 
 
 def resident_bytes(field: str) -> int:

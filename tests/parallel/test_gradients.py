@@ -8,8 +8,8 @@ import pytest
 
 from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
-from ernie_train.parallel import GradientReduction, gradient_reduction, gradients
-from ernie_train.parallel.collectives import Pending
+from ernie_train.parallel import GradientReducer, gradients
+from ernie_train.parallel.collectives import Work
 from ernie_train.train.optimizer import OptimConfig, Optimizer
 from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_model
@@ -26,13 +26,13 @@ def test_real_ranks_get_the_same_bits_during_the_pass_after_it_and_late(ranks, g
 
 
 class Twins:
-    """Lines to a second rank that always has what this one has; sums are there when awaited."""
+    """Collectives with a second rank that always has what this one has; sums arrive on `wait`."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.waiting = self.most = 0
 
-    def add_up(self, flat, *, experts, at=None):
+    def all_reduce(self, flat, *, experts, dst=None):
         self.sizes.append(int(flat.size))
         self.waiting += 1
         self.most = max(self.most, self.waiting)
@@ -44,16 +44,16 @@ class Twins:
                 self.waiting -= 1
                 paddle.assign(kept * 2, output=total)
 
-        return Pending(total, Task(), flat)
+        return Work(total, Task(), flat)
 
 
 @pytest.fixture
 def twins(monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
     monkeypatch.setenv("PADDLE_TRAINER_ID", "0")
-    monkeypatch.setattr(gradients, "BUCKET_NUMBERS", 2000)
+    monkeypatch.setattr(gradients, "BUCKET_ELEMENTS", 2000)
     made = Twins()
-    monkeypatch.setattr(gradient_reduction, "lines", lambda: made)
+    monkeypatch.setattr(gradients, "get_collectives", lambda: made)
     process_group.set_grid(Grid(data=2))
     yield made
     process_group._grid = Grid()
@@ -67,17 +67,17 @@ def run_backward(model, **terms):
 @pytest.mark.parametrize("tied", [True, False])
 def test_sums_are_those_of_two_equal_ranks_and_few_buckets_are_on_their_way(twins, tied):
     one, two = (make_model(tie_word_embeddings=tied) for _ in range(2))
-    reducing = GradientReduction(dict(two.named_parameters()))
+    reducing = GradientReducer(dict(two.named_parameters()))
     for _ in range(2):  # micro-batches
         run_backward(one)
     run_backward(two)
-    reducing.begin_last_pass()
+    reducing.begin_last_backward()
     run_backward(two)
     sent = len(twins.sizes)
     reducing.finish()
     assert sent > len(twins.sizes) / 2
     assert twins.waiting == 0
-    assert twins.most == gradient_reduction.IN_FLIGHT
+    assert twins.most == gradients.MAX_IN_FLIGHT
     for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         np.testing.assert_array_equal(b.grad.numpy(), 2 * a.grad.numpy(), err_msg=name)
 
@@ -85,9 +85,9 @@ def test_sums_are_those_of_two_equal_ranks_and_few_buckets_are_on_their_way(twin
 @pytest.mark.parametrize("during", [True, False])
 def test_a_gradient_that_nobody_has_stays_absent(twins, during):
     model = make_model(tie_word_embeddings=False)
-    reducing = GradientReduction(dict(model.named_parameters()))
+    reducing = GradientReducer(dict(model.named_parameters()))
     if during:
-        reducing.begin_last_pass()
+        reducing.begin_last_backward()
     model.model(paddle.to_tensor([[3, 4, 5]])).hidden.sum().backward()
     reducing.finish()
     absent = {name for name, p in model.named_parameters() if p.grad is None}
@@ -96,7 +96,7 @@ def test_a_gradient_that_nobody_has_stays_absent(twins, during):
 
 def test_without_a_last_pass_only_what_is_there_is_sent(twins):
     model = make_model()
-    reducing = GradientReduction(dict(model.named_parameters()))
+    reducing = GradientReducer(dict(model.named_parameters()))
     norm = model.model.norm.weight
     (norm * 3.0).sum().backward()
     reducing.finish()
@@ -108,14 +108,14 @@ def test_without_a_last_pass_only_what_is_there_is_sent(twins):
 
 def test_a_gradient_that_grows_after_it_was_sent_is_an_error(twins):
     model = make_model()
-    reducing = GradientReduction(dict(model.named_parameters()))
-    reducing.begin_last_pass()
+    reducing = GradientReducer(dict(model.named_parameters()))
+    reducing.begin_last_backward()
     run_backward(model)
     run_backward(model)
     with pytest.raises(RuntimeError, match=r"gradient of model\.\S+ grew after it had been sent"):
         reducing.finish()
     model.clear_gradients()
-    reducing.begin_last_pass()  # and the next step is none the worse for it
+    reducing.begin_last_backward()  # and the next step is none the worse for it
     run_backward(model)
     reducing.finish()
 
@@ -124,9 +124,9 @@ def test_what_a_loss_reaches_past_the_layers_leaves_after_the_pass(twins):
     """A term on the routers' weights comes to them by a way of its own, however long."""
     model, other = make_model(), make_model()
     for m in (model, other):
-        reducing = GradientReduction(dict(m.named_parameters())) if m is model else None
+        reducing = GradientReducer(dict(m.named_parameters())) if m is model else None
         if reducing:
-            reducing.begin_last_pass()
+            reducing.begin_last_backward()
         term = m.model.layers[2].mlp.gate.weight
         for _ in range(200):
             term = term * 1.01
