@@ -1,4 +1,4 @@
-"""Rewards that `ablate_rl.py` trains with beside the verifiers: a loose one, and chance."""
+"""Rewards that the RL sweep trains with beside the verifiers: a loose one, and chance."""
 
 from __future__ import annotations
 

@@ -1,0 +1,226 @@
+"""Sweeps: what is run and measured, in which order, how often, and what is refused."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ernie_train.core.errors import ConfigError
+from tools.evidence import prepare, runs, sweep
+from tools.evidence.runs import train
+from tools.evidence.sweep import Runner, Step, Sweep, load_sweep
+
+RECIPE = "recipes/balance.yaml"
+
+
+def make_sweep(**changes: Any) -> Sweep:
+    settings: dict[str, Any] = {
+        "recipe": RECIPE, "seeds": [1, 2], "measure": {"name": "balance"}, "tables": [],
+        "arms": {"quick": {"stages.sft.steps": 3}, "slow": {}}, **changes,
+    }  # fmt: skip
+    return Sweep.model_validate_json(json.dumps(settings))
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Training is a note in this list and takes one second; the loss is the number of notes."""
+    notes: list[str] = []
+
+    def train(recipe: str, overrides: list[str], run_dir: Path) -> dict[str, float]:
+        notes.append(run_dir.name)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return {"wall_s": 2.0, "cpu_s": 1.0, "peak_gb": 0.1}
+
+    def measured(run_dir: Path, step: Step) -> dict[str, Any]:
+        return {"loss": float(len(notes))}
+
+    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(sweep, "measured", measured)
+    return notes
+
+
+def test_a_finished_run_is_not_repeated(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(run_dir: Path, step: Step) -> dict[str, Any]:
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return {"loss": float(len(trained))}
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sweep, "measured", interrupted)
+        Runner(make_sweep(), tmp_path).results(["quick", "slow"], [1, 2])
+    results = Runner(make_sweep(), tmp_path).results(["quick", "slow"], [1, 2])
+    # The run that was not measured is gone through again, and no other.
+    assert trained == ["quick-seed1", "slow-seed1", "quick-seed2", "quick-seed2", "slow-seed2"]
+    assert [(r["arm"], r["seed"], r["loss"]) for r in results] == [
+        ("quick", 1, 1.0), ("slow", 1, 2.0), ("quick", 2, 4.0), ("slow", 2, 5.0),
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text("utf-8")) == results
+
+
+def test_results_of_other_overrides_are_refused(tmp_path: Path, trained: list[str]) -> None:
+    Runner(make_sweep(), tmp_path).result(("quick", 1))
+    changed = make_sweep(arms={"quick": {"stages.sft.steps": 4}})
+    with pytest.raises(ValueError, match="other settings"):
+        Runner(changed, tmp_path).result(("quick", 1))
+    assert trained == ["quick-seed1"]
+
+
+def test_results_of_other_shared_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r.yaml").write_text("name: made-up\n")
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    sweep.claim(make_sweep(recipe="r.yaml"), tmp_path)
+    sweep.claim(make_sweep(recipe="r.yaml", seeds=[3], arms={}), tmp_path)  # which may differ
+    with pytest.raises(SystemExit, match="holds results with other measure; choose another --out"):
+        sweep.claim(make_sweep(recipe="r.yaml", measure={"name": "stages"}), tmp_path)
+    (tmp_path / "r.yaml").write_text("name: another\n")
+    with pytest.raises(SystemExit, match="other sha256"):
+        sweep.claim(make_sweep(recipe="r.yaml"), tmp_path)
+
+
+def test_overrides_come_in_order_and_know_the_directory() -> None:
+    shared = {"model.path": "{out}/start", "stages.sft.steps": 2}
+    made = make_sweep(shared=shared, overrides=["stages.sft.steps=4"])
+    assert made.overrides_of("quick", Path("/o")) == [
+        'model.path="/o/start"', "stages.sft.steps=3", "stages.sft.steps=4",
+    ]  # fmt: skip
+
+
+def test_a_derived_arm_runs_after_the_others(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(prepare.DERIVED, "later", lambda run_dir: [f"model.path={run_dir.name}"])
+    made = make_sweep(derived={"control": {"arm": "slow", "by": "later"}})
+    results = Runner(made, tmp_path, jobs=2).results(["control", "slow"], [1, 2])
+    assert sorted(trained[:2]) == ["slow-seed1", "slow-seed2"]
+    assert results[-1]["overrides"] == ["model.path=slow-seed2"]
+
+
+def test_a_mistake_in_a_sweep_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: r.yaml\nseed: [1]\nmeasure: {name: balance}\narms: {}\ntables: []\n")
+    with pytest.raises(ConfigError, match="seed: unknown key; did you mean 'seeds'"):
+        load_sweep(str(file))
+
+
+# ---- programs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for Python; its arguments are in the file beside it. Fails for seed 13."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\n"
+        'printf "%s\\n" "$PWD" "$OMP_NUM_THREADS" "$MKL_NUM_THREADS" "$@" > "$0.told"\n'
+        'case "$*" in *seed=13*) exit 4;; esac\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(runs.sys, "executable", str(script))
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    return script
+
+
+def test_a_run_is_the_command_on_one_thread(command: Path, tmp_path: Path) -> None:
+    spent = train("recipes/x.yaml", ["seed=7", "stages.sft.steps=3"], tmp_path / "run")
+    told = command.with_suffix(".told").read_text().splitlines()
+    assert told[:3] == [str(runs.ROOT), "1", "1"]
+    run = ["-m", "ernie_train", "run", "recipes/x.yaml", "--run-dir", str(tmp_path / "run")]
+    assert told[3:] == [*run, "seed=7", "stages.sft.steps=3"]
+    assert 0 <= spent["cpu_s"] <= spent["wall_s"] + 1
+
+
+def test_a_failing_run_stops_the_sweep(command: Path, tmp_path: Path) -> None:
+    with pytest.raises(runs.subprocess.CalledProcessError, match="exit status 4"):
+        Runner(make_sweep(), tmp_path).results(["quick"], [13, 14])
+    assert "seed=13" in command.with_suffix(".told").read_text()
+    assert not list(tmp_path.glob("*/result.json"))
+
+
+def test_costs_are_the_sum_over_all_starts(
+    command: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first start fails, a second is interrupted, a third goes through."""
+    interrupted = iter([False, True, False])
+    ends = iter([(4 << 8, 2.0, 700), (3 << 8, 3.0, 900), (0, 5.0, 800)])
+    clock = iter([10.0, 15.0, 100.0, 107.0, 200.0, 211.0])
+
+    def wait4(pid: int, options: int) -> tuple[int, int, Any]:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        if next(interrupted, False):
+            raise KeyboardInterrupt
+        os.waitpid(pid, 0)
+        status, cpu_s, peak_mb = next(ends)
+        used = SimpleNamespace(ru_utime=cpu_s - 0.5, ru_stime=0.5, ru_maxrss=peak_mb * 1000)
+        return pid, status, used
+
+    monkeypatch.setattr(runs.os, "wait4", wait4)
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(runs.subprocess.CalledProcessError):
+        train("recipes/x.yaml", [], tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train("recipes/x.yaml", [], tmp_path / "run")
+    spent = train("recipes/x.yaml", [], tmp_path / "run")
+    assert spent == {"wall_s": 5.0 + 7.0 + 11.0, "cpu_s": 10.0, "peak_gb": 0.9}
+
+
+def test_ctrl_c_ends_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both programs that run side by side are told to stop before the sweep ends."""
+    script = tmp_path / "python"
+    script.write_text(
+        '#!/bin/sh\ntrap \'touch "$6.stopped"; exit 3\' TERM\ntouch "$6.began"\n'
+        "while true; do sleep 0.05; done\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(runs.sys, "executable", str(script))
+    marks = [tmp_path / f"{arm}-seed1" for arm in ("quick", "slow")]
+
+    def interrupted(futures: list[Any]) -> Iterator[Any]:
+        give_up = time.monotonic() + 60
+        while not all(mark.with_suffix(".began").exists() for mark in marks):
+            assert time.monotonic() < give_up, "the programs did not begin"
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(sweep, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Runner(make_sweep(), tmp_path, jobs=2).results(["quick", "slow"], [1])
+    assert all(mark.with_suffix(".stopped").exists() for mark in marks)
+    assert not list(tmp_path.glob("*/result.json"))
+
+
+# ---- the whole in small --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_everything_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, start = tmp_path / "out", "[stages.sft.steps=3, stages.sft.checkpoint.every_steps=3]"
+    command = ["rl", "seeds=[1, 2]", "overrides=[stages.rl.iterations=2]", "--jobs", "2"]
+    command += [f"prepare.options={{problems: 6, overrides: {start}}}"]
+    command += ["measure.options.problems=6", "--out", str(out), "--arms", "upo-online,loose-group"]
+    sweep.main(command)
+    names = ("table.md", "results.json", "rl_ablation.png", "rl_hacking.png")
+    assert all((out / name).exists() for name in names)
+    results = json.loads((out / "results.json").read_text())
+    assert [(r["arm"], r["seed"]) for r in results] == [
+        ("upo-online", 1), ("loose-group", 1), ("upo-online", 2), ("loose-group", 2),
+    ]  # fmt: skip
+    assert all(len(r["curve/reward"]) == 2 for r in results)
+    assert len(results[1]["curve/solved"]) == 2
+    text = (out / "table.md").read_text()
+    for module, name in ((sweep, "run_program"), (prepare, "run_program"), (sweep, "train")):
+        monkeypatch.setattr(module, name, None)  # nothing is done again
+    monkeypatch.setattr(prepare, "train", None)
+    sweep.main(command)
+    assert (out / "table.md").read_text() == text

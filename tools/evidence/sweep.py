@@ -1,0 +1,239 @@
+"""Trains every arm of a sweep with every seed, measures it, and writes tables and plots.
+
+    python -m tools.evidence.sweep balance --out runs/balance [--images docs/images] [--jobs 2]
+
+The first argument is a file, or the name of one in `tools/evidence/sweeps`: a recipe, arms (named
+overrides of it), seeds, a measurement (`measure.py`), tables and plots. Its own keys are overridden
+like a recipe's: `seeds=[1]`. Writes table.md, results.json and the plots into --out.
+
+A finished run leaves `result.json` in its directory and is not repeated, an interrupted one
+continues, so a sweep may be stopped and started again at any time. Results of other settings are
+refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from ernie_train.core.config import StrictConfig, apply_overrides, load_yaml, parse_config
+from ernie_train.core.errors import ErnieTrainError
+from tools.evidence import prepare
+from tools.evidence.plots import Comparison, Curves
+from tools.evidence.runs import (
+    ROOT,
+    run_program,
+    stop_on_sigterm,
+    stop_programs,
+    train,
+    write_json,
+)
+from tools.evidence.tables import Table, costs, insert
+
+SWEEPS = Path(__file__).resolve().parent / "sweeps"
+RESULT = "result.json"
+
+Result = dict[str, Any]
+Task = tuple[str, int]  # arm, seed
+
+
+class Step(StrictConfig):
+    """A function by its name, and its keyword arguments."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class Derived(StrictConfig):
+    """An arm whose overrides a function of `prepare.py` takes from the same seed of another arm."""
+
+    arm: str
+    by: str
+
+
+class Sweep(StrictConfig):
+    """A sweep file. In values of `shared` and `arms`, `{out}` stands for the output directory."""
+
+    recipe: str
+    seeds: list[int]
+    prepare: Step | None = None  # makes data or a start before the first run
+    measure: Step
+    shared: dict[str, Any] = {}  # overrides of all arms but the derived, before their own
+    arms: dict[str, dict[str, Any]]
+    derived: dict[str, Derived] = {}
+    overrides: list[str] = []  # the same after their own, for trials
+    tables: list[Table]
+    plots: dict[str, Curves | Comparison] = {}
+
+    def overrides_of(self, arm: str, out: Path) -> list[str]:
+        """Return the overrides of an arm that is not derived; JSON is YAML."""
+        settings = {**self.shared, **self.arms[arm]}
+        values = {key: json.dumps(value) for key, value in settings.items()}
+        own = [f"{key}={value}".replace("{out}", str(out)) for key, value in values.items()]
+        return [*own, *self.overrides]
+
+
+def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
+    """Return a sweep by its file, or by its name in `sweeps/`.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    path = Path(name) if name.endswith(".yaml") else SWEEPS / f"{name}.yaml"
+    return parse_config(Sweep, apply_overrides(load_yaml(path), overrides), str(path))
+
+
+def claim(sweep: Sweep, out: Path) -> None:
+    """Note in `out` what all runs share, or end the program if it holds results of other settings.
+
+    Arms and seeds may differ: what they are is noted in each result.
+    """
+    recipes = [sweep.recipe]
+    if sweep.prepare:
+        recipes += prepare.RECIPES.get(sweep.prepare.name, [])
+    shared = {"recipe", "prepare", "measure", "overrides"}
+    settings = json.loads(sweep.model_dump_json(include=shared))
+    settings["sha256"] = {
+        name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in recipes
+    }
+    file = out / "settings.json"
+    if not file.exists():
+        write_json(file, settings)
+    elif (known := json.loads(file.read_text("utf-8"))) != settings:
+        other = [key for key in settings if known.get(key) != settings[key]]
+        sys.exit(f"{out} holds results with other {', '.join(other)}; choose another --out")
+
+
+class Runner:
+    """Runs of a sweep in the directory `out`, `jobs` at a time."""
+
+    def __init__(self, sweep: Sweep, out: Path, jobs: int = 1) -> None:
+        self.sweep = sweep
+        self.out = out
+        self.jobs = jobs
+
+    def run_dir(self, arm: str, seed: int) -> Path:
+        return self.out / f"{arm}-seed{seed}"
+
+    def results(self, arms: Sequence[str], seeds: Sequence[int]) -> list[Result]:
+        """Run every arm with every seed, a whole seed after the other; derived arms last."""
+        results: list[Result] = []
+        for derived in (False, True):
+            chosen = [arm for arm in arms if (arm in self.sweep.derived) == derived]
+            results += self._run_all([(arm, seed) for seed in seeds for arm in chosen])
+        write_json(self.out / "results.json", results)
+        return results
+
+    def _run_all(self, tasks: Sequence[Task]) -> list[Result]:
+        found: dict[Task, Result] = {}
+        ordered = map(self.result, tasks) if self.jobs == 1 else self._side_by_side(tasks)
+        for result in ordered:
+            arm, seed = result["arm"], result["seed"]
+            found[arm, seed] = result
+            print(f"{arm}, seed {seed}: {result['cpu_s']:.0f} s of one core", flush=True)
+        return [found[task] for task in tasks]
+
+    def _side_by_side(self, tasks: Sequence[Task]) -> Iterator[Result]:
+        """Yield results as they come; the first failure, or Ctrl-C, ends all programs that run."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                for future in as_completed([pool.submit(self.result, task) for task in tasks]):
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                stop_programs()
+                raise
+
+    def result(self, task: Task) -> Result:
+        """Train and measure, unless the directory holds the result of these very settings.
+
+        Raises `ValueError` if it holds that of others: a table must not mix them.
+        """
+        arm, seed = task
+        run_dir = self.run_dir(arm, seed)
+        overrides = self._overrides(arm, seed)
+        identity = {"arm": arm, "seed": seed, "overrides": overrides}
+        file = run_dir / RESULT
+        if file.exists():
+            known: Result = json.loads(file.read_text("utf-8"))
+            if {key: known.get(key) for key in identity} != identity:
+                raise ValueError(f"{file} is of other settings; choose another --out or delete it")
+            return known
+        spent = train(self.sweep.recipe, [f"seed={seed}", *overrides], run_dir)
+        result = {**identity, **spent, **measured(run_dir, self.sweep.measure)}
+        write_json(file, result)
+        return result
+
+    def _overrides(self, arm: str, seed: int) -> list[str]:
+        derived = self.sweep.derived.get(arm)
+        if derived is None:
+            return self.sweep.overrides_of(arm, self.out)
+        return prepare.DERIVED[derived.by](self.run_dir(derived.arm, seed))
+
+
+def measured(run_dir: Path, step: Step, name: str = "figures.json") -> Result:
+    """Return the figures of a run directory, measured in a process of its own."""
+    file = run_dir / name
+    options = json.dumps(step.options)
+    run_program("-m", "tools.evidence.measure", step.name, str(run_dir), str(file), options)
+    figures: Result = json.loads(file.read_text("utf-8"))
+    return figures
+
+
+def report(sweep: Sweep, results: Sequence[Result], out: Path, images: Path) -> str:
+    """Return the tables and write them into `table.md`, and the plots into `images`."""
+    trained = [result for result in results if result["seed"] is not None]
+    spent = costs(trained, [table.spread for table in sweep.tables])
+    text = "\n".join([*(table.render(results) for table in sweep.tables), spent])
+    (out / "table.md").write_text(text, encoding="utf-8")
+    images.mkdir(parents=True, exist_ok=True)
+    for name, plot in sweep.plots.items():
+        plot.draw(results, images / name)
+    return text
+
+
+def run(options: argparse.Namespace) -> None:
+    sweep = load_sweep(options.sweep, options.overrides)
+    known = [*sweep.arms, *sweep.derived]
+    if unknown := [arm for arm in options.arms or () if arm not in known]:
+        sys.exit(f"no such arm: {', '.join(unknown)}; there are {', '.join(known)}")
+    out: Path = (options.out or Path("runs") / Path(options.sweep).stem).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    claim(sweep, out)
+    step = sweep.prepare
+    starts = prepare.PREPARE[step.name](out, sweep.recipe, **step.options) if step else {}
+    chosen = [arm for arm in known if not options.arms or arm in options.arms]
+    results = Runner(sweep, out, options.jobs).results(chosen, sweep.seeds)
+    begun = [{"arm": name, "seed": None, **figures} for name, figures in starts.items()]
+    text = report(sweep, [*begun, *results], out, options.images or out)
+    if options.page:
+        insert(options.page, text)
+    print(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("sweep", help="a YAML file, or the name of one in tools/evidence/sweeps")
+    parser.add_argument("overrides", nargs="*", help="of the sweep file: key.path=value")
+    parser.add_argument("--out", type=Path, help="default: runs/<name of the sweep>")
+    parser.add_argument("--images", type=Path, help="where the plots go; --out unless given")
+    parser.add_argument("--page", type=Path, help="a page whose tables are replaced")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
+    parser.add_argument("--arms", type=lambda text: text.split(","), help="only these: a,b")
+    stop_on_sigterm()
+    try:
+        run(parser.parse_intermixed_args(arguments))  # overrides may follow options
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues from here")
+    except ErnieTrainError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
