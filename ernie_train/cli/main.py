@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,11 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ernie_train.cli.run import RunCall
+from ernie_train.cli.run import RunCall, print_status
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError
 from ernie_train.launch import LaunchSettings, print_error
-from ernie_train.launch.rank_files import RankReport, is_supervised
+from ernie_train.launch.rank_files import RankReporter, is_supervised
 
 app = typer.Typer(
     help="Trains ERNIE 4.5 mixture-of-experts models with PaddlePaddle.",
@@ -27,7 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-_debug = False
 
 RecipePath = Annotated[Path, typer.Argument(help="a YAML recipe")]
 Overrides = Annotated[
@@ -46,12 +46,19 @@ Referee = Annotated[
 ]
 
 
+@dataclass
+class CommonOptions:
+    """Options before the verb; the context's object of every verb."""
+
+    debug: bool = False
+
+
 @app.callback()
-def _options(
+def _common_options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="show tracebacks and debug messages")] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    context.ensure_object(CommonOptions).debug = debug
     level = logging.DEBUG if debug else logging.WARNING
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=debug)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
@@ -59,13 +66,14 @@ def _options(
 
 @app.command()
 def run(
+    context: typer.Context,
     recipe: RecipePath,
     overrides: Overrides = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="where to write; default runs/<recipe's name>")
     ] = None,
     first: Annotated[
-        str | None, typer.Option("--from", help="do this stage and all after it anew")
+        str | None, typer.Option("--from", help="repeat this stage and all after it")
     ] = None,
     last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
     referee: Referee = None,
@@ -76,7 +84,7 @@ def run(
         int, typer.Option(min=0, help="restarts when a rank dies or hangs")
     ] = LaunchSettings.max_restarts,
     hang_timeout_s: Annotated[
-        float, typer.Option(min=3, help="a rank without a sign of life for so long has hung")
+        float, typer.Option(min=3, help="a rank without a sign of life for this long has hung")
     ] = LaunchSettings.hang_timeout_s,
     nnodes: Annotated[int, typer.Option(min=1, help="machines")] = LaunchSettings.nnodes,
     master: Annotated[
@@ -90,7 +98,8 @@ def run(
     call = RunCall(recipe, overrides or [], run_dir, first, last, _interpreter(referee))
     settings = LaunchSettings(nproc or 1, nnodes, master, node_rank, max_restarts, hang_timeout_s)
     if nproc is not None:
-        raise typer.Exit(call.launch(settings, _console(stderr=True), debug=_debug))
+        debug = context.ensure_object(CommonOptions).debug
+        raise typer.Exit(call.launch(settings, _console(stderr=True), debug=debug))
     if settings != LaunchSettings(nproc=1):
         raise UserError("the options of a launch need --nproc, the ranks of this machine")
     call.run_here(_console(quiet=not process_group.is_main()))
@@ -135,7 +144,7 @@ def plan(
         float | None, typer.Option(min=1e-6, help="GB/s that a rank reads from its memory")
     ] = None,
 ) -> None:
-    """Tell how a recipe fits a cluster: memory, traffic and time of every layout."""
+    """Show how a recipe fits a cluster: memory, traffic and time of every layout."""
     from ernie_train.plan import PlanSettings, print_plan
     from ernie_train.run.recipe import load_recipe
 
@@ -149,8 +158,6 @@ def plan(
 @app.command()
 def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
     """Show a run's stages, steps and latest metrics."""
-    from ernie_train.cli.status import print_status
-
     print_status(run_dir, _console())
 
 
@@ -254,7 +261,7 @@ def doctor() -> None:
 
 
 def _interpreter(referee: str | None) -> str | None:
-    """The interpreter that `--referee` means; an environment's directory holds bin/python."""
+    """Return the interpreter that `--referee` names, itself or by its environment's directory."""
     if referee is None:
         return None
     path = Path(referee)
@@ -265,47 +272,51 @@ def _interpreter(referee: str | None) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and exits with its status; every mistake is one message, no traceback."""
-    report = RankReport.of_this_process()
-    if report is None:
+    """Run a command and exit with its status; a mistake is one message without a traceback."""
+    reporter = RankReporter.of_this_process()
+    if reporter is None:
         status, message = _run(arguments)
         if message:
             print_error(Console(stderr=True), message)
         sys.exit(status)
-    report.begin()
-    report.end(*_run(arguments))
+    reporter.start()
+    reporter.finish(*_run(arguments))
 
 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that prints texts as they are: brackets in paths and layouts are no markup."""
+    """Return a console without markup: paths and layouts may hold brackets."""
     return Console(stderr=stderr, quiet=quiet, markup=False)
 
 
 def _run(arguments: list[str] | None) -> tuple[int, str]:
-    """Exit status and, if there is one, the message that says why."""
+    """Return the exit status and the message that explains it, "" if there is none."""
+    options = CommonOptions()
     try:
-        result: Any = app(arguments, standalone_mode=False)
+        result: Any = app(arguments, standalone_mode=False, obj=options)
     except ErnieTrainError as error:
-        return _failed(error, error.exit_status)
+        return _failure(error, error.exit_status, debug=options.debug)
     except typer.Exit as stop:
         return stop.exit_code, ""
     except KeyboardInterrupt:
         return 1, "interrupted before anything was saved since the last checkpoint"
-    except Exception as error:  # the last line of defence: a bug, told in one line
+    except Exception as error:  # anything else is a defect: one line, unless --debug asks for more
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # a mistake in the arguments
             error.show()
             return error.exit_code, ""
-        return _failed(error, 1, hint=" (a defect; --debug shows where)")
+        hint = " (a defect; --debug shows where)"
+        return _failure(error, 1, hint, debug=options.debug)
     return result if isinstance(result, int) else 0, ""
 
 
-def _failed(error: BaseException, exit_status: int, hint: str = "") -> tuple[int, str]:
-    alike = (
+def _failure(
+    error: BaseException, exit_status: int, hint: str = "", *, debug: bool
+) -> tuple[int, str]:
+    on_main_too = (
         isinstance(error, ErnieTrainError) and error.on_all_ranks and not process_group.is_main()
     )
-    if (alike and not is_supervised()) or isinstance(error, FailedElsewhere):
-        return exit_status, ""  # another rank tells
-    if _debug:
+    if (on_main_too and not is_supervised()) or isinstance(error, FailedElsewhere):
+        return exit_status, ""  # another rank prints the message
+    if debug:
         Console(stderr=True).print_exception()
     kind = "" if isinstance(error, ErnieTrainError) else f"{type(error).__name__}: "
     return exit_status, f"{kind}{error}{hint}"

@@ -1,31 +1,27 @@
-"""The verbs that try a finished model: eval, generate, export."""
+"""The verbs that use a trained model: eval, generate and export."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
-from ernie_train.core.config import load_yaml, parse_config
-from ernie_train.core.errors import storage_errors
-from ernie_train.core.progress import progress_bar
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
-from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, load_problems
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import comparison_prompts
-from ernie_train.run.export import export as export_directory
-from ernie_train.run.recipe import Recipe
+from ernie_train.run.export import export
+from ernie_train.run.finalize import EVALUATION, read_result, solve_problems, write_samples
+from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
 from ernie_train.weights.hf import load_pretrained
 from ernie_train.weights.model_directory import find_model
 
 
 def open_model(path: Path) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
-    """Model and tokenizer of a Hugging Face directory, a checkpoint or a run directory."""
+    """Load model and tokenizer of a Hugging Face directory, a checkpoint or a run directory."""
     place = find_model(path)
     tokenizer = load_tokenizer(place.tokenizer)
     return load_pretrained(place.weights), tokenizer
@@ -40,24 +36,16 @@ def evaluate_model(
     output: Path | None,
     console: Console,
 ) -> None:
-    """Solves problems with the model at `path` and prints the table."""
+    """Solve the problems in `data`, print the table and write samples to `output`, if given."""
     problems = load_problems(data, tasks=tasks, max_examples=max_examples)
     model, tokenizer = open_model(path)
-    total = len(problems) * config.samples
-    with StopFlag() as stop, progress_bar(console, "problems", total) as advance_to:
-        result = evaluate(
-            model,
-            tokenizer,
-            problems,
-            config,
-            on_progress=advance_to,
-            stop_requested=lambda: stop.requested,
+    with StopFlag() as stop:
+        result = solve_problems(
+            model, tokenizer, problems, config, console=console, label="problems", stop=stop
         )
     console.print(evaluation_table({"trained": result.to_dict()}))
     if output is not None:
-        with storage_errors("cannot write the samples", output):
-            lines = (json.dumps(sample, ensure_ascii=False) for sample in result.samples)
-            output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_samples(output, result.samples)
 
 
 def complete(
@@ -70,7 +58,7 @@ def complete(
     top_p: float,
     seed: int,
 ) -> str:
-    """The model's completion of one prompt."""
+    """Return the model's completion of a user message, or with `raw` of the text itself."""
     model, tokenizer = open_model(path)
     if raw:
         ids = tokenizer.encode(prompt)
@@ -93,24 +81,20 @@ def complete(
 def export_model(
     path: Path, out: Path, dtype: str, max_shard_size: str, referee: str | None, console: Console
 ) -> None:
-    """Exports the model at `path` to `out` and prints what the comparison found."""
+    """Export the model at `path` to `out` and print the outcome of the comparison."""
     model, tokenizer = open_model(path)
-    recipe_file, thinking = path / "recipe.yaml", True
+    recipe = recorded_recipe(path)
     card = f"# {path.name}\n\nExported with ernie_train.\n"
-    if recipe_file.exists():
-        recipe = parse_config(Recipe, load_yaml(recipe_file), str(recipe_file))
-        evaluation = path / "evaluation.json"
-        measured = json.loads(evaluation.read_text("utf-8")) if evaluation.exists() else None
-        card, thinking = model_card(recipe, measured), recipe.thinking
-    receipt = export_directory(
+    if recipe is not None:
+        card = model_card(recipe, read_result(path / EVALUATION))
+    receipt = export(
         model,
         tokenizer,
         out,
-        prompts=comparison_prompts(tokenizer, seed=0),
-        dtype=dtype,
         card=card,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         referee=referee,
-        thinking=thinking,
+        thinking=recipe is None or recipe.thinking,
     )
     console.print(receipt_line(out, receipt), highlight=False)

@@ -1,23 +1,32 @@
-"""The `run` verb: in this process, or as ranks that this process starts and supervises."""
+"""The verbs `run`, in this process or as ranks that it starts and supervises, and `status`.
+
+Importing this module loads no Paddle: the process that supervises ranks does without it.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from ernie_train.core import consensus
 from ernie_train.core.config import apply_overrides, load_yaml
-from ernie_train.io.run_dir import refuse_if_in_use
-from ernie_train.launch import LaunchSettings, supervise
+from ernie_train.core.errors import CheckpointError
+from ernie_train.io.metrics_log import FILE_NAME, read_metrics
+from ernie_train.io.run_dir import read_done, refuse_if_in_use
+from ernie_train.launch import LaunchSettings, last_launch, supervise
+
+_HEADLINE = ("loss", "validation_loss", "reward", "accuracy", "kl", "grad_norm", "lr")
 
 
 @dataclass(frozen=True)
 class RunCall:
-    """What the user asked `run` to do; `first` and `last` are --from and --until."""
+    """Arguments of the verb `run`; `first` and `last` are --from and --until."""
 
     recipe: Path
     overrides: Sequence[str]
@@ -27,7 +36,7 @@ class RunCall:
     referee: str | None  # an interpreter
 
     def run_here(self, console: Console) -> None:
-        """Runs the recipe in this process, which may be one of several ranks."""
+        """Run the recipe in this process, which may be one of several ranks."""
         from ernie_train.run.pipeline import Pipeline, Selection
         from ernie_train.run.recipe import load_recipe
 
@@ -39,25 +48,28 @@ class RunCall:
         pipeline.run(Selection(self.first, self.last))
 
     def launch(self, settings: LaunchSettings, console: Console, *, debug: bool) -> int:
-        """Runs the recipe as ranks; returns the exit status. Loads no Paddle."""
-        # Whether the recipe makes sense is for the ranks to say; here name and device are enough.
+        """Run the recipe as ranks; return the exit status. Loads no Paddle."""
+        # The ranks validate the recipe, which takes Paddle; only name and device are needed here.
         values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
         name, hide_gpus = values.get("name"), values.get("device") == "cpu"
         directory = self._directory(name) if isinstance(name, str) else self.run_dir
-        if directory is not None and settings.nnodes == 1:  # on others its ranks may run already
+        if directory is not None and settings.nnodes == 1:  # ranks of other nodes may hold it
             refuse_if_in_use(directory)
 
-        def command(anew_begun: bool) -> list[str]:
+        def command(stages_set_aside: bool) -> list[str]:
             python = [sys.executable, "-u", "-m", "ernie_train", *(["--debug"] if debug else [])]
-            return [*python, "run", *self.arguments(anew_begun)]
+            return [*python, "run", *self.rank_arguments(stages_set_aside)]
 
         return supervise(command, replace(settings, hide_gpus=hide_gpus), directory, console)
 
-    def arguments(self, anew_begun: bool) -> list[str]:
-        """The same call for a rank; a restart goes on with stages that were begun anew before."""
+    def rank_arguments(self, stages_set_aside: bool) -> list[str]:
+        """Return the arguments of `run` for a rank.
+
+        Without --from once its stages are set aside: a restart continues them.
+        """
         options = {
             "--run-dir": self.run_dir,
-            "--from": None if anew_begun else self.first,
+            "--from": None if stages_set_aside else self.first,
             "--until": self.last,
             "--referee": self.referee,
         }
@@ -66,3 +78,40 @@ class RunCall:
 
     def _directory(self, name: str) -> Path:
         return self.run_dir or Path("runs") / name
+
+
+def print_status(run_dir: Path, console: Console) -> None:
+    """Print a line for each stage and what comes next; `CheckpointError` if it is no run."""
+    from ernie_train.run.recipe import recorded_recipe
+
+    recipe = recorded_recipe(run_dir)
+    if recipe is None:
+        raise CheckpointError(f"{run_dir}: not a run directory (it has no recipe.yaml)")
+    table = Table(title=f"{recipe.name} in {run_dir}")
+    for column in ("stage", "kind", "state", "step", "checkpoints", "latest metrics"):
+        table.add_column(column)
+    missing = []
+    for index, stage in enumerate(recipe.stages):
+        state, *cells = _stage_cells(run_dir / recipe.stage_directory(index))
+        table.add_row(stage.name, stage.kind, state, *cells)
+        missing += [f"stage {stage.name}"] if state != "done" else []
+    if recipe.evaluation and not (run_dir / "evaluation.json").exists():
+        missing.append("evaluation")
+    if recipe.export and not (run_dir / "export").exists():
+        missing.append("export")
+    console.print(table)
+    if (launched := last_launch(run_dir)) is not None:
+        console.print(f"last launch: {launched}", markup=False, highlight=False)
+    console.print(f"next: {missing[0] if missing else 'nothing, the run is complete'}")
+
+
+def _stage_cells(directory: Path) -> tuple[str, str, str, str]:
+    """Return state, step, checkpoints and latest metrics of a stage."""
+    from ernie_train.weights.checkpoint import CheckpointStore
+
+    rows = deque(read_metrics(directory / FILE_NAME), maxlen=1)
+    last = rows[0] if rows else {}
+    steps = CheckpointStore(directory / "checkpoints").steps()
+    state = "done" if read_done(directory) else "begun" if last or steps else "waiting"
+    shown = ", ".join(f"{name} {last[name]:.4g}" for name in _HEADLINE if name in last)
+    return state, str(last.get("step", "-")), ", ".join(map(str, steps)) or "-", shown

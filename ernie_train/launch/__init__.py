@@ -1,4 +1,4 @@
-"""Starting the ranks of a job on this machine, and supervising them; loads no Paddle."""
+"""Start the ranks of a run on this machine and supervise them; loads no Paddle."""
 
 from ernie_train.launch.launcher import LaunchSettings
 from ernie_train.launch.supervise import last_launch, print_error, supervise

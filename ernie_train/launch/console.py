@@ -1,7 +1,7 @@
-"""What the supervisor says, where it may be that nobody can hear it any more.
+"""A console that never ends the job: what cannot be written is dropped.
 
-A full disk behind standard output, a terminal that was closed: that is no reason to end a job, nor
-to change its exit status.
+A full disk behind standard output or a closed terminal is no reason to end a job or to change its
+exit status.
 """
 
 from __future__ import annotations
@@ -15,44 +15,43 @@ from rich.markup import escape
 
 
 class SafeConsole:
-    """Speaks on a console for as long as that can be written to."""
+    """Prints to a console for as long as it can be written to."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._complaints: set[str] = set()
+        self._warned: set[str] = set()
 
-    def say(self, text: str) -> None:
-        """Prints a text as it is, paths unbroken, or not at all."""
-        self._print(text, markup=False)
+    def print(self, text: str) -> None:
+        """Print a text as it is, without markup or line breaks in paths."""
+        self._write(text, markup=False)
 
-    def _print(self, text: str, *, markup: bool) -> None:
-        # A console that finds its pipe broken would end the process: so it writes to memory.
-        with self._console.capture() as said:
+    def error(self, message: str) -> None:
+        """Print why a command ends."""
+        self._write(f"[bold red]error:[/] {escape(message)}", markup=True)
+
+    def warn_once(self, name: str, error: OSError) -> None:
+        """Print, the first time for this name, that it cannot be written."""
+        if name not in self._warned:
+            self._warned.add(name)
+            self.print(f"{name} cannot be written any more: {error.strerror or error}")
+
+    def _write(self, text: str, *, markup: bool) -> None:
+        # rich exits the process on a broken pipe, so it renders to memory.
+        with self._console.capture() as captured:
             self._console.print(text, markup=markup, highlight=False, soft_wrap=True)
         try:
-            self._console.file.write(said.get())
+            self._console.file.write(captured.get())
             self._console.file.flush()
         except OSError:
             to_devnull(self._console.file)
 
-    def error(self, message: str) -> None:
-        """Says why a command ends."""
-        self._print(f"[bold red]error:[/] {escape(message)}", markup=True)
-
-    def complain(self, about: str, error: OSError) -> None:
-        """Says, the first time, that something could not be written; the job goes on without."""
-        if about not in self._complaints:
-            self._complaints.add(about)
-            reason = error.strerror or str(error)
-            self.say(f"{about} cannot be written any more: {reason}")
-
 
 def to_devnull(stream: IO[Any]) -> None:
-    """Sends to nowhere what a broken stream still holds and what it is given.
+    """Redirect a broken stream to /dev/null, with what its buffer holds.
 
-    The interpreter writes it out at its end, and exits with 120 where that fails.
+    The interpreter flushes it at exit, and would exit with 120 if that fails.
     """
-    with suppress(OSError, ValueError):  # no descriptor stands behind it
+    with suppress(OSError, ValueError):  # a stream without a descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

@@ -1,9 +1,9 @@
-"""Paddle's launcher as a process: how it is started, and what its log says of its ranks.
+"""Paddle's launcher as a subprocess: start it, and read from its log which ranks failed.
 
-What it does with signals and exit statuses is of no use here: it catches SIGTERM, kills its ranks
-after 30 seconds and exits with the signal's number; when one rank exits with another status than 0,
-it kills the others after 3 seconds, even if they are saving. Therefore signals are blocked in it, a
-rank that could leave its last word exits with 0, and job.py decides who ends when.
+Its own handling of signals and exit statuses does not fit. On SIGTERM it kills its ranks after 30
+seconds and exits with the signal's number; when one rank exits with a status other than 0, it kills
+the others after 3 seconds, even while they save. Therefore signals are blocked in the launcher, a
+rank that has written its exit report exits with 0, and rank_group.py decides when ranks end.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ernie_train.core import processes
 from ernie_train.core.signals import StopFlag
 from ernie_train.launch import rank_files
 
-HANG_TIMEOUT_S = 25.0  # collectives of gloo give up after 30 s by themselves
-# The launcher would take these for its own options.
-_ITS_VARIABLES = (
+HANG_TIMEOUT_S = 25.0  # below gloo's own time-out for collectives, 30 s
+# The launcher would read these in place of its options.
+_LAUNCHER_VARIABLES = (
     "PADDLE_MASTER", "PADDLE_NNODES", "PADDLE_NPROC_PER_NODE", "PADDLE_RANK", "PADDLE_LOG_DIR",
     "PADDLE_RUN_MODE", "PADDLE_LOG_LEVEL", "PADDLE_JOB_ID", "PADDLE_MAX_RESTART", "PADDLE_DEVICES",
     "PADDLE_ELASTIC_LEVEL", "PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM", "PADDLE_LOCAL_SIZE",
@@ -32,24 +32,24 @@ _ITS_VARIABLES = (
 )  # fmt: skip
 _BACKEND = "PADDLE_DISTRI_BACKEND"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_DIED = re.compile(r"^Container rank (\d+) status failed .* code (-?\d+) log", re.MULTILINE)
+_FAILED_RANK = re.compile(r"^Container rank (\d+) status failed .* code (-?\d+) log", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """Which ranks to start, and what to do about those that fail."""
+    """Which ranks to start, and what to do when they fail."""
 
     nproc: int  # ranks on this machine
     nnodes: int = 1
-    master: str | None = None  # address:port of a machine that all reach, if there are several
-    node_rank: int = -1  # this machine's number; -1: the launcher deals numbers out
+    master: str | None = None  # address:port that all machines reach, if there are several
+    node_rank: int = -1  # this machine's number; -1: the launcher assigns one
     max_restarts: int = 0
     hang_timeout_s: float = HANG_TIMEOUT_S
-    hide_gpus: bool = False  # from the ranks, which then talk over gloo
+    hide_gpus: bool = False  # from the ranks, which then communicate over gloo
 
 
 class Launcher:
-    """`paddle.distributed.launch`, told to run `command` as each rank."""
+    """`paddle.distributed.launch` as a subprocess that runs `command` as each rank."""
 
     def __init__(self, command: Sequence[str], settings: LaunchSettings, directory: Path) -> None:
         self._directory = directory
@@ -62,26 +62,26 @@ class Launcher:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=_environment(settings, directory),
-                start_new_session=True,  # the terminal's signals are for the supervisor alone
-                preexec_fn=partial(_bind, os.getpid()),
+                start_new_session=True,  # signals of the terminal go to the supervisor alone
+                preexec_fn=partial(_prepare_process, os.getpid()),
             )
 
     def rank_log(self, local_rank: int) -> Path:
-        """What the rank of this number on this machine prints."""
+        """Return the file with the output of a rank of this machine."""
         return self._directory / f"workerlog.{local_rank}"
 
-    def deaths(self) -> dict[int, int]:
-        """Statuses of ranks of this machine that it found ended with another one than 0."""
+    def failed_ranks(self) -> dict[int, int]:
+        """Return local rank -> exit status of the ranks that exited with a status other than 0."""
         text = self._log.read_text("utf-8", "replace")
-        return {int(local_rank): int(status) for local_rank, status in _DIED.findall(text)}
+        return {int(local_rank): int(status) for local_rank, status in _FAILED_RANK.findall(text)}
 
     def last_line(self) -> str:
-        """What it said at last, which is its reason if it could not start anything."""
+        """Return the last line of the launcher's log: the reason, if it could not start ranks."""
         return last_line(self._log)
 
 
 def last_line(path: Path) -> str:
-    """The last line of a text file that is not empty; "" without one."""
+    """Return the last non-empty line of a text file, "" if there is none."""
     text = path.read_text("utf-8", "replace") if path.exists() else ""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
@@ -90,16 +90,16 @@ def _options(settings: LaunchSettings, directory: Path) -> list[str]:
     options = [f"--nproc_per_node={settings.nproc}", f"--nnodes={settings.nnodes}"]
     options += [f"--log_dir={directory}", "--log_level=INFO"]
     if settings.nnodes == 1:
-        # The name of a machine may lead to an address that is no longer its own.
+        # A host name may resolve to an address that the machine no longer has.
         return [*options, "--host=127.0.0.1"]
     return [*options, f"--master={settings.master}", f"--rank={settings.node_rank}"]
 
 
 def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k not in _ITS_VARIABLES}
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
     if settings.hide_gpus or _sees_no_gpu(environment.get(_VISIBLE)):
-        # The launcher takes the backend from what GPUs it counts, not from what ranks will use;
-        # "" counts as one GPU there, and with fewer than ranks it fails. No GPU has the number -1.
+        # The launcher picks the backend by the GPUs that it counts, not by what ranks will use. It
+        # counts "" as one GPU, and fails with fewer GPUs than ranks; -1 is never a GPU's number.
         environment |= {_VISIBLE: ",".join(["-1"] * settings.nproc), _BACKEND: "gloo"}
     root = str(Path(__file__).resolve().parents[2])
     environment |= {
@@ -107,7 +107,7 @@ def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
         rank_files.DIRECTORY: str(directory),
         rank_files.SUPERVISOR: str(os.getpid()),
     }
-    environment.setdefault("GLOG_minloglevel", "1")  # how ranks find one another is no news
+    environment.setdefault("GLOG_minloglevel", "1")  # hides how ranks connect
     if sys.stdout is not None and sys.stdout.isatty():
         size = os.get_terminal_size(sys.stdout.fileno())
         environment[rank_files.TERMINAL] = "1"
@@ -116,12 +116,12 @@ def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
 
 
 def _sees_no_gpu(visible: str | None) -> bool:
-    """Whether this value of CUDA_VISIBLE_DEVICES hides every GPU: CUDA reads up to a wrong one."""
+    """Return True if CUDA_VISIBLE_DEVICES hides every GPU: CUDA ignores all after a wrong one."""
     return visible is not None and visible.split(",")[0].strip() in ("", "-1")
 
 
-def _bind(parent: int) -> None:
-    """Runs in the new process before it becomes the launcher."""
+def _prepare_process(parent: int) -> None:
+    """Prepare the new process, before it becomes the launcher."""
     processes.die_with_parent(parent)
-    # Its ranks inherit that: a signal waits until their work enters a StopFlag.
+    # Ranks inherit the mask: a signal stays pending until they enter a StopFlag.
     signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)

@@ -1,4 +1,4 @@
-"""The command that started the ranks: it watches, restarts, and speaks for them."""
+"""Supervise ranks: wait for their end, restart them, print and record how they ended."""
 
 from __future__ import annotations
 
@@ -13,56 +13,57 @@ from rich.console import Console
 from ernie_train.core import processes
 from ernie_train.core.errors import ConfigError
 from ernie_train.core.signals import StopFlag
-from ernie_train.launch import rank_files
 from ernie_train.launch.console import SafeConsole
-from ernie_train.launch.job import POLL_S, Job, Verdict
 from ernie_train.launch.launcher import LaunchSettings
 from ernie_train.launch.logs import LOGS, RankLogs
+from ernie_train.launch.rank_files import STAGES_SET_ASIDE, has_marker
+from ernie_train.launch.rank_group import POLL_S, ExitReport, RankGroup
 
 RECORD = "launches.jsonl"
 _ADDRESS = re.compile(r"[^:/\s]+:\d+")
-Command = Callable[[bool], Sequence[str]]  # given whether stages that were asked for anew are begun
+# Called with True once the stages that --from repeats have been set aside.
+Command = Callable[[bool], Sequence[str]]
 
 
 def supervise(
     command: Command, settings: LaunchSettings, run_dir: Path | None, console: Console
 ) -> int:
-    """Runs `command` as each rank of this machine until it is over; returns the exit status.
+    """Run `command` as each rank of this machine until all have ended; return the exit status.
 
-    SIGTERM and SIGINT are passed on to every rank once. When a rank dies or hangs all are ended,
-    and started again as often as the settings allow. No process is left behind, not even if this
-    one is killed. Where something that it writes or says itself is lost, the job goes on.
+    SIGTERM and SIGINT are sent on to every rank once. When a rank dies or hangs, all are ended and
+    started again, as often as the settings allow. No process is left behind, not even if this one
+    is killed. If output or logs cannot be written, the ranks go on.
 
     Raises:
-        ConfigError: the settings contradict one another.
+        ConfigError: the settings contradict each other.
     """
-    check(settings)
+    check_settings(settings)
     processes.adopt_orphans()
-    restarts, anew_begun, voice = 0, False, SafeConsole(console)
+    restarts, stages_set_aside, safe_console = 0, False, SafeConsole(console)
     with StopFlag() as stop:
         while True:
             title = f"{settings.nproc} ranks" + (f", restart {restarts}" if restarts else "")
-            logs = RankLogs(run_dir, title, voice)
-            with Job(command(anew_begun), settings, logs) as job:
-                verdict = _watch(job, stop)
-                anew_begun = anew_begun or rank_files.was_noted(job.directory, "anew")
-                if verdict.status not in (0, 3):
-                    _tell(job, verdict, voice)
+            logs = RankLogs(run_dir, title, safe_console)
+            with RankGroup(command(stages_set_aside), settings, logs) as ranks:
+                report = _wait(ranks, stop)
+                stages_set_aside |= has_marker(ranks.directory, STAGES_SET_ASIDE)
+                if report.status not in (0, 3):
+                    _print_failure(ranks, report, safe_console)
             try:
-                _record(run_dir, settings, restarts, verdict)
+                _record(run_dir, settings, restarts, report)
             except OSError as error:
-                voice.complain(f"{LOGS}/{RECORD}", error)
-            if not verdict.again or restarts == settings.max_restarts or stop.requested:
+                safe_console.warn_once(f"{LOGS}/{RECORD}", error)
+            if not report.restartable or restarts == settings.max_restarts or stop.requested:
                 break
             restarts += 1
-            voice.say(f"starting the ranks again ({restarts} of {settings.max_restarts})")
-    if verdict.status == 3:
-        voice.error(verdict.message)
-    return verdict.status
+            safe_console.print(f"starting the ranks again ({restarts} of {settings.max_restarts})")
+    if report.status == 3:
+        safe_console.error(report.message)
+    return report.status
 
 
-def check(settings: LaunchSettings) -> None:
-    """Raises `ConfigError` where the settings contradict one another."""
+def check_settings(settings: LaunchSettings) -> None:
+    """Raise `ConfigError` if the settings contradict each other."""
     problems = []
     if settings.nnodes > 1 and settings.master is None:
         problems.append("--nnodes: several machines need --master ADDRESS:PORT to find one another")
@@ -81,49 +82,51 @@ def check(settings: LaunchSettings) -> None:
         raise ConfigError(problems)
 
 
-def _watch(job: Job, stop: StopFlag) -> Verdict:
+def _wait(ranks: RankGroup, stop: StopFlag) -> ExitReport:
     while True:
-        job.look()
+        ranks.poll()
         if stop.requested:
-            job.stop()
-        verdict = job.verdict()
-        if verdict is not None:
-            return verdict
+            ranks.terminate()
+        report = ranks.exit_report()
+        if report is not None:
+            return report
         time.sleep(POLL_S)
 
 
-def _tell(job: Job, verdict: Verdict, voice: SafeConsole) -> None:
-    """The message first, then what the rank had printed, if that was not shown already."""
-    job.logs.interrupt()
-    lines = job.logs.last_lines(verdict.rank) if verdict.rank else []
-    named = verdict.status == 1 and verdict.rank is not None
-    if verdict.message:
-        name = f"rank {verdict.rank}: " if named else ""
-        voice.error(name + verdict.message)
-    if named and lines:
-        voice.say(f"rank {verdict.rank} printed last ({job.logs.path(verdict.rank or 0)}):")
+def _message(report: ExitReport) -> str:
+    """Return the message; status 1 names the rank, other statuses concern the whole run."""
+    named = report.status == 1 and report.rank is not None
+    return f"rank {report.rank}: {report.message}" if named else report.message
+
+
+def _print_failure(ranks: RankGroup, report: ExitReport, console: SafeConsole) -> None:
+    """Print the message, then the last output of the rank, unless the terminal has shown it."""
+    ranks.logs.end_progress_bar()
+    if report.message:
+        console.error(_message(report))
+    if report.status == 1 and report.rank and (lines := ranks.logs.last_lines(report.rank)):
+        console.print(f"rank {report.rank} printed last ({ranks.logs.path(report.rank)}):")
         for line in lines:
-            voice.say(f"  {line}")
+            console.print(f"  {line}")
 
 
 def print_error(console: Console, message: str) -> None:
-    """Prints why a command ends, if somebody can still read it."""
+    """Print why a command ends, if the console can still be written to."""
     SafeConsole(console).error(message)
 
 
 def _record(
-    run_dir: Path | None, settings: LaunchSettings, restarts: int, verdict: Verdict
+    run_dir: Path | None, settings: LaunchSettings, restarts: int, report: ExitReport
 ) -> None:
-    """A line for `status`, where there is a run directory."""
+    """Append a line for `last_launch`, if there is a run directory."""
     if run_dir is None or not run_dir.is_dir():
         return
-    who = f"rank {verdict.rank}: " if verdict.status == 1 and verdict.rank is not None else ""
     line = {
         "unix_s": time.time(),
         "ranks": settings.nproc * settings.nnodes,
         "restart": restarts,
-        "status": verdict.status,
-        "message": who + verdict.message,
+        "status": report.status,
+        "message": _message(report),
     }
     (run_dir / LOGS).mkdir(exist_ok=True)
     with (run_dir / LOGS / RECORD).open("a", encoding="utf-8") as stream:
@@ -131,7 +134,7 @@ def _record(
 
 
 def last_launch(run_dir: Path) -> str | None:
-    """How the last launch in a run directory ended, in words; None if there was none."""
+    """Return how the last launch in a run directory ended, None if there was none."""
     try:
         line = (run_dir / LOGS / RECORD).read_text("utf-8").splitlines()[-1]
         found = json.loads(line)

@@ -59,7 +59,7 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
     ranks = settings.ranks or DEFAULT_RANKS
     found = candidates(problem, ranks)
     if recipe.model.is_absent:
-        console.print(recipe.model.told_absent(), highlight=False)
+        console.print(recipe.model.missing_model_message(), highlight=False)
     print_assumptions(problem, ranks, why, console)
     fitting = [candidate for candidate in found if candidate.fits(problem.memory_gb)]
     shown = fitting[0] if fitting else min(found, key=lambda c: c.peak)

@@ -1,1 +1,1 @@
-"""From a recipe to a finished run: stage after stage, evaluation, gates, export and its proof."""
+"""Recipes and the pipeline that runs them: stages, evaluation, gates, export and its proof."""

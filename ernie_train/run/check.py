@@ -1,10 +1,9 @@
-"""The `check` verb: everything that can be known before training, without training."""
+"""The `check` verb: validate recipe, model, tokenizer and data without training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -19,15 +18,15 @@ from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
 from ernie_train.rewards.sandbox import set_policy
 from ernie_train.run.recipe import Recipe
-from ernie_train.run.stages import STAGES, StageData
+from ernie_train.run.stages import STAGES, AnyStageConfig, StageData
 from ernie_train.train.supervised_data import SupervisedConfig
 
 
 def check_recipe(recipe: Recipe, console: Console) -> None:
-    """Prints the resolved recipe, the model's size, and for each stage its batch and data.
+    """Print the resolved recipe, the model's size, and for each stage its batch and data.
 
-    Raises the same errors that a run would raise before its first step, but tells of what may be
-    elsewhere: GPUs, a model, its tokenizer.
+    Raises the errors that a run would raise before its first step, except for what may exist on
+    another machine only: GPUs, a model, its tokenizer. Those are printed.
     """
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     console.print(Syntax(resolved, "yaml", background_color="default"))
@@ -37,10 +36,10 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     else:
         devices.select_device(recipe.device)
     set_policy(recipe.sandbox)
-    tokenizer = _tokenizer_or_stand_in(recipe, base_dir, console)
+    tokenizer = _tokenizer_or_fallback(recipe, base_dir, console)
     config = recipe.model.build()
     if recipe.model.is_absent:
-        console.print(recipe.model.told_absent(), highlight=False)
+        console.print(recipe.model.missing_model_message(), highlight=False)
     check_fit(recipe, config, tokenizer)
     total, active = config.num_parameters()
     console.print(
@@ -58,7 +57,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
 
 
-def _tokenizer_or_stand_in(recipe: Recipe, base_dir: Path, console: Console) -> Tokenizer:
+def _tokenizer_or_fallback(recipe: Recipe, base_dir: Path, console: Console) -> Tokenizer:
     source = recipe.tokenizer
     if not source.is_absent(base_dir):
         return load_tokenizer(base_dir / source.path)
@@ -71,7 +70,7 @@ def _tokenizer_or_stand_in(recipe: Recipe, base_dir: Path, console: Console) -> 
 
 
 def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:
-    """Raises `ConfigError` for a gate on a metric that solving `problems` does not produce."""
+    """Raise `ConfigError` for a gate on a metric that evaluating `problems` does not produce."""
     known = known_metrics(problems)
     wrong = [
         f"stages.{index}.gate.metric={stage.gate.metric}: never produced; there are "
@@ -101,7 +100,7 @@ def _recompute_problems(recompute: Recompute, config: Ernie4_5_MoeConfig) -> lis
 
 
 def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> None:
-    """Raises `ConfigError` when tokenizer, sequence lengths or layout do not fit the model."""
+    """Raise `ConfigError` if tokenizer, sequence lengths or layout do not fit the model."""
     problems = []
     try:
         check_expert_degree(recipe.parallel.expert, config)
@@ -130,7 +129,7 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
         raise ConfigError(problems)
 
 
-def _length_problems(stage: Any, path: str, limit: int) -> list[str]:
+def _length_problems(stage: AnyStageConfig, path: str, limit: int) -> list[str]:
     return [
         f"{path}.{name}={length} exceeds the model's max_position_embeddings={limit}"
         for name, length in stage.lengths().items()
@@ -138,7 +137,7 @@ def _length_problems(stage: Any, path: str, limit: int) -> list[str]:
     ]
 
 
-def _balance_problems(stage: Any, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
+def _balance_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
     if any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
         return []
     return [
@@ -148,7 +147,7 @@ def _balance_problems(stage: Any, path: str, config: Ernie4_5_MoeConfig) -> list
     ]
 
 
-def _check_stage(stage: Any, data: StageData, console: Console) -> None:
+def _check_stage(stage: AnyStageConfig, data: StageData, console: Console) -> None:
     prepared = STAGES[stage.kind].prepare(stage, data)
     console.rule(f"stage {stage.name} ({stage.kind})")
     console.print(prepared.report.as_table())

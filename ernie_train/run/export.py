@@ -1,4 +1,4 @@
-"""Export to a Hugging Face directory, and the proof that what was written is what was trained."""
+"""Export to a Hugging Face directory, and proof that the export computes what the model does."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _GREEDY_TOKENS = 16
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was compared after an export, with whom, and how far apart the two were."""
+    """Result of comparing an export with the model it was made from."""
 
     dtype: str
-    reader: str  # who read the exported directory
+    reader: str  # the program that loaded the exported directory
     prompts: int
     max_logit_difference: float
     tolerance: float
@@ -50,22 +50,28 @@ def export(
     tokenizer: Tokenizer,
     directory: Path,
     *,
-    prompts: Sequence[Sequence[int]],
     dtype: str,
     card: str,
     max_shard_size: int | str = "5GB",
     referee: str | None = None,
     thinking: bool = True,
+    seed: int = 0,
 ) -> Receipt:
-    """Writes `directory`, reads it back, compares, and leaves the receipt and model card in it.
+    """Write `directory`, read it back, compare, and leave the receipt and model card in it.
 
-    `prompts` are token ids to compare on. With bfloat16 the reference is the float32 model on
-    bfloat16-rounded weights. `thinking`: which chat template goes with the model. `referee` is a
-    Python interpreter that has torch and transformers, by default this one if it has them; else
-    this toolkit's own reader reads the directory back.
-    Raises `WeightsError` if the comparison fails; directory and failed receipt then stay.
-    Every rank must call it: all write, and all compare what they hold.
+    Every rank must call it. The comparison is on `comparison_prompts` of this `seed`. With bfloat16
+    the reference is the float32 model on bfloat16-rounded weights.
+
+    Args:
+        card: the text of README.md.
+        referee: a Python interpreter with torch and transformers that reads the directory back;
+            by default this one if it has them, else this toolkit's own reader does.
+        thinking: picks the chat template that is written beside the model.
+
+    Raises:
+        WeightsError: the comparison fails; directory and failed receipt are kept.
     """
+    prompts = comparison_prompts(tokenizer, seed)
     files = _TokenizerFiles(tokenizer, thinking)
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
     consensus.run_on_main(lambda: _write_card(directory / "README.md", card))
@@ -102,7 +108,7 @@ def _write_card(path: Path, card: str) -> None:
 
 @dataclass(frozen=True)
 class _TokenizerFiles:
-    """A tokenizer that is saved with the chat template its model was trained in."""
+    """A tokenizer that is saved with the chat template that its model was trained with."""
 
     tokenizer: Tokenizer
     thinking: bool
@@ -120,7 +126,7 @@ class _TokenizerFiles:
 
 
 def rounded_copy(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
-    """A float32 model whose weights are rounded to bfloat16, router weights excepted."""
+    """Return a float32 model with weights rounded to bfloat16, except those of routers."""
     copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement)
     for name, tensor in model.state_dict().items():
         array = tensor.astype("float32").numpy()
@@ -131,7 +137,7 @@ def rounded_copy(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
 
 
 def comparison_prompts(tokenizer: Tokenizer, seed: int) -> list[list[int]]:
-    """Token ids to compare on: some text, and random ids, which reach every corner of a model."""
+    """Return token ids of some texts, and random ones, which reach every embedding and expert."""
     texts = [
         "What is 12 + 30?",
         "Name three prime numbers.",
@@ -147,7 +153,7 @@ Results = tuple[list[np.ndarray], list[list[int]]]
 
 
 def _own_results(model: Ernie4_5_MoeForCausalLM, prompts: Sequence[Sequence[int]]) -> Results:
-    """Logits [len(prompt),V] of each prompt and the tokens that greedy decoding adds to it."""
+    """Return logits [len(prompt),V] of each prompt and the tokens of its greedy completion."""
     model.eval()
     with paddle.no_grad():
         logits = [model(paddle.to_tensor([list(p)])).logits[0].numpy() for p in prompts]
@@ -158,6 +164,7 @@ def _own_results(model: Ernie4_5_MoeForCausalLM, prompts: Sequence[Sequence[int]
 def _referee_results(
     python: str, directory: Path, prompts: Sequence[Sequence[int]]
 ) -> tuple[Results, str]:
+    """Return the results of transformers in the interpreter `python`, and its version."""
     script = Path(__file__).with_name("referee_script.py")
     request = {
         "directory": str(directory),

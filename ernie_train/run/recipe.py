@@ -1,4 +1,4 @@
-"""The recipe: one strict schema, read from YAML, changed by overrides from the command line."""
+"""The recipe: a strict schema, read from YAML, with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.hf import load_config
 from ernie_train.weights.model_directory import find_model
 
+RECIPE = "recipe.yaml"  # the resolved recipe in a run directory
+
 
 class ModelSource(StrictConfig):
-    """A preset, trained from scratch, whose config keys may be overridden, or what `path` holds.
+    """The model to start from: random weights of a preset, or the weights at `path`.
 
-    `path`: a Hugging Face directory, a checkpoint or a run directory. Beside it `preset` says which
-    sizes must lie there; until they do, `check` and `plan` go by the preset. A run needs the files.
+    preset: its config keys may be overridden beside it (`moe_k: 2`). Together with `path` it names
+    the sizes that the model must have; `check` and `plan` use the preset while the files are
+    missing. A run needs the files.
+    path: a Hugging Face directory, a checkpoint or a run directory.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow")  # the overrides; the model's config checks them
 
     preset: str | None = None
     path: str | None = None
@@ -54,13 +58,14 @@ class ModelSource(StrictConfig):
 
     @property
     def is_absent(self) -> bool:
-        """Whether there is nothing at `path`, and `preset` stands for it."""
+        """Return True if `path` does not exist and `preset` is there in its place."""
         return self.preset is not None and self.path is not None and not Path(self.path).exists()
 
     def build(self) -> Ernie4_5_MoeConfig:
-        """The model's configuration; `ConfigError` for an unknown preset or impossible sizes.
+        """Return the model's configuration.
 
-        Also where the sizes at `path` are not those of the preset beside it.
+        Raises `ConfigError` for an unknown preset, impossible sizes, and sizes at `path` that
+        differ from the preset's.
         """
         if self.path is None or self.is_absent:
             return self._of_preset()
@@ -72,8 +77,8 @@ class ModelSource(StrictConfig):
             )
         return found
 
-    def told_absent(self) -> str:
-        """What to say where the preset stands for a model that is not there."""
+    def missing_model_message(self) -> str:
+        """Say that the preset is used in place of the missing model."""
         return (
             f"model: nothing at {self.path}; sizes are those of preset {self.preset}. A run needs "
             "the weights: model.path=..."
@@ -86,25 +91,26 @@ class ModelSource(StrictConfig):
 class TokenizerSource(StrictConfig):
     """A directory with a SentencePiece model, or a tokenizer that PaddleNLP can read.
 
-    `stand_in`: another one, by which `check` goes while there is nothing at `path`. A run never
-    takes it: ids of the wrong vocabulary would train without an error.
+    `stand_in`: a tokenizer that `check` uses while `path` does not exist. A run never uses it:
+    a wrong vocabulary would train without an error.
     """
 
     path: str
     stand_in: str | None = None
 
     def is_absent(self, base_dir: Path) -> bool:
-        """Whether there is nothing at `path`, and `stand_in` stands for it."""
+        """Return True if `path` does not exist and `stand_in` names a fallback."""
         return self.stand_in is not None and not (base_dir / self.path).exists()
 
 
 class ParallelConfig(StrictConfig):
-    """How the work is laid over `expert` x `data` ranks; the results do not depend on it.
+    """Layout over `expert` x `data` ranks; results do not depend on it.
 
-    expert: the experts of a layer are dealt out over so many consecutive ranks.
+    expert: number of consecutive ranks over which the experts of a layer are split.
     data: copies of every expert. Dense parameters are on all ranks.
-    sharding: optimizer state is spread over the ranks that hold the same parameter.
-    recompute: layers are run again in the backward pass instead of kept; or parts of them.
+    sharding: split optimizer state over the ranks that hold the same parameter (ZeRO-1).
+    recompute: run layers, or parts of them, again in the backward pass instead of keeping their
+        activations.
     """
 
     expert: PositiveInt = 1
@@ -124,25 +130,25 @@ class ParallelConfig(StrictConfig):
 
 
 class EvaluationConfig(StrictConfig):
-    """Held-out problems that are solved after the last stage; `path` may be a directory."""
+    """Held-out problems to solve after the last stage; `path` is a .jsonl file or a directory."""
 
     path: str
     max_new_tokens: PositiveInt = 128
     batch_size: PositiveInt = 256
-    max_examples: PositiveInt | None = None  # of each task; None: all
-    untrained_examples: Annotated[int, Field(ge=0)] = 0  # of each task, for the untrained model
-    after_each_stage: bool = False  # solves them after every stage; gates need it
+    max_examples: PositiveInt | None = None  # per task; None: all
+    untrained_examples: Annotated[int, Field(ge=0)] = 0  # per task, for the untrained model
+    after_each_stage: bool = False  # solve them after every stage; gates need it
 
 
 class ExportConfig(StrictConfig):
-    """What is written to `export/` after the last stage."""
+    """Format of the export that is written after the last stage."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_shard_size: int | str = "5GB"
 
 
 class Recipe(StrictConfig):
-    """A model, the stages it goes through, how it is tested and what is exported."""
+    """A model, its training stages, its evaluation and its export."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -177,7 +183,7 @@ class Recipe(StrictConfig):
         return self
 
     @model_validator(mode="after")
-    def _micro_batches_are_dealt_out(self) -> Recipe:
+    def _micro_batches_divide_over_ranks(self) -> Recipe:
         ranks = self.parallel.ranks
         wrong = [
             f"stages.{index}.grad_accum_steps={stage.grad_accum_steps} must be a multiple of the "
@@ -192,16 +198,26 @@ class Recipe(StrictConfig):
 
     @property
     def thinking(self) -> bool:
-        """Whether the model ends up in the Thinking chat format: as its last SFT stage has it."""
+        """Return True if the final chat format is the Thinking one: the last SFT stage decides."""
         formats = [stage.thinking for stage in self.stages if isinstance(stage, SftConfig)]
         return formats[-1] if formats else True
 
     def stage_seed(self, index: int) -> int:
-        """The seed of a stage: another for each, so that no two shuffle alike."""
+        """Return the seed of a stage; they differ, so that no two stages shuffle alike."""
         return self.seed + 1000 * (index + 1)
+
+    def stage_directory(self, index: int) -> str:
+        """Return the name of a stage's directory in a run directory, such as `01-sft`."""
+        return f"{index + 1:02d}-{self.stages[index].name}"
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads and checks a recipe. Raises `ConfigError` that lists every mistake with its path."""
+    """Read and check a recipe. Raises `ConfigError` that lists every mistake with its path."""
     data: dict[str, Any] = load_yaml(Path(path))
     return parse_config(Recipe, apply_overrides(data, overrides or []), str(path))
+
+
+def recorded_recipe(run_dir: Path) -> Recipe | None:
+    """Return the resolved recipe of a run directory, None for any other directory."""
+    path = run_dir / RECIPE
+    return load_recipe(path) if path.exists() else None

@@ -1,8 +1,8 @@
-"""Reads an exported directory with `transformers`; run as a script by an interpreter that has it.
+"""Load an export with `transformers` and print its logits; a script for another interpreter.
 
-It imports nothing of this toolkit, so that what it proves does not lean on it. Standard input holds
-{"directory", "prompts", "greedy_tokens"}; the last line of standard output
-{"logits", "tokens", "reader"}.
+It imports nothing of this toolkit, so that its results are independent of it. Reads the JSON object
+{"directory", "prompts", "greedy_tokens"} from standard input; writes {"logits", "tokens", "reader"}
+as the last line of standard output.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What people read at the end: the table of results, the receipt's line, the model card."""
+"""Tables of evaluation results, the line of an export's receipt, and the model card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ernie_train.run.recipe import Recipe
 
 
 def evaluation_table(result: dict[str, Any]) -> Group:
-    """Accuracy by task and by domain, beside the most frequent answer and the untrained model."""
+    """Return accuracy by task and domain, beside baseline and untrained model, for printing."""
     trained = result["trained"]
     untrained = {t["task"]: t for t in result.get("untrained", {}).get("tasks", [])}
     tasks = _table("held-out problems", "domain", "task", "n", "accuracy", "baseline")
@@ -47,7 +47,7 @@ def evaluation_table(result: dict[str, Any]) -> Group:
 
 
 def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """Accuracy of every task and domain after each stage, and what the last stage added."""
+    """Return a table of accuracy after each stage, with the gain of the last stage."""
     table = _table("solved, in %", "domain", "task", *(name for name, _ in results))
     if len(results) > 1:
         table.add_column("last stage", justify="right")
@@ -80,7 +80,7 @@ def _percent(share: float) -> str:
 
 
 def receipt_line(directory: Path, receipt: Receipt) -> str:
-    """One line that says what the comparison after an export found."""
+    """Return one line with the outcome of the comparison after an export."""
     return (
         f"exported to {directory} ({receipt.dtype}); {receipt.note} ({receipt.reader}): "
         f"{'passed' if receipt.passed else 'FAILED'}, largest logit difference "
@@ -89,7 +89,7 @@ def receipt_line(directory: Path, receipt: Receipt) -> str:
 
 
 def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:
-    """README.md of an exported model: where it comes from and what was measured."""
+    """Return the README.md of an exported model: its origin and its measurements."""
     stages = " -> ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
     source = recipe.model.path or f"preset {recipe.model.preset}"
     lines = [

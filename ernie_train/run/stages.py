@@ -1,4 +1,4 @@
-"""The kinds of stage: for each its settings, how it reads its data and how it runs."""
+"""The table of stage kinds: for each kind its settings and the functions that run it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AnyStageConfig = Annotated[
 
 
 class Report(Protocol):
-    """What is told of a stage's data."""
+    """Summary of a stage's data, for the terminal and for `data_report.json`."""
 
     def as_table(self) -> RenderableType: ...
 
@@ -31,14 +31,19 @@ class Report(Protocol):
 
 
 class Prepared(Protocol):
-    """What `prepare` hands to `run`, which alone knows the rest of it."""
+    """Result of `prepare`, for `describe` and `run`; the rest of it is private to the kind."""
 
     @property
     def report(self) -> Report: ...
 
 
 class StageKind(NamedTuple):
-    """prepare reads the data; describe tells what will be trained; run trains."""
+    """Functions of a kind of stage, each given the stage's settings first.
+
+    prepare: read the data.
+    describe: print what a step trains on; for `check`.
+    run: train the model in place; return the result: the last step and its checkpoint.
+    """
 
     prepare: Callable[[Any, StageData], Prepared]
     describe: Callable[[Any, StageData, Any, Console], None]

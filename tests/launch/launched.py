@@ -22,7 +22,7 @@ from ernie_train.launch import LaunchSettings, supervise
 toy, behaviour, out, steps, settings = *sys.argv[1:5], eval(sys.argv[5])
 command = [sys.executable, "-u", toy, behaviour, out, steps]
 console = Console(stderr=True)
-sys.exit(supervise(lambda anew: command, LaunchSettings(**settings), Path(out), console))
+sys.exit(supervise(lambda _: command, LaunchSettings(**settings), Path(out), console))
 """
 LIMIT_S = 60.0  # within which a job must be over, whatever happened to it
 

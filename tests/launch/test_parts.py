@@ -20,10 +20,10 @@ from ernie_train.core.errors import ConfigError
 from ernie_train.io.run_dir import RunLock
 from ernie_train.launch import LaunchSettings
 from ernie_train.launch.console import SafeConsole
-from ernie_train.launch.job import sweep_up
 from ernie_train.launch.launcher import Launcher, last_line
 from ernie_train.launch.logs import RankLogs
-from ernie_train.launch.supervise import check, last_launch
+from ernie_train.launch.rank_group import delete_abandoned_directories
+from ernie_train.launch.supervise import check_settings, last_launch
 from tests.launch.launched import REPOSITORY, SUPERVISOR, TOY
 from tests.workspace import make_workspace
 
@@ -39,9 +39,9 @@ def call(recipe: Path | str = "r.yaml", **changes: object) -> RunCall:
 def test_what_is_said_keeps_paths_whole():
     path = f"/{'long' * 20}/[b]run/logs/rank_1.log"
     heard = io.StringIO()
-    voice = SafeConsole(Console(file=heard, width=40))
-    voice.say(f"printed last ({path}):")
-    voice.error(f"no {path}")
+    console = SafeConsole(Console(file=heard, width=40))
+    console.print(f"printed last ({path}):")
+    console.error(f"no {path}")
     assert heard.getvalue() == f"printed last ({path}):\nerror: no {path}\n"
 
 
@@ -51,16 +51,16 @@ def test_logs_wait_for_the_run_directory_and_keep_ranks_apart(tmp_path, capsysbi
     sources = [tmp_path / "workerlog.0", tmp_path / "workerlog.1"]
     for rank, source in enumerate(sources):
         source.write_text(f"a line of rank {rank}\n")
-        logs.add(rank, source)
-    logs.pass_on()
+        logs.follow(rank, source)
+    logs.forward()
     assert capsysbinary.readouterr().out == b"a line of rank 0\n"
     assert not run_dir.exists()
     run_dir.mkdir()
-    logs.pass_on()
+    logs.forward()
     with sources[1].open("a") as stream:
         stream.write("half a ")
         stream.flush()
-        logs.pass_on()
+        logs.forward()
         stream.write("line\n\n")
     assert logs.last_lines(1) == ["a line of rank 1", "half a line"]
     logs.close()
@@ -77,7 +77,7 @@ def test_the_launcher_s_log_tells_how_a_rank_died(tmp_path):
         "LAUNCH ERROR 2026-01-01 Container failed !!!\n"
         "Container rank 1 status failed cmd ['python', '-u'] code -9 log /tmp/x/workerlog.1\n\n"
     )
-    assert launcher.deaths() == {1: -9}
+    assert launcher.failed_ranks() == {1: -9}
     assert launcher.last_line().endswith("workerlog.1")
     assert last_line(tmp_path / "nowhere") == ""
 
@@ -93,7 +93,7 @@ def test_what_a_killed_supervisor_left_is_deleted_by_the_next(tmp_path, monkeypa
     ]
     for name in names:
         (tmp_path / name).mkdir()
-    sweep_up()
+    delete_abandoned_directories()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
@@ -120,15 +120,15 @@ def test_status_tells_of_the_last_launch(tmp_path):
 )
 def test_contradictions_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        check(settings)
+        check_settings(settings)
 
 
 def test_a_restart_does_not_do_stages_anew_twice():
     wanted = call(first="sft", last="rl", run_dir=Path("d"))
-    assert wanted.arguments(anew_begun=False) == [
+    assert wanted.rank_arguments(stages_set_aside=False) == [
         "--run-dir=d", "--from=sft", "--until=rl", "--", "r.yaml", "seed=-1",
     ]  # fmt: skip
-    assert "--from=sft" not in wanted.arguments(anew_begun=True)
+    assert "--from=sft" not in wanted.rank_arguments(stages_set_aside=True)
 
 
 @pytest.mark.parametrize(

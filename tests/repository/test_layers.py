@@ -39,11 +39,11 @@ PACKAGES: dict[str, str] = {
     " supervised_data supervised pretrain sft",
     "eval": "prompts evaluation gates",
     "rl": "config critic rollout batch data groups pairs loss report learner loop dpo",
-    "launch": "console rank_files logs launcher job supervise",
-    "run": "stages recipe check referee_script export render finalize pipeline",
+    "launch": "console rank_files logs launcher rank_group supervise",
+    "run": "stages recipe lineage check referee_script export render finalize pipeline",
     "plan": "layout buckets decoder shards activations memory work cost overlap search tables"
     " command",
-    "cli": "doctor status model score run main",
+    "cli": "doctor model score run main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16

@@ -17,8 +17,6 @@ from ernie_train.weights.hf import load_pretrained
 from tests.conftest import referee_directory
 from tests.workspace import REPOSITORY, make_workspace
 
-PROMPTS = [[5, 9, 12, 40], list(range(3, 40)), [100, 7]]
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -38,7 +36,7 @@ def new_model(**keys):
 
 
 def write(model, tokenizer, path, **options):
-    settings = {"prompts": PROMPTS, "dtype": "float32", "card": "# card\n", **options}
+    settings = {"dtype": "float32", "card": "# card\n", **options}
     return export(model, tokenizer, path, **settings)
 
 
