@@ -1,1 +1,1 @@
-"""The command line: `main` declares the verbs, each module beside it carries out one or a few."""
+"""The command line: `main` declares the verbs, the other modules implement them."""

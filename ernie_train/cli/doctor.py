@@ -1,4 +1,4 @@
-"""What the `doctor` verb shows: what is here, what is slow or missing, and how to mend it."""
+"""The `doctor` verb: report versions, device and set-up, and how to fix what is slow or missing."""
 
 import os
 import platform
@@ -14,10 +14,10 @@ from ernie_train.core import cpu, devices, environment
 from ernie_train.rewards.sandbox import SandboxUnavailable, layer_in_force
 
 MATMUL_SIZE = 2048
-# Below this a thread has missed the fast path; with it, the slowest measured made 70.
+# Threads on the fast path were measured at 70 or more; below this one has missed it.
 SLOW_GFLOPS_PER_THREAD = 35.0
 LOW_DISK_BYTES = 5 * 10**9
-# Kernels that the model uses where they are registered (Paddle's names).
+# Kernels that the model uses if they are registered, by Paddle's names.
 FUSED_KERNELS = (
     "swiglu",
     "rms_norm",
@@ -30,7 +30,7 @@ FUSED_KERNELS = (
 
 
 class Finding(NamedTuple):
-    """One line of the report; `advice` is empty where nothing needs to be done."""
+    """One line of the report; `advice` is empty if nothing needs to be done."""
 
     name: str
     value: str
@@ -38,12 +38,12 @@ class Finding(NamedTuple):
 
 
 def measure_matmul_gflops(size: int = MATMUL_SIZE, seconds: float = 1.0) -> float:
-    """Speed of the best of several `size` x `size` fp32 matmuls on the current device, GFLOP/s."""
+    """Return the best speed of several `size` x `size` float32 matmuls on this device, GFLOP/s."""
     import paddle
 
     a = paddle.randn([size, size])
     b = paddle.randn([size, size])
-    paddle.matmul(a, b).numpy()  # the first call sets libraries up
+    paddle.matmul(a, b).numpy()  # warm-up: the first call initialises libraries
     best = float("inf")
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
@@ -57,12 +57,12 @@ def measure_matmul_gflops(size: int = MATMUL_SIZE, seconds: float = 1.0) -> floa
 
 
 def matmul_advice(gflops: float, setup: cpu.CpuSetup, load: float) -> str:
-    """What to do about a slow processor; empty if it is not slow.
+    """Return what to do about a slow processor, "" if it is not slow.
 
     Args:
         gflops: the measured speed.
         setup: the record of the CPU set-up.
-        load: processes that wanted the processor in the last minute, on average.
+        load: the load average of the last minute, in processes.
     """
     if gflops >= SLOW_GFLOPS_PER_THREAD * setup.threads:
         return ""
@@ -108,7 +108,7 @@ def _device() -> list[Finding]:
 
 
 def check_sandbox() -> Finding:
-    """Which sandbox the programs that a model writes are run in, found out by running one."""
+    """Report the sandbox for programs that a model writes, found by running one in it."""
     name = "sandbox"
     try:
         layer = layer_in_force()
@@ -122,7 +122,7 @@ def check_sandbox() -> Finding:
 
 
 def check_address() -> Finding:
-    """Where ranks on other machines would look for this one, as Paddle's launcher finds it out."""
+    """Report this machine's address for ranks on others, as Paddle's launcher resolves it."""
     name = "address"
     if os.environ.get("POD_IP"):
         return Finding(name, f"{os.environ['POD_IP']} (POD_IP)")
@@ -161,14 +161,14 @@ def _surroundings() -> list[Finding]:
 
 
 def doctor_report() -> list[Finding]:
-    """Looks at everything; measuring the matmul takes about a second."""
+    """Collect all findings; measuring the matmul takes about a second."""
     return [*_versions(), *_device(), *_ranks(), *_surroundings()]
 
 
 def print_doctor_report(
     findings: list[Finding], console: rich.console.Console | None = None
 ) -> None:
-    """Prints the findings as a table, with the advice last and in colour."""
+    """Print the findings as a table, with the advice in the last column and in colour."""
     table = rich.table.Table(box=None, pad_edge=False)
     for column in ("", "found", "what to do"):
         table.add_column(column, overflow="fold")

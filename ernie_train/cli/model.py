@@ -8,12 +8,12 @@ from rich.console import Console
 
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
-from ernie_train.eval.evaluation import EvalConfig, load_problems
+from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import export
-from ernie_train.run.finalize import EVALUATION, read_result, solve_problems, write_samples
+from ernie_train.run.finalize import EVALUATION, read_result, write_samples
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
 from ernie_train.weights.hf import load_pretrained
@@ -40,8 +40,13 @@ def evaluate_model(
     problems = load_problems(data, tasks=tasks, max_examples=max_examples)
     model, tokenizer = open_model(path)
     with StopFlag() as stop:
-        result = solve_problems(
-            model, tokenizer, problems, config, console=console, label="problems", stop=stop
+        result = evaluate(
+            model,
+            tokenizer,
+            problems,
+            config,
+            console=console,
+            stop_requested=lambda: stop.requested,
         )
     console.print(evaluation_table({"trained": result.to_dict()}))
     if output is not None:

@@ -1,4 +1,4 @@
-"""Grades a file of completions with a verifier, to try the verifier without any training."""
+"""The `score` verb: grade a file of completions with a verifier, without any training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ernie_train.rewards.scoring import (
 )
 
 _STATUSES: tuple[Status, ...] = get_args(Status)
-_SHOWN = 3
+_SHOWN_REASONS = 3
 
 
 class _Section(StrictConfig):
@@ -33,7 +33,7 @@ class _Section(StrictConfig):
 
 @dataclass(frozen=True)
 class Graded:
-    """A completion, the row that it answers, and its score."""
+    """A completion with its data row and its score."""
 
     row: dict[str, Any]
     completion: dict[str, Any]
@@ -43,10 +43,10 @@ class Graded:
 def score_file(
     reward: str, data: Path, completions: Path, out: Path | None, console: Console
 ) -> None:
-    """Grades `completions` for the rows of `data`, prints the table and may write the scores.
+    """Grade `completions` for the rows of `data`, print the table, write the scores to `out`.
 
-    Raises UserError for files that do not fit together and for rewards that are not there,
-    Interrupted where a signal ended it.
+    Raises `UserError` for files that do not match and for unknown rewards, `Interrupted` on a
+    signal.
     """
     config, base_directory = reward_config(reward)
     pairs = pair_up(read_rows(data), read_rows(completions), data, completions)
@@ -68,15 +68,15 @@ def score_file(
     print_scores(graded, batch, console)
     if out is not None:
         with storage_errors("cannot write the scores", out):
-            lines = (json.dumps(_line(entry), ensure_ascii=False) for entry in graded)
-            out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            lines = (json.dumps(_row(entry), ensure_ascii=False) + "\n" for entry in graded)
+            out.write_text("".join(lines), encoding="utf-8")
 
 
 def reward_config(reward: str) -> tuple[RewardConfig, Path]:
-    """What --reward means: a name, `row`, FILE.py:FUNCTION, or a .yaml file with a `reward`.
+    """Parse --reward: a name, `row`, FILE.py:FUNCTION, or a .yaml file with a `reward`.
 
-    Gives it with the directory that its files are relative to. No bound is set on the share
-    without a score: the table shows it.
+    Returns it with the directory to which its files are relative. The share of completions without
+    a score is not limited as in training: the table shows it.
     """
     if reward.endswith((".yaml", ".yml")):
         path = Path(reward)
@@ -89,7 +89,7 @@ def reward_config(reward: str) -> tuple[RewardConfig, Path]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; DataError with the line where one is none."""
+    """Read the objects of a .jsonl file; `DataError` names the line of a mistake."""
     rows = []
     try:
         with path.open(encoding="utf-8-sig") as lines:
@@ -115,10 +115,10 @@ def pair_up(
     data: Path,
     completions_path: Path,
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(row, completion): by `id` where every completion has one, else in order.
+    """Return (row, completion) pairs: by `id` if every completion has one, else in order.
 
-    By `id` a row may have any number of completions. Raises DataError for an unknown or a
-    doubtful id, and for different lengths without ids.
+    By `id` a row may have any number of completions. Raises `DataError` for an id that is unknown
+    or not unique, and for different lengths without ids.
     """
     if all("id" in completion for completion in completions):
         counts = Counter(json.dumps(row.get("id")) for row in rows if "id" in row)
@@ -127,8 +127,8 @@ def pair_up(
             key = json.dumps(completion["id"])
             if counts[key] != 1:
                 raise DataError(
-                    f"{completions_path}: the id {key} stands {counts[key]} times in {data}, "
-                    "it must stand there once"
+                    f"{completions_path}: the id {key} occurs {counts[key]} times in {data}, "
+                    "it must occur once"
                 )
         return [(by_id[json.dumps(c["id"])], c) for c in completions]
     if len(rows) != len(completions):
@@ -140,9 +140,10 @@ def pair_up(
 
 
 def print_scores(graded: Sequence[Graded], batch: ScoredBatch, console: Console) -> None:
-    """A line for each task and one for all: how many of each status, and the mean value.
+    """Print a line per task and one for all: the number of each status, and the mean value.
 
-    Means are over what trains. Below stand the means of several parts, and why scores are missing.
+    Means are over the scores that would train. Below, print the means of a reward's parts and the
+    most frequent reasons for missing scores.
     """
     tasks: dict[str, list[Graded]] = {}
     for entry in graded:
@@ -159,7 +160,7 @@ def print_scores(graded: Sequence[Graded], batch: ScoredBatch, console: Console)
         console.print(f"mean of {label}: {mean}", markup=False, highlight=False)
     for status in _STATUSES[2:]:
         details = Counter(e.score.score.detail for e in graded if e.score.score.status == status)
-        for detail, count in details.most_common(_SHOWN):
+        for detail, count in details.most_common(_SHOWN_REASONS):
             console.print(f"{status}: {count} x {detail}", markup=False, highlight=False)
 
 
@@ -180,7 +181,7 @@ def _text_of(completion: dict[str, Any], path: Path) -> str:
     raise DataError(f"{path}: a completion needs a text under completion or text: {completion!r}")
 
 
-def _line(entry: Graded) -> dict[str, Any]:
+def _row(entry: Graded) -> dict[str, Any]:
     identity = {"id": entry.completion["id"]} if "id" in entry.completion else {}
     score = entry.score
     return {

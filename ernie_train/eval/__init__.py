@@ -8,7 +8,7 @@ from ernie_train.eval.evaluation import (
     load_problems,
     require_verifiers,
 )
-from ernie_train.eval.gates import check_gate, known_metrics, measured
+from ernie_train.eval.gates import check_gate, evaluation_metrics, known_metrics
 from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "completion_text",
     "encode_prompt",
     "evaluate",
+    "evaluation_metrics",
     "known_metrics",
     "load_problems",
-    "measured",
     "problem_row",
     "require_verifiers",
 ]

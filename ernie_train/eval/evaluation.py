@@ -1,14 +1,18 @@
-"""Held-out problems: prompts in, completions scored, a table by task and domain."""
+"""Evaluation on held-out problems: complete them, score them, report by task and domain."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from ernie_train.core.errors import ConfigError, DataError
+from ernie_train.core.progress import progress_bar
 from ernie_train.data import Record, Tokenizer, read_records
 from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
 from ernie_train.generate.engine import Completion
@@ -20,7 +24,7 @@ from ernie_train.rewards.sandbox import layer_in_force
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`samples` completions are drawn for each problem; with one, decoding is greedy."""
+    """Settings of an evaluation: `samples` completions per problem, greedy at temperature 0."""
 
     max_new_tokens: int = 128
     batch_size: int = 256
@@ -32,25 +36,30 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """`accuracy` is over what could be scored; `excluded` counts what could not, by status."""
+    """Result of one task.
+
+    `accuracy` is over the completions that could be scored; `excluded` counts the others by status.
+    """
 
     domain: str
     task: str
     problems: int
     accuracy: float  # of single completions
     pass_at_k: float  # share of problems with a correct one among `samples`
-    baseline: float  # share of problems whose answer is the task's most frequent one
-    truncated: float  # share of completions that reached no stop token
+    baseline: float  # accuracy of always giving the task's most frequent answer
+    truncated: float  # share of completions without a stop token
     excluded: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Results by task, and the samples behind them."""
+
     tasks: list[TaskResult]
-    samples: list[dict[str, Any]]  # one row a completion: prompt, completion, score
+    samples: list[dict[str, Any]]  # a row per completion: prompt, completion, score
 
     def domains(self) -> dict[str, tuple[float, float]]:
-        """Mean accuracy and mean baseline over the tasks of each domain."""
+        """Return domain -> mean accuracy and mean baseline over its tasks."""
         grouped: dict[str, list[TaskResult]] = {}
         for task in self.tasks:
             grouped.setdefault(task.domain, []).append(task)
@@ -64,7 +73,7 @@ class Evaluation:
 
     @property
     def mean_accuracy(self) -> float:
-        """The mean over tasks, each counting the same."""
+        """Return the unweighted mean over tasks."""
         return sum(task.accuracy for task in self.tasks) / len(self.tasks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,12 +93,17 @@ def load_problems(
     needs_reward: bool = True,
     max_bad_fraction: float = 0.01,
 ) -> list[Record]:
-    """The problems of a JSONL file, gzipped or not, or of every one in a directory.
+    """Read the problems of a .jsonl or .jsonl.gz file, or of all such files in a directory.
 
-    `tasks` keeps those of the named tasks or domains; `max_examples` the first of each task;
-    with `needs_reward` False rows need not name a verifier.
-    Raises `DataError` for a missing path and for rows without a verifier, `ConfigError` for a name
-    in `tasks` that is no task or domain there.
+    Args:
+        tasks: keep only these tasks or domains.
+        max_examples: keep only the first of each task.
+        needs_reward: require that rows name a verifier.
+        max_bad_fraction: share of unreadable rows that is tolerated.
+
+    Raises:
+        DataError: a missing path, or rows without a task, a domain or a verifier.
+        ConfigError: a name in `tasks` is neither a task nor a domain of these problems.
     """
     root = Path(path)
     files = [root]
@@ -119,10 +133,10 @@ def load_problems(
 
 
 def require_verifiers(problems: Sequence[Record]) -> None:
-    """Finds out before hours of training whether the problems could be scored at the end of it.
+    """Check before training that the problems can be scored after it.
 
-    Raises `UserError` for an unknown reward and `SandboxUnavailable` where there are programs to
-    run and no sandbox.
+    Raises `UserError` for an unknown reward, and `SandboxUnavailable` if programs must be run and
+    no sandbox works.
     """
     names = {str(record.fields["reward"]) for record in problems}
     for name in sorted(names):
@@ -137,26 +151,29 @@ def evaluate(
     problems: Sequence[Record],
     config: EvalConfig,
     *,
-    on_progress: Callable[[int], None] = lambda done: None,
+    console: Console | None = None,
+    label: str = "problems",
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Completes every problem and scores the completions with the problems' own verifiers.
+    """Complete every problem and score the completions with the problems' own verifiers.
 
-    Every rank must call it; each does a share of the work and has the whole result.
+    With a `console` a progress display called `label` is shown on it. Every rank must call it; each
+    does a share of the work and returns the whole result. Raises `Interrupted` when asked to stop.
     """
     prompts = [encode_prompt(tokenizer, record, thinking=config.thinking) for record in problems]
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    completions = generate_sharded(
-        model,
-        repeated,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-        eos_token_id=tokenizer.stop_token_ids,
-        batch_size=config.batch_size,
-        on_progress=on_progress,
-        stop_requested=stop_requested,
-    )
+    with progress_bar(console, label, len(repeated)) if console else nullcontext(_ignore) as update:
+        completions = generate_sharded(
+            model,
+            repeated,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            eos_token_id=tokenizer.stop_token_ids,
+            batch_size=config.batch_size,
+            on_progress=update,
+            stop_requested=stop_requested,
+        )
     owners = [record for record in problems for _ in range(config.samples)]
     texts = [completion_text(tokenizer, completion) for completion in completions]
     scores = score_sharded(
@@ -173,6 +190,10 @@ def evaluate(
         tasks.setdefault((row[0].fields["domain"], row[0].fields["task"]), []).append(row)
     results = [_task_result(*key, tasks[key], config.samples) for key in sorted(tasks)]
     return Evaluation(results, [_sample(*row) for row in rows])
+
+
+def _ignore(done: int) -> None:
+    """Show no progress."""
 
 
 def _task_result(domain: str, task: str, rows: list[Any], samples: int) -> TaskResult:

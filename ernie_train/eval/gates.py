@@ -1,4 +1,4 @@
-"""Gates between stages: what a model must be able to do before the next one begins."""
+"""Gates between stages: requirements that a model must meet before the next stage starts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ernie_train.train.stage import Gate
 
 
 def known_metrics(problems: Iterable[Any]) -> set[str]:
-    """The metrics that solving these problems produces."""
+    """Return the names of the metrics that evaluating these problems produces."""
     names = {str(p.fields[key]) for p in problems for key in ("task", "domain")}
     return {"eval/mean", *(f"eval/{name}" for name in names)}
 
 
-def measured(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation, as gates name them."""
+def evaluation_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of an evaluation under the names that gates use."""
     found = {f"eval/{task['task']}": task["accuracy"] for task in evaluation["tasks"]}
     found |= {f"eval/{d}": v["accuracy"] for d, v in evaluation["domains"].items()}
     return {**found, "eval/mean": evaluation["mean_accuracy"]}
@@ -25,8 +25,8 @@ def measured(evaluation: dict[str, Any]) -> dict[str, float]:
 def check_gate(
     gate: Gate, stage: str, evaluation: dict[str, Any], before: dict[str, Any] | None
 ) -> None:
-    """Raises `GateError` where a stage's result does not suffice; `before` is the one before it."""
-    value = measured(evaluation)[gate.metric]
+    """Raise `GateError` if a stage misses its gate; `before` is the evaluation before the stage."""
+    value = evaluation_metrics(evaluation)[gate.metric]
     problems = []
     if value < gate.at_least:
         problems.append(f"{gate.metric} is {value:.3f}, the gate asks for {gate.at_least:g}")

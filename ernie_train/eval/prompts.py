@@ -1,4 +1,4 @@
-"""Held-out problems: prompts in, completions scored, a table by task and domain."""
+"""Conversions between problems, token ids and verifiers, for evaluation and RL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ernie_train.generate.engine import Completion
 
 
 def encode_prompt(tokenizer: Tokenizer, record: Record, *, thinking: bool) -> list[int]:
-    """The ids of a problem up to and with the generation prompt; a gold answer is left out."""
+    """Return the ids of a problem, without its reference answer, and of the generation prompt."""
     messages = list(record.messages)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
@@ -17,9 +17,9 @@ def encode_prompt(tokenizer: Tokenizer, record: Record, *, thinking: bool) -> li
 
 
 def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
-    """The text of a completion without the stop token that ended it.
+    """Return the text of a completion without its stop token.
 
-    A model may have more ids than the tokenizer; such an id reads as the unknown token.
+    A model's vocabulary may be larger than the tokenizer's; ids beyond it decode as padding.
     """
     ids = completion.ids[:-1] if completion.finished else completion.ids
     return tokenizer.decode(
@@ -28,6 +28,6 @@ def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
 
 
 def problem_row(record: Record, thinking: bool) -> dict[str, Any]:
-    """What a verifier is given of a problem."""
+    """Return the row that a verifier gets for a problem."""
     facts = {"messages": record.messages, "tools": record.tools, "thinking": thinking}
     return {**facts, **record.fields}

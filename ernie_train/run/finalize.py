@@ -13,9 +13,8 @@ from rich.console import Console
 
 from ernie_train.core import consensus, devices
 from ernie_train.core.errors import CheckpointError, storage_errors
-from ernie_train.core.progress import progress_bar
 from ernie_train.core.signals import StopFlag
-from ernie_train.data import Record, Tokenizer
+from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json
@@ -29,39 +28,11 @@ EVALUATION = "evaluation.json"
 SAMPLES = "evaluation_samples.jsonl"
 
 
-# ---- for the pipeline and the verbs --------------------------------------------------------------
-
-
-def solve_problems(
-    model: Ernie4_5_MoeForCausalLM,
-    tokenizer: Tokenizer,
-    problems: Sequence[Record],
-    config: EvalConfig,
-    *,
-    console: Console,
-    label: str,
-    stop: StopFlag,
-) -> Evaluation:
-    """Complete and score `problems`, with a progress display called `label`."""
-    with progress_bar(console, label, len(problems) * config.samples) as update:
-        return evaluate(
-            model,
-            tokenizer,
-            problems,
-            config,
-            on_progress=update,
-            stop_requested=lambda: stop.requested,
-        )
-
-
 def write_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
     """Write one JSON object a line. Raises `StorageError`."""
     with storage_errors("cannot write the samples", path):
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         path.write_text("".join(lines), encoding="utf-8")
-
-
-# ---- the end of a run ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,15 +148,14 @@ class Finalizer:
             batch_size=settings.batch_size,
             thinking=self.recipe.thinking,
         )
-        problems = load_problems(settings.path, max_examples=max_examples)
-        return solve_problems(
+        return evaluate(
             model,
             self.tokenizer,
-            problems,
+            load_problems(settings.path, max_examples=max_examples),
             config,
             console=self.console,
             label=label,
-            stop=self.stop,
+            stop_requested=lambda: self.stop.requested,
         )
 
 

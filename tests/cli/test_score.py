@@ -121,7 +121,7 @@ def test_a_signal_stops_it_at_once(files, tmp_path):
         ("math", None, "{}\n", "has 6 rows and"),
         ("math", None, "nonsense\n", "other.jsonl:1: it is not valid JSON"),
         ("math", None, "[]\n", "other.jsonl:1: it is no JSON object"),
-        ("math", None, '{"id": 77, "completion": ""}\n', "the id 77 stands 0 times"),
+        ("math", None, '{"id": 77, "completion": ""}\n', "the id 77 occurs 0 times"),
         ("math", None, '{"id": 1, "answer": ""}\n', "needs a text under completion or text"),
         ("row", '{"answer": "1"}\n', '{"completion": ""}\n', "a row names no verifier"),
     ],
