@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.slow
 def test_both_sides_train_the_same_model(referee: object) -> None:
     """`referee` only makes sure that the environment is there."""
-    sizes = ["--rows", "1", "--length", "64", "--rounds", "2", "--steps", "1", "--trial-steps", "1"]
+    sizes = ["--rows", "1", "--length", "64", "--rounds", "2", "--steps", "1", "--trials", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.bench.train", *sizes],
         cwd=ROOT,

@@ -1,0 +1,171 @@
+"""The peer's side of `train.py` and `rollout.py`: transformers on torch.
+
+Run by the referee's python, it answers requests (see `protocol.py`) and is idle between them:
+
+    {"build": {"directory": DIR, "attention": "sdpa", "experts": "grouped_mm", "compile": false,
+               "cache": "static", "optim": {...}, "seed": 0}}       `cache` for rollouts, or `optim`
+    {"work": {"batch": [4, 512], "steps": 2}}             -> {"losses": [...], ...}
+    {"work": {"prompts": [[...], ...], "new_tokens": 64, "temperature": 1.0, "seed": 0}}
+                                                          -> {"ids": [[...], ...], ...}
+    {"describe": {}} -> versions, and the implementations that can be asked for
+
+Answers to `work` have `seconds` and `cpu_seconds`. A training step is the usual one at its fastest:
+fp32, no gradient checkpointing, no cache, the loss over all tokens, `zero_grad(set_to_none=True)`,
+gradient clipping, fused AdamW. Rollouts run under `torch.inference_mode`, without a stop token and
+without scores: ours also returns the logprobs of what it sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import shutil
+import time
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an expert kernel of the hub is not this machine's
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from tools.bench.protocol import serve
+
+# What a combination that does not run here may raise: no kernel, no memory, no compiler.
+UNSUPPORTED = (RuntimeError, ValueError, ImportError, KeyError, OSError, NotImplementedError)
+
+
+def load(request: dict[str, Any]) -> Any:
+    """Return the model in `directory`, under the settings of `request`."""
+    if request["compile"] and shutil.which("g++") is None:
+        raise RuntimeError("torch.compile needs a C++ compiler")
+    return AutoModelForCausalLM.from_pretrained(
+        request["directory"],
+        attn_implementation=request["attention"],
+        experts_implementation=request["experts"],
+        dtype=torch.float32,
+    )
+
+
+class TrainingPeer:
+    """A model, its optimizer and an endless supply of random batches."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        model = load(request).train()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        optim = request["optim"]
+        self.max_grad_norm = optim["max_grad_norm"]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if p.ndim > 1]},
+                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=optim["lr"],
+            betas=(optim["beta1"], optim["beta2"]),
+            eps=optim["eps"],
+            weight_decay=optim["weight_decay"],
+            fused=True,
+        )
+        self.vocab_size = model.config.vocab_size
+        self.random = np.random.default_rng(request["seed"])
+        self.forward = torch.compile(model) if request["compile"] else model
+
+    def work(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run `steps` optimizer steps on fresh batches; return their mean losses per token."""
+        return {"losses": [self._step(*request["batch"]) for _ in range(request["steps"])]}
+
+    def _step(self, rows: int, length: int) -> float:
+        ids = torch.from_numpy(self.random.integers(1, self.vocab_size, (rows, length + 1)))
+        logits = self.forward(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+class RolloutPeer:
+    """A model that completes prompts."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.model = load(request).eval()
+        if request["compile"]:
+            self.model.forward = torch.compile(self.model.forward)
+        # None is transformers' default, a cache that grows.
+        self.cache = "static" if request["cache"] == "static" else None
+
+    def work(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Complete a batch of prompts; return the new ids."""
+        ids = torch.tensor(request["prompts"])
+        sampling: dict[str, Any] = {"do_sample": request["temperature"] > 0}
+        if sampling["do_sample"]:
+            sampling |= {"temperature": request["temperature"], "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(request["seed"])
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=request["new_tokens"],
+                eos_token_id=None,
+                pad_token_id=0,
+                cache_implementation=self.cache,
+                disable_compile=True,  # `compile` does it once, in the constructor
+                **sampling,
+            )
+        return {"ids": output[:, ids.shape[1] :].tolist()}
+
+
+def describe() -> dict[str, Any]:
+    """Return versions and the implementations that `build` may ask for."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "attention": ["sdpa", "eager"],
+        "experts": ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.keys())],
+        "cache": ["dynamic", "static"],
+    }
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed memory instead of returning it, as `ernie_train.core.cpu` does."""
+    trim_threshold, mmap_threshold, size_bytes = -1, -3, 1 << 30
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter in (mmap_threshold, trim_threshold):
+        if mallopt(parameter, size_bytes) != 1:
+            raise RuntimeError("glibc's mallopt refused")
+
+
+def main() -> None:
+    """Serve requests until standard input ends."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--threads", type=int, required=True)
+    arguments.add_argument("--keep-freed-memory", action="store_true")
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.keep_freed_memory:
+        keep_freed_memory()
+    built: list[TrainingPeer | RolloutPeer] = []
+
+    def build(request: dict[str, Any]) -> dict[str, Any]:
+        built.clear()
+        gc.collect()
+        torch._dynamo.reset()
+        built.append(TrainingPeer(request) if "optim" in request else RolloutPeer(request))
+        return {}
+
+    def work(request: dict[str, Any]) -> dict[str, Any]:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        answer = built[0].work(request)
+        cpu_s, wall_s = time.process_time() - cpu_start, time.perf_counter() - start
+        return {**answer, "seconds": wall_s, "cpu_seconds": cpu_s}
+
+    serve({"describe": lambda _: describe(), "build": build, "work": work}, UNSUPPORTED)
+
+
+if __name__ == "__main__":
+    main()
