@@ -12,10 +12,9 @@ from ernie_train.rl import data as rl_data
 from ernie_train.rl import dpo, loop
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.dpo import DpoConfig
-from ernie_train.train import pretrain, sft, supervised_data
-from ernie_train.train.pretrain import PretrainConfig
-from ernie_train.train.sft import SftConfig
+from ernie_train.train import supervised, supervised_data
 from ernie_train.train.stage import StageData, StageRun
+from ernie_train.train.supervised_data import PretrainConfig, SftConfig
 
 AnyStageConfig = Annotated[
     PretrainConfig | SftConfig | DpoConfig | UpoConfig, Field(discriminator="kind")
@@ -50,9 +49,10 @@ class StageKind(NamedTuple):
     run: Callable[[Any, StageRun, Any], dict[str, Any]]
 
 
+_SUPERVISED = StageKind(supervised_data.prepare, supervised_data.describe, supervised.run)
 STAGES: dict[str, StageKind] = {
-    "pretrain": StageKind(pretrain.prepare, supervised_data.describe, pretrain.run),
-    "sft": StageKind(sft.prepare, supervised_data.describe, sft.run),
+    "pretrain": _SUPERVISED,
+    "sft": _SUPERVISED,
     "dpo": StageKind(dpo.prepare, dpo.describe, dpo.run),
     "upo": StageKind(rl_data.prepare, rl_data.describe, loop.run),
 }

@@ -1,4 +1,4 @@
-"""The training loop and what pre-training and SFT put into it.
+"""The training loop, and pre-training and SFT on top of it.
 
 `Trainer.fit` runs optimizer steps over any batches and any loss; a loss returns sums with their
 counts, the trainer reduces them over micro-batches and ranks and divides once.

@@ -1,4 +1,4 @@
-"""What a loss hands to the trainer: terms of the objective, and sums that are only shown."""
+"""The interface of losses: terms of the objective, and sums that are logged alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeModel, RouterStats
 
 
 class HasTokens(Protocol):
-    """A micro-batch: `num_tokens` are the real tokens that its loss sends through the model."""
+    """A micro-batch; `num_tokens` counts the real tokens that its loss sends through the model."""
 
     @property
     def num_tokens(self) -> int: ...
 
 
 class TrainedModel(Protocol):
-    """What the trainer needs of a model: its configuration and its decoder layers."""
+    """A model as the trainer needs it: its configuration and its decoder layers."""
 
     config: Ernie4_5_MoeConfig
     model: Ernie4_5_MoeModel
@@ -34,33 +34,37 @@ ModelT_contra = TypeVar("ModelT_contra", bound=TrainedModel, contravariant=True)
 class LossTerm:
     """A part of the objective: `coef * sum / count`, the count taken over the whole step.
 
-    of_weights: it reads parameters themselves, not what a pass through the model made of them.
+    on_parameters: it reads parameters themselves, not outputs of a pass through the model.
     """
 
     name: str
     sum: Tensor
     count: float
     coef: float = 1.0
-    of_weights: bool = False
+    on_parameters: bool = False
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Terms with gradient, sums that are only shown (name -> (sum, count)), router statistics.
+    """Terms with gradient, metrics to log (name -> (sum, count)) and router statistics.
 
-    `last`: something that every layer leads to, such as final hidden states or logprobs. Under
-    expert parallelism each backward pass starts there too, whatever terms there are, so that all
-    ranks meet in every layer.
+    grad_anchor: a tensor that depends on every layer, such as final hidden states or logprobs.
+    Under expert parallelism each backward pass starts from it too, whatever terms there are, so
+    that all ranks run the all-to-alls of every layer.
     """
 
     terms: list[LossTerm]
-    shown: dict[str, tuple[float, float]] = field(default_factory=dict)
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     router_stats: list[RouterStats] = field(default_factory=list)
-    last: Tensor | None = None
+    grad_anchor: Tensor | None = None
 
 
 class LossFn(Protocol[ModelT_contra, BatchT_contra]):
-    """Reads a batch. `counts` tells, without running the model, what the terms' counts will be."""
+    """A loss of one micro-batch.
+
+    `counts` returns the counts of its terms without running the model: the trainer needs those of
+    the whole step before the first backward pass.
+    """
 
     def counts(self, batch: BatchT_contra) -> dict[str, float]: ...
 

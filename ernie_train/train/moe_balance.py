@@ -1,7 +1,7 @@
-"""Balance of the experts in training: terms on the router, and what moves after an update.
+"""Balance of the experts in training: loss terms on the router, and updates without a gradient.
 
-Coefficients of 0 are absent: no term, no cost, the same bits as without this module. The router's
-weight takes gradients of all terms; the selection bias is moved by load statistics alone.
+A coefficient of 0 adds no term and no cost: bits are those without this module. The router's weight
+takes gradients of all terms; the selection bias is moved by load statistics alone.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Z_LOSS = "balance/z_loss"
 
 
 class BalanceConfig(StrictConfig):
-    """What keeps the experts in use; everything is off by default, as in ERNIE 4.5's SFT.
+    """Settings that keep the experts in use; all off by default, as in ERNIE 4.5's SFT.
 
     Each term enters the objective as its coefficient times its sum over the MoE layers, and is
-    shown as its mean over them. ERNIE 4.5's pre-training has orthogonal_coef 1e-3 (decoupled),
+    logged as its mean over them. ERNIE 4.5's pre-training has orthogonal_coef 1e-3 (decoupled),
     load_balance_coef 1e-5 and bias_update_rate 1e-3.
 
     orthogonal_mode: "loss" adds the term to the objective; "decoupled" moves the router by
@@ -58,18 +58,18 @@ class BalanceConfig(StrictConfig):
         return self
 
     def active(self) -> list[str]:
-        """The settings that are not zero."""
+        """Return the names of the settings that are not zero."""
         names = ("orthogonal_coef", "load_balance_coef", "z_loss_coef", "bias_update_rate")
         return [name for name in names if getattr(self, name) > 0]
 
 
 def moe_layers(model: TrainedModel) -> dict[int, MoE]:
-    """The MoE layers of a model by their number."""
+    """Return the MoE layers of a model by their number."""
     return {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_moe}
 
 
 class RouterStatsAccumulator:
-    """What the routers did in one optimizer step, summed over its micro-batches, then over ranks.
+    """Sums of router statistics over the micro-batches of one optimizer step, then over ranks.
 
     tokens_per_expert [L,E] counts every choice of every real token, before any capacity limit;
     entropy [L] sums the routers' entropies in nats over `tokens` [L]; dropped [L] counts choices
@@ -94,14 +94,14 @@ class RouterStatsAccumulator:
                 self.dropped[at] += stats.dropped
 
     def merge(self, other: RouterStatsAccumulator) -> None:
-        """Adds what the routers did in another step."""
+        """Add the sums of another step."""
         self.tokens_per_expert += other.tokens_per_expert
         self.entropy += other.entropy
         self.tokens += other.tokens
         self.dropped += other.dropped
 
     def reduce(self) -> None:
-        """Sums over all ranks; each has the same numbers then."""
+        """Sum over all ranks, so that each has the same values."""
         parts = (self.tokens_per_expert, self.entropy, self.tokens, self.dropped)
         flat = np.concatenate([part.reshape(-1) for part in parts])
         total = np.array(process_group.all_reduce_sum(flat.tolist()))
@@ -120,7 +120,7 @@ class MoeBalance:
         self.num_experts = model.config.moe_num_experts
 
     def counts(self, num_tokens: int) -> dict[str, float]:
-        """Counts of the terms of a micro-batch with `num_tokens` real tokens.
+        """Return the counts of the terms of a micro-batch with `num_tokens` real tokens.
 
         The load-balance loss is not linear in tokens, so it is taken per micro-batch and weighted
         by its tokens; the orthogonal one does not depend on the batch and counts once for each.
@@ -141,13 +141,13 @@ class MoeBalance:
         return self.config.orthogonal_coef > 0 and self.config.orthogonal_mode == "loss"
 
     def terms(self, router_stats: Sequence[RouterStats]) -> list[LossTerm]:
-        """The terms of one micro-batch, from what its forward pass reported."""
+        """Return the terms of one micro-batch, from what its forward pass reported."""
         config, terms, layers = self.config, [], len(self.layers)
         if self.layers and self._orthogonal_in_loss:
             losses = [router_orthogonal_loss(moe.gate.weight) for moe in self.layers.values()]
             mean = _sum(losses) / layers
             coef = config.orthogonal_coef * layers
-            terms.append(LossTerm(ORTHOGONAL, mean, 1.0, coef, of_weights=True))
+            terms.append(LossTerm(ORTHOGONAL, mean, 1.0, coef, on_parameters=True))
         if config.load_balance_coef and router_stats:
             terms.append(self._by_tokens(LOAD_BALANCE, router_stats, config.load_balance_coef))
         if config.z_loss_coef and router_stats:
@@ -171,11 +171,12 @@ class MoeBalance:
         return RouterStatsAccumulator(list(self.layers), self.num_experts)
 
     def after_step(self, load: RouterStatsAccumulator) -> dict[str, float]:
-        """Moves what no gradient moves: routers (decoupled orthogonalization) and their biases.
+        """Update what takes no gradient of the loss: orthogonal routers (decoupled), biases.
 
-        Returns what is shown of it: the mean over the layers of the loss that was stepped down.
+        `load` must be summed over all ranks, so that every rank moves its copies alike. Returns
+        metrics: the mean over the layers of the orthogonal loss before the update.
         """
-        shown: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         decoupled = self.config.orthogonal_mode == "decoupled" and self.config.orthogonal_coef > 0
         if self.layers and decoupled:
             values = []
@@ -184,14 +185,14 @@ class MoeBalance:
                 values.append(value)
                 with paddle.no_grad():
                     moe.gate.weight.subtract_(gradient * self.config.orthogonal_coef)
-            shown[ORTHOGONAL] = sum(values) / len(values)
+            metrics[ORTHOGONAL] = sum(values) / len(values)
         with paddle.no_grad():
             if self.config.bias_update_rate and self.layers:
                 steps = selection_bias_step(load.tokens_per_expert, self.config.bias_update_rate)
                 for moe, step in zip(self.layers.values(), steps, strict=True):
                     bias = moe.moe_statics.e_score_correction_bias
                     bias.add_(paddle.to_tensor(step).reshape(bias.shape))
-        return shown
+        return metrics
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the experts of a mixture fare in training: metrics by layer, and warnings with a remedy."""
+"""Health of the experts in training: metrics by layer, and warnings with a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ernie_train.train.moe_balance import RouterStatsAccumulator, moe_layers
 
 REMEDY = "raise balance.bias_update_rate (0.001 is usual) or balance.load_balance_coef"
 
-# How a figure of all layers is made from those of each.
+# Reduction of a metric of each layer to one of all layers.
 _OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
     "load_max": max,
     "load_cv": lambda values: sum(values) / len(values),
@@ -32,14 +32,14 @@ _OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
 
 
 class MoeHealthConfig(StrictConfig):
-    """What is watched of the experts.
+    """Settings of the experts' metrics and warnings.
 
     layers_every_steps: figures of single layers; those of all layers are logged every step.
     probe_every_steps, probe_tokens: how often, and on how many tokens of the stage's first batch,
         today's choice of experts is compared with that at the stage's start.
     warn_load_max: bound of the busiest expert's load over the mean load.
-    warn_after_steps: a warning appears when an expert got no token, or the load stood above its
-        bound, for as many steps in a row.
+    warn_after_steps: warn when an expert got no token, or the load exceeded its bound, for so
+        many steps in a row.
     """
 
     layers_every_steps: PositiveInt = 10
@@ -52,7 +52,7 @@ class MoeHealthConfig(StrictConfig):
 def layer_health(
     model: Ernie4_5_MoeForCausalLM, load: RouterStatsAccumulator
 ) -> dict[int, dict[str, float]]:
-    """Figures of each MoE layer over the tokens in `load`.
+    """Return the metrics of each MoE layer over the tokens in `load`.
 
     load_max: busiest expert's tokens over the mean; load_cv: standard deviation over the mean;
     dead_experts: how many got no token; router_entropy: mean over tokens in nats; bias_range:
@@ -78,7 +78,7 @@ def layer_health(
 
 
 def over_layers(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """The figures of all layers in one, as `moe/<name>`: the worst, the sum or the mean."""
+    """Reduce the metrics of all layers to `moe/<name>`: the worst, the sum or the mean."""
     names = {name: None for values in figures.values() for name in values}
     return {
         f"moe/{name}": float(_OVER_LAYERS[name]([values[name] for values in figures.values()]))
@@ -88,7 +88,7 @@ def over_layers(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class RoutingProbe:
-    """Tokens whose experts at the stage's start are remembered."""
+    """Some tokens, with the experts that they had at the start of the stage."""
 
     input_ids: np.ndarray  # [B,S]
     document_ids: np.ndarray  # [B,S]
@@ -97,7 +97,7 @@ class RoutingProbe:
 
     @classmethod
     def take(cls, model: Ernie4_5_MoeForCausalLM, batch: Any, max_tokens: int) -> RoutingProbe:
-        """Remembers the experts of a batch's first tokens: whole rows, or a part of a long one."""
+        """Record the experts of a batch's first tokens: whole rows, or a part of a long one."""
         rows = max(1, max_tokens // np.asarray(batch.input_ids).shape[1])
         first = [
             np.asarray(array)[:rows, :max_tokens].copy()
@@ -107,7 +107,7 @@ class RoutingProbe:
         return cls(ids, documents, positions, _chosen_experts(model, ids, documents, positions))
 
     def changed(self, model: Ernie4_5_MoeForCausalLM) -> list[float]:
-        """For each MoE layer the share of tokens that now go to another set of experts."""
+        """Return, for each MoE layer, the share of tokens that now go to another set of experts."""
         now = _chosen_experts(model, self.input_ids, self.document_ids, self.position_ids)
         return [float(share) for share in (now != self.expert_ids).any(-1).mean(-1)]
 
@@ -131,7 +131,10 @@ def _chosen_experts(
 
 
 class MoeHealth:
-    """Watches one stage: `observe` every step; `first_batch` is asked for at the stage's start."""
+    """Metrics and warnings of one stage; call `observe` every step.
+
+    The probe of routing takes its tokens from `first_batch()` at the start of the stage.
+    """
 
     def __init__(
         self,
@@ -142,7 +145,7 @@ class MoeHealth:
         state: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`state` is what `state_dict` gave at the checkpoint that training goes on from."""
+        """`state`: what `state_dict` returned at the checkpoint that training resumes from."""
         self.model, self.config = model, config
         self.layers = list(moe_layers(model))
         self._dead_steps = np.zeros((len(self.layers), model.config.moe_num_experts), np.int64)
@@ -163,7 +166,7 @@ class MoeHealth:
         return {"probe": self._probe.state_dict(), **counts}
 
     def observe(self, step: int, load: RouterStatsAccumulator) -> dict[str, float]:
-        """The metrics of a step; warns of what should not stay as it is."""
+        """Return the metrics of a step, and warn of idle or overloaded experts."""
         if self._probe is None:
             return {}
         figures = layer_health(self.model, load)
@@ -186,7 +189,7 @@ class MoeHealth:
             dead = frozenset(np.flatnonzero(idle_steps >= steps).tolist())
             listed = ", ".join(map(str, sorted(dead)[:8])) + (" and more" if len(dead) > 8 else "")
             text = f"layer {layer}: expert {listed} got no token for {steps} steps; {REMEDY}"
-            more = dead - self._dead[layer]  # told of again when another one dies
+            more = dead - self._dead[layer]  # warn again when another one dies
             self._alerts.check(("dead", layer), bool(dead), text, worse=bool(more))
             self._dead[layer] = dead
 

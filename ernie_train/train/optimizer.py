@@ -19,17 +19,15 @@ from ernie_train.core.errors import CheckpointError
 from ernie_train.io.safetensors import ArraysByOtherNames
 from ernie_train.weights.checkpoint import Rename
 
+# Paddle's names of AdamW's state: `<parameter>_<slot>_0` in `state_dict`.
 _MOMENTS = ("moment1", "moment2")
-
-
 _POWERS = ("beta1_pow_acc", "beta2_pow_acc")
-
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(StrictConfig):
-    """AdamW (arXiv:1711.05101) and its schedule; defaults are those of ERNIE 4.5's pre-training."""
+    """AdamW (arXiv:1711.05101) and its schedule; defaults as in ERNIE 4.5's pre-training."""
 
     lr: Positive
     min_lr: NonNegative = 0.0
@@ -56,7 +54,7 @@ class OptimConfig(StrictConfig):
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (counted from 1) of `total_steps`.
+    """Return the learning rate of step `step` (counted from 1) of `total_steps`.
 
     Warm-up is linear over the first `warmup_steps`. Cosine and linear fall to `min_lr` at the last
     step; wsd holds `lr` and falls over the last `decay_fraction` of the steps as
@@ -79,7 +77,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to biases and norms."""
+    """Return whether weight decay applies: to matrices, not to biases and norms."""
     return parameter.ndim > 1 and not name.endswith("bias")
 
 
@@ -87,11 +85,11 @@ class Optimizer:
     """AdamW over a model's trained parameters, with its state under the parameters' names.
 
     With several ranks each parameter has an owner among the ranks that hold it, which writes it to
-    checkpoints. Under `sharding` the owner alone keeps its state and updates it (ZeRO-1,
-    arXiv:1910.02054), and the others are given the result. `shards_gradients` then leaves the sum
-    of a gradient with its owner alone (ZeRO-2), which is what happens on a GPU.
+    checkpoints. Under `sharding` the owner alone keeps its state, updates it and broadcasts it
+    (ZeRO-1, arXiv:1910.02054). With `shards_gradients` the owner alone also gets the sum of the
+    gradient (ZeRO-2); that is the default on a GPU.
 
-    Raises `ValueError` for gradients that are to be sharded where state is not.
+    Raises `ValueError` for `shards_gradients` without `sharding`.
     """
 
     def __init__(
@@ -120,25 +118,29 @@ class Optimizer:
             beta2=config.beta2,
             epsilon=config.eps,
             weight_decay=config.weight_decay,
-            # Paddle takes no empty list: a rank that owns nothing moves a number of no use.
+            # Paddle (3.3.1) refuses an empty list: a rank that owns nothing has a dummy parameter.
             parameters=list(self.updated.values()) or [paddle.create_parameter([1], "float32")],
             apply_decay_param_fun=lambda name: name in decayed,
             multi_precision=True,
         )
 
     def begin_last_backward(self) -> None:
-        """Lets gradients leave for other ranks during the backward pass that comes.
+        """Let gradients travel to other ranks during the next backward pass.
 
         It must be the last one before `reduce_gradients`.
         """
         self._reducer.begin_last_backward()
 
     def reduce_gradients(self) -> None:
-        """Adds up the gradients over ranks; once a step, before anything looks at them."""
+        """Sum the gradients over ranks; once a step, before anything reads them."""
         self._reducer.finish()
 
     def gradient_norm(self) -> float:
-        """The global 2-norm of all gradients, summed in float64; each parameter counts once."""
+        """Return the global 2-norm of all gradients, summed in float64.
+
+        Each parameter counts once: dense gradients are equal on all ranks and need no reduction;
+        those of experts are summed over one expert group, which holds each expert once.
+        """
         if self.shards_gradients:
             own = [_square_sum(p.grad) for p in self.owned.values() if p.grad is not None]
             everyone = range(process_group.world_size())
@@ -152,7 +154,7 @@ class Optimizer:
         return math.sqrt(math.fsum([*squares, *of_experts]))
 
     def step(self, lr: float, gradient_norm: float) -> None:
-        """One update at the rate `lr`; gradients are scaled down to `clip_grad_norm` first."""
+        """Update once with the learning rate `lr`, after clipping gradients to `clip_grad_norm`."""
         limit = self.config.clip_grad_norm
         if limit is not None and gradient_norm > limit:
             scale = limit / gradient_norm
@@ -169,14 +171,14 @@ class Optimizer:
             parallel.broadcast_updated(self.parameters, self.owners)
 
     def clear_gradients(self) -> None:
-        """Sets them to zero; gradients that are sharded give their memory back."""
+        """Set gradients to zero; free them where they are sharded."""
         for parameter in self.parameters.values():
             parameter.clear_gradient(not self.shards_gradients)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """`{"moment1"|"moment2"|"master": {parameter name: tensor}}` of what this rank owns.
+        """Return `{"moment1"|"moment2"|"master": {name: tensor}}` of this rank's own parameters.
 
-        Empty before a first step.
+        It is empty before the first step.
         """
         found = self._adamw.state_dict()
         slots: dict[str, dict[str, Tensor]] = {}
@@ -190,7 +192,7 @@ class Optimizer:
         return slots
 
     def powers(self) -> dict[str, float]:
-        """beta1^t and beta2^t of the bias correction, which all parameters share.
+        """Return beta1^t and beta2^t of the bias correction, which all parameters share.
 
         Every rank must call it.
         """
@@ -203,9 +205,9 @@ class Optimizer:
     def load_state(
         self, moments: Mapping[str, Mapping[str, np.ndarray]], powers: Mapping[str, float]
     ) -> None:
-        """Restores what `moments` and `powers` gave, those of all owners together.
+        """Restore `moments` of all owners together, and `powers`.
 
-        Raises `CheckpointError` that names parameters for which nothing was saved.
+        Raises `CheckpointError` that names parameters without saved state.
         """
         restored: dict[str, object] = {}
         for slot, named in moments.items():
@@ -231,7 +233,7 @@ def _square_sum(grad: Tensor) -> float:
 
 
 def optimizer_arrays(optimizer: Optimizer, to_disk: Rename) -> dict[str, np.ndarray]:
-    """Moments and master weights that this rank writes, as `slot/name on disk`."""
+    """Return the moments and master weights that this rank writes, as `slot/name on disk`."""
     return {
         f"{slot}/{name}": array
         for slot, named in optimizer.moments().items()
@@ -248,7 +250,7 @@ def restore_optimizer(
     checkpoint: Path,
     steps: int,
 ) -> None:
-    """Restores moments and master weights as `optimizer_arrays` gave them after `steps` steps.
+    """Restore moments and master weights as `optimizer_arrays` gave them after `steps` steps.
 
     Raises `CheckpointError`, which names `checkpoint`, where some of them are missing.
     """

@@ -13,22 +13,22 @@ from ernie_train.model.rope import interpolated_base
 
 
 class Upsample(StrictConfig):
-    """Documents of more than `longer_than` tokens come `factor` times as often as others."""
+    """Draw documents of more than `longer_than` tokens `factor` times as often as others."""
 
     longer_than: PositiveInt
     factor: Annotated[float, Field(gt=1)]
 
 
 class RopePhase(StrictConfig):
-    """One phase of a `rope_schedule`.
+    """Settings of one phase of a `rope_schedule`.
 
     rope_theta: RoPE's base, from the phase's first step on ("jump"), or reached at its last step
         by the same factor each step ("smooth") from the base before the phase.
     seq_len: tokens of a row in this phase.
-    steps, tokens: how long it lasts, one of them. Tokens are positions of the batches, padding
-        included; the last step may go beyond.
+    steps, tokens: its duration, exactly one of them. Tokens are positions of the batches, padding
+        included; the last step may exceed them.
     micro_batch_size: rows of a micro-batch; the stage's, unless given.
-    upsample: for documents (as split to seq_len) that are to come more often than they occur.
+    upsample: documents (as split to seq_len) to be drawn more often than they occur.
     """
 
     rope_theta: Annotated[float, Field(gt=1)]
@@ -53,7 +53,7 @@ class RopePhase(StrictConfig):
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase with everything filled in; without a schedule a stage is one that keeps its base."""
+    """A phase with all defaults filled in; a stage without a schedule is one phase."""
 
     seq_len: int
     micro_batch_size: int
@@ -64,7 +64,7 @@ class Phase:
 
 
 def resolve(phase: RopePhase, micro_batch_size: int, grad_accum_steps: int) -> Phase:
-    """`phase` in a stage with these defaults."""
+    """Fill in the defaults of the stage."""
     rows = phase.micro_batch_size or micro_batch_size
     steps = phase.steps or -(-(phase.tokens or 0) // (rows * grad_accum_steps * phase.seq_len))
     smooth = phase.transition == "smooth"
@@ -72,7 +72,7 @@ def resolve(phase: RopePhase, micro_batch_size: int, grad_accum_steps: int) -> P
 
 
 def check_rising(phases: Sequence[RopePhase]) -> None:
-    """Raises ValueError that names the phase where the base or the length goes down."""
+    """Raise ValueError that names the phase where the base or the length decreases."""
     for at in range(1, len(phases)):
         for name in ("rope_theta", "seq_len"):
             before, now = getattr(phases[at - 1], name), getattr(phases[at], name)
@@ -91,7 +91,7 @@ class RopeSchedule:
         self.phases, self.start_theta = list(phases), start_theta
 
     def at(self, step: int) -> tuple[float, int]:
-        """The base and the sequence length of optimizer step `step`, counted from 1.
+        """Return the base and the sequence length of optimizer step `step`, counted from 1.
 
         A smooth phase of n steps from base a to base b has a * (b/a)^(i/n) at its step i.
         """

@@ -1,4 +1,4 @@
-"""What every stage is given, and what its settings have in common."""
+"""Inputs of every stage, and the settings that all kinds of stage share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ernie_train.weights.checkpoint import CheckpointConfig
 
 
 class Gate(StrictConfig):
-    """What the model must do on the recipe's held-out problems before the next stage begins.
+    """Bar on the recipe's held-out problems that the model must pass before the next stage.
 
     metric: eval/<task>, eval/<domain> or eval/mean, the share of problems solved.
-    max_regression: how far any domain may fall below what it was before the stage.
+    max_regression: how far any domain may fall below its value before the stage.
     """
 
     metric: Annotated[str, Field(pattern=r"^eval/.+$")]
@@ -43,13 +43,13 @@ class StageConfig(StrictConfig):
     gate: Gate | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The settings on which the stage's result depends; a gate only judges it."""
+        """Return the settings on which the stage's result depends; a gate only judges it."""
         return self.model_dump(mode="json", exclude={"gate"})
 
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage needs to read its data."""
+    """Inputs for reading a stage's data."""
 
     base_dir: Path  # relative paths of the recipe start here
     tokenizer: Tokenizer
@@ -58,7 +58,7 @@ class StageData:
 
 @dataclass(frozen=True)
 class StageRun:
-    """What a stage is given: the model to train in place and where it may write."""
+    """Inputs for running a stage: the model to train in place and the directory to write to."""
 
     data: StageData
     directory: Path

@@ -1,9 +1,8 @@
-"""How pre-training and SFT train: the loss on packed batches, checkpoints and metrics."""
+"""Pre-training and SFT: the loss on packed batches, and the run of a stage around the trainer."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +10,7 @@ import paddle
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import ConfigError, Interrupted
-from ernie_train.data import Batch, ConsecutiveLoaders, Documents, PackedLoader
+from ernie_train.data import Batch, Documents, PackedLoader
 from ernie_train.io.metrics_log import StageMetrics
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -21,8 +20,15 @@ from ernie_train.train.moe_health import MoeHealth
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.rope_schedule import RopeSchedule
 from ernie_train.train.stage import StageRun
-from ernie_train.train.supervised_data import Prepared, SupervisedConfig, batch_source, total_steps
-from ernie_train.train.trainer import StepResult, Trainer
+from ernie_train.train.supervised_data import (
+    PretrainConfig,
+    SftConfig,
+    SupervisedConfig,
+    SupervisedData,
+    batch_source,
+    total_steps,
+)
+from ernie_train.train.trainer import Hook, StepResult, Trainer
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore, from_disk, to_disk
 
 
@@ -30,7 +36,7 @@ class PackedLoss:
     """Cross-entropy of the trained tokens of packed batches.
 
     `tokens`: every trained token of the step weighs the same. `token_balanced`: every sample
-    does, its trained losses divided by all its positions. What is shown as `loss` is the mean over
+    does, its trained losses divided by all its positions. The metric `loss` is the mean over
     trained tokens in both; `objective` is what is minimized.
     """
 
@@ -52,6 +58,7 @@ class PackedLoss:
         weights = batch.loss_mask
         if self.normalization == "token_balanced":
             weights, _ = token_balanced_weights(batch.loss_mask, batch.document_ids)
+        # Logits are only made of trained tokens: in SFT most are prompt or padding.
         trained = np.flatnonzero(batch.loss_mask)
         rows = trained
         if output.layout.token_index is not None:
@@ -65,202 +72,179 @@ class PackedLoss:
         count = self.counts(batch)["objective"]
         return LossOutput(
             [LossTerm("objective", total, count)],
-            {"loss": (float(token_losses.sum()), float(len(trained)))},
-            output.router_stats,
-            output.hidden,
+            metrics={"loss": (float(token_losses.sum()), float(len(trained)))},
+            router_stats=output.router_stats,
+            grad_anchor=output.hidden,
         )
 
 
-def train(
-    config: SupervisedConfig, run: StageRun, prepared: Prepared, loss: PackedLoss
+def run(
+    config: PretrainConfig | SftConfig, stage: StageRun, prepared: SupervisedData
 ) -> dict[str, Any]:
-    """Trains `run.model` to the end of the stage, from its latest checkpoint if it has one.
+    """Train `stage.model` to the end of the stage, from its latest checkpoint if it has one.
 
     Returns what `DONE` records. Raises `Interrupted` after saving.
     """
-    batches = batch_source(config, prepared)
-    steps = total_steps(config, prepared)
-    store = CheckpointStore(run.directory / "checkpoints", config.checkpoint)
-    trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch] = Trainer(
-        run.model,
-        Optimizer(run.model, config.optim),
-        grad_accum_steps=config.grad_accum_steps,
-        balance=config.balance,
-    )
-    start_theta = run.model.model.rope_theta
-    saved = store.load_latest()
-    if saved is not None:
-        with consensus.fail_together():
-            _restore(saved, trainer, batches)
-        start_theta = saved.state["rope_theta_at_start"]
-    with StageMetrics(
-        run.directory,
-        resume_step=saved.step if saved else None,
-        terminal=run.terminal,
-        total_steps=steps,
-        label=config.name,
-    ) as writer:
-        keeper = _Keeper(
-            config=config,
-            run=run,
-            trainer=trainer,
-            batches=batches,
-            store=store,
-            prepared=prepared,
-            loss=loss,
-            writer=writer,
-            health=_moe_health(config, run, prepared, saved, writer),
-            schedule=RopeSchedule(config.phases(), start_theta),
+    return _SupervisedRun(config, stage, prepared).train()
+
+
+class _SupervisedRun:
+    """The run of one stage: a trainer, and its schedule, metrics, validation and checkpoints."""
+
+    def __init__(
+        self, config: PretrainConfig | SftConfig, stage: StageRun, prepared: SupervisedData
+    ) -> None:
+        self.config, self.stage, self.prepared = config, stage, prepared
+        self.loss = PackedLoss(config.normalization if isinstance(config, SftConfig) else "tokens")
+        self.batches = batch_source(config, prepared)
+        self.steps = total_steps(config, prepared)
+        self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
+        self.trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch] = Trainer(
+            stage.model,
+            Optimizer(stage.model, config.optim),
+            grad_accum_steps=config.grad_accum_steps,
+            balance=config.balance,
         )
-        run.model.train()
-        try:
-            trainer.fit(
-                iter(batches),
-                loss,
-                steps,
-                before_step=keeper.set_base,
-                hooks=keeper.hooks(),
-                stop_requested=lambda: run.stop.requested,
+        start_theta = stage.model.model.rope_theta
+        self.resumed = self.store.load_latest()
+        if self.resumed is not None:
+            with consensus.fail_together():
+                self._restore(self.resumed)
+            # Phases are relative to the base at the stage's start, not to that of the checkpoint.
+            start_theta = self.resumed.state["rope_theta_at_start"]
+        self.rope_schedule = RopeSchedule(config.phases(), start_theta)
+        self.validation: dict[str, float] = {}
+        self.validation_step = self.saved_step = -1
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        model = self.stage.model
+        checkpoint.load_model(model)
+        restore_optimizer(
+            self.trainer.optimizer,
+            checkpoint.optimizer,
+            checkpoint.state["powers"],
+            lambda named: from_disk(model, named),
+            checkpoint=checkpoint.path,
+            steps=checkpoint.step,
+        )
+        self.batches.load_state_dict(checkpoint.state["loader"])
+        self.trainer.step = checkpoint.step
+
+    def train(self) -> dict[str, Any]:
+        config, stage, resumed = self.config, self.stage, self.resumed
+        with StageMetrics(
+            stage.directory,
+            resume_step=resumed.step if resumed else None,
+            terminal=stage.terminal,
+            total_steps=self.steps,
+            label=config.name,
+        ) as self.metrics:
+            self.health = MoeHealth(
+                stage.model,
+                config.moe_health,
+                # Of a copy, because the first batch is trained on as well.
+                first_batch=lambda: next(iter(copy.copy(self.prepared.loaders[0]))),
+                state=resumed.state["moe_health"] if resumed else None,
+                warn=self.metrics.note,
             )
-        except Interrupted:
-            keeper.save()
-            raise
-    return {"steps": trainer.step, "checkpoint": store.path_of(trainer.step).name}
+            stage.model.train()
+            try:
+                self.trainer.fit(
+                    iter(self.batches),
+                    self.loss,
+                    self.steps,
+                    before_step=self._apply_rope_schedule,
+                    hooks=self._hooks(),
+                    stop_requested=lambda: stage.stop.requested,
+                )
+            except Interrupted:
+                self._save()
+                raise
+        step = self.trainer.step
+        return {"steps": step, "checkpoint": self.store.path_of(step).name}
 
-
-def _moe_health(
-    config: SupervisedConfig,
-    run: StageRun,
-    prepared: Prepared,
-    saved: Checkpoint | None,
-    writer: StageMetrics,
-) -> MoeHealth:
-    return MoeHealth(
-        run.model,
-        config.moe_health,
-        # A copy, so that the batch is trained on all the same.
-        first_batch=lambda: next(iter(copy.copy(prepared.loaders[0]))),
-        state=saved.state["moe_health"] if saved else None,
-        warn=writer.note,
-    )
-
-
-def _restore(
-    saved: Checkpoint,
-    trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch],
-    batches: ConsecutiveLoaders,
-) -> None:
-    saved.load_model(trainer.model)
-    restore_optimizer(
-        trainer.optimizer,
-        saved.optimizer,
-        saved.state["powers"],
-        lambda named: from_disk(trainer.model, named),
-        checkpoint=saved.path,
-        steps=saved.step,
-    )
-    batches.load_state_dict(saved.state["loader"])
-    trainer.step = saved.step
-
-
-@dataclass
-class _Keeper:
-    """What happens around the steps of a stage: RoPE's base, metrics, validation, checkpoints."""
-
-    config: SupervisedConfig
-    run: StageRun
-    trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch]
-    batches: ConsecutiveLoaders
-    store: CheckpointStore
-    prepared: Prepared
-    loss: PackedLoss
-    writer: StageMetrics
-    health: MoeHealth
-    schedule: RopeSchedule
-    measured: dict[str, float] = field(default_factory=dict)
-    measured_step: int = -1
-    saved_step: int = -1
-
-    def set_base(self, step: int) -> dict[str, float]:
-        """Gives the model the base of the step that comes; what of it is logged."""
+    def _apply_rope_schedule(self, step: int) -> dict[str, float]:
+        """Set the model's base for `step`, which comes next; return metrics to log with it."""
         if self.config.rope_schedule is None:
             return {}
-        theta, seq_len = self.schedule.at(step)
-        if theta != self.run.model.model.rope_theta:
-            self.run.model.set_rope_theta(theta)
+        theta, seq_len = self.rope_schedule.at(step)
+        if theta != self.stage.model.model.rope_theta:
+            self.stage.model.set_rope_theta(theta)
         return {"rope_theta": theta, "seq_len": seq_len}
 
-    def hooks(self) -> list[tuple[int, Any]]:
+    def _hooks(self) -> list[Hook]:
+        # Validation first: the step's log line and checkpoint record its loss.
         every = self.config.validate_every_steps
         return [
             *([(every, self._validate)] if every is not None else []),
             (1, self._log),
-            (self.config.checkpoint.every_steps, lambda result: self.save()),
+            (self.config.checkpoint.every_steps, lambda result: self._save()),
         ]
 
-    def save(self) -> None:
-        if self.saved_step == self.trainer.step:
-            return  # a hook of this very step has written it
-        self.writer.sync()
-        optimizer = self.trainer.optimizer
-        arrays = optimizer_arrays(optimizer, lambda named: to_disk(self.run.model, named))
-        state = {
-            "powers": optimizer.powers(),
-            "loader": self.batches.state_dict(),
-            "rope_theta_at_start": self.schedule.start_theta,
-            "moe_health": self.health.state_dict(),
-        }
-        self.store.save(
-            self.trainer.step,
-            model=self.run.model,
-            optimizer=arrays,
-            state=state,
-            metrics=self.measured if self.measured_step == self.trainer.step else None,
-        )
-        self.saved_step = self.trainer.step
-
     def _validate(self, result: StepResult) -> None:
-        loss = validation_loss(self.config, self.run, self.prepared.validation, self.loss)
-        self.measured = {"validation_loss": loss}
-        self.measured_step = result.step
-        result.metrics.update(self.measured)
+        documents = self.prepared.validation
+        loss = validation_loss(self.config, self.stage, documents, self.loss)
+        self.validation = {"validation_loss": loss}
+        self.validation_step = result.step
+        result.metrics.update(self.validation)
 
     def _log(self, result: StepResult) -> None:
         result.metrics.update(self.health.observe(result.step, result.load))
         rate = result.tokens / result.seconds
         timings = {"seconds": result.seconds, "tokens_per_second": rate}
-        self.writer.log(result.step, result.metrics, timings)
+        self.metrics.log(result.step, result.metrics, timings)
+
+    def _save(self) -> None:
+        step = self.trainer.step
+        if self.saved_step == step:
+            return  # interrupted after a step whose hook has saved
+        # Metrics first: a run that resumes from a checkpoint must find the lines up to its step.
+        self.metrics.sync()
+        model, optimizer = self.stage.model, self.trainer.optimizer
+        self.store.save(
+            step,
+            model=model,
+            optimizer=optimizer_arrays(optimizer, lambda named: to_disk(model, named)),
+            state={
+                "powers": optimizer.powers(),
+                "loader": self.batches.state_dict(),
+                "rope_theta_at_start": self.rope_schedule.start_theta,
+                "moe_health": self.health.state_dict(),
+            },
+            metrics=self.validation if self.validation_step == step else None,
+        )
+        self.saved_step = step
 
 
 def validation_loss(
     config: SupervisedConfig,
-    run: StageRun,
+    stage: StageRun,
     documents: list[Documents],
     loss: PackedLoss,
 ) -> float:
-    """Mean loss in nats over the trained tokens of the validation documents.
+    """Return the mean loss in nats over the trained tokens of the validation documents.
 
-    Rows have the length of the stage's last phase throughout, so that values can be compared. Every
-    rank must call it; each runs a share of the batches.
+    Rows have the length of the stage's last phase from the start, so that values of all phases can
+    be compared. Every rank must call it; each runs a share of the batches.
     """
     once = PackedLoader(
         documents,
         [1.0] * len(documents),
         seq_len=config.longest_seq_len,
         micro_batch_size=config.phases()[-1].micro_batch_size,
-        seed=run.data.seed,
+        seed=stage.data.seed,
         epochs=1,
-        pad_id=run.data.tokenizer.pad_token_id,
+        pad_id=stage.data.tokenizer.pad_token_id,
     )
     total = count = 0.0
-    run.model.eval()
-    with Lockstep(run.model) as lockstep, paddle.no_grad():
+    stage.model.eval()
+    with Lockstep(stage.model) as lockstep, paddle.no_grad():
         for batch in process_group.shard(list(once)):
             lockstep.next_pass()
-            value, tokens = loss(run.model, batch).shown["loss"]
+            value, tokens = loss(stage.model, batch).metrics["loss"]
             total, count = total + value, count + tokens
     total, count = process_group.all_reduce_sum([total, count])
-    run.model.train()
+    stage.model.train()
     if count == 0:
         raise ConfigError("the validation data has no trained token", source=config.name)
     return total / count

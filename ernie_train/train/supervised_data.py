@@ -1,4 +1,4 @@
-"""The data of pre-training and SFT: documents packed into rows, phase after phase."""
+"""Settings and data of pre-training and SFT: documents packed into rows, phase after phase."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ from ernie_train.data import (
 from ernie_train.train.rope_schedule import Phase, RopePhase, check_rising, resolve
 from ernie_train.train.stage import StageConfig, StageData
 
-Kind = Literal["sft", "pretrain"]
-
 
 class SupervisedConfig(StageConfig):
-    """Settings of a stage that learns from given text.
+    """Settings that pre-training and SFT share.
 
     A step trains `grad_accum_steps` micro-batches, on all ranks together.
 
@@ -69,11 +67,11 @@ class SupervisedConfig(StageConfig):
         check_rising(schedule)
 
     def paths(self) -> list[str]:
-        """Every file or directory that the stage reads."""
+        """Return every file or directory that the stage reads."""
         return [source.path for source in (*self.data, *self.validation)]
 
     def lengths(self) -> dict[str, int]:
-        """The sequence lengths that the model must be able to hold, by setting."""
+        """Return the sequence lengths that the model must support, by setting."""
         if self.rope_schedule is None:
             return {"seq_len": self.longest_seq_len}
         return {
@@ -82,7 +80,7 @@ class SupervisedConfig(StageConfig):
         }
 
     def phases(self) -> list[Phase]:
-        """The phases of the stage; a stage without a schedule is one."""
+        """Return the phases of the stage; a stage without a schedule is one."""
         if self.rope_schedule is None:
             return [Phase(self.longest_seq_len, self.micro_batch_size)]
         rows, accumulated = self.micro_batch_size, self.grad_accum_steps
@@ -93,9 +91,27 @@ class SupervisedConfig(StageConfig):
         return self.rope_schedule[-1].seq_len if self.rope_schedule else int(self.seq_len or 0)
 
 
+class PretrainConfig(SupervisedConfig):
+    """Settings of a pre-training stage: loss on every token; its data rows are texts."""
+
+    kind: Literal["pretrain"]
+
+
+class SftConfig(SupervisedConfig):
+    """Settings of an SFT stage: loss on the assistant's tokens; its data rows are conversations.
+
+    normalization: weigh every trained token alike (tokens) or every sample (token_balanced).
+    thinking: use the Thinking chat format instead of the plain one.
+    """
+
+    kind: Literal["sft"]
+    normalization: Literal["tokens", "token_balanced"] = "tokens"
+    thinking: bool = True
+
+
 @dataclass(frozen=True)
-class Prepared:
-    """A stage's data: one `Documents` a source, their report, and the validation documents.
+class SupervisedData:
+    """A stage's data: one `Documents` per source, their report, and the validation documents.
 
     `loaders` hold the documents of each phase, packed for its sequence length.
     """
@@ -106,34 +122,33 @@ class Prepared:
     loaders: list[PackedLoader]
 
 
-def prepare(config: SupervisedConfig, data: StageData, *, kind: Kind, thinking: bool) -> Prepared:
-    """Reads, encodes and packs the stage's data; `DataError` says what is wrong with which rows."""
+def prepare(config: PretrainConfig | SftConfig, data: StageData) -> SupervisedData:
+    """Read, encode and pack the stage's data. `DataError` names the rows that are wrong."""
 
     def read(sources: list[DataSource]) -> tuple[list[Documents], DataReport]:
         return load_sources(
             sources,
             data.tokenizer,
-            kind=kind,
+            kind=config.kind,
             seq_len=config.longest_seq_len,
             base_dir=data.base_dir,
-            thinking=thinking,
+            thinking=isinstance(config, SftConfig) and config.thinking,
             max_bad_fraction=config.max_bad_fraction,
             seed=data.seed,
         )
 
     documents, report = read(config.data)
     validation = read(config.validation)[0] if config.validation else []
-    loaders = _loaders(config, data, documents, kind)
-    return Prepared(documents, report, validation, loaders)
+    return SupervisedData(documents, report, validation, _loaders(config, data, documents))
 
 
 def _loaders(
-    config: SupervisedConfig, data: StageData, documents: list[Documents], kind: Kind
+    config: PretrainConfig | SftConfig, data: StageData, documents: list[Documents]
 ) -> list[PackedLoader]:
     loaders, before = [], None
     for index, phase in enumerate(config.phases()):
         fitted = [
-            refit(part, source, kind, phase.seq_len)
+            refit(part, source, config.kind, phase.seq_len)
             for part, source in zip(documents, config.data, strict=True)
         ]
         if before is not None and phase.seq_len > before:
@@ -148,7 +163,7 @@ def _loaders(
                 *_upsampled(fitted, weights, phase),
                 seq_len=phase.seq_len,
                 micro_batch_size=phase.micro_batch_size,
-                seed=data.seed + 101 * index,  # each phase shuffles anew
+                seed=data.seed + 101 * index,  # each phase shuffles differently
                 epochs=None,
                 pad_id=data.tokenizer.pad_token_id,
             )
@@ -168,7 +183,7 @@ def _require_longer(documents: Sequence[Documents], bound: int, setting: str) ->
 def _upsampled(
     documents: list[Documents], weights: list[float], phase: Phase
 ) -> tuple[list[Documents], list[float]]:
-    """Long documents of each source as a source of their own with a higher weight."""
+    """Split the long documents of each source off, as a source with a higher weight."""
     if phase.upsample is None:
         return documents, weights
     parts, shares = [], []
@@ -181,8 +196,11 @@ def _upsampled(
     return parts, shares
 
 
-def total_steps(config: SupervisedConfig, prepared: Prepared) -> int:
-    """Optimizer steps of the stage; a last partial step draws on the batches after its epochs."""
+def total_steps(config: SupervisedConfig, prepared: SupervisedData) -> int:
+    """Return the optimizer steps of the stage.
+
+    A last partial step is filled up with batches of the epoch after the last.
+    """
     if config.rope_schedule is not None:
         return sum(phase.steps or 0 for phase in config.phases())
     if config.epochs is None:
@@ -192,9 +210,9 @@ def total_steps(config: SupervisedConfig, prepared: Prepared) -> int:
 
 
 def describe(
-    config: SupervisedConfig, data: StageData, prepared: Prepared, console: Console
+    config: SupervisedConfig, data: StageData, prepared: SupervisedData, console: Console
 ) -> None:
-    """Prints what a step of each phase is, and a row as it will be trained."""
+    """Print the size of a step of each phase, and a row as it will be trained."""
     for phase in config.phases():
         rows = phase.micro_batch_size * config.grad_accum_steps
         base = "" if phase.rope_theta is None else f", RoPE base {phase.rope_theta:g}"
@@ -210,8 +228,8 @@ def describe(
     console.print(preview(data.tokenizer, first))
 
 
-def batch_source(config: SupervisedConfig, prepared: Prepared) -> ConsecutiveLoaders:
-    """The batches of all phases; those of the last never end, its steps say when it is over."""
+def batch_source(config: SupervisedConfig, prepared: SupervisedData) -> ConsecutiveLoaders:
+    """Return the batches of all phases; those of the last one never end."""
     batches = [
         None if phase.steps is None else phase.steps * config.grad_accum_steps
         for phase in config.phases()

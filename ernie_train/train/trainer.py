@@ -1,5 +1,6 @@
-"""The one loop: batches in, terms of a loss summed over micro-batches, one update a step.
+"""The training loop of every stage: batches and a loss in, optimizer steps out.
 
+A step runs forward and backward over its micro-batches, one reduction over ranks and one update.
 Every rank is given the micro-batches of the whole step and runs its share of them, so that a step
 trains the same tokens on any number of ranks.
 """
@@ -24,14 +25,16 @@ from ernie_train.train.optimizer import Optimizer, learning_rate
 
 @dataclass(frozen=True)
 class StepResult:
+    """Metrics of one optimizer step over all ranks."""
+
     step: int
     metrics: dict[str, float]
     seconds: float
     tokens: int
-    load: RouterStatsAccumulator  # of the whole step, over all ranks
+    load: RouterStatsAccumulator
 
 
-Hook = tuple[int, Callable[[StepResult], None]]  # every how many steps, and what
+Hook = tuple[int, Callable[[StepResult], None]]  # (every so many steps, function)
 
 
 class Trainer(Generic[ModelT, BatchT]):
@@ -61,13 +64,13 @@ class Trainer(Generic[ModelT, BatchT]):
         hooks: Sequence[Hook] = (),
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Trains until `steps` optimizer steps are done; hooks run at their multiples and the end.
+        """Train until `steps` optimizer steps are done; hooks run at their multiples and the end.
 
-        `before_step` is told the number of the step that comes and may change what depends on it;
-        what it returns is logged with that step.
+        `before_step` gets the number of the next step, may change what depends on it, and returns
+        metrics to log with that step.
 
         Raises `NonFiniteError` before an update that would not be finite, and `Interrupted` after
-        the step in which `stop_requested` became true on any rank; whoever calls saves.
+        the step in which `stop_requested` became true on any rank; the caller saves.
         """
         while self.step < steps:
             scheduled = before_step(self.step + 1)
@@ -77,40 +80,44 @@ class Trainer(Generic[ModelT, BatchT]):
             for every, hook in hooks:
                 if result.step % every == 0 or result.step == steps:
                     hook(result)
-            if process_group.all_reduce_sum([float(stop_requested())])[0] > 0:
+            # A signal may reach one rank alone, and all must leave at the same step.
+            if process_group.any_rank(stop_requested()):
                 raise Interrupted(f"stopped on a signal after step {self.step}")
 
     def train_step(
         self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT], total_steps: int
     ) -> StepResult:
-        """One optimizer step over `micro_batches`, at the rate that `total_steps` gives it.
+        """Run one optimizer step over `micro_batches`, at the learning rate of `total_steps`.
 
         `micro_batches` are those of all ranks, the same on each.
         """
         started = time.perf_counter()
+        # Every rank has all micro-batches, so counts of the whole step need no reduction, and a
+        # loss is divided by them before its backward pass.
         counts = self._counts(micro_batches, loss_fn)
         sums: dict[str, float] = {}
-        shown: dict[str, tuple[float, float]] = {}
+        extra: dict[str, tuple[float, float]] = {}
         load = self.balancer.new_load()
-        last = _passes(micro_batches) - 1
+        last = _passes_per_rank(micro_batches) - 1
         for number, batch in enumerate(process_group.shard(micro_batches)):
             output = loss_fn(self.model, batch)
             terms = [*output.terms, *self.balancer.terms(output.router_stats)]
             if number == last:
                 self.optimizer.begin_last_backward()
-            _backward(terms, counts, output.last)
+            _backward(terms, counts, output.grad_anchor)
             load.add(output.router_stats)
             for term in terms:
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
-            for name, (value, count) in output.shown.items():
-                before = shown.get(name, (0.0, 0.0))
-                shown[name] = (before[0] + value, before[1] + count)
-        self._join_others(micro_batches, last_of_step=True)
+            for name, (value, count) in output.metrics.items():
+                before = extra.get(name, (0.0, 0.0))
+                extra[name] = (before[0] + value, before[1] + count)
+        self._run_dummy_backward(micro_batches, last_of_step=True)
         self.optimizer.reduce_gradients()
         lr = learning_rate(self.optimizer.config, self.step + 1, total_steps)
-        metrics = _metrics(sums, counts, shown)
+        metrics = _reduce_metrics(sums, counts, extra)
         metrics["grad_norm"] = self.optimizer.gradient_norm()
         metrics["lr"] = lr
+        # Before the update: a NaN in weights or moments could not be undone.
         self._refuse_non_finite(metrics)
         self.optimizer.step(lr, metrics["grad_norm"])
         self.optimizer.clear_gradients()
@@ -123,9 +130,9 @@ class Trainer(Generic[ModelT, BatchT]):
     def term_gradient_norms(
         self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT]
     ) -> dict[str, float]:
-        """The gradient norm of each term alone, its coefficient included; updates nothing.
+        """Return the gradient norm of each term alone, its coefficient included; update nothing.
 
-        Runs the model once for every term, so it is for now and then.
+        It costs as many forward and backward passes as there are terms.
         """
         counts = self._counts(micro_batches, loss_fn)
         norms = {}
@@ -134,8 +141,8 @@ class Trainer(Generic[ModelT, BatchT]):
                 output = loss_fn(self.model, batch)
                 terms = [*output.terms, *self.balancer.terms(output.router_stats)]
                 wanted = [term for term in terms if term.name == name]
-                _backward(wanted, counts, output.last)
-            self._join_others(micro_batches, last_of_step=False)
+                _backward(wanted, counts, output.grad_anchor)
+            self._run_dummy_backward(micro_batches, last_of_step=False)
             self.optimizer.reduce_gradients()
             norms[name] = self.optimizer.gradient_norm()
             self.optimizer.clear_gradients()
@@ -144,22 +151,25 @@ class Trainer(Generic[ModelT, BatchT]):
     def _counts(
         self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT]
     ) -> dict[str, float]:
-        """What the terms of the whole step count, from the micro-batches of all ranks."""
+        """Return the count of each term over the micro-batches of all ranks."""
         balancer = self.balancer
         counts = [{**loss_fn.counts(b), **balancer.counts(b.num_tokens)} for b in micro_batches]
         names = sorted({name for micro in counts for name in micro})
         return {n: math.fsum(micro.get(n, 0.0) for micro in counts) for n in names}
 
-    def _join_others(self, micro_batches: Sequence[BatchT], *, last_of_step: bool) -> None:
-        """Joins the pass of ranks that have a micro-batch more than this one."""
-        if len(process_group.shard(micro_batches)) < _passes(micro_batches):
+    def _run_dummy_backward(self, micro_batches: Sequence[BatchT], *, last_of_step: bool) -> None:
+        """Run a dummy pass where this rank has one micro-batch fewer than others.
+
+        Under expert parallelism those wait for this rank in the all-to-alls of each layer.
+        """
+        if len(process_group.shard(micro_batches)) < _passes_per_rank(micro_batches):
             if last_of_step:
                 self.optimizer.begin_last_backward()
             parallel.dummy_pass(self.model, backward=True)
 
     def _refuse_non_finite(self, metrics: dict[str, float]) -> None:
         bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-        if process_group.all_reduce_sum([float(bool(bad))])[0] > 0:
+        if process_group.any_rank(bool(bad)):
             self.optimizer.clear_gradients()
             listed = ", ".join(f"{name} = {value}" for name, value in bad.items()) or "another rank"
             raise NonFiniteError(
@@ -168,17 +178,20 @@ class Trainer(Generic[ModelT, BatchT]):
             )
 
 
-def _passes(micro_batches: Sequence[Any]) -> int:
-    """Backward passes of a step, as many on each rank."""
+def _passes_per_rank(micro_batches: Sequence[Any]) -> int:
+    """Return the number of backward passes of a step, dummy ones included."""
     return -(-len(micro_batches) // process_group.world_size())
 
 
-def _metrics(
-    sums: dict[str, float], counts: dict[str, float], shown: dict[str, tuple[float, float]]
+def _reduce_metrics(
+    sums: dict[str, float], counts: dict[str, float], extra: dict[str, tuple[float, float]]
 ) -> dict[str, float]:
-    """The means over the whole step of what this rank and the others summed up."""
-    own = {f"{n}/sum": value for n, (value, _) in shown.items()}
-    own |= {f"{n}/count": count for n, (_, count) in shown.items()}
+    """Return means over the whole step and all ranks, of terms and of extra metrics (sum, count).
+
+    All go in one reduction by name, because ranks may have different terms.
+    """
+    own = {f"{n}/sum": value for n, (value, _) in extra.items()}
+    own |= {f"{n}/count": count for n, (_, count) in extra.items()}
     total = process_group.all_reduce_named(
         {**{f"{n}/term": value for n, value in sums.items()}, **own}
     )
@@ -191,22 +204,23 @@ def _metrics(
     return metrics | means
 
 
-def _backward(terms: list[LossTerm], counts: dict[str, float], last: Tensor | None) -> None:
-    """Adds the gradient of sum over terms of coef * sum / global count.
+def _backward(terms: list[LossTerm], counts: dict[str, float], grad_anchor: Tensor | None) -> None:
+    """Add the gradient of the sum over terms of coef * sum / global count.
 
-    So it is divided once, by what the whole step counts. Where ranks exchange rows in the backward
-    pass, zero times `last` makes it go through every layer. Terms of weights go back apart from
-    those of the pass, and before them, so that sums of gradients are taken in one order whether
-    layers are run again in the backward pass or not.
+    Divided by the count of the whole step, gradients of micro-batches and ranks simply add up.
     """
-    of_weights: list[Tensor] = []
-    of_pass: list[Tensor] = []
+    on_parameters: list[Tensor] = []
+    on_outputs: list[Tensor] = []
     for term in terms:
         part = term.sum * (term.coef / max(counts[term.name], 1.0))
-        (of_weights if term.of_weights else of_pass).append(part)
-    if last is not None and process_group.grid().expert > 1:
-        of_pass.append(last.sum().astype("float32") * 0.0)
-    for parts in filter(None, (of_weights, of_pass)):
+        (on_parameters if term.on_parameters else on_outputs).append(part)
+    if grad_anchor is not None and process_group.grid().expert > 1:
+        # All ranks must run the all-to-alls of every layer backward, also where no term of this
+        # micro-batch depends on a layer.
+        on_outputs.append(grad_anchor.sum().astype("float32") * 0.0)
+    # Terms on parameters have a backward pass of their own, before the other: so gradients are
+    # summed in one order, whether layers are recomputed in the backward pass or not.
+    for parts in filter(None, (on_parameters, on_outputs)):
         total = parts[0]
         for part in parts[1:]:
             total = total + part

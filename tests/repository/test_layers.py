@@ -36,7 +36,7 @@ PACKAGES: dict[str, str] = {
     "weights": "layout hf checkpoint model_directory",
     "generate": "sampler engine sharded",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
-    " supervised_data supervised pretrain sft",
+    " supervised_data supervised",
     "eval": "prompts evaluation gates",
     "rl": "config critic rollout batch data groups pairs loss report learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",

@@ -15,10 +15,8 @@ from ernie_train.rl.dpo import DpoConfig
 from ernie_train.train import moe_balance
 from ernie_train.train.moe_balance import BalanceConfig, MoeBalance
 from ernie_train.train.moe_health import layer_health, over_layers
-from ernie_train.train.pretrain import PretrainConfig
-from ernie_train.train.sft import SftConfig
 from ernie_train.train.supervised import PackedLoss
-from ernie_train.train.supervised_data import SupervisedConfig
+from ernie_train.train.supervised_data import PretrainConfig, SftConfig, SupervisedConfig
 from tests.small_models import assert_same, state
 from tests.train.test_moe_balance import forward, new_trainer, small_model
 from tests.train.test_trainer import part, rows

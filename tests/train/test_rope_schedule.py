@@ -19,9 +19,8 @@ from ernie_train.cli.main import main
 from ernie_train.data import Documents, EncodedDocument
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.rope import RopeTables, inverse_frequencies
-from ernie_train.train.pretrain import PretrainConfig
 from ernie_train.train.rope_schedule import Phase, RopePhase, RopeSchedule, Upsample, resolve
-from ernie_train.train.supervised_data import _upsampled
+from ernie_train.train.supervised_data import PretrainConfig, _upsampled
 from ernie_train.train.trainer import Trainer
 from tests.small_models import make_config
 from tests.workspace import final_files, make_workspace, metrics_without_time

@@ -14,10 +14,14 @@ import yaml
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.data import Documents, EncodedDocument
-from ernie_train.train.pretrain import PretrainConfig
 from ernie_train.train.rope_schedule import Phase, RopeSchedule
-from ernie_train.train.sft import SftConfig
-from ernie_train.train.supervised_data import _loaders, batch_source, total_steps
+from ernie_train.train.supervised_data import (
+    PretrainConfig,
+    SftConfig,
+    _loaders,
+    batch_source,
+    total_steps,
+)
 from ernie_train.train.trainer import Trainer
 from tests.train.test_rope_schedule import PHASES, documents, run, stage
 from tests.workspace import final_files, make_workspace, metrics_without_time
@@ -29,7 +33,7 @@ def loaders(schedule, parts, kind="pretrain", **keys):
     config = {"pretrain": PretrainConfig, "sft": SftConfig}[kind](
         **stage(schedule, kind=kind, data=[{"path": str(n)} for n in range(len(parts))], **keys)
     )
-    return config, _loaders(config, DATA, parts, kind)
+    return config, _loaders(config, DATA, parts)
 
 
 # ---- data ----------------------------------------------------------------------------------------

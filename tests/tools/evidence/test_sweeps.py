@@ -10,8 +10,7 @@ import pytest
 from ernie_train.core.config import load_yaml
 from ernie_train.rl.config import UpoConfig
 from ernie_train.run.recipe import Recipe, load_recipe
-from ernie_train.train.pretrain import PretrainConfig
-from ernie_train.train.sft import SftConfig
+from ernie_train.train.supervised_data import PretrainConfig, SftConfig
 from tools.data import make_needles
 from tools.evidence import measure, prepare
 from tools.evidence.runs import ROOT
