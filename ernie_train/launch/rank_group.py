@@ -23,7 +23,6 @@ POLL_S = 0.1
 SETTLE_S = 2.0  # after a failure: a rank may have failed first and report it last
 START_LIMIT_S = 300.0  # from the start of a rank by the launcher to its first heartbeat
 LEAVE_LIMIT_S = 20.0  # from the exit report of a rank to that of the failure behind it, or its end
-SUSPECT_S = 5.0  # a rank silent for so long may be why another one gave up waiting
 
 SCRATCH = "ernie_train_launch_"
 
@@ -114,7 +113,7 @@ class RankGroup:
             return died or self._report_of_exits()
         if self._launcher.process.poll() is not None:
             return self._report_of_launcher()
-        return self._report_of_hang(self.settings.hang_timeout_s) or self._report_of_missing(now)
+        return self._report_of_hang() or self._report_of_missing(now)
 
     def _report_of_exits(self) -> ExitReport:
         order = sorted(self.exits.values(), key=lambda report: report.monotonic_s)
@@ -122,11 +121,7 @@ class RankGroup:
         stopped = [report for report in order if report.status == 3]
         # The first with a message: one without failed because of another rank.
         first = min(failed or stopped or order, key=lambda report: not report.message)
-        if first.status != 1:
-            return ExitReport(first.status, first.message, first.rank)
-        # Perhaps its collective timed out because another rank hangs.
-        hang = self._report_of_hang(SUSPECT_S)
-        return hang or ExitReport(1, first.message, first.rank, restartable=True)
+        return ExitReport(first.status, first.message, first.rank, restartable=first.status == 1)
 
     def _report_of_death(self) -> ExitReport:
         if self._launcher.process.poll() == -signal.SIGKILL:
@@ -155,11 +150,11 @@ class RankGroup:
         output = self._launcher.last_line() or "without a word"
         return ExitReport(1, f"Paddle's launcher ended: {output}", restartable=True)
 
-    def _report_of_hang(self, limit_s: float) -> ExitReport | None:
-        """Report a rank that for `limit_s` sent no heartbeat and did not use the processor."""
+    def _report_of_hang(self) -> ExitReport | None:
+        """Report a rank that for too long sent no heartbeat and did not use the processor."""
         silent_s = self._silent_s()
         rank = max(silent_s, key=lambda r: silent_s[r], default=None)
-        if rank is None or silent_s[rank] <= limit_s:
+        if rank is None or silent_s[rank] <= self.settings.hang_timeout_s:
             return None
         seconds = f"{silent_s[rank]:.0f} s"
         message = f"gave no sign of life for {seconds} and was ended (--hang-timeout-s)"

@@ -1,4 +1,4 @@
-"""Run directories of earlier versions continue: names and hashes of inputs are part of the format."""
+"""Names and hashes of inputs are a format on disk: run directories of earlier versions continue."""
 
 from __future__ import annotations
 
