@@ -5,9 +5,8 @@ import json
 import pytest
 
 from ernie_train.rewards.score import Score
-from ernie_train.rewards.verifiers import code, tool_call
-from tools.evidence import verifier_checks_code
-from tools.evidence.verifier_checks_code import checks
+from tools.evidence import check_verifiers
+from tools.evidence.check_verifiers import checks
 
 MBPP = [
     {"task_id": 1, "code": "def double(x):\r\n    return x * 2", "test_setup_code": "",
@@ -40,24 +39,28 @@ def data_dir(tmp_path):
 
 
 def test_right_ones_are_correct_and_spoilt_ones_are_not(data_dir, tmp_path):
-    found = {name: (correct, total, misses) for name, correct, total, misses in checks(data_dir)}
-    assert found["mbpp reference"] == (2, 2, [])
-    assert found["humaneval reference"] == (2, 2, [])
-    assert found["bfcl gold"] == (1, 1, [])
-    assert found["mbpp perturbed (another task)"] == (0, 2, [])
-    assert found["humaneval perturbed (another task)"] == (0, 2, [])
-    assert found["mbpp perturbed (one change)"] == (0, 1, [])  # the second has nothing to change
-    # four whole-call changes; for each of three arguments another value and a text; two left out
+    found = {check.name: check[1:] for check in checks(data_dir)}
+    assert found["mbpp right"] == (4, 4, [])  # the solution, and the row's own answer
+    assert found["humaneval right"] == (4, 4, [])
+    assert found["bfcl right"] == (1, 1, [])
+    # Each solution under the other's name, and one of each changed, but `first` and `neg` have
+    # nothing that breaks.
+    assert found["mbpp perturbed"] == (0, 3, [])
+    assert found["humaneval perturbed"] == (0, 3, [])
+    # Four whole-call changes; for each of three arguments another value and a text; two left out.
     assert found["bfcl perturbed"] == (0, 4 + 3 * 2 + 2, [])
-    assert checks(tmp_path / "nowhere") == []
+    assert list(checks(tmp_path / "nowhere")) == []
 
 
 def test_every_miss_is_shown(data_dir, monkeypatch):
-    for module, verdict in ((code, Score.correct()), (tool_call, Score.correct())):
-        monkeypatch.setattr(module, "score", lambda row, text, verdict=verdict: verdict)
+    def score_all(score):
+        return lambda items: [score] * len(items)
+
+    monkeypatch.setattr(check_verifiers, "score_batch", score_all(Score.correct()))
     for name, correct, total, misses in checks(data_dir):
         assert correct == total
         assert len(misses) == (total if "perturbed" in name else 0)
-    monkeypatch.setattr(verifier_checks_code.code, "score", lambda row, text: Score.wrong("why"))
-    (first, *_) = checks(data_dir)
-    assert first[1:] == (0, 2, ["task 1: wrong why", "task 2: wrong why"])
+    monkeypatch.setattr(check_verifiers, "score_batch", score_all(Score.wrong("why")))
+    first, *_ = checks(data_dir)
+    assert first[1:3] == (0, 4)
+    assert all(miss.endswith("wrong why") for miss in first.misses) and len(first.misses) == 4
