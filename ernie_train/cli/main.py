@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ernie_train.cli.run import RunCall, print_status
+from ernie_train.cli.run import RunCommand, print_status
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError
 from ernie_train.launch import LaunchSettings, print_error
@@ -95,14 +95,14 @@ def run(
     ] = LaunchSettings.node_rank,
 ) -> None:
     """Run a recipe's stages; run again on the same directory it continues."""
-    call = RunCall(recipe, overrides or [], run_dir, first, last, _interpreter(referee))
+    command = RunCommand(recipe, overrides or [], run_dir, first, last, _interpreter(referee))
     settings = LaunchSettings(nproc or 1, nnodes, master, node_rank, max_restarts, hang_timeout_s)
     if nproc is not None:
         debug = context.ensure_object(CommonOptions).debug
-        raise typer.Exit(call.launch(settings, _console(stderr=True), debug=debug))
+        raise typer.Exit(command.launch(settings, _console(stderr=True), debug=debug))
     if settings != LaunchSettings(nproc=1):
         raise UserError("the options of a launch need --nproc, the ranks of this machine")
-    call.run_here(_console(quiet=not process_group.is_main()))
+    command.run_here(_console(quiet=not process_group.is_main()))
 
 
 @app.command()

@@ -25,7 +25,7 @@ _HEADLINE = ("loss", "validation_loss", "reward", "accuracy", "kl", "grad_norm",
 
 
 @dataclass(frozen=True)
-class RunCall:
+class RunCommand:
     """Arguments of the verb `run`; `first` and `last` are --from and --until."""
 
     recipe: Path

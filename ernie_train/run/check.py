@@ -62,8 +62,8 @@ def _tokenizer_or_fallback(recipe: Recipe, base_dir: Path, console: Console) -> 
     if not source.is_absent(base_dir):
         return load_tokenizer(base_dir / source.path)
     console.print(
-        f"tokenizer: nothing at {source.path}; {source.stand_in} stands in for it, so what follows "
-        "counts other tokens. A run needs the model's own: tokenizer.path=...",
+        f"tokenizer: nothing at {source.path}; {source.stand_in} stands in for it, so the token "
+        "counts below differ from a run's. A run needs the model's own: tokenizer.path=...",
         highlight=False,
     )
     return load_tokenizer(base_dir / str(source.stand_in))

@@ -149,7 +149,7 @@ class Pipeline:
                 raise CheckpointError(
                     f"stage {stage.name} in {self.run_dir} was run with something else: "
                     + "; ".join(changes)
-                    + f". Give another --run-dir, or --from {stage.name} to do it anew"
+                    + f". Give another --run-dir, or --from {stage.name} to repeat it"
                 )
             done = read_done(record.parent)
             if done is None:

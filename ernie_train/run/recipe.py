@@ -187,8 +187,8 @@ class Recipe(StrictConfig):
         ranks = self.parallel.ranks
         wrong = [
             f"stages.{index}.grad_accum_steps={stage.grad_accum_steps} must be a multiple of the "
-            f"{ranks} ranks of parallel.expert x parallel.data: a step's micro-batches are dealt "
-            "out over them"
+            f"{ranks} ranks of parallel.expert x parallel.data: a step's micro-batches are split "
+            "evenly over them"
             for index, stage in enumerate(self.stages)
             if isinstance(stage, SupervisedConfig) and stage.grad_accum_steps % ranks
         ]

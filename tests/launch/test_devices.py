@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_train.cli.run import RunCall
+from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
 from ernie_train.core.errors import ConfigError
 from ernie_train.launch import LaunchSettings, launcher
@@ -99,7 +99,7 @@ def test_the_recipe_s_device_decides(tmp_path, monkeypatch, device, hidden):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: x\ndevice: cpu\n" if device == "cpu" else "name: x\n")
     overrides = [f"device={device}"] if device in ("auto", "gpu") else []
-    call = RunCall(recipe, overrides, tmp_path / "run", None, None, None)
+    call = RunCommand(recipe, overrides, tmp_path / "run", None, None, None)
     call.launch(LaunchSettings(2), None, debug=False)
     assert [settings.hide_gpus for settings in seen] == [hidden]
 

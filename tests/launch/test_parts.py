@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from ernie_train.cli.main import main
-from ernie_train.cli.run import RunCall
+from ernie_train.cli.run import RunCommand
 from ernie_train.core.errors import ConfigError
 from ernie_train.io.run_dir import RunLock
 from ernie_train.launch import LaunchSettings
@@ -28,9 +28,9 @@ from tests.launch.launched import REPOSITORY, SUPERVISOR, TOY
 from tests.workspace import make_workspace
 
 
-def call(recipe: Path | str = "r.yaml", **changes: object) -> RunCall:
+def call(recipe: Path | str = "r.yaml", **changes: object) -> RunCommand:
     options = {"run_dir": None, "first": None, "last": None, "referee": None, **changes}
-    return RunCall(Path(recipe), ["seed=-1"], **options)  # type: ignore[arg-type]
+    return RunCommand(Path(recipe), ["seed=-1"], **options)  # type: ignore[arg-type]
 
 
 # ---- logs and records ----------------------------------------------------------------------------

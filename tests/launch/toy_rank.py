@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from ernie_train.cli.main import main
-from ernie_train.cli.run import RunCall
+from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group, processes
 from ernie_train.core.errors import (
     FailedElsewhere,
@@ -31,7 +31,7 @@ STEP_S = 0.1
 RANK = int(os.environ["PADDLE_TRAINER_ID"])  # also where there is only one
 
 
-def work(self: RunCall, console: object) -> None:
+def work(self: RunCommand, console: object) -> None:
     begin()
     if BEHAVIOUR == "together":
         together()
@@ -134,5 +134,5 @@ BEHAVIOURS = {
 
 
 if __name__ == "__main__":
-    RunCall.run_here = work  # type: ignore[method-assign]
+    RunCommand.run_here = work  # type: ignore[method-assign]
     main(["run", "recipe.yaml"])
