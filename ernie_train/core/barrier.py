@@ -1,13 +1,16 @@
-"""A place where ranks wait for one another for as long as it takes.
+"""A barrier of ranks without a time limit, over TCP sockets.
 
-Paddle's collectives over gloo give up after 30 seconds, and that cannot be set. One rank may be
-busy for longer than that, with an export or a long completion, or stopped for a moment. So before
-ranks begin a collective they meet here, over plain sockets: each tells rank 0 that it has come, and
-rank 0 tells all when all have.
+Paddle's collectives over gloo time out after 30 seconds (3.3.1; not configurable), but one rank may
+be busy for longer, for instance with an export, or grade completions for hours. So before each
+collective ranks wait here: each sends a byte to rank 0, and rank 0 answers when all have.
 
-There is no limit to the wait for a rank that works: it may grade completions for hours. One that
-has ended closes its connection; of a machine that is gone the kernel finds out, by asking for
-signs of life while nothing is sent. A rank that hangs is its supervisor's to end.
+A rank that has ended closes its connection, which the others notice at once. Of a machine that is
+gone the kernel finds out within two minutes, by TCP keepalive. A rank that hangs is ended by its
+supervisor.
+
+Own sockets instead of a counter on Paddle's TCPStore (3.3.1): between two ranks of one machine a
+barrier takes 0.02 ms instead of 88 ms (its server polls), and the end of a rank is noticed in 2 ms,
+where `TCPStore.wait` went on waiting for 90 s and more, far past the store's own time-out of 8 s.
 """
 
 from __future__ import annotations
@@ -19,19 +22,19 @@ from collections.abc import Callable, Mapping
 
 from ernie_train.core.errors import ErnieTrainError
 
-JOIN_LIMIT_S = 1800.0  # from the first rank that is here to the last
-# The kernel asks a silent peer after so many seconds, then as often, and at last gives it up.
-_IDLE_S, _ASK_EVERY_S, _ASKED = 60, 10, 6
+CONNECT_TIMEOUT_S = 1800.0  # from the first rank to the last
+# TCP keepalive: the first probe, the time between probes, and unanswered ones until it gives up.
+_IDLE_S, _PROBE_EVERY_S, _PROBES = 60, 10, 6
 _TOKEN_BYTES, _RANK_BYTES = 16, 4
 
 
 class HostBarrier:
-    """The meeting place of `ranks` ranks, of which this process is number `rank`.
+    """Barrier of `ranks` ranks, of which this process is number `rank`.
 
     Args:
-        host: the address of this machine that the other ranks reach; only rank 0 uses it.
-        publish: hands a text to the other ranks; called by rank 0.
-        look_up: returns that text, once it is there; called by the others.
+        host: an address of this machine that the other ranks can reach; only rank 0 uses it.
+        publish: makes a text known to the other ranks; called by rank 0.
+        look_up: waits for that text and returns it; called by the others.
     """
 
     def __init__(
@@ -44,20 +47,20 @@ class HostBarrier:
     ) -> None:
         self._peers: dict[int, socket.socket] = {}
         if rank == 0:
-            self._receive(host, ranks, publish)
+            self._accept(host, ranks, publish)
         else:
             address, port, token = look_up().split()
-            peer = socket.create_connection((address, int(port)), JOIN_LIMIT_S)
+            peer = socket.create_connection((address, int(port)), CONNECT_TIMEOUT_S)
             peer.sendall(bytes.fromhex(token) + rank.to_bytes(_RANK_BYTES, "big"))
             self._peers[0] = peer
         for peer in self._peers.values():
-            _set_up(peer)
+            _configure(peer)
         self._is_host = rank == 0
 
-    def _receive(self, host: str, ranks: int, publish: Callable[[str], None]) -> None:
+    def _accept(self, host: str, ranks: int, publish: Callable[[str], None]) -> None:
         token = secrets.token_bytes(_TOKEN_BYTES)
         with socket.create_server((host, 0), backlog=ranks) as server:
-            server.settimeout(JOIN_LIMIT_S)
+            server.settimeout(CONNECT_TIMEOUT_S)
             publish(f"{host} {server.getsockname()[1]} {token.hex()}")
             while len(self._peers) < ranks - 1:
                 peer, _ = server.accept()
@@ -69,26 +72,26 @@ class HostBarrier:
                 if secrets.compare_digest(hello[:_TOKEN_BYTES], token):
                     self._peers[int.from_bytes(hello[_TOKEN_BYTES:], "big")] = peer
                 else:
-                    peer.close()  # a stranger
+                    peer.close()  # not a rank of this job
 
     def wait(self) -> None:
-        """Returns when all ranks have called it as often as this one.
+        """Return when all ranks have called it as often as this one.
 
-        Raises `ErnieTrainError` that names a rank that has ended.
+        Raises `ErnieTrainError` that names a rank whose connection is lost.
         """
         if not self._is_host:
-            self._for_each(_tell)
-        self._await_all()
+            self._for_each(_send_byte)
+        self._receive_from_all()
         if self._is_host:
-            self._for_each(_tell)
+            self._for_each(_send_byte)
 
-    def _await_all(self) -> None:
-        awaited = dict(self._peers)
-        while awaited:
-            come, _, _ = select.select(list(awaited.values()), [], [])
-            here = {rank: peer for rank, peer in awaited.items() if peer in come}
-            self._for_each(_listen, here)
-            awaited = {rank: peer for rank, peer in awaited.items() if rank not in here}
+    def _receive_from_all(self) -> None:
+        pending = dict(self._peers)
+        while pending:
+            readable, _, _ = select.select(list(pending.values()), [], [])
+            ready = {rank: peer for rank, peer in pending.items() if peer in readable}
+            self._for_each(_receive_byte, ready)
+            pending = {rank: peer for rank, peer in pending.items() if rank not in ready}
 
     def _for_each(
         self,
@@ -106,24 +109,24 @@ class HostBarrier:
             peer.close()
 
 
-def _set_up(peer: socket.socket) -> None:
-    """Lets a connection wait for ever, unless its other end is gone."""
+def _configure(peer: socket.socket) -> None:
+    """Let a connection wait without limit, unless its other end is gone."""
     peer.settimeout(None)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _ASK_EVERY_S)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _ASKED)
-    # What was sent and is not acknowledged is given up after as long, and not after a quarter hour.
-    limit_ms = 1000 * (_IDLE_S + _ASK_EVERY_S * _ASKED)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_S)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    # Unacknowledged data is given up after as long; Linux's default is a quarter of an hour.
+    limit_ms = 1000 * (_IDLE_S + _PROBE_EVERY_S * _PROBES)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
 
 
-def _tell(peer: socket.socket) -> None:
+def _send_byte(peer: socket.socket) -> None:
     peer.sendall(b".")
 
 
-def _listen(peer: socket.socket) -> None:
+def _receive_byte(peer: socket.socket) -> None:
     _read(peer, 1)
 
 

@@ -1,10 +1,6 @@
-"""The ranks of this job: who this process is, how they are laid out, and what they tell each other.
+"""Agreement between ranks: errors that end all of them, work of rank 0, equal inputs.
 
-Ranks = `expert` x `data`. The experts of every layer are dealt out over the `expert` consecutive
-ranks of an expert group; ranks that hold the same experts, one of each expert group, are replicas.
-Dense parameters are on all ranks.
-
-On a single process everything is the identity and Paddle's distributed package is not touched.
+On a single process every function is the identity.
 """
 
 from __future__ import annotations
@@ -25,13 +21,12 @@ from ernie_train.core.process_group import (
 )
 
 
-# ---- agreeing ------------------------------------------------------------------------------------
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Runs a part without communication; an error of ours on one rank ends it on all.
+    """Run a block without communication; an `ErnieTrainError` on one rank ends it on all.
 
     The lowest rank that failed raises its own error, the others `FailedElsewhere`, so that one
-    message is printed. It may take as long as it takes, also where only one rank has work.
+    message is printed. Other ranks wait without a time limit while one has work.
     """
     if world_size() == 1:
         yield
@@ -42,7 +37,7 @@ def fail_together() -> Iterator[None]:
     except ErnieTrainError as error:
         failure = error
     if not over_gloo():
-        # NCCL gives up after half an hour, and one rank may have work for longer.
+        # NCCL's collectives time out after half an hour, and one rank may have work for longer.
         wait_for_all_ranks()
     if not any_rank(failure is not None):
         return
@@ -55,10 +50,10 @@ def fail_together() -> Iterator[None]:
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, which alone does it; an error of ours there ends all ranks.
+    """Run `work` on rank 0 alone and return its result, which must be picklable, on all ranks.
 
-    So ranks agree on what is on the disk, although they may see it at different moments. The result
-    must be something that can be pickled.
+    So ranks agree on what is on the disk, although a shared file system may show it to them at
+    different moments. An `ErnieTrainError` there ends all ranks.
     """
     found: list[T] = []
     with fail_together():
@@ -68,7 +63,7 @@ def run_on_main(work: Callable[[], T]) -> T:
 
 
 def require_same(facts: Mapping[str, str]) -> None:
-    """Raises `ConfigError` that names what differs between ranks, with the ranks that differ."""
+    """Raise `ConfigError` that names the facts that differ between ranks, and those ranks."""
     if world_size() == 1:
         return
     found = all_gather_objects(dict(facts))

@@ -1,10 +1,10 @@
-"""The ranks of this job: who this process is, how they are laid out, and what they tell each other.
+"""The ranks of this job: their number, their layout, and reductions of numbers and small objects.
 
-Ranks = `expert` x `data`. The experts of every layer are dealt out over the `expert` consecutive
-ranks of an expert group; ranks that hold the same experts, one of each expert group, are replicas.
-Dense parameters are on all ranks.
+Ranks = `expert` x `data`. The experts of every layer are split over the `expert` consecutive ranks
+of an expert group; ranks that hold the same experts, one of each expert group, are replicas. Dense
+parameters are on all ranks.
 
-On a single process everything is the identity and Paddle's distributed package is not touched.
+On a single process every function is the identity and `paddle.distributed` is not imported.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Grid:
-    """How the ranks are laid out; `sharding` spreads optimizer state over equal parameters."""
+    """Layout of the ranks, as torch's DeviceMesh; `sharding` splits optimizer state (ZeRO-1)."""
 
     expert: int = 1
     data: int = 1
     sharding: bool = False
 
     def check(self, ranks: int) -> None:
-        """Raises `ConfigError` where the degrees do not make `ranks` ranks."""
+        """Raise `ConfigError` where expert x data is not `ranks`."""
         if self.expert * self.data != ranks:
             raise ConfigError(
                 f"parallel.expert={self.expert} x parallel.data={self.data} needs "
@@ -44,69 +44,69 @@ class Grid:
             )
 
     def expert_group(self, of: int) -> list[int]:
-        """The ranks among which rank `of` exchanges rows."""
+        """Return the ranks among which rank `of` exchanges rows."""
         first = of - of % self.expert
         return list(range(first, first + self.expert))
 
     def replicas(self, of: int) -> list[int]:
-        """The ranks that hold the same experts as rank `of`."""
+        """Return the ranks that hold the same experts as rank `of`."""
         return list(range(of % self.expert, self.expert * self.data, self.expert))
 
 
+# State of the process, like torch's default process group: a process is one rank of one job, and
+# passing these through every call that may reduce something would say nothing more.
 _grid = Grid()
+_host_barrier: HostBarrier | None = None
 
 
-_meeting: HostBarrier | None = None
-
-
-# ---- who is who ----------------------------------------------------------------------------------
+# ---- rank and layout -----------------------------------------------------------------------------
 def _number(variable: str, fallback: int) -> int:
     text = os.environ.get(variable, "")
     return int(text) if text.isdigit() else fallback
 
 
 def world_size() -> int:
-    """Number of ranks in the job, as the launcher says; 1 without a launcher."""
+    """Return the number of ranks in the job, as the launcher set it; 1 without a launcher."""
     return max(1, _number("PADDLE_TRAINERS_NUM", 1))
 
 
 def rank() -> int:
-    """Number of this process in the job, from 0."""
+    """Return the number of this process in the job, from 0."""
     return _number("PADDLE_TRAINER_ID", 0) if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which alone prints and writes what is not a rank's own."""
+    """Return whether this is rank 0, which alone prints and writes files of the whole job."""
     return rank() == 0
 
 
 def grid() -> Grid:
-    """The layout that `set_grid` chose; one rank before that."""
+    """Return the layout that `set_grid` chose; one rank before that."""
     return _grid
 
 
 def init_process_group() -> None:
-    """Joins the other ranks; needed once, before any reduction. Does nothing on one process."""
+    """Connect to the other ranks, once, before any reduction. Does nothing on one process."""
     if world_size() == 1:
         return
     import paddle
 
     if not paddle.distributed.is_initialized():
-        # It tells on stderr, on every rank, which flags of Paddle are not at their defaults: that
-        # is of use only where joining fails.
-        told = io.StringIO()
+        # Paddle prints the flags that are not at their defaults to stderr, on every rank: shown
+        # only where connecting fails.
+        output = io.StringIO()
         try:
-            with redirect_stderr(told):
+            with redirect_stderr(output):
                 paddle.distributed.init_parallel_env()
         except BaseException:
-            sys.stderr.write(told.getvalue())
+            sys.stderr.write(output.getvalue())
             raise
 
 
 def require_backend(device: str) -> None:
-    """Raises `ConfigError` where ranks were joined for the CPU and compute on GPUs, or the reverse.
+    """Raise `ConfigError` where the backend does not fit `device`, which is `cpu` or `gpu`.
 
-    `device` is `cpu` or `gpu`. `run --nproc` starts ranks rightly; other launchers may not.
+    `run --nproc` starts ranks with the right backend; other launchers may not.
     """
     if world_size() == 1:
         return
@@ -121,15 +121,17 @@ def require_backend(device: str) -> None:
 
 
 def sync() -> None:
-    """Every rank passes here before each collective; nothing else begins one.
+    """Prepare for a collective; must precede each one.
 
-    Over gloo they wait for one another here, for its collectives give up after 30 s.
+    Over gloo ranks wait for one another here, because its collectives time out after 30 s, which
+    Paddle (3.3.1) does not let us set.
     """
     if over_gloo():
         wait_for_all_ranks()
 
 
 def over_gloo() -> bool:
+    """Return whether ranks communicate over gloo, that is on CPUs."""
     init_process_group()
     import paddle
 
@@ -137,16 +139,17 @@ def over_gloo() -> bool:
 
 
 def wait_for_all_ranks() -> None:
-    global _meeting
-    if _meeting is None:
-        _meeting = _meet()
-    _meeting.wait()
+    """Wait for all ranks without a time limit; see `HostBarrier`."""
+    global _host_barrier
+    if _host_barrier is None:
+        _host_barrier = _connect_host_barrier()
+    _host_barrier.wait()
 
 
-def _meet() -> HostBarrier:
+def _connect_host_barrier() -> HostBarrier:
     from paddle.base import core
 
-    store, name = core.create_or_get_global_tcp_store(), "ernie_train/meeting"
+    store, name = core.create_or_get_global_tcp_store(), "ernie_train/barrier"
     host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or "127.0.0.1"
 
     def look_up() -> str:
@@ -157,18 +160,18 @@ def _meet() -> HostBarrier:
 
 
 def set_grid(chosen: Grid) -> None:
-    """Lays the ranks out; every rank must call it with the same grid, before models are made.
+    """Set the layout; every rank must call it with the same grid, before models are built.
 
-    Raises `ConfigError` where the degrees do not make this job's ranks.
+    Raises `ConfigError` where expert x data is not the number of ranks.
     """
     global _grid
     chosen.check(world_size())
     _grid = chosen
 
 
-# ---- sums and objects ----------------------------------------------------------------------------
+# ---- reductions ----------------------------------------------------------------------------------
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Wait until every rank has called it."""
     if world_size() > 1:
         import paddle
 
@@ -177,7 +180,9 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """The sum of each value over all ranks, computed in float64; each rank gets the same bits.
+    """Return the sum of each value over all ranks, computed in float64.
+
+    Every rank gets the same bits, so decisions on them need no further agreement.
 
     Args:
         values: as many on every rank, in the same order.
@@ -193,21 +198,22 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 
 def all_gather_ints(values: Sequence[int]) -> np.ndarray:
-    """The whole numbers of all ranks, [ranks,len(values)]; each rank gives as many."""
+    """Return the integers of all ranks, [ranks,len(values)]; each rank passes equally many."""
     if world_size() == 1:
         return np.array([values], np.int64)
     import paddle
 
     sync()
-    told: list[Any] = []
-    paddle.distributed.all_gather(told, paddle.to_tensor(list(values), "int64"))
-    return np.stack([part.numpy() for part in told])
+    parts: list[Any] = []
+    paddle.distributed.all_gather(parts, paddle.to_tensor(list(values), "int64"))
+    return np.stack([part.numpy() for part in parts])
 
 
 def sum_over_ranks(ranks: Sequence[int], value: float) -> float:
-    """The sum over some ranks, rounded once: groups of ranks that add equal numbers agree.
+    """Return the sum over some ranks; every rank of the job must call it.
 
-    Every rank of the job must call it.
+    It is rounded once (fsum), so groups of ranks that add the same values in another order get
+    the same bits, and with them the same clipping.
     """
     if world_size() == 1:
         return value
@@ -220,12 +226,12 @@ def sum_over_ranks(ranks: Sequence[int], value: float) -> float:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
+    """Return whether the flag is set on any rank."""
     return all_reduce_sum([float(flag)])[0] > 0
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """What every rank has, in the order of the ranks; for small things that can be pickled."""
+    """Return the objects of all ranks, in rank order; for small objects that can be pickled."""
     if world_size() == 1:
         return [value]
     import paddle
@@ -237,7 +243,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def all_reduce_named(values: Mapping[str, float]) -> dict[str, float]:
-    """Sums by name over all ranks; a rank may lack names that others have."""
+    """Return sums by name over all ranks; a rank may lack names that others have."""
     if world_size() == 1:
         return dict(values)
     found = all_gather_objects(dict(values))
@@ -246,19 +252,19 @@ def all_reduce_named(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _sum(parts: Iterable[float]) -> float:
-    """The sum, rounded once; NaN for opposite infinities, which fsum refuses."""
+    """Return the sum, rounded once; NaN for opposite infinities, which fsum refuses."""
     values = list(parts)
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 # ---- sharing work --------------------------------------------------------------------------------
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """This rank's part of work that all ranks know: every world_size-th item."""
+    """Return this rank's part of items that all ranks have: every world_size-th one."""
     return items if world_size() == 1 else items[rank() :: world_size()]
 
 
 def gather_shards(results: Sequence[T]) -> list[T]:
-    """The results of all items, in their order, from what each rank made of its `share`."""
+    """Return the results of all items, in their order, from the results of each rank's `shard`."""
     if world_size() == 1:
         return list(results)
     parts = all_gather_objects(list(results))
@@ -266,12 +272,12 @@ def gather_shards(results: Sequence[T]) -> list[T]:
     return [parts[at % len(parts)][at // len(parts)] for at in range(total)]
 
 
-def partition_by_size(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """Items by number, dealt into hands of about equal size: the largest first, to the lightest."""
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    loads = [0] * hands
+def partition_by_size(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Partition item indices into parts of about equal size: the largest first, to the lightest."""
+    indices: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0] * parts
     for item in sorted(range(len(sizes)), key=lambda at: (-sizes[at], at)):
         lightest = loads.index(min(loads))
-        dealt[lightest].append(item)
+        indices[lightest].append(item)
         loads[lightest] += sizes[item]
-    return dealt
+    return indices

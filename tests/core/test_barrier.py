@@ -1,4 +1,4 @@
-"""The meeting place of ranks, with threads for ranks."""
+"""The barrier of ranks, with threads for ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RANKS = 3
 
 
 @pytest.fixture
-def meetings():
+def barriers():
     board: queue.Queue[str] = queue.Queue()
-    strangers: list[socket.socket] = []
+    intruders: list[socket.socket] = []
 
     def publish(text: str) -> None:
         host, port, _ = text.split()
-        strangers.append(socket.create_connection((host, int(port))))
-        strangers[0].sendall(bytes(20))  # another token
+        intruders.append(socket.create_connection((host, int(port))))
+        intruders[0].sendall(bytes(20))  # another token
         for _ in range(RANKS - 1):
             board.put(text)
 
@@ -37,11 +37,11 @@ def meetings():
             )
         )
     yield made
-    for place in (*made, *strangers):
+    for place in (*made, *intruders):
         place.close()
 
 
-def test_nobody_goes_on_before_all_are_there(meetings):
+def test_nobody_goes_on_before_all_are_there(barriers):
     went: list[tuple[int, int]] = []
     lock = threading.Lock()
 
@@ -50,7 +50,7 @@ def test_nobody_goes_on_before_all_are_there(meetings):
             time.sleep(0.001 * ((rank + turn) % RANKS))
             with lock:
                 went.append((turn, 0))
-            meetings[rank].wait()
+            barriers[rank].wait()
             with lock:
                 went.append((turn, 1))
 
@@ -63,28 +63,28 @@ def test_nobody_goes_on_before_all_are_there(meetings):
 
 
 @pytest.mark.parametrize("lost", [0, 2])
-def test_a_rank_that_has_ended_is_noticed_by_those_that_wait(meetings, lost):
-    meetings[lost].close()
+def test_a_rank_that_has_ended_is_noticed_by_those_that_wait(barriers, lost):
+    barriers[lost].close()
     waiting = 1 if lost == 0 else 0
     with pytest.raises(ErnieTrainError, match=f"rank {lost}"):
-        meetings[waiting].wait()
+        barriers[waiting].wait()
 
 
-def test_a_rank_may_take_a_day_and_a_machine_that_is_gone_is_noticed(meetings, monkeypatch):
+def test_a_rank_may_take_a_day_and_a_machine_that_is_gone_is_noticed(barriers, monkeypatch):
     days = itertools.count(step=86400)
     clock = SimpleNamespace(monotonic=lambda: float(next(days)))
     monkeypatch.setattr("ernie_train.core.barrier.time", clock, raising=False)
 
     def late() -> None:
         time.sleep(0.5)
-        meetings[2].wait()
+        barriers[2].wait()
 
     with ThreadPoolExecutor(RANKS) as threads:
-        waiting = [threads.submit(meetings[rank].wait) for rank in (0, 1)]
+        waiting = [threads.submit(barriers[rank].wait) for rank in (0, 1)]
         threads.submit(late)
         for future in waiting:
             future.result()
-    for peer in (peer for place in meetings for peer in place._peers.values()):
+    for peer in (peer for place in barriers for peer in place._peers.values()):
         assert peer.gettimeout() is None
         assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
