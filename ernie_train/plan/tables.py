@@ -20,7 +20,7 @@ _PARTS = (
 
 _REMEDIES = {
     "activations": "a smaller micro_batch_size or shorter rows take less",
-    "rollouts": "a smaller rollout_batch_size takes less",
+    "rollouts": "a smaller rollout.batch_size takes less",
 }
 
 

@@ -49,7 +49,7 @@ def stage_work(stage: AnyStageConfig, document_tokens: int | None) -> Iterator[W
     if isinstance(stage, SupervisedConfig):
         yield from _supervised(stage, document_tokens)
     elif isinstance(stage, DpoConfig):
-        yield _reinforced(stage.as_upo())
+        yield _preference(stage)
     else:
         yield _reinforced(stage)
 
@@ -64,21 +64,29 @@ def _supervised(stage: SupervisedConfig, document_tokens: int | None) -> Iterato
         yield Work(name, Job(batch, "cross_entropy"), 1, stage.grad_accum_steps, steps)
 
 
+def _preference(stage: DpoConfig) -> Work:
+    trained, length = 2 * stage.pairs_per_step, stage.seq_len - 1
+    rows = min(stage.micro_batch_size, trained)
+    job = Job(MicroBatch(rows, length, length), "logprobs", True, False, None)
+    return Work(stage.name, job, 1, -(-trained // rows), stage.steps, trained, 1)
+
+
 def _reinforced(stage: UpoConfig) -> Work:
     """Samples are a prompt and a completion, less the last token, which predicts nothing."""
-    length = stage.max_prompt_tokens + stage.max_new_tokens - 1
-    sampled = (stage.prompts_per_iteration or 0) * stage.group_size if stage.needs_rollouts else 0
+    config = stage.rollout
+    length = config.max_prompt_tokens + config.max_new_tokens - 1
+    sampled = (config.prompts_per_iteration or 0) * config.group_size
     trained = _trained_samples(stage, sampled)
-    updates = stage.update_epochs * stage.minibatches
-    per_update = -(-trained // stage.minibatches)
+    updates = stage.policy.update_epochs * stage.policy.minibatches
+    per_update = -(-trained // stage.policy.minibatches)
     rollout = None
     if sampled:
         rollout = Rollout(
             sampled,
-            stage.group_size,
-            stage.max_prompt_tokens,
-            stage.max_new_tokens,
-            stage.rollout_batch_size,
+            config.group_size,
+            config.max_prompt_tokens,
+            config.max_new_tokens,
+            config.batch_size,
         )
     critic = stage.critic is not None
     rows = min(stage.micro_batch_size, per_update)
@@ -96,9 +104,9 @@ def _reinforced(stage: UpoConfig) -> Work:
 
 def _trained_samples(stage: UpoConfig, sampled: int) -> int:
     """Completions that an iteration learns from, once each: all that were sampled, or pairs."""
-    trained = sampled if stage.policy_coef else 0
-    if not trained and stage.uses_online_pairs:
-        trained = 2 * (stage.prompts_per_iteration or 0)
-    if stage.uses_offline_pairs and stage.offline is not None:
+    trained = sampled if stage.policy.coef else 0
+    if not trained and stage.preference is not None and stage.preference.uses_online:
+        trained = 2 * (stage.rollout.prompts_per_iteration or 0)
+    if stage.offline is not None:
         trained += 2 * stage.offline.per_iteration
     return trained

@@ -1,14 +1,14 @@
-"""Settings of progressive RL: rollouts, PPO, pairs, curriculum."""
+"""Settings of an RL stage: rollouts, policy, preference pairs, critic."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ernie_train.core.config import NonNegative, Positive, PositiveInt, Share, StrictConfig
 from ernie_train.losses import KL_IN_LOSS_KINDS
-from ernie_train.rewards.scoring import RewardConfig, RewardPart
+from ernie_train.rewards.scoring import RewardConfig
 from ernie_train.train.optimizer import OptimConfig
 from ernie_train.train.stage import StageConfig
 
@@ -27,17 +27,40 @@ class PromptSource(StrictConfig):
     max_examples: PositiveInt | None = None
 
 
-class CriticConfig(StrictConfig):
-    """The critic of `advantage: gae`, a model of its own that starts from the stage's policy.
+class RolloutConfig(StrictConfig):
+    """How an iteration samples: `prompts_per_iteration` groups of `group_size` completions.
 
-    path: starts it from the `critic/` directory of a checkpoint instead.
-    warmup_iterations: iterations in which the critic learns alone.
+    max_prompt_tokens: longer prompts are left out.
+    batch_size: sequences that are sampled at once.
+    refill_rounds: further rounds of prompts that replace groups without a difference in reward.
+    truncated: completions cut at max_new_tokens are left out ("mask") or kept, their reward less
+        `truncation_penalty` ("punish").
+    max_logprob_mismatch: bound of mean exp|recomputed - sampled logprob| - 1; above it the stage
+        stops.
+    dump: writes each iteration's rollout to `rollouts/` in the stage's directory.
+    replay: a directory of such rollouts, which are used instead of sampling.
     """
 
-    optim: OptimConfig
-    path: str | None = None
-    clip_range: Positive | None = 0.2
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    prompts_per_iteration: PositiveInt | None = None
+    group_size: PositiveInt = 8
+    max_prompt_tokens: PositiveInt = 512
+    max_new_tokens: PositiveInt
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    batch_size: PositiveInt = 256
+    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    truncated: Literal["mask", "punish"] = "punish"
+    truncation_penalty: NonNegative = 0.0
+    max_logprob_mismatch: Positive = 0.05
+    dump: bool = False
+    replay: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutConfig:
+        if self.truncated == "mask" and self.truncation_penalty:
+            raise ValueError("truncation_penalty has no effect with truncated: mask")
+        return self
 
 
 class KlConfig(StrictConfig):
@@ -55,6 +78,51 @@ class KlConfig(StrictConfig):
                 f"{' or '.join(KL_IN_LOSS_KINDS)}, or place: reward"
             )
         return self
+
+
+class PolicyConfig(StrictConfig):
+    """The policy's objective, coef * PPO + kl - entropy_coef * entropy, and its updates.
+
+    An iteration updates the policy `update_epochs` times over its rollout, in `minibatches`
+    optimizer steps each. A coefficient of 0 switches its term off and costs nothing.
+
+    group_scale: group-relative advantages are divided by the group's standard deviation, or not.
+    normalize_rewards: "domain" centres and scales the rewards of each domain in an iteration.
+    """
+
+    coef: NonNegative = 1.0
+    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_ratio_high: Positive | None = None
+    entropy_coef: NonNegative = 0.0
+    kl: KlConfig | None = None
+    update_epochs: PositiveInt = 1
+    minibatches: PositiveInt = 1
+    group_scale: Literal["std", "none"] | None = None  # None: std
+    normalize_rewards: Literal["domain", "none"] = "domain"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PolicyConfig:
+        if self.coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
+            raise ValueError("entropy_coef and kl act on the policy term's tokens: coef is 0")
+        return self
+
+
+class CriticConfig(StrictConfig):
+    """A critic, which makes advantages generalized (GAE) instead of group-relative.
+
+    It is a model of its own that starts from the stage's policy.
+
+    gamma, lam: discount and trace decay of GAE (arXiv:1506.02438).
+    path: starts it from the `critic/` directory of a checkpoint instead.
+    warmup_iterations: iterations in which the critic learns alone.
+    """
+
+    optim: OptimConfig
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    path: str | None = None
+    clip_range: Positive | None = 0.2
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
 
 
 class OfflinePairs(StrictConfig):
@@ -76,6 +144,36 @@ class OfflinePairs(StrictConfig):
         if (self.path is None) == (self.prompts is None):
             raise ValueError("exactly one of path and prompts must be given")
         return self
+
+
+class PreferenceConfig(StrictConfig):
+    """The preference term, coef * DPO(beta) on pairs of completions (arXiv:2305.18290).
+
+    pairs: "online" pairs the best with the worst completion of each of the iteration's prompts,
+        where their rewards differ by `margin`; "offline" takes those of `offline`.
+    """
+
+    coef: Positive
+    pairs: Literal["online", "offline", "both"]
+    margin: Positive = 0.5
+    beta: Positive = 0.1
+    offline: OfflinePairs | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PreferenceConfig:
+        if self.uses_offline and self.offline is None:
+            raise ValueError(f"pairs: {self.pairs} needs offline: where they come from")
+        if self.offline is not None and not self.uses_offline:
+            raise ValueError("offline has no effect without pairs: offline, or both")
+        return self
+
+    @property
+    def uses_online(self) -> bool:
+        return self.pairs in ("online", "both")
+
+    @property
+    def uses_offline(self) -> bool:
+        return self.pairs in ("offline", "both")
 
 
 class Curriculum(StrictConfig):
@@ -105,196 +203,143 @@ class StageEvaluation(StrictConfig):
         return self
 
 
-# What only completions sampled in the stage make use of.
-_SAMPLING = (
-    "temperature", "top_p", "top_k", "rollout_batch_size", "refill_rounds", "truncated",
-    "truncation_penalty", "normalize_rewards", "advantage", "group_scale", "group_size",
-    "clip_ratio", "clip_ratio_high", "curriculum", "canaries", "dump_rollouts", "replay_rollouts",
-    "samples_per_iteration", "max_logprob_mismatch",
-)  # fmt: skip
+# Keys of version 0.1.0, which had all settings at the top level of the stage.
+MOVED_KEYS = {
+    "prompts_per_iteration": "rollout.prompts_per_iteration",
+    "group_size": "rollout.group_size",
+    "max_prompt_tokens": "rollout.max_prompt_tokens",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "temperature": "rollout.temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "rollout_batch_size": "rollout.batch_size",
+    "refill_rounds": "rollout.refill_rounds",
+    "truncated": "rollout.truncated",
+    "truncation_penalty": "rollout.truncation_penalty",
+    "max_logprob_mismatch": "rollout.max_logprob_mismatch",
+    "dump_rollouts": "rollout.dump",
+    "replay_rollouts": "rollout.replay",
+    "policy_coef": "policy.coef",
+    "clip_ratio": "policy.clip_ratio",
+    "clip_ratio_high": "policy.clip_ratio_high",
+    "entropy_coef": "policy.entropy_coef",
+    "kl": "policy.kl",
+    "update_epochs": "policy.update_epochs",
+    "minibatches": "policy.minibatches",
+    "group_scale": "policy.group_scale",
+    "normalize_rewards": "policy.normalize_rewards",
+    "gamma": "critic.gamma",
+    "lam": "critic.lam",
+    "preference_coef": "preference.coef",
+    "pairs": "preference.pairs",
+    "pair_margin": "preference.margin",
+    "beta": "preference.beta",
+    "offline": "preference.offline",
+}
+_REMOVED_KEYS = {
+    "advantage": "left out: a `critic` makes advantages generalized, without one they are "
+    "group-relative",
+    "max_pair_tokens": "left out: pairs are bound by rollout.max_prompt_tokens and max_new_tokens",
+}
 
 
 class UpoConfig(StageConfig):
     """Unified preference optimization: PPO joined with DPO on pairs of completions.
 
-    One iteration samples `prompts_per_iteration` groups of `group_size` completions, scores them,
-    and updates the policy `update_epochs` times over them in `minibatches` optimizer steps each.
-    The objective is policy_coef * PPO + kl - entropy_coef * entropy + preference_coef * DPO(beta)
-    on pairs. What a coefficient of 0 switches off costs nothing.
-
-    pairs: "online" pairs the best with the worst completion of each of the iteration's prompts,
-        where their rewards differ by `pair_margin`; "offline" takes those of `offline`.
-    refill_rounds: further rounds of prompts that replace groups without a difference in reward.
-    truncated: completions cut at max_new_tokens are left out ("mask") or kept, their reward less
-        `truncation_penalty` ("punish").
-    max_logprob_mismatch: bound of mean exp|recomputed - sampled logprob| - 1; above it the stage
-        stops.
+    canaries: rows on which the reward is tried before the first iteration.
+    samples_per_iteration: rows that an iteration adds to samples.jsonl.
+    term_norms_every: iterations between measurements of each term's gradient norm.
     """
 
     kind: Literal["upo"]
-    data: list[PromptSource] = []
-    reward: RewardConfig | None = None
+    data: Annotated[list[PromptSource], Field(min_length=1)]
+    reward: RewardConfig
     iterations: PositiveInt
-
-    prompts_per_iteration: PositiveInt | None = None
-    group_size: PositiveInt = 8
-    max_prompt_tokens: PositiveInt = 512  # longer prompts are left out
-    max_new_tokens: PositiveInt
-    max_pair_tokens: PositiveInt | None = None  # of an offline pair's prompt with a completion
-    temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    rollout_batch_size: PositiveInt = 256
-    refill_rounds: Annotated[int, Field(ge=0)] = 0
-    truncated: Literal["mask", "punish"] = "punish"
-    truncation_penalty: NonNegative = 0.0
-    normalize_rewards: Literal["domain", "none"] = "domain"
-
-    advantage: Literal["gae", "group"] = "group"
-    group_scale: Literal["std", "none"] = "std"
-    gamma: Share = 1.0
-    lam: Share = 0.95
+    rollout: RolloutConfig
+    policy: PolicyConfig = PolicyConfig()
+    preference: PreferenceConfig | None = None
     critic: CriticConfig | None = None
-
-    update_epochs: PositiveInt = 1
-    minibatches: PositiveInt = 1
-    policy_coef: NonNegative = 1.0
-    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_ratio_high: Positive | None = None
-    entropy_coef: NonNegative = 0.0
-    kl: KlConfig | None = None
-
-    preference_coef: NonNegative = 0.0
-    pairs: Literal["online", "offline", "both"] | None = None
-    pair_margin: Positive = 0.5
-    beta: Positive = 0.1
-    offline: OfflinePairs | None = None
-
     curriculum: Curriculum | None = None
     evaluation: StageEvaluation | None = None
-    max_logprob_mismatch: Positive = 0.05
-    canaries: Annotated[int, Field(ge=0)] = 16  # rows on which the reward is tried at the start
-    samples_per_iteration: Annotated[int, Field(ge=0)] = 8  # rows of samples.jsonl
-    term_norms_every: PositiveInt | None = None  # iterations between each term's gradient norm
-    dump_rollouts: bool = False
-    replay_rollouts: str | None = None  # a directory of rollouts that are used instead of sampling
+    canaries: Annotated[int, Field(ge=0)] = 16
+    samples_per_iteration: Annotated[int, Field(ge=0)] = 8
+    term_norms_every: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        old = [f"{key} is now {MOVED_KEYS[key]}" for key in values if key in MOVED_KEYS]
+        old += [f"{key} is {_REMOVED_KEYS[key]}" for key in values if key in _REMOVED_KEYS]
+        if old:
+            raise ValueError("; ".join(old))
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> UpoConfig:
-        problems = [
-            *self._rollout_problems(),
-            *self._estimator_problems(),
-            *self._pair_problems(),
-        ]
-        if self.truncated == "mask" and self.truncation_penalty:
-            problems.append("truncation_penalty has no effect with truncated='mask'")
+        problems = []
+        group_size, preference = self.rollout.group_size, self.preference
         if self.checkpoint.best_metric is not None and self.evaluation is None:
             problems.append("checkpoint.best_metric needs an evaluation")
+        if self.critic is not None and self.policy.coef == 0:
+            problems.append("a critic has no effect with policy.coef=0")
+        if self.critic is not None and self.policy.group_scale is not None:
+            problems.append("policy.group_scale has no effect beside a critic")
+        if self.critic is None and self.policy.coef and group_size < 2:
+            problems.append("without a critic rollout.group_size must be at least 2")
+        if self.policy.coef == 0 and preference is None:
+            problems.append("policy.coef is 0 and there is no preference: nothing would be learnt")
+        if self.samples_each_iteration != (self.rollout.prompts_per_iteration is not None):
+            problems.append(
+                "rollout.prompts_per_iteration must be given"
+                if self.samples_each_iteration
+                else "rollout.prompts_per_iteration has no effect: iterations sample nothing"
+            )
+        if preference is not None:
+            problems += self._pair_problems(preference)
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
-    def _changes(self, name: str) -> bool:
-        """Whether a setting is not at its default; what a run records has all defaults written."""
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
-
-    def _rollout_problems(self) -> list[str]:
-        made = self.offline is not None and self.offline.prompts is not None
-        needs = ["data", "reward"] if self.needs_rollouts or made else []
-        needs += ["prompts_per_iteration"] if self.needs_rollouts else []
-        problems = [
-            f"{name} must be given: completions are sampled"
-            for name in needs
-            if not getattr(self, name)
-        ]
-        if self.max_pair_tokens is not None and self.needs_rollouts:
-            problems.append("max_pair_tokens has no effect beside rollouts: they have their bounds")
-        unused = [
-            name
-            for name in ("data", "reward", "prompts_per_iteration")
-            if name not in needs and getattr(self, name)
-        ]
-        problems += [f"{name} has no effect: nothing is sampled" for name in unused]
-        if not needs:
-            problems += [
-                f"{name} has no effect: nothing is sampled"
-                for name in _SAMPLING
-                if self._changes(name)
-            ]
-        return problems
-
-    def _estimator_problems(self) -> list[str]:
+    def _pair_problems(self, preference: PreferenceConfig) -> list[str]:
         problems = []
-        if self.advantage == "gae" and self.critic is None:
-            problems.append("advantage='gae' needs a critic")
-        if self.critic is not None and self.policy_coef == 0:
-            problems.append("a critic has no effect with policy_coef=0")
-        if self.advantage == "group":
-            if self.critic is not None:
-                problems.append("a critic has no effect with advantage='group'")
-            if self.group_size < 2 and self.needs_rollouts:
-                problems.append("advantage='group' needs a group_size of at least 2")
-        unused = ("gamma", "lam") if self.advantage == "group" else ("group_scale",)
-        problems += [
-            f"{name} has no effect with advantage={self.advantage!r}"
-            for name in unused
-            if self._changes(name)
-        ]
-        if self.policy_coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
-            problems.append("entropy_coef and kl act on the policy term's tokens: policy_coef=0")
-        if self.policy_coef == 0 and self.preference_coef == 0:
-            problems.append("policy_coef and preference_coef are both 0: nothing would be learnt")
-        return problems
-
-    def _pair_problems(self) -> list[str]:
-        problems = []
-        if self.preference_coef > 0 and self.pairs is None:
-            problems.append("preference_coef needs pairs: online, offline or both")
-        if self.pairs in ("offline", "both") and self.offline is None:
-            problems.append(f"pairs='{self.pairs}' needs offline: where they come from")
-        if self.offline is not None and self.pairs not in ("offline", "both"):
-            problems.append("offline has no effect without pairs: offline, or both")
-        if self.pairs in ("online", "both") and self.group_size < 2:
-            problems.append(f"pairs='{self.pairs}' needs a group_size of at least 2")
-        if self.pairs is not None and self.micro_batch_size < 2:
+        makes_pairs = preference.uses_online or (preference.offline and preference.offline.prompts)
+        if makes_pairs and self.rollout.group_size < 2:
+            problems.append("pairs of own completions need a rollout.group_size of at least 2")
+        if self.micro_batch_size < 2:
             problems.append("pairs need a micro_batch_size of at least 2: both go through together")
-        if self.pairs is not None and self.reward is not None:
-            highest = sum(abs(part.weight) for part in self._reward_parts) + self.truncation_penalty
-            if self.pair_margin > highest:
-                problems.append(
-                    f"pair_margin={self.pair_margin:g} is never met: rewards differ by "
-                    f"{highest:g} at most"
-                )
+        if not makes_pairs and self.policy.coef == 0:
+            problems.append("policy.coef is 0 and pairs come from a file: that is kind: dpo")
+        highest = sum(abs(part.weight) for part in self.reward.parts)
+        highest += self.rollout.truncation_penalty
+        if preference.margin > highest:
+            problems.append(
+                f"preference.margin={preference.margin:g} is never met: rewards differ by "
+                f"{highest:g} at most"
+            )
         return problems
 
     @property
-    def needs_rollouts(self) -> bool:
-        """Whether the policy is sampled from; plain DPO on offline pairs does not."""
-        return self.policy_coef > 0 or self.uses_online_pairs
+    def samples_each_iteration(self) -> bool:
+        """Whether iterations need rollouts; on offline pairs alone they do not."""
+        online = self.preference is not None and self.preference.uses_online
+        return self.policy.coef > 0 or online
 
     @property
-    def uses_online_pairs(self) -> bool:
-        return self.preference_coef > 0 and self.pairs in ("online", "both")
-
-    @property
-    def uses_offline_pairs(self) -> bool:
-        return self.preference_coef > 0 and self.pairs in ("offline", "both")
+    def offline(self) -> OfflinePairs | None:
+        return self.preference.offline if self.preference is not None else None
 
     @property
     def needs_reference(self) -> bool:
         """Whether the stage's starting policy is kept beside the policy."""
-        return self.preference_coef > 0 or (self.kl is not None and self.kl.coef > 0)
+        kl = self.policy.kl
+        return self.preference is not None or (kl is not None and kl.coef > 0)
 
     def lengths(self) -> dict[str, int]:
         """The sequence lengths that the model must be able to hold, by setting."""
-        both = self.max_prompt_tokens + self.max_new_tokens
-        if self.needs_rollouts:
-            return {"max_prompt_tokens + max_new_tokens": both}
-        return {"max_pair_tokens": self.max_pair_tokens or both}
-
-    @property
-    def _reward_parts(self) -> list[RewardPart]:
-        return self.reward.parts if self.reward is not None else []
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+        return {"rollout.max_prompt_tokens + rollout.max_new_tokens": longest}
 
     def paths(self) -> list[str]:
         """Every file or directory that the stage reads."""
@@ -303,8 +348,8 @@ class UpoConfig(StageConfig):
             self.offline.path if self.offline else None,
             self.evaluation.path if self.evaluation else None,
             self.critic.path if self.critic else None,
-            self.replay_rollouts,
-            *(part.python and part.python.rpartition(":")[0] for part in self._reward_parts),
+            self.rollout.replay,
+            *(part.python and part.python.rpartition(":")[0] for part in self.reward.parts),
         ):
             if path is not None:
                 found.append(path)

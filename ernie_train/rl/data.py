@@ -1,10 +1,12 @@
-"""The data of an RL stage: problems to sample from, held-out problems, offline pairs."""
+"""The data of an RL stage: prompts to sample from, held-out problems, offline pairs."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -13,11 +15,29 @@ from rich.table import Table
 from ernie_train.core.errors import DataError
 from ernie_train.data import Record, Tokenizer, encode_chat, prompt_ids, read_records
 from ernie_train.eval.evaluation import load_problems, require_verifiers
+from ernie_train.eval.prompts import encode_prompt
 from ernie_train.rewards.scoring import build_reward
-from ernie_train.rl.batch import Pairing
+from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.config import PromptSource, UpoConfig
-from ernie_train.rl.rollout import Problem, Sample, encode_problems, rollout_file
 from ernie_train.train.stage import StageData
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the policy is asked it, with what its verifier needs in `record`."""
+
+    record: Record
+    prompt_ids: list[int]
+    domain: str
+    task: str
+    difficulty: int
+
+
+class TokenizedPair(NamedTuple):
+    """A chosen and a rejected completion of one prompt."""
+
+    chosen: TokenizedCompletion
+    rejected: TokenizedCompletion
 
 
 @dataclass(frozen=True)
@@ -53,28 +73,27 @@ class PromptReport:
 
 @dataclass(frozen=True)
 class PreparedPrompts:
-    """Problems of all sources, one after another, `sizes` of each; what else a stage reads."""
+    """Prompts of all sources, one after another, `sizes` of each; what else a stage reads."""
 
-    problems: list[Problem]
+    prompts: list[Prompt]
     sizes: list[int]
     weights: list[float]
     report: PromptReport
     held_out: list[Record]
-    offline: list[Pairing]
+    offline_pairs: list[TokenizedPair]
 
 
 def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
-    """Reads and encodes the stage's problems; `DataError` says what is wrong with which rows."""
-    problems: list[Problem] = []
+    """Reads and encodes the stage's prompts; `DataError` says what is wrong with which rows."""
+    prompts: list[Prompt] = []
     sizes, reports = [], []
     for source in config.data:
-        found, report = _read_problems(config, source, data)
-        problems += found
+        found, report = _read_prompts(config, source, data)
+        prompts += found
         sizes.append(len(found))
         reports.append(report)
-    _check_curriculum(config, problems)
-    if config.reward is not None:
-        build_reward(config.reward, data.base_dir).close()  # nothing is started: it only must exist
+    _check_curriculum(config, prompts)
+    build_reward(config.reward, data.base_dir).close()  # starts nothing: it only must exist
     _check_replay(config, data)
     held_out: list[Record] = []
     if config.evaluation is not None:
@@ -84,53 +103,88 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
             max_examples=config.evaluation.max_examples,
         )
         require_verifiers(held_out)
-    offline: list[Pairing] = []
+    offline: list[TokenizedPair] = []
     pairs_report = None
     if config.offline is not None and config.offline.path is not None:
-        offline, pairs_report = _read_offline(config, config.offline.path, data)
+        offline, pairs_report = read_fitting_pairs(
+            config.offline.path,
+            data,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_new_tokens=config.rollout.max_new_tokens,
+            max_bad_fraction=config.max_bad_fraction,
+        )
     weights = [source.weight for source in config.data]
-    told = PromptReport(reports, pairs_report)
-    return PreparedPrompts(problems, sizes, weights, told, held_out, offline)
+    report_of_all = PromptReport(reports, pairs_report)
+    return PreparedPrompts(prompts, sizes, weights, report_of_all, held_out, offline)
 
 
-def _read_problems(
+def _read_prompts(
     config: UpoConfig, source: PromptSource, data: StageData
-) -> tuple[list[Problem], dict[str, Any]]:
-    parts = config.reward.parts if config.reward is not None else []
+) -> tuple[list[Prompt], dict[str, Any]]:
     records = load_problems(
         data.base_dir / source.path,
         tasks=source.tasks,
         max_examples=source.max_examples,
-        needs_reward=any(part.name == "row" for part in parts),
+        needs_reward=any(part.name == "row" for part in config.reward.parts),
         max_bad_fraction=config.max_bad_fraction,
     )
-    found, too_long = encode_problems(records, data.tokenizer, longest=config.max_prompt_tokens)
+    longest = config.rollout.max_prompt_tokens
+    found, too_long = encode_prompts(records, data.tokenizer, longest=longest)
     if not found:
         raise DataError(
             f"{source.path}: none of {len(records)} prompts has at most "
-            f"max_prompt_tokens={config.max_prompt_tokens} tokens"
+            f"max_prompt_tokens={longest} tokens"
         )
     return found, _source_report(source.path, found, too_long)
 
 
-def _read_offline(
-    config: UpoConfig, path: str, data: StageData
-) -> tuple[list[Pairing], dict[str, Any]]:
-    pairs = read_pairs(data.base_dir / path, data.tokenizer, config.max_bad_fraction)
-    longest = config.max_pair_tokens or config.max_prompt_tokens + config.max_new_tokens
+def encode_prompts(
+    records: Sequence[Record], tokenizer: Tokenizer, *, longest: int
+) -> tuple[list[Prompt], int]:
+    """Prompts of at most `longest` tokens, and how many were longer."""
+    prompts, dropped = [], 0
+    for record in records:
+        ids = encode_prompt(tokenizer, record, thinking=True)
+        if len(ids) > longest:
+            dropped += 1
+            continue
+        fields = record.fields
+        difficulty = fields.get("difficulty", 1)
+        if not isinstance(difficulty, int) or isinstance(difficulty, bool):
+            raise DataError(f"{record.source}: difficulty must be a whole number: {difficulty!r}")
+        prompts.append(Prompt(record, ids, str(fields["domain"]), str(fields["task"]), difficulty))
+    return prompts, dropped
+
+
+def read_fitting_pairs(
+    path: str,
+    data: StageData,
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    max_bad_fraction: float,
+    max_tokens: int | None = None,
+) -> tuple[list[TokenizedPair], dict[str, Any]]:
+    """The pairs of a file of preferences that fit, and a report on them.
+
+    max_tokens: of a prompt with its completion; None: the sum of the other two.
+    Raises `DataError` where none fits.
+    """
+    pairs = read_pairs(data.base_dir / path, data.tokenizer, max_bad_fraction)
+    longest = max_tokens or max_prompt_tokens + max_new_tokens
     fitting = [
         pair
         for pair in pairs
         if all(
-            len(s.prompt_ids) <= config.max_prompt_tokens
-            and len(s.completion_ids) <= config.max_new_tokens
-            and len(s.prompt_ids + s.completion_ids) <= longest
-            for s in pair
+            len(c.prompt_ids) <= max_prompt_tokens
+            and len(c.completion_ids) <= max_new_tokens
+            and c.length <= longest
+            for c in pair
         )
     ]
     if not fitting:
         raise DataError(f"{path}: none of {len(pairs)} pairs fits the stage's lengths")
-    tokens = float(np.mean([len(s.prompt_ids + s.completion_ids) for p in fitting for s in p]))
+    tokens = float(np.mean([c.length for pair in fitting for c in pair]))
     too_long = len(pairs) - len(fitting)
     facts = {"path": path, "pairs": len(fitting), "mean_tokens": tokens, "too_long": too_long}
     return fitting, facts
@@ -140,38 +194,40 @@ def describe(
     config: UpoConfig, data: StageData, prepared: PreparedPrompts, console: Console
 ) -> None:
     """Prints what an iteration is, and the first prompt."""
-    steps = config.update_epochs * config.minibatches
-    if config.prompts_per_iteration is not None:
-        prompts, size = config.prompts_per_iteration, config.group_size
+    rollout, steps = config.rollout, config.policy.update_epochs * config.policy.minibatches
+    if config.samples_each_iteration:
         console.print(
-            f"an iteration samples {prompts} prompts x {size} completions of at most "
-            f"{config.max_new_tokens} tokens",
+            f"an iteration samples {rollout.prompts_per_iteration} prompts x {rollout.group_size} "
+            f"completions of at most {rollout.max_new_tokens} tokens",
             highlight=False,
         )
     console.print(f"{steps} optimizer steps an iteration; iterations: {config.iterations}")
-    if not prepared.problems:
-        return
-    first = prepared.problems[0]
-    console.print(f"the first of {len(prepared.problems)} prompts:")
+    first = prepared.prompts[0]
+    console.print(f"the first of {len(prepared.prompts)} prompts:")
     console.print(data.tokenizer.decode(first.prompt_ids), markup=False, highlight=False)
 
 
+def rollout_file(directory: Path, iteration: int) -> Path:
+    """The file of an iteration's rollout in a directory of them."""
+    return directory / f"{iteration:06d}.jsonl"
+
+
 def _check_replay(config: UpoConfig, data: StageData) -> None:
-    if config.replay_rollouts is None:
+    if config.rollout.replay is None:
         return
-    directory = data.base_dir / config.replay_rollouts
-    for number in range(1, config.iterations + 1):
-        if not rollout_file(directory, number).exists():
+    directory = data.base_dir / config.rollout.replay
+    for iteration in range(1, config.iterations + 1):
+        if not rollout_file(directory, iteration).exists():
             raise DataError(
-                f"replay_rollouts: {rollout_file(directory, number)} is missing; "
+                f"rollout.replay: {rollout_file(directory, iteration)} is missing; "
                 f"{config.iterations} iterations need as many rollouts"
             )
 
 
-def _check_curriculum(config: UpoConfig, problems: list[Problem]) -> None:
+def _check_curriculum(config: UpoConfig, prompts: list[Prompt]) -> None:
     if config.curriculum is None:
         return
-    levels = sorted({problem.difficulty for problem in problems})
+    levels = sorted({prompt.difficulty for prompt in prompts})
     if config.curriculum.start not in levels:
         raise DataError(
             f"curriculum.start={config.curriculum.start}: no problem has that difficulty, only "
@@ -183,10 +239,10 @@ def _check_curriculum(config: UpoConfig, problems: list[Problem]) -> None:
         )
 
 
-def _source_report(path: str, problems: list[Problem], too_long: int) -> dict[str, Any]:
+def _source_report(path: str, prompts: list[Prompt], too_long: int) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
-    for task in sorted({p.task for p in problems}):
-        own = [p for p in problems if p.task == task]
+    for task in sorted({p.task for p in prompts}):
+        own = [p for p in prompts if p.task == task]
         levels = Counter(p.difficulty for p in own)
         tasks[task] = {
             "prompts": len(own),
@@ -196,10 +252,10 @@ def _source_report(path: str, problems: list[Problem], too_long: int) -> dict[st
     return {"path": path, "too_long": too_long, "tasks": tasks}
 
 
-def read_pairs(path: Any, tokenizer: Tokenizer, max_bad_fraction: float) -> list[Pairing]:
+def read_pairs(path: Any, tokenizer: Tokenizer, max_bad_fraction: float) -> list[TokenizedPair]:
     """Pairs (chosen, rejected) of a file of preferences; `DataError` where it holds none."""
     records, _ = read_records(path, max_bad_fraction=max_bad_fraction)
-    pairs = [_pair(number, record, tokenizer) for number, record in enumerate(records)]
+    pairs = [_pair(record, tokenizer) for record in records]
     found = [pair for pair in pairs if pair is not None]
     if len(found) < len(pairs) or not found:
         raise DataError(
@@ -209,18 +265,18 @@ def read_pairs(path: Any, tokenizer: Tokenizer, max_bad_fraction: float) -> list
     return found
 
 
-def _pair(number: int, record: Record, tokenizer: Tokenizer) -> Pairing | None:
+def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:
     if record.kind != "preference" or not record.chosen or not record.rejected:
         return None
     prompt = prompt_ids(tokenizer, record.messages, record.tools, thinking=True)
 
-    def sample(turns: list[dict[str, Any]]) -> Sample:
+    def tokenized(turns: list[dict[str, Any]]) -> TokenizedCompletion:
         ids, _ = encode_chat(tokenizer, [*record.messages, *turns], record.tools, True)
         if ids[: len(prompt)] != prompt:
             raise DataError(f"{record.source}: the completion does not continue its prompt")
         completion = ids[len(prompt) :]
         stops = set(tokenizer.stop_token_ids)
         end = next((i + 1 for i, token in enumerate(completion) if token in stops), len(completion))
-        return Sample(number, prompt, completion[:end], trained=False)
+        return TokenizedCompletion(prompt, completion[:end])
 
-    return sample(record.chosen), sample(record.rejected)
+    return TokenizedPair(tokenized(record.chosen), tokenized(record.rejected))

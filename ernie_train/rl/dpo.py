@@ -1,22 +1,37 @@
-"""Direct preference optimization on given pairs: UPO with nothing but its preference term."""
+"""Direct preference optimization on given pairs (arXiv:2305.18290).
+
+A stage of its own: no sampling, no rewards, the trainer's loop over micro-batches of pairs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from ernie_train import parallel
+from ernie_train.core import consensus
 from ernie_train.core.config import PositiveInt
-from ernie_train.rl import data as rl_data
-from ernie_train.rl import loop
-from ernie_train.rl.config import OfflinePairs, UpoConfig
-from ernie_train.rl.data import PreparedPrompts
+from ernie_train.core.errors import CheckpointError, Interrupted
+from ernie_train.io.metrics_log import StageMetrics
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.rl.batch import MicroBatch, PreferencePair, RolloutBatch, micro_batches
+from ernie_train.rl.data import PromptReport, TokenizedPair, read_fitting_pairs
+from ernie_train.rl.estimators import sequence_logprobs
+from ernie_train.rl.loss import DpoLoss
+from ernie_train.rl.pairs import OfflinePairSource
+from ernie_train.train.moe_health import MoeHealth, PromptProbe
+from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
+from ernie_train.train.trainer import StepResult, Trainer
+from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore, from_disk, to_disk
 
 
 class DpoConfig(StageConfig):
-    """DPO (arXiv:2305.18290); the reference is the policy at the stage's start.
+    """DPO; the reference is the policy at the stage's start.
 
     data: a file, or a directory of them, of rows with a prompt, a chosen and a rejected completion.
     seq_len: longest prompt with its completion; pairs beyond it are left out.
@@ -39,23 +54,6 @@ class DpoConfig(StageConfig):
             raise ValueError("seq_len must hold a prompt and a completion")
         return self
 
-    def as_upo(self) -> UpoConfig:
-        """The same stage as UPO settings."""
-        shared = {name: getattr(self, name) for name in StageConfig.model_fields}
-        return UpoConfig(
-            **shared,
-            kind="upo",
-            iterations=self.steps,
-            max_prompt_tokens=self.seq_len - 1,
-            max_new_tokens=self.seq_len - 1,
-            max_pair_tokens=self.seq_len,
-            policy_coef=0.0,
-            preference_coef=1.0,
-            beta=self.beta,
-            pairs="offline",
-            offline=OfflinePairs(path=self.data, per_iteration=self.pairs_per_step),
-        )
-
     def lengths(self) -> dict[str, int]:
         """The sequence lengths that the model must be able to hold, by setting."""
         return {"seq_len": self.seq_len}
@@ -64,23 +62,163 @@ class DpoConfig(StageConfig):
         """Every file or directory that the stage reads."""
         return [self.data]
 
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Pairs are never split, so an odd micro_batch_size holds one sequence less."""
+        return -(-self.pairs_per_step // (self.micro_batch_size // 2))
 
-def prepare(config: DpoConfig, data: StageData) -> PreparedPrompts:
-    """Reads and encodes the stage's pairs."""
-    return rl_data.prepare(config.as_upo(), data)
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """The pairs that fit the stage's length."""
+
+    pairs: list[TokenizedPair]
+    report: PromptReport
 
 
-def describe(
-    config: DpoConfig, data: StageData, prepared: PreparedPrompts, console: Console
-) -> None:
+def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
+    """Reads and encodes the stage's pairs; `DataError` where none fits."""
+    pairs, facts = read_fitting_pairs(
+        config.data,
+        data,
+        max_prompt_tokens=config.seq_len - 1,
+        max_new_tokens=config.seq_len - 1,
+        max_tokens=config.seq_len,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    return PreparedPairs(pairs, PromptReport([], facts))
+
+
+def describe(config: DpoConfig, data: StageData, prepared: PreparedPairs, console: Console) -> None:
     """Prints what a step is."""
     console.print(
-        f"a step trains {config.pairs_per_step} of {len(prepared.offline)} pairs; "
+        f"a step trains {config.pairs_per_step} of {len(prepared.pairs)} pairs; "
         f"steps: {config.steps}",
         highlight=False,
     )
 
 
-def run(config: DpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[str, Any]:
-    """Trains the stage from its latest checkpoint, or from the start."""
-    return loop.run(config.as_upo(), stage, prepared)
+def pair_batches(
+    config: DpoConfig,
+    pairs: list[TokenizedPair],
+    reference: Ernie4_5_MoeForCausalLM,
+    *,
+    seed: int,
+    done: int,
+) -> Iterator[MicroBatch]:
+    """The micro-batches of all steps after `done`, with the reference's logprobs.
+
+    Every rank must draw them all: the reference's forward passes are shared out.
+    """
+    source = OfflinePairSource(pairs, config.pairs_per_step, seed)
+    for step in range(done + 1, config.steps + 1):
+        taken = source.take(step)
+        numbers = list(dict.fromkeys(number for number, _ in taken))
+        sequences = [completion for number in numbers for completion in pairs[number]]
+        logprobs, _ = sequence_logprobs(
+            reference, sequences, temperature=1.0, batch_size=config.micro_batch_size
+        )
+        place = {number: PreferencePair(2 * at, 2 * at + 1) for at, number in enumerate(numbers)}
+        batch = replace(RolloutBatch(sequences), ref_logprobs=logprobs)
+        step_pairs = [place[number] for number, _ in taken]
+        yield from micro_batches(batch, [], step_pairs, config.micro_batch_size)
+
+
+def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str, Any]:
+    """Trains the stage from its latest checkpoint, or from the start.
+
+    Returns what `DONE` records. Raises `Interrupted` after saving.
+    """
+    # A resumed run is given the starting policy too, before its own checkpoint.
+    reference = parallel.clone_model(stage.model)
+    trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
+        stage.model,
+        Optimizer(stage.model, config.optim),
+        grad_accum_steps=config.micro_batches_per_step,
+        balance=config.balance,
+    )
+    store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
+    saved = store.load_latest()
+    if saved is not None:
+        with consensus.fail_together():
+            _restore(saved, trainer)
+    with StageMetrics(
+        stage.directory,
+        resume_step=saved.step if saved else None,
+        terminal=stage.terminal,
+        total_steps=config.steps,
+        label=config.name,
+    ) as writer:
+        prompts = [pair.chosen.prompt_ids for pair in prepared.pairs]
+        health = MoeHealth(
+            stage.model,
+            config.moe_health,
+            first_batch=lambda: PromptProbe.of(prompts, config.moe_health.probe_tokens),
+            state=saved.state["moe_health"] if saved else None,
+            warn=writer.note,
+        )
+
+        def log(result: StepResult) -> None:
+            result.metrics.update(health.observe(result.step, result.load))
+            timings = {
+                "seconds": result.seconds, "tokens_per_second": result.tokens / result.seconds
+            }  # fmt: skip
+            writer.log(result.step, result.metrics, timings)
+
+        saved_step = trainer.step
+
+        def save() -> None:
+            nonlocal saved_step
+            if saved_step != trainer.step:  # a hook of this very step may have written it
+                writer.sync()
+                _save(store, trainer, health)
+                saved_step = trainer.step
+
+        stage.model.train()
+        batches = pair_batches(
+            config, prepared.pairs, reference, seed=stage.data.seed, done=trainer.step
+        )
+        hooks = [(1, log), (config.checkpoint.every_steps, lambda result: save())]
+        try:
+            trainer.fit(
+                batches,
+                DpoLoss(config.beta),
+                config.steps,
+                hooks=hooks,
+                stop_requested=lambda: stage.stop.requested,
+            )
+        except Interrupted:
+            save()
+            raise
+    return {"steps": trainer.step, "checkpoint": store.path_of(trainer.step).name}
+
+
+def _save(
+    store: CheckpointStore,
+    trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch],
+    health: MoeHealth,
+) -> None:
+    store.save(
+        trainer.step,
+        model=trainer.model,
+        optimizer=optimizer_arrays(trainer.optimizer, lambda named: to_disk(trainer.model, named)),
+        state={"powers": trainer.optimizer.powers(), "moe_health": health.state_dict()},
+    )
+
+
+def _restore(saved: Checkpoint, trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch]) -> None:
+    if "powers" not in saved.state:
+        raise CheckpointError(
+            f"{saved.path}: a checkpoint of a dpo stage of version 0.1.0, which this version does "
+            "not continue: begin the stage again with --from"
+        )
+    saved.load_model(trainer.model)
+    restore_optimizer(
+        trainer.optimizer,
+        saved.optimizer,
+        saved.state["powers"],
+        lambda named: from_disk(trainer.model, named),
+        checkpoint=saved.path,
+        steps=saved.step,
+    )
+    trainer.step = saved.step

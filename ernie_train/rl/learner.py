@@ -1,8 +1,9 @@
-"""What learns in an RL stage: the policy and its critic, over one iteration's groups and pairs."""
+"""What learns in an RL stage: the policy, beside its reference and its critic."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,36 +11,40 @@ import numpy as np
 from ernie_train import parallel
 from ernie_train.core import consensus
 from ernie_train.core.errors import ErnieTrainError
-from ernie_train.data.mixing import permutation
 from ernie_train.losses import explained_variance
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.batch import (
-    KlInReward,
-    Pairing,
-    SampleBatch,
-    add_gae,
-    add_group_advantages,
-    add_logprobs,
-    add_values,
+    MicroBatch,
+    Minibatch,
+    PreferencePair,
+    RolloutBatch,
+    TokenizedCompletion,
     micro_batches,
-    reward_table,
+    minibatches,
 )
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.critic import Critic
+from ernie_train.rl.estimators import (
+    KlInReward,
+    gae_advantages,
+    group_relative_advantages,
+    normalize_by_domain,
+    sequence_logprobs,
+    sequence_values,
+)
 from ernie_train.rl.loss import UpoLoss, ValueLoss
+from ernie_train.rl.pairs import NumberedPair
 from ernie_train.rl.report import mean_metrics
-from ernie_train.rl.rollout import Group, Sample
+from ernie_train.rl.rollout import Rollout
 from ernie_train.train.moe_health import MoeHealth
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageRun
 from ernie_train.train.trainer import StepResult, Trainer
 from ernie_train.weights.checkpoint import Checkpoint, from_disk, to_disk
 
-Part = tuple[list[Sample], list[Pairing]]  # what one optimizer step learns from
-
 
 class Learner:
-    """The policy with its reference and, for generalized advantages, its critic."""
+    """Estimates what an iteration's tokens are worth, and updates policy and critic on them."""
 
     def __init__(self, config: UpoConfig, stage: StageRun) -> None:
         self.config, self.seed = config, stage.data.seed
@@ -47,10 +52,10 @@ class Learner:
         self.policy.train()
         # The stage's starting policy: a resumed run is given it too, before its own checkpoint.
         self.reference = parallel.clone_model(self.policy) if config.needs_reference else None
-        self.trainer: Trainer[Ernie4_5_MoeForCausalLM, SampleBatch] = Trainer(
+        self.trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
             self.policy, Optimizer(self.policy, config.optim), balance=config.balance
         )
-        self.critic: Trainer[Critic, SampleBatch] | None = None
+        self.critic: Trainer[Critic, MicroBatch] | None = None
         if config.critic is not None:
             critic = Critic(self.policy)
             if config.critic.path is not None:
@@ -64,120 +69,151 @@ class Learner:
 
     # ---- before the update -----------------------------------------------------------------------
 
-    def evaluate_tokens(self, kept: list[Group], pairs: list[Pairing]) -> dict[str, float]:
-        """Fills in logprobs, values and advantages; stops where sampling and update disagree."""
-        config, metrics = self.config, {}
-        options: Any = {"temperature": config.temperature, "batch_size": config.micro_batch_size}
-        samples = [s for group in kept for s in group]
-        if samples:
-            changed = add_logprobs(self.policy, samples, "old_logprobs", **options)
-            if changed is not None:
-                metrics["experts_changed"] = changed
-            metrics["logprob_mismatch"] = self._mismatch(samples)
-        if self.reference is not None:
-            # Those of offline pairs anew each time, though they do not change: the last bit of a
-            # logprob depends on what shares its batch, and an iteration must not on earlier ones.
-            wanted = {id(s): s for s in (*samples, *(s for pair in pairs for s in pair))}
-            add_logprobs(self.reference, list(wanted.values()), "ref_logprobs", **options)
-        if samples:
-            metrics |= self._add_advantages(kept)
-        return metrics
+    def prepare(
+        self, kept: Rollout, online: Sequence[PreferencePair], offline: Sequence[NumberedPair]
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        """Compute logprobs, values and advantages of what the iteration learns from.
 
-    def _mismatch(self, samples: Sequence[Sample]) -> float:
+        kept: the informative groups; online: pairs of their completions; offline: other pairs.
+        Raises `ErnieTrainError` where sampling and update disagree on logprobs.
+        """
+        batch = _assemble(kept, online, offline)
+        metrics: dict[str, float] = {}
+        if kept.groups:
+            batch, metrics = self._with_old_logprobs(batch, kept)
+        if self.reference is not None:
+            # Those of offline pairs are computed in each iteration, though they do not change: the
+            # last bit of a logprob depends on what shares its micro-batch, and an iteration must
+            # not depend on earlier ones.
+            reference, _ = sequence_logprobs(
+                self.reference,
+                batch.sequences,
+                temperature=self.config.rollout.temperature,
+                batch_size=self.config.micro_batch_size,
+            )
+            batch = replace(batch, ref_logprobs=reference)
+        if kept.groups:
+            batch, more = self._with_advantages(batch, kept)
+            metrics |= more
+        return batch, metrics
+
+    def _with_old_logprobs(
+        self, batch: RolloutBatch, kept: Rollout
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        completions = kept.completions()
+        logprobs, changed = sequence_logprobs(
+            self.policy,
+            completions,
+            temperature=self.config.rollout.temperature,
+            batch_size=self.config.micro_batch_size,
+            sampled_experts=[c.expert_ids for c in completions],
+        )
+        metrics = {} if changed is None else {"experts_changed": changed}
+        sampled = [c.sampled_logprobs for c in completions]
+        metrics["logprob_mismatch"] = self._mismatch(logprobs, sampled)
+        return replace(batch, old_logprobs=logprobs), metrics
+
+    def _mismatch(
+        self, recomputed: Sequence[np.ndarray], sampled: Sequence[np.ndarray | None]
+    ) -> float:
         """Mean exp|recomputed - sampled logprob| - 1 over the tokens."""
-        gaps = [
-            np.abs(s.old_logprobs - s.sampled_logprobs)
-            for s in samples
-            if s.old_logprobs is not None and s.sampled_logprobs is not None
-        ]
+        pairs = zip(recomputed, sampled, strict=True)
+        gaps = [np.abs(new - old) for new, old in pairs if old is not None]
         mismatch = float(np.expm1(np.concatenate(gaps).astype(np.float64)).mean()) if gaps else 0.0
-        bound = self.config.max_logprob_mismatch
+        rollout = self.config.rollout
         # A replayed rollout may be another policy's: then the gap is what it is.
-        if not mismatch <= bound and self.config.replay_rollouts is None:
+        if not mismatch <= rollout.max_logprob_mismatch and rollout.replay is None:
             raise ErnieTrainError(
                 f"the logprobs of sampling and of the update differ by {mismatch:.2e}, more than "
-                f"max_logprob_mismatch={bound:g}; nothing was updated. Both must compute with one "
-                "dtype and the same weights; raise the bound if the gap is known to be harmless"
+                f"rollout.max_logprob_mismatch={rollout.max_logprob_mismatch:g}; nothing was "
+                "updated. Both must compute with one dtype and the same weights; raise the bound "
+                "if the gap is known to be harmless"
             )
         return mismatch
 
-    def _add_advantages(self, kept: list[Group]) -> dict[str, float]:
-        config, kl = self.config, None
-        rewards, valid = reward_table(kept, normalize=config.normalize_rewards == "domain")
-        if config.kl is not None and config.kl.coef and config.kl.place == "reward":
-            kl = KlInReward(config.kl.coef, config.kl.kind)
-        if self.critic is None:
-            add_group_advantages(kept, rewards, valid, scale=config.group_scale, kl=kl)
-            return {}
-        samples = [s for group in kept for s in group]
-        add_values(self.critic.model, samples, batch_size=config.micro_batch_size)
-        add_gae(kept, rewards, valid, gamma=config.gamma, lam=config.lam, kl=kl)
-        every = SampleBatch(tuple(samples))
-        values, returns = (every.gather(name).numpy() for name in ("values", "returns"))
-        variance = explained_variance(values, returns, every.trained)
-        return {} if variance is None else {"value/explained_variance": variance}
+    def _with_advantages(
+        self, batch: RolloutBatch, kept: Rollout
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        config, completions = self.config, kept.completions()
+        rewards = kept.rewards
+        if config.policy.normalize_rewards == "domain":
+            domains = np.array([c.domain for c in completions]).reshape(rewards.shape)
+            rewards = normalize_by_domain(rewards, kept.valid, domains)
+        lengths = [len(c.completion_ids) for c in completions]
+        penalties = self._kl_penalties(batch)
+        if self.critic is None or config.critic is None:
+            advantages = group_relative_advantages(
+                rewards,
+                kept.valid,
+                lengths,
+                scale=config.policy.group_scale or "std",
+                penalties=penalties,
+            )
+            return replace(batch, advantages=advantages), {}
+        values = sequence_values(self.critic.model, completions, batch_size=config.micro_batch_size)
+        advantages, returns = gae_advantages(
+            rewards,
+            kept.valid,
+            values,
+            gamma=config.critic.gamma,
+            lam=config.critic.lam,
+            penalties=penalties,
+        )
+        mask = np.repeat(kept.valid.reshape(-1).astype(np.float32), lengths)
+        variance = explained_variance(np.concatenate(values), np.concatenate(returns), mask)
+        metrics = {} if variance is None else {"value/explained_variance": variance}
+        return replace(batch, values=values, advantages=advantages, returns=returns), metrics
+
+    def _kl_penalties(self, batch: RolloutBatch) -> list[np.ndarray]:
+        """What KL in the reward takes from each token of the groups; empty without it."""
+        kl = self.config.policy.kl
+        if kl is None or not kl.coef or kl.place != "reward":
+            return []
+        old = [array for array in batch.old_logprobs if array is not None]
+        reference = [array for array in batch.ref_logprobs[: len(old)] if array is not None]
+        return KlInReward(kl.coef, kl.kind).penalties(old, reference)
 
     # ---- the update ------------------------------------------------------------------------------
 
-    def update(
-        self, kept: list[Group], pairs: list[Pairing], number: int, health: MoeHealth
-    ) -> dict[str, float]:
-        """All optimizer steps of iteration `number`; the means of their metrics."""
-        config = self.config
+    def update(self, batch: RolloutBatch, iteration: int, health: MoeHealth) -> dict[str, float]:
+        """All optimizer steps of an iteration; the means of their metrics."""
+        config, policy = self.config, self.config.policy
         warmup = config.critic.warmup_iterations if config.critic else 0
-        steps = config.update_epochs * config.minibatches
+        steps = policy.update_epochs * policy.minibatches
         results: list[StepResult] = []
         values: list[StepResult] = []
-        for epoch in range(config.update_epochs):
-            for part in self.minibatches(kept, pairs, number, epoch):
-                if self.critic is not None and config.critic is not None and part[0]:
-                    batches = micro_batches(part[0], [], config.micro_batch_size)
+        for epoch in range(policy.update_epochs):
+            key = (self.seed, iteration, epoch, 11)
+            for part in minibatches(batch, policy.minibatches, *key, train_groups=policy.coef > 0):
+                if self.critic is not None and config.critic is not None and part.trained:
+                    micro = micro_batches(batch, part.trained, [], config.micro_batch_size)
                     loss = ValueLoss(config.critic.clip_range)
-                    values.append(self.critic.train_step(batches, loss, config.iterations * steps))
-                if number > warmup:
+                    values.append(self.critic.train_step(micro, loss, config.iterations * steps))
+                if iteration > warmup:
                     total = max(1, config.iterations - warmup) * steps
-                    results.append(self._policy_step(part, number, total, first=not results))
+                    results.append(
+                        self._policy_step(batch, part, iteration, total, is_first=not results)
+                    )
         metrics = mean_metrics(results)
         metrics |= {f"critic/{name}": value for name, value in mean_metrics(values).items()}
         if results:
             load = self.trainer.balancer.new_load()
             for result in results:
                 load.merge(result.load)
-            metrics |= health.observe(number, load)
+            metrics |= health.observe(iteration, load)
         return metrics
 
-    def _policy_step(self, part: Part, number: int, total: int, *, first: bool) -> StepResult:
-        batches = micro_batches(*part, self.config.micro_batch_size)
+    def _policy_step(
+        self, batch: RolloutBatch, part: Minibatch, iteration: int, total: int, *, is_first: bool
+    ) -> StepResult:
+        micro = micro_batches(batch, part.trained, part.pairs, self.config.micro_batch_size)
         norms: dict[str, float] = {}
         every = self.config.term_norms_every
-        if first and every is not None and number % every == 0:
-            norms = self.trainer.term_gradient_norms(batches, self.loss)
-        result = self.trainer.train_step(batches, self.loss, total)
+        if is_first and every is not None and iteration % every == 0:
+            norms = self.trainer.term_gradient_norms(micro, self.loss)
+        result = self.trainer.train_step(micro, self.loss, total)
         result.metrics.update({f"grad_norm/{name}": norm for name, norm in norms.items()})
         return result
-
-    def minibatches(
-        self, kept: list[Group], pairs: list[Pairing], number: int, epoch: int
-    ) -> list[Part]:
-        """Groups and pairs in `minibatches` parts; an online pair goes where its group goes."""
-        count = self.config.minibatches
-        order = permutation(len(kept), self.seed, number, epoch, 11)
-        home: dict[int, int] = {}
-        parts: list[Part] = [([], []) for _ in range(count)]
-        for at, chosen in enumerate(np.array_split(order, count)):
-            for group in chosen:
-                # What takes no part in the objective need not go through the model.
-                wanted = (s for s in kept[group] if s.trained and self.config.policy_coef)
-                parts[at][0].extend(wanted)
-                home |= {id(s): at for s in kept[group]}
-        strangers = 0
-        for pair in pairs:
-            if id(pair[0]) in home:
-                parts[home[id(pair[0])]][1].append(pair)
-            else:
-                parts[strangers % count][1].append(pair)
-                strangers += 1
-        return [part for part in parts if part[0] or part[1]]
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -226,16 +262,35 @@ class Learner:
             self.critic.step = state["critic_step"]
 
 
+def _assemble(
+    kept: Rollout, online: Sequence[PreferencePair], offline: Sequence[NumberedPair]
+) -> RolloutBatch:
+    """Line sequences and pairs up: completions of the groups, then each offline one once."""
+    sequences: list[TokenizedCompletion] = list(kept.completions())
+    pairs = list(online)
+    place: dict[int, PreferencePair] = {}
+    for number, pair in offline:
+        if number not in place:
+            place[number] = PreferencePair(len(sequences), len(sequences) + 1)
+            sequences += pair
+        pairs.append(place[number])
+    num_groups, group_size = kept.rewards.shape
+    return RolloutBatch(
+        sequences, pairs, num_groups, group_size, policy_mask=kept.valid.reshape(-1)
+    )
+
+
 def _policy_loss(config: UpoConfig) -> UpoLoss:
-    kl = config.kl if config.kl is not None and config.kl.place == "loss" else None
+    policy, preference = config.policy, config.preference
+    kl = policy.kl if policy.kl is not None and policy.kl.place == "loss" else None
     return UpoLoss(
-        temperature=config.temperature,
-        clip_ratio=(config.clip_ratio, config.clip_ratio_high or config.clip_ratio),
-        policy_coef=config.policy_coef,
-        entropy_coef=config.entropy_coef,
+        temperature=config.rollout.temperature,
+        clip_ratio=(policy.clip_ratio, policy.clip_ratio_high or policy.clip_ratio),
+        policy_coef=policy.coef,
+        entropy_coef=policy.entropy_coef,
         kl_coef=kl.coef if kl else 0.0,
         kl_kind=kl.kind if kl and kl.kind != "k1" else None,
-        preference_coef=config.preference_coef,
-        beta=config.beta,
+        preference_coef=preference.coef if preference else 0.0,
+        beta=preference.beta if preference else 0.1,
         has_reference=config.needs_reference,
     )

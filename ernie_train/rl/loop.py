@@ -1,39 +1,38 @@
 """Progressive RL with UPO: sample, score, compare, update; iteration after iteration.
 
-An iteration begins with nothing but what the last one left, so a checkpoint stands at its end, and
-an iteration that was cut off is done again with the same random numbers, to the same bits.
+Iterations are self-contained: all random state derives from (seed, iteration), so a checkpoint is
+taken only at the end of an iteration, and one that was cut off is done again to the same bits.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import Any, NamedTuple
-
-import numpy as np
+from dataclasses import dataclass, field
+from typing import Any
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import Interrupted
 from ernie_train.eval.prompts import problem_row
 from ernie_train.io.metrics_log import StageMetrics, cut_after
 from ernie_train.rewards.scoring import ComposedReward, build_reward, check_canaries
-from ernie_train.rl.batch import Pairing
+from ernie_train.rl.batch import PreferencePair, RolloutBatch
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import PreparedPrompts
-from ernie_train.rl.groups import GroupSource
 from ernie_train.rl.learner import Learner
-from ernie_train.rl.pairs import OfflineSource, best_against_worst, offline_source
+from ernie_train.rl.pairs import OfflinePairSource, best_worst_pairs, make_offline_pairs
 from ernie_train.rl.report import (
-    Watch,
+    HealthWarnings,
+    append_samples,
     evaluate_held_out,
+    mean_advantages,
     pair_metrics,
     rollout_metrics,
-    sample_lines,
 )
-from ernie_train.rl.rollout import Group
-from ernie_train.train.moe_health import MoeHealth
+from ernie_train.rl.rollout import Rollout, RolloutSampler
+from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.stage import StageRun
-from ernie_train.weights.checkpoint import CheckpointStore
+from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
 
 SAMPLES = "samples.jsonl"
 
@@ -43,8 +42,6 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
 
     Raises `Interrupted` after saving, and `UserError` where the reward fails on its canaries.
     """
-    if config.reward is None:
-        return _Upo(config, stage, prepared, None).run()
     with consensus.fail_together():
         built = build_reward(config.reward, stage.data.base_dir)
     with closing(built) as reward:
@@ -52,14 +49,14 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
             with consensus.fail_together():
                 if process_group.is_main():
                     _try_reward(config, stage, prepared, reward)
-        return _Upo(config, stage, prepared, reward).run()
+        return _UpoLoop(config, stage, prepared, reward).run()
 
 
 def _try_reward(
     config: UpoConfig, stage: StageRun, prepared: PreparedPrompts, reward: ComposedReward
 ) -> None:
     check_canaries(
-        [problem_row(p.record, thinking=True) for p in prepared.problems],
+        [problem_row(p.record, thinking=True) for p in prepared.prompts],
         reward,
         sample=config.canaries,
         seed=stage.data.seed,
@@ -67,48 +64,53 @@ def _try_reward(
     )
 
 
-class _Upo:
-    """One RL stage; `iteration` counts those that are finished."""
+@dataclass
+class IterationState:
+    """How far the stage is: what a checkpoint can hold, and whether one can be taken now."""
+
+    finished: int = 0  # iterations whose update is in the weights
+    saved: int = 0
+    is_updating: bool = False  # the weights are between two iterations
+    prompts: dict[str, Any] = field(default_factory=dict)  # the sampler's, after `finished`
+    evaluation: dict[str, float] = field(default_factory=dict)  # after `finished`, if measured
+
+
+class _UpoLoop:
+    """The iterations of one RL stage."""
 
     def __init__(
         self,
         config: UpoConfig,
         stage: StageRun,
         prepared: PreparedPrompts,
-        reward: ComposedReward | None,
+        reward: ComposedReward,
     ) -> None:
         self.config, self.stage, self.prepared = config, stage, prepared
         self.learner = Learner(config, stage)
-        self.source = GroupSource(config, stage, prepared, reward)
+        self.sampler = RolloutSampler(config, stage, prepared, reward)
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
-        self.iteration = self.saved_iteration = 0
+        self.state = IterationState()
         saved = self.store.load_latest()
         if saved is not None:
-            with consensus.fail_together():
-                self.learner.restore(saved)
-            self.source.load_state_dict(saved.state["source"])
-            self.iteration = self.saved_iteration = saved.step
-        resume_step = None if saved is None else saved.step
-        # Where the prompts stood at the end of the last iteration; within one they run ahead.
-        self.boundary = self.source.state_dict()
-        self.changing = False  # an iteration has begun to change the weights
-        self.measured: dict[str, float] = {}  # on the held-out problems, after this iteration
-        self.offline: OfflineSource | None = None
+            self._restore(saved)
+        self.state.prompts = self.sampler.state_dict()
         with consensus.fail_together():
             if process_group.is_main():
-                cut_after(stage.directory / SAMPLES, resume_step)
+                cut_after(stage.directory / SAMPLES, None if saved is None else saved.step)
         self.writer = StageMetrics(
             stage.directory,
-            resume_step=resume_step,
+            resume_step=None if saved is None else saved.step,
             terminal=stage.terminal,
             total_steps=config.iterations,
             label=config.name,
         )
-        self.watch = Watch(self.writer.note)
+        self.warnings = HealthWarnings(self.writer.note)
         self.health = MoeHealth(
             stage.model,
             config.moe_health,
-            first_batch=self._probe_batch,
+            first_batch=lambda: PromptProbe.of(
+                [p.prompt_ids for p in prepared.prompts], config.moe_health.probe_tokens
+            ),
             state=None if saved is None else saved.state["moe_health"],
             warn=self.writer.note,
         )
@@ -117,78 +119,90 @@ class _Upo:
         """All iterations that are left; returns what `DONE` records."""
         with self.writer:
             try:
-                self.offline = offline_source(
-                    self.config, self.stage, self.prepared, self.source, new=self.iteration == 0
-                )
-                while self.iteration < self.config.iterations:
-                    self._iterate(self.iteration + 1)
+                offline = self._offline_pairs()
+                while self.state.finished < self.config.iterations:
+                    self._iterate(self.state.finished + 1, offline)
                     if process_group.any_rank(self.stage.stop.requested):
-                        raise Interrupted(f"stopped on a signal after iteration {self.iteration}")
+                        raise Interrupted(
+                            f"stopped on a signal after iteration {self.state.finished}"
+                        )
             except Interrupted:
                 self._save()
                 raise
-        return {"steps": self.iteration, "checkpoint": self.store.path_of(self.iteration).name}
+        last = self.state.finished
+        return {"steps": last, "checkpoint": self.store.path_of(last).name}
 
-    def _iterate(self, number: int) -> None:
+    def _offline_pairs(self) -> OfflinePairSource | None:
+        preference = self.config.preference
+        if preference is None or preference.offline is None:
+            return None
+        pairs = self.prepared.offline_pairs
+        if preference.offline.prompts is not None:
+            is_new = self.state.finished == 0
+            pairs = make_offline_pairs(self.sampler, preference, is_new=is_new)
+        return OfflinePairSource(pairs, preference.offline.per_iteration, self.stage.data.seed)
+
+    def _iterate(self, iteration: int, offline: OfflinePairSource | None) -> None:
         started = time.perf_counter()
-        seconds = self.source.collector.seconds
-        seconds.update(dict.fromkeys(seconds, 0.0))
-        groups = self.source.groups(number)
-        metrics = self._learn(number, groups)
+        self.sampler.clear_seconds()
+        rollout = self.sampler.rollout(iteration)
+        batch, metrics = self._learn(iteration, rollout, offline)
         learnt = time.perf_counter()
-        if self.source.level is not None:
-            metrics["curriculum/level"] = self.source.level
-            self.source.raise_level(groups)
-        self._measure(number, metrics)
-        self.watch.look(metrics)
-        rows, count = self.prepared.problems, self.config.samples_per_iteration
+        if self.sampler.level is not None:
+            metrics["curriculum/level"] = self.sampler.level
+            self.sampler.raise_level(rollout)
+        evaluation = self._evaluate(iteration)
+        metrics |= evaluation
+        self.warnings.check(metrics)
+        advantages = mean_advantages(rollout, batch)
+        prompts, count = self.prepared.prompts, self.config.samples_per_iteration
         with consensus.fail_together():
             if process_group.is_main():
-                sample_lines(self.stage.directory / SAMPLES, number, groups, rows, count)
-        sampling = sum(seconds.values())
-        timings = {**seconds, "training_seconds": learnt - started - sampling}
-        self.writer.log(number, metrics, {**timings, "seconds": time.perf_counter() - started})
-        self.iteration, self.boundary, self.changing = number, self.source.state_dict(), False
-        if number % self.config.checkpoint.every_steps == 0 or number == self.config.iterations:
+                path = self.stage.directory / SAMPLES
+                append_samples(path, iteration, rollout, advantages, prompts, count)
+        seconds = self.sampler.seconds
+        timings = {
+            **seconds,
+            "training_seconds": learnt - started - sum(seconds.values()),
+            "seconds": time.perf_counter() - started,
+        }
+        self.writer.log(iteration, metrics, timings)
+        state = self.state
+        state.finished, state.is_updating = iteration, False
+        state.prompts, state.evaluation = self.sampler.state_dict(), evaluation
+        if iteration % self.config.checkpoint.every_steps == 0 or (
+            iteration == self.config.iterations
+        ):
             self._save()
 
-    def _learn(self, number: int, groups: list[Group]) -> dict[str, float]:
-        """From the groups to updated weights; what was seen on the way."""
-        kept = self.source.informative(groups)
-        metrics = rollout_metrics(groups, kept)
-        pairs: list[Pairing] = []
-        if self.config.uses_online_pairs:
-            pairs, counts = best_against_worst(kept, self.config.pair_margin)
+    def _learn(
+        self, iteration: int, rollout: Rollout, offline: OfflinePairSource | None
+    ) -> tuple[RolloutBatch | None, dict[str, float]]:
+        """From a rollout to updated weights: what was learnt from, and metrics."""
+        kept = rollout.only_informative()
+        metrics = rollout_metrics(rollout)
+        online: list[PreferencePair] = []
+        preference = self.config.preference
+        if preference is not None and preference.uses_online:
+            online, counts = best_worst_pairs(kept, preference.margin)
             metrics |= pair_metrics(counts)
-        if self.offline is not None:
-            pairs += self.offline.pairs(number)
-        if not kept and not pairs:
-            self.writer.note(f"iteration {number}: no group differs in reward: nothing was learnt")
-            return metrics
-        metrics |= self.learner.evaluate_tokens(kept, pairs)
-        self.changing = True
-        return metrics | self.learner.update(kept, pairs, number, self.health)
+        given = offline.take(iteration) if offline is not None else []
+        if not (kept.groups or online or given):
+            self.writer.note(
+                f"iteration {iteration}: no group differs in reward: nothing was learnt"
+            )
+            return None, metrics
+        batch, estimated = self.learner.prepare(kept, online, given)
+        self.state.is_updating = True
+        return batch, metrics | estimated | self.learner.update(batch, iteration, self.health)
 
-    def _measure(self, number: int, metrics: dict[str, float]) -> None:
-        settings, self.measured = self.config.evaluation, {}
+    def _evaluate(self, iteration: int) -> dict[str, float]:
+        settings = self.config.evaluation
         if settings is None:
-            return
-        if number % settings.every_iterations == 0 or number == self.config.iterations:
-            self.measured = evaluate_held_out(self.config, self.stage, self.prepared.held_out)
-            metrics |= self.measured
-
-    def _probe_batch(self) -> Any:
-        """The first prompts in one row, each a document: what routing is compared on."""
-        prompts: list[list[int]] = []
-        known = [problem.prompt_ids for problem in self.prepared.problems]
-        for prompt in known or [pair[0].prompt_ids for pair in self.prepared.offline]:
-            prompts.append(prompt)
-            if sum(map(len, prompts)) >= self.config.moe_health.probe_tokens:
-                break
-        lengths = [len(prompt) for prompt in prompts]
-        documents = np.repeat(np.arange(1, len(prompts) + 1), lengths)
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        return _Probe(np.concatenate(prompts)[None], documents[None], positions[None])
+            return {}
+        if iteration % settings.every_iterations and iteration != self.config.iterations:
+            return {}
+        return evaluate_held_out(self.config, self.stage, self.prepared.held_out)
 
     def _save(self) -> None:
         """Writes the state at the end of the last finished iteration, if it is still there.
@@ -196,27 +210,26 @@ class _Upo:
         At the start there is nothing to write; an iteration that was cut off while it changed the
         weights is done again from the last checkpoint.
         """
-        if self.iteration in (0, self.saved_iteration) or self.changing:
+        state = self.state
+        if state.finished in (0, state.saved) or state.is_updating:
             return
         self.writer.sync()
         self.store.save(
-            self.iteration,
+            state.finished,
             model=self.stage.model,
             optimizer=self.learner.optimizer_arrays(),
             state={
                 "learner": self.learner.state_dict(),
-                "source": self.boundary,
+                "source": state.prompts,
                 "moe_health": self.health.state_dict(),
             },
-            metrics=self.measured or None,
+            metrics=state.evaluation or None,
             parts=self.learner.parts(),
         )
-        self.saved_iteration = self.iteration
+        state.saved = state.finished
 
-
-class _Probe(NamedTuple):
-    """A row of prompts, each [1,T]."""
-
-    input_ids: np.ndarray
-    document_ids: np.ndarray
-    position_ids: np.ndarray
+    def _restore(self, saved: Checkpoint) -> None:
+        with consensus.fail_together():
+            self.learner.restore(saved)
+        self.sampler.load_state_dict(saved.state["source"])
+        self.state.finished = self.state.saved = saved.step

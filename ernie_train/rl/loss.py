@@ -1,4 +1,4 @@
-"""The losses of RL on micro-batches of samples: the policy's objective and the critic's error."""
+"""The losses of RL and DPO on micro-batches: the policy's objective and the critic's error."""
 
 from __future__ import annotations
 
@@ -19,11 +19,60 @@ from ernie_train.losses import (
     value_loss,
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rl.batch import SampleBatch, critic_values, policy_logprobs
+from ernie_train.rl.batch import MicroBatch
 from ernie_train.rl.critic import Critic
+from ernie_train.rl.estimators import critic_values, policy_logprobs
 from ernie_train.train.loss_terms import LossOutput, LossTerm
 
-Shown = dict[str, tuple[float, float]]
+Shown = dict[str, tuple[float, float]]  # sum and count of what is logged beside the terms
+
+
+def _tensor(array: np.ndarray | None) -> Tensor:
+    if array is None:
+        raise ValueError("the batch lacks an array that this loss needs")
+    return paddle.to_tensor(array)
+
+
+def preference_term(
+    logprobs: Tensor, batch: MicroBatch, *, beta: float, coef: float
+) -> tuple[LossTerm, Shown]:
+    """DPO on the pairs of a micro-batch, and the implicit rewards (arXiv:2305.18290).
+
+    logprobs [N] of the completion tokens under the policy.
+    """
+    ratios = completion_logratios(
+        logprobs,
+        _tensor(batch.ref_logprobs),
+        paddle.to_tensor(batch.sequence_ids),
+        len(batch.sequences),
+    )
+    places = np.array(batch.pairs, np.int64)
+    chosen, rejected = (paddle.gather(ratios, paddle.to_tensor(places[:, i])) for i in (0, 1))
+    total = dpo_loss(chosen, rejected, beta=beta).sum()
+    seen = implicit_rewards(chosen, rejected, beta=beta)
+    pairs = float(len(batch.pairs))
+    shown = {
+        "rewards/accuracies": (float(seen.accuracies.sum()), pairs),
+        "rewards/margins": (float(seen.margins.sum()), pairs),
+        "rewards/chosen": (float(seen.chosen.sum()), pairs),
+        "rewards/rejected": (float(seen.rejected.sum()), pairs),
+    }
+    return LossTerm("preference", total, pairs, coef), shown
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """-log sigmoid(beta * margin of the log-ratios), a mean over the pairs of the step."""
+
+    beta: float
+
+    def counts(self, batch: MicroBatch) -> dict[str, float]:
+        return {"preference": float(len(batch.pairs))}
+
+    def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: MicroBatch) -> LossOutput:
+        logprobs, _, router_stats = policy_logprobs(model, batch, temperature=1.0)
+        term, shown = preference_term(logprobs, batch, beta=self.beta, coef=1.0)
+        return LossOutput([term], shown, router_stats, logprobs)
 
 
 @dataclass(frozen=True)
@@ -44,8 +93,8 @@ class UpoLoss:
     beta: float = 0.1
     has_reference: bool = False
 
-    def counts(self, batch: SampleBatch) -> dict[str, float]:
-        tokens = float(batch.trained.sum())
+    def counts(self, batch: MicroBatch) -> dict[str, float]:
+        tokens = float(batch.loss_mask.sum())
         coefs = {"policy": self.policy_coef, "entropy": self.entropy_coef}
         if self.kl_kind is not None:
             coefs["kl_loss"] = self.kl_coef
@@ -54,33 +103,33 @@ class UpoLoss:
             counts["preference"] = float(len(batch.pairs))
         return counts
 
-    def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: SampleBatch) -> LossOutput:
+    def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: MicroBatch) -> LossOutput:
         logprobs, entropy, router_stats = policy_logprobs(
             model, batch, temperature=self.temperature, with_entropy=True
         )
         counts = self.counts(batch)
         terms: list[LossTerm] = []
         shown: Shown = {}
-        if float(batch.trained.sum()) > 0:
+        if float(batch.loss_mask.sum()) > 0:
             terms, shown = self._token_terms(logprobs, entropy, batch, counts)
         if self.preference_coef and batch.pairs:
-            term, seen = self._preference(logprobs, batch)
+            term, seen = preference_term(logprobs, batch, beta=self.beta, coef=self.preference_coef)
             terms.append(term)
             shown |= seen
         return LossOutput(terms, shown, router_stats, logprobs)
 
     def _token_terms(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: SampleBatch, counts: dict[str, float]
+        self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch, counts: dict[str, float]
     ) -> tuple[list[LossTerm], Shown]:
-        mask = paddle.to_tensor(batch.trained)
-        tokens = float(batch.trained.sum())
+        mask = paddle.to_tensor(batch.loss_mask)
+        tokens = float(batch.loss_mask.sum())
         terms = []
         shown: Shown = {}
         if "policy" in counts:
             total, clipped = policy_loss(
                 logprobs,
-                batch.gather("old_logprobs"),
-                batch.gather("advantages"),
+                _tensor(batch.old_logprobs),
+                _tensor(batch.advantages),
                 mask,
                 clip_ratio=self.clip_ratio,
             )
@@ -92,33 +141,13 @@ class UpoLoss:
             if "entropy" in counts:
                 terms.append(LossTerm("entropy", summed, tokens, -self.entropy_coef))
         if self.has_reference:
-            reference = batch.gather("ref_logprobs")
+            reference = _tensor(batch.ref_logprobs)
             estimate = kl_estimate(logprobs.detach(), reference, "k3") * mask
             shown["kl"] = (float(estimate.sum()), tokens)
             if "kl_loss" in counts and self.kl_kind is not None:
                 summed = kl_loss(logprobs, reference, mask, kind=self.kl_kind)
                 terms.append(LossTerm("kl_loss", summed, tokens, self.kl_coef))
         return terms, shown
-
-    def _preference(self, logprobs: Tensor, batch: SampleBatch) -> tuple[LossTerm, Shown]:
-        ratios = completion_logratios(
-            logprobs,
-            batch.gather("ref_logprobs"),
-            paddle.to_tensor(batch.owners),
-            len(batch.samples),
-        )
-        places = np.array(batch.pairs, np.int64)
-        chosen, rejected = (paddle.gather(ratios, paddle.to_tensor(places[:, i])) for i in (0, 1))
-        total = dpo_loss(chosen, rejected, beta=self.beta).sum()
-        seen = implicit_rewards(chosen, rejected, beta=self.beta)
-        pairs = float(len(batch.pairs))
-        shown = {
-            "rewards/accuracies": (float(seen.accuracies.sum()), pairs),
-            "rewards/margins": (float(seen.margins.sum()), pairs),
-            "rewards/chosen": (float(seen.chosen.sum()), pairs),
-            "rewards/rejected": (float(seen.rejected.sum()), pairs),
-        }
-        return LossTerm("preference", total, pairs, self.preference_coef), shown
 
 
 @dataclass(frozen=True)
@@ -127,17 +156,17 @@ class ValueLoss:
 
     clip_range: float | None
 
-    def counts(self, batch: SampleBatch) -> dict[str, float]:
-        return {"value_loss": float(batch.trained.sum())}
+    def counts(self, batch: MicroBatch) -> dict[str, float]:
+        return {"value_loss": float(batch.loss_mask.sum())}
 
-    def __call__(self, model: Critic, batch: SampleBatch) -> LossOutput:
+    def __call__(self, model: Critic, batch: MicroBatch) -> LossOutput:
         values, router_stats = critic_values(model, batch)
         total = value_loss(
             values,
-            batch.gather("values"),
-            batch.gather("returns"),
-            paddle.to_tensor(batch.trained),
+            _tensor(batch.values),
+            _tensor(batch.returns),
+            paddle.to_tensor(batch.loss_mask),
             clip_range=self.clip_range,
         )
-        term = LossTerm("value_loss", total, float(batch.trained.sum()))
+        term = LossTerm("value_loss", total, float(batch.loss_mask.sum()))
         return LossOutput([term], {}, router_stats, values)

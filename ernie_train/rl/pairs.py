@@ -1,6 +1,8 @@
-"""The pairs of an RL stage: of its own completions, from a file, or of its starting policy."""
+"""Preference pairs of an RL stage: own completions, a file, or the starting policy."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -8,71 +10,74 @@ from ernie_train.core import consensus
 from ernie_train.core.errors import CheckpointError, UserError
 from ernie_train.data.mixing import permutation
 from ernie_train.losses import PairCounts, choose_pairs
-from ernie_train.rl.batch import Pairing, reward_table
-from ernie_train.rl.config import UpoConfig
-from ernie_train.rl.data import PreparedPrompts
-from ernie_train.rl.groups import GroupSource
-from ernie_train.rl.rollout import Group, PromptOrder, read_rollout, write_rollout
-from ernie_train.train.stage import StageRun
+from ernie_train.rl.batch import PreferencePair
+from ernie_train.rl.config import PreferenceConfig
+from ernie_train.rl.data import TokenizedPair
+from ernie_train.rl.rollout import Rollout, RolloutSampler, read_rollout, write_rollout
 
 OFFLINE_PAIRS = "offline_pairs.jsonl"
+NumberedPair = tuple[int, TokenizedPair]  # a given pair with its number among all
 
 
-def best_against_worst(groups: list[Group], margin: float) -> tuple[list[Pairing], PairCounts]:
-    """A pair of each group whose rewards differ by the margin, and what became of the others."""
-    if not groups:
+def best_worst_pairs(rollout: Rollout, margin: float) -> tuple[list[PreferencePair], PairCounts]:
+    """Pair the best with the worst completion of each group whose rewards differ by the margin.
+
+    Pairs are by place among the rollout's completions, group after group.
+    """
+    if not rollout.groups:
         return [], PairCounts()
-    rewards, valid = reward_table(groups, normalize=False)
-    lengths = np.array([[len(s.completion_ids) for s in group] for group in groups])
-    found, counts = choose_pairs(rewards, valid, lengths, margin=margin)
-    return [(groups[p.prompt][p.chosen], groups[p.prompt][p.rejected]) for p in found], counts
+    lengths = np.array([[len(c.completion_ids) for c in group] for group in rollout.groups])
+    found, counts = choose_pairs(rollout.rewards, rollout.valid, lengths, margin=margin)
+    size = lengths.shape[1]
+    pairs = [
+        PreferencePair(p.prompt * size + p.chosen, p.prompt * size + p.rejected) for p in found
+    ]
+    return pairs, counts
 
 
-class OfflineSource:
-    """Deals out offline pairs, each epoch over them in another order."""
+class OfflinePairSource:
+    """Deals out given pairs, each epoch over them in another order."""
 
-    def __init__(self, config: UpoConfig, seed: int, pairs: list[Pairing]) -> None:
-        self.per_iteration = config.offline.per_iteration if config.offline else 0
-        self.seed, self.all = seed, pairs
-        for sample in (s for pair in pairs for s in pair):
-            sample.trained = False  # they are compared, not reinforced
+    def __init__(self, pairs: Sequence[TokenizedPair], per_iteration: int, seed: int) -> None:
+        self.pairs, self.per_iteration, self.seed = list(pairs), per_iteration, seed
 
-    def pairs(self, number: int) -> list[Pairing]:
-        """The pairs of iteration `number`, counted from 1."""
-        chosen, size = [], len(self.all)
-        for at in range((number - 1) * self.per_iteration, number * self.per_iteration):
+    def take(self, iteration: int) -> list[NumberedPair]:
+        """The pairs of an iteration, counted from 1; one may come twice where there are few."""
+        chosen, size = [], len(self.pairs)
+        first = (iteration - 1) * self.per_iteration
+        for at in range(first, first + self.per_iteration):
             order = permutation(size, self.seed, at // size, 7)
-            chosen.append(self.all[int(order[at % size])])
+            number = int(order[at % size])
+            chosen.append((number, self.pairs[number]))
         return chosen
 
 
-def offline_source(
-    config: UpoConfig, stage: StageRun, prepared: PreparedPrompts, groups: GroupSource, *, new: bool
-) -> OfflineSource | None:
-    """The stage's offline pairs; the starting policy makes them, once, if the recipe says so.
+def make_offline_pairs(
+    sampler: RolloutSampler, preference: PreferenceConfig, *, is_new: bool
+) -> list[TokenizedPair]:
+    """The pairs that the starting policy makes, once; kept in the stage's directory.
 
-    `new` says that the stage has not been begun. Raises `UserError` where no prompt gives a pair,
-    and `CheckpointError` where the pairs that the stage began with are gone.
+    `is_new`: the stage has not been begun. Raises `UserError` where no prompt gives a pair, and
+    `CheckpointError` where the pairs that the stage began with are gone.
     """
-    settings, seed = config.offline, stage.data.seed
-    if not config.uses_offline_pairs or settings is None:
-        return None
-    if settings.prompts is None:
-        return OfflineSource(config, seed, prepared.offline)
-    path = stage.directory / OFFLINE_PAIRS
+    prompts = preference.offline.prompts if preference.offline else None
+    if prompts is None:
+        raise ValueError("offline pairs of the policy need offline.prompts")
+    path = sampler.stage.directory / OFFLINE_PAIRS
     if not consensus.run_on_main(path.exists):
-        if not new:
+        if not is_new:
             raise CheckpointError(f"{path} is missing: the stage had begun with it")
-        order = PromptOrder(prepared.sizes, prepared.weights, seed)
-        sampled = groups.collector.collect(order.take(settings.prompts, groups.allowed), 0, 0)
-        groups.settle(sampled)
-        pairs, counts = best_against_worst(sampled, config.pair_margin)
+        chosen = sampler.new_order().take(prompts, sampler.is_allowed)
+        rollout = Rollout.of(sampler.sample(chosen, 0, 0), sampler.config.rollout)
+        pairs, counts = best_worst_pairs(rollout, preference.margin)
         if not pairs:
             raise UserError(
-                f"none of {settings.prompts} prompts gave an offline pair ({counts.below_margin} "
-                "below pair_margin): take more offline.prompts, or prompts of middling difficulty"
+                f"none of {prompts} prompts gave an offline pair ({counts.below_margin} below "
+                "preference.margin): take more offline.prompts, or prompts of middling difficulty"
             )
-        consensus.run_on_main(lambda: write_rollout(path, [list(pair) for pair in pairs]))
+        all_completions = rollout.completions()
+        groups = [[all_completions[at] for at in pair] for pair in pairs]
+        consensus.run_on_main(lambda: write_rollout(path, groups))
     # Also where they were just made: what is compared must not depend on when a run was stopped.
     kept = consensus.run_on_main(lambda: read_rollout(path))
-    return OfflineSource(config, seed, [(pair[0], pair[1]) for pair in kept])
+    return [TokenizedPair(chosen, rejected) for chosen, rejected in kept]

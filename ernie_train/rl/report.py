@@ -1,12 +1,11 @@
-"""What an RL stage shows: metrics of rollouts and pairs, samples to read, warnings, evaluation."""
+"""Metrics, warnings, samples to read and held-out evaluation of an RL stage."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +13,10 @@ from ernie_train.core.errors import WarnOnce, storage_errors
 from ernie_train.data import Record
 from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.losses import PairCounts
+from ernie_train.rl.batch import RolloutBatch
 from ernie_train.rl.config import UpoConfig
-from ernie_train.rl.rollout import Group, Problem
+from ernie_train.rl.data import Prompt
+from ernie_train.rl.rollout import Rollout, ScoredCompletion
 from ernie_train.train.stage import StageRun
 from ernie_train.train.trainer import StepResult
 
@@ -25,78 +26,81 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "completions/truncated",
         lambda value: value > 0.2,
-        "{:.0%} of the completions are cut off: raise max_new_tokens, or punish truncation",
+        "{:.0%} of the completions are cut off: raise rollout.max_new_tokens, or punish truncation",
     ),
     (
         "frac_reward_zero_std",
         lambda value: value > 0.8,
         "{:.0%} of the groups have one reward for all completions and teach nothing: take prompts "
-        "of middling difficulty, a larger group_size, or refill_rounds",
+        "of middling difficulty, a larger rollout.group_size, or rollout.refill_rounds",
     ),
     (
         "kl",
         lambda value: value > 0.5,
-        "the policy is {:.2f} nats a token away from its start: raise kl.coef or lower optim.lr",
+        "the policy is {:.2f} nats a token away from its start: raise policy.kl.coef or lower "
+        "optim.lr",
     ),
     (
         "entropy",
         lambda value: value < 0.01,
-        "entropy fell to {:.4f} nats: completions are nearly all alike; raise entropy_coef, "
-        "clip_ratio_high or temperature, or lower optim.lr",
+        "entropy fell to {:.4f} nats: completions are nearly all alike; raise policy.entropy_coef, "
+        "policy.clip_ratio_high or rollout.temperature, or lower optim.lr",
     ),
     (
         "entropy",
         lambda value: value > 3.0,
-        "entropy rose to {:.1f} nats: completions become noise; lower optim.lr or entropy_coef",
+        "entropy rose to {:.1f} nats: completions become noise; lower optim.lr or "
+        "policy.entropy_coef",
     ),
 )
 
 
-class Watch:
+class HealthWarnings:
     """Warns of the known red flags of RL, each with its remedy."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._alerts = WarnOnce(say)
+        self._warnings = WarnOnce(say)
 
-    def look(self, metrics: dict[str, float]) -> None:
-        for number, (name, wrong, text) in enumerate(_RED_FLAGS):
+    def check(self, metrics: dict[str, float]) -> None:
+        for number, (name, is_wrong, text) in enumerate(_RED_FLAGS):
             if name in metrics:
                 value = metrics[name]
-                self._alerts.check(number, wrong(value), text.format(value))
+                self._warnings.check(number, is_wrong(value), text.format(value))
 
 
-def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
-    """Rewards, lengths and what became of the groups; empty without rollouts."""
-    samples = [s for group in groups for s in group]
-    if not samples:
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Rewards, lengths and how many groups are trained; empty without rollouts."""
+    completions = rollout.completions()
+    if not completions:
         return {}
-    valid = [s for s in samples if s.score.trains]
+    kept = int(rollout.informative.sum())
     metrics: dict[str, float] = {
-        "completions/mean_length": float(np.mean([len(s.completion_ids) for s in samples])),
-        "completions/truncated": float(np.mean([not s.finished for s in samples])),
-        "frac_reward_zero_std": 1.0 - len(kept) / len(groups),
-        "groups_trained": len(kept),
-        "prompts_per_trained_group": len(groups) / max(1, len(kept)),
+        "completions/mean_length": float(np.mean([len(c.completion_ids) for c in completions])),
+        "completions/truncated": float(np.mean([not c.finished for c in completions])),
+        "frac_reward_zero_std": 1.0 - kept / len(rollout.groups),
+        "groups_trained": kept,
+        "prompts_per_trained_group": len(rollout.groups) / max(1, kept),
     }
-    if valid:
-        metrics["reward"] = float(np.mean([s.reward for s in valid]))
-        metrics["accuracy"] = float(np.mean([s.score.status == "correct" for s in valid]))
-    by_domain: dict[str, list[Any]] = defaultdict(list)
-    for s in valid:
-        by_domain[s.domain].append(s)
-    for domain in sorted(by_domain):
-        own = by_domain[domain]
-        metrics[f"reward/{domain}"] = float(np.mean([s.reward for s in own]))
-        metrics[f"accuracy/{domain}"] = float(np.mean([s.score.status == "correct" for s in own]))
-    for label in sorted({label for s in valid for label in s.parts}):
-        metrics[f"reward_part/{label}"] = float(np.mean([s.parts.get(label, 0.0) for s in valid]))
-    excluded = Counter(s.score.status for s in samples if not s.score.trains)
+    rewards = rollout.rewards.reshape(-1)
+    valid = [(c, r) for c, r in zip(completions, rewards, strict=True) if c.score.trains]
+    by_domain: dict[str, list[tuple[ScoredCompletion, float]]] = defaultdict(list)
+    for completion, reward in valid:
+        by_domain[completion.domain].append((completion, reward))
+    for suffix, own in [("", valid), *((f"/{d}", by_domain[d]) for d in sorted(by_domain))]:
+        if own:
+            metrics[f"reward{suffix}"] = float(np.mean([reward for _, reward in own]))
+            correct = [c.score.status == "correct" for c, _ in own]
+            metrics[f"accuracy{suffix}"] = float(np.mean(correct))
+    for label in sorted({label for c, _ in valid for label in c.reward_parts}):
+        parts = [c.reward_parts.get(label, 0.0) for c, _ in valid]
+        metrics[f"reward_part/{label}"] = float(np.mean(parts))
+    excluded = Counter(c.score.status for c in completions if not c.score.trains)
     metrics |= {f"excluded/{status}": excluded[status] for status in sorted(excluded)}
     return metrics
 
 
 def pair_metrics(counts: PairCounts) -> dict[str, float]:
-    """What became of the prompts on the way to online pairs."""
+    """How many prompts gave an online pair, and why others did not."""
     return {
         "pairs": counts.pairs,
         "pairs/below_margin": counts.below_margin,
@@ -115,34 +119,51 @@ def mean_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     return {name: float(np.mean(found)) for name, found in values.items()}
 
 
-def sample_lines(
-    path: Path, iteration: int, groups: Sequence[Group], problems: Sequence[Problem], count: int
+def append_samples(
+    path: Path,
+    iteration: int,
+    rollout: Rollout,
+    advantages: Mapping[int, float],
+    prompts: Sequence[Prompt],
+    count: int,
 ) -> None:
-    """Appends `count` completions of an iteration with their reward parts, evenly picked."""
-    samples = [s for group in groups for s in group]
-    if not samples or not count:
+    """Appends `count` completions of an iteration with their reward parts, evenly picked.
+
+    advantages: mean advantage by place among the rollout's completions, where there is one.
+    """
+    completions, rewards = rollout.completions(), rollout.rewards.reshape(-1)
+    if not completions or not count:
         return
-    picked = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))
+    number = min(count, len(completions))
     lines = []
-    for at in picked:
-        s = samples[at]
-        advantage = None if s.advantages is None else float(s.advantages.mean())
+    for at in np.unique(np.linspace(0, len(completions) - 1, number).astype(int)):
+        c = completions[at]
         row = {
             "step": iteration,
-            "task": s.task,
-            "prompt": problems[s.problem].record.prompt_messages[-1]["content"],
-            "completion": s.text,
-            "tokens": len(s.completion_ids),
-            "finished": s.finished,
-            "reward": s.reward,
-            "parts": s.parts,
-            "status": s.score.status,
-            "detail": s.score.detail,
-            "advantage": advantage,
+            "task": c.task,
+            "prompt": prompts[c.prompt].record.prompt_messages[-1]["content"],
+            "completion": c.text,
+            "tokens": len(c.completion_ids),
+            "finished": c.finished,
+            "reward": float(rewards[at]),
+            "parts": c.reward_parts,
+            "status": c.score.status,
+            "detail": c.score.detail,
+            "advantage": advantages.get(int(at)),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     with storage_errors("cannot write the samples", path), path.open("a", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def mean_advantages(rollout: Rollout, batch: RolloutBatch | None) -> dict[int, float]:
+    """The mean advantage of each trained group's completions, by place in the whole rollout."""
+    if batch is None:
+        return {}
+    size = batch.group_size
+    places = [g * size + i for g in np.flatnonzero(rollout.informative) for i in range(size)]
+    pairs = zip(places, batch.advantages, strict=True)
+    return {int(at): float(array.mean()) for at, array in pairs if array is not None}
 
 
 def evaluate_held_out(
@@ -157,8 +178,8 @@ def evaluate_held_out(
         stage.data.tokenizer,
         problems,
         EvalConfig(
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.rollout_batch_size,
+            max_new_tokens=config.rollout.max_new_tokens,
+            batch_size=config.rollout.batch_size,
             samples=settings.samples,
             temperature=settings.temperature,
             seed=stage.data.seed,

@@ -1,7 +1,7 @@
-"""Rollouts: prompts in order, completions sampled in groups, their rewards.
+"""Rollouts: groups of completions of prompts, sampled and scored.
 
-A rollout can be written to a file and taken from it instead of being sampled, which makes runs
-comparable that differ in something else only.
+A rollout can be written to a file and read from it instead of being sampled, which makes runs
+comparable that differ in something else only. Shapes: P prompts, G completions of a prompt.
 """
 
 from __future__ import annotations
@@ -15,62 +15,90 @@ from typing import Any
 
 import numpy as np
 
-from ernie_train.core.errors import CheckpointError, ConfigError, DataError, storage_errors
-from ernie_train.data import Record, Tokenizer
+from ernie_train.core import consensus, process_group
+from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
 from ernie_train.data.mixing import epoch_order
-from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
+from ernie_train.eval.prompts import completion_text, problem_row
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.sharded import generate_sharded, score_sharded
-from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.losses import varied_groups
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring import ComposedReward, ComposedScore
+from ernie_train.rl.batch import TokenizedCompletion
+from ernie_train.rl.config import RolloutConfig, UpoConfig
+from ernie_train.rl.data import PreparedPrompts, Prompt, rollout_file
+from ernie_train.train.stage import StageRun
+
+ROLLOUTS = "rollouts"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A prompt with what its verifier needs."""
+class ScoredCompletion(TokenizedCompletion):
+    """A completion of a prompt of the stage, with its verdict and what sampling knew of it.
 
-    record: Record
-    prompt_ids: list[int]
-    domain: str
-    task: str
-    difficulty: int
-
-
-@dataclass
-class Sample:
-    """One completion of a problem, and what is known about its tokens.
-
-    The arrays have one entry for each token of `completion_ids`; those that are None have not been
-    computed. `trained` says whether the policy learns from the tokens.
+    `raw_reward` is the sum of the reward's parts, without what the stage subtracts.
     """
 
-    problem: int
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    domain: str = ""
-    task: str = ""
-    text: str = ""
-    finished: bool = True
-    score: Score = field(default_factory=Score.correct)
-    value: float = 0.0  # what the reward's parts add up to
-    reward: float = 0.0  # the value less what the stage subtracts
-    parts: dict[str, float] = field(default_factory=dict)
-    sampled_logprobs: np.ndarray | None = None
+    prompt: int  # index among the stage's prompts
+    domain: str
+    task: str
+    text: str
+    finished: bool
+    score: Score
+    raw_reward: float
+    reward_parts: dict[str, float]
+    sampled_logprobs: np.ndarray | None = None  # float32 [tokens]
     expert_ids: np.ndarray | None = None  # [tokens, MoE layers, K], as sampled
-    old_logprobs: np.ndarray | None = None
-    ref_logprobs: np.ndarray | None = None
-    values: np.ndarray | None = None
-    advantages: np.ndarray | None = None
-    returns: np.ndarray | None = None
-    trained: bool = True
 
 
-Group = list[Sample]
+PromptGroup = Sequence[ScoredCompletion]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """An iteration's groups, and what the policy may learn of them.
+
+    rewards [P,G] is the raw reward less the penalty for truncation; valid [P,G] says which
+    completions have a verdict and are not masked; informative [P] which groups teach something,
+    since their rewards differ.
+    """
+
+    groups: list[PromptGroup]
+    rewards: np.ndarray
+    valid: np.ndarray
+    informative: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Sequence[PromptGroup], config: RolloutConfig) -> Rollout:
+        """Judge groups once: penalties, masks, and which groups are worth an update."""
+        shape = (len(groups), len(groups[0]) if groups else config.group_size)
+        penalty, masks = config.truncation_penalty, config.truncated == "mask"
+        flat = [c for group in groups for c in group]
+        rewards = [c.raw_reward - (0.0 if c.finished else penalty) for c in flat]
+        valid = [c.score.trains and not (masks and not c.finished) for c in flat]
+        reward_table = np.array(rewards, np.float64).reshape(shape)
+        valid_table = np.array(valid, bool).reshape(shape)
+        if not groups:
+            informative = np.zeros(0, bool)
+        elif shape[1] == 1:
+            informative = valid_table[:, 0]
+        else:
+            informative = np.asarray(varied_groups(reward_table, valid_table), bool)
+        return cls(list(groups), reward_table, valid_table, informative)
+
+    def completions(self) -> list[ScoredCompletion]:
+        """All completions, group after group."""
+        return [completion for group in self.groups for completion in group]
+
+    def only_informative(self) -> Rollout:
+        """The groups whose rewards differ."""
+        keep = self.informative
+        groups = [group for group, kept in zip(self.groups, keep, strict=True) if kept]
+        return Rollout(groups, self.rewards[keep], self.valid[keep], keep[keep])
 
 
 class PromptOrder:
-    """Problems without end, each epoch in another order; resumable at every problem."""
+    """Prompts without end, each epoch in another order; resumable at every prompt."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
         self._sizes, self._weights, self._seed = list(sizes), list(weights), seed
@@ -78,7 +106,7 @@ class PromptOrder:
         self._epoch = self._position = 0
 
     def take(self, count: int, allowed: Callable[[int], bool]) -> list[int]:
-        """The next `count` problems that `allowed` lets through, by their number over all sources.
+        """The next `count` prompts that `allowed` lets through, by their index over all sources.
 
         Raises `ConfigError` where a whole epoch holds none.
         """
@@ -105,141 +133,179 @@ class PromptOrder:
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    group_size: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    batch_size: int
+@dataclass
+class RolloutSampler:
+    """Samples and scores an iteration's groups: prompts in order, refills, curriculum, replay.
 
+    `seconds` adds up what sampling and scoring took since it was last cleared.
+    """
 
-class Collector:
-    """Samples and scores groups of completions. `seconds` adds up what each part took."""
+    config: UpoConfig
+    stage: StageRun
+    prepared: PreparedPrompts
+    reward: ComposedReward
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        model: Ernie4_5_MoeForCausalLM,
-        tokenizer: Tokenizer,
-        problems: Sequence[Problem],
-        reward: ComposedReward | None,
-        settings: SamplingSettings,
-        *,
-        seed: int,
-        stop_requested: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.model, self.tokenizer, self.problems = model, tokenizer, problems
-        self.reward, self.settings, self.seed = reward, settings, seed
-        self.stop_requested = stop_requested
+    def __post_init__(self) -> None:
+        curriculum = self.config.curriculum
+        self.level = curriculum.start if curriculum else None
+        self.order = self.new_order()
+        self.clear_seconds()
+
+    def clear_seconds(self) -> None:
         self.seconds = {"rollout_seconds": 0.0, "scoring_seconds": 0.0}
 
-    def collect(self, chosen: Sequence[int], *key: int) -> list[Group]:
-        """`group_size` completions of each chosen problem, scored.
+    def new_order(self) -> PromptOrder:
+        """The stage's order of prompts, from its beginning."""
+        return PromptOrder(self.prepared.sizes, self.prepared.weights, self.stage.data.seed)
+
+    def rollout(self, iteration: int) -> Rollout:
+        """The rollout of an iteration; without groups where the stage needs none."""
+        config = self.config.rollout
+        if not self.config.samples_each_iteration:
+            return Rollout.of([], config)
+        if config.replay is not None:
+            path = rollout_file(self.stage.data.base_dir / config.replay, iteration)
+            with consensus.fail_together():
+                groups = read_rollout(path)
+        else:
+            groups = self._sample_until_informative(iteration)
+        if config.dump:
+            with consensus.fail_together():
+                if process_group.is_main():
+                    path = rollout_file(self.stage.directory / ROLLOUTS, iteration)
+                    write_rollout(path, groups)
+        return Rollout.of(groups, config)
+
+    def _sample_until_informative(self, iteration: int) -> list[PromptGroup]:
+        """Samples until enough groups differ in reward, at most `refill_rounds` rounds more."""
+        config = self.config.rollout
+        groups: list[PromptGroup] = []
+        missing = config.prompts_per_iteration or 0
+        for refill in range(config.refill_rounds + 1):
+            chosen = self.order.take(missing, self.is_allowed)
+            found = self.sample(chosen, iteration, refill)
+            groups += found
+            missing -= int(Rollout.of(found, config).informative.sum())
+            if missing == 0:
+                break
+        return groups
+
+    def sample(self, chosen: Sequence[int], *key: int) -> list[PromptGroup]:
+        """`group_size` completions of each chosen prompt, scored.
 
         The random numbers depend on the stage's seed and on `key` alone. Every rank must call it;
         each samples and scores a share, and all have the same groups then. Raises `Interrupted`
         when a stop is asked for.
         """
         started = time.perf_counter()
-        size = self.settings.group_size
-        owners = [index for index in chosen for _ in range(size)]
+        config, data = self.config.rollout, self.stage.data
+        prompts = [index for index in chosen for _ in range(config.group_size)]
         completions = generate_sharded(
-            self.model,
-            [self.problems[index].prompt_ids for index in owners],
-            max_new_tokens=self.settings.max_new_tokens,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            top_k=self.settings.top_k,
-            seed=int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]),
-            eos_token_id=self.tokenizer.stop_token_ids,
-            batch_size=self.settings.batch_size,
-            stop_requested=self.stop_requested,
+            self.stage.model,
+            [self.prepared.prompts[index].prompt_ids for index in prompts],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            seed=int(np.random.SeedSequence([data.seed, *key]).generate_state(1)[0]),
+            eos_token_id=data.tokenizer.stop_token_ids,
+            batch_size=config.batch_size,
+            stop_requested=lambda: self.stage.stop.requested,
             record_experts=True,
         )
         sampled = time.perf_counter()
-        samples = [self._sample(i, c) for i, c in zip(owners, completions, strict=True)]
-        self._score(samples)
+        scored = self._scored(list(zip(prompts, completions, strict=True)))
         self.seconds["rollout_seconds"] += sampled - started
         self.seconds["scoring_seconds"] += time.perf_counter() - sampled
-        return [samples[at : at + size] for at in range(0, len(samples), size)]
+        size = config.group_size
+        return [scored[at : at + size] for at in range(0, len(scored), size)]
 
-    def _sample(self, index: int, completion: Completion) -> Sample:
-        problem = self.problems[index]
-        return Sample(
-            problem=index,
-            prompt_ids=problem.prompt_ids,
-            completion_ids=completion.ids,
-            domain=problem.domain,
-            task=problem.task,
-            text=completion_text(self.tokenizer, completion),
-            finished=completion.finished,
-            sampled_logprobs=np.array(completion.logprobs, np.float32),
-            expert_ids=completion.expert_ids,
+    def _scored(self, sampled: Sequence[tuple[int, Completion]]) -> list[ScoredCompletion]:
+        texts = [completion_text(self.stage.data.tokenizer, c) for _, c in sampled]
+        scores = score_sharded(
+            list(zip(sampled, texts, strict=True)),
+            self._grade,
+            stop_requested=lambda: self.stage.stop.requested,
         )
+        self.reward.check_excluded([composed.score for composed in scores])
+        found = []
+        for (index, completion), text, composed in zip(sampled, texts, scores, strict=True):
+            prompt = self.prepared.prompts[index]
+            found.append(
+                ScoredCompletion(
+                    prompt_ids=prompt.prompt_ids,
+                    completion_ids=completion.ids,
+                    prompt=index,
+                    domain=prompt.domain,
+                    task=prompt.task,
+                    text=text,
+                    finished=completion.finished,
+                    score=composed.score,
+                    raw_reward=composed.value,
+                    reward_parts=composed.parts,
+                    sampled_logprobs=np.array(completion.logprobs, np.float32),
+                    expert_ids=completion.expert_ids,
+                )
+            )
+        return found
 
-    def _score(self, samples: Sequence[Sample]) -> None:
-        reward = self.reward
-        if reward is None:
-            raise ValueError("completions are to be scored without a reward")
-        scored = score_sharded(
-            samples, lambda mine: self._graded(reward, mine), stop_requested=self.stop_requested
-        )
-        reward.check_excluded([composed.score for composed in scored])
-        for sample, composed in zip(samples, scored, strict=True):
-            sample.score, sample.parts = composed.score, composed.parts
-            sample.value = sample.reward = composed.value
-
-    def _graded(self, reward: ComposedReward, samples: Sequence[Sample]) -> list[ComposedScore]:
-        return reward.score_batch(
-            [problem_row(self.problems[s.problem].record, thinking=True) for s in samples],
-            [s.text for s in samples],
-            [len(s.completion_ids) for s in samples],
+    def _grade(
+        self, items: Sequence[tuple[tuple[int, Completion], str]]
+    ) -> Sequence[ComposedScore]:
+        prompts: list[Prompt] = [self.prepared.prompts[index] for (index, _), _ in items]
+        return self.reward.score_batch(
+            [problem_row(prompt.record, thinking=True) for prompt in prompts],
+            [text for _, text in items],
+            [len(completion.ids) for (_, completion), _ in items],
             whole=False,
-            stop_requested=self.stop_requested,
+            stop_requested=lambda: self.stage.stop.requested,
         ).scores
 
+    # ---- curriculum ------------------------------------------------------------------------------
 
-def encode_problems(
-    records: Sequence[Record], tokenizer: Tokenizer, *, longest: int
-) -> tuple[list[Problem], int]:
-    """Problems whose prompts have at most `longest` tokens, and how many were longer."""
-    problems, dropped = [], 0
-    for record in records:
-        ids = encode_prompt(tokenizer, record, thinking=True)
-        if len(ids) > longest:
-            dropped += 1
-            continue
-        fields = record.fields
-        difficulty = fields.get("difficulty", 1)
-        if not isinstance(difficulty, int) or isinstance(difficulty, bool):
-            raise DataError(f"{record.source}: difficulty must be a whole number: {difficulty!r}")
-        problems.append(
-            Problem(record, ids, str(fields["domain"]), str(fields["task"]), difficulty)
-        )
-    return problems, dropped
+    def is_allowed(self, prompt: int) -> bool:
+        """Whether the curriculum has come to a prompt."""
+        return self.level is None or self.prepared.prompts[prompt].difficulty <= self.level
+
+    def raise_level(self, rollout: Rollout) -> None:
+        """Moves the curriculum on when the policy solves enough of its hardest prompts."""
+        if self.level is None or self.config.curriculum is None:
+            return
+        prompts = self.prepared.prompts
+        hardest = [
+            c.score.status == "correct"
+            for c in rollout.completions()
+            if c.score.trains and prompts[c.prompt].difficulty == self.level
+        ]
+        if hardest and np.mean(hardest) >= self.config.curriculum.raise_at:
+            harder = {p.difficulty for p in prompts if p.difficulty > self.level}
+            self.level = min(harder, default=self.level)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order.state_dict(), "level": self.level}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order.load_state_dict(state["order"])
+        self.level = state["level"]
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def rollout_file(directory: Path, number: int) -> Path:
-    """Where the rollout of iteration `number` lies."""
-    return directory / f"{number:06d}.jsonl"
-
-
-def write_rollout(path: Path, groups: Sequence[Group]) -> None:
+def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
     """Writes groups as JSON lines, one a completion; logprobs keep their bits."""
     lines = []
     for number, group in enumerate(groups):
-        for s in group:
+        for c in group:
             row = {
-                "group": number, "problem": s.problem, "prompt_ids": s.prompt_ids,
-                "completion_ids": s.completion_ids, "domain": s.domain, "task": s.task,
-                "text": s.text, "finished": s.finished, "value": s.value, "parts": s.parts,
-                "score": [s.score.value, s.score.status, s.score.detail],
-                "logprobs": None if s.sampled_logprobs is None
-                else [float(x) for x in s.sampled_logprobs],
+                "group": number, "prompt": c.prompt, "prompt_ids": c.prompt_ids,
+                "completion_ids": c.completion_ids, "domain": c.domain, "task": c.task,
+                "text": c.text, "finished": c.finished, "raw_reward": c.raw_reward,
+                "reward_parts": c.reward_parts,
+                "score": [c.score.value, c.score.status, c.score.detail],
+                "logprobs": None if c.sampled_logprobs is None
+                else [float(x) for x in c.sampled_logprobs],
             }  # fmt: skip
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     temporary = path.with_name(path.name + ".tmp")
@@ -249,32 +315,27 @@ def write_rollout(path: Path, groups: Sequence[Group]) -> None:
         temporary.replace(path)
 
 
-def read_rollout(path: Path) -> list[Group]:
+def read_rollout(path: Path) -> list[PromptGroup]:
     """The groups of a file of `write_rollout`; `CheckpointError` for anything else."""
-    groups: dict[int, Group] = {}
+    groups: dict[int, list[ScoredCompletion]] = {}
     try:
         with path.open(encoding="utf-8") as stream:
             for line in stream:
                 row = json.loads(line)
-                groups.setdefault(row["group"], []).append(_read_sample(row))
+                groups.setdefault(row["group"], []).append(_read_completion(row))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a rollout that can be replayed: {error}") from None
     return [groups[number] for number in sorted(groups)]
 
 
-def _read_sample(row: dict[str, Any]) -> Sample:
+def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
     logprobs = row["logprobs"]
-    return Sample(
-        problem=row["problem"],
-        prompt_ids=row["prompt_ids"],
-        completion_ids=row["completion_ids"],
-        domain=row["domain"],
-        task=row["task"],
-        text=row["text"],
-        finished=row["finished"],
+    names = (
+        "prompt_ids", "completion_ids", "prompt", "domain", "task", "text", "finished",
+        "raw_reward", "reward_parts",
+    )  # fmt: skip
+    return ScoredCompletion(
+        **{name: row[name] for name in names},
         score=Score(*row["score"]),
-        value=row["value"],
-        reward=row["value"],
-        parts=row["parts"],
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import paddle
@@ -84,6 +84,27 @@ def over_layers(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
         f"moe/{name}": float(_OVER_LAYERS[name]([values[name] for values in figures.values()]))
         for name in names
     }
+
+
+class PromptProbe(NamedTuple):
+    """A row of prompts, each a document; every array [1,T]."""
+
+    input_ids: np.ndarray
+    document_ids: np.ndarray
+    position_ids: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: Iterable[list[int]], max_tokens: int) -> PromptProbe:
+        """The first prompts that hold `max_tokens` together, or all of them."""
+        chosen: list[list[int]] = []
+        for prompt in prompts:
+            chosen.append(prompt)
+            if sum(map(len, chosen)) >= max_tokens:
+                break
+        lengths = [len(prompt) for prompt in chosen]
+        documents = np.repeat(np.arange(1, len(chosen) + 1), lengths)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        return cls(np.concatenate(chosen)[None], documents[None], positions[None])
 
 
 @dataclass(frozen=True)

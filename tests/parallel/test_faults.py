@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.parallel.ranks import start_on_ranks
-from tests.rl.test_upo import GAE, REWARD, stage
+from tests.rl.test_upo import GAE, REWARD, merged, stage
 from tests.workspace import make_workspace, rows, write_rows
 
 RANKS = 2
@@ -23,8 +23,8 @@ FAULTS: list[tuple[str, int, dict[str, str]]] = [
     ("sft", 0, {"call": "ernie_train.weights.checkpoint:CheckpointStore._retain"}),
     ("sft", 0, {"file": "README.md"}),
     ("rl", 0, {"call": "ernie_train.rl.loop:cut_after"}),
-    ("rl", 0, {"call": "ernie_train.rl.loop:sample_lines"}),
-    ("rl", 0, {"call": "ernie_train.rl.groups:write_rollout"}),
+    ("rl", 0, {"call": "ernie_train.rl.loop:append_samples"}),
+    ("rl", 0, {"call": "ernie_train.rl.rollout:write_rollout"}),
     ("rl", 1, {"call": "ernie_train.rl.loop:build_reward"}),
 ]
 UNSEEN = ["DONE", "evaluation.json", "export.json", "offline_pairs.jsonl"]
@@ -46,8 +46,7 @@ def told(tmp_path_factory) -> dict[str, Any]:
         row["difficulty"] = 1 + number % 3
     write_rows(root / "prompts.jsonl", prompts)
     (root / "reward.py").write_text(REWARD)
-    rl = stage(root, **{**GAE, "pairs": "both", "offline": {"prompts": 20, "per_iteration": 2}},
-               iterations=1, dump_rollouts=True)  # fmt: skip
+    rl = stage(root, **merged(GAE, {"rollout": {"dump": True}}), iterations=1)
     values = recipe | {"stages": [rl], "evaluation": None, "export": None}
     (root / "rl.yaml").write_text(yaml.safe_dump(values))
 

@@ -223,11 +223,12 @@ def workspace(tmp_path_factory) -> Path:
          "balance": balance},
         {"name": "rl", "kind": "upo", "data": [{"path": str(root / "prompts.jsonl")}],
          "reward": {"python": str(root / "reward.py") + ":score"}, "canaries": 0,
-         "iterations": 2, "prompts_per_iteration": 4, "group_size": 4, "max_new_tokens": 10,
-         "max_prompt_tokens": 64, "micro_batch_size": 8, "minibatches": 2, "optim": constant,
-         "advantage": "gae", "critic": {"optim": constant}, "term_norms_every": 1,
-         "kl": {"coef": 0.01, "kind": "k1", "place": "reward"}, "preference_coef": 0.2,
-         "pairs": "online", "balance": balance},
+         "iterations": 2, "micro_batch_size": 8, "optim": constant, "balance": balance,
+         "rollout": {"prompts_per_iteration": 4, "group_size": 4, "max_new_tokens": 10,
+                     "max_prompt_tokens": 64},
+         "policy": {"minibatches": 2, "kl": {"coef": 0.01, "kind": "k1", "place": "reward"}},
+         "critic": {"optim": constant}, "term_norms_every": 1,
+         "preference": {"coef": 0.2, "pairs": "online"}},
     ]}  # fmt: skip
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return root

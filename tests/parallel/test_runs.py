@@ -40,12 +40,18 @@ def root(tmp_path_factory) -> Path:
     rl = {
         "name": "rl", "kind": "upo", "data": [{"path": str(root / "prompts.jsonl")}],
         "reward": {"python": str(root / "reward.py") + ":score"}, "canaries": 0,
-        "iterations": 1, "prompts_per_iteration": 6, "group_size": 4, "max_new_tokens": 12,
-        "max_prompt_tokens": 64, "micro_batch_size": 4, "minibatches": 2, "update_epochs": 2,
-        "optim": {"lr": 1e-3, "schedule": "constant"}, "advantage": "gae",
+        "iterations": 1, "micro_batch_size": 4, "term_norms_every": 1,
+        "rollout": {
+            "prompts_per_iteration": 6, "group_size": 4, "max_new_tokens": 12,
+            "max_prompt_tokens": 64,
+        },
+        "policy": {
+            "minibatches": 2, "update_epochs": 2,
+            "kl": {"coef": 0.01, "kind": "k1", "place": "reward"},
+        },
+        "optim": {"lr": 1e-3, "schedule": "constant"},
         "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
-        "kl": {"coef": 0.01, "kind": "k1", "place": "reward"},
-        "preference_coef": 0.2, "pairs": "online", "term_norms_every": 1,
+        "preference": {"coef": 0.2, "pairs": "online"},
         "balance": {"bias_update_rate": 0.001, "z_loss_coef": 1e-3, "orthogonal_coef": 1e-3},
     }  # fmt: skip
     for name, layout in LAYOUTS.items():
@@ -107,9 +113,9 @@ def runs(root) -> dict[str, Any]:
     # The same sums in another order: two rows instead of one micro-batch of two.
     order = ["stages.sft.micro_batch_size=1", "stages.sft.grad_accum_steps=8"]
     assert run_here(command(root, "sft-one", *order)) == 0
-    assert run_here(command(root, "rl-one", "stages.rl.dump_rollouts=true")) == 0
+    assert run_here(command(root, "rl-one", "stages.rl.rollout.dump=true")) == 0
     (root / "runs/rl-one-again").rename(root / "runs/rl-sampled")
-    replayed = f"stages.rl.replay_rollouts={root / 'runs/rl-sampled/01-rl/rollouts'}"
+    replayed = f"stages.rl.rollout.replay={root / 'runs/rl-sampled/01-rl/rollouts'}"
     for name, size in (("rl-one", 4), ("rl-other", 2)):
         more = ["--run-dir", str(root / "runs" / name), f"stages.rl.micro_batch_size={size}"]
         assert run_here([*command(root, "rl-one")[:2], *more, replayed]) == 0
@@ -117,7 +123,7 @@ def runs(root) -> dict[str, Any]:
     def rl(name: str) -> list[str]:
         return [*command(root, name), replayed]
 
-    dump = "stages.rl.dump_rollouts=true"
+    dump = "stages.rl.rollout.dump=true"
     statuses = [run_on(4, root, [command(root, "sft-ep4"), rl("rl-ep4"), rl("rl-ep2dp2")])[0]]
     for name in ("sft-one-on", "sft-ep2-on", "sft-ep2dp2-on", "sft-broken"):
         before_the_end(root, "sft-ep4", name)

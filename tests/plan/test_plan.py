@@ -37,11 +37,14 @@ SFT = {
 }  # fmt: skip
 RL = {
     "name": "rl", "kind": "upo", "data": [{"path": "x"}], "reward": "logic", "iterations": 10,
-    "prompts_per_iteration": 64, "group_size": 8, "max_prompt_tokens": 1024,
-    "max_new_tokens": 7168, "rollout_batch_size": 16, "micro_batch_size": 2, "minibatches": 4,
-    "preference_coef": 0.1, "pairs": "online", "optim": {"lr": 1e-6},
+    "rollout": {
+        "prompts_per_iteration": 64, "group_size": 8, "max_prompt_tokens": 1024,
+        "max_new_tokens": 7168, "batch_size": 16,
+    },
+    "micro_batch_size": 2, "policy": {"minibatches": 4}, "optim": {"lr": 1e-6},
+    "preference": {"coef": 0.1, "pairs": "online"},
 }  # fmt: skip
-CRITIC = {"advantage": "gae", "critic": {"optim": {"lr": 1e-6}}}
+CRITIC = {"critic": {"optim": {"lr": 1e-6}}}
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,7 @@ def test_phases_of_a_schedule() -> None:
 
 def test_an_iteration_of_rl() -> None:
     """512 samples in 4 updates of 64 micro-batches of 2; a last token predicts nothing."""
-    (work,) = recipe_work(recipe(RL | CRITIC | {"update_epochs": 2}))
+    (work,) = recipe_work(recipe(RL | CRITIC | {"policy": {"minibatches": 4, "update_epochs": 2}}))
     assert work.job.micro_batch == MicroBatch(2, 8191, 8191)
     assert (work.updates, work.micro_batches) == (8, 64)
     assert work.tokens == 2 * 512 * 8191

@@ -38,7 +38,7 @@ PACKAGES: dict[str, str] = {
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",
     "eval": "prompts evaluation gates",
-    "rl": "config critic rollout batch data groups pairs loss report learner loop dpo",
+    "rl": "config batch critic data estimators rollout pairs loss report learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages recipe lineage check referee_script export render finalize pipeline",
     "plan": "layout buckets decoder shards activations memory work cost overlap search tables"

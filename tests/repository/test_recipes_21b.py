@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SFT, PRL = "recipes/ernie-21b-a3b-sft.yaml", "recipes/ernie-21b-a3b-prl.yaml"
 CLUSTER = ("--gpus", "8", "--gpu-memory-gb", "80")
 CRITIC = [
-    setting
-    for stage in ("rl-logic", "rl-math-code", "rl-general")
-    for setting in (f"stages.{stage}.advantage=gae", f"stages.{stage}.critic.optim.lr=1e-6")
+    f"stages.{stage}.critic.optim.lr=1e-6" for stage in ("rl-logic", "rl-math-code", "rl-general")
 ]
 
 
@@ -85,9 +83,9 @@ def test_rl_in_the_published_order_by_upo_without_a_critic():
     tasks = [stage.data[0].tasks for stage in recipe.stages]
     assert tasks == [["logic"], ["math", "code"], ["science", "tools"]]
     for stage in recipe.stages:
-        assert stage.max_prompt_tokens + stage.max_new_tokens == 8192
-        assert (stage.advantage, stage.critic) == ("group", None)
-        assert stage.uses_online_pairs
+        assert stage.rollout.max_prompt_tokens + stage.rollout.max_new_tokens == 8192
+        assert stage.critic is None
+        assert stage.preference.uses_online
 
 
 def test_a_critic_names_the_smallest_cluster(cli):

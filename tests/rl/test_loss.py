@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import paddle
 import pytest
 
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rl.batch import SampleBatch, micro_batches, policy_logprobs
-from ernie_train.rl.loss import UpoLoss
+from ernie_train.rl.batch import MicroBatch, PreferencePair, RolloutBatch, micro_batches
+from ernie_train.rl.estimators import policy_logprobs
+from ernie_train.rl.loss import DpoLoss, UpoLoss
 from ernie_train.train.optimizer import OptimConfig, Optimizer
 from ernie_train.train.trainer import Trainer
-from tests.rl.test_batch import make_samples
+from tests.rl.records import make_sequences
 from tests.small_models import assert_same, make_config, make_model, state
 
 
-def filled(count=6, seed=0):
-    """Samples with numbers as an iteration would have them, and two pairs of them."""
-    rng, samples = np.random.default_rng(seed + 50), make_samples(count, seed)
-    model = make_model()
-    for s in samples:
+def logprobs_of(model, sequence):
+    with paddle.no_grad():
+        alone = MicroBatch.without_arrays([sequence])
+        logprobs, entropy, _ = policy_logprobs(model, alone, temperature=1.0, with_entropy=True)
+    return logprobs.numpy(), entropy.numpy()
+
+
+def filled(count=6, seed=0, model=None):
+    """A batch with numbers as an iteration would have them, one masked, and two pairs of it.
+
+    With `model` its own logprobs, shifted, instead of random ones.
+    """
+    rng, sequences = np.random.default_rng(seed + 50), make_sequences(count, seed)
+    old, ref, advantages = [], [], []
+    for s in sequences:
         n = len(s.completion_ids)
-        with paddle.no_grad():
-            logprobs, _, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0)
-        s.old_logprobs = (logprobs.numpy() + rng.normal(0, 0.3, n)).astype(np.float32)
-        s.ref_logprobs = (logprobs.numpy() + rng.normal(0, 0.2, n)).astype(np.float32)
-        s.advantages = rng.normal(size=n).astype(np.float32)
-    samples[4].trained = False
-    return samples, [(samples[0], samples[1]), (samples[3], samples[2])]
+        logprobs, _ = logprobs_of(model or make_model(), s)
+        shifts = (0.05, -0.1) if model else (rng.normal(0, 0.3, n), rng.normal(0, 0.2, n))
+        old.append((logprobs + shifts[0]).astype(np.float32))
+        ref.append((logprobs + shifts[1]).astype(np.float32))
+        advantages.append(rng.normal(size=n).astype(np.float32))
+    mask = np.arange(count) != 4
+    pairs = [PreferencePair(0, 1), PreferencePair(3, 2)]
+    return RolloutBatch(sequences, pairs, count, 1, mask, old, ref, advantages)
+
+
+def split(batch, size, *, trained=None, pairs=None):
+    chosen = range(len(batch.sequences)) if trained is None else trained
+    return micro_batches(batch, chosen, batch.pairs if pairs is None else pairs, size)
 
 
 LOSS = {"temperature": 1.0, "clip_ratio": (0.2, 0.3)}
@@ -37,31 +55,30 @@ FULL = UpoLoss(**LOSS, entropy_coef=0.01, kl_coef=0.05, kl_kind="k3", preference
                beta=0.3, has_reference=True)  # fmt: skip
 
 
-def by_definition(model, samples, pairs):
+def by_definition(model, batch):
     """(policy, entropy, kl, preference) sums over counts, in float64."""
     policy = entropy_sum = kl = 0.0
     tokens = 0
-    logprobs_of = {}
-    for s in samples:
-        lp, entropy, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0,
-                                         with_entropy=True)  # fmt: skip
-        lp, entropy = lp.numpy().astype(np.float64), entropy.numpy().astype(np.float64)
-        logprobs_of[id(s)] = lp
-        if not s.trained:
+    ratios = []
+    for at, s in enumerate(batch.sequences):
+        lp, entropy = (array.astype(np.float64) for array in logprobs_of(model, s))
+        ratios.append((lp - batch.ref_logprobs[at]).sum())
+        if not batch.is_trained(at):
             continue
         tokens += len(lp)
         for t in range(len(lp)):
-            ratio = math.exp(lp[t] - s.old_logprobs[t])
+            ratio = math.exp(lp[t] - batch.old_logprobs[at][t])
             clipped = min(max(ratio, 1 - 0.2), 1 + 0.3)
-            policy -= min(ratio * s.advantages[t], clipped * s.advantages[t])
+            advantage = batch.advantages[at][t]
+            policy -= min(ratio * advantage, clipped * advantage)
             entropy_sum += entropy[t]
-            d = lp[t] - s.ref_logprobs[t]
+            d = lp[t] - batch.ref_logprobs[at][t]
             kl += math.exp(-d) - 1 + d
-    preference = 0.0
-    for chosen, rejected in pairs:
-        ratios = [(logprobs_of[id(s)] - s.ref_logprobs).sum() for s in (chosen, rejected)]
-        preference += math.log1p(math.exp(-0.3 * (ratios[0] - ratios[1])))
-    return policy / tokens, entropy_sum / tokens, kl / tokens, preference / len(pairs)
+    preference = sum(
+        math.log1p(math.exp(-0.3 * (ratios[chosen] - ratios[rejected])))
+        for chosen, rejected in batch.pairs
+    )
+    return policy / tokens, entropy_sum / tokens, kl / tokens, preference / len(batch.pairs)
 
 
 def new_trainer(model=None, **optim):
@@ -72,9 +89,9 @@ def new_trainer(model=None, **optim):
 
 @pytest.mark.parametrize("size", [2, 3, 6, 50])
 def test_every_term_by_definition_whatever_the_micro_batches(size):
-    samples, pairs = filled()
-    policy, entropy, kl, preference = by_definition(make_model(), samples, pairs)
-    metrics = new_trainer().train_step(micro_batches(samples, pairs, size), FULL, 9).metrics
+    batch = filled()
+    policy, entropy, kl, preference = by_definition(make_model(), batch)
+    metrics = new_trainer().train_step(split(batch, size), FULL, 9).metrics
     assert metrics["policy"] == pytest.approx(policy, rel=2e-5)
     assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
     assert metrics["kl_loss"] == pytest.approx(kl, rel=2e-5)
@@ -85,9 +102,8 @@ def test_every_term_by_definition_whatever_the_micro_batches(size):
 def test_micro_batches_do_not_change_the_update():
     ends = []
     for size in (2, 3, 50):
-        samples, pairs = filled()
         trainer = new_trainer()
-        trainer.train_step(micro_batches(samples, pairs, size), FULL, 9)
+        trainer.train_step(split(filled(), size), FULL, 9)
         ends.append(state(trainer.model))
     for other in ends[1:]:
         for name, array in ends[0].items():
@@ -107,19 +123,16 @@ def test_micro_batches_do_not_change_the_update():
 )  # fmt: skip
 def test_the_gradient_is_that_of_the_objective(coefs, weights):
     """Each term alone and all together, along a random direction, by finite differences."""
-    samples, pairs = filled()
     paddle.seed(3)
     model = Ernie4_5_MoeForCausalLM(make_config(moe_num_experts=0, initializer_range=0.15))
-    for s in samples:
-        lp, _, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0)
-        s.old_logprobs, s.ref_logprobs = lp.numpy() + 0.05, lp.numpy() - 0.1
+    batch = filled(model=model)
     trainer = new_trainer(model)
     kept = {}
     trainer.optimizer.step = lambda lr, norm: kept.update(
         {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
     )
     loss = UpoLoss(**LOSS, **coefs, beta=0.3, has_reference=True)
-    trainer.train_step(micro_batches(samples, pairs, 3), loss, 9)
+    trainer.train_step(split(batch, 3), loss, 9)
     # Along the gradient, so that a term is not lost among the others.
     length = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in kept.values()))
     direction = {n: (g / length).astype(np.float32) for n, g in kept.items()}
@@ -129,7 +142,7 @@ def test_the_gradient_is_that_of_the_objective(coefs, weights):
         for n, p in model.named_parameters():
             if n in direction:
                 p.set_value(held[n] + np.float32(step) * direction[n])
-        parts = by_definition(model, samples, pairs)
+        parts = by_definition(model, batch)
         for n, p in model.named_parameters():
             p.set_value(held[n])
         return float(np.dot(weights, parts))
@@ -141,14 +154,13 @@ def test_the_gradient_is_that_of_the_objective(coefs, weights):
 
 def test_without_the_preference_it_is_plain_ppo_to_the_bit():
     ends, seen = [], []
-    for loss, with_pairs in (
-        (UpoLoss(**LOSS), False),
-        (UpoLoss(**LOSS, preference_coef=0.0, beta=0.7, has_reference=True), False),
-        (UpoLoss(**LOSS, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0), False),
+    for loss in (
+        UpoLoss(**LOSS),
+        UpoLoss(**LOSS, preference_coef=0.0, beta=0.7, has_reference=True),
+        UpoLoss(**LOSS, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0),
     ):
-        samples, pairs = filled()
         trainer = new_trainer()
-        batches = micro_batches([s for s in samples if s.trained], pairs if with_pairs else [], 3)
+        batches = split(filled(), 3, trained=[0, 1, 2, 3, 5], pairs=[])
         seen.append(trainer.train_step(batches, loss, 9).metrics["policy"])
         ends.append(state(trainer.model))
     assert len(set(seen)) == 1
@@ -157,20 +169,23 @@ def test_without_the_preference_it_is_plain_ppo_to_the_bit():
 
 
 def test_with_the_preference_alone_it_is_dpo_and_ln_2_at_the_reference():
-    samples, pairs = filled()
     model = make_model()
-    for s in samples:
-        lp, _, _ = policy_logprobs(model, SampleBatch((s,)), temperature=1.0)
-        s.ref_logprobs = lp.numpy()
+    batch = filled()
+    reference = [logprobs_of(model, s)[0] for s in batch.sequences]
+    batches = split(replace(batch, ref_logprobs=reference), 2, trained=[])
     loss = UpoLoss(**LOSS, policy_coef=0.0, preference_coef=1.0, beta=0.1, has_reference=True)
+    as_dpo = new_trainer()
+    for _ in range(2):
+        as_dpo.train_step(batches, DpoLoss(0.1), 9)
     trainer = new_trainer(model)
-    batches = micro_batches([], pairs, 2)
     before = trainer.train_step(batches, loss, 9).metrics
     assert set(before) >= {"preference", "rewards/margins"}
     assert "policy" not in before
     assert before["preference"] == pytest.approx(math.log(2), abs=1e-6)
-    for _ in range(4):
+    for step in range(4):
         after = trainer.train_step(batches, loss, 9).metrics
+        if step == 0:
+            assert_same(state(trainer.model), state(as_dpo.model))
     assert after["preference"] < before["preference"]
     assert after["rewards/margins"] > 0
     assert after["rewards/accuracies"] == 1.0
@@ -180,9 +195,8 @@ def test_no_gradient_flows_from_samples_that_are_only_compared():
     """A sample outside of policy loss and pairs changes nothing."""
     ends = []
     for keep in (True, False):
-        samples, _ = filled()
         trainer = new_trainer()
-        batches = micro_batches(samples if keep else [s for s in samples if s.trained], [], 50)
+        batches = split(filled(), 50, trained=range(6) if keep else [0, 1, 2, 3, 5], pairs=[])
         trainer.train_step(batches, UpoLoss(**LOSS), 9)
         ends.append(state(trainer.model))
     for name, array in ends[0].items():
@@ -190,10 +204,9 @@ def test_no_gradient_flows_from_samples_that_are_only_compared():
 
 
 def test_term_norms_leave_everything_as_it_was():
-    samples, pairs = filled()
     trainer = new_trainer()
     before = {n: a.copy() for n, a in state(trainer.model).items()}
-    batches = micro_batches(samples, pairs, 3)
+    batches = split(filled(), 3)
     norms = trainer.term_gradient_norms(batches, FULL)
     assert set(norms) == {"policy", "entropy", "kl_loss", "preference"}
     assert all(norm > 0 for norm in norms.values())

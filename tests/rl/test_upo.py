@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +17,18 @@ import yaml
 from pydantic import ValidationError
 
 from ernie_train.cli.main import main
-from ernie_train.core.errors import ConfigError
-from ernie_train.rl import groups
-from ernie_train.rl.config import UpoConfig
+from ernie_train.rl.config import (
+    MOVED_KEYS,
+    CriticConfig,
+    PolicyConfig,
+    PreferenceConfig,
+    RolloutConfig,
+    UpoConfig,
+)
 from ernie_train.rl.dpo import DpoConfig
 from ernie_train.rl.learner import Learner
-from ernie_train.rl.rollout import Collector, PromptOrder, Sample, read_rollout
+from ernie_train.rl.rollout import RolloutSampler, read_rollout
+from ernie_train.train.trainer import Trainer
 from tests.workspace import make_workspace, metrics_without_time, rows, start, write_rows
 
 REWARD = '''
@@ -54,31 +60,47 @@ def workspace(tmp_path_factory) -> Path:
     return root
 
 
-def stage(root: Path, **changes):
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` in them, section by section; None takes a key out."""
+    result = dict(values)
+    for key, change in changes.items():
+        if isinstance(change, dict) and isinstance(result.get(key), dict):
+            change = merged(result[key], change)
+        result[key] = change
+    return {key: value for key, value in result.items() if value is not None}
+
+
+def stage(root: Path, **changes: Any) -> dict[str, Any]:
     values = {
         "name": "rl", "kind": "upo", "data": [{"path": str(root / "prompts.jsonl")}],
-        "reward": {"python": str(root / "reward.py") + ":score"}, "canaries": 0,
-        "iterations": 4, "prompts_per_iteration": 6, "group_size": 4, "max_new_tokens": 10,
-        "max_prompt_tokens": 64,
+        "reward": {"python": str(root / "reward.py") + ":score"}, "canaries": 0, "iterations": 4,
+        "rollout": {
+            "prompts_per_iteration": 6, "group_size": 4, "max_new_tokens": 10,
+            "max_prompt_tokens": 64, "truncated": "punish",
+        },
+        "policy": {"minibatches": 2},
         "micro_batch_size": 8, "optim": {"lr": 3e-3, "schedule": "constant", "weight_decay": 0.0},
-        "checkpoint": {"every_steps": 100}, "minibatches": 2, "truncated": "punish",
+        "checkpoint": {"every_steps": 100},
     }  # fmt: skip
-    return {k: v for k, v in {**values, **changes}.items() if v is not None}
+    return merged(values, changes)
 
 
 GAE = {
-    "advantage": "gae", "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
-    "kl": {"coef": 0.01, "kind": "k1", "place": "reward"}, "update_epochs": 2,
-    "preference_coef": 0.2, "pairs": "both",
-    "offline": {"prompts": 20, "per_iteration": 2}, "balance": {"bias_update_rate": 0.001},
-    "curriculum": {"start": 1, "raise_at": 0.3}, "refill_rounds": 1,
+    "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
+    "policy": {"kl": {"coef": 0.01, "kind": "k1", "place": "reward"}, "update_epochs": 2},
+    "preference": {
+        "coef": 0.2, "pairs": "both", "offline": {"prompts": 20, "per_iteration": 2}
+    },
+    "balance": {"bias_update_rate": 0.001}, "curriculum": {"start": 1, "raise_at": 0.3},
+    "rollout": {"refill_rounds": 1},
 }  # fmt: skip
 
 
 OFFLINE_ONLY = {
-    "data": None, "reward": None, "prompts_per_iteration": None, "canaries": None,
-    "truncated": None, "group_size": None, "policy_coef": 0.0, "preference_coef": 1.0,
-    "pairs": "offline", "offline": {"path": "x", "per_iteration": 1},
+    "rollout": {"prompts_per_iteration": None}, "policy": {"coef": 0.0},
+    "preference": {
+        "coef": 1.0, "pairs": "offline", "offline": {"prompts": 4, "per_iteration": 1}
+    },
 }  # fmt: skip
 
 
@@ -101,8 +123,9 @@ def run_stage(workspace: Path, directory: Path, **changes) -> int:
 
 def test_a_reward_that_can_be_reached_is_reached(workspace, tmp_path):
     """Group-relative, without a critic: from a few plus signs to many."""
-    assert run_stage(workspace, tmp_path / "learns", iterations=12, prompts_per_iteration=8,
-                     group_size=8, kl={"coef": 0.001}) == 0  # fmt: skip
+    larger = {"prompts_per_iteration": 8, "group_size": 8}
+    assert run_stage(workspace, tmp_path / "learns", iterations=12, rollout=larger,
+                     policy={"kl": {"coef": 0.001}}) == 0  # fmt: skip
     lines = metrics_without_time(tmp_path / "learns", "01-rl")
     accuracy = [line["accuracy"] for line in lines]
     assert np.mean(accuracy[-3:]) > np.mean(accuracy[:3]) + 0.3
@@ -138,48 +161,47 @@ def test_everything_on_leaves_a_critic_pairs_and_metrics(whole):
         assert name in last, name
 
 
-@pytest.mark.parametrize("moment", ["collect", "score", "update", "between"])
+@pytest.mark.parametrize("moment", ["sample", "score", "update", "between"])
 def test_a_stage_cut_off_anywhere_continues_to_the_same_bits(
     workspace, whole, tmp_path, monkeypatch, moment
 ):
     """A signal in the third iteration, while it samples, scores, updates, or has just ended."""
-    calls = {"n": 0}
+    iteration, sent = 0, False
 
-    def once_in_the_third(at: int) -> None:
-        calls["n"] += 1
-        if calls["n"] == at:
+    def interrupt_the_third() -> None:
+        nonlocal sent
+        if iteration == 3 and not sent:
+            sent = True
             os.kill(os.getpid(), signal.SIGTERM)
 
-    if moment in ("collect", "score"):
-        name = "collect" if moment == "collect" else "_score"
-        original = getattr(Collector, name)
+    def interrupting(original):
+        def patched(self, *arguments, **options):
+            interrupt_the_third()
+            return original(self, *arguments, **options)
 
-        def patched(self, *arguments):
-            third = self.reward is not None and calls.setdefault("iterations", 0) >= 2
-            once_in_the_third(1) if third else None
-            return original(self, *arguments)
+        return patched
 
-        monkeypatch.setattr(Collector, name, patched)
-    original_groups = groups.GroupSource.groups
+    original_rollout = RolloutSampler.rollout
 
-    def patched_groups(self, number):
-        calls["iterations"] = number - 1
-        if moment == "between" and number == 3:
-            once_in_the_third(1)
-        return original_groups(self, number)
+    def rollout(self, number):
+        nonlocal iteration
+        iteration = number
+        if moment == "between":
+            interrupt_the_third()
+        return original_rollout(self, number)
 
-    monkeypatch.setattr(groups.GroupSource, "groups", patched_groups)
-    if moment == "update":
-        original_step = Learner._policy_step
-
-        def step(self, part, number, total, *, first):
-            if number == 3:
-                once_in_the_third(1)
-            return original_step(self, part, number, total, first=first)
-
-        monkeypatch.setattr(Learner, "_policy_step", step)
+    monkeypatch.setattr(RolloutSampler, "rollout", rollout)
+    patched_at = {
+        "sample": (RolloutSampler, "sample"),
+        "score": (RolloutSampler, "_scored"),
+        "update": (Learner, "_policy_step"),
+    }
+    if moment in patched_at:
+        owner, name = patched_at[moment]
+        monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
     directory = tmp_path / f"cut-{moment}"
     assert run_stage(workspace, directory, **GAE) == 3
+    assert sent
     assert run_stage(workspace, directory, **GAE) == 0
     assert metrics_without_time(directory, "01-rl") == metrics_without_time(whole, "01-rl")
     assert rl_files(directory) == rl_files(whole)
@@ -229,10 +251,10 @@ def rl_files(directory: Path) -> dict[str, bytes]:
 
 def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert run_stage(workspace, first, dump_rollouts=True, iterations=2) == 0
+    assert run_stage(workspace, first, rollout={"dump": True}, iterations=2) == 0
     dumped = first / "01-rl/rollouts"
     assert len(read_rollout(dumped / "000001.jsonl")) == 6
-    assert run_stage(workspace, second, iterations=2, replay_rollouts=str(dumped)) == 0
+    assert run_stage(workspace, second, iterations=2, rollout={"replay": str(dumped)}) == 0
     one, two = (metrics_without_time(d, "01-rl") for d in (first, second))
     for a, b in zip(one, two, strict=True):
         a.pop("experts_changed", None)  # a file does not hold the experts
@@ -241,7 +263,7 @@ def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path):
     assert (first / weights).read_bytes() == (second / weights).read_bytes()
 
 
-def test_dpo_raises_its_margin_and_equals_upo_without_a_policy_term(workspace, tmp_path):
+def test_dpo_raises_its_margin_and_continues_to_the_same_bits(workspace, tmp_path, monkeypatch):
     dpo = {
         "name": "rl", "kind": "dpo", "data": str(workspace / "preferences.jsonl"), "seq_len": 64,
         "steps": 6, "pairs_per_step": 4, "micro_batch_size": 4,
@@ -255,36 +277,34 @@ def test_dpo_raises_its_margin_and_equals_upo_without_a_policy_term(workspace, t
     lines = metrics_without_time(tmp_path / "dpo", "01-rl")
     assert lines[0]["preference"] == pytest.approx(np.log(2), abs=1e-5)
     assert lines[-1]["rewards/margins"] > 0.05
-    as_upo = {
-        "data": None, "reward": None, "prompts_per_iteration": None, "iterations": 6,
-        "minibatches": 1, "canaries": None, "micro_batch_size": 4, "policy_coef": 0.0,
-        "preference_coef": 1.0, "pairs": "offline", "optim": dpo["optim"],
-        "max_prompt_tokens": 64, "max_new_tokens": 64, "truncated": None, "group_size": None,
-        "offline": {"path": str(workspace / "preferences.jsonl"), "per_iteration": 4},
-    }  # fmt: skip
-    assert run_stage(workspace, tmp_path / "upo", **as_upo) == 0
-    weights = "01-rl/checkpoints/step_000006/model.safetensors"
-    assert (tmp_path / "dpo" / weights).read_bytes() == (tmp_path / "upo" / weights).read_bytes()
+    original = Trainer.train_step
+
+    def step_with_signal(self, *arguments):
+        result = original(self, *arguments)
+        if result.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_with_signal)
+        assert run("run", path, "--run-dir", tmp_path / "cut") == 3
+    assert run("run", path, "--run-dir", tmp_path / "cut") == 0
+    assert metrics_without_time(tmp_path / "cut", "01-rl") == lines
+    for name in ("model", "optimizer"):
+        file = f"01-rl/checkpoints/step_000006/{name}.safetensors"
+        assert (tmp_path / "dpo" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+
+
+def test_offline_pairs_alone_train_without_rollouts(workspace, tmp_path):
+    offline = merged(OFFLINE_ONLY, {"preference": {"offline": {"prompts": 20}}})
+    assert run_stage(workspace, tmp_path / "offline", iterations=24, **offline) == 0
+    lines = metrics_without_time(tmp_path / "offline", "01-rl")
+    assert lines[0]["preference"] == pytest.approx(np.log(2), abs=1e-5)
+    assert "reward" not in lines[0] and "policy" not in lines[0]
+    assert np.mean([line["rewards/margins"] for line in lines[-8:]]) > 0
 
 
 # ---- prompts -------------------------------------------------------------------------------------
-
-
-def test_the_order_of_prompts_goes_on_where_it_stood():
-    def everything(index):
-        return True
-
-    order = PromptOrder([5, 3], [1.0, 2.0], seed=3)
-    assert sorted(PromptOrder([5, 3], [1.0, 2.0], 3).take(11, everything)) == sorted(
-        [*range(5), *[5, 6, 7] * 2]
-    )
-    order.take(4, everything)
-    again = PromptOrder([5, 3], [1.0, 2.0], seed=3)
-    again.load_state_dict(json.loads(json.dumps(order.state_dict())))
-    assert again.take(20, everything) == order.take(20, everything)
-    assert set(order.take(30, lambda index: index in (1, 6))) == {1, 6}
-    with pytest.raises(ConfigError, match="no prompt is left"):
-        order.take(1, lambda index: False)
 
 
 def test_the_curriculum_rises_and_stays_within_its_levels(workspace, tmp_path):
@@ -298,8 +318,8 @@ def test_the_curriculum_rises_and_stays_within_its_levels(workspace, tmp_path):
 
 
 def test_masked_truncation_keeps_cut_completions_out(workspace, tmp_path):
-    assert run_stage(workspace, tmp_path / "masked", truncated="mask", max_new_tokens=3,
-                     iterations=1) == 0  # fmt: skip
+    assert run_stage(workspace, tmp_path / "masked", iterations=1,
+                     rollout={"truncated": "mask", "max_new_tokens": 3}) == 0  # fmt: skip
     line = metrics_without_time(tmp_path / "masked", "01-rl")[0]
     assert line["completions/truncated"] > 0.9
     assert "policy" not in line
@@ -308,33 +328,65 @@ def test_masked_truncation_keeps_cut_completions_out(workspace, tmp_path):
 # ---- what is refused -----------------------------------------------------------------------------
 
 
+ONLINE = {"coef": 0.1, "pairs": "online"}
+CRITIC = {"optim": {"lr": 1e-3}}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"group_size": 1}, "advantage='group' needs a group_size of at least 2"),
-        ({"preference_coef": 0.1}, "preference_coef needs pairs"),
-        ({"preference_coef": 0.1, "pairs": "online", "pair_margin": 1.5}, "is never met"),
-        ({"preference_coef": 0.1, "pairs": "offline"}, "needs offline: where they come from"),
-        ({"pairs": "online", "micro_batch_size": 1}, "micro_batch_size of at least 2"),
-        ({"advantage": "gae"}, "needs a critic"),
-        ({"critic": {"optim": {"lr": 1e-3}}}, "no effect with advantage='group'"),
-        ({"kl": {"coef": 0.1, "kind": "k1"}}, "no useful gradient in the loss"),
-        ({"reward": None}, "reward must be given"),
-        ({"data": None}, "data must be given"),
+        ({"rollout": {"group_size": 1}}, "rollout.group_size must be at least 2"),
+        ({"preference": {"coef": 0.1}}, "preference.pairs\n  Field required"),
+        ({"preference": {**ONLINE, "margin": 1.5}}, "is never met"),
+        ({"preference": {"coef": 0.1, "pairs": "offline"}}, "needs offline: where they come from"),
+        ({"preference": ONLINE, "micro_batch_size": 1}, "micro_batch_size of at least 2"),
+        ({"critic": CRITIC, "policy": {"group_scale": "none"}}, "no effect beside a critic"),
+        ({"critic": CRITIC, "policy": {"coef": 0.0}, "preference": ONLINE}, "critic has no effect"),
+        ({"policy": {"kl": {"coef": 0.1, "kind": "k1"}}}, "no useful gradient in the loss"),
+        ({"reward": None}, "reward\n  Field required"),
+        ({"data": None}, "data\n  Field required"),
+        ({"rollout": {"prompts_per_iteration": None}}, "prompts_per_iteration must be given"),
         ({"reward": "mathh"}, "unknown reward 'mathh'"),
-        ({"policy_coef": 0.0}, "nothing would be learnt"),
-        ({"truncated": "mask", "truncation_penalty": 0.5}, "no effect with truncated='mask'"),
-        ({"pair_margin": 0}, "greater than 0"),
-        ({"offline": {"prompts": 4, "per_iteration": 1}}, "no effect without pairs"),
-        ({"gamma": 0.9}, "gamma has no effect with advantage='group'"),
-        ({"max_pair_tokens": 9}, "max_pair_tokens has no effect beside rollouts"),
-        ({**OFFLINE_ONLY, "top_p": 0.9}, "top_p has no effect: nothing is sampled"),
-        ({**OFFLINE_ONLY, "kl": {"coef": 0.1}}, "entropy_coef and kl act on the policy term"),
+        ({"policy": {"coef": 0.0}}, "nothing would be learnt"),
+        ({"rollout": {"truncated": "mask", "truncation_penalty": 0.5}}, "no effect with truncated"),
+        ({"preference": {**ONLINE, "margin": 0}}, "greater than 0"),
+        ({"preference": {**ONLINE, "offline": {"prompts": 4, "per_iteration": 1}}},
+         "no effect without pairs"),
+        ({"policy": {"gamma": 0.9}}, "policy.gamma\n  Extra inputs"),
+        ({**OFFLINE_ONLY, "rollout": {}}, "prompts_per_iteration has no effect"),
+        (merged(OFFLINE_ONLY, {"policy": {"kl": {"coef": 0.1}}}), "kl act on the policy term"),
+        (merged(OFFLINE_ONLY, {"preference": {"offline": {"path": "x", "prompts": None}}}),
+         "that is kind: dpo"),
     ],
-)
+)  # fmt: skip
 def test_impossible_settings_are_refused(changes, says):
     with pytest.raises(ValidationError, match=says):
         UpoConfig(**stage(Path("x"), **changes))
+
+
+def test_keys_of_earlier_recipes_are_refused_with_their_new_place(workspace, capsys):
+    """All at once; every old key has a new one that exists."""
+    old = {"group_size": 4, "clip_ratio": 0.2, "pair_margin": 0.5, "advantage": "gae"}
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    recipe["stages"] = [{**stage(workspace), **old}]
+    path = workspace / "old.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert run("check", path) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    for words in (
+        "group_size is now rollout.group_size", "clip_ratio is now policy.clip_ratio",
+        "pair_margin is now preference.margin", "a `critic` makes advantages generalized",
+    ):  # fmt: skip
+        assert words in said
+    assert run("check", workspace / "recipe.yaml", "stages.rl.top_p=0.9") == 2
+    assert "top_p is now rollout.top_p" in " ".join(capsys.readouterr().err.split())
+    sections = {
+        "rollout": RolloutConfig, "policy": PolicyConfig, "preference": PreferenceConfig,
+        "critic": CriticConfig,
+    }  # fmt: skip
+    for place in MOVED_KEYS.values():
+        section, key = place.split(".")
+        assert key in sections[section].model_fields, place
 
 
 def test_a_critic_of_another_size_is_refused(workspace, tmp_path, capsys):
@@ -354,7 +406,7 @@ def test_a_critic_of_another_size_is_refused(workspace, tmp_path, capsys):
 
 
 def test_sampling_and_update_that_disagree_stop_the_stage(workspace, tmp_path, capsys):
-    assert run_stage(workspace, tmp_path / "off", max_logprob_mismatch=1e-12) == 1
+    assert run_stage(workspace, tmp_path / "off", rollout={"max_logprob_mismatch": 1e-12}) == 1
     err = " ".join(capsys.readouterr().err.split())
     assert "the logprobs of sampling and of the update differ" in err
 
@@ -381,38 +433,19 @@ def test_impossible_dpo_settings_are_refused(changes, says):
         DpoConfig(**{**values, **changes})
 
 
-def test_the_curriculum_passes_over_levels_that_no_problem_has():
-    source = groups.GroupSource.__new__(groups.GroupSource)
-    source.config = UpoConfig(**stage(Path("x"), curriculum={"raise_at": 0.5}))
-    problems = [SimpleNamespace(difficulty=level) for level in (1, 3, 7)]
-    source.prepared, source.level = SimpleNamespace(problems=problems), 1
-    for expected in (3, 7, 7):
-        at = [p.difficulty for p in problems].index(source.level)
-        source.raise_level([[Sample(at, [1], [2])]])
-        assert source.level == expected
-
-
 def test_cut_off_completions_are_settled_before_pairs_are_made(workspace, tmp_path):
     """The starting policy's pairs obey `truncated` as the iterations' do."""
-    everything_is_cut = {**GAE, "truncated": "mask", "max_new_tokens": 3, "iterations": 1}
+    cut = {"rollout": {"truncated": "mask", "max_new_tokens": 3}, "iterations": 1}
+    everything_is_cut = merged(GAE, cut)
     assert run_stage(workspace, tmp_path / "cut", **everything_is_cut) in (0, 2)
     kept = tmp_path / "cut/01-rl/offline_pairs.jsonl"
     pairs = read_rollout(kept) if kept.exists() else []
-    assert all(sample.finished for pair in pairs for sample in pair)
+    assert all(completion.finished for pair in pairs for completion in pair)
 
 
 def test_a_replay_that_is_not_there_is_told_before_the_stage_begins(workspace, tmp_path, capsys):
     directory = tmp_path / "nothing"
     directory.mkdir()
-    assert run_stage(workspace, tmp_path / "replay", replay_rollouts=str(directory)) == 2
+    assert run_stage(workspace, tmp_path / "replay", rollout={"replay": str(directory)}) == 2
     assert "000001.jsonl is missing" in capsys.readouterr().err.replace("\n", "")
     assert not (tmp_path / "replay/01-rl/metrics.jsonl").exists()
-
-
-def test_dpo_settings_become_upo_settings():
-    config = DpoConfig(name="d", kind="dpo", data="x", seq_len=32, steps=3, pairs_per_step=2,
-                       micro_batch_size=2, optim={"lr": 1e-4}, beta=0.2)  # fmt: skip
-    found = config.as_upo()
-    assert (found.policy_coef, found.preference_coef, found.beta) == (0.0, 1.0, 0.2)
-    assert not found.needs_rollouts
-    assert found.needs_reference

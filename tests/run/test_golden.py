@@ -34,11 +34,11 @@ SHOWN = {
 def stages(root: Path) -> list[dict[str, Any]]:
     """One stage of each kind; UPO with and without a critic."""
     optim = {"lr": 3e-4, "warmup_steps": 2}
-    rl = {
+    rl: dict[str, Any] = {
         "kind": "upo", "data": [{"path": "data/train", "tasks": ["logic", "math"]}],
         "reward": {"python": f"{root}/reward.py:score"}, "canaries": 0, "iterations": 2,
-        "prompts_per_iteration": 8, "group_size": 4, "max_new_tokens": 24,
-        "micro_batch_size": 8, "minibatches": 2, "truncated": "punish",
+        "rollout": {"prompts_per_iteration": 8, "group_size": 4, "max_new_tokens": 24},
+        "policy": {"minibatches": 2}, "micro_batch_size": 8,
         "optim": {"lr": 1e-4, "schedule": "constant"},
     }  # fmt: skip
     return [
@@ -63,12 +63,15 @@ def stages(root: Path) -> list[dict[str, Any]]:
             "steps": 6, "pairs_per_step": 8, "micro_batch_size": 8,
             "optim": {"lr": 1e-4, "schedule": "constant"},
         },
-        {**rl, "name": "upo", "preference_coef": 0.1, "pairs": "online"},
+        {**rl, "name": "upo", "preference": {"coef": 0.1, "pairs": "online"}},
         {
-            **rl, "name": "upo-gae", "advantage": "gae", "update_epochs": 2,
+            **rl, "name": "upo-gae", "balance": BALANCE,
+            "rollout": {**rl["rollout"], "refill_rounds": 1},
+            "policy": {
+                "minibatches": 2, "update_epochs": 2, "entropy_coef": 1e-3,
+                "kl": {"coef": 0.01, "kind": "k1", "place": "reward"},
+            },
             "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}, "warmup_iterations": 1},
-            "kl": {"coef": 0.01, "kind": "k1", "place": "reward"}, "entropy_coef": 1e-3,
-            "refill_rounds": 1, "normalize_rewards": "domain", "balance": BALANCE,
         },
     ]  # fmt: skip
 

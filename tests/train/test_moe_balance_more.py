@@ -216,7 +216,7 @@ STAGES = {
     SftConfig: {"kind": "sft", "data": [{"path": "x"}], "seq_len": 8, "steps": 1},
     DpoConfig: {"kind": "dpo", "data": "x", "seq_len": 8, "steps": 1, "pairs_per_step": 1},
     UpoConfig: {"kind": "upo", "data": [{"path": "x"}], "reward": "math", "iterations": 1,
-                "prompts_per_iteration": 1, "max_new_tokens": 4},
+                "rollout": {"prompts_per_iteration": 1, "max_new_tokens": 4}},
 }  # fmt: skip
 
 

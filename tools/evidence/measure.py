@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,12 @@ from ernie_train.cli.model import open_model
 from ernie_train.core.config import load_yaml
 from ernie_train.data import Record, Tokenizer
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
-from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
+from ernie_train.eval.prompts import encode_prompt, problem_row
 from ernie_train.generate.engine import generate
 from ernie_train.io.metrics_log import read_metrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rl.batch import micro_batches, policy_logprobs
-from ernie_train.rl.rollout import Sample
+from ernie_train.rl.batch import RolloutBatch, TokenizedCompletion, micro_batches
+from ernie_train.rl.estimators import policy_logprobs
 from tools.data import make_needles
 from tools.data.make_needles import NeedleText
 from tools.evidence.rl_rewards import mentions
@@ -188,9 +188,16 @@ def _solve(
     }
 
 
+class Sampled(NamedTuple):
+    """A completion that a policy sampled, and whether it reached a stop token."""
+
+    sequence: TokenizedCompletion
+    finished: bool
+
+
 def _sample(
     model: Ernie4_5_MoeForCausalLM, tokenizer: Tokenizer, problems: Sequence[Record]
-) -> list[Sample]:
+) -> list[Sampled]:
     """Return one completion of each problem at temperature 1."""
     prompts = [encode_prompt(tokenizer, problem, thinking=True) for problem in problems]
     completions = generate(
@@ -202,13 +209,13 @@ def _sample(
         eos_token_id=tokenizer.stop_token_ids,
     )
     return [
-        Sample(i, prompt, c.ids, text=completion_text(tokenizer, c), finished=c.finished)
-        for i, (prompt, c) in enumerate(zip(prompts, completions, strict=True))
+        Sampled(TokenizedCompletion(prompt, c.ids), c.finished)
+        for prompt, c in zip(prompts, completions, strict=True)
     ]
 
 
 def distance(
-    policy: Ernie4_5_MoeForCausalLM, start: Ernie4_5_MoeForCausalLM, samples: Sequence[Sample]
+    policy: Ernie4_5_MoeForCausalLM, start: Ernie4_5_MoeForCausalLM, samples: Sequence[Sampled]
 ) -> dict[str, float]:
     """Return KL to the start and entropy in nats, and lengths, of completions of `policy`.
 
@@ -218,14 +225,15 @@ def distance(
 
     gaps: list[np.ndarray] = []
     entropies: list[np.ndarray] = []
+    sequences = [sample.sequence for sample in samples]
     with paddle.no_grad():
-        for batch in micro_batches(samples, [], BATCH):
+        for batch in micro_batches(RolloutBatch(sequences), range(len(sequences)), [], BATCH):
             ours, entropy, _ = policy_logprobs(policy, batch, temperature=1.0, with_entropy=True)
             theirs, _, _ = policy_logprobs(start, batch, temperature=1.0)
             gaps.append((ours - theirs).numpy().astype(np.float64))
             entropies.append(np.zeros(0) if entropy is None else entropy.numpy())
     total = float(np.concatenate(gaps).sum())
-    tokens = sum(len(s.completion_ids) for s in samples)
+    tokens = sum(len(s.completion_ids) for s in sequences)
     return {
         "kl_completion": total / len(samples),
         "kl_token": total / tokens,

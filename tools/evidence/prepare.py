@@ -50,7 +50,7 @@ def rl_start(
     `start` is a model directory to begin with instead; `overrides` are those of the start's recipe.
     """
     stage = load_yaml(ROOT / recipe)["stages"][0]
-    make_rows(out / "rows", stage["iterations"] * stage["prompts_per_iteration"])
+    make_rows(out / "rows", stage["iterations"] * stage["rollout"]["prompts_per_iteration"])
     own = make_start(out, start, overrides)
     starts = {}
     for name, domain in (("start", DOMAIN), ("loose-start", LOOSE_DOMAIN)):

@@ -27,11 +27,7 @@ SFT, PRL = "ernie-21b-a3b-sft", "ernie-21b-a3b-prl"
 GPUS = (8, 16, 64, 256, 1024)
 MEMORY_GB = 80.0
 STAGES = ("rl-logic", "rl-math-code", "rl-general")
-CRITIC = [
-    setting
-    for stage in STAGES
-    for setting in (f"stages.{stage}.advantage=gae", f"stages.{stage}.critic.optim.lr=1e-6")
-]
+CRITIC = [f"stages.{stage}.critic.optim.lr=1e-6" for stage in STAGES]
 
 
 def problem_of(recipe: str, overrides: list[str], ranks: int) -> Problem:
@@ -67,7 +63,7 @@ def cluster_sizes() -> Iterator[str]:
     yield "|---|---:|---|---:|---:|---:|---:|---|---|"
     for name, recipe, setting, stages in (
         ("SFT", SFT, "grad_accum_steps", ("sft",)),
-        ("RL", PRL, "prompts_per_iteration", STAGES),
+        ("RL", PRL, "rollout.prompts_per_iteration", STAGES),
     ):
         first = 0.0
         for ranks in GPUS:

@@ -11,7 +11,7 @@ import paddle
 import pytest
 
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rl.rollout import Sample
+from ernie_train.rl.batch import TokenizedCompletion
 from tests.small_models import fill, make_model
 from tools.data import make_needles
 from tools.evidence import measure
@@ -109,6 +109,10 @@ def test_a_run_on_needles_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- RL ------------------------------------------------------------------------------------------
 
 
+def sampled(prompt: list[int], completion: list[int], finished: bool = True) -> measure.Sampled:
+    return measure.Sampled(TokenizedCompletion(prompt, completion), finished)
+
+
 def test_kl_and_entropy_are_those_of_the_full_distributions() -> None:
     """Each token as a completion, weighed as the policy samples it: KL by its definition."""
     policy, start = make_model(), make_model()
@@ -127,12 +131,12 @@ def test_kl_and_entropy_are_those_of_the_full_distributions() -> None:
     ours, theirs = logprobs(policy), logprobs(start)
     probs = np.exp(ours)
     figures = [
-        measure.distance(policy, start, [Sample(0, prompt, [token])]) for token in range(len(probs))
+        measure.distance(policy, start, [sampled(prompt, [token])]) for token in range(len(probs))
     ]
     kl = sum(p * f["kl_completion"] for p, f in zip(probs, figures, strict=True))
     assert kl == pytest.approx(float((probs * (ours - theirs)).sum()), rel=1e-4)
     assert figures[0]["entropy"] == pytest.approx(float(-(probs * ours).sum()), rel=1e-5)
-    both = [Sample(0, prompt, [1, 2], finished=False), Sample(1, prompt, [4])]
+    both = [sampled(prompt, [1, 2], finished=False), sampled(prompt, [4])]
     figure = measure.distance(policy, start, both)
     assert figure["length"] == 1.5 and figure["truncated"] == 0.5
     assert figure["kl_completion"] == pytest.approx(1.5 * figure["kl_token"])

@@ -1,0 +1,225 @@
+"""Per-token estimates of an iteration: logprobs, values, KL penalties, advantages and returns.
+
+Every function returns a list with one array [tokens of the completion] for each sequence.
+Shapes: N completion tokens of a micro-batch, P prompts, G completions of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_train.core import process_group
+from ernie_train.losses import gae, group_advantages, kl_estimate, token_logprobs, whiten
+from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
+from ernie_train.parallel import HasDecoder, Lockstep
+from ernie_train.rl.batch import MicroBatch, TokenizedCompletion
+from ernie_train.rl.critic import Critic
+
+T = TypeVar("T")
+_NORMALIZE_EPSILON = 1e-4  # in rewards, as in group_advantages
+
+
+# ---- forward passes ------------------------------------------------------------------------------
+
+
+def policy_logprobs(
+    model: Ernie4_5_MoeForCausalLM,
+    batch: MicroBatch,
+    *,
+    temperature: float,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
+    """Logprobs [N] of the completion tokens under the sampling temperature, entropies, routing."""
+    ids, documents = batch.inputs
+    output = model.model(paddle.to_tensor(ids), document_ids=documents)
+    hidden = paddle.gather(output.hidden, paddle.to_tensor(batch.predictors))
+    logprobs, entropy = token_logprobs(
+        hidden,
+        *model.head(),
+        paddle.to_tensor(batch.targets),
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return logprobs, entropy, output.router_stats
+
+
+def critic_values(critic: Critic, batch: MicroBatch) -> tuple[Tensor, list[RouterStats]]:
+    """Values [N] of the states in which the completion tokens are chosen."""
+    ids, documents = batch.inputs
+    values, output = critic(paddle.to_tensor(ids), documents)
+    return paddle.gather(values, paddle.to_tensor(batch.predictors)), output.router_stats
+
+
+def _evaluate(
+    model: HasDecoder,
+    sequences: Sequence[TokenizedCompletion],
+    batch_size: int,
+    compute: Callable[[MicroBatch, list[int]], tuple[np.ndarray, T]],
+) -> tuple[list[np.ndarray], list[T]]:
+    """Run `compute` over all sequences, each rank for its share of the micro-batches.
+
+    compute: a micro-batch and the indices of its sequences -> an array [N], and what else is
+    wanted of every micro-batch. Returns the array of each sequence, and the rest in order.
+    Sequences of similar length go together. Every rank must call it.
+    """
+    order = sorted(range(len(sequences)), key=lambda index: sequences[index].length)
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    own = []
+    with Lockstep(model) as lockstep, paddle.no_grad():
+        for chunk in process_group.shard(chunks):
+            lockstep.next_pass()
+            batch = MicroBatch.without_arrays([sequences[index] for index in chunk])
+            own.append(compute(batch, chunk))
+    found = process_group.gather_shards(own)
+    arrays: dict[int, np.ndarray] = {}
+    for chunk, (joined, _) in zip(chunks, found, strict=True):
+        ends = np.cumsum([len(sequences[index].completion_ids) for index in chunk])[:-1]
+        arrays |= dict(zip(chunk, np.split(joined, ends), strict=True))
+    return [arrays[index] for index in range(len(sequences))], [rest for _, rest in found]
+
+
+def sequence_logprobs(
+    model: Ernie4_5_MoeForCausalLM,
+    sequences: Sequence[TokenizedCompletion],
+    *,
+    temperature: float,
+    batch_size: int,
+    sampled_experts: Sequence[np.ndarray | None] = (),
+) -> tuple[list[np.ndarray], float | None]:
+    """Logprobs of every sequence's completion; every rank must call it.
+
+    sampled_experts: the experts [tokens, MoE layers, K] that each sequence was sampled with. The
+    second result is the share of tokens that the model sends to others now; None where any is
+    unknown.
+    """
+
+    def compute(batch: MicroBatch, indices: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        logprobs, _, router_stats = policy_logprobs(model, batch, temperature=temperature)
+        sampled = [sampled_experts[index] for index in indices] if sampled_experts else []
+        return logprobs.numpy(), _changed_experts(batch, sampled, router_stats)
+
+    training = model.training
+    model.eval()
+    arrays, changed = _evaluate(model, sequences, batch_size, compute)
+    if training:
+        model.train()
+    known = [flags for flags in changed if flags is not None]
+    return arrays, float(np.concatenate(known).mean()) if known else None
+
+
+def _changed_experts(
+    batch: MicroBatch,
+    sampled: Sequence[np.ndarray | None],
+    router_stats: Sequence[RouterStats],
+) -> np.ndarray | None:
+    """For each completion token [N] whether any layer routes it to other experts than sampled."""
+    before = [experts for experts in sampled if experts is not None]
+    if not router_stats or len(before) < len(batch.sequences):
+        return None
+    now = np.stack([stats.expert_ids.numpy()[batch.predictors] for stats in router_stats], axis=1)
+    changed: np.ndarray = np.sort(now, -1) != np.sort(np.concatenate(before), -1)
+    return changed.any((1, 2))
+
+
+def sequence_values(
+    critic: Critic, sequences: Sequence[TokenizedCompletion], *, batch_size: int
+) -> list[np.ndarray]:
+    """The critic's values of every sequence; every rank must call it."""
+    critic.eval()
+    arrays, _ = _evaluate(
+        critic, sequences, batch_size, lambda batch, _: (critic_values(critic, batch)[0].numpy(), 0)
+    )
+    critic.train()
+    return arrays
+
+
+# ---- rewards to advantages -----------------------------------------------------------------------
+
+
+def normalize_by_domain(rewards: np.ndarray, valid: np.ndarray, domains: np.ndarray) -> np.ndarray:
+    """Centre and scale the rewards of each domain over its valid completions.
+
+    rewards, valid, domains [P,G] -> [P,G]. A domain with a single valid completion keeps its own.
+    """
+    scaled = rewards.copy()
+    for domain in np.unique(domains):
+        here = (domains == domain) & valid
+        if here.sum() > 1:
+            centred = scaled[here] - scaled[here].mean()
+            scaled[here] = centred / (scaled[here].std(ddof=1) + _NORMALIZE_EPSILON)
+    return scaled
+
+
+@dataclass(frozen=True)
+class KlInReward:
+    """Subtracts coef * KL estimate from the reward of each token."""
+
+    coef: float
+    kind: Literal["k1", "k2", "k3"]
+
+    def penalties(
+        self, old_logprobs: Sequence[np.ndarray], ref_logprobs: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        pairs = zip(old_logprobs, ref_logprobs, strict=True)
+        return [self.coef * kl_estimate(old, ref, self.kind) for old, ref in pairs]
+
+
+def group_relative_advantages(
+    rewards: np.ndarray,
+    valid: np.ndarray,
+    lengths: Sequence[int],
+    *,
+    scale: Literal["std", "none"],
+    penalties: Sequence[np.ndarray] = (),
+) -> list[np.ndarray]:
+    """Give every token of a completion the same advantage: its reward against its group's.
+
+    rewards, valid [P,G]; lengths and penalties per sequence, group after group.
+    """
+    if penalties:
+        sums = [array.sum() for array in penalties]
+        rewards = rewards - np.array(sums).reshape(rewards.shape)
+    advantages = group_advantages(rewards, valid, scale=scale).reshape(-1)
+    return [
+        np.full(length, advantage, np.float32)
+        for length, advantage in zip(lengths, advantages, strict=True)
+    ]
+
+
+def gae_advantages(
+    rewards: np.ndarray,
+    valid: np.ndarray,
+    values: Sequence[np.ndarray],
+    *,
+    gamma: float,
+    lam: float,
+    penalties: Sequence[np.ndarray] = (),
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Advantages over the critic, whitened over all valid tokens, and the critic's returns.
+
+    rewards, valid [P,G]; values and penalties per sequence, group after group. The reward stands
+    at the last token; KL penalties, if any, at each.
+    """
+    lengths = [len(array) for array in values]
+    shape = (len(values), max(lengths))
+    reward_table, value_table, mask = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    flat_rewards, flat_valid = rewards.reshape(-1), valid.reshape(-1)
+    for row, length in enumerate(lengths):
+        if penalties:
+            reward_table[row, :length] -= penalties[row]
+        reward_table[row, length - 1] += flat_rewards[row]
+        value_table[row, :length] = values[row]
+        mask[row, :length] = flat_valid[row]
+    advantages, returns = gae(reward_table, value_table, mask, gamma=gamma, lam=lam)
+    advantages = whiten(advantages, mask)
+
+    def cut(table: np.ndarray) -> list[np.ndarray]:
+        return [table[row, :length].astype(np.float32) for row, length in enumerate(lengths)]
+
+    return cut(advantages), cut(returns)

@@ -1,0 +1,174 @@
+"""Referee: logits of the whole model, and the formulas written down again in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.losses import gae, whiten
+from ernie_train.rl.batch import MicroBatch
+from ernie_train.rl.critic import Critic
+from ernie_train.rl.estimators import (
+    KlInReward,
+    critic_values,
+    gae_advantages,
+    group_relative_advantages,
+    normalize_by_domain,
+    policy_logprobs,
+    sequence_logprobs,
+    sequence_values,
+)
+from tests.rl.records import make_sequences
+from tests.small_models import assert_same, make_model, state
+
+
+def expected_logprobs(model, sequence, temperature):
+    """From the logits of the sequence alone, in float64."""
+    ids = np.array([sequence.prompt_ids + sequence.completion_ids])
+    logits = model(paddle.to_tensor(ids)).logits.numpy()[0].astype(np.float64) / temperature
+    logits -= logits.max(-1, keepdims=True)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    start = len(sequence.prompt_ids) - 1
+    places = start + np.arange(len(sequence.completion_ids))
+    entropy = -(np.exp(logprobs) * logprobs).sum(-1)[places]
+    return logprobs[places, sequence.completion_ids], entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropy_of_a_micro_batch_are_those_of_each_sequence_alone(temperature):
+    model, sequences = make_model(), make_sequences()
+    batch = MicroBatch.without_arrays(sequences)
+    logprobs, entropy, stats = policy_logprobs(
+        model, batch, temperature=temperature, with_entropy=True
+    )
+    expected = [expected_logprobs(model, s, temperature) for s in sequences]
+    np.testing.assert_allclose(logprobs.numpy(), np.concatenate([e[0] for e in expected]),
+                               atol=2e-5)  # fmt: skip
+    np.testing.assert_allclose(entropy.numpy(), np.concatenate([e[1] for e in expected]), atol=2e-5)
+    assert stats[0].router_probs.shape[0] == batch.num_tokens
+    lengths = [len(s.completion_ids) for s in sequences]
+    np.testing.assert_array_equal(batch.sequence_ids, np.repeat(np.arange(6), lengths))
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_each_sequence_gets_its_own_logprobs_whatever_the_batches(size):
+    model, sequences = make_model(), make_sequences()
+    found, changed = sequence_logprobs(model, sequences, temperature=1.0, batch_size=size)
+    assert changed is None
+    for array, sequence in zip(found, sequences, strict=True):
+        np.testing.assert_allclose(array, expected_logprobs(model, sequence, 1.0)[0], atol=2e-5)
+
+
+def test_the_share_of_changed_experts_is_counted_by_token():
+    model, sequences = make_model(), make_sequences(4)
+    batch = MicroBatch.without_arrays(sequences)
+    _, _, stats = policy_logprobs(model, batch, temperature=1.0)
+    ends = np.cumsum([len(s.completion_ids) for s in sequences])[:-1]
+    now = np.stack([s.expert_ids.numpy()[batch.predictors] for s in stats], 1)
+    # The order of choice does not count.
+    sampled = [part[..., ::-1].astype(np.int16) for part in np.split(now, ends)]
+
+    def share(experts):
+        return sequence_logprobs(
+            model, sequences, temperature=1.0, batch_size=2, sampled_experts=experts
+        )[1]
+
+    assert share(sampled) == 0.0
+    first = sampled[0].copy()
+    first[0, 0] = [next(e for e in range(4) if e not in first[0, 0]), first[0, 0, 1]]
+    assert share([first, *sampled[1:]]) == pytest.approx(1 / len(now))
+    assert share([None] * 4) is None
+
+
+# ---- the critic ----------------------------------------------------------------------------------
+
+
+def test_a_new_critic_values_everything_at_zero_and_survives_the_disk():
+    policy = make_model()
+    critic = Critic(policy)
+    values, _ = critic_values(critic, MicroBatch.without_arrays(make_sequences()))
+    assert not values.numpy().any()
+    weight = np.random.default_rng(0).normal(size=critic.value_head.weight.shape)
+    critic.value_head.weight.set_value(weight.astype(np.float32))
+    other = Critic(make_model())
+    other.load(critic.arrays())
+    assert_same(state(other), state(critic))
+    sequences = make_sequences()
+    for s, found in zip(sequences, sequence_values(critic, sequences, batch_size=3), strict=True):
+        hidden = policy.model(paddle.to_tensor([(s.prompt_ids + s.completion_ids)[:-1]])).hidden
+        expected = hidden.numpy()[len(s.prompt_ids) - 1 :] @ weight
+        np.testing.assert_allclose(found, expected[:, 0], atol=1e-4)
+
+
+# ---- advantages ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table():
+    """rewards, valid [5,4], two of them without a verdict, and domains by prompt."""
+    rng = np.random.default_rng(1)
+    rewards = rng.integers(0, 2, (5, 4)).astype(np.float64)
+    valid = np.ones((5, 4), bool)
+    valid[0, 1] = valid[2, 3] = False
+    domains = np.array([["ab"[i % 2]] * 4 for i in range(5)])
+    return rewards, valid, domains
+
+
+def test_rewards_are_normalized_within_domain_over_valid_completions(table):
+    rewards, valid, domains = table
+    rewards[0, 1] = 50.0  # of no verdict: it must not move anyone's mean
+    found = normalize_by_domain(rewards, valid, domains)
+    for domain in "ab":
+        here = (domains == domain) & valid
+        raw = rewards[here]
+        expected = (raw - raw.mean()) / (raw.std(ddof=1) + 1e-4)
+        np.testing.assert_allclose(found[here], expected)
+    assert rewards[0, 1] == 50.0, "the table of rewards stays as it was"
+
+
+def test_group_advantages_are_spread_over_tokens_and_zero_where_invalid(table):
+    rewards, valid, _ = table
+    lengths = list(range(1, 21))
+    found = group_relative_advantages(rewards, valid, lengths, scale="none")
+    for at, array in enumerate(found):
+        row, keep = rewards[at // 4], valid[at // 4]
+        learns = keep[at % 4] and np.ptp(row[keep]) > 0
+        expected = row[at % 4] - row[keep].mean() if learns else 0.0
+        assert array.shape == (lengths[at],)
+        np.testing.assert_allclose(array, expected, atol=1e-6)
+
+
+def test_kl_in_the_reward_lowers_a_completion_by_the_sum_over_its_tokens(table):
+    rewards, valid, _ = table
+    penalties = [np.full(3, 0.1 * at) for at in range(20)]
+    found = group_relative_advantages(rewards, valid, [3] * 20, scale="none", penalties=penalties)
+    lowered = rewards - 0.3 * np.arange(20).reshape(5, 4)
+    expected = group_relative_advantages(lowered, valid, [3] * 20, scale="none")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_gae_puts_the_reward_at_the_last_token_and_kl_at_each(table, with_kl):
+    rewards, valid, _ = table
+    rng = np.random.default_rng(2)
+    lengths = rng.integers(1, 12, 20)
+    values, old, ref = ([rng.normal(size=n).astype(np.float32) for n in lengths] for _ in range(3))
+    penalties = KlInReward(0.1, "k1").penalties(old, ref) if with_kl else []
+    advantages, returns = gae_advantages(
+        rewards, valid, values, gamma=0.99, lam=0.9, penalties=penalties
+    )
+    raw, masks = [], []
+    for at, n in enumerate(lengths):
+        token_rewards = np.zeros((1, n))
+        token_rewards[0, -1] = rewards.reshape(-1)[at]
+        if with_kl:
+            token_rewards[0] -= 0.1 * (old[at] - ref[at])
+        mask = np.full((1, n), float(valid.reshape(-1)[at]))
+        expected, returned = gae(token_rewards, values[at][None].astype(np.float64), mask,
+                                 gamma=0.99, lam=0.9)  # fmt: skip
+        np.testing.assert_allclose(returns[at], returned[0], atol=1e-5)
+        raw.append(expected[0])
+        masks.append(mask[0])
+    white = whiten(np.concatenate(raw), np.concatenate(masks))
+    np.testing.assert_allclose(np.concatenate(advantages), white, atol=1e-5)

@@ -1,0 +1,118 @@
+"""Rollouts: what is judged of groups, the order of prompts, the curriculum, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ernie_train.core.errors import CheckpointError, ConfigError
+from ernie_train.rewards.score import Score
+from ernie_train.rl.config import RolloutConfig, UpoConfig
+from ernie_train.rl.pairs import best_worst_pairs
+from ernie_train.rl.rollout import (
+    PromptOrder,
+    Rollout,
+    RolloutSampler,
+    read_rollout,
+    write_rollout,
+)
+from tests.rl.records import make_scored
+from tests.rl.test_upo import stage
+
+
+def config(**values):
+    return RolloutConfig(prompts_per_iteration=2, max_new_tokens=4, group_size=2, **values)
+
+
+def groups():
+    """One that differs, one alike, one whose difference is a truncated completion."""
+    wrong = {"score": Score.wrong("no"), "raw_reward": 0.0}
+    return [
+        [make_scored(), make_scored(**wrong)],
+        [make_scored(), make_scored()],
+        [make_scored(), make_scored(**wrong, finished=False)],
+    ]
+
+
+def test_groups_that_differ_are_informative():
+    rollout = Rollout.of(groups(), config())
+    np.testing.assert_array_equal(rollout.rewards, [[1, 0], [1, 1], [1, 0]])
+    np.testing.assert_array_equal(rollout.informative, [True, False, True])
+    kept = rollout.only_informative()
+    assert kept.groups == [groups()[0], groups()[2]] and kept.rewards.shape == (2, 2)
+
+
+def test_truncated_completions_are_masked_or_punished():
+    masked = Rollout.of(groups(), config(truncated="mask"))
+    np.testing.assert_array_equal(masked.valid[2], [True, False])
+    np.testing.assert_array_equal(masked.informative, [True, False, False])
+    punished = Rollout.of(groups(), config(truncation_penalty=0.5))
+    np.testing.assert_array_equal(punished.rewards[2], [1.0, -0.5])
+    assert groups()[2][1].raw_reward == 0.0
+
+
+def test_what_could_not_be_scored_teaches_nothing():
+    unknown = make_scored(score=Score.timeout("slow machine"), raw_reward=0.0)
+    rollout = Rollout.of([[make_scored(), unknown]], config())
+    np.testing.assert_array_equal(rollout.valid, [[True, False]])
+    assert not rollout.informative.any()
+
+
+def test_a_group_of_one_is_informative_where_it_is_valid():
+    single = RolloutConfig(prompts_per_iteration=2, max_new_tokens=4, group_size=1)
+    unknown = make_scored(score=Score.timeout("slow machine"))
+    rollout = Rollout.of([[make_scored()], [unknown]], single)
+    np.testing.assert_array_equal(rollout.informative, [True, False])
+    assert not Rollout.of([], config()).informative.size
+
+
+def test_pairs_are_places_among_all_completions():
+    kept = Rollout.of(groups(), config()).only_informative()
+    pairs, counts = best_worst_pairs(kept, margin=0.5)
+    assert pairs == [(0, 1), (2, 3)] and counts.pairs == 2
+    assert best_worst_pairs(Rollout.of([], config()), 0.5)[0] == []
+
+
+def test_a_rollout_survives_the_disk(tmp_path):
+    logprobs = np.array([-0.1, -2.5], np.float32)
+    scored = make_scored(completion_ids=[3, 4], sampled_logprobs=logprobs, reward_parts={"a": 0.5})
+    write_rollout(tmp_path / "000001.jsonl", [[scored, make_scored()], [make_scored()]])
+    (first, second), (third,) = read_rollout(tmp_path / "000001.jsonl")
+    assert first.sampled_logprobs.tobytes() == logprobs.tobytes()
+    assert (first.reward_parts, first.score) == ({"a": 0.5}, Score.correct())
+    assert second == third == make_scored()
+    (tmp_path / "old.jsonl").write_text('{"group": 0, "problem": 1}\n')
+    with pytest.raises(CheckpointError, match=r"old\.jsonl: not a rollout"):
+        read_rollout(tmp_path / "old.jsonl")
+
+
+def test_the_order_of_prompts_goes_on_where_it_stood():
+    def everything(index):
+        return True
+
+    order = PromptOrder([5, 3], [1.0, 2.0], seed=3)
+    assert sorted(PromptOrder([5, 3], [1.0, 2.0], 3).take(11, everything)) == sorted(
+        [*range(5), *[5, 6, 7] * 2]
+    )
+    order.take(4, everything)
+    again = PromptOrder([5, 3], [1.0, 2.0], seed=3)
+    again.load_state_dict(json.loads(json.dumps(order.state_dict())))
+    assert again.take(20, everything) == order.take(20, everything)
+    assert set(order.take(30, lambda index: index in (1, 6))) == {1, 6}
+    with pytest.raises(ConfigError, match="no prompt is left"):
+        order.take(1, lambda index: False)
+
+
+def test_the_curriculum_passes_over_levels_that_no_prompt_has():
+    sampler = RolloutSampler.__new__(RolloutSampler)
+    sampler.config = UpoConfig(**stage(Path("x"), curriculum={"raise_at": 0.5}))
+    prompts = [SimpleNamespace(difficulty=level) for level in (1, 3, 7)]
+    sampler.prepared, sampler.level = SimpleNamespace(prompts=prompts), 1
+    for expected in (3, 7, 7):
+        at = [p.difficulty for p in prompts].index(sampler.level)
+        sampler.raise_level(Rollout.of([[make_scored(prompt=at)]], sampler.config.rollout))
+        assert sampler.level == expected
