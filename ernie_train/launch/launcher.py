@@ -53,9 +53,9 @@ class Launcher:
 
     def __init__(self, command: Sequence[str], settings: LaunchSettings, directory: Path) -> None:
         self._directory = directory
-        self._log = directory / "launcher.log"
+        self.log = directory / "launcher.log"
         python = [sys.executable, "-P", "-W", "ignore", "-m", "paddle.distributed.launch"]
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*python, *_options(settings, directory), *command],
                 stdin=subprocess.DEVNULL,
@@ -70,14 +70,11 @@ class Launcher:
         """Return the file with the output of a rank of this machine."""
         return self._directory / f"workerlog.{local_rank}"
 
-    def failed_ranks(self) -> dict[int, int]:
-        """Return local rank -> exit status of the ranks that exited with a status other than 0."""
-        text = self._log.read_text("utf-8", "replace")
-        return {int(local_rank): int(status) for local_rank, status in _FAILED_RANK.findall(text)}
 
-    def last_line(self) -> str:
-        """Return the last line of the launcher's log: the reason, if it could not start ranks."""
-        return last_line(self._log)
+def failed_ranks(log: Path) -> dict[int, int]:
+    """Return local rank -> exit status other than 0, as the launcher's log reports them."""
+    text = log.read_text("utf-8", "replace")
+    return {int(local_rank): int(status) for local_rank, status in _FAILED_RANK.findall(text)}
 
 
 def last_line(path: Path) -> str:

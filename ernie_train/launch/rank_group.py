@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ernie_train.core import processes
 from ernie_train.launch import rank_files
-from ernie_train.launch.launcher import Launcher, LaunchSettings, last_line
+from ernie_train.launch.launcher import Launcher, LaunchSettings, failed_ranks, last_line
 from ernie_train.launch.logs import RankLogs
 from ernie_train.launch.rank_files import RankExit, RankProcess
 
@@ -132,7 +132,7 @@ class RankGroup:
 
     def _cause_of_death(self, local_rank: int) -> str:
         # Only the launcher, the parent of the rank, knows its exit status.
-        status = self._launcher.failed_ranks().get(local_rank)
+        status = failed_ranks(self._launcher.log).get(local_rank)
         if status == -signal.SIGKILL:
             return "was killed (SIGKILL), by someone or for want of memory"
         if status is not None and status < 0:
@@ -143,11 +143,11 @@ class RankGroup:
 
     def _report_of_launcher(self) -> ExitReport:
         """Report that the launcher ended before its ranks had started."""
-        for local_rank in self._launcher.failed_ranks():
+        for local_rank in failed_ranks(self._launcher.log):
             message = f"rank {local_rank} of this machine {self._cause_of_death(local_rank)}"
             output = last_line(self._launcher.rank_log(local_rank))
             return ExitReport(1, f"{message}: {output}" if output else message, restartable=True)
-        output = self._launcher.last_line() or "without a word"
+        output = last_line(self._launcher.log) or "without a word"
         return ExitReport(1, f"Paddle's launcher ended: {output}", restartable=True)
 
     def _report_of_hang(self) -> ExitReport | None:

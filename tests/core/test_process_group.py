@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ernie_train.core import process_group
+from ernie_train.core.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -87,3 +88,18 @@ def test_two_ranks_wait_and_add_up(tmp_path: Path) -> None:
 def test_sums_of_what_is_not_finite_are_left_to_those_who_look_at_them():
     assert math.isnan(process_group._sum([math.inf, -math.inf]))
     assert process_group._sum([0.1] * 10) == 1.0
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "NCCL"), ("gpu", "GLOO")])
+def test_ranks_that_others_started_for_another_device_are_told(monkeypatch, device, backend):
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr("paddle.distributed.get_backend", lambda: backend)
+    with pytest.raises(ConfigError, match="PADDLE_DISTRI_BACKEND"):
+        process_group.require_backend(device)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "GLOO"), ("gpu", "NCCL")])
+def test_a_device_goes_with_its_backend(monkeypatch, device, backend):
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr("paddle.distributed.get_backend", lambda: backend)
+    process_group.require_backend(device)

@@ -1,4 +1,4 @@
-"""Which devices ranks get on a machine whose GPUs are pretended to Paddle's launcher."""
+"""Paddle's launcher: the devices that its ranks get, and what its log says of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from ernie_train.cli.run import RunCommand
-from ernie_train.core import process_group
-from ernie_train.core.errors import ConfigError
 from ernie_train.launch import LaunchSettings, launcher
 from tests.launch.launched import wait_for
 
@@ -30,6 +27,8 @@ core.get_cuda_device_count = visible
 sys.argv = sys.argv[sys.argv.index("-m") + 1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+
+
 RANK = """
 import json, os, pathlib, sys
 path = pathlib.Path(sys.argv[1], f"rank_{os.environ['PADDLE_TRAINER_ID']}")
@@ -57,7 +56,7 @@ def environments(
             return started.process.poll() is not None or all(path.exists() for path in found)
 
         wait_for(over, "the launcher did nothing")
-        assert all(path.exists() for path in found), started._log.read_text()
+        assert all(path.exists() for path in found), started.log.read_text()
     finally:
         started.process.kill()
         started.process.wait()
@@ -88,32 +87,12 @@ def test_each_rank_gets_its_gpu_where_it_may_have_one(tmp_path, monkeypatch):
     assert not any("PADDLE_DISTRI_BACKEND" in rank for rank in found)
 
 
-@pytest.mark.parametrize(
-    ("device", "hidden"), [("cpu", True), ("auto", False), ("gpu", False), (None, False)]
-)
-def test_the_recipe_s_device_decides(tmp_path, monkeypatch, device, hidden):
-    seen: list[LaunchSettings] = []
-    monkeypatch.setattr(
-        "ernie_train.cli.run.supervise", lambda command, settings, *rest: seen.append(settings)
+def test_the_launcher_s_log_tells_how_a_rank_died(tmp_path):
+    log = tmp_path / "launcher.log"
+    log.write_text(
+        "LAUNCH ERROR 2026-01-01 Container failed !!!\n"
+        "Container rank 1 status failed cmd ['python', '-u'] code -9 log /tmp/x/workerlog.1\n\n"
     )
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("name: x\ndevice: cpu\n" if device == "cpu" else "name: x\n")
-    overrides = [f"device={device}"] if device in ("auto", "gpu") else []
-    call = RunCommand(recipe, overrides, tmp_path / "run", None, None, None)
-    call.launch(LaunchSettings(2), None, debug=False)
-    assert [settings.hide_gpus for settings in seen] == [hidden]
-
-
-@pytest.mark.parametrize(("device", "backend"), [("cpu", "NCCL"), ("gpu", "GLOO")])
-def test_ranks_that_others_started_for_another_device_are_told(monkeypatch, device, backend):
-    monkeypatch.setattr(process_group, "world_size", lambda: 2)
-    monkeypatch.setattr("paddle.distributed.get_backend", lambda: backend)
-    with pytest.raises(ConfigError, match="PADDLE_DISTRI_BACKEND"):
-        process_group.require_backend(device)
-
-
-@pytest.mark.parametrize(("device", "backend"), [("cpu", "GLOO"), ("gpu", "NCCL")])
-def test_a_device_goes_with_its_backend(monkeypatch, device, backend):
-    monkeypatch.setattr(process_group, "world_size", lambda: 2)
-    monkeypatch.setattr("paddle.distributed.get_backend", lambda: backend)
-    process_group.require_backend(device)
+    assert launcher.failed_ranks(log) == {1: -9}
+    assert launcher.last_line(log).endswith("workerlog.1")
+    assert launcher.last_line(tmp_path / "nowhere") == ""
