@@ -147,7 +147,7 @@ def experts_by_autograd(
     rows: list[int],
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The experts of any activation in plain operations: x [R,H], weights [R,1] -> [R,H]."""
+    """Run experts of any activation in plain operations: x [R,H], weights [R,1] -> [R,H]."""
     gate, up, down = (paddle.unbind(p, 0) for p in parameters)
     outputs, start = [], 0
     for expert, count in enumerate(rows):

@@ -63,13 +63,13 @@ class DecoderLayer(nn.Layer):
         self, x: Tensor, tables: AttentionTables, cache: KVCache | None
     ) -> tuple[Tensor, RouterOutput]:
         """x [T,H] -> x [T,H] and what the router did."""
-        return self.add_experts(self.add_attention(x, tables, cache))
+        return self.mlp_block(self.attn_block(x, tables, cache))
 
-    def add_attention(self, x: Tensor, tables: AttentionTables, cache: KVCache | None) -> Tensor:
+    def attn_block(self, x: Tensor, tables: AttentionTables, cache: KVCache | None) -> Tensor:
         """x [T,H] -> x [T,H] with what attention adds to it."""
         return x + self.self_attn(self.input_layernorm(x), tables, cache)
 
-    def add_experts(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
+    def mlp_block(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
         """x [T,H] -> x [T,H] with what the MoE, or MLP, adds to it, and what the router did."""
         y = self.post_attention_layernorm(x)
         if not self.is_moe:

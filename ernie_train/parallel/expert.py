@@ -176,7 +176,7 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class AllToAllMetadata:
-    """What `ExpertDispatcher` keeps of a dispatch until its `combine`."""
+    """State of one dispatch, kept until its `combine`."""
 
     routing: Routing
     transfer: _Transfer

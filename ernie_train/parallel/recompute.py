@@ -1,7 +1,7 @@
-"""Layers, or parts of them, that are run again in the backward pass instead of kept.
+"""Activation recomputation: layers, or parts of them, run again in the backward pass.
 
-Memory is what it saves, operations what it costs, and with experts on several ranks their exchange:
-a part keeps the stream that enters it and nothing else.
+A recomputed part keeps its input (the residual stream) and no other activation. It costs the
+operations of a second forward pass and, with experts on several ranks, the all-to-alls of one.
 
 Shapes: T tokens, H hidden size, E experts, K experts per token.
 """
@@ -30,14 +30,13 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class RecomputeConfig(StrictConfig):
-    """What is run again; each part takes its norm with it.
+    """Settings of recomputation; each part includes its norm.
 
     parts: attention, experts (router and shared experts included; the MLP of a dense layer), or
-        both, which then are one: the layer.
-    layers: the first so many layers, all where it is absent. The first ones, because theirs are
-        the activations that stand longest.
-    chunk_tokens: experts, or the MLP, take so many tokens of a micro-batch at a time, so that
-        their own activations do not grow with it; all at once where it is absent.
+        both, which are then recomputed as one, the layer.
+    layers: recompute the first so many layers, whose activations are held longest; all by default.
+    chunk_tokens: run experts, or the MLP, on so many tokens of a micro-batch at a time, so that
+        their own activations do not grow with it; on all at once by default.
     """
 
     parts: tuple[Part, ...] = PARTS
@@ -61,22 +60,22 @@ class RecomputeConfig(StrictConfig):
         return chunk_tokens
 
     def of_layer(self, layer: int) -> frozenset[Part]:
-        """What is run again of layer `layer` (from 0)."""
+        """Return the parts of layer `layer` (from 0) that are recomputed."""
         within = self.layers is None or layer < self.layers
         return frozenset(self.parts if within else ())
 
 
-# As a recipe says it: true is every layer as a whole.
+# The setting of a recipe; true recomputes every layer as a whole.
 Recompute = bool | RecomputeConfig
 
 
 def recomputed_parts(recompute: Recompute, layer: int) -> frozenset[Part]:
-    """What is run again of layer `layer` (from 0)."""
+    """Return the parts of layer `layer` (from 0) that are recomputed."""
     return frozenset() if recompute is False else _config(recompute).of_layer(layer)
 
 
 def chunk_tokens(recompute: Recompute) -> int | None:
-    """Tokens that experts take at a time where they are run again; None: all."""
+    """Return the tokens that recomputed experts take at a time; None: all."""
     return None if recompute is False else _config(recompute).chunk_tokens
 
 
@@ -85,11 +84,11 @@ def _config(recompute: Literal[True] | RecomputeConfig) -> RecomputeConfig:
 
 
 def enable_recompute(model: Ernie4_5_MoeForCausalLM, recompute: Recompute = True) -> None:
-    """Runs what `recompute` names again in the backward pass instead of keeping its activations.
+    """Make the model recompute the parts that `recompute` names in its backward pass.
 
-    Router logits and expert ids are outputs of what is run, so gradients flow through them and
-    statistics are taken once, from the first pass. A rank repeats its exchanges where it meets
-    them on the way back, as all ranks do.
+    Router logits and expert ids are outputs of the recomputed function, so gradients flow through
+    them and statistics are taken once, from the first pass. All ranks repeat the all-to-alls of a
+    layer at the same place of the backward pass.
     """
     model.model.run_layer = partial(_run_layer, recompute) if recompute else run_layer
 
@@ -105,21 +104,25 @@ def _run_layer(
     if not parts or not layer.training or cache is not None:
         return run_layer(layer, x, tables, cache)
 
-    def add_attention(x: Tensor) -> Tensor:
-        return layer.add_attention(x, tables, None)
+    def attn_block(x: Tensor) -> Tensor:
+        return layer.attn_block(x, tables, None)
 
     if parts == {"attention"}:
-        return layer.add_experts(utils.recompute(add_attention, x))
+        return layer.mlp_block(utils.recompute(attn_block, x))
     whole, size = len(parts) == len(PARTS), chunk_tokens(recompute)
     if not whole:
-        x = add_attention(x)
+        x = attn_block(x)
     if size is not None:
-        return _in_chunks(layer, size, x, add_attention if whole else None)
-    return _experts_again(lambda x: layer(x, tables, None) if whole else layer.add_experts(x), x)
+        return _run_in_chunks(layer, size, x, attn_block if whole else None)
+    block = (lambda x: layer(x, tables, None)) if whole else layer.mlp_block
+    return _recompute_moe(block, x)
 
 
-def _experts_again(run: Any, x: Tensor) -> tuple[Tensor, RouterOutput]:
-    """`run`: x [T,H] -> x [T,H] and what the router did, of which Paddle takes tensors alone."""
+def _recompute_moe(run: Any, x: Tensor) -> tuple[Tensor, RouterOutput]:
+    """Recompute `run`: x [T,H] -> x [T,H] and the router's output.
+
+    The number of dropped rows goes around Paddle's `recompute`, which passes tensors alone.
+    """
     dropped: list[int] = []
 
     def tensors_only(x: Tensor) -> Any:
@@ -139,31 +142,32 @@ def _experts_again(run: Any, x: Tensor) -> tuple[Tensor, RouterOutput]:
 # ---- experts in chunks ---------------------------------------------------------------------------
 
 
-def _in_chunks(
+def _run_in_chunks(
     layer: DecoderLayer, size: int, x: Tensor, before: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, RouterOutput]:
-    """`add_experts` of x [T,H], of `before(x)` if there is one, `size` tokens at a time."""
+    """Run `mlp_block` on x [T,H], or on `before(x)`, `size` tokens at a time."""
     chunks = _chunks(x.shape[0], size, layer.is_moe and process_group.grid().expert > 1)
-    y, *routed = _InChunks.apply(x, layer, before, chunks)
-    # None are dropped: with a capacity a chunk would count for itself, so both are refused.
+    y, *routed = _ChunkedBlock.apply(x, layer, before, chunks)
+    # 0 dropped rows: a capacity would be counted per chunk, so recipes with both are refused.
     return y, (*routed, 0) if routed else None
 
 
 def _chunks(tokens: int, size: int, together: bool) -> list[slice]:
-    """Slices of a micro-batch; `together` as many on each rank, empty ones where it has no more.
+    """Return slices of a micro-batch of `tokens` tokens, `size` each.
 
-    Micro-batches differ in tokens, and every exchange must meet those of the other ranks.
+    With `together` every rank has as many, the last ones empty where its micro-batch is smaller,
+    because all ranks must run the all-to-alls of every chunk.
     """
     own = -(-tokens // size)
     count = int(process_group.all_gather_ints([own]).max()) if together else own
     return [slice(min(i * size, tokens), min((i + 1) * size, tokens)) for i in range(count)]
 
 
-class _InChunks(PyLayer):
+class _ChunkedBlock(PyLayer):
     """x [T,H] -> x [T,H], and of an MoE layer the router's logits [T,E] and expert ids [T,K].
 
-    Both passes go through the chunks in one order, so exchanges meet on all ranks. For an empty
-    chunk the first token runs, and what comes of it is thrown away.
+    Both passes take the chunks in the same order, so that the all-to-alls of all ranks match. For
+    an empty chunk the first token runs, and its result is discarded.
     """
 
     @staticmethod
@@ -180,7 +184,7 @@ class _InChunks(PyLayer):
         stream = x if before is None else before(x)
         outputs = []
         for chunk in chunks:
-            y, routed = layer.add_experts(_tokens(stream, chunk))
+            y, routed = layer.mlp_block(_tokens(stream, chunk))
             if not _is_empty(chunk):
                 outputs.append((y, *(routed or ())[:2]))
         joined = tuple(map(paddle.concat, zip(*outputs, strict=True)))
@@ -201,14 +205,14 @@ class _InChunks(PyLayer):
 
 
 def _back_through_chunks(ctx: Any, stream: Tensor, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """Gradient of what goes into the experts, [T,H]; their own parameters get theirs."""
+    """Return the gradient of the block's input, [T,H]; its parameters accumulate theirs."""
     pieces = []
     for chunk in ctx.chunks:
         piece = _leaf(_tokens(stream, chunk))
-        y, routed = ctx.layer.add_experts(piece)
+        y, routed = ctx.layer.mlp_block(piece)
         outputs = [y, *(routed or ())[:1]]
-        told = [_gradient(g, o, chunk) for g, o in zip(grads, outputs, strict=False)]
-        paddle.autograd.backward(outputs, told)
+        chunk_grads = [_gradient(g, o, chunk) for g, o in zip(grads, outputs, strict=False)]
+        paddle.autograd.backward(outputs, chunk_grads)
         if not _is_empty(chunk):
             pieces.append(piece.grad)
     return paddle.concat(pieces)
@@ -229,7 +233,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _gradient(grad: Tensor | None, output: Tensor, chunk: slice) -> Tensor:
-    """The part of `grad` for `output`: zeros where nothing depends on it, or it was no token's."""
+    """Return the chunk of `grad` for `output`; zeros without gradient or for an empty chunk."""
     if grad is None or _is_empty(chunk):
         return paddle.zeros_like(output)
     return grad[chunk]
