@@ -40,11 +40,11 @@ docs:  ## check links and the code that the documents name
 	$(PYTHON) -m pytest -q tests/repository
 
 bench:  ## compare a training step and sampling with transformers on torch, one thread
-	ERNIE_TRAIN_REFEREE=$${ERNIE_TRAIN_REFEREE:-.venv-referee} $(PYTHON) tools/bench/train.py --threads 1
-	ERNIE_TRAIN_REFEREE=$${ERNIE_TRAIN_REFEREE:-.venv-referee} $(PYTHON) tools/bench/rollout.py --threads 1
+	ERNIE_TRAIN_REFEREE=$${ERNIE_TRAIN_REFEREE:-.venv-referee} $(PYTHON) -m tools.bench.train --threads 1
+	ERNIE_TRAIN_REFEREE=$${ERNIE_TRAIN_REFEREE:-.venv-referee} $(PYTHON) -m tools.bench.rollout --threads 1
 
 evidence:  ## list the commands that remake the figures of the documents
-	@grep -hE '^python tools/evidence' docs/*.md README.md
+	@grep -hE '^python -m tools.evidence' docs/*.md README.md
 
 clean:  ## remove caches, not runs and not environments
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
