@@ -48,7 +48,7 @@ def evaluate_model(
             console=console,
             stop_requested=lambda: stop.requested,
         )
-    console.print(evaluation_table({"trained": result.to_dict()}))
+    console.print(evaluation_table({"trained": result.to_dict()}, config.samples))
     if output is not None:
         write_samples(output, result.samples)
 

@@ -41,7 +41,7 @@ class ModelSource(StrictConfig):
     path: str | None = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> ModelSource:
+    def _check_source(self) -> ModelSource:
         if self.preset is None and self.path is None:
             raise ValueError("preset or path must be given")
         if self.path is not None and self.model_extra:
@@ -119,7 +119,7 @@ class ParallelConfig(StrictConfig):
     recompute: Recompute = False
 
     @model_validator(mode="after")
-    def _useful(self) -> ParallelConfig:
+    def _check_sharding(self) -> ParallelConfig:
         if self.sharding and self.ranks == 1:
             raise ValueError("sharding has no effect on one rank")
         return self
@@ -162,14 +162,14 @@ class Recipe(StrictConfig):
     export: ExportConfig | None = None
 
     @model_validator(mode="after")
-    def _distinct_names(self) -> Recipe:
+    def _check_names(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {', '.join(doubled)}; names must differ")
         return self
 
     @model_validator(mode="after")
-    def _gates_are_measured(self) -> Recipe:
+    def _check_gates(self) -> Recipe:
         for index, stage in enumerate(self.stages):
             if stage.gate is None:
                 continue
@@ -183,7 +183,7 @@ class Recipe(StrictConfig):
         return self
 
     @model_validator(mode="after")
-    def _micro_batches_divide_over_ranks(self) -> Recipe:
+    def _check_micro_batches(self) -> Recipe:
         ranks = self.parallel.ranks
         wrong = [
             f"stages.{index}.grad_accum_steps={stage.grad_accum_steps} must be a multiple of the "

@@ -14,17 +14,24 @@ from ernie_train.run.export import RECEIPT, Receipt
 from ernie_train.run.recipe import Recipe
 
 
-def evaluation_table(result: dict[str, Any]) -> Group:
-    """Return accuracy by task and domain, beside baseline and untrained model, for printing."""
+def evaluation_table(result: dict[str, Any], samples: int = 1) -> Group:
+    """Return accuracy by task and domain, beside baseline and untrained model, for printing.
+
+    With several samples per problem a column shows pass@samples.
+    """
     trained = result["trained"]
     untrained = {t["task"]: t for t in result.get("untrained", {}).get("tasks", [])}
     tasks = _table("held-out problems", "domain", "task", "n", "accuracy", "baseline")
+    if samples > 1:
+        tasks.add_column(f"pass@{samples}", justify="right")
     if untrained:
         tasks.add_column("untrained", justify="right")
     tasks.add_column("cut off", justify="right")
     for task in trained["tasks"]:
         cells = [task["domain"], task["task"], str(task["problems"])]
         cells += [_percent(task["accuracy"]), _percent(task["baseline"])]
+        if samples > 1:
+            cells.append(_percent(task["pass_at_k"]))
         if untrained:
             cells.append(_percent(untrained[task["task"]]["accuracy"]))
         tasks.add_row(*cells, _percent(task["truncated"]))

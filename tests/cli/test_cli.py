@@ -283,10 +283,12 @@ def test_eval_prints_a_table_and_writes_samples(trained, workspace, tmp_path, cl
         "--max-new-tokens", 8, "--output", output,
     )  # fmt: skip
     assert status == 0
+    assert "problems  12/12" in out
     assert "sum" in out
     samples = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(samples) == 12
     assert {sample["status"] for sample in samples} <= {"correct", "wrong"}
+    assert "pass@2" in out
     status, _, err = cli("eval", trained, "--data", workspace / "test.jsonl", "--tasks", "addition")
     assert status == 2
     assert "addition" in err

@@ -77,6 +77,8 @@ def test_a_run_leaves_everything_that_the_design_names(whole):
     assert list(directory.glob("01-sft/visualdl/*"))
     steps = [line["step"] for line in metrics_without_time(directory)]
     assert steps == list(range(1, 13))
+    assert "held-out problems  20/20" in out
+    assert "untrained model  5/5" in out
     assert "most frequent answer" in " ".join(out.split())
 
 

@@ -1,0 +1,39 @@
+"""Tables of evaluation results, as they are printed."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from ernie_train.run.render import evaluation_table
+
+
+def printed(result: dict[str, Any], **options: int) -> list[list[str]]:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(evaluation_table(result, **options))
+    assert isinstance(console.file, io.StringIO)
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def result(**changes: float) -> dict[str, Any]:
+    task = {
+        "domain": "math", "task": "sum", "problems": 8, "accuracy": 0.25, "pass_at_k": 0.5,
+        "baseline": 0.125, "truncated": 1.0, "excluded": {"timeout": 3},
+    }  # fmt: skip
+    domains = {"math": {"accuracy": 0.25, "baseline": 0.125}}
+    return {"mean_accuracy": 0.25, "domains": domains, "tasks": [{**task, **changes}]}
+
+
+def test_several_samples_show_pass_at_k() -> None:
+    rows = printed({"trained": result()}, samples=4)
+    assert ["domain", "task", "n", "accuracy", "baseline", "pass@4", "cut", "off"] in rows
+    assert ["math", "sum", "8", "25.0", "12.5", "50.0", "100.0"] in rows
+    assert ["math", "25.0", "12.5", "+12.5"] in rows
+    assert ["sum:", "3", "completions", "could", "not", "be", "scored", "(timeout)"] in rows
+
+
+def test_one_sample_shows_the_untrained_model_beside_it() -> None:
+    rows = printed({"trained": result(), "untrained": result(accuracy=0.0)})
+    assert ["math", "sum", "8", "25.0", "12.5", "0.0", "100.0"] in rows
