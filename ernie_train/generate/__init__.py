@@ -1,6 +1,6 @@
-"""Sampling: a batched engine with a key/value cache, and its work shared out over ranks.
+"""Sampling: a batched engine with a key/value cache, run on one rank or sharded over all.
 
-Every sequence has random numbers of its own, derived from (seed, index), so that results depend
+Every sequence has its own random numbers, derived from (seed, sequence id), so that results depend
 neither on the batch nor on the number of processes or ranks.
 """
 

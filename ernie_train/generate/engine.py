@@ -1,7 +1,8 @@
 """Batched sampling with a key/value cache; finished sequences leave the batch.
 
-On a CPU, processes share the sequences: as many as matrix products have threads, which speed up
-little else.
+On a CPU the sequences are divided among forked processes, one per BLAS thread. A decoding step is
+many small operations, which a second thread hardly speeds up; two processes sample 1.4 to 1.6 times
+as many tokens per second as one.
 
 Shapes: B sequences still running, L MoE layers, K experts per token, T tokens of a completion.
 """
@@ -23,11 +24,13 @@ from ernie_train.core.errors import Interrupted
 from ernie_train.core.worker_pool import WorkerPool, can_limit_blas, one_blas_thread, shared_zeros
 from ernie_train.generate.sampler import Sampler, SamplingConfig
 from ernie_train.model import Ernie4_5_MoeForCausalLM, KVCache
-from ernie_train.model.numpy_decoder import Decoder, Prediction, can_decode
+from ernie_train.model.numpy_decoder import NumpyDecoder, Prediction, can_decode
 
-_LEAVE_SHARE = 0.125  # the cache is repacked when this share of the batch has finished
-# Of a process. Most of a step does not depend on them, so that with fewer a fork hardly pays.
-_LEAST_SEQUENCES = 8
+_COMPACT_SHARE = 0.125  # the cache is compacted once this share of the batch has finished
+# Most of the time of a step does not depend on the number of sequences, so with fewer of them a
+# further process hardly pays. (In a rollout of `tiny`, 207 ms on two cores, forking, the child's
+# exit and building the decoder take 18 ms.)
+_MIN_SEQUENCES_PER_PROCESS = 8
 
 
 class _Cache(Protocol):
@@ -36,8 +39,8 @@ class _Cache(Protocol):
     def select(self, keep: np.ndarray) -> None: ...
 
 
-class _Engine(Protocol):
-    """What predicts: `Decoder`, or the model's own forward pass."""
+class _Decoder(Protocol):
+    """Computes the logits of next tokens: `NumpyDecoder` or `_PaddleDecoder`."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, Any]: ...
 
@@ -46,16 +49,16 @@ class _Engine(Protocol):
 
 @dataclass
 class Completion:
-    """What was sampled after a prompt; a stop token, if one was reached, is the last of `ids`.
+    """The tokens sampled for a prompt; a stop token, if one was reached, is the last of `ids`.
 
-    `logprobs` are those of the distribution at the sampling temperature (greedy: at 1), before
-    top-p and top-k cut it: what a policy update at this temperature computes again.
+    `logprobs` are taken from the distribution at the sampling temperature (greedy: at 1), before
+    top-p and top-k truncate it, as a policy update at this temperature recomputes them.
     """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # nats
     finished: bool = False  # a stop token was reached; False: cut at max_new_tokens
-    # [T,L,K] int16, if asked for: the experts at the position that predicted each token.
+    # [T,L,K] int16, if requested: the experts at the position that predicted each token.
     expert_ids: np.ndarray | None = field(default=None, compare=False)
 
 
@@ -71,20 +74,24 @@ def generate(
     eos_token_id: int | Iterable[int] = (),
     batch_size: int = 256,
     record_experts: bool = False,
-    numbers: Sequence[int] | None = None,
+    sequence_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
-    """Continues every prompt until a stop token or `max_new_tokens`; completions in prompt order.
+    """Continue every prompt until a stop token or `max_new_tokens`; return them in prompt order.
 
-    The random numbers of a sequence depend on `seed` and its number alone, not on its neighbours in
-    the batch; `numbers` are the prompts' indices unless given. Equal prompts are computed once a
-    batch. At most `batch_size` sequences are sampled at once, by all processes together; with
-    another number of threads sums are rounded otherwise. `record_experts` fills
-    `Completion.expert_ids`. `on_progress` is told how many prompts are done; `stop_requested` is
-    asked before each forward pass, and while this process waits for others, and raises
-    `Interrupted` when true. Raises `ValueError` on an empty prompt and on settings out of range,
-    `ErnieTrainError` if one of the processes was killed.
+    The random numbers of a sequence depend on `seed` and its sequence id alone (by default the
+    index of its prompt), not on the batch or the process that samples it. Logits are rounded
+    differently with another number of threads. Equal prompts are prefilled once per batch. At most
+    `batch_size` sequences are sampled at once, over all processes.
+
+    record_experts: fill `Completion.expert_ids`.
+    on_progress: called with the number of finished prompts.
+    stop_requested: polled before each forward pass and while waiting for other processes; when it
+        returns true, `Interrupted` is raised.
+
+    Raises `ValueError` on an empty prompt or a setting out of range, and `ErnieTrainError` if one
+    of the processes was killed.
     """
     config = SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed)
     config.check()
@@ -92,47 +99,48 @@ def generate(
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty")
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    known = range(len(prompts)) if numbers is None else numbers
-    task = _Task(prompts, known, config, np.array(stops, np.int64))
-    sampled = _Sampled(len(prompts), max_new_tokens, _choices(model) if record_experts else None)
+    ids = range(len(prompts)) if sequence_ids is None else sequence_ids
+    request = _Request(prompts, ids, config, np.array(stops, np.int64))
+    outputs = _Outputs(len(prompts), max_new_tokens, _moe_shape(model) if record_experts else None)
     was_training = model.training
     model.eval()
     try:
         with paddle.no_grad():
-            engine: _Engine = Decoder(model) if can_decode(model) else _OwnForward(model)
-            processes = _processes(engine, min(len(prompts), batch_size))
-            shares = _shares(prompts, processes, batch_size)
-            _run_shares(shares, engine, task, sampled, on_progress, stop_requested)
+            decoder: _Decoder
+            decoder = NumpyDecoder(model) if can_decode(model) else _PaddleDecoder(model)
+            processes = _num_processes(decoder, min(len(prompts), batch_size))
+            batches = _partition(prompts, processes, batch_size)
+            _run(batches, decoder, request, outputs, on_progress, stop_requested)
     finally:
         if was_training:
             model.train()
-    return [sampled.completion(i) for i in range(len(prompts))]
+    return [outputs.completion(i) for i in range(len(prompts))]
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What is to be sampled; `numbers` choose the random numbers of the prompts."""
+class _Request:
+    """Prompts and settings of one `generate` call; a prompt is named by its index."""
 
     prompts: Sequence[Sequence[int]]
-    numbers: Sequence[int]
+    sequence_ids: Sequence[int]  # with the seed, they determine the random numbers
     config: SamplingConfig
-    stops: np.ndarray
+    stop_tokens: np.ndarray
 
 
-class _Sampled:
-    """What was sampled so far after all N prompts, by whichever process."""
+class _Outputs:
+    """Sampled tokens of all prompts, in memory that the processes share."""
 
-    def __init__(self, count: int, max_new_tokens: int, choices: tuple[int, int] | None) -> None:
-        """`choices` are L and K if experts are to be recorded."""
+    def __init__(self, count: int, max_new_tokens: int, moe_shape: tuple[int, int] | None) -> None:
+        """`moe_shape`: (L, K) if experts are to be recorded."""
         shape = (count, max_new_tokens)
         self.ids = shared_zeros(shape, np.int64)
         self.logprobs = shared_zeros(shape, np.float32)
         self.lengths = shared_zeros(count, np.int64)
         self.finished = shared_zeros(count, bool)
-        self.experts = None if choices is None else shared_zeros((*shape, *choices), np.int16)
+        self.experts = None if moe_shape is None else shared_zeros((*shape, *moe_shape), np.int16)
 
     def completion(self, i: int) -> Completion:
-        """What was sampled after prompt `i`."""
+        """Return the completion of prompt `i`."""
         length = int(self.lengths[i])
         experts = None if self.experts is None else self.experts[i, :length].copy()
         return Completion(
@@ -143,174 +151,188 @@ class _Sampled:
         )
 
 
-def _choices(model: Ernie4_5_MoeForCausalLM) -> tuple[int, int] | None:
-    """MoE layers and experts per token; None for a dense model."""
+def _moe_shape(model: Ernie4_5_MoeForCausalLM) -> tuple[int, int] | None:
+    """Return (MoE layers, experts per token), or None for a dense model."""
     layers = sum(layer.is_moe for layer in model.model.layers)
     return (layers, model.config.moe_k) if layers else None
 
 
-# ---- sharing out ---------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 
-def _processes(engine: _Engine, sequences: int) -> int:
-    """How many processes sample so many sequences at once."""
-    if not (isinstance(engine, Decoder) and engine.without_paddle and can_limit_blas()):
+def _num_processes(decoder: _Decoder, sequences: int) -> int:
+    """Return the number of processes that sample `sequences` at once."""
+    if not (isinstance(decoder, NumpyDecoder) and decoder.without_paddle and can_limit_blas()):
         return 1
-    return max(1, min(cpu_setup().threads, sequences // _LEAST_SEQUENCES))
+    return max(1, min(cpu_setup().threads, sequences // _MIN_SEQUENCES_PER_PROCESS))
 
 
-def _shares(
+def _partition(
     prompts: Sequence[Sequence[int]], processes: int, batch_size: int
 ) -> list[list[list[int]]]:
-    """The batches of each process, by the prompts' numbers; `batch_size` is that of all together.
+    """Return the batches of each process, as prompt indices; `batch_size` counts all processes.
 
-    Prompts of similar length share a batch, so that prefilling wastes little; equal ones too.
+    Prompts of similar length share a batch, so that little of the prefill is padding; equal
+    prompts are neighbours.
     """
     first: dict[tuple[int, ...], int] = {}
     leader = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), leader[i], i))
     groups = [list(group) for _, group in groupby(order, leader.__getitem__)]
-    hands = [order] if processes == 1 else _hands(groups, list(map(len, prompts)), processes)
+    parts = [order] if processes == 1 else _partition_groups(groups, prompts, processes)
     size = batch_size // processes
-    return [[hand[at : at + size] for at in range(0, len(hand), size)] for hand in hands]
+    return [[part[at : at + size] for at in range(0, len(part), size)] for part in parts]
 
 
-def _hands(groups: list[list[int]], lengths: list[int], processes: int) -> list[list[int]]:
-    """Sequences of `lengths` dealt out evenly, whole groups where that is possible.
+def _partition_groups(
+    groups: list[list[int]], prompts: Sequence[Sequence[int]], processes: int
+) -> list[list[int]]:
+    """Partition prompts evenly over processes; split a group of equal prompts only if needed.
 
-    How long completions become is not known, so numbers of sequences are evened out first, then
-    tokens of prompts. Within a hand groups keep their order.
+    The length of completions is not known in advance, so the number of sequences is balanced
+    first, then the number of prompt tokens. A process keeps the order of `groups`.
     """
     most = -(-sum(map(len, groups)) // processes)
-    loads = [(0, 0, hand) for hand in range(processes)]  # sequences, tokens, whose
-    pieces: list[list[list[int]]] = [[] for _ in loads]
+    loads = [(0, 0, process) for process in range(processes)]  # sequences, tokens, process
+    parts: list[list[int]] = [[] for _ in loads]
     for group in reversed(groups):  # the longest first
-        whole = min(loads)[0] + len(group) <= most
-        for piece in [group] if whole else [[i] for i in group]:
-            sequences, tokens, hand = min(loads)
-            loads[hand] = (sequences + len(piece), tokens + sum(lengths[i] for i in piece), hand)
-            pieces[hand].append(piece)
-    place = {i: at for at, i in enumerate(i for group in groups for i in group)}
-    return [sorted((i for piece in hand for i in piece), key=place.__getitem__) for hand in pieces]
+        fits = min(loads)[0] + len(group) <= most
+        for piece in [group] if fits else [[i] for i in group]:
+            sequences, tokens, process = min(loads)
+            tokens += sum(len(prompts[i]) for i in piece)
+            loads[process] = (sequences + len(piece), tokens, process)
+            parts[process] += piece
+    rank = {i: at for at, i in enumerate(i for group in groups for i in group)}
+    return [sorted(part, key=rank.__getitem__) for part in parts]
 
 
-def _run_shares(
-    shares: list[list[list[int]]],
-    engine: _Engine,
-    task: _Task,
-    sampled: _Sampled,
+def _run(
+    batches: list[list[list[int]]],
+    decoder: _Decoder,
+    request: _Request,
+    outputs: _Outputs,
     on_progress: Callable[[int], None],
     stop_requested: Callable[[], bool],
 ) -> None:
-    """This process takes the first share, forked ones the others; raises `Interrupted`."""
-    done, told = shared_zeros(len(shares), np.int64), 0
+    """Sample `batches` [process][batch]: the first process is this one, the others are forked.
 
-    def work(number: int, ask: Callable[[], None], tell: Callable[[], None]) -> None:
-        for batch in shares[number]:
-            _Rollout(engine, task, sampled, batch).run(ask)
-            done[number] += len(batch)
-            tell()
+    Raises `Interrupted` when a stop is requested.
+    """
+    done, reported = shared_zeros(len(batches), np.int64), 0
 
-    def ask() -> None:
+    def sample(process: int, before_pass: Callable[[], None], after: Callable[[], None]) -> None:
+        for batch in batches[process]:
+            _BatchSampler(decoder, request, outputs, batch).run(before_pass)
+            done[process] += len(batch)
+            after()
+
+    def raise_on_stop() -> None:
         if stop_requested():
             raise Interrupted("stopped on a signal while generating")
 
-    def tell() -> None:
-        nonlocal told
-        if done.sum() > told:
-            told = int(done.sum())
-            on_progress(told)
+    def report_progress() -> None:
+        nonlocal reported
+        if done.sum() > reported:
+            reported = int(done.sum())
+            on_progress(reported)
 
-    def watch() -> None:
-        ask()
-        tell()
+    def poll() -> None:
+        raise_on_stop()
+        report_progress()
         pool.poll()
 
     def nothing() -> None: ...
 
-    if len(shares) == 1:
-        work(0, ask, tell)
+    if len(batches) == 1:
+        sample(0, raise_on_stop, report_progress)
         return
+    # Each process has one BLAS thread: together they use as many cores as one process would.
     with one_blas_thread(), WorkerPool() as pool:
-        for number in range(1, len(shares)):
-            pool.start(partial(work, number, nothing, nothing))
-        work(0, watch, nothing)
-        pool.wait(watch)
-    tell()
+        for process in range(1, len(batches)):
+            pool.start(partial(sample, process, nothing, nothing))
+        sample(0, poll, nothing)
+        pool.wait(poll)
+    report_progress()
 
 
-# ---- a batch -------------------------------------------------------------------------------------
+# ---- one batch -----------------------------------------------------------------------------------
 
 
-class _Rollout:
-    """The sequences of one batch, numbered 0..S-1; what is sampled for them goes to `sampled`."""
+class _BatchSampler:
+    """Samples the sequences of one batch into `outputs`."""
 
-    def __init__(self, engine: _Engine, task: _Task, sampled: _Sampled, batch: list[int]) -> None:
-        """`batch` [S] are numbers of prompts."""
-        self.engine, self.config, self.stops = engine, task.config, task.stops
-        self.prompts = [task.prompts[i] for i in batch]
-        self.sampler = Sampler(task.config, [task.numbers[i] for i in batch])
-        self.sampled, self.places = sampled, np.array(batch)
+    def __init__(
+        self, decoder: _Decoder, request: _Request, outputs: _Outputs, batch: list[int]
+    ) -> None:
+        """`batch`: prompt indices."""
+        self.decoder, self.config, self.stop_tokens = decoder, request.config, request.stop_tokens
+        self.prompts = [request.prompts[i] for i in batch]
+        self.sampler = Sampler(request.config, [request.sequence_ids[i] for i in batch])
+        self.outputs, self.prompt_index = outputs, np.array(batch)
 
-    def run(self, ask: Callable[[], None]) -> None:
-        """Samples until every sequence has ended; `ask` is called before each forward pass."""
-        ask()
-        prediction, cache = _prefill(self.engine, self.prompts)
-        rows = np.arange(len(self.prompts))
-        for number in range(self.config.max_new_tokens):
-            tokens = self._sample(prediction, rows, number)
-            running = ~self.sampled.finished[self.places[rows]]
-            if not running.any() or number + 1 == self.config.max_new_tokens:
+    def run(self, before_pass: Callable[[], None]) -> None:
+        """Sample until every sequence has ended; call `before_pass` before each forward pass."""
+        before_pass()
+        prediction, cache = _prefill(self.decoder, self.prompts)
+        rows = np.arange(len(self.prompts))  # [B] sequences of the batch still in the cache
+        for step in range(self.config.max_new_tokens):
+            tokens = self._sample(prediction, rows, step)
+            running = ~self.outputs.finished[self.prompt_index[rows]]
+            if not running.any() or step + 1 == self.config.max_new_tokens:
                 return
-            if running.mean() <= 1 - _LEAVE_SHARE:
-                keep = _survivors(running)
+            if running.mean() <= 1 - _COMPACT_SHARE:
+                keep = _compaction(running)
                 cache.select(keep)
                 rows, tokens = rows[keep], tokens[keep]
-            ask()
-            prediction = self.engine(tokens, cache)
+            before_pass()
+            prediction = self.decoder(tokens, cache)
 
-    def _sample(self, prediction: Prediction, rows: np.ndarray, number: int) -> np.ndarray:
+    def _sample(self, prediction: Prediction, rows: np.ndarray, step: int) -> np.ndarray:
+        """Sample and record token number `step` of the sequences `rows` [B]; return it [B]."""
         logits, experts = prediction
-        sampled, places = self.sampled, self.places[rows]
-        tokens, logprobs = self.sampler(logits, rows, number)
-        sampled.ids[places, number] = tokens
-        sampled.logprobs[places, number] = logprobs
-        if sampled.experts is not None:
-            sampled.experts[places, number] = np.stack(experts, 1)  # [B,L,K]
-        # Those that have finished before stay as they are until they leave the batch.
-        running = places[~sampled.finished[places]]
-        sampled.lengths[running] = number + 1
-        sampled.finished[running] = np.isin(sampled.ids[running, number], self.stops)
+        outputs, prompts = self.outputs, self.prompt_index[rows]
+        tokens, logprobs = self.sampler(logits, rows, step)
+        outputs.ids[prompts, step] = tokens
+        outputs.logprobs[prompts, step] = logprobs
+        if outputs.experts is not None:
+            outputs.experts[prompts, step] = np.stack(experts, 1)  # [B,L,K]
+        # Sequences that finished earlier are computed until the next compaction, and ignored.
+        running = prompts[~outputs.finished[prompts]]
+        outputs.lengths[running] = step + 1
+        outputs.finished[running] = np.isin(outputs.ids[running, step], self.stop_tokens)
         return tokens
 
 
-def _survivors(running: np.ndarray) -> np.ndarray:
-    """Numbers of the running of a batch [B]: the last ones fill the holes, so that few move."""
+def _compaction(running: np.ndarray) -> np.ndarray:
+    """Return the indices of the running sequences of a batch [B].
+
+    The last ones fill the gaps of the finished ones, so that the cache moves few sequences.
+    """
     left = np.flatnonzero(running)
     keep = np.arange(len(left))
     keep[~running[: len(left)]] = left[left >= len(left)]
     return keep
 
 
-def _prefill(engine: _Engine, prompts: list[Sequence[int]]) -> tuple[Prediction, _Cache]:
-    """What follows every prompt, and the filled cache; equal prompts are computed once."""
-    number: dict[tuple[int, ...], int] = {}
-    owner = np.array([number.setdefault(tuple(prompt), len(number)) for prompt in prompts])
-    (logits, experts), cache = engine.prefill(list(number))
-    if len(number) < len(prompts):
+def _prefill(decoder: _Decoder, prompts: list[Sequence[int]]) -> tuple[Prediction, _Cache]:
+    """Return the prediction after each prompt and the filled cache; equal prompts run once."""
+    unique: dict[tuple[int, ...], int] = {}
+    owner = np.array([unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts])
+    (logits, experts), cache = decoder.prefill(list(unique))
+    if len(unique) < len(prompts):
         cache.select(owner)
         logits, experts = logits[owner], [chosen[owner] for chosen in experts]
     return (logits, experts), cache
 
 
-class _OwnForward:
-    """The model's own forward pass, for what `Decoder` does not do."""
+class _PaddleDecoder:
+    """Decodes with the model's own forward pass, where `NumpyDecoder` cannot compute the model."""
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.model = model
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, KVCache]:
-        """What follows each prompt, and the cache to go on with."""
+        """Return the prediction after each prompt and the filled cache."""
         cache = self.model.new_cache(len(prompts))
         input_ids, document_ids = _right_padded(prompts)
         output = self.model.model(input_ids, document_ids=document_ids, kv_cache=cache)
@@ -319,7 +341,7 @@ class _OwnForward:
         return self._prediction(paddle.gather(output.hidden, last), experts), cache
 
     def __call__(self, tokens: np.ndarray, cache: KVCache) -> Prediction:
-        """Appends `tokens` [B] to the sequences of `cache`."""
+        """Append `tokens` [B] to the sequences of `cache` and predict the next ones."""
         output = self.model.model(paddle.to_tensor(tokens[:, None]), kv_cache=cache)
         return self._prediction(output.hidden, [stats.expert_ids for stats in output.router_stats])
 
@@ -329,10 +351,11 @@ class _OwnForward:
 
 
 def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return input ids and document ids, each [B, longest prompt]; document id 0 is padding."""
     width = max(len(prompt) for prompt in prompts)
     ids = np.zeros((len(prompts), width), np.int64)
-    real = np.zeros_like(ids)
+    document_ids = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
-        real[row, : len(prompt)] = 1
-    return paddle.to_tensor(ids), paddle.to_tensor(real)
+        document_ids[row, : len(prompt)] = 1
+    return paddle.to_tensor(ids), paddle.to_tensor(document_ids)

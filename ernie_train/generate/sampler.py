@@ -1,4 +1,4 @@
-"""Picks the next token of every sequence from its logits.
+"""Sample the next token of every sequence from its logits.
 
 Shapes: B sequences still running, V vocabulary, S sequences at the start.
 """
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_BLOCK = 64  # tokens whose probabilities are summed before the cumulative sum, which is slow
+# For 64 x 4096 numbers numpy's cumulative sum takes 0.93 ms, sums of 64 neighbours take 0.12. So
+# blocks of this many tokens are summed, and sums are accumulated over the blocks and within the one
+# block that is hit.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,21 @@ class SamplingConfig:
 
 
 class Sampler:
-    """One uniform number a token and sequence decides; greedy needs none."""
+    """Samples with one uniform random number per token and sequence; greedy decoding uses none."""
 
-    def __init__(self, config: SamplingConfig, indices: Sequence[int]) -> None:
-        """`indices` [S] number the sequences: with the seed they alone choose the numbers."""
+    def __init__(self, config: SamplingConfig, sequence_ids: Sequence[int]) -> None:
+        """`sequence_ids` [S]: with the seed, they alone determine the random numbers."""
         self.config = config
         if config.temperature > 0:
-            generators = (np.random.Philox(key=[config.seed, i]) for i in indices)
+            generators = (np.random.Philox(key=[config.seed, i]) for i in sequence_ids)
             draws = [np.random.Generator(g).random(config.max_new_tokens) for g in generators]
             self.uniform = np.stack(draws)  # [S, max_new_tokens]
 
     def __call__(self, logits: np.ndarray, rows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
-        """Picks token number `step` of the sequences `rows` [B] of `indices`.
+        """Sample token number `step` of the sequences `rows` [B] of `sequence_ids`.
 
-        logits [B,V] float32 -> tokens [B] and their logprobs [B] float32, under the temperature but
-        before top-k and top-p cut the distribution; greedy ones under temperature 1.
+        logits [B,V] float32 -> tokens [B] and their logprobs [B] float32, at the temperature but
+        before top-k and top-p truncate the distribution; greedy: at temperature 1.
         """
         if self.config.temperature not in (0.0, 1.0):
             logits = logits / self.config.temperature
@@ -60,11 +63,11 @@ class Sampler:
         if self.config.temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            tokens = sample(self._cut(mass, total), self.uniform[rows, step])
+            tokens = sample(self._truncate(mass, total), self.uniform[rows, step])
         return tokens, shifted[np.arange(len(tokens)), tokens] - np.log(total)
 
-    def _cut(self, mass: np.ndarray, total: np.ndarray) -> np.ndarray:
-        """mass [B,V] of sum `total` [B], zero where top-k and top-p cut the tail."""
+    def _truncate(self, mass: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Return `mass` [B,V], of sum `total` [B], with the tail beyond top-k and top-p at zero."""
         if self.config.top_p == 1 and not self.config.top_k:
             return mass
         probs = mass / total[:, None]
@@ -80,9 +83,9 @@ class Sampler:
 
 
 def sample(probs: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Inverts the cumulative distribution of each row, block by block and then within the block.
+    """Return a token per row by inverting its cumulative distribution.
 
-    probs [B,V] need not sum to 1; uniform [B] in [0, 1). Returns tokens [B], none of mass zero.
+    probs [B,V] need not sum to 1; uniform [B] in [0, 1) -> tokens [B], none of probability zero.
     """
     batch, size = probs.shape
     if size % _BLOCK:
@@ -98,6 +101,9 @@ def sample(probs: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 
 
 def _first_above(cumulative: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """The first place of each row above `threshold`, which rounding may lift to the total."""
+    """Return the first index of each row whose value exceeds `threshold`.
+
+    The threshold is kept below the row's total, to which rounding may lift it.
+    """
     below_total = np.nextafter(cumulative[:, -1], 0.0)
     return (cumulative <= np.minimum(threshold, below_total)[:, None]).sum(-1)

@@ -1,4 +1,4 @@
-"""Work that all ranks know, done by each for its share; every rank has all results then."""
+"""Generate and score on all ranks: each takes a share of the same work and gets all results."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ def generate_sharded(
     on_progress: Callable[[int], None] = lambda done: None,
     **settings: Any,
 ) -> list[Completion]:
-    """`generation.generate`, whose `settings` these are, with the prompts dealt out by length.
+    """Run `generate` with `settings` on all ranks, each for a part of the prompts.
 
-    Equal prompts stay together, and each sequence has the random numbers that it has on one rank.
-    Raises `Interrupted` on all ranks when a stop is asked for on one.
+    Equal prompts stay on one rank, and a sequence has the same random numbers on any number of
+    ranks. Raises `Interrupted` on all ranks when a stop is requested on one.
     """
     ranks = process_group.world_size()
     if ranks == 1:
         return generate(
             model, prompts, stop_requested=stop_requested, on_progress=on_progress, **settings
         )
-    mine = _hands(prompts, ranks)[process_group.rank()]
+    mine = _partition(prompts, ranks)[process_group.rank()]
     with Lockstep(model, stop_requested) as lockstep:
-        found = generate(
+        completions = generate(
             model,
-            [prompts[at] for at in mine],
-            numbers=mine,
-            stop_requested=lockstep.next_pass,  # asked once before each forward pass
+            [prompts[i] for i in mine],
+            sequence_ids=mine,
+            stop_requested=lockstep.next_pass,  # called once before each forward pass
             on_progress=lambda done: on_progress(min(len(prompts), done * ranks)),
             **settings,
         )
-    by_number: dict[int, Completion] = {}
-    for part in process_group.all_gather_objects(dict(zip(mine, found, strict=True))):
-        by_number |= part
-    return [by_number[at] for at in range(len(prompts))]
+    by_prompt: dict[int, Completion] = {}
+    for part in process_group.all_gather_objects(dict(zip(mine, completions, strict=True))):
+        by_prompt |= part
+    return [by_prompt[i] for i in range(len(prompts))]
 
 
-def _hands(prompts: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
-    """The prompts of each rank by number; those that are equal in one hand."""
-    same: dict[tuple[int, ...], list[int]] = {}
-    for at, prompt in enumerate(prompts):
-        same.setdefault(tuple(prompt), []).append(at)
-    groups = list(same.values())
-    # What a sequence costs beyond its prompt is not known before it is sampled: each counts alike.
-    sizes = [sum(len(prompts[at]) for at in group) for group in groups]
-    hands = process_group.partition_by_size(sizes, ranks)
-    return [[at for group in hand for at in groups[group]] for hand in hands]
+def _partition(prompts: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
+    """Return the prompt indices of each rank, balanced by prompt tokens."""
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        equal.setdefault(tuple(prompt), []).append(i)
+    groups = list(equal.values())
+    # The length of a completion is not known before it is sampled, so all count alike.
+    sizes = [sum(len(prompts[i]) for i in group) for group in groups]
+    parts = process_group.partition_by_size(sizes, ranks)
+    return [[i for group in part for i in groups[group]] for part in parts]
 
 
 def score_sharded(
@@ -67,10 +67,10 @@ def score_sharded(
     *,
     stop_requested: Callable[[], bool],
 ) -> list[R]:
-    """`score` of all items, in their order; each rank grades its share.
+    """Apply `score` to all items, each rank to its share; return the scores in item order.
 
-    Raises `Interrupted` on all ranks when a stop is asked for on one: what was not scored any more
-    must not pass for a result.
+    Raises `Interrupted` on all ranks when a stop is requested on one: scores of items that were
+    skipped after it must not be taken for results.
     """
     scores: Sequence[R] = []
     with consensus.fail_together():

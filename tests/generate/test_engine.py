@@ -131,7 +131,7 @@ def test_equal_prompts_are_computed_once_and_sampled_apart(
 ):
     if own_forward:
         monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
-    engine = generate_engine._OwnForward if own_forward else generate_engine.Decoder
+    engine = generate_engine._PaddleDecoder if own_forward else generate_engine.NumpyDecoder
     computed = []
     prefill = engine.prefill
     monkeypatch.setattr(
@@ -153,19 +153,19 @@ def test_equal_prompts_are_computed_once_and_sampled_apart(
 
 def test_finished_sequences_leave_the_batch(model, prompts, monkeypatch):
     batches = []
-    step = generate_engine.Decoder.__call__
+    step = generate_engine.NumpyDecoder.__call__
 
     def counted(self, tokens, cache):
         batches.append(len(tokens))
         return step(self, tokens, cache)
 
-    monkeypatch.setattr(generate_engine.Decoder, "__call__", counted)
+    monkeypatch.setattr(generate_engine.NumpyDecoder, "__call__", counted)
     settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "eos_token_id": [5, 6, 7, 8]}
     completions = generate(model, prompts * 4, **settings)
     # With 20 sequences the cache is repacked when 3 of them are done: 1/8 of the batch.
     running = [sum(len(c.ids) > n for c in completions) for n in range(1, len(batches) + 1)]
     for left, batch in zip(running, batches, strict=True):
-        assert left <= batch <= left / (1 - generate_engine._LEAVE_SHARE)
+        assert left <= batch <= left / (1 - generate_engine._COMPACT_SHARE)
     assert len(set(batches)) > 3
 
 

@@ -68,7 +68,7 @@ def gone(pids):
     [
         {},
         {"temperature": 0.0},
-        {"batch_size": 25, "numbers": range(100, 127)},
+        {"batch_size": 25, "sequence_ids": range(100, 127)},
         {"top_p": 0.8, "top_k": 20, "temperature": 0.7},
     ],
 )
@@ -232,26 +232,26 @@ def test_matrix_products_take_one_thread_meanwhile(model, prompts, threads):
         assert set(seen) == {1} and get() == 2
 
 
-@pytest.mark.parametrize("hands", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("sizes", [[64], [8, 8, 8], [8] * 17, [1] * 13, [7, 3, 1, 9, 2]])
-def test_shares_are_even_and_cut_few_groups(sizes, hands):
+def test_the_partition_is_even_and_splits_few_groups(sizes, processes):
     rng = np.random.default_rng(0)
     distinct = sorted((rng.integers(3, 96, n).tolist() for n in rng.integers(3, 90, 20)), key=len)
     prompts = [p for p, size in zip(distinct, sizes, strict=False) for _ in range(size)]
-    shares = generate_engine._shares(prompts, hands, 1000)
-    assert sorted(i for share in shares for batch in share for i in batch) == list(
+    batches = generate_engine._partition(prompts, processes, 1000)
+    assert sorted(i for of_process in batches for batch in of_process for i in batch) == list(
         range(len(prompts))
     )
-    (counts,) = {tuple(sum(map(len, share)) for share in shares)}
+    (counts,) = {tuple(sum(map(len, of_process)) for of_process in batches)}
     assert max(counts) - min(counts) <= 1
     owners = {}
-    for number, share in enumerate(shares):
-        for batch in share:
+    for process, of_process in enumerate(batches):
+        for batch in of_process:
             assert [len(prompts[i]) for i in batch] == sorted(len(prompts[i]) for i in batch)
             for i in batch:
-                owners.setdefault(tuple(prompts[i]), set()).add(number)
-    assert sum(len(found) > 1 for found in owners.values()) <= hands - 1
-    tokens = [sum(len(prompts[i]) for batch in share for i in batch) for share in shares]
-    if len(sizes) > 2 * hands:
+                owners.setdefault(tuple(prompts[i]), set()).add(process)
+    assert sum(len(found) > 1 for found in owners.values()) <= processes - 1
+    tokens = [sum(len(prompts[i]) for batch in of_process for i in batch) for of_process in batches]
+    if len(sizes) > 2 * processes:
         assert max(tokens) - min(tokens) <= 90 * max(sizes)
-    assert generate_engine._shares(prompts, hands, 1000) == shares
+    assert generate_engine._partition(prompts, processes, 1000) == batches

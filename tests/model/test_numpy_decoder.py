@@ -7,7 +7,7 @@ import paddle
 import pytest
 
 from ernie_train.model import LocalDispatcher, numpy_decoder, numpy_layers
-from ernie_train.model.numpy_decoder import Decoder, can_decode
+from ernie_train.model.numpy_decoder import NumpyDecoder, can_decode
 from tests.small_models import VARIANTS, make_model
 
 PROMPT_LENGTHS = (5, 40, 3, 17)
@@ -36,7 +36,7 @@ def test_equals_the_uncached_model(name):
     assert can_decode(model)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(1, 96, n).tolist() for n in PROMPT_LENGTHS]
-    decoder = Decoder(model)
+    decoder = NumpyDecoder(model)
     _, cache = decoder.prefill(sequences)
     capacities = []
     for step in range(STEPS):
@@ -69,7 +69,7 @@ def test_prefill_equals_the_uncached_model(name, small_kernel, monkeypatch):
     model = make_model(**CASES[name])
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 96, n).tolist() for n in (3, 3, 17, 20, 18, 90, 5)]
-    decoder = Decoder(model)
+    decoder = NumpyDecoder(model)
     (logits, experts), cache = decoder.prefill(prompts)
     assert cache.lengths.tolist() == [len(prompt) for prompt in prompts]
     assert len(experts) == sum(layer.is_moe for layer in model.model.layers)
@@ -107,7 +107,7 @@ def test_products_are_those_of_float64(size, columns, rows, small_kernel, monkey
     weight = rng.normal(size=(size, columns)).astype(np.float32)
     bias = rng.normal(size=columns).astype(np.float32)
     expected = x.astype(np.float64) @ weight + bias
-    y = numpy_layers.Product(weight, bias)(x)
+    y = numpy_layers.NumpyLinear(weight, bias)(x)
     assert y.shape == (rows, columns)
     np.testing.assert_allclose(y, expected, atol=1e-6 * size + 1e-5)
 
@@ -124,7 +124,7 @@ def test_experts_equal_the_layer_under_any_load(bias):
     x = np.random.default_rng(4).normal(size=(50, 32)).astype(np.float32)
     expected, _, ids, _ = moe(paddle.to_tensor(x))
     assert (ids.numpy() == 0).any(1).all() == bool(bias)
-    output, chosen = numpy_layers.Experts(moe)(x)
+    output, chosen = numpy_layers.NumpyMoE(moe)(x)
     np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)
     assert (np.sort(chosen) == np.sort(ids.numpy())).all()
 
@@ -146,7 +146,7 @@ def test_positions_follow_the_base_of_the_model():
     model = make_model()
     model.set_rope_theta(100.0)
     prompt = [4, 8, 15, 16]
-    decoder = Decoder(model)
+    decoder = NumpyDecoder(model)
     _, cache = decoder.prefill([prompt])
     logits, _ = decoder(np.array([23]), cache)
     expected, _ = uncached(model, [*prompt, 23])
@@ -158,7 +158,7 @@ def test_positions_follow_the_base_of_the_model():
 @paddle.no_grad()
 def test_a_cache_of_another_base_is_refused():
     model = make_model()
-    _, cache = Decoder(model).prefill([[5, 6, 7]])
+    _, cache = NumpyDecoder(model).prefill([[5, 6, 7]])
     model.set_rope_theta(2 * model.config.rope_theta)
     with pytest.raises(ValueError, match="the cache was made under rope_theta="):
-        Decoder(model)(np.array([8]), cache)
+        NumpyDecoder(model)(np.array([8]), cache)
