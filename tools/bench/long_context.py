@@ -21,21 +21,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.bench.protocol import ROOT, random_batch
+
 LENGTHS = (4096, 8192, 16384, 32768)
 PACKED = (32768, 512)
 MIB = 1024
 
 
 def peak_kib() -> int:
-    """The high-water mark of this process's resident memory."""
+    """Return the high-water mark of this process's resident memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     # Not getrusage: its mark counts what the parent held when it started this process.
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Runs one forward and backward pass over `length` tokens in documents of `document`."""
+    """Run one forward and backward pass over `length` tokens in documents of `document`."""
     import numpy as np
 
     # The package's import sets the processor up, before Paddle is imported.
@@ -54,15 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     loss_fn = PackedLoss("tokens")
 
     def batch_of(tokens: int, document: int) -> Batch:
-        ids = np.random.default_rng(0).integers(1, config.vocab_size, (1, tokens + 1))
-        places = np.arange(tokens)[None]
-        return Batch(
-            input_ids=ids[:, :-1],
-            labels=ids[:, 1:],
-            position_ids=places % document,
-            document_ids=places // document + 1,
-            loss_mask=np.ones((1, tokens), np.float32),
-        )
+        return random_batch(np.random.default_rng(0), config.vocab_size, 1, tokens, document)
 
     loss_fn(model, batch_of(256, 256)).terms[0].sum.backward()  # first calls load libraries
     batch = batch_of(length, document)
@@ -75,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace, length: int, document: int) -> dict[str, Any]:
-    """`measure` in a fresh process."""
+    """Run `measure` in a fresh process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": str(options.threads)}
     command = [sys.executable, "-m", "tools.bench.long_context", "--preset", options.preset]
@@ -87,7 +80,7 @@ def run(options: argparse.Namespace, length: int, document: int) -> dict[str, An
 
 
 def print_table(options: argparse.Namespace) -> None:
-    """Measures and prints line by line."""
+    """Measure and print line by line."""
     kept = "layers recomputed" if options.recompute else "activations kept"
     print(f"preset {options.preset}, float32, {options.threads} thread(s), {kept}")
     header = ("tokens", "document", "peak MiB", "over base", "ratio", "seconds", "cpu s", "ratio")

@@ -1,6 +1,6 @@
 """Two programs that take turns: JSON objects, one a line, over standard input and output.
 
-Only the standard library is used: both sides of a benchmark import this, each from its own
+Only the standard library is imported here: both sides of a benchmark import this, each from its own
 virtual environment.
 """
 
@@ -13,14 +13,19 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+    from ernie_train.data import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
 Handler = Callable[[Any], dict[str, Any]]
 
 
 def serve(handlers: Mapping[str, Handler], unsupported: tuple[type[Exception], ...]) -> None:
-    """Answers requests {"name of a handler": argument} until standard input ends.
+    """Answer requests {"name of a handler": argument} until standard input ends.
 
     An exception in `unsupported` is answered as {"error": reason}; any other ends the process.
     """
@@ -50,7 +55,7 @@ class Side:
         )
 
     def try_ask(self, **request: Any) -> dict[str, Any]:
-        """Sends {name: argument} and waits for the answer, which may be {"error": reason}."""
+        """Send {name: argument} and wait for the answer, which may be {"error": reason}."""
         if self.process.stdin is None or self.process.stdout is None:
             raise RuntimeError("the process was started without pipes")
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -61,7 +66,7 @@ class Side:
         return answer
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Like `try_ask`; an error of the other side is a `RuntimeError` here."""
+        """Ask like `try_ask`; an error of the other side is a `RuntimeError` here."""
         answer = self.try_ask(**request)
         if "error" in answer:
             raise RuntimeError(f"{request}: {answer['error']}")
@@ -81,3 +86,23 @@ class Side:
         if kind is not None:
             self.process.terminate()
         self.process.wait()
+
+
+def random_batch(
+    random: Generator, vocab_size: int, rows: int, length: int, document: int | None = None
+) -> Batch:
+    """Return rows of random tokens for our side, packed from documents of `document` tokens."""
+    import numpy as np
+
+    from ernie_train.data import Batch
+
+    ids = random.integers(1, vocab_size, (rows, length + 1))
+    places = np.tile(np.arange(length), (rows, 1))
+    document = document or length
+    return Batch(
+        input_ids=ids[:, :-1],
+        labels=ids[:, 1:],
+        position_ids=places % document,
+        document_ids=places // document + 1,
+        loss_mask=np.ones((rows, length), np.float32),
+    )

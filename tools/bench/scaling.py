@@ -1,4 +1,4 @@
-"""What a second rank is worth on two cores, and what more experts cost.
+"""Speed and memory of a second rank on two cores, and the cost of more experts.
 
     python -m tools.bench.scaling [--rounds 5] [--only ranks|experts]
 
@@ -90,7 +90,7 @@ class Ranks:
         self._held.__exit__(*error)
 
     def ask(self, **request: Any) -> list[dict[str, Any]]:
-        """The answers of all ranks."""
+        """Return the answers of all ranks."""
         return list(self._threads.map(lambda side: side.ask(**request), self._sides))
 
     def run(self, steps: int) -> None:
@@ -120,7 +120,7 @@ class Ranks:
 
 
 def environments(layout: Layout) -> list[dict[str, str]]:
-    """What Paddle's launcher would tell each rank."""
+    """Return the environment that Paddle's launcher gives each rank."""
     common = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": str(layout.threads)}
     common["PYTHONPATH"] = str(ROOT)
     if layout.ranks == 1:
@@ -148,7 +148,7 @@ def free_port() -> int:
 
 
 def measure(layouts: list[Layout], rounds: int, steps: int, held: ExitStack) -> list[Ranks]:
-    """All layouts in turn, `rounds` times; they stay loaded and idle between their turns."""
+    """Run all layouts in turn, `rounds` times; they stay loaded and idle between their turns."""
     sides = [held.enter_context(Ranks(layout)) for layout in layouts]
     for number in range(rounds):
         for side in sides:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.bench.protocol import serve
+from tools.bench.protocol import random_batch, serve
 
 if TYPE_CHECKING:
     from ernie_train.train.loss_terms import LossOutput
@@ -62,7 +62,7 @@ class Rank:
         }
 
     def memory(self, _: Any) -> dict[str, float]:
-        """Bytes: resident and tensors at the peak, and what each kind of parameter takes."""
+        """Return bytes: resident and tensors at the peak, and those of each kind of parameter."""
         from paddle.base import core
 
         from ernie_train.model import is_expert_parameter
@@ -78,19 +78,11 @@ class Rank:
         }
 
     def _step(self) -> float:
-        import numpy as np
-
-        from ernie_train.data import Batch
-
-        places = np.tile(np.arange(LENGTH), (ROWS, 1))
-        micro_batches = []
-        for _ in range(MICRO_BATCHES):
-            ids = self.random.integers(1, self.config.vocab_size, (ROWS, LENGTH + 1))
-            ones = np.ones((ROWS, LENGTH))
-            micro_batches.append(
-                Batch(ids[:, :-1], ids[:, 1:], places, ones.astype("int64"), ones.astype("float32"))
-            )
-        return self.trainer.train_step(micro_batches, self.loss, sys.maxsize).metrics["loss"]
+        batches = [
+            random_batch(self.random, self.config.vocab_size, ROWS, LENGTH)
+            for _ in range(MICRO_BATCHES)
+        ]
+        return self.trainer.train_step(batches, self.loss, sys.maxsize).metrics["loss"]
 
     def _time_updates(self) -> None:
         update = self.trainer.optimizer.step
@@ -127,7 +119,7 @@ class CountingLoss:
 
 
 def sent_bytes() -> int:
-    """Bytes of rows that have left this rank."""
+    """Return the bytes of rows that have left this rank."""
     from ernie_train.core import process_group
     from ernie_train.parallel.collectives import get_collectives
 
@@ -135,7 +127,7 @@ def sent_bytes() -> int:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
+    """Return VmRSS or VmHWM of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tools.bench import versus
-from tools.bench.protocol import Side
+from tools.bench.protocol import Side, random_batch
 from tools.bench.versus import MODEL, Bench, Ours, Work
 
 if TYPE_CHECKING:
@@ -54,18 +54,7 @@ class OurTraining(Ours):
         return {"losses": [self._step(*request["batch"]) for _ in range(request["steps"])]}
 
     def _step(self, rows: int, length: int) -> float:
-        import numpy as np
-
-        from ernie_train.data import Batch
-
-        ids = self.random.integers(1, self.vocab_size, (rows, length + 1))
-        batch = Batch(
-            input_ids=ids[:, :-1],
-            labels=ids[:, 1:],
-            position_ids=np.tile(np.arange(length), (rows, 1)),
-            document_ids=np.ones((rows, length), np.int64),
-            loss_mask=np.ones((rows, length), np.float32),
-        )
+        batch = random_batch(self.random, self.vocab_size, rows, length)
         return self.trainer.train_step([batch], self.loss_fn, sys.maxsize).metrics["loss"]
 
 

@@ -31,7 +31,7 @@ _MAX_DRAWS_PER_ROW = 60
 
 
 def split_of(task: Task, item: Item, splits: Iterable[str]) -> str:
-    """The split that a problem belongs to, by the hash of its key."""
+    """Return the split that a problem belongs to, by the hash of its key."""
     names = list(splits)
     if len(names) == 1:
         return names[0]
@@ -45,12 +45,12 @@ def split_of(task: Task, item: Item, splits: Iterable[str]) -> str:
 
 
 def prompt_identity(row: dict[str, Any]) -> str:
-    """What the model is shown: no two rows of a task, of any split, have the same."""
+    """Return the prompt and tools; no two rows of a task, of any split, have the same."""
     return json.dumps([row["messages"][0]["content"], row.get("tools")], sort_keys=True)
 
 
 def build_task(task: Task, sizes: dict[str, int], seed: int = SEED) -> dict[str, list[Item]]:
-    """Problems of one task for every split.
+    """Return problems of one task for every split.
 
     Raises RuntimeError if the generator cannot fill the splits with different prompts.
     """
@@ -81,7 +81,7 @@ def rows_of_split(
     seed: int = SEED,
     verifiable_train: bool = False,
 ) -> list[dict[str, Any]]:
-    """The rows of a split; those of `collected` are of the problems of `train`."""
+    """Return the rows of a split; those of `collected` are of the problems of `train`."""
     if split != COLLECTED:
         verifiable = verifiable_train or split != "train"
         return [to_row(task, item, verifiable=verifiable) for item in items[split]]
@@ -90,18 +90,18 @@ def rows_of_split(
 
 
 def interleave(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Takes turns between tasks, so that the first rows of a file show all of them."""
+    """Take turns between tasks, so that the first rows of a file show all of them."""
     longest = max(map(len, groups))
     return [group[i] for i in range(longest) for group in groups if i < len(group)]
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """One line of JSON without spaces that carry no meaning."""
+    """Return one line of JSON without spaces that carry no meaning."""
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes every file and prints its size."""
+    """Write every file and print its size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data"))
     parser.add_argument("--seed", type=int, default=SEED)

@@ -51,10 +51,10 @@ MIN_TOKENS = len(VALUES) * FACT_TOKENS + LIST_TOKENS + 1
 
 @dataclass(frozen=True)
 class Needle:
-    """A fact of a text: the word at position `told_at` is to be predicted at `asked_at`."""
+    """A fact of a text: the word at position `stated_at` is to be predicted at `asked_at`."""
 
     category: str
-    told_at: int
+    stated_at: int
     asked_at: int  # position of the category's name in the list; the answer follows it
 
 
@@ -72,7 +72,7 @@ class NeedleText:
 
 
 def make_text(rng: random.Random, num_tokens: int) -> NeedleText:
-    """A text that has `num_tokens` tokens with the eos that follows it.
+    """Return a text of `num_tokens` tokens with the eos that follows it.
 
     Raises ValueError below `MIN_TOKENS`.
     """
@@ -86,18 +86,18 @@ def make_text(rng: random.Random, num_tokens: int) -> NeedleText:
         filler -= len(sentences[-1])
     rng.shuffle(sentences)
     words = [word for sentence in sentences for word in sentence]
-    told = {words[i + 1]: i + 3 for i in range(len(words) - 2) if words[i + 2] == "is"}
+    stated = {words[i + 1]: i + 3 for i in range(len(words) - 2) if words[i + 2] == "is"}
     words += ["So", ":"]
     needles = []
     for category in rng.sample(list(chosen), len(chosen)):
-        needles.append(Needle(category, told[category], len(words)))
+        needles.append(Needle(category, stated[category], len(words)))
         words += [category, chosen[category], ","]
     words[-1] = "."
     return NeedleText(words, needles)
 
 
 def _sentence(rng: random.Random) -> list[str]:
-    """The lamp of the quiet farmer stands under the tower."""
+    """Return words such as "The lamp of the quiet farmer stands under the tower."."""
     nouns = FILLER_WORDS["noun"]
     thing, owner, place = rng.choice(nouns), rng.choice(nouns), rng.choice(nouns)
     adjective, verb, where = (
@@ -107,14 +107,14 @@ def _sentence(rng: random.Random) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a text can hold, sorted, without punctuation."""
+    """Return every word that a text can hold, sorted, without punctuation."""
     lists = [*VALUES.values(), *FILLER_WORDS.values()]
     grammar = {"The", "the", "of", "is", "So"}
     return sorted({*VALUES, *grammar, *(word for words in lists for word in words)})
 
 
 def make_tokenizer(directory: Path) -> Tokenizer:
-    """A tokenizer of the fewest pieces (by steps of 16) that has every word as one piece."""
+    """Train a tokenizer of the fewest pieces (by steps of 16) that has every word as one piece."""
     words = vocabulary()
     for vocab_size in range(16 * (len(words) // 16) + 512, 2048, 16):
         try:
@@ -127,7 +127,7 @@ def make_tokenizer(directory: Path) -> Tokenizer:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes OUT/train/texts_<tokens>.jsonl and OUT/tokenizer."""
+    """Write OUT/train/texts_<tokens>.jsonl and OUT/tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/needles"))
     parser.add_argument("--seed", type=int, default=SEED)

@@ -16,7 +16,7 @@ from ernie_train.data import Record, read_records, render_chat, train_tokenizer
 
 
 def texts_of(record: Record) -> Iterator[str]:
-    """The text of one row as a model reads it; both sides of a preference pair."""
+    """Yield the text of one row as a model reads it; both sides of a preference pair."""
     if record.text is not None:
         yield record.text
         return

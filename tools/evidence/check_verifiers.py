@@ -64,7 +64,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def gsm8k_cases(directory: Path) -> Iterator[Case]:
-    """The solution, its boxed number and its number in a sentence; numbers close to it."""
+    """Try the solution, its boxed number and its number in a sentence; numbers close to it."""
     for row in read_jsonl(directory / "train.jsonl"):
         solution, number = row["answer"], row["answer"].rpartition("####")[2].strip()
         value = int(number.replace(",", ""))
@@ -77,7 +77,7 @@ def gsm8k_cases(directory: Path) -> Iterator[Case]:
 
 
 def folio_cases(directory: Path) -> Iterator[Case]:
-    """The label by both names of the third; the other labels, hedging and denial."""
+    """Try the label by both names of the third; the other labels, hedging and denial."""
     labels = ("True", "False", "Unknown")
     for row in read_jsonl(directory / "train.jsonl"):
         label = row["label"]
@@ -91,7 +91,7 @@ def folio_cases(directory: Path) -> Iterator[Case]:
 
 
 def knights_knaves_cases(directory: Path) -> Iterator[Case]:
-    """Both texts of the solution, in order and reversed; each person's role turned round."""
+    """Try both texts of the solution, in order and reversed; each person's role turned round."""
     for row in (row for file in sorted(directory.glob("*.jsonl")) for row in read_jsonl(file)):
         people = dict(zip(row["names"], row["solution"], strict=True))
         listed = row["solution_text_format"]
@@ -159,7 +159,7 @@ def _tested(row: Row) -> str:
 
 
 def program_cases(problems: list[Problem]) -> Iterator[Case]:
-    """The solution; that of the next problem under this one's name, and one changed solution."""
+    """Try the solution; that of the next problem under this one's name, and a changed solution."""
     with ThreadPoolExecutor(_THREADS) as pool:
         mutants = pool.map(_broken_mutant, problems)
         swapped = pool.map(_swapped, problems, problems[1:] + problems[:1])
@@ -218,7 +218,7 @@ def _mutate(node: ast.AST, draw: random.Random) -> None:
 
 
 def bfcl_cases(directory: Path) -> Iterator[Case]:
-    """The allowed call; calls that differ in a value, an argument or the name, or in number."""
+    """Try the allowed call; calls that differ in a value, an argument or the name, or in number."""
     for answer in read_jsonl(directory / "simple_python.answers.jsonl"):
         calls = [
             {"name": name, "arguments": arguments}

@@ -113,7 +113,7 @@ def find_needles(
         asked = [row * ids.shape[1] + needle.asked_at for row, needle in found]
         top = model.logits(paddle.gather(hidden, paddle.to_tensor(asked))).numpy().argmax(-1)
     return [
-        (needle.asked_at - needle.told_at, bool(token == ids[row, needle.told_at]))
+        (needle.asked_at - needle.stated_at, bool(token == ids[row, needle.stated_at]))
         for token, (row, needle) in zip(top, found, strict=True)
     ]
 

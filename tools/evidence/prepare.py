@@ -1,4 +1,4 @@
-"""What a sweep needs before its first run, and arms that continue from another arm's run.
+"""Data and starts of sweeps, and arms that continue from another arm's run.
 
 `PREPARE` makes data and starts once, and returns the figures of the starts; `DERIVED` returns the
 overrides of an arm from the run directory of another one with the same seed.
@@ -127,7 +127,7 @@ def continued_sft(run_dir: Path) -> list[str]:
     if done is None:
         raise ValueError(f"{directory} is not finished")
     rest = sum(seconds.values()) - seconds[name]
-    # A warm restart from half the rate: the checkpoint stands at the end of a cosine.
+    # A warm restart from half the rate: the checkpoint is from the end of a cosine.
     optim = {**sft["optim"], "lr": sft["optim"]["lr"] / 2}
     steps = max(1, round(sft["steps"] * rest / seconds[name]))
     start = directory / "checkpoints" / done.result["checkpoint"]

@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"(?<![\d.])-?\d+(?:\.\d+)?")
 
 
 def mentions(row: dict[str, Any], completion: str) -> float:
-    """1 where the gold number stands anywhere in the completion, its thinking part included.
+    """Return 1 if the gold number is anywhere in the completion, its thinking part included.
 
     As a check for the right answer it looks harmless: the worked steps of a solved problem end with
     that number. It can be exploited by writing down many numbers, without solving anything.
@@ -19,6 +19,6 @@ def mentions(row: dict[str, Any], completion: str) -> float:
 
 
 def coin(row: dict[str, Any], completion: str) -> float:
-    """0 or 1 by chance, the same whenever the same completion of a problem is graded."""
+    """Return 0 or 1 by chance, the same whenever the same completion of a problem is graded."""
     text = f"{row['messages'][0]['content']}\0{completion}"
     return float(hashlib.sha256(text.encode()).digest()[0] & 1)

@@ -58,7 +58,7 @@ class Derived(StrictConfig):
 
 
 class Sweep(StrictConfig):
-    """A sweep file. In values of `shared` and `arms`, `{out}` stands for the output directory."""
+    """A sweep file. In values of `shared` and `arms`, `{out}` is the output directory."""
 
     recipe: str
     seeds: list[int]

@@ -25,7 +25,7 @@ class Minus(StrictConfig):
 class Cell(StrictConfig):
     """Fields of a cell; a row and a column each give some, and the row's win.
 
-    `key` names a figure of a result; in it, and in `text`, the names in `names` stand in braces.
+    `key` names a figure of a result; it and `text` may have the names in `names` in braces.
     """
 
     arm: str | None = None

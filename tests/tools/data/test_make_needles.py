@@ -30,13 +30,17 @@ def test_a_text_has_the_tokens_asked_for(tokenizer: Tokenizer, num_tokens: int) 
         assert [tokenizer.decode([token]) for token in ids] == pieces
 
 
-def test_every_category_is_told_once_and_asked_once() -> None:
+def test_every_category_is_stated_once_and_asked_once() -> None:
     for made in texts(200):
         assert sorted(needle.category for needle in made.needles) == sorted(VALUES)
         for needle in made.needles:
-            answer = made.words[needle.told_at]
+            answer = made.words[needle.stated_at]
             assert answer in VALUES[needle.category]
-            assert made.words[needle.told_at - 3 : needle.told_at] == ["The", needle.category, "is"]
+            assert made.words[needle.stated_at - 3 : needle.stated_at] == [
+                "The",
+                needle.category,
+                "is",
+            ]
             asked = made.words[needle.asked_at : needle.asked_at + 2]
             assert asked == [needle.category, answer]
             assert made.words.count(answer) == 2
@@ -52,19 +56,19 @@ def test_no_word_means_two_things() -> None:
 def test_facts_stand_anywhere_in_the_text() -> None:
     """Depths are about uniform: each tenth of the place before the list has its share of them."""
     made = texts(512, 400)
-    depths = [needle.told_at / text.words.index("So") for text in made for needle in text.needles]
+    depths = [needle.stated_at / text.words.index("So") for text in made for needle in text.needles]
     for tenth in range(10):
         share = sum(tenth / 10 <= depth < (tenth + 1) / 10 for depth in depths) / len(depths)
         # 2400 draws, those of one text nearly independent: 0.1 has a deviation of 0.006.
         assert share == pytest.approx(0.1, abs=0.03)
 
 
-def test_the_order_of_the_list_tells_nothing() -> None:
+def test_the_order_of_the_list_gives_no_hint() -> None:
     made = texts(MIN_TOKENS, 300)
     in_order = 0
     for text in made:
-        told = [needle.told_at for needle in text.needles]
-        in_order += told == sorted(told)
+        stated = [needle.stated_at for needle in text.needles]
+        in_order += stated == sorted(stated)
     assert in_order / len(made) < 0.02  # by chance 1 in 720
 
 

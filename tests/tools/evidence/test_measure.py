@@ -77,7 +77,7 @@ def test_needles_are_counted_as_found(tmp_path: Path) -> None:
     hits = measure.find_needles(Oracle(1), tokenizer, texts)  # type: ignore[arg-type]
     assert len(hits) == 4 * len(make_needles.VALUES)
     assert all(right for _, right in hits)
-    distances = [n.asked_at - n.told_at for text in texts for n in text.needles]
+    distances = [n.asked_at - n.stated_at for text in texts for n in text.needles]
     assert [distance for distance, _ in hits] == distances
     for ahead in (0, 2):
         wrong = measure.find_needles(Oracle(ahead), tokenizer, texts)  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "python"
     script.write_text(
         "#!/bin/sh\n"
-        'printf "%s\\n" "$PWD" "$OMP_NUM_THREADS" "$MKL_NUM_THREADS" "$@" > "$0.told"\n'
+        'printf "%s\\n" "$PWD" "$OMP_NUM_THREADS" "$MKL_NUM_THREADS" "$@" > "$0.arguments"\n'
         'case "$*" in *seed=13*) exit 4;; esac\n'
     )
     script.chmod(0o755)
@@ -131,17 +131,17 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_is_the_command_on_one_thread(command: Path, tmp_path: Path) -> None:
     spent = train("recipes/x.yaml", ["seed=7", "stages.sft.steps=3"], tmp_path / "run")
-    told = command.with_suffix(".told").read_text().splitlines()
-    assert told[:3] == [str(runs.ROOT), "1", "1"]
+    given = command.with_suffix(".arguments").read_text().splitlines()
+    assert given[:3] == [str(runs.ROOT), "1", "1"]
     run = ["-m", "ernie_train", "run", "recipes/x.yaml", "--run-dir", str(tmp_path / "run")]
-    assert told[3:] == [*run, "seed=7", "stages.sft.steps=3"]
+    assert given[3:] == [*run, "seed=7", "stages.sft.steps=3"]
     assert 0 <= spent["cpu_s"] <= spent["wall_s"] + 1
 
 
 def test_a_failing_run_stops_the_sweep(command: Path, tmp_path: Path) -> None:
     with pytest.raises(runs.subprocess.CalledProcessError, match="exit status 4"):
         Runner(make_sweep(), tmp_path).results(["quick"], [13, 14])
-    assert "seed=13" in command.with_suffix(".told").read_text()
+    assert "seed=13" in command.with_suffix(".arguments").read_text()
     assert not list(tmp_path.glob("*/result.json"))
 
 

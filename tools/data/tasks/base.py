@@ -1,4 +1,4 @@
-"""What every task generator returns, and how it becomes a row of a data file.
+"""Problems as task generators return them, and as rows of a data file.
 
 A generator is a pure function `generate(rng) -> Item | None`; None means "this draw is no good,
 take the next one". All randomness comes from the given generator, so that a row depends on
@@ -26,7 +26,7 @@ class Item:
 
     `key` names the problem without its wording: two prompts with one key are the same problem,
     and all of them fall into the same split. `reward` and `fields` are what the verifier needs.
-    `slip` is there where the problem invites its task's mistake.
+    `slip` is None unless the problem invites its task's mistake.
     """
 
     key: str
@@ -55,10 +55,10 @@ class Task:
 def to_row(
     task: Task, item: Item, *, verifiable: bool = True, slipped: bool = False
 ) -> dict[str, Any]:
-    """The JSON object of one line: messages in OpenAI form, and what a verifier needs.
+    """Return the JSON object of one line: messages in OpenAI form, and what a verifier needs.
 
     Without `verifiable` the verifier's fields are left out: training on worked solutions does not
-    read them, and they are a third of a file. A `slipped` row shows the item's slip, where it has
+    read them, and they are a third of a file. A `slipped` row shows the item's slip, if it has
     one; the verifier's fields are right all the same.
     """
     shown = item.slip if slipped and item.slip is not None else item
@@ -82,7 +82,7 @@ def to_row(
 
 
 def count_on(start: int, step: int, times: int) -> str:
-    """`3:8 2:16 1:24`: adds `step` to `start` so many times; before the colon, how many are left.
+    """Return `3:8 2:16 1:24`: `step` is added so many times; before the colon, how many are left.
 
     Sums and products by counting: each number follows from the one before it, so that a small
     model need not know tables by heart, and the count says where to stop.
@@ -93,6 +93,6 @@ def count_on(start: int, step: int, times: int) -> str:
 
 
 def count_down(total: int, step: int) -> str:
-    """`1:16 2:8 3:0`: takes `step` away until nothing is left; the last count is the quotient."""
+    """Return `1:16 2:8 3:0`: `step` is taken away until 0; the last count is the quotient."""
     times = total // step
     return " ".join(f"{done}:{total - done * step}" for done in range(1, times + 1))

@@ -1,7 +1,7 @@
 """Code: short Python functions described in words, with unit tests.
 
-What a program must return is computed from the meaning of the words, never by running the text of
-the reference solution: a test of the data runs the solutions against these values.
+The value that a program must return is computed from the meaning of the words, never by running the
+text of the reference solution: a test of the data runs the solutions against these values.
 """
 
 import random
@@ -38,12 +38,12 @@ _STEPS = [
 
 
 def number_function(rng: random.Random) -> Item | None:
-    """A function of one number: two or three operations in a row."""
+    """Ask for a function of one number: two or three operations in a row."""
     return _number_function(rng, rng.choice([2, 3]))
 
 
 def number_function_four(rng: random.Random) -> Item | None:
-    """Four operations in a row."""
+    """Ask for four operations in a row."""
     return _number_function(rng, 4)
 
 
@@ -113,7 +113,7 @@ _RESULTS: list[tuple[str, str, Callable[[list[int]], Any]]] = [
 
 
 def list_function(rng: random.Random) -> Item | None:
-    """A function of a list: filter, transform, collect."""
+    """Ask for a function of a list: filter, transform, collect."""
     filter_words, condition, keep = rng.choice(_FILTERS)
     map_words, change, convert = rng.choice(_MAPS)
     result_words, template, collect = rng.choice(_RESULTS)
@@ -144,7 +144,7 @@ def list_function(rng: random.Random) -> Item | None:
 
 
 def _list_slip(think: str, answer: str, bounded: str) -> Slip | None:
-    """The empty list forgotten, or the bound of `bounded` let in where it must stay out."""
+    """Forget the empty list, or let the bound of `bounded` in; None if neither applies."""
     if ", default=0" in answer:
         return Slip(think.replace(", default=0", ""), answer.replace(", default=0", ""))
     for operator in ("x > ", "x < "):

@@ -7,7 +7,7 @@ _SEED_RANGE = 2**31
 
 
 def draw(name: str, rng: random.Random, **config: Any) -> dict[str, Any]:
-    """One item `{question, answer, metadata}` of the named reasoning-gym data set.
+    """Return one item `{question, answer, metadata}` of the named reasoning-gym data set.
 
     Item i of seed s is made from `Random(s + i)` there, so neighbouring seeds share items. Each
     draw here takes item 0 of a seed of its own; repeats are dropped by the caller, who splits by

@@ -11,7 +11,7 @@ Tree = str | tuple["Tree", ...]
 
 
 def _random_tree(rng: random.Random, leaves: list[str]) -> Tree:
-    """A random tree whose leaves are `leaves` in order, some of them negated."""
+    """Return a random tree whose leaves are `leaves` in order, some of them negated."""
     if len(leaves) == 1:
         return ("not", leaves[0]) if rng.random() < 0.35 else leaves[0]
     cut = rng.randrange(1, len(leaves))
@@ -39,7 +39,7 @@ def _is_value(tree: Tree) -> bool:
 
 
 def _reduce(tree: Tree) -> Tree:
-    """Evaluates every operation whose operands are values already; one line of the worked steps."""
+    """Evaluate every operation whose operands are values: one line of the worked steps."""
     if isinstance(tree, str):
         return tree
     if len(tree) == 2:
@@ -60,7 +60,7 @@ def _without_not(tree: Tree) -> Tree:
 
 
 def _reduced(tree: Tree) -> list[Tree]:
-    """The expression line by line, down to its value."""
+    """Return the expression line by line, down to its value."""
     steps = [tree]
     while not _is_value(steps[-1]):
         steps.append(_reduce(steps[-1]))
@@ -68,12 +68,12 @@ def _reduced(tree: Tree) -> list[Tree]:
 
 
 def boolean(rng: random.Random) -> Item | None:
-    """Value of an expression of p, q and r, reduced line by line."""
+    """Ask for the value of an expression of p, q and r, reduced line by line."""
     return _boolean(rng, "pqr")
 
 
 def boolean_four(rng: random.Random) -> Item | None:
-    """Value of an expression of four variables with any names."""
+    """Ask for the value of an expression of four variables with any names."""
     return _boolean(rng, "".join(rng.sample("abcdefghjkmnpqrst", 4)))
 
 
@@ -103,7 +103,7 @@ def _boolean(rng: random.Random, variables: str) -> Item | None:
 
 
 def aiw(rng: random.Random) -> Item | None:
-    """Brothers, sisters and friends: how many has one of the others?"""
+    """Ask how many sisters or friends another one of the family or circle has."""
     entry = draw("aiw", rng, task_type_weights=[0.7, 0.3, 0.0], max_entities=20)
     question = entry["question"]
     found = re.search(r"(\d+) (sisters|female friends)", question)
@@ -115,7 +115,7 @@ def aiw(rng: random.Random) -> Item | None:
     first = re.search(r"(\d+) (brothers|male friends)", question)
     slip = None
     if first is not None and first.start() < found.start() and int(first[1]) != count:
-        others = int(first[1])  # the men, who are told first, taken for the women
+        others = int(first[1])  # the men, who are named first, taken for the women
         slip = Slip(f"{others} {kind}\n{others} + 1 = {others + 1}", str(others + 1))
     return Item(
         key=re.sub(r"\b(?!She|They|How)[A-Z]\w+\b", "X", people),
@@ -138,7 +138,7 @@ _RELATIONS = {
 
 
 def _generations(story: str) -> dict[str, int]:
-    """The generation of each person, 1 for the oldest, in the order in which the story tells."""
+    """Return the generation of each person, 1 for the oldest, in the order of the story."""
     generation: dict[str, int] = {}
     pair: list[str] = []
     for sentence in story.split(". "):
@@ -154,7 +154,7 @@ def _generations(story: str) -> dict[str, int]:
 
 
 def family_relationships(rng: random.Random) -> Item | None:
-    """One person's relation to another in a family of four or five."""
+    """Ask for one person's relation to another in a family of four or five."""
     entry = draw(
         "family_relationships",
         rng,

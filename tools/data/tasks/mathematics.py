@@ -8,7 +8,7 @@ from .gym import draw
 
 
 def chain_sum(rng: random.Random) -> Item | None:
-    """Three numbers of one digit, added and subtracted from left to right by counting."""
+    """Ask for three numbers of one digit, added and subtracted from left to right by counting."""
     entry = draw("chain_sum", rng, min_terms=3, max_terms=3, min_digits=1, max_digits=1)
     expression = entry["metadata"]["expression"]
     first, *rest = expression.split()
@@ -28,7 +28,7 @@ def chain_sum(rng: random.Random) -> Item | None:
 
 
 def _from_the_right(expression: str) -> Slip | None:
-    """`a - b + c` taken for a - (b + c), where that can be counted and comes out differently."""
+    """Take `a - b + c` for a - (b + c); None if that cannot be counted or changes nothing."""
     a, sign, b, operator, c = expression.split()
     inner = int(b) + int(c) if operator == "+" else int(b) - int(c)
     if sign == "+" or inner < 0 or int(c) == 0:
@@ -38,12 +38,12 @@ def _from_the_right(expression: str) -> Slip | None:
 
 
 def _count(total: int, operator: str, term: int) -> str:
-    """`6 - 2, 2:5 1:4`, an operation and its result by counting in ones."""
+    """Return `6 - 2, 2:5 1:4`, an operation and its result by counting in ones."""
     return f"{total} {operator} {term}, {count_on(total, 1 if operator == '+' else -1, term)}"
 
 
 def _column_steps(larger: int, smaller: int, operator: str) -> list[str]:
-    """Column addition or subtraction, ones first, as one is taught at school."""
+    """Return the steps of column addition or subtraction, ones first, as taught at school."""
     steps, carry = [], 0
     width = len(str(larger))
     for upper, lower in zip(str(larger)[::-1], f"{smaller:0{width}d}"[::-1], strict=True):
@@ -62,7 +62,7 @@ def _column_steps(larger: int, smaller: int, operator: str) -> list[str]:
 
 
 def column_sum(rng: random.Random) -> Item | None:
-    """Sum or difference of two numbers of two digits, column by column."""
+    """Ask for the sum or difference of two numbers of two digits, column by column."""
     entry = draw("chain_sum", rng, min_terms=2, max_terms=2, min_digits=2, max_digits=2)
     expression = entry["metadata"]["expression"]
     first, operator, second = expression.split()
@@ -81,12 +81,12 @@ def column_sum(rng: random.Random) -> Item | None:
 
 
 def leg_counting(rng: random.Random) -> Item | None:
-    """Legs of two kinds of animals with an even number of at most eight, up to three of each."""
+    """Ask for the legs of two kinds of animals, at most eight and even, up to three of each."""
     return _leg_counting(rng, kinds=2, most=3, legs={0, 2, 4, 6, 8})
 
 
 def leg_counting_four(rng: random.Random) -> Item | None:
-    """Legs of four kinds of animals of any sort, up to nine of each."""
+    """Ask for the legs of four kinds of animals of any sort, up to nine of each."""
     return _leg_counting(rng, kinds=4, most=9)
 
 
@@ -113,7 +113,7 @@ def _leg_counting(
 
 
 def _added_legs(counts: dict[str, int], legs: dict[str, int]) -> tuple[list[str], int]:
-    """The worked steps, a line for each kind of animal, and the sum."""
+    """Return the worked steps, a line for each kind of animal, and the sum."""
     total, lines = 0, []
     for animal, number in counts.items():
         lines.append(f"{number} * {legs[animal]}, {count_on(total, legs[animal], number)}")
@@ -122,7 +122,7 @@ def _added_legs(counts: dict[str, int], legs: dict[str, int]) -> tuple[list[str]
 
 
 def _single_ones_forgotten(counts: dict[str, int], legs: dict[str, int]) -> Slip | None:
-    """The kinds of which there is one are passed over, where there are others."""
+    """Pass over the kinds of which there is one; None if all or none are single."""
     several = {animal: number for animal, number in counts.items() if number > 1}
     lines, total = _added_legs(several, legs)
     right = _added_legs(counts, legs)[1]
@@ -135,7 +135,7 @@ _EQUATION = re.compile(
 
 
 def simple_equations(rng: random.Random) -> Item | None:
-    """A linear equation in one unknown: the constant to the other side, then divide."""
+    """Ask for the unknown of a linear equation: the constant to the other side, then divide."""
     entry = draw("simple_equations", rng, max_terms=2, max_value=6)
     equation, answer = entry["metadata"]["equation"], int(entry["answer"])
     found = _EQUATION.fullmatch(equation)

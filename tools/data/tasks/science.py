@@ -27,7 +27,7 @@ _WORDINGS = [
 
 
 def formula(rng: random.Random) -> Item | None:
-    """One of the three quantities of a law from the other two."""
+    """Ask for one of the three quantities of a law from the other two."""
     product, unit, first, unit1, second, unit2 = rng.choice(_LAWS)
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     amounts = {product: f"{a * b} {unit}", first: f"{a} {unit1}", second: f"{b} {unit2}"}
@@ -58,20 +58,20 @@ _UNITS = [
 
 
 def _plain(value: Decimal) -> str:
-    """A decimal without exponent and trailing zeros."""
+    """Return a decimal without exponent and trailing zeros."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def unit_conversion(rng: random.Random) -> Item | None:
-    """A whole number of one unit in a larger or smaller one."""
+    """Ask for a whole number of one unit in a larger or smaller one."""
     large, small, factor = rng.choice(_UNITS)
     value = rng.randint(2, 9 if factor == 60 else 99)
     return _unit_conversion(rng, large, small, factor, Decimal(value))
 
 
 def unit_conversion_decimal(rng: random.Random) -> Item | None:
-    """The same with a decimal point."""
+    """Ask for the same with a decimal point."""
     large, small, factor = rng.choice([unit for unit in _UNITS if unit[2] != 60])
     return _unit_conversion(rng, large, small, factor, Decimal(rng.randint(11, 999)) / 100)
 

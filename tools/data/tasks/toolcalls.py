@@ -61,7 +61,7 @@ _TOOLS: dict[str, tuple[list[str], list[str], list[str]]] = {
 
 
 def _signature(rng: random.Random, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """A tool of that kind in short form, and the parameter name that each slot got."""
+    """Return a tool of that kind in short form, and the parameter name that each slot got."""
     names, slots, _ = _TOOLS[kind]
     chosen = {slot: rng.choice(_SLOTS[slot][0]) for slot in slots}
     parameters = {chosen[slot]: _SLOTS[slot][1] for slot in slots}
@@ -69,7 +69,7 @@ def _signature(rng: random.Random, kind: str) -> tuple[dict[str, Any], dict[str,
 
 
 def _request(rng: random.Random, kind: str) -> tuple[str, dict[str, Any]]:
-    """A user's wording and the value of each slot."""
+    """Return a user's wording and the value of each slot."""
     values = {slot: _SLOTS[slot][2](rng) for slot in _TOOLS[kind][1]}
     return rng.choice(_TOOLS[kind][2]).format(**values), values
 
@@ -77,7 +77,7 @@ def _request(rng: random.Random, kind: str) -> tuple[str, dict[str, Any]]:
 def _item(
     rng: random.Random, wanted: str, signatures: dict[str, tuple[dict[str, Any], dict[str, str]]]
 ) -> Item | None:
-    """A request for the wanted one of some tools. The worked part: its name, then each value."""
+    """Return a request for the wanted one of some tools; the worked part: its name, each value."""
     prompt, values = _request(rng, wanted)
     if values.get("city", "") == values.get("goal"):
         return None
@@ -89,8 +89,8 @@ def _item(
     slip = None
     words = {name: value for name, value in arguments.items() if not isinstance(value, int)}
     if words != arguments:  # the number is left out
-        told = [tool["name"], *(f"{name}: {value}" for name, value in words.items())]
-        slip = Slip("\n".join(told), "", [{"name": tool["name"], "arguments": words}])
+        lines_left = [tool["name"], *(f"{name}: {value}" for name, value in words.items())]
+        slip = Slip("\n".join(lines_left), "", [{"name": tool["name"], "arguments": words}])
     return Item(
         key=f"{prompt} {json.dumps(call)}",
         prompt=prompt,
@@ -104,18 +104,18 @@ def _item(
 
 
 def tool_arguments(rng: random.Random) -> Item | None:
-    """One tool: read the arguments off the request, under the names of the signature."""
+    """Offer one tool: read the arguments off the request, under the names of the signature."""
     kind = rng.choice(list(_TOOLS))
     return _item(rng, kind, {kind: _signature(rng, kind)})
 
 
 def tool_choice(rng: random.Random) -> Item | None:
-    """Two tools: find the one that the request needs, then fill it in."""
+    """Offer two tools: find the one that the request needs, then fill it in."""
     return _tool_choice(rng, tools=2)
 
 
 def tool_choice_four(rng: random.Random) -> Item | None:
-    """Four tools."""
+    """Offer four tools."""
     return _tool_choice(rng, tools=4)
 
 
