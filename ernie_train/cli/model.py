@@ -87,8 +87,8 @@ def export_model(
     path: Path, out: Path, dtype: str, max_shard_size: str, referee: str | None, console: Console
 ) -> None:
     """Export the model at `path` to `out` and print the outcome of the comparison."""
-    model, tokenizer = open_model(path)
     recipe = recorded_recipe(path)
+    model, tokenizer = open_model(path)
     card = f"# {path.name}\n\nExported with ernie_train.\n"
     if recipe is not None:
         card = model_card(recipe, read_result(path / EVALUATION))

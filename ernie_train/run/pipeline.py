@@ -35,7 +35,7 @@ from ernie_train.rewards.sandbox import set_policy
 from ernie_train.run.check import check_fit, check_gates
 from ernie_train.run.finalize import Finalizer
 from ernie_train.run.lineage import Lineage
-from ernie_train.run.recipe import RECIPE, Recipe
+from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData, StageRun
 from ernie_train.weights.checkpoint import CheckpointStore
 from ernie_train.weights.hf import load_pretrained
@@ -178,7 +178,7 @@ class Pipeline:
             dump_yaml(self.recipe.model_dump(mode="json"), self.run_dir / RECIPE)
             if not (self.run_dir / "tokenizer").exists():
                 tokenizer.save_pretrained(self.run_dir / "tokenizer", thinking=self.recipe.thinking)
-        write_json(self.run_dir / "environment.json", environment.describe_environment())
+        write_json(self.run_dir / ENVIRONMENT, environment.describe_environment())
 
     def _set_aside(self, first: str | None) -> None:
         """Rename the directories of the stages to be repeated; nothing is deleted."""

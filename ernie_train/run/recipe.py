@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from ernie_train.core.config import (
     load_yaml,
     parse_config,
 )
-from ernie_train.core.errors import ConfigError
+from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.rewards.sandbox import SandboxPolicy
@@ -23,7 +24,9 @@ from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.hf import load_config
 from ernie_train.weights.model_directory import find_model
 
-RECIPE = "recipe.yaml"  # the resolved recipe in a run directory
+# Files of a run directory.
+RECIPE = "recipe.yaml"  # the resolved recipe
+ENVIRONMENT = "environment.json"  # versions of this toolkit and of its libraries
 
 
 class ModelSource(StrictConfig):
@@ -218,6 +221,29 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def recorded_recipe(run_dir: Path) -> Recipe | None:
-    """Return the resolved recipe of a run directory, None for any other directory."""
+    """Return the resolved recipe of a run directory, None for any other directory.
+
+    Raises `CheckpointError` that names the version that recorded it, if this one cannot read it.
+    """
     path = run_dir / RECIPE
-    return load_recipe(path) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return load_recipe(path)
+    except ConfigError as error:
+        more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+        raise CheckpointError(
+            f"{path} was recorded by {_recorded_version(run_dir)}, and its settings have changed "
+            f"since. Use that version, or one of the run's checkpoints, such as "
+            f"{run_dir / 'NN-STAGE' / 'checkpoints' / 'step_NNNNNN'}, as the model. "
+            f"{error.problems[0]}{more}"
+        ) from None
+
+
+def _recorded_version(run_dir: Path) -> str:
+    try:
+        facts = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+        commit = facts.get("code", {}).get("commit")
+        return f"ernie_train {facts['ernie_train']}" + (f" at commit {commit}" if commit else "")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return "an unknown version of ernie_train"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+import ernie_train
 from ernie_train.cli.main import main
 from ernie_train.rewards.sandbox import api
 from tests.workspace import REPOSITORY, make_workspace, rows, write_recipe, write_rows
@@ -228,6 +230,23 @@ def test_status_shows_stages_and_what_comes_next(trained, cli):
     assert "next: nothing" in out
 
 
+def test_a_run_directory_of_another_version_is_refused_with_its_version(trained, tmp_path, cli):
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    recipe = (old / "recipe.yaml").read_text().replace("seq_len:", "sequence_length:")
+    (old / "recipe.yaml").write_text(recipe)
+    for arguments in (("status", old), ("export", old, tmp_path / "out")):
+        status, _, err = cli(*arguments)
+        assert status == 2
+        assert f"was recorded by ernie_train {ernie_train.__version__}" in err
+        assert "stages.0" in err
+    assert not (tmp_path / "out").exists()
+    (checkpoint,) = list((old / "01-sft/checkpoints").glob("step_000003"))
+    assert cli("export", checkpoint, tmp_path / "out")[0] == 0, "as the message says"
+    (old / "environment.json").unlink()
+    assert "an unknown version" in cli("status", old)[2]
+
+
 def test_generate_from_run_checkpoint_and_export(trained, tmp_path, cli):
     out = tmp_path / "out"
     status, message, _ = cli("export", trained, out, "--dtype", "float32")
@@ -263,8 +282,6 @@ def test_export_refuses_a_directory_that_is_not_ours(trained, tmp_path, cli):
 
 
 def test_a_damaged_checkpoint_is_named(trained, tmp_path, cli):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     weights = sorted(copy.glob("01-sft/checkpoints/*/model.safetensors"))[-1]
