@@ -218,7 +218,7 @@ def test_completions_are_those_of_one_rank(root, runs):
              for run in ("rl-sampled", "rl-ep2-again")]  # fmt: skip
     for ours, theirs in zip(*found, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            assert (a.problem, a.completion_ids) == (b.problem, b.completion_ids)
+            assert (a.prompt, a.completion_ids) == (b.prompt, b.completion_ids)
             assert a.reward == b.reward
 
 
