@@ -11,9 +11,10 @@ from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
+from ernie_train.io.files import write_jsonl
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import export
-from ernie_train.run.finalize import EVALUATION, read_result, write_samples
+from ernie_train.run.finalize import EVALUATION, read_result
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
 from ernie_train.weights.hf import load_pretrained
@@ -50,7 +51,7 @@ def evaluate_model(
         )
     console.print(evaluation_table({"trained": result.to_dict()}, config.samples))
     if output is not None:
-        write_samples(output, result.samples)
+        write_jsonl(output, result.samples)
 
 
 def complete(

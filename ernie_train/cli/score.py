@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ernie_train.core.config import StrictConfig, load_yaml, parse_config
-from ernie_train.core.errors import DataError, Interrupted, storage_errors
+from ernie_train.core.errors import DataError, Interrupted
 from ernie_train.core.signals import StopFlag
+from ernie_train.io.files import write_jsonl
 from ernie_train.rewards.score import Status
 from ernie_train.rewards.scoring import (
     ComposedScore,
@@ -67,9 +68,7 @@ def score_file(
     ]
     print_scores(graded, batch, console)
     if out is not None:
-        with storage_errors("cannot write the scores", out):
-            lines = (json.dumps(_row(entry), ensure_ascii=False) + "\n" for entry in graded)
-            out.write_text("".join(lines), encoding="utf-8")
+        write_jsonl(out, map(_row, graded))
 
 
 def reward_config(reward: str) -> tuple[RewardConfig, Path]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ernie_train.core.errors import ConfigError, storage_errors
+from ernie_train.core.errors import ConfigError
 
 _INT = re.compile(r"[-+]?[0-9](_?[0-9])*$")
 _FLOAT = re.compile(
@@ -135,15 +135,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def dump_yaml(data: dict[str, Any], path: str | Path) -> None:
-    """Write plain values so that `load_yaml` returns the same ones; whole or not at all.
-
-    Raises:
-        StorageError: the disk is full or the path cannot be written.
-    """
-    path = Path(path)
-    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-    temporary = path.with_name(path.name + ".tmp")
-    with storage_errors("cannot write", path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+def dump_yaml(data: dict[str, Any]) -> str:
+    """Return plain values as YAML from which `load_yaml` reads the same ones."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text

@@ -1,4 +1,6 @@
-"""Writing directories that are either whole or absent, and proving later that they still are.
+"""Write files and directories that are either whole or absent, and check later that they still are.
+
+A file is written as `<name>.tmp`, synced and renamed.
 
 A directory is written beside its place as `<name>.tmp`, every file is synced, `MANIFEST.json`
 (sizes and SHA-256 of the files) is written last, and one rename makes it visible. A directory that
@@ -9,31 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
 
 MANIFEST = "MANIFEST.json"
-
-
 MANIFEST_FORMAT = "ernie_train 1"
-
-
 # Marks a `.tmp` or `.old` directory as ours, so that cleaning up never deletes a stranger's.
 MARKER = ".ernie_train_incomplete"
-
-
 _CHUNK_BYTES = 2**20
-
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class FileDigest:
 
 # ---- files -------------------------------------------------------------------------------------
 def sync_path(path: Path) -> None:
-    """Flushes a file, or a directory's entries, to the disk."""
+    """Flush a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,6 +46,7 @@ def sync_path(path: Path) -> None:
 
 
 def digest_file(path: Path) -> FileDigest:
+    """Return the size and SHA-256 of a file, read in chunks of 1 MiB."""
     sha, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -61,41 +55,77 @@ def digest_file(path: Path) -> FileDigest:
     return FileDigest(size, sha.hexdigest())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary stream whose content becomes the file `path` when the block ends.
+
+    A reader sees the old file or the new one, never a part, also after a power cut. If the block
+    raises, the old file stays. A symbolic link stays one and its target is replaced; devices and
+    pipes are written directly.
+
+    Raises:
+        StorageError: the disk is full or the path cannot be written.
+    """
     with storage_errors("cannot write", path):
+        if path.exists() and not path.is_file():
+            with path.open("wb") as stream:
+                yield stream
+            return
+        target = path.resolve()
+        temporary = target.with_name(target.name + ".tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                json.dump(value, stream, indent=2, ensure_ascii=False)
-                stream.write("\n")
+            with temporary.open("wb") as stream:
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.replace(path)
-            sync_path(path.parent)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+            temporary.replace(target)
+        except BaseException:
+            with suppress(OSError):  # the first error says more
+                temporary.unlink(missing_ok=True)
             raise
+        sync_path(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with `atomic_write`."""
+    with atomic_write(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with `atomic_write`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line with `atomic_write`."""
+    with atomic_write(path) as stream:
+        for row in rows:
+            stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 # ---- manifests ---------------------------------------------------------------------------------
 def write_manifest(
     directory: Path, digests: dict[str, FileDigest], info: dict[str, Any] | None = None
 ) -> None:
-    """Writes `MANIFEST.json` over the files in `digests`, `info` and itself."""
+    """Write `MANIFEST.json`: the digests of the files, `info` and a hash of the manifest."""
     files = {n: {"size": d.size, "sha256": d.sha256} for n, d in sorted(digests.items())}
     manifest = {"format": MANIFEST_FORMAT, **(info or {}), "files": files}
     write_json(directory / MANIFEST, {**manifest, "sha256": fingerprint(manifest)})
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON-able value, independent of the order of keys."""
+    """Return the SHA-256 of a JSON-able value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The content of `MANIFEST.json`; `CheckpointError` if it is missing, damaged or not ours."""
+    """Return the content of `MANIFEST.json`.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another program.
+    """
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -111,6 +141,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def has_manifest(directory: Path) -> bool:
+    """Return whether `read_manifest` succeeds."""
     try:
         read_manifest(directory)
     except CheckpointError:
@@ -119,10 +150,12 @@ def has_manifest(directory: Path) -> bool:
 
 
 def verify_manifest(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
-    """Compares the files in `directory` with its manifest and returns the manifest.
+    """Compare the files in `directory` with its manifest and return the manifest.
 
-    Raises `CheckpointError` that lists every missing, truncated or altered file. With
-    `hashes=False` only sizes are compared.
+    With `hashes=False` only sizes are compared.
+
+    Raises:
+        CheckpointError: lists every missing, truncated or altered file.
     """
     manifest = read_manifest(directory)
     problems = []
@@ -147,7 +180,7 @@ def _sibling(path: Path, suffix: str) -> Path:
 
 
 def _discard(path: Path) -> None:
-    """Deletes a directory of ours; it stays marked as ours until its last file is gone."""
+    """Delete a directory that we wrote; the marker goes last, so that a kill leaves it marked."""
     for entry in sorted(path.iterdir()):
         if entry.name == MARKER:
             continue
@@ -160,7 +193,7 @@ def _discard(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Undoes what a writer that was killed left beside `path`: `<path>.tmp` and `<path>.old`."""
+    """Undo what a writer that was killed left beside `path`: `<path>.tmp` and `<path>.old`."""
     old, temporary = _sibling(path, ".old"), _sibling(path, ".tmp")
     with storage_errors("cannot clean up", path):
         # A `.old` without our mark may be somebody's backup, unless there is nothing in it.
@@ -184,10 +217,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def remove_directory(path: Path) -> None:
-    """Deletes a directory that we wrote; killed in between, it never looks like a whole one."""
+    """Delete a directory that we wrote; if killed in between, it never looks like a whole one."""
     with storage_errors("cannot delete", path):
         (path / MARKER).touch()
-        doomed = _sibling(path, ".tmp")  # what `recover` sweeps away
+        doomed = _sibling(path, ".tmp")  # `recover` deletes it after a kill
         if doomed.exists():
             _discard(doomed)
         path.rename(doomed)
@@ -202,18 +235,19 @@ def write_directory(
     info: dict[str, Any] | None = None,
     manifest_all: bool = True,
 ) -> None:
-    """Makes the directory `path` from what `write(temporary directory)` puts there, or nothing.
+    """Create the directory `path` from the files that `write(temporary directory)` puts there.
 
     `write` returns digests that it knows already (file name -> digest). The manifest lists those
     and, with `manifest_all`, every other file too. An existing `path` is replaced only if it is
-    empty or carries our manifest.
+    empty or has our manifest.
 
-    Every rank must call it: `write` runs on each, for files of its own in the one directory, and
-    rank 0 does the rest. What `write` does that can fail on one rank belongs in
+    Every rank must call it: `write` runs on each rank, for that rank's files in the one directory;
+    rank 0 does the rest. Steps of `write` that can fail on one rank alone must run inside
     `consensus.fail_together`.
 
-    Raises `UserError` if `path` holds anything else, `StorageError` on a full disk or the like;
-    whatever was there before is still there then.
+    Raises:
+        UserError: `path` holds anything else.
+        StorageError: the disk is full or the like. The previous directory is still there then.
     """
     temporary = _sibling(path, ".tmp")
     with consensus.fail_together():
@@ -222,11 +256,11 @@ def write_directory(
     try:
         with storage_errors("cannot write", path):
             digests = dict(write(temporary))
-        told = process_group.all_gather_objects(digests)
+        gathered = process_group.all_gather_objects(digests)
         with consensus.fail_together():
             if process_group.is_main():
-                every = {name: digest for part in told for name, digest in part.items()}
-                _finish(path, temporary, every, info, manifest_all)
+                merged = {name: digest for part in gathered for name, digest in part.items()}
+                _finish(path, temporary, merged, info, manifest_all)
     except BaseException:
         if process_group.is_main():
             with storage_errors("cannot write", path):
@@ -261,7 +295,11 @@ def _finish(
 
 
 def check_replaceable(path: Path) -> None:
-    """`UserError` if `path` is a file, or a directory with content that we did not write."""
+    """Check that `write_directory` may replace `path`.
+
+    Raises:
+        UserError: `path` is a file, or a directory with content that we did not write.
+    """
     if path.is_dir():
         if any(path.iterdir()) and not has_manifest(path):
             raise UserError(

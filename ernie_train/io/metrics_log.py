@@ -20,6 +20,7 @@ import rich.console
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, storage_errors
 from ernie_train.core.progress import ProgressDisplay
+from ernie_train.io.files import write_text
 
 FILE_NAME = "metrics.jsonl"
 RESERVED = ("step", "time")
@@ -103,13 +104,7 @@ def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
                 if row["step"] <= step:
                     kept.append(line)
                     rows.append(row)
-    temporary = path.with_name(path.name + ".tmp")
-    with storage_errors("cannot write", path):
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(kept)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+    write_text(path, "".join(kept))
     return rows
 
 

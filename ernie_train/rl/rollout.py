@@ -21,6 +21,7 @@ from ernie_train.data.mixing import epoch_order
 from ernie_train.eval.prompts import completion_text, problem_row
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.sharded import generate_sharded, score_sharded
+from ernie_train.io.files import write_jsonl
 from ernie_train.losses import varied_groups
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring import ComposedReward, ComposedScore
@@ -295,7 +296,7 @@ class RolloutSampler:
 
 def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
     """Writes groups as JSON lines, one a completion; logprobs keep their bits."""
-    lines = []
+    rows = []
     for number, group in enumerate(groups):
         for c in group:
             row = {
@@ -307,12 +308,10 @@ def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
                 "logprobs": None if c.sampled_logprobs is None
                 else [float(x) for x in c.sampled_logprobs],
             }  # fmt: skip
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary = path.with_name(path.name + ".tmp")
+            rows.append(row)
     with storage_errors("cannot write the rollout", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
+    write_jsonl(path, rows)
 
 
 def read_rollout(path: Path) -> list[PromptGroup]:

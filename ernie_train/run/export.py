@@ -15,10 +15,10 @@ import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import WeightsError, storage_errors
+from ernie_train.core.errors import WeightsError
 from ernie_train.data import Tokenizer
 from ernie_train.generate.engine import generate
-from ernie_train.io.files import write_json
+from ernie_train.io.files import write_json, write_text
 from ernie_train.io.safetensors import from_bfloat16, to_bfloat16
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.hf import load_pretrained, save_pretrained
@@ -74,7 +74,7 @@ def export(
     prompts = comparison_prompts(tokenizer, seed)
     files = _TokenizerFiles(tokenizer, thinking)
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
-    consensus.run_on_main(lambda: _write_card(directory / "README.md", card))
+    consensus.run_on_main(lambda: write_text(directory / "README.md", card))
     reference = rounded_copy(model) if dtype == "bfloat16" else model
     expected = _own_results(reference, prompts)
     if referee is None and find_spec("torch") and find_spec("transformers"):
@@ -99,11 +99,6 @@ def export(
                 f"{'equal' if receipt.greedy_tokens_equal else 'differ'}"
             )
     return receipt
-
-
-def _write_card(path: Path, card: str) -> None:
-    with storage_errors("cannot write the model card", path):
-        path.write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from ernie_train.core import consensus, devices
-from ernie_train.core.errors import CheckpointError, storage_errors
+from ernie_train.core.errors import CheckpointError
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
-from ernie_train.io.files import fingerprint, write_json
+from ernie_train.io.files import fingerprint, write_json, write_jsonl
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import Receipt, export
 from ernie_train.run.lineage import Lineage
@@ -26,13 +25,6 @@ from ernie_train.run.render import evaluation_table, model_card, receipt_line, s
 
 EVALUATION = "evaluation.json"
 SAMPLES = "evaluation_samples.jsonl"
-
-
-def write_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
-    """Write one JSON object a line. Raises `StorageError`."""
-    with storage_errors("cannot write the samples", path):
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        path.write_text("".join(lines), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,7 @@ class Finalizer:
             return kept[0]
         solved = self._solve(settings, self.model, settings.max_examples, title)
         result = {"identity": identity, "trained": solved.to_dict()}
-        consensus.run_on_main(lambda: write_samples(path.with_name(SAMPLES), solved.samples))
+        consensus.run_on_main(lambda: write_jsonl(path.with_name(SAMPLES), solved.samples))
         _write_on_main(path, result)
         return result
 

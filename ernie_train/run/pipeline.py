@@ -27,7 +27,7 @@ from ernie_train.core.process_group import Grid
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer, load_tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
-from ernie_train.io.files import fingerprint, write_json
+from ernie_train.io.files import fingerprint, write_json, write_text
 from ernie_train.io.run_dir import RunLock, StageDone, differences, read_done, write_done
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -175,7 +175,7 @@ class Pipeline:
     def _record_run(self, tokenizer: Tokenizer) -> None:
         """Write the resolved recipe, the tokenizer and a description of the environment."""
         with storage_errors("cannot write to the run directory", self.run_dir):
-            dump_yaml(self.recipe.model_dump(mode="json"), self.run_dir / RECIPE)
+            write_text(self.run_dir / RECIPE, dump_yaml(self.recipe.model_dump(mode="json")))
             if not (self.run_dir / "tokenizer").exists():
                 tokenizer.save_pretrained(self.run_dir / "tokenizer", thinking=self.recipe.thinking)
         write_json(self.run_dir / ENVIRONMENT, environment.describe_environment())

@@ -355,5 +355,5 @@ def test_an_override_of_an_unknown_key_is_left_to_the_schema() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_what_a_run_records_of_a_recipe_is_that_recipe(path, tmp_path):
     recipe = load_recipe(path)
-    dump_yaml(recipe.model_dump(mode="json"), tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe.model_dump(mode="json")), "utf-8")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from ernie_train.io.files import (
     verify_manifest,
     write_directory,
     write_json,
+    write_jsonl,
+    write_text,
 )
 
 
@@ -211,18 +214,53 @@ def test_every_damaged_file_is_listed(tmp_path: Path) -> None:
         verify(path)
 
 
-def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+@pytest.mark.parametrize(
+    ("write", "first", "second", "unwritable"),
+    [
+        (write_json, {"a": "ä"}, {"a": 2}, {"a": object()}),
+        (write_jsonl, [1, {"b": "ä"}], [2], [3, object()]),
+        (write_text, "ä\n", "b", "\ud800"),
+    ],
+)
+def test_a_file_is_replaced_whole_or_not_at_all(
+    write: Any, first: Any, second: Any, unwritable: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = tmp_path / "x"
+    write(path, first)
+    old = path.read_bytes()
+    with pytest.raises((TypeError, UnicodeEncodeError)):
+        write(path, unwritable)
+    assert path.read_bytes() == old
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="disk is full"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert names(tmp_path) == ["x.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            write(path, second)
+    assert path.read_bytes() == old
+    assert names(tmp_path) == ["x"]
+    write(path, second)
+    assert path.read_bytes() != old
+
+
+def test_what_writers_write_reads_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "x", {"a": "ä"})
+    assert json.loads((tmp_path / "x").read_text("utf-8")) == {"a": "ä"}
+    write_jsonl(tmp_path / "x", [1, {"b": "ä"}])
+    assert (tmp_path / "x").read_text("utf-8") == '1\n{"b": "ä"}\n'
+    write_text(tmp_path / "x", "ä\r\n")
+    assert (tmp_path / "x").read_bytes() == "ä\r\n".encode()
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    write_text(Path(os.devnull), "new")
+    assert Path(os.devnull).is_char_device()

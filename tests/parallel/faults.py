@@ -33,14 +33,14 @@ def fault(command: dict[str, Any], held: ExitStack) -> None:
 
         held.enter_context(patch.object(holder, attribute, full))
     if "file" in command:
-        write = Path.write_text
+        opened = Path.open
 
-        def written(path: Path, *values: Any, **named: Any) -> int:
-            if path.name == command["file"]:
+        def open_or_fail(path: Path, *values: Any, **named: Any) -> Any:
+            if path.name == f"{command['file']}.tmp":
                 raise OSError(errno.ENOSPC, "no space", str(path))
-            return write(path, *values, **named)
+            return opened(path, *values, **named)
 
-        held.enter_context(patch.object(Path, "write_text", written))
+        held.enter_context(patch.object(Path, "open", open_or_fail))
     for name, value in (("read_text", None), ("open", None), ("exists", False)):
         held.enter_context(hide(name, command.get("blind", []), value))
 

@@ -72,7 +72,7 @@ def told(tmp_path_factory) -> dict[str, Any]:
 def test_a_rank_that_cannot_write_ends_all_with_its_message(told, number):
     assert [rank[number] for rank in told["statuses"]] == [1] * RANKS
     name = next(iter(FAULTS[number][2].values())).partition(":")[2]
-    message = f"error: no room for {name} " if name else "cannot write the model card"
+    message = f"error: no room for {name} " if name else "cannot write: the disk is full"
     assert told["printed"].count(message) == 1
     assert told["printed"].count("error:") == len(FAULTS), "one message each"
 

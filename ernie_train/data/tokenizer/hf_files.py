@@ -13,6 +13,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import CHAT_TEMPLATE, CONTROL_TOKENS, PLAIN_CHAT_TEMPLATE
 from ernie_train.data.completion_format import SENTENCE_END, SENTENCE_START
 from ernie_train.data.tokenizer.sentencepiece_proto import ModelProto, Piece, PieceType
+from ernie_train.io.files import write_json, write_text
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -64,7 +65,7 @@ def write_huggingface_files(
 def write_chat_template(out_dir: Path, thinking: bool) -> None:
     """Put the template that the model was trained with into both places where loaders look."""
     template = CHAT_TEMPLATE if thinking else PLAIN_CHAT_TEMPLATE
-    (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
+    write_text(out_dir / "chat_template.jinja", template)
     path = out_dir / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     write_json(path, {**config, "chat_template": template})
@@ -87,10 +88,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object")
     return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_whole(piece: Piece) -> bool:

@@ -36,6 +36,7 @@ from ernie_train.data.tokenizer.sentencepiece_proto import (
     parse_model,
     without_dummy_prefix,
 )
+from ernie_train.io.files import atomic_write
 
 MODEL_FILE = "tokenizer.model"
 UNK, BOS = "<unk>", "<s>"
@@ -183,7 +184,8 @@ def train_tokenizer(
         ) from error
     for name in TOKENIZER_FILES:
         (out_dir / name).unlink(missing_ok=True)
-    (out_dir / MODEL_FILE).write_bytes(model.getvalue())
+    with atomic_write(out_dir / MODEL_FILE) as stream:
+        stream.write(model.getvalue())
     tokenizer = SentencePieceTokenizer(out_dir)
     tokenizer.save_pretrained(out_dir)
     return tokenizer

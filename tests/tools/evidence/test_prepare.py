@@ -56,7 +56,7 @@ def test_the_control_trains_as_long_as_the_rl_stages(tmp_path: Path) -> None:
     seconds = {"sft": 100.0, "rl-logic": 20.0, "rl-math-code": 20.0, "rl-general": 10.0}
     (tmp_path / "result.json").write_text(json.dumps({"seconds": seconds}))
     recipe = load_yaml(ROOT / "recipes" / "tiny.yaml")
-    dump_yaml(recipe, tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe), "utf-8")
     overrides = prepare.continued_sft(tmp_path)
     model, stages, _ = (override.partition("=")[2] for override in overrides)
     assert json.loads(model)["path"] == str(directory / "checkpoints" / "step_000010")
