@@ -1,9 +1,10 @@
-"""Checkpoints of a training stage: written whole or not at all, verified before they are used.
+"""Write checkpoints of a training stage whole or not at all, and verify them before use.
 
 checkpoints/step_000500/
     model*.safetensors, config.json     the model, readable as a model directory
     optimizer*.safetensors              moments and master weights, under the names on disk
-    state.json                          everything else: step, schedule, data position, RNG
+    state*.safetensors                  the arrays of the state
+    state.json                          the rest of the state: schedule, position in the data
     MANIFEST.json                       sizes and SHA-256 of all of these, written last
 """
 
@@ -14,7 +15,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from ernie_train.io.files import (
     remove_directory,
     verify_manifest,
     write_directory,
-    write_json,
+    write_text,
 )
 from ernie_train.io.safetensors import (
     TensorFiles,
@@ -43,11 +44,7 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.hf import from_hf, load_config, load_weights, to_hf, write_weights
 
 _STEP = re.compile(r"step_(\d{6,})")
-
-
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -81,34 +78,35 @@ class Checkpoint:
     optimizer: Mapping[str, np.ndarray]
 
     def part(self, name: str) -> Mapping[str, np.ndarray]:
-        """The arrays that were saved as `parts[name]`, read when asked for."""
+        """Return the arrays that were saved as `parts[name]`; each is read on access."""
         directory, _, stem = name.rpartition("/")
         return TensorFiles(self.path / directory, stem)
 
     def load_model(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        """Fills `model` with the weights and sets their RoPE base.
+        """Load the weights into `model` and set the RoPE base that they were saved with.
 
-        `WeightsError` if the weights do not fit its configuration.
+        Raises:
+            WeightsError: the weights do not fit its configuration.
         """
         load_weights(model, self.path, verify=False)
         model.set_rope_theta(load_config(self.path).rope_theta)
 
 
-# How parameters, or their moments, are named and laid out on disk, and back in memory.
+# Converts names and layouts of parameters, or of their moments, to those on disk or back.
 Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 def to_disk(
     model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
 ) -> Mapping[str, np.ndarray]:
-    """Parameters of a model, or their moments, under their names on disk."""
+    """Return parameters of a model, or their moments, under their names on disk."""
     return dict(to_hf(model.config, named, model.model.placement.experts))
 
 
 def from_disk(
     model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
 ) -> Mapping[str, np.ndarray]:
-    """The inverse of `to_disk`, from what all ranks wrote: what this rank holds."""
+    """Return the parameters, or moments, that this rank holds, from those on disk of all ranks."""
     return dict(from_hf(model.config, named, model.model.placement.experts))
 
 
@@ -131,18 +129,26 @@ class CheckpointStore:
         metrics: Mapping[str, float] | None = None,
         parts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     ) -> Path:
-        """Writes the checkpoint of `step`, then deletes those that need not be kept.
+        """Write the checkpoint of `step`, then delete those that need not be kept.
 
         Every rank must call it, with the arrays that it alone writes; `state` is rank 0's.
 
-        `optimizer` holds arrays by any names (uint16 means bfloat16 bits), `state` anything that
-        `encode_state` takes; `metrics` are what `best_metric` picks from. `parts` are further
-        arrays: those of "critic/model" go to `critic/model*.safetensors`. Returns its directory.
-        Raises `StorageError` (disk full, no permission): the earlier checkpoints are then
-        untouched and nothing half-written is left. Raises `ConfigError`, after writing, if
-        metrics were given and `best_metric` is not among them.
+        `optimizer` holds arrays by any names (uint16 means bfloat16 bits). `state` holds JSON
+        values and arrays in nested dicts. `best_metric` picks from `metrics`. `parts` are further
+        arrays: those of "critic/model" go to `critic/model*.safetensors`.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            TypeError, ValueError, WeightsError: `state` holds what cannot be stored, NaN included.
+            StorageError: disk full or no permission; the earlier checkpoints are untouched and
+                nothing half-written is left.
+            ConfigError: `best_metric` is not among the metrics; raised after writing.
         """
-        encoded = encode_state(dict(state))
+        plain, arrays = _split_state(state)
+        state_entries = array_entries(arrays)
+        text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
         values = {name: float(value) for name, value in (metrics or {}).items()}
         path = self.path_of(step)
         consensus.run_on_main(self.sweep)
@@ -153,18 +159,22 @@ class CheckpointStore:
             if process_group.any_rank(bool(optimizer)):
                 entries = array_entries(optimizer)
                 digests |= write_tensor_files(directory, "optimizer", entries, size)
-            for name, arrays in (parts or {}).items():
+            for name, named in (parts or {}).items():
                 folder, _, stem = name.rpartition("/")
                 with consensus.fail_together(), storage_errors("cannot write", directory):
                     (directory / folder).mkdir(exist_ok=True)
-                written = write_tensor_files(directory / folder, stem, array_entries(arrays), size)
+                written = write_tensor_files(directory / folder, stem, array_entries(named), size)
                 digests |= {f"{folder}/{file}": digest for file, digest in written.items()}
+            if process_group.any_rank(bool(arrays)):
+                mine = state_entries if process_group.is_main() else []
+                digests |= write_tensor_files(directory, "state", mine, size)
             with consensus.fail_together():
                 if process_group.is_main():
-                    write_json(directory / "state.json", encoded)
+                    write_text(directory / "state.json", text + "\n")
             return digests
 
-        write_directory(path, write, info={"step": step, "metrics": encode_state(values)})
+        shown = {name: v if math.isfinite(v) else repr(v) for name, v in values.items()}
+        write_directory(path, write, info={"step": step, "metrics": shown})
         consensus.run_on_main(lambda: self._retain(step))
         wanted = self.config.best_metric
         if values and wanted is not None and wanted not in values:
@@ -173,14 +183,14 @@ class CheckpointStore:
         return path
 
     def sweep(self) -> None:
-        """Removes what a killed writer left behind; only for the process that owns the run."""
+        """Remove what a killed writer left behind; only for the process that owns the run."""
         if self.directory.is_dir():
             stems = {m[1] for p in self.directory.iterdir() if (m := _LEFTOVER.fullmatch(p.name))}
             for stem in sorted(stems):
                 recover(self.directory / stem)
 
     def _retain(self, newest: int) -> None:
-        """Deletes all up to `newest` but the last `keep_last` and the best.
+        """Delete all up to `newest` but the last `keep_last` and the best.
 
         Later ones do not count: they are broken, or training would have gone on from them.
         """
@@ -198,29 +208,31 @@ class CheckpointStore:
         return self.directory / f"step_{step:06d}"
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, ascending, whole or not."""
+        """Return the steps of all checkpoints, ascending, damaged ones included."""
         if not self.directory.is_dir():
             return []
         matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def best_step(self, up_to: int | None = None) -> int | None:
-        """The step with the best value of `best_metric`, the later one of equals, if any has it."""
+        """Return the step with the best `best_metric`, the later of equals, or None."""
         metric = self.config.best_metric
         sign = 1.0 if self.config.best_is == "higher" else -1.0
         scored = []
         for step in self.steps():
             manifest = self._manifest(step) if up_to is None or step <= up_to else None
-            value = decode_state((manifest or {}).get("metrics", {})).get(metric, math.nan)
+            value = _read_metrics(manifest or {"metrics": {}}).get(metric or "", math.nan)
             if math.isfinite(value):
                 scored.append((sign * value, step))
         return max(scored)[1] if scored else None
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose files match their hashes; None if there is none at all.
+        """Return the newest checkpoint whose files match their hashes; None if there is none.
 
-        Damaged ones are skipped with a warning. Raises `CheckpointError` if all are damaged:
-        starting anew would be the loss of a run.
+        Damaged ones are skipped with a warning.
+
+        Raises:
+            CheckpointError: all are damaged; to start again at step 0 would lose the run.
         """
         problems = []
         for step in reversed(self.steps()):
@@ -239,23 +251,27 @@ class CheckpointStore:
         return None
 
     def load(self, path: str | Path, *, verify: bool = True) -> Checkpoint:
-        """Opens the checkpoint in `path`; `CheckpointError` names every missing or altered file.
+        """Open the checkpoint in `path`.
 
         `verify=False` skips the hashes (for what `latest` has just returned).
+
+        Raises:
+            CheckpointError: names every missing or altered file.
         """
         path = Path(path)
         manifest = verify_manifest(path, hashes=verify)
         try:
-            state = decode_state(json.loads((path / "state.json").read_text(encoding="utf-8")))
-            has_optimizer = any(name.startswith("optimizer") for name in manifest["files"])
-            optimizer = TensorFiles(path, "optimizer") if has_optimizer else {}
-            step, metrics = int(manifest["step"]), decode_state(manifest["metrics"])
+            text = (path / "state.json").read_text(encoding="utf-8")
+            state = json.loads(text, object_hook=_decode_tagged)
+            state = _merge_state(state, _tensors(path, "state", manifest["files"]))
+            optimizer = _tensors(path, "optimizer", manifest["files"])
+            step, metrics = int(manifest["step"]), _read_metrics(manifest)
         except (OSError, ValueError, KeyError, TypeError, WeightsError) as error:
             raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
         return Checkpoint(path, step, state, metrics, optimizer)
 
     def load_latest(self) -> Checkpoint | None:
-        """`load` of `latest`, hashed once, by rank 0; None if there is no checkpoint.
+        """Load the newest checkpoint, which rank 0 alone hashes; None if there is no checkpoint.
 
         Every rank must call it.
         """
@@ -266,65 +282,69 @@ class CheckpointStore:
         return checkpoint
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
-        """The manifest of a checkpoint whose files have the right sizes."""
+        """Return the manifest of a checkpoint whose files have the right sizes, else None."""
         try:
             return verify_manifest(self.path_of(step), hashes=False)
         except CheckpointError:
             return None
 
 
-# ---- state as JSON -----------------------------------------------------------------------------
-_TAG = "__ernie_train__"
+def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.ndarray]:
+    """Return the arrays of `<stem>*.safetensors`; none if no such file is listed."""
+    pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
+    return TensorFiles(path, stem) if any(map(pattern.fullmatch, listed)) else {}
 
 
-def encode_state(value: Any) -> Any:
-    """JSON of nested dicts, lists, tuples, numbers, strings, bytes and numpy arrays, exactly.
-
-    numpy numbers become Python's. Raises `TypeError` for anything else, dict keys other than
-    strings included, since JSON would give it back as something different.
-    """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, int | np.integer):
-        return int(value)
-    if isinstance(value, float | np.floating):
-        number = float(value)  # NaN and infinities are no JSON
-        return number if math.isfinite(number) else {_TAG: "float", "value": repr(number)}
-    if isinstance(value, list):
-        return [encode_state(item) for item in value]
-    if isinstance(value, tuple):
-        return {_TAG: "tuple", "items": [encode_state(item) for item in value]}
-    if isinstance(value, bytes):
-        return {_TAG: "bytes", "base64": base64.b64encode(value).decode()}
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-        shape, dtype = list(value.shape), value.dtype.str
-        return {_TAG: "array", "dtype": dtype, "shape": shape, "base64": data}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        if _TAG in value:
-            raise TypeError(f"{_TAG!r} is not a free key")
-        return {key: encode_state(item) for key, item in value.items()}
-    raise TypeError(f"{type(value).__name__} cannot be part of a checkpoint's state: {value!r:.80}")
+# ---- state as JSON and arrays ------------------------------------------------------------------
 
 
-def decode_state(value: Any) -> Any:
-    """The inverse of `encode_state`; `ValueError` for a tag that it does not write."""
-    if isinstance(value, list):
-        return [decode_state(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get(_TAG)
+def _split_state(
+    state: Mapping[str, Any], path: str = ""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Split nested dicts into plain JSON values and the arrays, which get names like "a/b"."""
+    plain: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or "/" in key:
+            raise TypeError(f"{key!r} cannot be a key of a checkpoint's state")
+        if isinstance(value, np.ndarray):
+            arrays[path + key] = value
+        elif isinstance(value, Mapping):
+            plain[key], nested = _split_state(value, f"{path}{key}/")
+            arrays |= nested
+        else:
+            plain[key] = value
+    return plain, arrays
+
+
+def _merge_state(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Put arrays back to where `_split_state` took them from."""
+    for name, array in arrays.items():
+        *parents, key = name.split("/")
+        place = plain
+        for parent in parents:
+            place = place[parent]
+        place[key] = array
+    return plain
+
+
+def _decode_tagged(value: dict[str, Any]) -> Any:
+    """Decode an object of version 0.1.0, which wrote arrays and NaN as tagged objects."""
+    kind = value.get("__ernie_train__")
     if kind is None:
-        return {key: decode_state(item) for key, item in value.items()}
+        return value
     if kind == "float":
         return float(value["value"])
-    if kind == "tuple":
-        return tuple(decode_state(item) for item in value["items"])
-    if kind == "bytes":
-        return base64.b64decode(value["base64"])
     if kind == "array":
         data = np.frombuffer(base64.b64decode(value["base64"]), dtype=value["dtype"])
         return data.reshape(value["shape"]).copy()
     raise ValueError(f"unknown kind of value {kind!r}")
+
+
+def _read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Return a manifest's metrics; NaN and infinities are not JSON and stand as text."""
+    metrics = {
+        name: _decode_tagged(value) if isinstance(value, dict) else value
+        for name, value in manifest["metrics"].items()
+    }
+    return {name: float(value) for name, value in metrics.items()}
