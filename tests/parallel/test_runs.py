@@ -219,7 +219,7 @@ def test_completions_are_those_of_one_rank(root, runs):
     for ours, theirs in zip(*found, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert (a.prompt, a.completion_ids) == (b.prompt, b.completion_ids)
-            assert a.reward == b.reward
+            assert a.raw_reward == b.raw_reward
 
 
 def test_what_cannot_work_is_told_once_with_status_2(runs):
