@@ -14,7 +14,7 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-_CHUNK_ELEMENTS = 8 * 1024 * 1024  # logits that exist at once (32 MiB in float32)
+CHUNK_ELEMENTS = 8 * 1024 * 1024  # logits that exist at once (32 MiB in float32)
 
 
 class _LinearCrossEntropy(PyLayer):
@@ -71,7 +71,7 @@ def _chunk(
 
 def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
     """The tokens in parts whose logits may exist at once."""
-    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+    size = max(1, CHUNK_ELEMENTS // vocab_size)
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 

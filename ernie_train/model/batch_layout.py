@@ -21,8 +21,8 @@ from paddle import Tensor
 
 # Measured on one thread at head dimension 32.
 _BATCHED_LENGTH = 192  # up to here a whole document is one block, and a bucket is one batch
-_KEPT_LENGTH = 1024  # up to here probabilities are kept; beyond it memory is linear in the length
-_KEPT_BLOCK, _LONG_BLOCK = 128, 320  # most queries of one head that are scored at once
+KEPT_LENGTH = 1024  # up to here probabilities are kept; beyond it memory is linear in the length
+KEPT_BLOCK, _LONG_BLOCK = 128, 320  # most queries of one head that are scored at once
 _ALIGNMENT = 8  # blocks are multiples of it: few sizes of masks, aligned rows
 _BUCKET_RATIO = 1.25  # lengths within one bucket differ by less than this factor
 
@@ -53,7 +53,7 @@ class Bucket:
     @property
     def is_long(self) -> bool:
         """Whether its probabilities are too many to be kept for the backward pass."""
-        return self.length > _KEPT_LENGTH
+        return self.length > KEPT_LENGTH
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _blocking(length: int) -> tuple[int, int]:
     """(blocks, block) for documents of up to `length` tokens; blocks alike leave little padding."""
     if length <= _BATCHED_LENGTH:
         return 1, length
-    blocks = -(-length // (_KEPT_BLOCK if length <= _KEPT_LENGTH else _LONG_BLOCK))
+    blocks = -(-length // (KEPT_BLOCK if length <= KEPT_LENGTH else _LONG_BLOCK))
     per_block = -(-length // blocks)
     return blocks, -(-per_block // _ALIGNMENT) * _ALIGNMENT
 

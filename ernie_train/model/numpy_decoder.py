@@ -32,7 +32,7 @@ from ernie_train.model.transformer import DecoderLayer, Ernie4_5_MoeForCausalLM
 
 _GROWTH = 32  # slots are added in multiples of this number
 _MASKED = np.float32(-1e30)
-_CHUNK_TOKENS = 2048  # most prompt tokens, with padding, in one pass: bounds the activations
+PROMPT_CHUNK_TOKENS = 2048  # most prompt tokens, with padding, in one pass: bounds the activations
 _CHUNK_RATIO = 1.25  # the longest prompt of a chunk is at most this much longer than the shortest
 _QUERY_BLOCK = 128  # most queries of a head in one block of scores
 
@@ -271,13 +271,13 @@ def _causal_attention(q: np.ndarray, kv: np.ndarray) -> np.ndarray:
 
 
 def _chunks(lengths: np.ndarray) -> Iterator[slice]:
-    """Yield slices of neighbours of similar length that fit into `_CHUNK_TOKENS`."""
+    """Yield slices of neighbours of similar length that fit into `PROMPT_CHUNK_TOKENS`."""
     start = 0
     while start < len(lengths):
         end, least, most = start, lengths[start], lengths[start]
         while end < len(lengths):
             least, most = min(least, lengths[end]), max(most, lengths[end])
-            if most > _CHUNK_RATIO * least or (end + 1 - start) * most > _CHUNK_TOKENS:
+            if most > _CHUNK_RATIO * least or (end + 1 - start) * most > PROMPT_CHUNK_TOKENS:
                 break
             end += 1
         end = max(end, start + 1)

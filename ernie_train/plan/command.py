@@ -11,7 +11,7 @@ from ernie_train.core.errors import UserError
 from ernie_train.plan.cost import Rates
 from ernie_train.plan.layout import BYTES, Dtype, Layout, Precision
 from ernie_train.plan.memory import Machine
-from ernie_train.plan.search import Problem, candidates, smallest_cluster
+from ernie_train.plan.search import PlanRequest, candidates, smallest_cluster
 from ernie_train.plan.tables import (
     describe,
     idle_ranks,
@@ -22,7 +22,7 @@ from ernie_train.plan.tables import (
     shortage,
     step_table,
 )
-from ernie_train.plan.work import recipe_work
+from ernie_train.plan.workload import recipe_workloads
 from ernie_train.run.recipe import Recipe
 
 DEFAULT_RANKS, DEFAULT_MEMORY_GB = 8, 80.0
@@ -55,46 +55,46 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
 
     Raises `UserError` for an expert degree or gradients that cannot be.
     """
-    problem, why = plan_problem(recipe, settings)
+    request, why = plan_request(recipe, settings)
     ranks = settings.ranks or DEFAULT_RANKS
-    found = candidates(problem, ranks)
+    found = candidates(request, ranks)
     if recipe.model.is_absent:
         console.print(recipe.model.missing_model_message(), highlight=False)
-    print_assumptions(problem, ranks, why, console)
-    fitting = [candidate for candidate in found if candidate.fits(problem.memory_gb)]
+    print_assumptions(request, ranks, why, console)
+    fitting = [candidate for candidate in found if candidate.fits(request.memory_gb)]
     shown = fitting[0] if fitting else min(found, key=lambda c: c.peak)
     console.print(f"the {'best' if fitting else 'smallest'}: {describe(shown.layout)}")
-    console.print(memory_table(problem.work, shown))
-    console.print(step_table(problem, shown))
-    for line in idle_ranks(problem.work, shown):
+    console.print(memory_table(request.loads, shown))
+    console.print(step_table(request, shown))
+    for line in idle_ranks(request.loads, shown):
         console.print(line, highlight=False)
     own = recipe.parallel
     of_recipe = Layout(own.expert, own.data, own.sharding, own.recompute)
     for candidate in found:
         if candidate.layout == of_recipe:
-            console.print(own_layout(problem, candidate), highlight=False)
+            console.print(own_layout(request, candidate), highlight=False)
     if fitting:
-        console.print(layout_table(problem, fitting))
+        console.print(layout_table(request, fitting))
         console.print(f"{len(found) - len(fitting)} other layouts do not fit", highlight=False)
         console.print(f"it fits; the fastest: {shown.layout.as_yaml()}", highlight=False)
         return
-    for line in shortage(problem, shown, smallest_cluster(problem)):
+    for line in shortage(request, shown, smallest_cluster(request)):
         console.print(line, highlight=False)
 
 
-def plan_problem(recipe: Recipe, settings: PlanSettings) -> tuple[Problem, str]:
+def plan_request(recipe: Recipe, settings: PlanSettings) -> tuple[PlanRequest, str]:
     """What is to be laid out, and a word on why on such ranks."""
     machine, why = _machine(recipe, settings)
-    problem = Problem(
+    request = PlanRequest(
         recipe.model.build(),
-        recipe_work(recipe, settings.document_tokens),
+        recipe_workloads(recipe, settings.document_tokens),
         machine,
         settings.memory_gb or DEFAULT_MEMORY_GB,
         _rates(machine, settings),
         settings.expert,
         recipe.parallel.recompute,
     )
-    return problem, why
+    return request, why
 
 
 def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:

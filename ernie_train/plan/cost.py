@@ -1,8 +1,8 @@
 """Floating-point operations, bytes over the wire and seconds of a step.
 
-A matrix product of [m,k] and [k,n] counts 2 m k n. Communication is counted as the bytes that a
-rank sends, by ring algorithms (Patarasuk and Yuan, 2009), with experts evenly loaded and nothing
-hidden behind computation.
+A matrix product of [m,k] and [k,n] counts 2 m k n. Communication is the bytes that a rank sends, by
+ring algorithms (Patarasuk and Yuan, 2009), with experts evenly loaded. Seconds are added up:
+communication is counted without overlap.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute, recomputed_parts
 from ernie_train.plan.layout import (
     Layout,
-    Parameters,
     Precision,
     count_parameters,
     critic_parameters,
     moe_layers,
 )
-from ernie_train.plan.memory import Rollout, cache_bytes
-from ernie_train.plan.work import Work
+from ernie_train.plan.memory import cache_bytes
+from ernie_train.plan.workload import Sampling, Workload
 
 RANKS_PER_MACHINE = 8
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank achieves, not its peak; each is stated in the output.
+    """Rates that a rank achieves, not its peaks; each is stated in the output.
 
     tflops: 10^12 operations a second in training. inside_gbps, between_gbps: 10^9 bits a second
     that a rank sends to others of its machine, and beyond. memory_gb_per_s: 10^9 bytes a second
@@ -39,15 +38,18 @@ class Rates:
     between_gbps: float
     memory_gb_per_s: float
 
+    def seconds_to_compute(self, flops: float) -> float:
+        return flops / (self.tflops * 1e12)
+
     def seconds_to_send(self, size: float, span: int) -> float:
-        """Time for `size` bytes in a group that spans `span` ranks next to one another."""
+        """Return the time for `size` bytes in a group of `span` consecutive ranks."""
         gbps = self.inside_gbps if span <= RANKS_PER_MACHINE else self.between_gbps
         return size * 8 / (gbps * 1e9)
 
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Operations of a token's forward pass, with `context` tokens to attend to on average."""
+    """Operations of a token's forward pass: products with weights, attention, LM head."""
 
     layers: float
     attention: float
@@ -57,21 +59,26 @@ class TokenFlops:
     def forward(self) -> float:
         return self.layers + self.attention + self.head
 
-    def training(self, again: float) -> float:
-        """Forward, twice as much backward, and the operations `again` that are done once more."""
-        return 3 * self.forward + again
+    def training(self, recomputed: float) -> float:
+        """Return forward, twice as much backward, and the operations that are `recomputed`."""
+        return 3 * self.forward + recomputed
 
 
 def token_flops(config: Ernie4_5_MoeConfig, context: float) -> TokenFlops:
-    """`context`: (L + 1) / 2 in documents of L tokens, for attention is causal."""
+    """Return the operations of a token that attends to `context` tokens on average."""
     numbers = range(config.num_hidden_layers)
     products = sum(_projections(config) + _experts(config, number) for number in numbers)
     scores = config.num_hidden_layers * _scores(config, context)
     return TokenFlops(products, scores, 2.0 * config.vocab_size * config.hidden_size)
 
 
+def mean_context(length: int) -> float:
+    """Return the mean number of tokens that a token of a document attends to, itself included."""
+    return (length + 1) / 2
+
+
 def recomputed_flops(config: Ernie4_5_MoeConfig, context: float, recompute: Recompute) -> float:
-    """Operations of a token in what is run again in the backward pass."""
+    """Return a token's operations in what the backward pass recomputes."""
     total = 0.0
     for number in range(config.num_hidden_layers):
         parts = recomputed_parts(recompute, number)
@@ -101,11 +108,6 @@ def _experts(config: Ernie4_5_MoeConfig, number: int) -> float:
     return 2.0 * config.hidden_size * (config.moe_num_experts + 3 * width)
 
 
-def mean_context(length: int) -> float:
-    """Tokens that a token of a document attends to on average, itself included."""
-    return (length + 1) / 2
-
-
 @dataclass(frozen=True)
 class StepCost:
     """One step of the fullest rank. Bytes and seconds by kind; `flops` are those of a token."""
@@ -119,102 +121,91 @@ class StepCost:
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
-    def binding(self) -> str:
-        """What takes most of the time."""
+    def largest_part(self) -> str:
+        """Return the kind that takes most of the time."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 def step_cost(
-    config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout, rates: Rates, work: Work
+    config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout, rates: Rates, load: Workload
 ) -> StepCost:
-    """Operations, bytes and seconds of one step of `work`."""
-    batch, ranks = work.job.micro_batch, layout.ranks
+    """Return operations, bytes and seconds of one step of `load`."""
+    batch, ranks = load.micro_batch, layout.ranks
     context = mean_context(batch.document_tokens)
     flops = token_flops(config, context)
     again = recomputed_flops(config, context, layout.recompute)
     # The backward pass of logprobs makes the logits again.
-    per_token = flops.training(again + flops.head * (work.job.head == "logprobs"))
-    per_token += flops.training(again) - 3 * flops.head if work.job.critic else 0.0
-    micro_batches = work.updates * -(-work.micro_batches // ranks)
-    trained = micro_batches * batch.tokens  # of the fullest rank
-    scored = -(-work.scored // ranks) * batch.seq_len * work.scoring_models
-    exchange = _exchange_per_token(config, precision, layout)
-    passes = _passes(config, layout.recompute) * (2 if work.job.critic else 1)
-    sent = {"all-to-all": exchange * (passes * trained + 2 * scored)}
-    sent |= _update_bytes(config, precision, layout, work)
+    per_token = flops.training(again + flops.head * (load.loss == "logprobs"))
+    per_token += flops.training(again) - 3 * flops.head if load.critic else 0.0
+    trained = load.updates * -(-load.micro_batches // ranks) * batch.tokens  # of the fullest rank
+    scored = -(-load.scored // ranks) * batch.seq_len * load.scoring_models
+    exchanges = _exchanges(config, layout.recompute) * (2 if load.critic else 1)
+    exchange = _exchange_bytes(config, precision, layout)
+    sent = {"all-to-all": exchange * (exchanges * trained + 2 * scored)}
+    sent |= _update_bytes(config, precision, layout, load)
     seconds = {
-        "compute": (trained * per_token + scored * flops.forward) / (rates.tflops * 1e12),
+        "compute": rates.seconds_to_compute(trained * per_token + scored * flops.forward),
         "all-to-all": rates.seconds_to_send(sent["all-to-all"], layout.expert),
+        "gradients": rates.seconds_to_send(sent["gradients"], ranks),
+        "weights": rates.seconds_to_send(sent["weights"], ranks),
     }
-    for kind in ("gradients", "weights"):
-        seconds[kind] = rates.seconds_to_send(sent[kind], ranks)
-    if work.job.rollout is not None:
-        sent["rollouts"], seconds["rollouts"] = _rollout(
-            config, precision, layout, rates, work.job.rollout
+    if load.sampling is not None:
+        sent["rollouts"], seconds["rollouts"] = _sampling_cost(
+            config, precision, layout, rates, load.sampling
         )
-    return StepCost(per_token, sent, seconds, min(ranks, work.micro_batches))
+    return StepCost(per_token, sent, seconds, min(ranks, load.micro_batches))
 
 
-def _exchange_per_token(config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout) -> float:
-    """Bytes that one exchange in every MoE layer sends for a token: k rows, less those at home."""
+def _exchange_bytes(config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout) -> float:
+    """Return a token's bytes in one exchange of every MoE layer: k rows, less those at home."""
     share = min(1.0, config.moe_capacity_factor or 1.0) * (1 - 1 / layout.expert)
-    row = config.hidden_size * precision.width
-    return moe_layers(config) * config.moe_k * row * share
+    return moe_layers(config) * config.moe_k * config.hidden_size * precision.width * share
 
 
-def _passes(config: Ernie4_5_MoeConfig, recompute: Recompute) -> float:
-    """Exchanges of a trained token, the mean over the MoE layers: there and back, both ways.
-
-    Experts that are run again go there and back once more.
-    """
-    mixtures = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
-    again = sum("experts" in recomputed_parts(recompute, number) for number in mixtures)
-    return 4 + 2 * again / max(1, len(mixtures))
+def _exchanges(config: Ernie4_5_MoeConfig, recompute: Recompute) -> float:
+    """Return the exchanges of a trained token, the mean over MoE layers: 4, 6 if recomputed."""
+    moe = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+    again = sum("experts" in recomputed_parts(recompute, number) for number in moe)
+    return 4 + 2 * again / max(1, len(moe))
 
 
 def _update_bytes(
-    config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout, work: Work
+    config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout, load: Workload
 ) -> dict[str, float]:
-    """Gradients reduced and, where optimizer state is sharded, updated weights gathered.
+    """Return bytes of gradients reduced and, with `sharding`, of updated weights gathered.
 
     A ring all-reduce of n ranks sends 2 (n-1)/n of the data; a reduce-scatter, or the gathering,
     (n-1)/n.
     """
-    reduced = gathered = 0.0
-    models = [count_parameters(config)]
-    models += [critic_parameters(config)] if work.job.critic else []
-    for model in models:
-        share = _sent_share(model.on_rank(layout), layout)
-        reduced += share * precision.gradient_width * (1 if layout.sharding else 2)
-        gathered += share * precision.width if layout.sharding else 0.0
-    return {"gradients": reduced * work.updates, "weights": gathered * work.updates}
+    numbers = 0.0
+    for model in (count_parameters(config), critic_parameters(config))[: 1 + load.critic]:
+        own = model.on_rank(layout)
+        numbers += own.dense * (1 - 1 / layout.ranks) + own.experts * (1 - 1 / layout.data)
+    numbers *= load.updates
+    return {
+        "gradients": numbers * precision.gradient_width * (1 if layout.sharding else 2),
+        "weights": numbers * precision.width * layout.sharding,
+    }
 
 
-def _sent_share(own: Parameters, layout: Layout) -> float:
-    """Parameters that a rank sends once around: dense to all ranks, experts to their copies."""
-    return own.dense * (1 - 1 / layout.ranks) + own.experts * (1 - 1 / layout.data)
-
-
-def _rollout(
-    config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout, rates: Rates, rollout: Rollout
+def _sampling_cost(
+    config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout, rates: Rates, load: Sampling
 ) -> tuple[float, float]:
-    """Bytes sent and seconds of sampling all completions to their full length.
+    """Return bytes sent and seconds of sampling all completions to their full length.
 
     A token of every sequence takes as long as reading all weights and the cache, or as its
     operations at the rate of training, whichever is more.
     """
-    on_rank, at_once = rollout.on_rank(layout.ranks), rollout.at_once(layout.ranks)
+    on_rank, at_once = load.on_rank(layout.ranks), load.at_once(layout.ranks)
     batches = -(-on_rank // at_once)
-    mean_length = rollout.prompt_tokens + rollout.new_tokens // 2
-    weights = count_parameters(config).on_rank(layout).total * precision.width
-    cache = cache_bytes(config, at_once, mean_length, precision.width)
-    reading = (weights + cache) / (rates.memory_gb_per_s * 1e9)
-    flops = token_flops(config, mean_length).forward
-    computing = at_once * flops / (rates.tflops * 1e12)
-    prompts = -(-on_rank // rollout.group_size) * rollout.prompt_tokens
-    first = prompts * token_flops(config, mean_context(rollout.prompt_tokens)).forward
-    tokens = on_rank * rollout.new_tokens + prompts
-    sent = 2 * _exchange_per_token(config, precision, layout) * tokens
-    seconds = batches * rollout.new_tokens * max(reading, computing)
-    seconds += first / (rates.tflops * 1e12) + rates.seconds_to_send(sent, layout.expert)
+    mean_length = load.prompt_tokens + load.new_tokens // 2
+    read = count_parameters(config).on_rank(layout).total * precision.width
+    reading = read + cache_bytes(config, at_once, mean_length, precision.width)
+    computing = rates.seconds_to_compute(at_once * token_flops(config, mean_length).forward)
+    prompts = -(-on_rank // load.group_size) * load.prompt_tokens
+    first = prompts * token_flops(config, mean_context(load.prompt_tokens)).forward
+    tokens = on_rank * load.new_tokens + prompts
+    sent = 2 * _exchange_bytes(config, precision, layout) * tokens
+    seconds = batches * load.new_tokens * max(reading / (rates.memory_gb_per_s * 1e9), computing)
+    seconds += rates.seconds_to_compute(first) + rates.seconds_to_send(sent, layout.expert)
     return sent, seconds

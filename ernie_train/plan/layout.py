@@ -1,4 +1,4 @@
-"""How a job is laid over ranks, and which parameters each of them holds.
+"""Layouts of a job over ranks, and the parameters that each rank holds.
 
 World size = expert x data. Dense parameters are on every rank; each routed expert is on `data`
 ranks. GB are 10^9 bytes.
@@ -16,16 +16,13 @@ from ernie_train.parallel.recompute import PARTS, Recompute, RecomputeConfig
 
 GB = 1e9
 Dtype = Literal["float32", "bfloat16"]
-CHUNK_TOKENS = 16384  # that a recipe may name; tried where micro-batches are longer
+CHUNK_TOKENS = 16384  # `recompute.chunk_tokens` that is tried where micro-batches are longer
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`sharding` spreads optimizer state over the ranks that hold the same parameter.
-
-    `recompute` is as in a recipe: true, false, or what is run again.
-    """
+    """The settings of `parallel:`; `sharding` spreads optimizer state over a parameter's ranks."""
 
     expert: int
     data: int
@@ -37,8 +34,8 @@ class Layout:
         return self.expert * self.data
 
     @property
-    def again(self) -> str:
-        """What is run again, in words."""
+    def recompute_label(self) -> str:
+        """Return what is recomputed, in words."""
         if isinstance(self.recompute, bool):
             return "layers" if self.recompute else "no"
         parts, layers = self.recompute.parts, self.recompute.layers
@@ -48,13 +45,13 @@ class Layout:
         return words if chunk is None else f"{words}, chunks of {chunk}"
 
     def as_yaml(self) -> str:
-        """The layout as a recipe says it."""
+        """Return the layout as a line of a recipe."""
         recompute = str(self.recompute).lower()
         if isinstance(self.recompute, RecomputeConfig):
-            said = [f"parts: [{', '.join(self.recompute.parts)}]"]
+            settings = [f"parts: [{', '.join(self.recompute.parts)}]"]
             numbers = {name: getattr(self.recompute, name) for name in ("layers", "chunk_tokens")}
-            said += [f"{name}: {number}" for name, number in numbers.items() if number]
-            recompute = f"{{{', '.join(said)}}}"
+            settings += [f"{name}: {number}" for name, number in numbers.items() if number]
+            recompute = f"{{{', '.join(settings)}}}"
         return (
             f"parallel: {{expert: {self.expert}, data: {self.data}, "
             f"sharding: {str(self.sharding).lower()}, recompute: {recompute}}}"
@@ -88,7 +85,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters there are of each kind."""
+    """Numbers of parameters: routed experts, and everything else (router, shared experts too)."""
 
     dense: int
     experts: int
@@ -98,27 +95,17 @@ class Parameters:
         return self.dense + self.experts
 
     def on_rank(self, layout: Layout) -> Parameters:
-        """What one rank of `layout` holds."""
+        """Return those that one rank of `layout` holds."""
         return Parameters(self.dense, self.experts // layout.expert)
-
-    def updated_on_rank(self, layout: Layout) -> float:
-        """Parameters whose optimizer state one rank holds: under sharding an even share.
-
-        What the fullest rank has is in `shards.updated_by_rank`.
-        """
-        own = self.on_rank(layout)
-        if not layout.sharding:
-            return own.total
-        return own.dense / layout.ranks + own.experts / layout.data
 
 
 def moe_layers(config: Ernie4_5_MoeConfig) -> int:
-    """The number of MoE layers."""
+    """Return the number of MoE layers."""
     return sum(config.is_moe_layer(index) for index in range(config.num_hidden_layers))
 
 
 def count_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
-    """Routed experts, and everything else (router and shared experts too)."""
+    """Return the parameters of a model, by arithmetic on its configuration."""
     total, _ = config.num_parameters()
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     experts = moe_layers(config) * config.moe_num_experts * expert
@@ -126,7 +113,7 @@ def count_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
 
 
 def critic_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
-    """A critic: the decoder with a scalar head [H] and its bias instead of the vocabulary's."""
+    """Return those of a critic: a scalar head [H] and its bias instead of the vocabulary's."""
     own = count_parameters(config)
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     head += config.vocab_size if config.lm_head_has_bias else 0
@@ -140,10 +127,10 @@ def layouts(
     own: Recompute = False,
     tokens: int = 0,
 ) -> Iterator[Layout]:
-    """Every layout of `ranks` ranks; with `expert` only those of that expert degree.
+    """Yield every layout of `ranks` ranks; with `expert` only those of that expert degree.
 
-    Each is tried with nothing, attention, experts and whole layers run again, and with `own`; where
-    a micro-batch has more than `CHUNK_TOKENS` of `tokens`, experts are run again in chunks as well.
+    Each comes with nothing, attention, experts and whole layers recomputed, and with `own`; where
+    `tokens`, those of a micro-batch, are more than `CHUNK_TOKENS`, with experts in chunks as well.
     Raises `UserError` for a degree that does not divide the experts or the ranks.
     """
     experts = config.moe_num_experts if moe_layers(config) else 1

@@ -1,53 +1,61 @@
-"""Memory of one rank at its peak, by part."""
+"""Memory of one rank at its peak, by part.
+
+Weights, gradients and optimizer state are counted. Activations are coefficients of shapes, fitted
+to the peaks that `tools.bench.plan` measures; docs/scaling.md says how far they are off.
+
+Symbols: b bytes of a weight, H hidden size, N query heads, K key/value heads, D head dimension,
+E experts, k experts of a token, I expert width, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie_train.losses.cross_entropy import CHUNK_ELEMENTS
+from ernie_train.model.batch_layout import KEPT_BLOCK, KEPT_LENGTH
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.plan.activations import Activations, Head, MicroBatch
-from ernie_train.plan.decoder import decoder_bytes
-from ernie_train.plan.layout import Layout, Precision, count_parameters, critic_parameters
-from ernie_train.plan.shards import updated_by_rank
+from ernie_train.model.numpy_decoder import PROMPT_CHUNK_TOKENS
+from ernie_train.parallel import chunk_tokens, recomputed_parts
+from ernie_train.parallel.gradients import BUCKET_ELEMENTS, MAX_IN_FLIGHT
+from ernie_train.parallel.recompute import PARTS, Part
+from ernie_train.plan.layout import (
+    Layout,
+    Parameters,
+    Precision,
+    count_parameters,
+    critic_parameters,
+    moe_layers,
+)
+from ernie_train.plan.workload import MicroBatch, Sampling, Workload
 
-_CACHE_GROWTH = 32  # slots; as in model/kv_cache.py
+# Tensors of an expert's or an MLP's width that are kept for a row, of a row's or the stream's
+# gradient in a backward pass, of a chunk's logits, of the head's gradient while the loss is made.
+EXPERT_TENSORS, MLP_TENSORS, GRADIENT_TENSORS = 5, 4, 3
+LOGITS_TENSORS, HEAD_GRADIENTS = {"cross_entropy": 2, "logprobs": 5}, 4
+# Rows of the fullest rank of an expert group, compared with the mean.
+LOAD_IMBALANCE = 1.25
+# Keys, then values, are copied as the cache grows; numpy's cache grows layer by layer.
+CACHE_GROWTH, NUMPY_CACHE_GROWTH = 1.5, 1.2
 # CUDA context, NCCL's buffers and the workspaces of libraries: an allowance, not measured.
 GPU_RESERVE_BYTES = 3e9
+_FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Sampling of an iteration over all ranks: `batch_size` sequences at once on each."""
+class Machine:
+    """A kind of rank and how it computes.
 
-    sequences: int
-    group_size: int
-    prompt_tokens: int
-    new_tokens: int
-    batch_size: int
+    shards_gradients: with `sharding` only the owner keeps a reduced gradient, until the update.
+    """
 
-    def on_rank(self, ranks: int) -> int:
-        """Sequences of the fullest rank."""
-        return -(-self.sequences // ranks)
-
-    def at_once(self, ranks: int) -> int:
-        """Sequences that share a cache on the fullest rank."""
-        return min(self.batch_size, self.on_rank(ranks))
+    on_gpu: bool
+    precision: Precision
+    shards_gradients: bool = False
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a rank has to hold for one phase of a stage."""
-
-    micro_batch: MicroBatch
-    head: Head
-    reference: bool = False
-    critic: bool = False
-    rollout: Rollout | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank. Activations and the memory of rollouts do not stand at the same time."""
+class MemoryDemand:
+    """Bytes of one rank. Activations and rollouts do not exist at the same time."""
 
     weights: float
     gradients: float
@@ -57,107 +65,225 @@ class Memory:
     activations: float
     rollouts: float
     reserve: float
-    gradients_stay: bool = True  # while completions are sampled
+    keeps_gradients: bool = True  # while completions are sampled
 
     @property
     def resident(self) -> float:
-        """What stays from step to step."""
+        """Bytes that stay from step to step."""
         models = self.weights + self.gradients + self.optimizer
         return models + self.reference + self.critic + self.reserve
 
     @property
     def peak(self) -> float:
-        return self.resident + max(self.activations, self._rollouts_beyond)
+        return self.resident + max(self.activations, self._rollouts_beyond_gradients)
 
-    def binding(self) -> str:
-        """The largest part of the peak."""
-        parts = {name: size for name, size in vars(self).items() if name != "gradients_stay"}
-        if self.activations >= self._rollouts_beyond:
+    def largest_part(self) -> str:
+        """Return the name of the largest part of the peak."""
+        parts = {name: size for name, size in vars(self).items() if name != "keeps_gradients"}
+        if self.activations >= self._rollouts_beyond_gradients:
             parts.pop("rollouts")
         else:
             parts.pop("activations")
-            if not self.gradients_stay:
+            if not self.keeps_gradients:
                 parts.pop("gradients")
         return max(parts, key=lambda name: parts[name])
 
     @property
-    def _rollouts_beyond(self) -> float:
-        """What rollouts take beyond the gradients whose place they have."""
-        return self.rollouts - (0.0 if self.gradients_stay else self.gradients)
+    def _rollouts_beyond_gradients(self) -> float:
+        return self.rollouts - (0.0 if self.keeps_gradients else self.gradients)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A kind of rank and how it computes.
-
-    shards_gradients: under sharding a reduced gradient is at its owner alone, until the update.
-    """
-
-    on_gpu: bool
-    precision: Precision
-    shards_gradients: bool = False
-
-
-def rank_memory(config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, job: Job) -> Memory:
-    """Memory of the fullest rank: the one that updates most parameters.
+def memory_demand(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
+) -> MemoryDemand:
+    """Return the memory of the fullest rank: the one that updates most parameters.
 
     Gradients stay allocated between steps, as Paddle keeps them, where they are not sharded.
     """
-    precision = machine.precision
-    activations = Activations(config, precision, layout, machine.on_gpu)
-    held = count_parameters(config).on_rank(layout).total
-    critic_held = critic_parameters(config).on_rank(layout).total if job.critic else 0
-    updated, by_critic = updated_by_rank(config, layout), [0] * layout.ranks
-    if job.critic:
-        by_critic = updated_by_rank(config, layout, critic=True)
-    own, critics = max(zip(updated, by_critic, strict=True), key=sum)
-    weights, gradients, states = model_bytes(held, own, precision)
-    critic_weights, critic_gradients, critic_states = model_bytes(critic_held, critics, precision)
-    come_and_go = machine.shards_gradients and layout.sharding
-    if come_and_go:  # after each update, so those of policy and critic stand in turn
-        gradients, critic_gradients = max(gradients, critic_gradients), 0.0
-    return Memory(
+    weights, gradients, states = _model_bytes(config, machine, layout, count_parameters(config))
+    critic = (0.0, 0.0, 0.0)
+    if load.critic:
+        critic = _model_bytes(config, machine, layout, critic_parameters(config))
+    sheds = machine.shards_gradients and layout.sharding
+    if sheds:  # after each update, so those of policy and critic exist in turn
+        gradients, critic = max(gradients, critic[1]), (critic[0], 0.0, critic[2])
+    return MemoryDemand(
         weights,
         gradients,
         states,
-        reference=weights if job.reference else 0.0,
-        critic=critic_weights + critic_gradients + critic_states,
-        activations=activations.peak(job.micro_batch, job.head),
-        rollouts=rollout_bytes(activations, job.rollout) if job.rollout else 0.0,
+        reference=weights if load.reference else 0.0,
+        critic=sum(critic),
+        activations=activation_bytes(config, machine, layout, load.micro_batch, load.loss),
+        rollouts=rollout_bytes(config, machine, layout, load.sampling) if load.sampling else 0.0,
         reserve=GPU_RESERVE_BYTES if machine.on_gpu else 0.0,
-        gradients_stay=not come_and_go,
+        keeps_gradients=not sheds,
     )
 
 
-def model_bytes(held: int, updated: int, precision: Precision) -> tuple[float, float, float]:
-    """(weights, gradients, optimizer state) of a trained model, from numbers of parameters."""
-    states = updated * precision.state_width
+def _model_bytes(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, model: Parameters
+) -> tuple[float, float, float]:
+    """Return (weights, gradients, optimizer state) of a trained model."""
+    precision, held = machine.precision, model.on_rank(layout).total
+    states = updated_parameters(config, layout, model) * precision.state_width
     return held * precision.width, held * precision.gradient_width, states
 
 
-def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: int) -> float:
-    """Keys and values of `sequences` with `tokens` slots each, in all layers."""
-    slots = -(-tokens // _CACHE_GROWTH) * _CACHE_GROWTH
-    row = int(config.num_key_value_heads or 0) * config.attention_head_dim * width
-    return 2.0 * config.num_hidden_layers * sequences * slots * row
+def updated_parameters(config: Ernie4_5_MoeConfig, layout: Layout, model: Parameters) -> float:
+    """Return the parameters whose optimizer state the fullest rank keeps.
 
-
-def rollout_bytes(activations: Activations, rollout: Rollout) -> float:
-    """The cache of all completions at full length while it grows, or the prompts' first pass.
-
-    As it grows, keys (then values) stand twice: half of the cache more. On a CPU that has all
-    experts the weights stand twice: see `decoder`.
+    With `sharding` owners get whole parameters (parallel/gradients.py). One has the embedding, if
+    that is more than an even share; of experts, three stacks a layer, each has as many or one more.
     """
-    config, width = activations.config, activations.precision.width
-    sequences = rollout.at_once(activations.layout.ranks)
-    spread = activations.layout.expert > 1
-    if not (activations.on_gpu or spread or config.moe_capacity_factor is not None):
-        return decoder_bytes(config, sequences, rollout.prompt_tokens, rollout.new_tokens)
-    total = rollout.prompt_tokens + rollout.new_tokens
-    cache = cache_bytes(config, sequences, total, width)
-    logits = 2.0 * sequences * config.vocab_size * 4  # and probabilities, float32
-    prompts = -(-sequences // rollout.group_size)  # equal prompts go through the model once
-    tokens = prompts * rollout.prompt_tokens
-    prompt_cache = cache_bytes(config, prompts, rollout.prompt_tokens, width)
-    prefill = prompt_cache + activations.prefill(tokens, rollout.prompt_tokens)
-    return max(1.5 * cache + logits, prefill)
+    own = model.on_rank(layout)
+    if not layout.sharding:
+        return own.total
+    dense = max(own.dense / layout.ranks, config.vocab_size * config.hidden_size)
+    stacks = max(1, 3 * moe_layers(config))
+    return dense + -(-stacks // layout.data) * own.experts / stacks
+
+
+def layer_bytes(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, document_tokens: float, moe: bool
+) -> dict[Part, float]:
+    """Return the bytes that each part of a layer keeps of a token for its backward pass.
+
+    attention: H (4 + b) + 2 (N + K) D b, and on a CPU the probabilities of documents up to
+    KEPT_LENGTH. experts: H (4 + b) + 4 H + r (H + 5 I) b for r rows, and four times the width of
+    shared experts (or of a dense MLP) times b.
+    """
+    width, hidden = machine.precision.width, config.hidden_size
+    heads = config.num_attention_heads
+    all_heads = heads + int(config.num_key_value_heads or 0)
+    norm = hidden * (_FLOAT + width)
+    attention = float(norm + 2 * all_heads * config.attention_head_dim * width)
+    if not machine.on_gpu and document_tokens <= KEPT_LENGTH:
+        scores = min(document_tokens, (document_tokens + KEPT_BLOCK) / 2)
+        attention += heads * scores * width
+    if not moe:
+        mlp = MLP_TENSORS * config.intermediate_size * width
+        return {"attention": attention, "experts": norm + mlp}
+    shared = MLP_TENSORS * config.moe_num_shared_experts * config.moe_intermediate_size
+    row = hidden + EXPERT_TENSORS * config.moe_intermediate_size
+    rows = rows_per_token(config, layout)
+    experts = norm + hidden * _FLOAT + (rows * row + shared) * width
+    return {"attention": attention, "experts": experts}
+
+
+def rows_per_token(config: Ernie4_5_MoeConfig, layout: Layout) -> float:
+    """Return the rows that reach the experts of the fullest rank for each of its own tokens."""
+    rows = config.moe_k * min(1.0, config.moe_capacity_factor or 1.0)
+    return rows * LOAD_IMBALANCE if layout.expert > 1 else rows
+
+
+def activation_bytes(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, batch: MicroBatch, loss: str
+) -> float:
+    """Return the most that exists beside weights, gradients and optimizer state in a step.
+
+    Layers keep activations, or of a recomputed part its input. At the peak the loss, or the
+    backward pass of a layer with what it makes again, comes on top. Layers go back from the last
+    to the first and free what they kept.
+    """
+    width, hidden, tokens = machine.precision.width, config.hidden_size, batch.tokens
+    heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
+    # Rotary tables, the last norm; every MoE layer reports router logits and probabilities.
+    kept: float = tokens * (8 * heads * config.attention_head_dim + hidden * (_FLOAT + width))
+    kept += moe_layers(config) * tokens * 2 * config.moe_num_experts * _FLOAT
+    layers, on_top = [], _backward_bytes(config, machine, layout, batch)
+    for number in range(config.num_hidden_layers):
+        parts = recomputed_parts(layout.recompute, number)
+        moe = config.is_moe_layer(number)
+        whole = layer_bytes(config, machine, layout, batch.document_tokens, moe)
+        stream = hidden * width * bool(parts)  # the input of a part, or of the whole layer
+        own = tokens * (stream + sum(whole[part] for part in PARTS if part not in parts))
+        again = 0.0
+        if "experts" in parts:  # attention alone is made again when experts' have gone
+            again = _experts_at_once(layout, tokens) * whole["experts"]
+            again += tokens * whole["attention"] * ("attention" in parts)
+        layers.append((own, again))
+    kept += sum(own for own, _ in layers)
+    peak = kept + _loss_bytes(config, width, tokens, loss)
+    through, most_sent = _reduced_bytes(config, machine, layout)
+    for place, (own, again) in enumerate(reversed(layers)):
+        peak = max(peak, kept + again + on_top + min(place * through, most_sent))
+        kept -= own
+    return peak
+
+
+def _reduced_bytes(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout
+) -> tuple[float, float]:
+    """Return the gradients that a layer sends to other ranks, and the most that is on its way.
+
+    They leave in buckets as layers are through (parallel/gradients.py), each with a buffer
+    of its own; the embedding's leaves after the pass.
+    """
+    own = count_parameters(config).on_rank(layout)
+    sent = float(own.dense - config.vocab_size * config.hidden_size) * (layout.ranks > 1)
+    sent += own.experts * (layout.data > 1)
+    stack = own.experts / max(1, 3 * moe_layers(config))
+    width = machine.precision.gradient_width
+    most = MAX_IN_FLIGHT * max(BUCKET_ELEMENTS, stack) * width
+    return sent / config.num_hidden_layers * width, most
+
+
+def _experts_at_once(layout: Layout, tokens: int) -> int:
+    return min(tokens, chunk_tokens(layout.recompute) or tokens)
+
+
+def _loss_bytes(config: Ernie4_5_MoeConfig, width: int, tokens: int, loss: str) -> float:
+    """Return a chunk of logits in float32, gradients of head and hidden states, all copies."""
+    logits = tokens * config.vocab_size
+    chunked = logits > CHUNK_ELEMENTS
+    gradients = HEAD_GRADIENTS if chunked else HEAD_GRADIENTS / 2
+    head = gradients * config.vocab_size * config.hidden_size * width
+    hidden = 2 * tokens * config.hidden_size * width
+    return LOGITS_TENSORS[loss] * min(logits, CHUNK_ELEMENTS) * _FLOAT + head + hidden
+
+
+def _backward_bytes(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, batch: MicroBatch
+) -> float:
+    """Return gradients in a layer's backward pass: of stream, rows and experts.
+
+    Each expert's gradient exists twice, alone and stacked; that of a tied head waits for the
+    embedding's.
+    """
+    tokens = _experts_at_once(layout, batch.tokens)
+    numbers = GRADIENT_TENSORS * (batch.tokens + tokens * rows_per_token(config, layout))
+    numbers += config.vocab_size if config.tie_word_embeddings else 0
+    experts = config.moe_num_experts // layout.expert * config.moe_intermediate_size
+    numbers += 2 * 3 * (experts if moe_layers(config) else config.intermediate_size)
+    return numbers * config.hidden_size * machine.precision.width
+
+
+def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: int) -> float:
+    """Return keys and values of `sequences` of `tokens` each: 2 x layers x K x D x b a token."""
+    row = int(config.num_key_value_heads or 0) * config.attention_head_dim * width
+    return 2.0 * config.num_hidden_layers * sequences * tokens * row
+
+
+def rollout_bytes(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, sampling: Sampling
+) -> float:
+    """Return the cache of all completions at full length, or the prompts' first pass.
+
+    On a CPU that has all experts numpy samples (model/numpy_decoder.py): on a copy of the weights,
+    with a tied embedding twice, and prompts in chunks. Else equal prompts pass the model once.
+    """
+    width, sequences = machine.precision.width, sampling.at_once(layout.ranks)
+    numpy = not (machine.on_gpu or layout.expert > 1 or config.moe_capacity_factor is not None)
+    prompts = sequences if numpy else -(-sequences // sampling.group_size)
+    tokens = prompts * sampling.prompt_tokens
+    copy = 0.0
+    if numpy:
+        embedding = config.vocab_size * config.hidden_size * config.tie_word_embeddings
+        copy = _FLOAT * (count_parameters(config).total + embedding)
+        tokens = min(tokens, max(PROMPT_CHUNK_TOKENS, sampling.prompt_tokens))
+    layer = layer_bytes(config, machine, layout, sampling.prompt_tokens, moe_layers(config) > 0)
+    first = cache_bytes(config, prompts, sampling.prompt_tokens, width)
+    first += tokens * sum(layer.values())
+    cache = cache_bytes(config, sequences, sampling.prompt_tokens + sampling.new_tokens, width)
+    logits = 2 * sequences * config.vocab_size * _FLOAT  # and probabilities
+    return copy + max(first, (NUMPY_CACHE_GROWTH if numpy else CACHE_GROWTH) * cache + logits)

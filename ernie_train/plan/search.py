@@ -1,4 +1,4 @@
-"""Which layouts hold a recipe, which of them is fastest, and how many ranks it takes at least."""
+"""Search for layouts that hold a recipe, the fastest of them, and the smallest cluster."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.plan.cost import Rates, StepCost, step_cost
 from ernie_train.plan.layout import GB, Layout, layouts
-from ernie_train.plan.memory import Machine, Memory, rank_memory
-from ernie_train.plan.work import Work
+from ernie_train.plan.memory import Machine, MemoryDemand, memory_demand
+from ernie_train.plan.workload import Workload
 
-MOST_RANKS = 1024
-_WHOLE_MACHINE = 8
+CLUSTERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # ranks that are tried
+MOST_RANKS = CLUSTERS[-1]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A model, the work of its stages and the machine that is to do it."""
+class PlanRequest:
+    """A model, the workloads of its stages and the machine that has to do them."""
 
     config: Ernie4_5_MoeConfig
-    work: Sequence[Work]
+    loads: Sequence[Workload]
     machine: Machine
     memory_gb: float
     rates: Rates
@@ -34,7 +34,7 @@ class Candidate:
     """A layout with the memory and the cost of every phase."""
 
     layout: Layout
-    memory: list[Memory]
+    memory: list[MemoryDemand]
     cost: list[StepCost]
     seconds: float  # of all steps; of one step where a phase lasts for epochs
 
@@ -44,7 +44,7 @@ class Candidate:
 
     @property
     def tightest(self) -> int:
-        """The phase that needs most memory."""
+        """Index of the phase that needs most memory."""
         peaks = [memory.peak for memory in self.memory]
         return peaks.index(max(peaks))
 
@@ -52,39 +52,35 @@ class Candidate:
         return self.peak <= memory_gb * GB
 
 
-def candidates(problem: Problem, ranks: int) -> list[Candidate]:
-    """Every layout of `ranks` ranks, the fastest first; equally fast ones by their memory."""
-    tokens = max(work.job.micro_batch.tokens for work in problem.work)
-    tried = layouts(problem.config, ranks, problem.expert, problem.recompute, tokens)
-    found = [_candidate(problem, layout) for layout in tried]
+def candidates(request: PlanRequest, ranks: int) -> list[Candidate]:
+    """Return every layout of `ranks` ranks, the fastest first; equally fast ones by memory."""
+    tokens = max(load.micro_batch.tokens for load in request.loads)
+    tried = layouts(request.config, ranks, request.expert, request.recompute, tokens)
+    found = [_candidate(request, layout) for layout in tried]
     return sorted(found, key=lambda c: (c.seconds, c.peak))
 
 
-def _candidate(problem: Problem, layout: Layout) -> Candidate:
-    config, machine = problem.config, problem.machine
-    memory = [rank_memory(config, machine, layout, work.job) for work in problem.work]
-    cost = [
-        step_cost(config, machine.precision, layout, problem.rates, work) for work in problem.work
-    ]
-    seconds = sum(
-        c.total_seconds * (work.steps or 1) for c, work in zip(cost, problem.work, strict=True)
-    )
+def _candidate(request: PlanRequest, layout: Layout) -> Candidate:
+    config, machine, loads = request.config, request.machine, request.loads
+    memory = [memory_demand(config, machine, layout, load) for load in loads]
+    cost = [step_cost(config, machine.precision, layout, request.rates, load) for load in loads]
+    seconds = sum(c.total_seconds * (w.steps or 1) for c, w in zip(cost, loads, strict=True))
     return Candidate(layout, memory, cost, seconds)
 
 
-def smallest_cluster(problem: Problem) -> Candidate:
-    """The fastest layout on the fewest ranks that hold the recipe.
+def smallest_cluster(request: PlanRequest) -> Candidate:
+    """Return the fastest layout on the fewest ranks of `CLUSTERS` that hold the recipe.
 
-    Tried are 1, 2 and 4 ranks, then whole machines of 8. Where none of up to `MOST_RANKS` does,
-    the layout that needs least memory, on the fewest ranks that get as low to within 1 %.
+    Where none does: the layout that needs least memory, on the fewest ranks that get as low to
+    within 1 %.
     """
     smallest: list[Candidate] = []
-    for ranks in (1, 2, 4, *range(_WHOLE_MACHINE, MOST_RANKS + 1, _WHOLE_MACHINE)):
-        if problem.expert is not None and ranks % problem.expert:
+    for ranks in CLUSTERS:
+        if request.expert is not None and ranks % request.expert:
             continue
-        found = candidates(problem, ranks)
+        found = candidates(request, ranks)
         for candidate in found:
-            if candidate.fits(problem.memory_gb):
+            if candidate.fits(request.memory_gb):
                 return candidate
         smallest.append(min(found, key=lambda c: c.peak))
     least = min(candidate.peak for candidate in smallest)

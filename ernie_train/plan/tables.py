@@ -1,4 +1,4 @@
-"""How a plan is told: what was assumed, memory by part, a step's work, the layouts that fit."""
+"""Text and tables of a plan: assumptions, memory by part, a step's work, layouts that fit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ernie_train.plan.layout import GB, Layout, count_parameters
-from ernie_train.plan.overlap import hidden_seconds
-from ernie_train.plan.search import MOST_RANKS, Candidate, Problem
-from ernie_train.plan.work import Work
+from ernie_train.plan.search import MOST_RANKS, Candidate, PlanRequest
+from ernie_train.plan.workload import Workload
 
 _PARTS = (
     "weights", "gradients", "optimizer", "reference", "critic", "activations", "rollouts",
@@ -24,48 +23,48 @@ _REMEDIES = {
 }
 
 
-def print_assumptions(problem: Problem, ranks: int, why: str, console: Console) -> None:
+def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Console) -> None:
     """The model and everything that the numbers rest on."""
-    total, active = problem.config.num_parameters()
-    counts, precision = count_parameters(problem.config), problem.machine.precision
+    total, active = request.config.num_parameters()
+    counts, precision = count_parameters(request.config), request.machine.precision
     console.print(
         f"model: {_count(total)} parameters ({_count(counts.dense)} dense, "
         f"{_count(counts.experts)} in routed experts), {_count(active)} active for a token",
         highlight=False,
     )
-    kind = "GPUs" if problem.machine.on_gpu else "CPU ranks"
+    kind = "GPUs" if request.machine.on_gpu else "CPU ranks"
     console.print(
-        f"assumed: {ranks} {kind} of {problem.memory_gb:g} GB (10^9 bytes); weights "
+        f"assumed: {ranks} {kind} of {request.memory_gb:g} GB (10^9 bytes); weights "
         f"{precision.weights}, gradients {precision.gradients} ({why})",
         highlight=False,
     )
-    rates = problem.rates
+    rates = request.rates
     console.print(
         f"assumed rates of a rank: {rates.tflops:g} TFLOPS, {rates.inside_gbps:g} Gbit/s within a "
         f"machine of 8 and {rates.between_gbps:g} beyond, {rates.memory_gb_per_s:g} GB/s from its "
-        "memory; seconds are added up as if nothing overlapped",
+        "memory; communication is counted without overlap",
         highlight=False,
     )
 
 
-def memory_table(work: Sequence[Work], candidate: Candidate) -> Table:
+def memory_table(loads: Sequence[Workload], candidate: Candidate) -> Table:
     """GB of a rank by part, a column a phase."""
-    table = _table("memory of a rank, GB", *(phase.name for phase in work))
+    table = _table("memory of a rank, GB", *(phase.name for phase in loads))
     for part in _PARTS:
         values = [getattr(memory, part) for memory in candidate.memory]
         if any(values):
             table.add_row(part, *(_gb(value) for value in values))
     table.add_section()
     table.add_row("peak", *(_gb(memory.peak) for memory in candidate.memory))
-    table.add_row("largest part", *(memory.binding() for memory in candidate.memory))
+    table.add_row("largest part", *(memory.largest_part() for memory in candidate.memory))
     return table
 
 
-def step_table(problem: Problem, candidate: Candidate) -> Table:
+def step_table(request: PlanRequest, candidate: Candidate) -> Table:
     """What a step of each phase costs."""
-    work = problem.work
-    table = _table("a step", *(phase.name for phase in work))
-    table.add_row("tokens trained", *(f"{phase.tokens:,}" for phase in work))
+    loads = request.loads
+    table = _table("a step", *(phase.name for phase in loads))
+    table.add_row("tokens trained", *(f"{phase.tokens:,}" for phase in loads))
     table.add_row("GFLOP per token", *(f"{c.flops_per_token / 1e9:.4g}" for c in candidate.cost))
     ranks = candidate.layout.ranks
     if any(c.busy_ranks < ranks for c in candidate.cost):
@@ -77,14 +76,10 @@ def step_table(problem: Problem, candidate: Candidate) -> Table:
         cells = (f"{c.seconds.get(kind, 0.0):.3g}" for c in candidate.cost)
         table.add_row(f"{kind}: seconds", *cells)
     table.add_row("seconds in all", *(f"{c.total_seconds:.3g}" for c in candidate.cost))
-    if problem.machine.on_gpu and ranks > 1:
-        pairs = zip(work, candidate.cost, strict=True)
-        hidden = [hidden_seconds(problem.config, candidate.layout, w, c) for w, c in pairs]
-        table.add_row("may overlap", *(f"{seconds:.3g}" for seconds in hidden))
     return table
 
 
-def layout_table(problem: Problem, fitting: Sequence[Candidate]) -> Table:
+def layout_table(request: PlanRequest, fitting: Sequence[Candidate]) -> Table:
     """The layouts that fit, the best first; s/step names phases that take equally long once."""
     columns = ("expert", "data", "sharded", "recompute", "GB", "in", "s/step")
     table = _table("that fit", *columns, "binds")
@@ -96,37 +91,37 @@ def layout_table(problem: Problem, fitting: Sequence[Candidate]) -> Table:
             str(layout.expert),
             str(layout.data),
             _yes(layout.sharding),
-            layout.again,
+            layout.recompute_label,
             _gb(candidate.peak),
-            problem.work[candidate.tightest].name,
+            request.loads[candidate.tightest].name,
             " / ".join(dict.fromkeys(f"{c.total_seconds:.3g}" for c in candidate.cost)),
-            slowest.binding(),
+            slowest.largest_part(),
             style="bold green" if place == 0 else "",
         )
     return table
 
 
-def own_layout(problem: Problem, candidate: Candidate) -> str:
+def own_layout(request: PlanRequest, candidate: Candidate) -> str:
     """How the layout that the recipe asks for fares."""
-    fits = "fits" if candidate.fits(problem.memory_gb) else "does not fit"
+    fits = "fits" if candidate.fits(request.memory_gb) else "does not fit"
     seconds = " / ".join(dict.fromkeys(f"{c.total_seconds:.3g}" for c in candidate.cost))
     return (
         f"the recipe's own {describe(candidate.layout)} {fits}: {_gb(candidate.peak)} GB in "
-        f"{problem.work[candidate.tightest].name}, {seconds} s a step"
+        f"{request.loads[candidate.tightest].name}, {seconds} s a step"
     )
 
 
-def shortage(problem: Problem, closest: Candidate, cluster: Candidate) -> list[str]:
+def shortage(request: PlanRequest, closest: Candidate, cluster: Candidate) -> list[str]:
     """Why nothing fits, and what would: `cluster` is what `smallest_cluster` found."""
     tight = closest.tightest
-    binding = closest.memory[tight].binding()
+    binding = closest.memory[tight].largest_part()
     lines = [
         f"nothing fits: {describe(closest.layout)} comes closest with {_gb(closest.peak)} GB in "
-        f"{problem.work[tight].name}, above {problem.memory_gb:g}; what binds is "
+        f"{request.loads[tight].name}, above {request.memory_gb:g}; what binds is "
         f"{_binding(closest)}" + (f": {_REMEDIES[binding]}" if binding in _REMEDIES else "")
     ]
     where = f"{cluster.layout.ranks} ranks ({describe(cluster.layout)})"
-    if cluster.fits(problem.memory_gb):
+    if cluster.fits(request.memory_gb):
         lines.append(
             f"the smallest cluster that holds it: {where}, {_gb(cluster.peak)} GB; there "
             f"{_binding(cluster)} is the largest part"
@@ -139,12 +134,12 @@ def shortage(problem: Problem, closest: Candidate, cluster: Candidate) -> list[s
     return lines
 
 
-def idle_ranks(work: Sequence[Work], candidate: Candidate) -> list[str]:
+def idle_ranks(loads: Sequence[Workload], candidate: Candidate) -> list[str]:
     """A line for each phase that has fewer micro-batches than there are ranks."""
     return [
         f"{phase.name}: {candidate.layout.ranks - cost.busy_ranks} of {candidate.layout.ranks} "
         "ranks have no micro-batch: more of them a step, or smaller ones, would use them"
-        for phase, cost in zip(work, candidate.cost, strict=True)
+        for phase, cost in zip(loads, candidate.cost, strict=True)
         if cost.busy_ranks < candidate.layout.ranks
     ]
 
@@ -153,12 +148,12 @@ def describe(layout: Layout) -> str:
     """A layout in words."""
     words = f"expert {layout.expert} x data {layout.data}"
     words += ", sharded optimizer" if layout.sharding else ""
-    return words + (f", recompute {layout.again}" if layout.recompute else "")
+    return words + (f", recompute {layout.recompute_label}" if layout.recompute else "")
 
 
 def _binding(candidate: Candidate) -> str:
     memory = candidate.memory[candidate.tightest]
-    name = memory.binding()
+    name = memory.largest_part()
     return f"{name} ({_gb(getattr(memory, name))} GB)"
 
 

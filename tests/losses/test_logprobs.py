@@ -39,7 +39,7 @@ def case():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("parts", [(1, 0), (0, 1), (1, 1)])
 def test_values_and_gradients(monkeypatch, case, parts, temperature, with_bias, chunk_elements):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk_elements)
     arrays, ids, (of_logprobs, of_entropy) = case
     if not with_bias:
         arrays = [*arrays[:2], np.zeros(VOCABULARY)]
@@ -169,7 +169,7 @@ def test_a_nearly_certain_row_keeps_the_digits_of_its_entropy():
 
 def test_backward_keeps_no_logits(monkeypatch, case):
     """Only one chunk's logits exist at a time, forward and backward."""
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 2 * VOCABULARY)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 2 * VOCABULARY)
     rows = []
     plain = cross_entropy_rows
 

@@ -64,7 +64,7 @@ def test_prefill_equals_the_uncached_model(name, small_kernel, monkeypatch):
     """In chunks of one and of several prompts, whose queries are scored in blocks, and once more
     after equal ones have been spread."""
     monkeypatch.setattr(numpy_layers, "_HAS_SMALL_KERNEL", small_kernel)
-    monkeypatch.setattr(numpy_decoder, "_CHUNK_TOKENS", 60)
+    monkeypatch.setattr(numpy_decoder, "PROMPT_CHUNK_TOKENS", 60)
     monkeypatch.setattr(numpy_decoder, "_QUERY_BLOCK", 16)
     model = make_model(**CASES[name])
     rng = np.random.default_rng(1)
@@ -87,7 +87,7 @@ def test_prefill_equals_the_uncached_model(name, small_kernel, monkeypatch):
 
 
 def test_chunks_hold_neighbours_of_similar_length(monkeypatch):
-    monkeypatch.setattr(numpy_decoder, "_CHUNK_TOKENS", 30)
+    monkeypatch.setattr(numpy_decoder, "PROMPT_CHUNK_TOKENS", 30)
     lengths = np.array([4, 5, 5, 10, 10, 10, 10, 50, 8])
     assert [(c.start, c.stop) for c in numpy_decoder._chunks(lengths)] == [
         (0, 3), (3, 6), (6, 7), (7, 8), (8, 9),

@@ -41,8 +41,7 @@ PACKAGES: dict[str, str] = {
     "rl": "config batch critic data estimators rollout pairs loss report learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages recipe lineage check referee_script export render finalize pipeline",
-    "plan": "layout buckets decoder shards activations memory work cost overlap search tables"
-    " command",
+    "plan": "layout workload memory cost search tables command",
     "cli": "doctor model score run main",
 }
 ROOT_MODULES = ("__main__",)

@@ -65,7 +65,7 @@ def test_eighty_columns_cut_nothing_off(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, told = cli("plan", SFT, "stages.sft.seq_len=131072", "--gpus", "16")
     assert "…" not in told
-    assert "layers, chunks of 16384 75.5" in told
+    assert "layers, chunks of 16384 75.2" in told
 
 
 def test_the_tables_of_the_page_are_what_plan_says():

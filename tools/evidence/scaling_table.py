@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ernie_train.plan import PlanSettings
-from ernie_train.plan.command import plan_problem
+from ernie_train.plan.command import plan_request
 from ernie_train.plan.layout import GB
-from ernie_train.plan.search import Candidate, Problem, candidates, smallest_cluster
+from ernie_train.plan.search import Candidate, PlanRequest, candidates, smallest_cluster
 from ernie_train.plan.tables import describe
 from ernie_train.run.recipe import load_recipe
 
@@ -30,10 +30,10 @@ STAGES = ("rl-logic", "rl-math-code", "rl-general")
 CRITIC = [f"stages.{stage}.critic.optim.lr=1e-6" for stage in STAGES]
 
 
-def problem_of(recipe: str, overrides: list[str], ranks: int) -> Problem:
+def request_of(recipe: str, overrides: list[str], ranks: int) -> PlanRequest:
     """What `plan` solves for a recipe of the repository, on GPUs."""
     loaded = load_recipe(ROOT / "recipes" / f"{recipe}.yaml", overrides)
-    return plan_problem(loaded, PlanSettings(ranks=ranks, memory_gb=MEMORY_GB))[0]
+    return plan_request(loaded, PlanSettings(ranks=ranks, memory_gb=MEMORY_GB))[0]
 
 
 def cluster_table() -> Iterator[str]:
@@ -47,9 +47,9 @@ def cluster_table() -> Iterator[str]:
         ("SFT, rows of 128K", SFT, ["stages.sft.seq_len=131072"]),
     )
     for name, recipe, overrides in jobs:
-        problem = problem_of(recipe, overrides, 8)
-        closest = min(candidates(problem, 8), key=lambda c: c.peak)
-        cluster = smallest_cluster(problem)
+        request = request_of(recipe, overrides, 8)
+        closest = min(candidates(request, 8), key=lambda c: c.peak)
+        cluster = smallest_cluster(request)
         where = f"{cluster.layout.ranks}: {describe(cluster.layout)}, {_gb(cluster)} GB"
         if not cluster.fits(MEMORY_GB):
             where = f"none up to 1024; least {_gb(cluster)} GB on {cluster.layout.ranks}"
@@ -68,15 +68,15 @@ def cluster_sizes() -> Iterator[str]:
         first = 0.0
         for ranks in GPUS:
             overrides = [f"stages.{stage}.{setting}={max(64, ranks)}" for stage in stages]
-            problem = problem_of(recipe, overrides, ranks)
-            best = next(c for c in candidates(problem, ranks) if c.fits(MEMORY_GB))
+            request = request_of(recipe, overrides, ranks)
+            best = next(c for c in candidates(request, ranks) if c.fits(MEMORY_GB))
             cost = best.cost[0]
-            rate = problem.work[0].tokens / cost.total_seconds
+            rate = request.loads[0].tokens / cost.total_seconds
             first = first or rate
             yield (
                 f"| {name} | {ranks} | {describe(best.layout)} | {_gb(best)} | {rate:,.0f} | "
                 f"{rate / first:.1f} | {sum(cost.sent.values()) / GB:,.0f} | {_binding(best)} | "
-                f"{cost.binding()} |"
+                f"{cost.largest_part()} |"
             )
 
 
@@ -85,7 +85,7 @@ def _gb(candidate: Candidate) -> str:
 
 
 def _binding(candidate: Candidate) -> str:
-    return candidate.memory[candidate.tightest].binding()
+    return candidate.memory[candidate.tightest].largest_part()
 
 
 TABLES = {"clusters": cluster_table, "sizes": cluster_sizes}

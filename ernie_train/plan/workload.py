@@ -1,0 +1,155 @@
+"""Workload of a recipe's stages: micro-batches, passes through the model, sampling.
+
+Lengths are the longest that the recipe allows: packed rows are full and completions reach their
+limit, so memory and time are bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ernie_train.run.recipe import Recipe
+from ernie_train.run.stages import AnyStageConfig, DpoConfig, UpoConfig
+from ernie_train.train.supervised_data import SupervisedConfig
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`rows` full rows of `seq_len` tokens, packed from documents of `document_tokens`."""
+
+    rows: int
+    seq_len: int
+    document_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Completions of an iteration over all ranks: `batch_size` sequences at once on each."""
+
+    sequences: int
+    group_size: int
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+
+    def on_rank(self, ranks: int) -> int:
+        """Return the sequences of the fullest rank."""
+        return -(-self.sequences // ranks)
+
+    def at_once(self, ranks: int) -> int:
+        """Return the sequences that share a cache on the fullest rank."""
+        return min(self.batch_size, self.on_rank(ranks))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A phase of a stage, counted over all ranks.
+
+    A step is an optimizer step; in RL it is an iteration, which has `updates` of them.
+    """
+
+    name: str
+    micro_batch: MicroBatch
+    updates: int = 1  # optimizer steps of a step
+    micro_batches: int = 1  # of one update
+    steps: int | None = None  # None: until its epochs end
+    loss: Literal["cross_entropy", "logprobs"] = "cross_entropy"
+    reference: bool = False
+    critic: bool = False
+    sampling: Sampling | None = None
+    scored: int = 0  # sequences that pass models without a gradient in a step
+    scoring_models: int = 0  # models that each of them passes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step trains."""
+        return self.updates * self.micro_batches * self.micro_batch.tokens
+
+
+def recipe_workloads(recipe: Recipe, document_tokens: int | None = None) -> list[Workload]:
+    """Return the phases of all stages in their order.
+
+    document_tokens: the mean length of packed documents; without it every row is one document.
+    """
+    return [load for stage in recipe.stages for load in _stage_workloads(stage, document_tokens)]
+
+
+def _stage_workloads(stage: AnyStageConfig, document_tokens: int | None) -> Iterator[Workload]:
+    if isinstance(stage, SupervisedConfig):
+        yield from _supervised(stage, document_tokens)
+    elif isinstance(stage, DpoConfig):
+        yield _preference(stage)
+    else:
+        yield _reinforced(stage)
+
+
+def _supervised(stage: SupervisedConfig, document_tokens: int | None) -> Iterator[Workload]:
+    phases = stage.phases()
+    for phase in phases:
+        documents = min(document_tokens or phase.seq_len, phase.seq_len)
+        batch = MicroBatch(phase.micro_batch_size, phase.seq_len, documents)
+        name = stage.name if len(phases) == 1 else f"{stage.name} at {phase.seq_len}"
+        yield Workload(name, batch, 1, stage.grad_accum_steps, phase.steps or stage.steps)
+
+
+def _preference(stage: DpoConfig) -> Workload:
+    trained, length = 2 * stage.pairs_per_step, stage.seq_len - 1
+    rows = min(stage.micro_batch_size, trained)
+    return Workload(
+        stage.name,
+        MicroBatch(rows, length, length),
+        micro_batches=-(-trained // rows),
+        steps=stage.steps,
+        loss="logprobs",
+        reference=True,
+        scored=trained,
+        scoring_models=1,
+    )
+
+
+def _reinforced(stage: UpoConfig) -> Workload:
+    """Samples are a prompt and a completion, less the last token, which predicts nothing."""
+    rollout = stage.rollout
+    length = rollout.max_prompt_tokens + rollout.max_new_tokens - 1
+    sampled = (rollout.prompts_per_iteration or 0) * rollout.group_size
+    trained = _trained_samples(stage, sampled)
+    per_update = -(-trained // stage.policy.minibatches)
+    rows = min(stage.micro_batch_size, per_update)
+    critic = stage.critic is not None
+    sampling = Sampling(
+        sampled,
+        rollout.group_size,
+        rollout.max_prompt_tokens,
+        rollout.max_new_tokens,
+        rollout.batch_size,
+    )
+    return Workload(
+        stage.name,
+        MicroBatch(rows, length, length),
+        updates=stage.policy.update_epochs * stage.policy.minibatches,
+        micro_batches=-(-per_update // rows),
+        steps=stage.iterations,
+        loss="logprobs",
+        reference=stage.needs_reference,
+        critic=critic,
+        sampling=sampling if sampled else None,
+        scored=trained,
+        # The policy gives the old logprobs, even those of pairs alone only the reference's.
+        scoring_models=int(sampled > 0) + int(stage.needs_reference) + int(critic),
+    )
+
+
+def _trained_samples(stage: UpoConfig, sampled: int) -> int:
+    """Return the completions that an iteration learns from: all that were sampled, or pairs."""
+    trained = sampled if stage.policy.coef else 0
+    if not trained and stage.preference is not None and stage.preference.uses_online:
+        trained = 2 * (stage.rollout.prompts_per_iteration or 0)
+    if stage.offline is not None:
+        trained += 2 * stage.offline.per_iteration
+    return trained
