@@ -1,4 +1,4 @@
-"""The exchange of rows: experts and ranks without a token, rounds of partners, NCCL's arguments."""
+"""All-to-all of rows: experts and ranks without a token, rounds of partners, NCCL's arguments."""
 
 from __future__ import annotations
 

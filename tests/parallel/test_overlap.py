@@ -1,4 +1,4 @@
-"""What is computed while rows travel, over collectives that are played in one process.
+"""Overlap of shared experts with the all-to-all, over simulated collectives in one process.
 
 They deliver when they are waited for, and not before: until then the buffer holds NaN.
 """

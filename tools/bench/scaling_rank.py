@@ -105,7 +105,7 @@ class CountingLoss:
         self.elsewhere = 0
         degree = process_group.grid().expert
         first = process_group.rank() % degree * (experts // degree)
-        self.here = range(first, first + experts // degree)
+        self.local_experts = range(first, first + experts // degree)
 
     def counts(self, batch: Any) -> dict[str, float]:
         return self.inner.counts(batch)
@@ -114,7 +114,8 @@ class CountingLoss:
         output = self.inner(model, batch)
         for stats in output.router_stats:
             ids = stats.expert_ids.numpy()
-            self.elsewhere += int(((ids < self.here.start) | (ids >= self.here.stop)).sum())
+            local = self.local_experts
+            self.elsewhere += int(((ids < local.start) | (ids >= local.stop)).sum())
         return output
 
 

@@ -1,4 +1,4 @@
-"""Balance terms under accumulation, over ranks and over training; what health shows by layer."""
+"""Terms of the balance by hand, over ranks and over training, and their settings in recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.dpo import DpoConfig
 from ernie_train.train import moe_balance
 from ernie_train.train.moe_balance import BalanceConfig, MoeBalance
-from ernie_train.train.moe_health import layer_health, over_layers
 from ernie_train.train.supervised import PackedLoss
 from ernie_train.train.supervised_data import PretrainConfig, SftConfig, SupervisedConfig
 from tests.small_models import assert_same, state
@@ -234,37 +233,3 @@ def test_balance_is_a_setting_of_every_stage_and_mistakes_in_it_have_a_path(kind
     for name in given:
         with pytest.raises(ConfigError, match=rf"recipe.yaml: balance\.{name}: must be >= 0"):
             parse_config(kind, settings(kind, balance={**given, name: -1e-3}), "recipe.yaml")
-
-
-# ---- health --------------------------------------------------------------------------------------
-
-
-def test_every_figure_of_health_by_definition():
-    model = small_model()
-    biases = {1: [0.1, -0.2, 0.05, 0.0], 2: [0.0, 0.0, 0.4, 0.0]}
-    cosines, counts = {}, {1: [6, 0, 3, 3], 2: [0, 0, 12, 0]}
-    load = MoeBalance(model, BalanceConfig()).new_load()
-    for at, (layer, values) in enumerate(biases.items()):
-        moe = model.model.layers[layer].mlp
-        moe.moe_statics.e_score_correction_bias.set_value(np.array([values], np.float32))
-        columns = moe.gate.weight.numpy().astype(np.float64)
-        columns /= np.linalg.norm(columns, axis=0)
-        gram = np.abs(columns.T @ columns)
-        cosines[layer] = gram[~np.eye(4, dtype=bool)].mean()
-        load.tokens_per_expert[at], load.tokens[at] = counts[layer], 6
-        load.entropy[at] = 6 * at
-    figures = layer_health(model, load)
-    expected = {
-        1: {"load_max": 2.0, "load_cv": np.std(counts[1]) / 3, "dead_experts": 1,
-            "router_entropy": 0.0, "bias_range": 0.3, "router_cosine": cosines[1]},
-        2: {"load_max": 4.0, "load_cv": np.std(counts[2]) / 3, "dead_experts": 3,
-            "router_entropy": 1.0, "bias_range": 0.4, "router_cosine": cosines[2]},
-    }  # fmt: skip
-    assert figures.keys() == expected.keys()
-    for layer, values in expected.items():
-        assert figures[layer] == pytest.approx(values, rel=1e-5), "no drop rate without a capacity"
-    merged = over_layers(figures)
-    means = ("load_cv", "router_entropy", "router_cosine")
-    by_hand = {f"moe/{n}": np.mean([expected[1][n], expected[2][n]]) for n in means}
-    worst = {"moe/load_max": 4.0, "moe/dead_experts": 4.0, "moe/bias_range": 0.4}
-    assert merged == pytest.approx({**by_hand, **worst}, 1e-5)

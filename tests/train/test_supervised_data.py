@@ -1,4 +1,4 @@
-"""The RoPE-base schedule: what its data must hold, in SFT too, and a rise that is cut off."""
+"""Data of the phases of a stage, in pre-training and SFT, and a rise of the base that resumes."""
 
 from __future__ import annotations
 
