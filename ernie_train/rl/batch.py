@@ -1,4 +1,4 @@
-"""What an update learns from: sequences, preference pairs, and micro-batches of them.
+"""Sequences and preference pairs of an update, and micro-batches of them.
 
 Shapes: M sequences of an iteration; B sequences of a micro-batch, S positions, N completion tokens
 of all its sequences.
@@ -40,7 +40,7 @@ class PreferencePair(NamedTuple):
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """All that an iteration's update learns from.
+    """The sequences, pairs and arrays of an iteration's update.
 
     The completions of the groups come first, group after group, then those of offline pairs.
     `old_logprobs`, `advantages`, `values` and `returns` belong to the groups, `ref_logprobs` to
@@ -63,7 +63,7 @@ class RolloutBatch:
         return self.num_groups * self.group_size
 
     def is_trained(self, index: int) -> bool:
-        """Whether the policy and value terms take the tokens of a sequence."""
+        """Return whether the policy and value terms take the tokens of a sequence."""
         if index >= self.num_in_groups:
             return False  # of an offline pair: compared only
         return self.policy_mask is None or bool(self.policy_mask[index])
@@ -74,7 +74,7 @@ def _array_of(arrays: TokenArrays, index: int) -> np.ndarray | None:
 
 
 def _joined(arrays: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.ndarray:
-    """One array [N] of those of all sequences; zeros where a sequence has none."""
+    """Join the arrays of all sequences to one [N]; zeros where a sequence has none."""
     parts = [
         np.zeros(length, np.float32) if array is None else array
         for array, length in zip(arrays, lengths, strict=True)
@@ -161,7 +161,7 @@ def micro_batches(
     pairs: Sequence[PreferencePair],
     size: int,
 ) -> list[MicroBatch]:
-    """Puts sequences and pairs into micro-batches of at most `size` sequences.
+    """Put sequences and pairs into micro-batches of at most `size` sequences.
 
     `trained` are indices of sequences. The two of a pair go into the same micro-batch, whether
     among them or not; each sequence goes through the model once, unless it is in several pairs:
@@ -216,7 +216,7 @@ def _micro_batch(
 
 
 class Minibatch(NamedTuple):
-    """What one optimizer step learns from: trained sequences by index, and pairs."""
+    """The trained sequences, by index, and the pairs of one optimizer step."""
 
     trained: list[int]
     pairs: list[PreferencePair]
@@ -225,7 +225,7 @@ class Minibatch(NamedTuple):
 def minibatches(
     batch: RolloutBatch, count: int, *key: int, train_groups: bool = True
 ) -> list[Minibatch]:
-    """Deals groups and pairs out into `count` minibatches, groups in an order that `key` gives.
+    """Deal groups and pairs out into `count` minibatches, groups in an order that `key` gives.
 
     A pair of a group's completions goes where its group goes; pairs of others in turn. Without
     `train_groups` only pairs are learnt from. Empty minibatches are left out.

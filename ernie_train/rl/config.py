@@ -28,7 +28,7 @@ class PromptSource(StrictConfig):
 
 
 class RolloutConfig(StrictConfig):
-    """How an iteration samples: `prompts_per_iteration` groups of `group_size` completions.
+    """Sampling of an iteration: `prompts_per_iteration` groups of `group_size` completions.
 
     max_prompt_tokens: longer prompts are left out.
     batch_size: sequences that are sampled at once.
@@ -126,7 +126,7 @@ class CriticConfig(StrictConfig):
 
 
 class OfflinePairs(StrictConfig):
-    """Where offline pairs come from: a file of preferences, or the stage's starting policy.
+    """Source of offline pairs: a file of preferences, or the stage's starting policy.
 
     path: rows with a prompt, a chosen and a rejected completion.
     prompts: how many problems the starting policy completes, `group_size` times each, before the
@@ -322,7 +322,7 @@ class UpoConfig(StageConfig):
 
     @property
     def samples_each_iteration(self) -> bool:
-        """Whether iterations need rollouts; on offline pairs alone they do not."""
+        """Return whether iterations need rollouts; on offline pairs alone they do not."""
         online = self.preference is not None and self.preference.uses_online
         return self.policy.coef > 0 or online
 
@@ -332,17 +332,17 @@ class UpoConfig(StageConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the stage's starting policy is kept beside the policy."""
+        """Return whether the stage's starting policy is kept beside the policy."""
         kl = self.policy.kl
         return self.preference is not None or (kl is not None and kl.coef > 0)
 
     def lengths(self) -> dict[str, int]:
-        """The sequence lengths that the model must be able to hold, by setting."""
+        """Return the sequence lengths that the model must be able to hold, by setting."""
         longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
         return {"rollout.max_prompt_tokens + rollout.max_new_tokens": longest}
 
     def paths(self) -> list[str]:
-        """Every file or directory that the stage reads."""
+        """Return every file or directory that the stage reads."""
         found = [source.path for source in self.data]
         for path in (
             self.offline.path if self.offline else None,

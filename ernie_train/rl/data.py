@@ -42,7 +42,7 @@ class TokenizedPair(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What the sources hold; `too_long` is what exceeds the stage's lengths and is left out."""
+    """Counts and lengths by source; `too_long` counts what exceeds the stage's lengths."""
 
     sources: list[dict[str, Any]]
     pairs: dict[str, Any] | None = None
@@ -84,7 +84,7 @@ class PreparedPrompts:
 
 
 def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
-    """Reads and encodes the stage's prompts; `DataError` says what is wrong with which rows."""
+    """Read and encode the stage's prompts; `DataError` says what is wrong with which rows."""
     prompts: list[Prompt] = []
     sizes, reports = [], []
     for source in config.data:
@@ -141,7 +141,7 @@ def _read_prompts(
 def encode_prompts(
     records: Sequence[Record], tokenizer: Tokenizer, *, longest: int
 ) -> tuple[list[Prompt], int]:
-    """Prompts of at most `longest` tokens, and how many were longer."""
+    """Encode records to prompts of at most `longest` tokens; also return how many were longer."""
     prompts, dropped = [], 0
     for record in records:
         ids = encode_prompt(tokenizer, record, thinking=True)
@@ -165,7 +165,7 @@ def read_fitting_pairs(
     max_bad_fraction: float,
     max_tokens: int | None = None,
 ) -> tuple[list[TokenizedPair], dict[str, Any]]:
-    """The pairs of a file of preferences that fit, and a report on them.
+    """Return the pairs of a file of preferences that fit, and a report on them.
 
     max_tokens: of a prompt with its completion; None: the sum of the other two.
     Raises `DataError` where none fits.
@@ -193,7 +193,7 @@ def read_fitting_pairs(
 def describe(
     config: UpoConfig, data: StageData, prepared: PreparedPrompts, console: Console
 ) -> None:
-    """Prints what an iteration is, and the first prompt."""
+    """Print the size of an iteration, and the first prompt."""
     rollout, steps = config.rollout, config.policy.update_epochs * config.policy.minibatches
     if config.samples_each_iteration:
         console.print(
@@ -208,7 +208,7 @@ def describe(
 
 
 def rollout_file(directory: Path, iteration: int) -> Path:
-    """The file of an iteration's rollout in a directory of them."""
+    """Return the file of an iteration's rollout in a directory of them."""
     return directory / f"{iteration:06d}.jsonl"
 
 
@@ -253,7 +253,7 @@ def _source_report(path: str, prompts: list[Prompt], too_long: int) -> dict[str,
 
 
 def read_pairs(path: Any, tokenizer: Tokenizer, max_bad_fraction: float) -> list[TokenizedPair]:
-    """Pairs (chosen, rejected) of a file of preferences; `DataError` where it holds none."""
+    """Read the pairs of a file of preferences; `DataError` where it holds none."""
     records, _ = read_records(path, max_bad_fraction=max_bad_fraction)
     pairs = [_pair(record, tokenizer) for record in records]
     found = [pair for pair in pairs if pair is not None]

@@ -55,16 +55,16 @@ class DpoConfig(StageConfig):
         return self
 
     def lengths(self) -> dict[str, int]:
-        """The sequence lengths that the model must be able to hold, by setting."""
+        """Return the sequence lengths that the model must be able to hold, by setting."""
         return {"seq_len": self.seq_len}
 
     def paths(self) -> list[str]:
-        """Every file or directory that the stage reads."""
+        """Return every file or directory that the stage reads."""
         return [self.data]
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Pairs are never split, so an odd micro_batch_size holds one sequence less."""
+        """Return how many; pairs are never split, so an odd micro_batch_size holds one less."""
         return -(-self.pairs_per_step // (self.micro_batch_size // 2))
 
 
@@ -77,7 +77,7 @@ class PreparedPairs:
 
 
 def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
-    """Reads and encodes the stage's pairs; `DataError` where none fits."""
+    """Read and encode the stage's pairs; `DataError` where none fits."""
     pairs, facts = read_fitting_pairs(
         config.data,
         data,
@@ -90,7 +90,7 @@ def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
 
 
 def describe(config: DpoConfig, data: StageData, prepared: PreparedPairs, console: Console) -> None:
-    """Prints what a step is."""
+    """Print the size of a step."""
     console.print(
         f"a step trains {config.pairs_per_step} of {len(prepared.pairs)} pairs; "
         f"steps: {config.steps}",
@@ -106,7 +106,7 @@ def pair_batches(
     seed: int,
     done: int,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of all steps after `done`, with the reference's logprobs.
+    """Yield the micro-batches of all steps after `done`, with the reference's logprobs.
 
     Every rank must draw them all: the reference's forward passes are shared out.
     """
@@ -125,7 +125,7 @@ def pair_batches(
 
 
 def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str, Any]:
-    """Trains the stage from its latest checkpoint, or from the start.
+    """Train the stage from its latest checkpoint, or from the start.
 
     Returns what `DONE` records. Raises `Interrupted` after saving.
     """

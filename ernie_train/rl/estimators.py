@@ -35,7 +35,7 @@ def policy_logprobs(
     temperature: float,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
-    """Logprobs [N] of the completion tokens under the sampling temperature, entropies, routing."""
+    """Return logprobs [N] of the completion tokens at the sampling temperature, entropies, routing."""
     ids, documents = batch.inputs
     output = model.model(paddle.to_tensor(ids), document_ids=documents)
     hidden = paddle.gather(output.hidden, paddle.to_tensor(batch.predictors))
@@ -50,7 +50,7 @@ def policy_logprobs(
 
 
 def critic_values(critic: Critic, batch: MicroBatch) -> tuple[Tensor, list[RouterStats]]:
-    """Values [N] of the states in which the completion tokens are chosen."""
+    """Return values [N] of the states in which the completion tokens are chosen."""
     ids, documents = batch.inputs
     values, output = critic(paddle.to_tensor(ids), documents)
     return paddle.gather(values, paddle.to_tensor(batch.predictors)), output.router_stats
@@ -92,7 +92,7 @@ def sequence_logprobs(
     batch_size: int,
     sampled_experts: Sequence[np.ndarray | None] = (),
 ) -> tuple[list[np.ndarray], float | None]:
-    """Logprobs of every sequence's completion; every rank must call it.
+    """Return logprobs of every sequence's completion; every rank must call it.
 
     sampled_experts: the experts [tokens, MoE layers, K] that each sequence was sampled with. The
     second result is the share of tokens that the model sends to others now; None where any is
@@ -118,7 +118,7 @@ def _changed_experts(
     sampled: Sequence[np.ndarray | None],
     router_stats: Sequence[RouterStats],
 ) -> np.ndarray | None:
-    """For each completion token [N] whether any layer routes it to other experts than sampled."""
+    """Return for each completion token [N] whether any layer routes it to other experts now."""
     before = [experts for experts in sampled if experts is not None]
     if not router_stats or len(before) < len(batch.sequences):
         return None
@@ -130,7 +130,7 @@ def _changed_experts(
 def sequence_values(
     critic: Critic, sequences: Sequence[TokenizedCompletion], *, batch_size: int
 ) -> list[np.ndarray]:
-    """The critic's values of every sequence; every rank must call it."""
+    """Return the critic's values of every sequence; every rank must call it."""
     critic.eval()
     arrays, _ = _evaluate(
         critic, sequences, batch_size, lambda batch, _: (critic_values(critic, batch)[0].numpy(), 0)
@@ -201,7 +201,7 @@ def gae_advantages(
     lam: float,
     penalties: Sequence[np.ndarray] = (),
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Advantages over the critic, whitened over all valid tokens, and the critic's returns.
+    """Return advantages over the critic, whitened over all valid tokens, and its returns.
 
     rewards, valid [P,G]; values and penalties per sequence, group after group. The reward stands
     at the last token; KL penalties, if any, at each.

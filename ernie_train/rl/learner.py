@@ -1,4 +1,4 @@
-"""What learns in an RL stage: the policy, beside its reference and its critic."""
+"""The policy of an RL stage, its reference and its critic: estimates and updates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from ernie_train.weights.checkpoint import Checkpoint, from_disk, to_disk
 
 
 class Learner:
-    """Estimates what an iteration's tokens are worth, and updates policy and critic on them."""
+    """Estimates logprobs, values and advantages of a rollout, and updates policy and critic."""
 
     def __init__(self, config: UpoConfig, stage: StageRun) -> None:
         self.config, self.seed = config, stage.data.seed
@@ -116,7 +116,7 @@ class Learner:
     def _mismatch(
         self, recomputed: Sequence[np.ndarray], sampled: Sequence[np.ndarray | None]
     ) -> float:
-        """Mean exp|recomputed - sampled logprob| - 1 over the tokens."""
+        """Return mean exp|recomputed - sampled logprob| - 1 over the tokens."""
         pairs = zip(recomputed, sampled, strict=True)
         gaps = [np.abs(new - old) for new, old in pairs if old is not None]
         mismatch = float(np.expm1(np.concatenate(gaps).astype(np.float64)).mean()) if gaps else 0.0
@@ -165,7 +165,7 @@ class Learner:
         return replace(batch, values=values, advantages=advantages, returns=returns), metrics
 
     def _kl_penalties(self, batch: RolloutBatch) -> list[np.ndarray]:
-        """What KL in the reward takes from each token of the groups; empty without it."""
+        """Return the KL penalty of each token of the groups; empty without KL in the reward."""
         kl = self.config.policy.kl
         if kl is None or not kl.coef or kl.place != "reward":
             return []
@@ -176,7 +176,7 @@ class Learner:
     # ---- the update ------------------------------------------------------------------------------
 
     def update(self, batch: RolloutBatch, iteration: int, health: MoeHealth) -> dict[str, float]:
-        """All optimizer steps of an iteration; the means of their metrics."""
+        """Run all optimizer steps of an iteration; return the means of their metrics."""
         config, policy = self.config, self.config.policy
         warmup = config.critic.warmup_iterations if config.critic else 0
         steps = policy.update_epochs * policy.minibatches
@@ -221,7 +221,7 @@ class Learner:
         return optimizer_arrays(self.trainer.optimizer, lambda named: to_disk(self.policy, named))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but arrays."""
+        """Return everything but arrays."""
         state = {"powers": self.trainer.optimizer.powers(), "step": self.trainer.step}
         if self.critic is not None:
             powers = self.critic.optimizer.powers()
@@ -229,7 +229,7 @@ class Learner:
         return state
 
     def parts(self) -> dict[str, dict[str, np.ndarray]]:
-        """The critic's arrays by where they go in a checkpoint."""
+        """Return the critic's arrays by their place in a checkpoint."""
         if self.critic is None:
             return {}
         critic = self.critic.model

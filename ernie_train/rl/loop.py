@@ -38,7 +38,7 @@ SAMPLES = "samples.jsonl"
 
 
 def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[str, Any]:
-    """Trains the stage from its latest checkpoint, or from the start.
+    """Train the stage from its latest checkpoint, or from the start.
 
     Raises `Interrupted` after saving, and `UserError` where the reward fails on its canaries.
     """
@@ -66,7 +66,7 @@ def _try_reward(
 
 @dataclass
 class IterationState:
-    """How far the stage is: what a checkpoint can hold, and whether one can be taken now."""
+    """Progress of the stage: which iteration the weights hold, and whether they can be saved now."""
 
     finished: int = 0  # iterations whose update is in the weights
     saved: int = 0
@@ -116,7 +116,7 @@ class _UpoLoop:
         )
 
     def run(self) -> dict[str, Any]:
-        """All iterations that are left; returns what `DONE` records."""
+        """Run all iterations that are left; return what `DONE` records."""
         with self.writer:
             try:
                 offline = self._offline_pairs()
@@ -178,7 +178,7 @@ class _UpoLoop:
     def _learn(
         self, iteration: int, rollout: Rollout, offline: OfflinePairSource | None
     ) -> tuple[RolloutBatch | None, dict[str, float]]:
-        """From a rollout to updated weights: what was learnt from, and metrics."""
+        """Update the weights on a rollout; return the batch, if any, and metrics."""
         kept = rollout.only_informative()
         metrics = rollout_metrics(rollout)
         online: list[PreferencePair] = []
@@ -205,7 +205,7 @@ class _UpoLoop:
         return evaluate_held_out(self.config, self.stage, self.prepared.held_out)
 
     def _save(self) -> None:
-        """Writes the state at the end of the last finished iteration, if it is still there.
+        """Write the state at the end of the last finished iteration, if the weights still hold it.
 
         At the start there is nothing to write; an iteration that was cut off while it changed the
         weights is done again from the last checkpoint.

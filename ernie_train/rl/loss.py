@@ -36,7 +36,7 @@ def _tensor(array: np.ndarray | None) -> Tensor:
 def preference_term(
     logprobs: Tensor, batch: MicroBatch, *, beta: float, coef: float
 ) -> tuple[LossTerm, Shown]:
-    """DPO on the pairs of a micro-batch, and the implicit rewards (arXiv:2305.18290).
+    """Return DPO on the pairs of a micro-batch, and the implicit rewards (arXiv:2305.18290).
 
     logprobs [N] of the completion tokens under the policy.
     """

@@ -42,7 +42,7 @@ class OfflinePairSource:
         self.pairs, self.per_iteration, self.seed = list(pairs), per_iteration, seed
 
     def take(self, iteration: int) -> list[NumberedPair]:
-        """The pairs of an iteration, counted from 1; one may come twice where there are few."""
+        """Return the pairs of an iteration, counted from 1; one may come twice where there are few."""
         chosen, size = [], len(self.pairs)
         first = (iteration - 1) * self.per_iteration
         for at in range(first, first + self.per_iteration):
@@ -55,7 +55,7 @@ class OfflinePairSource:
 def make_offline_pairs(
     sampler: RolloutSampler, preference: PreferenceConfig, *, is_new: bool
 ) -> list[TokenizedPair]:
-    """The pairs that the starting policy makes, once; kept in the stage's directory.
+    """Let the starting policy make pairs, once; they are kept in the stage's directory.
 
     `is_new`: the stage has not been begun. Raises `UserError` where no prompt gives a pair, and
     `CheckpointError` where the pairs that the stage began with are gone.

@@ -69,7 +69,7 @@ class HealthWarnings:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Rewards, lengths and how many groups are trained; empty without rollouts."""
+    """Return rewards, lengths and the number of trained groups; empty without rollouts."""
     completions = rollout.completions()
     if not completions:
         return {}
@@ -100,7 +100,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def pair_metrics(counts: PairCounts) -> dict[str, float]:
-    """How many prompts gave an online pair, and why others did not."""
+    """Return how many prompts gave an online pair, and why others did not."""
     return {
         "pairs": counts.pairs,
         "pairs/below_margin": counts.below_margin,
@@ -111,7 +111,7 @@ def pair_metrics(counts: PairCounts) -> dict[str, float]:
 
 
 def mean_metrics(results: Sequence[StepResult]) -> dict[str, float]:
-    """The mean of each metric over the steps that have it."""
+    """Return the mean of each metric over the steps that have it."""
     values: dict[str, list[float]] = defaultdict(list)
     for result in results:
         for name, value in result.metrics.items():
@@ -127,7 +127,7 @@ def append_samples(
     prompts: Sequence[Prompt],
     count: int,
 ) -> None:
-    """Appends `count` completions of an iteration with their reward parts, evenly picked.
+    """Append `count` completions of an iteration with their reward parts, evenly picked.
 
     advantages: mean advantage by place among the rollout's completions, where there is one.
     """
@@ -157,7 +157,7 @@ def append_samples(
 
 
 def mean_advantages(rollout: Rollout, batch: RolloutBatch | None) -> dict[int, float]:
-    """The mean advantage of each trained group's completions, by place in the whole rollout."""
+    """Return the mean advantage of each trained completion, by place in the whole rollout."""
     if batch is None:
         return {}
     size = batch.group_size
@@ -169,7 +169,7 @@ def mean_advantages(rollout: Rollout, batch: RolloutBatch | None) -> dict[int, f
 def evaluate_held_out(
     config: UpoConfig, stage: StageRun, problems: Sequence[Record]
 ) -> dict[str, float]:
-    """Accuracy on held-out problems as eval/<task>, eval/<domain> and eval/mean; pass@k beside."""
+    """Return accuracy on held-out problems as eval/<task>, eval/<domain>, eval/mean; and pass@k."""
     settings = config.evaluation
     if settings is None:
         return {}

@@ -57,7 +57,7 @@ PromptGroup = Sequence[ScoredCompletion]
 
 @dataclass(frozen=True)
 class Rollout:
-    """An iteration's groups, and what the policy may learn of them.
+    """An iteration's groups with their rewards, and which of them the policy may learn from.
 
     rewards [P,G] is the raw reward less the penalty for truncation; valid [P,G] says which
     completions have a verdict and are not masked; informative [P] which groups teach something,
@@ -88,11 +88,11 @@ class Rollout:
         return cls(list(groups), reward_table, valid_table, informative)
 
     def completions(self) -> list[ScoredCompletion]:
-        """All completions, group after group."""
+        """Return all completions, group after group."""
         return [completion for group in self.groups for completion in group]
 
     def only_informative(self) -> Rollout:
-        """The groups whose rewards differ."""
+        """Return the rollout of the groups whose rewards differ."""
         keep = self.informative
         groups = [group for group, kept in zip(self.groups, keep, strict=True) if kept]
         return Rollout(groups, self.rewards[keep], self.valid[keep], keep[keep])
@@ -107,7 +107,7 @@ class PromptOrder:
         self._epoch = self._position = 0
 
     def take(self, count: int, allowed: Callable[[int], bool]) -> list[int]:
-        """The next `count` prompts that `allowed` lets through, by their index over all sources.
+        """Return the next `count` prompts that `allowed` lets through, as indices over all sources.
 
         Raises `ConfigError` where a whole epoch holds none.
         """
@@ -157,11 +157,11 @@ class RolloutSampler:
         self.seconds = {"rollout_seconds": 0.0, "scoring_seconds": 0.0}
 
     def new_order(self) -> PromptOrder:
-        """The stage's order of prompts, from its beginning."""
+        """Return the stage's order of prompts, from its beginning."""
         return PromptOrder(self.prepared.sizes, self.prepared.weights, self.stage.data.seed)
 
     def rollout(self, iteration: int) -> Rollout:
-        """The rollout of an iteration; without groups where the stage needs none."""
+        """Return the rollout of an iteration; without groups where the stage needs none."""
         config = self.config.rollout
         if not self.config.samples_each_iteration:
             return Rollout.of([], config)
@@ -179,7 +179,7 @@ class RolloutSampler:
         return Rollout.of(groups, config)
 
     def _sample_until_informative(self, iteration: int) -> list[PromptGroup]:
-        """Samples until enough groups differ in reward, at most `refill_rounds` rounds more."""
+        """Sample until enough groups differ in reward, at most `refill_rounds` rounds more."""
         config = self.config.rollout
         groups: list[PromptGroup] = []
         missing = config.prompts_per_iteration or 0
@@ -193,7 +193,7 @@ class RolloutSampler:
         return groups
 
     def sample(self, chosen: Sequence[int], *key: int) -> list[PromptGroup]:
-        """`group_size` completions of each chosen prompt, scored.
+        """Sample and score `group_size` completions of each chosen prompt.
 
         The random numbers depend on the stage's seed and on `key` alone. Every rank must call it;
         each samples and scores a share, and all have the same groups then. Raises `Interrupted`
@@ -266,11 +266,11 @@ class RolloutSampler:
     # ---- curriculum ------------------------------------------------------------------------------
 
     def is_allowed(self, prompt: int) -> bool:
-        """Whether the curriculum has come to a prompt."""
+        """Return whether the curriculum has reached a prompt's difficulty."""
         return self.level is None or self.prepared.prompts[prompt].difficulty <= self.level
 
     def raise_level(self, rollout: Rollout) -> None:
-        """Moves the curriculum on when the policy solves enough of its hardest prompts."""
+        """Raise the difficulty when the policy solves enough of the hardest prompts."""
         if self.level is None or self.config.curriculum is None:
             return
         prompts = self.prepared.prompts
@@ -295,7 +295,7 @@ class RolloutSampler:
 
 
 def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
-    """Writes groups as JSON lines, one a completion; logprobs keep their bits."""
+    """Write groups as JSON lines, one a completion; logprobs keep their bits."""
     rows = []
     for number, group in enumerate(groups):
         for c in group:
@@ -315,7 +315,7 @@ def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
 
 
 def read_rollout(path: Path) -> list[PromptGroup]:
-    """The groups of a file of `write_rollout`; `CheckpointError` for anything else."""
+    """Read the groups of a file of `write_rollout`; `CheckpointError` for anything else."""
     groups: dict[int, list[ScoredCompletion]] = {}
     try:
         with path.open(encoding="utf-8") as stream:
