@@ -66,7 +66,7 @@ def check_settings(settings: LaunchSettings) -> None:
     """Raise `ConfigError` if the settings contradict each other."""
     problems = []
     if settings.nnodes > 1 and settings.master is None:
-        problems.append("--nnodes: several machines need --master ADDRESS:PORT to find one another")
+        problems.append("--nnodes: several machines need --master ADDRESS:PORT to connect")
     elif settings.master is not None and not _ADDRESS.fullmatch(settings.master):
         problems.append(f"--master: expected ADDRESS:PORT, got {settings.master!r}")
     if settings.nnodes > 1 and settings.max_restarts > 0:

@@ -162,7 +162,7 @@ def test_check_shows_batch_report_and_label_mask(workspace, cli):
     assert "20 problems of 1 tasks" in words
 
 
-def test_problems_that_could_not_be_scored_are_told_before_training(
+def test_problems_that_cannot_be_scored_are_refused_before_training(
     workspace, tmp_path, cli, monkeypatch
 ):
     made = rows(2, 0)

@@ -16,7 +16,7 @@ from ernie_train.launch import LaunchSettings, last_launch
 from tests.workspace import REPOSITORY, make_workspace
 
 
-def test_a_restart_does_not_do_stages_anew_twice():
+def test_a_restart_does_not_repeat_stages_twice():
     wanted = RunCommand(Path("r.yaml"), ["seed=-1"], Path("d"), "sft", "rl", referee=None)
     assert wanted.rank_arguments(stages_set_aside=False) == [
         "--run-dir=d", "--from=sft", "--until=rl", "--", "r.yaml", "seed=-1",
@@ -77,7 +77,7 @@ def test_a_second_command_on_a_directory_in_use_leaves_its_logs_alone(tmp_path, 
     assert f"in use by another run (process {os.getpid()}" in told
 
 
-def test_a_mistake_in_a_recipe_is_told_once_and_nothing_is_written(tmp_path):
+def test_a_mistake_in_a_recipe_is_reported_once_and_nothing_is_written(tmp_path):
     recipe = make_workspace(tmp_path)
     command = [sys.executable, "-m", "ernie_train", "run", recipe, "--run-dir", tmp_path / "run"]
     done = subprocess.run(

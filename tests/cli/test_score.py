@@ -78,7 +78,7 @@ def test_a_function_of_ones_own_and_a_file_with_a_reward(score, files, tmp_path)
         assert told in output
 
 
-def test_what_could_not_be_scored_is_counted_and_told(score, files, tmp_path):
+def test_missing_scores_are_counted_and_explained(score, files, tmp_path):
     rows = [{"answer": 12}, {"answer": "1"}]
     given = [{"completion": format_completion("x", "1")}] * 2
     status, output, _ = score(

@@ -44,7 +44,7 @@ def test_ranks_that_finish(launch, tmp_path):
     assert "step 3 of rank 1" in (tmp_path / "logs/rank_1.log").read_text()
 
 
-def test_a_mistake_of_the_user_is_told_once(launch):
+def test_a_mistake_of_the_user_is_reported_once(launch):
     status, out, err = launch("mistake", max_restarts=3).end()
     assert status == 2
     assert err == "error: the recipe is wrong, in every rank"

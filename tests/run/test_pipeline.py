@@ -198,7 +198,7 @@ def test_twenty_kills_at_random_moments_among_them_while_saving(tmp_path):
     assert_same_run(directory, tmp_path / "expected")
 
 
-def test_changed_settings_are_refused_and_told(workspace, whole, tmp_path, capsys):
+def test_changed_settings_are_refused_and_listed(workspace, whole, tmp_path, capsys):
     directory = tmp_path / "run"
     shutil.copytree(whole[0], directory)
     assert run("run", workspace / "recipe.yaml", "stages.sft.optim.lr=0.01", "--run-dir",
