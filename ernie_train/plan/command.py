@@ -1,4 +1,4 @@
-"""The `plan` verb: from a recipe and what the command line assumes to the printed answer."""
+"""The `plan` verb: from a recipe and the options of the command line to the printed answer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ernie_train.plan.workload import recipe_workloads
 from ernie_train.run.recipe import Recipe
 
 DEFAULT_RANKS, DEFAULT_MEMORY_GB = 8, 80.0
-# What an H100 and a processor core may achieve: stated in every plan, not measured here.
+# Rates that an H100 and a processor core may achieve: stated in every plan, not measured here.
 GPU_RATES = Rates(tflops=300.0, inside_gbps=2400.0, between_gbps=400.0, memory_gb_per_s=2000.0)
 CPU_RATES = Rates(tflops=0.05, inside_gbps=16.0, between_gbps=10.0, memory_gb_per_s=10.0)
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What the command line gives; None: the default, or what goes with the device.
+    """Options of the command line; None: the default, which may depend on the device.
 
     expert: only layouts of this expert degree. gradients: their type, where not that of weights.
     document_tokens: mean length of packed documents; else a row is one document.
@@ -51,7 +51,7 @@ class PlanSettings:
 
 
 def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None:
-    """Prints whether and how the recipe fits.
+    """Print memory, cost and the layouts that fit.
 
     Raises `UserError` for an expert degree or gradients that cannot be.
     """
@@ -83,7 +83,7 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
 
 
 def plan_request(recipe: Recipe, settings: PlanSettings) -> tuple[PlanRequest, str]:
-    """What is to be laid out, and a word on why on such ranks."""
+    """Return the request, and the reason for its kind of ranks."""
     machine, why = _machine(recipe, settings)
     request = PlanRequest(
         recipe.model.build(),
@@ -98,7 +98,7 @@ def plan_request(recipe: Recipe, settings: PlanSettings) -> tuple[PlanRequest, s
 
 
 def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:
-    """The kind of ranks, and a word on why."""
+    """Return the kind of ranks, and the reason for it."""
     device, why = recipe.device, f"device: {recipe.device}"
     if device == "auto":
         if settings.ranks is not None or settings.memory_gb is not None:

@@ -24,7 +24,7 @@ _REMEDIES = {
 
 
 def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Console) -> None:
-    """The model and everything that the numbers rest on."""
+    """Print the model and all assumptions behind the numbers."""
     total, active = request.config.num_parameters()
     counts, precision = count_parameters(request.config), request.machine.precision
     console.print(
@@ -48,7 +48,7 @@ def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Conso
 
 
 def memory_table(loads: Sequence[Workload], candidate: Candidate) -> Table:
-    """GB of a rank by part, a column a phase."""
+    """Return GB of a rank by part, a column a phase."""
     table = _table("memory of a rank, GB", *(phase.name for phase in loads))
     for part in _PARTS:
         values = [getattr(memory, part) for memory in candidate.memory]
@@ -61,7 +61,7 @@ def memory_table(loads: Sequence[Workload], candidate: Candidate) -> Table:
 
 
 def step_table(request: PlanRequest, candidate: Candidate) -> Table:
-    """What a step of each phase costs."""
+    """Return the cost of a step, a column a phase."""
     loads = request.loads
     table = _table("a step", *(phase.name for phase in loads))
     table.add_row("tokens trained", *(f"{phase.tokens:,}" for phase in loads))
@@ -80,7 +80,7 @@ def step_table(request: PlanRequest, candidate: Candidate) -> Table:
 
 
 def layout_table(request: PlanRequest, fitting: Sequence[Candidate]) -> Table:
-    """The layouts that fit, the best first; s/step names phases that take equally long once."""
+    """Return layouts that fit, the best first; s/step names phases that take equally long once."""
     columns = ("expert", "data", "sharded", "recompute", "GB", "in", "s/step")
     table = _table("that fit", *columns, "binds")
     for place, candidate in enumerate(fitting):
@@ -102,7 +102,7 @@ def layout_table(request: PlanRequest, fitting: Sequence[Candidate]) -> Table:
 
 
 def own_layout(request: PlanRequest, candidate: Candidate) -> str:
-    """How the layout that the recipe asks for fares."""
+    """Return memory and time of the recipe's own layout, as a line."""
     fits = "fits" if candidate.fits(request.memory_gb) else "does not fit"
     seconds = " / ".join(dict.fromkeys(f"{c.total_seconds:.3g}" for c in candidate.cost))
     return (
@@ -112,7 +112,7 @@ def own_layout(request: PlanRequest, candidate: Candidate) -> str:
 
 
 def shortage(request: PlanRequest, closest: Candidate, cluster: Candidate) -> list[str]:
-    """Why nothing fits, and what would: `cluster` is what `smallest_cluster` found."""
+    """Explain why nothing fits and what would: `cluster` is the result of `smallest_cluster`."""
     tight = closest.tightest
     binding = closest.memory[tight].largest_part()
     lines = [
@@ -135,7 +135,7 @@ def shortage(request: PlanRequest, closest: Candidate, cluster: Candidate) -> li
 
 
 def idle_ranks(loads: Sequence[Workload], candidate: Candidate) -> list[str]:
-    """A line for each phase that has fewer micro-batches than there are ranks."""
+    """Return a line for each phase that has fewer micro-batches than there are ranks."""
     return [
         f"{phase.name}: {candidate.layout.ranks - cost.busy_ranks} of {candidate.layout.ranks} "
         "ranks have no micro-batch: more of them a step, or smaller ones, would use them"
@@ -145,7 +145,7 @@ def idle_ranks(loads: Sequence[Workload], candidate: Candidate) -> list[str]:
 
 
 def describe(layout: Layout) -> str:
-    """A layout in words."""
+    """Return a layout in words."""
     words = f"expert {layout.expert} x data {layout.data}"
     words += ", sharded optimizer" if layout.sharding else ""
     return words + (f", recompute {layout.recompute_label}" if layout.recompute else "")

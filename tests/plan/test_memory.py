@@ -172,14 +172,16 @@ print(json.dumps(plan.measure(plan.Case(*json.loads(sys.argv[1])))))
 def test_the_peak_of_a_real_step(seq_len: int, rows: int, documents: int, recompute: Any) -> None:
     """Against Paddle's own count of the bytes of all tensors, at its highest, in a fresh process.
 
-    The formula leaves out small tensors (indices, temporaries): 3 % at most in these cases.
+    The formula leaves out temporaries, about 1 % of a step; where only chunks of experts are
+    recomputed at once, gradients of attention too, 3 %.
     """
     case = json.dumps(["tiny", seq_len, rows, documents, recompute])
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, case], cwd=ROOT, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["planned"] == pytest.approx(found["tensors"], rel=0.04)
+    off = 0.04 if recompute == {"chunk_tokens": 256} else 0.02
+    assert found["planned"] == pytest.approx(found["tensors"], rel=off)
 
 
 def mini_peak(recompute: Recompute, *, tokens: int = 2048, ranks: int = 1) -> float:

@@ -1,4 +1,4 @@
-"""The memory that `plan` states beside what training processes really take at their peak.
+"""Compares the memory that `plan` states with the measured peak of training processes.
 
     python -m tools.bench.plan [--only mini] [--ranks 4] [--default-allocator]
 
@@ -68,7 +68,7 @@ class Case:
         return self.expert * self.data
 
     def layout(self) -> Layout:
-        """As the recipe of such a job would have it."""
+        """Return the layout that a recipe of such a job has."""
         from ernie_train.core.config import parse_config
         from ernie_train.plan.layout import Layout
         from ernie_train.run.recipe import ParallelConfig
@@ -113,7 +113,7 @@ CASES = [
 
 
 def planned_bytes(case: Case) -> float:
-    """What `plan` says that the fullest rank needs."""
+    """Return the memory that `plan` states for the fullest rank."""
     from ernie_train.model import Ernie4_5_MoeConfig
     from ernie_train.plan.layout import Precision
     from ernie_train.plan.memory import Machine, memory_demand
@@ -129,7 +129,7 @@ def planned_bytes(case: Case) -> float:
 
 
 def train(config: Any, case: Case) -> Any:
-    """A few optimizer steps of SFT on random tokens; the trainer, with all that it holds."""
+    """Run a few optimizer steps of SFT on random tokens; return the trainer with all it holds."""
     import numpy as np
 
     from ernie_train.data import Batch
@@ -163,7 +163,7 @@ def train(config: Any, case: Case) -> Any:
 
 
 def sample(model: Any, sequences: int, seq_len: int) -> None:
-    """Completions that never stop; prompts all differ."""
+    """Sample completions of full length; prompts all differ."""
     import numpy as np
 
     from ernie_train.generate.engine import generate
@@ -177,7 +177,7 @@ def sample(model: Any, sequences: int, seq_len: int) -> None:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
+    """Return VmRSS or VmHWM of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -185,7 +185,7 @@ def resident_bytes(field: str) -> int:
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Trains in this process; bytes at the peak less the base."""
+    """Train in this process; return bytes at the peak less the base."""
     from ernie_train.core import process_group
     from ernie_train.model import Ernie4_5_MoeConfig  # before Paddle: it sets the processor up
 
@@ -223,7 +223,7 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def measured_apart(case: Case, environment: dict[str, str]) -> dict[str, float]:
-    """`measure` in a fresh process for each rank: the most that any of them took."""
+    """Run `measure` in a fresh process for each rank; return the most that any of them took."""
     command = [sys.executable, "-W", "ignore", "-m", "tools.bench.plan"]
     command += ["--case", json.dumps(asdict(case))]
     ranks = [
@@ -240,7 +240,7 @@ def measured_apart(case: Case, environment: dict[str, str]) -> dict[str, float]:
 
 
 def row(case: Case, found: dict[str, float]) -> str:
-    """A line of the table in docs/scaling.md."""
+    """Return a line of the table in docs/scaling.md."""
     mb = {name: value / 1e6 for name, value in found.items()}
     layout = f"expert {case.expert}, data {case.data}" + (", sharded" if case.sharding else "")
     what = f"{case.rows} x {case.seq_len} in {case.document_tokens}"

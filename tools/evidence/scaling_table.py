@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md that `plan` computes for the 21B model, up to a thousand GPUs.
+"""Computes the tables of docs/scaling.md for the 21B model, up to a thousand GPUs.
 
     python -m tools.evidence.scaling_table [--write]
 
@@ -31,13 +31,13 @@ CRITIC = [f"stages.{stage}.critic.optim.lr=1e-6" for stage in STAGES]
 
 
 def request_of(recipe: str, overrides: list[str], ranks: int) -> PlanRequest:
-    """What `plan` solves for a recipe of the repository, on GPUs."""
+    """Return what `plan` solves for a recipe of the repository, on GPUs."""
     loaded = load_recipe(ROOT / "recipes" / f"{recipe}.yaml", overrides)
     return plan_request(loaded, PlanSettings(ranks=ranks, memory_gb=MEMORY_GB))[0]
 
 
 def cluster_table() -> Iterator[str]:
-    """What each job needs of eight GPUs, and the smallest cluster that holds it."""
+    """Yield what each job needs of eight GPUs, and the smallest cluster that holds it."""
     yield "| job | closest on 8 GPUs | smallest cluster | what binds there |"
     yield "|---|---|---|---|"
     jobs: tuple[tuple[str, str, list[str]], ...] = (
@@ -58,7 +58,7 @@ def cluster_table() -> Iterator[str]:
 
 
 def cluster_sizes() -> Iterator[str]:
-    """The best layout of each number of GPUs, with a micro-batch of work for every one."""
+    """Yield the best layout of each number of GPUs, with a micro-batch of work for every one."""
     yield "| job | GPUs | best layout | GB | tokens/s | to 8 GPUs | GB sent | memory | time |"
     yield "|---|---:|---|---:|---:|---:|---:|---|---|"
     for name, recipe, setting, stages in (
@@ -92,7 +92,7 @@ TABLES = {"clusters": cluster_table, "sizes": cluster_sizes}
 
 
 def with_tables(page: str) -> str:
-    """The page with all tables anew; `ValueError` where one has no marks."""
+    """Return the page with all tables remade; raises `ValueError` where one has no marks."""
     for name, table in TABLES.items():
         start, end = f"<!-- {name}: tools/evidence/scaling_table.py --write -->", "<!-- end -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
