@@ -7,10 +7,13 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ernie_train.data import DocumentBuilder, Documents, EncodedDocument
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -121,3 +124,11 @@ def final_files(run_dir: Path, stage: str = "01-sft") -> dict[str, bytes]:
     names = [p for p in checkpoint.iterdir() if p.name != "MANIFEST.json"]
     names += list((run_dir / "export").glob("*.safetensors"))
     return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in names}
+
+
+def as_documents(documents: Sequence[EncodedDocument]) -> Documents:
+    """Put documents together as those of one source."""
+    builder = DocumentBuilder()
+    for document in documents:
+        builder.add(document.ids.tolist(), document.trainable.tolist(), document.source)
+    return builder.build()

@@ -17,8 +17,8 @@ from ernie_train.run.export import export
 from ernie_train.run.finalize import EVALUATION, read_result
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
+from ernie_train.weights.checkpoint import find_model
 from ernie_train.weights.hf import load_pretrained
-from ernie_train.weights.model_directory import find_model
 
 
 def open_model(path: Path) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:

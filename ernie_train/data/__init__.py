@@ -12,9 +12,8 @@ from ernie_train.data.chat import (
 from ernie_train.data.documents import DocumentBuilder, Documents, EncodedDocument
 from ernie_train.data.loader import Batch, ConsecutiveLoaders, PackedLoader
 from ernie_train.data.packing import pack_documents
-from ernie_train.data.preview import preview
 from ernie_train.data.reader import ReadReport, Record, read_records
-from ernie_train.data.report import DataReport, SourceReport
+from ernie_train.data.report import DataReport, SourceReport, preview
 from ernie_train.data.sources import DataSource, load_sources, refit
 from ernie_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 

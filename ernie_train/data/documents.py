@@ -1,4 +1,4 @@
-"""Encoded documents, kept compact: one array of tokens for a whole source, not a list a row."""
+"""Hold encoded documents compactly: one array of tokens for a whole source, not a list a row."""
 
 import zlib
 from array import array
@@ -36,13 +36,6 @@ class Documents:
         self.tokens, self.trainable, self.offsets = tokens, trainable, offsets
         self.sources = sources
 
-    @classmethod
-    def from_documents(cls, documents: Sequence[EncodedDocument]) -> "Documents":
-        builder = DocumentBuilder()
-        for document in documents:
-            builder.add(document.ids.tolist(), document.trainable.tolist(), document.source)
-        return builder.build()
-
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -63,7 +56,7 @@ class Documents:
         return np.diff(self.offsets)
 
     def select(self, chosen: Bool) -> "Documents":
-        """The documents where `chosen` [N] is true, in their order."""
+        """Return the documents where `chosen` [N] is true, in their order."""
         lengths = self.lengths
         kept = np.repeat(chosen, lengths)
         offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
@@ -71,7 +64,7 @@ class Documents:
         return Documents(self.tokens[kept], self.trainable[kept], offsets, sources)
 
     def checksum(self) -> int:
-        """Changes when a token, a mask or a boundary changes."""
+        """Return a CRC-32 of the tokens, masks and boundaries."""
         value = zlib.crc32(np.ascontiguousarray(self.tokens).data)
         value = zlib.crc32(np.ascontiguousarray(self.trainable).data, value)
         return zlib.crc32(np.ascontiguousarray(self.offsets).data, value)

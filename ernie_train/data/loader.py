@@ -14,15 +14,14 @@ import numpy.typing as npt
 
 from ernie_train.core.errors import CheckpointError, DataError
 from ernie_train.data.documents import Documents
-from ernie_train.data.mixing import epoch_order, permutation
-from ernie_train.data.packing import pack_in_windows
+from ernie_train.data.packing import epoch_order, pack_in_windows, permutation
 
 Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step reads; every array is [B, S].
+    """The arrays of a training step, each [B, S].
 
     input_ids: int64, padded with the pad id.
     labels: int64; the token that this position predicts, which is the next of the same document.
@@ -47,13 +46,11 @@ class Batch:
 class PackedLoader:
     """Iterates over packed batches for `epochs`, or for ever where `epochs` is None.
 
-    documents: one `Documents` a source; weights: see `mixing`. A row holds whole documents of one
-    epoch. An epoch's last batch is filled up with rows of padding. With `num_shards` > 1 this
-    loader yields every num_shards-th batch, beginning with number `shard`; all shards yield
-    equally many.
+    documents: one `Documents` a source; weights: see `packing`. A row holds whole documents of one
+    epoch. An epoch's last batch is filled up with rows of padding.
 
     `len()` is the number of batches that iterating from the start yields (of the first epoch where
-    `epochs` is None); epochs may differ by a few, as each is packed anew.
+    `epochs` is None); epochs may differ by a few, as each is packed by itself.
     """
 
     def __init__(
@@ -66,13 +63,10 @@ class PackedLoader:
         seed: int,
         epochs: int | None,
         pad_id: int,
-        shard: int = 0,
-        num_shards: int = 1,
     ) -> None:
         self._documents, self._weights = list(documents), list(weights)
         self._seq_len, self._micro_batch_size = seq_len, micro_batch_size
         self._seed, self._epochs, self._pad_id = seed, epochs, pad_id
-        self._shard, self._num_shards = shard, num_shards
         self._sizes = [len(part) for part in self._documents]
         self._lengths = [part.lengths for part in self._documents]
         self._refuse_unusable()
@@ -84,8 +78,8 @@ class PackedLoader:
     def _refuse_unusable(self) -> None:
         if len(self._documents) != len(self._weights):
             raise ValueError(f"{len(self._weights)} weights for {len(self._documents)} sources")
-        if not 0 <= self._shard < self._num_shards or self._micro_batch_size < 1:
-            raise ValueError("shard must lie in 0..num_shards-1 and micro_batch_size be positive")
+        if self._micro_batch_size < 1:
+            raise ValueError("micro_batch_size must be positive")
         sources, _ = epoch_order(self._sizes, self._weights, self._seed, 0)
         if not len(sources):
             raise DataError(
@@ -97,35 +91,36 @@ class PackedLoader:
             raise ValueError(f"a document of {longest} tokens does not fit seq_len {self._seq_len}")
 
     def _make_identity(self) -> str:
-        facts = [self._seed, self._seq_len, self._micro_batch_size, self._num_shards]
+        # The 1 was the number of shards in version 0.1.0, whose checkpoints must still continue.
+        facts = [self._seed, self._seq_len, self._micro_batch_size, 1]
         facts += [part.checksum() for part in self._documents]
         return f"{zlib.crc32(repr((facts, self._weights)).encode()):08x}"
 
     def batches_per_epoch(self, epoch: int = 0) -> int:
-        """Batches of one epoch, for each shard."""
+        """Return the number of batches of one epoch."""
         if epoch not in self._batches:
             rows = sum(1 for _ in self._rows(epoch))
-            self._batches[epoch] = -(-rows // (self._micro_batch_size * self._num_shards))
+            self._batches[epoch] = -(-rows // self._micro_batch_size)
         return self._batches[epoch]
 
     def __len__(self) -> int:
         return sum(self.batches_per_epoch(epoch) for epoch in range(self._epochs or 1))
 
     def packing_fill(self, epoch: int = 0) -> float:
-        """Share of an epoch's rows that is tokens, not padding, in 0..1."""
+        """Return the share of an epoch's rows that is tokens, not padding, in 0..1."""
         sources, documents = epoch_order(self._sizes, self._weights, self._seed, epoch)
         tokens = int(self._sample_lengths(sources, documents).sum())
         return tokens / (sum(1 for _ in self._rows(epoch)) * self._seq_len)
 
     def __iter__(self) -> Iterator[Batch]:
         while self._epochs is None or self._epoch < self._epochs:
-            for rows in islice(self._shard_batches(self._epoch), self._batch, None):
+            for rows in islice(self._row_groups(self._epoch), self._batch, None):
                 self._batch += 1
                 yield self._assemble(rows)
             self._epoch, self._batch = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: the next batch is the one after those handed out."""
+        """Return the position: the next batch is the one after those handed out."""
         return {"epoch": self._epoch, "batch": self._batch, "identity": self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,7 +128,7 @@ class PackedLoader:
         if state.get("identity") != self._identity:
             raise CheckpointError(
                 "the checkpoint's data position belongs to other data: the documents, their "
-                "weights, seed, seq_len, micro_batch_size or the number of data ranks changed"
+                "weights, seed, seq_len or micro_batch_size changed"
             )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
@@ -145,7 +140,7 @@ class PackedLoader:
         return lengths
 
     def _rows(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        """The rows of an epoch in order; a row is a list of (source, document)."""
+        """Yield the rows of an epoch in order; a row is a list of (source, document)."""
         sources, documents = epoch_order(self._sizes, self._weights, self._seed, epoch)
         lengths = self._sample_lengths(sources, documents)
         for window, rows in enumerate(pack_in_windows(lengths, self._seq_len)):
@@ -154,11 +149,10 @@ class PackedLoader:
                 row = rows[at]
                 yield list(zip(sources[row].tolist(), documents[row].tolist(), strict=True))
 
-    def _shard_batches(self, epoch: int) -> Iterator[list[list[tuple[int, int]]]]:
-        size = self._micro_batch_size
+    def _row_groups(self, epoch: int) -> Iterator[list[list[tuple[int, int]]]]:
         rows = self._rows(epoch)
-        while group := list(islice(rows, size * self._num_shards)):
-            yield group[self._shard * size : (self._shard + 1) * size]
+        while group := list(islice(rows, self._micro_batch_size)):
+            yield group
 
     def _assemble(self, rows: list[list[tuple[int, int]]]) -> Batch:
         shape = (self._micro_batch_size, self._seq_len)
@@ -213,12 +207,12 @@ class ConsecutiveLoaders:
             self._at, self._given = self._at + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this stands: the next batch is the one after those handed out."""
+        """Return the position: the next batch is the one after those handed out."""
         loader = self._loaders[self._at].state_dict()
         return {"at": self._at, "given": self._given, "loader": loader}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; CheckpointError if the data or sizes changed."""
+        """Go on where `state_dict` was taken; CheckpointError if the data or sizes changed."""
         if not 0 <= state["at"] < len(self._loaders):
             raise CheckpointError(
                 f"the checkpoint stands in phase {state['at'] + 1} of the data, "

@@ -1,6 +1,7 @@
-"""What became of the rows of each source: counts, lengths, and how full the packed rows are."""
+"""Report on the rows of each source: counts, lengths, how full packed rows are, and a preview."""
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ernie_train.data.documents import EncodedDocument
 from ernie_train.data.reader import BadRow
+from ernie_train.data.tokenizer import Tokenizer
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 LISTED_BAD_ROWS = 100
+TRAINED, UNTRAINED = "bold green", "dim"
 
 
 @dataclass
@@ -155,3 +159,28 @@ def _compact(number: int) -> str:
         if number >= size:
             return f"{number / (1000 if unit == 'k' else size):.3g}{unit}"
     return str(number)
+
+
+# ---- preview -----------------------------------------------------------------------------------
+
+
+def preview(tokenizer: Tokenizer, document: EncodedDocument, max_tokens: int = 400) -> Text:
+    """Return a document's text: trained tokens green, the others dim, newlines with a sign."""
+    text = Text()
+    # The first token is nobody's label, whatever the mask says.
+    trained = [False, *document.trainable[1:max_tokens].tolist()]
+    tokens = zip(document.ids[:max_tokens].tolist(), trained, strict=True)
+    for is_trained, run in groupby(tokens, key=lambda token: token[1]):
+        shown = _visible(tokenizer.decode([token_id for token_id, _ in run]))
+        text.append(shown, style=TRAINED if is_trained else UNTRAINED)
+    if len(document.ids) > max_tokens:
+        text.append(f" ... {len(document.ids) - max_tokens} more tokens", style="italic")
+    return text
+
+
+def _visible(text: str) -> str:
+    # Data may hold terminal escapes; they are shown, not obeyed.
+    shown = (
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+    return "".join(shown).replace("\n", "⏎\n")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ernie_train.data.mixing import permutation
+from ernie_train.data.packing import permutation
 
 # An array of [tokens of the completion] for each sequence; None where a sequence has none.
 TokenArrays = Sequence[np.ndarray | None]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ernie_train.core import consensus
 from ernie_train.core.errors import CheckpointError, UserError
-from ernie_train.data.mixing import permutation
+from ernie_train.data.packing import permutation
 from ernie_train.losses import PairCounts, choose_pairs
 from ernie_train.rl.batch import PreferencePair
 from ernie_train.rl.config import PreferenceConfig

@@ -17,7 +17,7 @@ import numpy as np
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
-from ernie_train.data.mixing import epoch_order
+from ernie_train.data.packing import epoch_order
 from ernie_train.eval.prompts import completion_text, problem_row
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.sharded import generate_sharded, score_sharded

@@ -4,7 +4,13 @@ Weights lie as Hugging Face safetensors everywhere, inside a checkpoint too, so 
 reads what any other wrote, by tensor name.
 """
 
-from ernie_train.weights.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
+from ernie_train.weights.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointStore,
+    ModelDirectory,
+    find_model,
+)
 from ernie_train.weights.hf import (
     load_config,
     load_pretrained,
@@ -12,7 +18,6 @@ from ernie_train.weights.hf import (
     save_pretrained,
     write_weights,
 )
-from ernie_train.weights.model_directory import ModelDirectory, find_model
 
 __all__ = [
     "Checkpoint",

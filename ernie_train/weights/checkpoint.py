@@ -27,6 +27,7 @@ from ernie_train.core import consensus, process_group
 from ernie_train.core.config import StrictConfig
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError, storage_errors
 from ernie_train.io.files import (
+    MANIFEST,
     FileDigest,
     recover,
     remove_directory,
@@ -293,6 +294,47 @@ def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.nd
     """Return the arrays of `<stem>*.safetensors`; none if no such file is listed."""
     pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
     return TensorFiles(path, stem) if any(map(pattern.fullmatch, listed)) else {}
+
+
+# ---- model directories -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """Where a model's weights (config.json, safetensors) and the tokenizer's files are."""
+
+    weights: Path
+    tokenizer: Path
+
+
+def find_model(path: str | Path) -> ModelDirectory:
+    """Return the newest whole checkpoint of a run directory, or the checkpoint or model at `path`.
+
+    Raises:
+        CheckpointError: the path is none of them, or a checkpoint is damaged.
+    """
+    root = Path(path)
+    if (root / "recipe.yaml").exists():
+        return ModelDirectory(_newest_checkpoint(root), root / "tokenizer")
+    if not (root / "config.json").exists():
+        raise CheckpointError(
+            f"{root}: neither a model directory (config.json), a checkpoint nor a run directory "
+            "(recipe.yaml)"
+        )
+    if (root / "state.json").exists():
+        verify_manifest(root)
+        run_dir = root.parent.parent.parent  # run_dir/01-sft/checkpoints/step_000500
+        return ModelDirectory(root, run_dir / "tokenizer")
+    if (root / MANIFEST).exists():
+        verify_manifest(root)
+    return ModelDirectory(root, root)
+
+
+def _newest_checkpoint(run_dir: Path) -> Path:
+    for stage in sorted(run_dir.glob("[0-9][0-9]-*/checkpoints"), reverse=True):
+        if ".before-" not in stage.parent.name and (found := CheckpointStore(stage).latest()):
+            return found
+    raise CheckpointError(f"{run_dir}: no checkpoint yet")
 
 
 # ---- state as JSON and arrays ------------------------------------------------------------------

@@ -11,11 +11,11 @@ from ernie_train.core.errors import CheckpointError
 from ernie_train.data import (
     ConsecutiveLoaders,
     DataSource,
-    Documents,
     EncodedDocument,
     PackedLoader,
     refit,
 )
+from tests.workspace import as_documents
 
 
 def documents(*lengths):
@@ -24,7 +24,7 @@ def documents(*lengths):
         ids = np.arange(start, start + length, dtype=np.int32)
         made.append(EncodedDocument(ids, np.ones(length, bool), f"file:{start}"))
         start += length
-    return Documents.from_documents(made)
+    return as_documents(made)
 
 
 def loaders():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ernie_train.core.errors import CheckpointError, DataError
 from ernie_train.data.documents import DocumentBuilder, Documents, EncodedDocument
 from ernie_train.data.loader import Batch, PackedLoader
+from tests.workspace import as_documents
 
 PAD = 0
 
@@ -149,25 +150,11 @@ def test_a_position_in_other_data_is_refused() -> None:
         (parts, {"seed": 6}),
         (parts, {"seq_len": 33}),
         (parts, {"micro_batch_size": 2}),
-        (parts, {"num_shards": 2}),
     ]
     for documents, changes in others:
         with pytest.raises(CheckpointError, match="belongs to other data"):
             loader(documents, **changes).load_state_dict(state)
     loader(parts, epochs=None).load_state_dict(state)  # more epochs are the same data
-
-
-def test_shards_share_out_the_batches() -> None:
-    parts = [made_up(333, 30, 0)]
-    known = {int(d.ids[0]): d for d in parts[0]}
-    shards = [list(loader(parts, num_shards=3, shard=shard)) for shard in range(3)]
-    assert len({len(batches) for batches in shards}) == 1
-    assert len(shards[0]) == len(loader(parts, num_shards=3))
-    found = [f for batches in shards for b in batches for f in check_by_single_tokens(b, known)]
-    assert sorted(found) == sorted(known)
-    single = [fingerprint(batch) for batch in loader(parts)]
-    interleaved = [fingerprint(b) for group in zip(*shards, strict=True) for b in group]
-    assert interleaved[: len(single)] == single
 
 
 def test_large_data_is_packed_in_windows() -> None:
@@ -187,13 +174,13 @@ def test_unusable_settings_are_refused() -> None:
         loader([made_up(50, 8, 0)], seq_len=4)
     with pytest.raises(ValueError, match="2 weights for 1"):
         loader([part], weights=[1.0, 2.0])
-    with pytest.raises(ValueError, match="shard must lie"):
-        loader([part], shard=1)
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        loader([part], micro_batch_size=0)
 
 
 def test_documents_are_slices_of_one_array() -> None:
     documents = made_up(6, 9, 0)
-    again = Documents.from_documents(list(documents))
+    again = as_documents(list(documents))
     assert again.checksum() == documents.checksum()
     assert [len(d.ids) for d in documents] == documents.lengths.tolist()
     assert documents[-1].ids.tolist() == documents[5].ids.tolist()

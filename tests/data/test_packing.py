@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_train.data.mixing import epoch_order, permutation, samples_per_epoch
-from ernie_train.data.packing import pack_documents, pack_in_windows
+from ernie_train.data.packing import (
+    epoch_order,
+    pack_documents,
+    pack_in_windows,
+    permutation,
+    samples_per_epoch,
+)
 
 packable = st.integers(1, 300).flatmap(
     lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), max_size=200))

@@ -23,8 +23,8 @@ PACKAGES: dict[str, str] = {
     "model": "configuration pylayer batch_layout rope norm mlp kv_cache"
     " attention token_dispatcher moe transformer numpy_layers numpy_decoder",
     "model.attention": "blocked online flashmask layer",
-    "data": "completion_format documents formats reader mixing packing loader report chat_template"
-    " tokenizer chat preview sources",
+    "data": "completion_format documents formats reader packing loader chat_template"
+    " tokenizer report chat sources",
     "data.tokenizer": "sentencepiece_proto hf_files base paddlenlp sentencepiece",
     "rewards": "score sandbox verifiers registry scoring",
     "rewards.sandbox": "guest seccomp backends pool process api",
@@ -33,7 +33,7 @@ PACKAGES: dict[str, str] = {
     " exact format math_answer logic tool_call code llm_judge user",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "parallel": "collectives lockstep recompute expert gradients build",
-    "weights": "layout hf checkpoint model_directory",
+    "weights": "layout hf checkpoint",
     "generate": "sampler engine sharded",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",

@@ -16,14 +16,14 @@ import yaml
 from pydantic import ValidationError
 
 from ernie_train.cli.main import main
-from ernie_train.data import Documents, EncodedDocument
+from ernie_train.data import EncodedDocument
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.rope import RopeTables, inverse_frequencies
 from ernie_train.train.rope_schedule import Phase, RopePhase, RopeSchedule, Upsample, resolve
 from ernie_train.train.supervised_data import PretrainConfig, _upsampled
 from ernie_train.train.trainer import Trainer
 from tests.small_models import make_config
-from tests.workspace import final_files, make_workspace, metrics_without_time
+from tests.workspace import as_documents, final_files, make_workspace, metrics_without_time
 
 # ---- arithmetic ----------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def test_impossible_schedules_are_refused(keys, says):
 
 def documents(*lengths):
     made = [np.arange(1, n + 1, dtype=np.int32) for n in lengths]
-    return Documents.from_documents([EncodedDocument(d, np.ones(len(d), bool)) for d in made])
+    return as_documents([EncodedDocument(d, np.ones(len(d), bool)) for d in made])
 
 
 def test_long_documents_come_more_often_by_the_factor():

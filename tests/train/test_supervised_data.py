@@ -13,7 +13,7 @@ import yaml
 
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import ConfigError, DataError
-from ernie_train.data import Documents, EncodedDocument
+from ernie_train.data import EncodedDocument
 from ernie_train.train.rope_schedule import Phase, RopeSchedule
 from ernie_train.train.supervised_data import (
     PretrainConfig,
@@ -24,7 +24,7 @@ from ernie_train.train.supervised_data import (
 )
 from ernie_train.train.trainer import Trainer
 from tests.train.test_rope_schedule import PHASES, documents, run, stage
-from tests.workspace import final_files, make_workspace, metrics_without_time
+from tests.workspace import as_documents, final_files, make_workspace, metrics_without_time
 
 DATA = SimpleNamespace(seed=3, tokenizer=SimpleNamespace(pad_token_id=0))
 
@@ -75,7 +75,7 @@ def test_a_phase_has_all_tokens_of_documents_that_are_longer_than_it():
 def test_sft_has_phases_too_and_drops_what_is_longer_than_one():
     rows = [np.arange(1, n + 1, dtype=np.int32) for n in (14, 50)]
     answers = [np.arange(len(r)) >= 10 for r in rows]
-    both = Documents.from_documents(list(map(EncodedDocument, rows, answers)))
+    both = as_documents(list(map(EncodedDocument, rows, answers)))
     config, made = loaders(PHASES, [both], kind="sft")
     assert config.lengths() == {"rope_schedule.0.seq_len": 32, "rope_schedule.1.seq_len": 64}
     held = [int(next(iter(loader)).loss_mask.sum()) for loader in made]

@@ -1,4 +1,4 @@
-"""Writes the tokenizer files that `transformers` 4.57 and 5.x both load to the same ids.
+"""Write the tokenizer files that `transformers` 4.57 and 5.x both load to the same ids.
 
 `transformers` 4.57 gives wrong ids for a bare `tokenizer.model`, so `tokenizer.json` and
 `tokenizer_config.json` stand beside it; both versions then agree with SentencePiece.
@@ -12,7 +12,11 @@ from typing import Any
 from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import CHAT_TEMPLATE, CONTROL_TOKENS, PLAIN_CHAT_TEMPLATE
 from ernie_train.data.completion_format import SENTENCE_END, SENTENCE_START
-from ernie_train.data.tokenizer.sentencepiece_proto import ModelProto, Piece, PieceType
+from ernie_train.data.tokenizer.sentencepiece_proto import (
+    PieceType,
+    SentencePiece,
+    SentencePieceModel,
+)
 from ernie_train.io.files import write_json, write_text
 
 TOKENIZER_FILES = (
@@ -29,7 +33,7 @@ TOKENIZER_FILES = (
 
 
 def write_huggingface_files(
-    out_dir: Path, proto: ModelProto, added: Mapping[str, int] | None = None
+    out_dir: Path, proto: SentencePieceModel, added: Mapping[str, int] | None = None
 ) -> None:
     """Write everything but `tokenizer.model` and the chat template.
 
@@ -71,7 +75,7 @@ def write_chat_template(out_dir: Path, thinking: bool) -> None:
     write_json(path, {**config, "chat_template": template})
 
 
-def special_tokens(proto: ModelProto) -> list[str]:
+def special_tokens(proto: SentencePieceModel) -> list[str]:
     """Pieces that `skip_special_tokens` drops: control pieces and the tokens that end turns."""
     return [
         piece.text
@@ -90,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_whole(piece: Piece) -> bool:
+def _is_whole(piece: SentencePiece) -> bool:
     return piece.type in (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
 
 
@@ -105,7 +109,7 @@ def _added_token(text: str, special: bool) -> dict[str, Any]:
     }
 
 
-def _named_tokens(proto: ModelProto) -> dict[str, str]:
+def _named_tokens(proto: SentencePieceModel) -> dict[str, str]:
     """The roles of ERNIE's special tokens: pad is unk, cls and sep frame a plain conversation."""
     texts = {piece.text for piece in proto.pieces}
     unknown = next(p.text for p in proto.pieces if p.type is PieceType.UNKNOWN)
@@ -120,7 +124,7 @@ def _named_tokens(proto: ModelProto) -> dict[str, str]:
 
 
 def _write_tokenizer_json(
-    path: Path, proto: ModelProto, whole: Mapping[str, int], special: list[str]
+    path: Path, proto: SentencePieceModel, whole: Mapping[str, int], special: list[str]
 ) -> None:
     from tokenizers import (  # type: ignore[import-untyped]
         AddedToken,
@@ -164,7 +168,7 @@ def _write_tokenizer_json(
     tokenizer.save(str(path))
 
 
-def _merges(proto: ModelProto) -> list[tuple[str, str]]:
+def _merges(proto: SentencePieceModel) -> list[tuple[str, str]]:
     """Every way to build a piece out of two, in the order in which SentencePiece merges."""
     mergeable = {
         piece.text: token_id

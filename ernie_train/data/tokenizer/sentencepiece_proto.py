@@ -1,15 +1,14 @@
-"""Reads the few fields we need of a serialized SentencePiece model.
+"""Read the few fields that are needed of a serialized SentencePiece model.
 
-The protobuf classes that the `sentencepiece` package ships ask for a newer protobuf than paddlenlp
-allows, and its Python API tells neither a user-defined piece nor the dummy prefix.
+The protobuf classes that sentencepiece 0.2.3 ships need protobuf 7, which paddlenlp does not allow,
+and its Python API tells neither a user-defined piece nor the dummy prefix. So the messages are
+described here, after sentencepiece_model.proto (proto2); fields that are not listed are ignored.
 """
 
-import struct
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from enum import IntEnum
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+from typing import Any
 
 
 class PieceType(IntEnum):
@@ -21,41 +20,56 @@ class PieceType(IntEnum):
     BYTE = 6
 
 
+_BPE = 2  # TrainerSpec.ModelType
+# Message -> fields: name, number, type, default. Enums are read as int32, to refuse unknown values.
+_MESSAGES: dict[str, list[tuple[str, int, str, str]]] = {
+    "SentencePiece": [
+        ("piece", 1, "string", ""), ("score", 2, "float", "0"), ("type", 3, "int32", "1"),
+    ],
+    "TrainerSpec": [("model_type", 3, "int32", "1")],
+    "NormalizerSpec": [("add_dummy_prefix", 3, "bool", "true")],
+    "ModelProto": [
+        ("pieces", 1, "SentencePiece", ""), ("trainer_spec", 2, "TrainerSpec", ""),
+        ("normalizer_spec", 3, "NormalizerSpec", ""),
+    ],
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Piece:
+class SentencePiece:
     text: str
     score: float
     type: PieceType
 
 
 @dataclass(frozen=True)
-class ModelProto:
-    pieces: list[Piece]
+class SentencePieceModel:
+    pieces: list[SentencePiece]
     is_bpe: bool
     add_dummy_prefix: bool
 
 
-def parse_model(data: bytes) -> ModelProto:
-    """Parse `tokenizer.model`; ValueError where the bytes are not a SentencePiece model."""
-    pieces: list[Piece] = []
-    is_bpe = False
-    add_dummy_prefix = True  # the format's default
-    for number, value in _fields(data):
-        if number == 1 and isinstance(value, bytes):
-            pieces.append(_piece(value))
-        elif number == 2 and isinstance(value, bytes):
-            is_bpe = any(key == 3 and item == 2 for key, item in _fields(value))
-        elif number == 3 and isinstance(value, bytes):
-            for key, item in _fields(value):
-                if key == 3:
-                    add_dummy_prefix = bool(item)
-    if not pieces:
+def parse_model(data: bytes) -> SentencePieceModel:
+    """Parse the content of `tokenizer.model`.
+
+    Raises:
+        ValueError: the bytes are not a SentencePiece model.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = _message_class().FromString(data)
+    except DecodeError as error:
+        raise ValueError(str(error)) from None
+    if not model.pieces:
         raise ValueError("it holds no pieces")
-    return ModelProto(pieces, is_bpe, add_dummy_prefix)
+    pieces = [SentencePiece(p.piece, p.score, PieceType(p.type)) for p in model.pieces]
+    is_bpe = model.trainer_spec.model_type == _BPE
+    return SentencePieceModel(pieces, is_bpe, model.normalizer_spec.add_dummy_prefix)
 
 
 def without_dummy_prefix(data: bytes) -> bytes:
-    """The same model that adds no space in front of a text.
+    """Return the same model, but one that adds no space in front of a text.
 
     A message that occurs twice is merged when read, so appending one field is enough:
     normalizer_spec (3) { add_dummy_prefix (3): false }.
@@ -63,47 +77,30 @@ def without_dummy_prefix(data: bytes) -> bytes:
     return data + b"\x1a\x02\x18\x00"
 
 
-def _piece(data: bytes) -> Piece:
-    text, score, kind = "", 0.0, PieceType.NORMAL
-    for number, value in _fields(data):
-        if number == 1 and isinstance(value, bytes):
-            text = value.decode()
-        elif number == 2 and isinstance(value, bytes):
-            score = struct.unpack("<f", value)[0]
-        elif number == 3 and isinstance(value, int):
-            kind = PieceType(value)
-    return Piece(text, score, kind)
+@functools.cache
+def _message_class() -> Any:
+    # Imported here because it takes 40 ms.
+    from google.protobuf import (  # type: ignore[import-untyped]
+        descriptor_pb2,
+        descriptor_pool,
+        message_factory,
+    )
 
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of one message; fixed-width values come as bytes."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        number, wire = key >> 3, key & 7
-        if wire == _VARINT:
-            value, position = _varint(data, position)
-            yield number, value
-            continue
-        if wire == _BYTES:
-            size, position = _varint(data, position)
-        elif wire in (_FIXED32, _FIXED64):
-            size = 4 if wire == _FIXED32 else 8
-        else:
-            raise ValueError(f"unknown wire type {wire}")
-        if position + size > len(data):
-            raise ValueError("it ends in the middle of a field")
-        yield number, data[position : position + size]
-        position += size
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(data) and shift < 64:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise ValueError("it ends in the middle of a number")
+    package = "ernie_train.sentencepiece"
+    file = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package)
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for message, fields in _MESSAGES.items():
+        described = file.message_type.add(name=message)
+        for name, number, kind, default in fields:
+            field = described.field.add(name=name, number=number, label=kinds.LABEL_OPTIONAL)
+            if kind in _MESSAGES:
+                field.type, field.type_name = kinds.TYPE_MESSAGE, f".{package}.{kind}"
+            else:
+                field.type = kinds.Type.Value(f"TYPE_{kind.upper()}")
+                field.default_value = default
+            if name == "pieces":
+                field.label = kinds.LABEL_REPEATED
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    found = pool.FindMessageTypeByName(f"{package}.ModelProto")
+    return message_factory.GetMessageClass(found)
