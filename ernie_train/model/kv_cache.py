@@ -1,10 +1,10 @@
-"""Keys and values of what was generated so far, one growing row of slots per sequence.
+"""Keys and values of the tokens so far, in one growing row of slots per sequence.
 
-Sequences of different lengths share a batch: sequence b fills its slots 0..lengths[b]-1, so nothing
-is padded on the left and positions are slot numbers.
+Sequences of different lengths share a batch: sequence b fills slots 0 to lengths[b] - 1, so there
+is no padding on the left, and positions are slot indices.
 
 Shapes: B sequences, K key/value heads, C slots of a sequence, D head dimension, T new real tokens,
-Q most new tokens of a sequence, G = N/K query heads per key/value head.
+Q the most new tokens of a sequence, G = N/K query heads per key/value head.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from paddle import Tensor
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 
-_GROWTH = 32  # slots are added in multiples of this
+_GROWTH = 32  # slots are added in multiples of this number
 _MASKED = -1e30
 
 
 @dataclass(frozen=True)
 class CacheStep:
-    """Index arrays of one forward pass, shared by its layers."""
+    """Index arrays of one forward pass, shared by all layers."""
 
-    slot_rows: Tensor  # [T*K] rows of the cache that the new keys and values go to
-    attends_to_cache: bool  # False while the cache was empty: the new tokens see only each other
+    slot_rows: Tensor  # [T*K] rows of the cache that take the new keys and values
+    attends_to_cache: bool  # False if the cache was empty: new tokens attend to each other only
     query_rows: Tensor  # [B*K*G*Q] rows of the new queries [T*N,D]
-    query_return: Tensor  # [T*N]
+    query_return: Tensor  # [T*N] rows of [B*K*G*Q] in the order of tokens and heads
     mask: Tensor  # [B*K, G*Q, C] 0 or `_MASKED`
 
 
 class KVCache:
-    """Preallocated keys and values [B*K,C,D] of every layer, grown in steps; float type `dtype`."""
+    """Preallocated keys and values [B*K,C,D] of every layer in `dtype`, grown in steps."""
 
     def __init__(self, config: Ernie4_5_MoeConfig, batch: int, dtype: str = "float32") -> None:
         self.config = config
@@ -47,8 +47,8 @@ class KVCache:
         self.key_rows: list[Tensor] = []  # the same memory as [B*K*C,D]
         self.value_rows: list[Tensor] = []
 
-    def require_base(self, rope_theta: float) -> None:
-        """Raises `ValueError` for a model with another RoPE base than the keys here have."""
+    def check_rope_theta(self, rope_theta: float) -> None:
+        """Raise `ValueError` if the model's RoPE base is not that of the cached keys."""
         if self.rope_theta != rope_theta:
             raise ValueError(
                 f"the cache was made under rope_theta={self.rope_theta}, "
@@ -60,9 +60,9 @@ class KVCache:
         return len(self.lengths)
 
     def begin(self, layout: BatchLayout) -> np.ndarray:
-        """Makes room for a batch of new tokens and returns their positions [T].
+        """Allocate slots for a batch of new tokens and return their positions [T].
 
-        Raises `ValueError` when the batch has another number of sequences than the cache.
+        Raises `ValueError` if the batch has another number of sequences than the cache.
         """
         if layout.batch != self.batch:
             raise ValueError(f"the cache holds {self.batch} sequences, the batch {layout.batch}")
@@ -77,19 +77,19 @@ class KVCache:
         return slots
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the rows k and v [T*K,D] of the present step; returns all, [B*K,C,D] each."""
+        """Store k and v [T*K,D] of the present step; return all keys and values, [B*K,C,D] each."""
         paddle.scatter_(self.key_rows[layer], self.step.slot_rows, k)
         paddle.scatter_(self.value_rows[layer], self.step.slot_rows, v)
         return self.keys[layer], self.values[layer]
 
     def select(self, keep: np.ndarray) -> None:
-        """Keeps the sequences numbered by `keep`, in that order; the others leave the batch."""
+        """Keep the sequences `keep`, in that order, and drop the others."""
         heads = int(self.config.num_key_value_heads or 0)
         lanes = paddle.to_tensor((keep[:, None] * heads + np.arange(heads)).reshape(-1))
         self.keys = [paddle.gather(x, lanes) for x in self.keys]
         self.values = [paddle.gather(x, lanes) for x in self.values]
         self.lengths = self.lengths[keep]
-        self._share_rows()
+        self._update_row_views()
 
     def _grow(self, slots: int) -> None:
         if slots <= self.capacity:
@@ -107,9 +107,10 @@ class KVCache:
             self.keys = [paddle.concat([x, room], axis=1) for x in self.keys]
             self.values = [paddle.concat([x, room], axis=1) for x in self.values]
         self.capacity = capacity
-        self._share_rows()
+        self._update_row_views()
 
-    def _share_rows(self) -> None:
+    def _update_row_views(self) -> None:
+        # Paddle's reshape shares memory, so `scatter_` into the rows writes keys and values.
         head_dim = int(self.config.head_dim or 0)
         self.key_rows = [x.reshape([-1, head_dim]) for x in self.keys]
         self.value_rows = [x.reshape([-1, head_dim]) for x in self.values]
@@ -117,6 +118,7 @@ class KVCache:
     def _index(
         self, sequence: np.ndarray, offset: np.ndarray, slots: np.ndarray, was_empty: bool
     ) -> CacheStep:
+        """Return the indices of a step; `sequence`, `offset` in the step and `slots` are [T]."""
         heads = int(self.config.num_key_value_heads or 0)
         group = self.config.num_attention_heads // heads
         head = np.arange(heads)

@@ -1,4 +1,4 @@
-"""Router and experts; `token_dispatcher` brings tokens from the one to the other.
+"""Router, experts and the MoE layer; a `token_dispatcher` moves tokens to experts and back.
 
 Shapes: T tokens, H hidden size, E experts, K experts per token (moe_k), I expert width, R routed
 rows (T*K less what a capacity limit drops).
@@ -17,8 +17,8 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.mlp import ACTIVATIONS, MLP
-from ernie_train.model.pylayer import as_dtype, only, wanted
+from ernie_train.model.layers import ACTIVATIONS, MLP
+from ernie_train.model.pylayer import cast, needs_grad, select_grads
 from ernie_train.model.token_dispatcher import LocalDispatcher, Placement, make_routing
 
 LOCAL_PLACEMENT = Placement(None, LocalDispatcher())
@@ -36,7 +36,7 @@ class RouterStats:
 
 
 class Router(nn.Layer):
-    """p = softmax(x W) in float32; experts by topk(p + bias), weights from p alone.
+    """p = softmax(x W) in float32; experts are topk(p + bias), their weights come from p alone.
 
     The bias picks experts, raw probabilities weigh them (arXiv:2408.15664).
     """
@@ -50,8 +50,8 @@ class Router(nn.Layer):
         )
 
     def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T,H], bias [1,E] -> logits [T,E], weights [T,K], expert ids [T,K]."""
-        x32 = as_dtype(x, paddle.float32)
+        """Route x [T,H] under bias [1,E] -> logits [T,E], weights [T,K], expert ids [T,K]."""
+        x32 = cast(x, paddle.float32)
         logits = paddle.matmul(x32, self.weight)
         probs = F.softmax(logits)
         _, expert_ids = paddle.topk(probs.detach() + bias, self.top_k)
@@ -61,7 +61,7 @@ class Router(nn.Layer):
 
 
 class MoEStatics(nn.Layer):
-    """Holds the selection bias [1,E]: moved by load statistics, never by a gradient."""
+    """Holds the selection bias [1,E], updated from load statistics and never by a gradient."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -71,7 +71,8 @@ class MoEStatics(nn.Layer):
 class _GroupedSwiGLU(PyLayer):
     """y = weight * (silu(x Wg) * (x Wu)) Wd for the rows of each expert, expert after expert.
 
-    Weighing the inner activation instead of the output is the same product with fewer numbers.
+    The weight multiplies the inner activation, which has I columns instead of the output's H.
+    Written by hand: autograd would keep more tensors per expert than the five saved here.
     """
 
     @staticmethod
@@ -100,7 +101,7 @@ class _GroupedSwiGLU(PyLayer):
             start += count
         ctx.save_for_backward(x, gate, up, down)
         ctx.saved, ctx.rows = saved, rows
-        ctx.wanted = wanted(x, weights, gate, up, down)
+        ctx.needs_grad = needs_grad(x, weights, gate, up, down)
         return paddle.concat(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod
@@ -118,7 +119,8 @@ class _GroupedSwiGLU(PyLayer):
             x_e, grad_e = x[start : start + count], grad[start : start + count]
             ddown[expert] = paddle.matmul(weighted, grad_e, transpose_x=True)
             d_weighted = paddle.matmul(grad_e, down[expert], transpose_y=True)
-            # d(weight): sum over I of d_weighted * silu * u, without dividing by the weight.
+            # d(weight) = sum over I of d_weighted * silu * u: no division by a weight of 0.
+            # A product with ones is Paddle's fastest sum of rows on a CPU.
             dweights.append(paddle.matmul(d_weighted * silu * u, ones))
             d_inner = d_weighted.multiply_(wide)
             d_up = d_inner * silu
@@ -131,11 +133,11 @@ class _GroupedSwiGLU(PyLayer):
             start += count
         ctx.saved = None
         stacks = (_stack(dgate, gate), _stack(dup, up), _stack(ddown, down))
-        return only(ctx.wanted, (paddle.concat(dx), paddle.concat(dweights), *stacks))
+        return select_grads(ctx.needs_grad, (paddle.concat(dx), paddle.concat(dweights), *stacks))
 
 
 def _stack(grads: list[Any], parameter: Tensor) -> Tensor:
-    """Gradients of the experts as one [E,..]; an expert without rows has a zero one."""
+    """Stack the gradients of the experts into [E,..]; one without rows has a gradient of zero."""
     shape = parameter.shape[1:]
     return paddle.stack([paddle.zeros(shape, parameter.dtype) if g is None else g for g in grads])
 
@@ -161,30 +163,30 @@ def experts_by_autograd(
 
 
 class Experts(nn.Layer):
-    """Gated MLPs as stacked parameters, gate and up [E,H,I], down [E,I,H]: of `local_experts`."""
+    """Gated MLPs of `local_experts`, stacked: gate and up [E,H,I], down [E,I,H]."""
 
     def __init__(self, config: Ernie4_5_MoeConfig, local_experts: range) -> None:
         super().__init__()
         self.hidden_act = config.hidden_act
         inward = [config.hidden_size, config.moe_intermediate_size]
         outward = [config.moe_intermediate_size, config.hidden_size]
-        self.gate_proj = self._stacked(config.moe_num_experts, local_experts, inward)
-        self.up_proj = self._stacked(config.moe_num_experts, local_experts, inward)
-        self.down_proj = self._stacked(config.moe_num_experts, local_experts, outward)
+        self.gate_proj = self._create_stack(config.moe_num_experts, local_experts, inward)
+        self.up_proj = self._create_stack(config.moe_num_experts, local_experts, inward)
+        self.down_proj = self._create_stack(config.moe_num_experts, local_experts, outward)
 
-    def _stacked(self, num_experts: int, local_experts: range, shape: list[int]) -> Tensor:
-        whole = self.create_parameter([num_experts, *shape])
+    def _create_stack(self, num_experts: int, local_experts: range, shape: list[int]) -> Tensor:
+        full = self.create_parameter([num_experts, *shape])
         if len(local_experts) == num_experts:
-            return whole
-        # The whole stack is created all the same: its initializer draws random numbers, and what
-        # is drawn after it must not depend on the number of experts on this rank.
+            return full
+        # The initializer of the full stack has drawn its random numbers, so that all parameters
+        # created later are the same whatever number of experts this rank holds.
         zero = nn.initializer.Constant(0.0)
         return self.create_parameter([len(local_experts), *shape], default_initializer=zero)
 
     def forward(self, rows: Tensor, weights: Tensor, tokens_per_expert: list[int]) -> Tensor:
-        """rows [R,H] sorted by expert, weights [R,1] -> weighted outputs [R,H]."""
+        """Compute rows [R,H] sorted by expert, weights [R,1] -> weighted outputs [R,H]."""
         parameters = (self.gate_proj, self.up_proj, self.down_proj)
-        weights = as_dtype(weights, rows.dtype)
+        weights = cast(weights, rows.dtype)
         if self.hidden_act in ("silu", "swish"):
             return _GroupedSwiGLU.apply(rows, weights, *parameters, tokens_per_expert)
         act = ACTIVATIONS[self.hidden_act]
@@ -192,7 +194,7 @@ class Experts(nn.Layer):
 
 
 class MoE(nn.Layer):
-    """Routed experts plus the shared ones, which see every token."""
+    """Routed experts plus shared experts, which see every token."""
 
     def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = LOCAL_PLACEMENT) -> None:
         super().__init__()
@@ -207,7 +209,7 @@ class MoE(nn.Layer):
         self.dispatcher = placement.dispatcher
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """x [T,H] -> output [T,H], router logits [T,E], expert ids [T,K], dropped rows."""
+        """Compute x [T,H] -> output [T,H], router logits [T,E], expert ids [T,K], dropped rows."""
         logits, weights, expert_ids = self.gate(x, self.moe_statics.e_score_correction_bias)
         routing = make_routing(expert_ids, self.config.moe_num_experts, self._capacity(x.shape[0]))
         # Shared experts need no exchange, so they run while rows travel to the routed ones.
@@ -221,6 +223,7 @@ class MoE(nn.Layer):
         return output, logits, expert_ids, routing.dropped
 
     def _capacity(self, tokens: int) -> int | None:
+        """Return the most rows an expert takes, None without a limit."""
         factor = self.config.moe_capacity_factor
         if factor is None:
             return None

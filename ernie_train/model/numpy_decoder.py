@@ -193,7 +193,7 @@ class NumpyDecoder:
         x = self.embedding.take(tokens, 0)
         experts = []
         for index, layer in enumerate(self.layers):
-            x = x + layer.attention_block(x, rotations, index, attend)
+            x = x + layer.attn_block(x, rotations, index, attend)
             if last is not None and index + 1 == len(self.layers):
                 x = x[last]  # no later layer attends to the others
             y, chosen = layer.mlp_block(x)
@@ -223,7 +223,7 @@ class _NumpyDecoderLayer:
         self.experts = NumpyMoE(layer.mlp) if layer.is_moe else None
         self.dense = None if layer.is_moe else NumpyMLP(layer.mlp, config.hidden_act)
 
-    def attention_block(
+    def attn_block(
         self, x: np.ndarray, rotations: np.ndarray, index: int, attend: _Attend
     ) -> np.ndarray:
         """Return what attention adds to x [T,H]."""

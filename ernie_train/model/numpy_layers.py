@@ -16,9 +16,8 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from ernie_train.model.mlp import ACTIVATIONS, MLP
+from ernie_train.model.layers import ACTIVATIONS, MLP, RMSNorm
 from ernie_train.model.moe import MoE
-from ernie_train.model.norm import RMSNorm
 from ernie_train.model.rope import inverse_frequencies
 
 # The OpenBLAS of numpy 1.26 (0.3.23) has a kernel for small products, where there is AVX-512. It

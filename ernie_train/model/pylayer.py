@@ -1,4 +1,4 @@
-"""Small things about tensors: dtypes, and which gradients a hand-written backward must give."""
+"""Helpers of hand-written backward passes (`PyLayer`): dtypes, and which inputs need gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddle import Tensor
 
 @contextmanager
 def default_dtype(dtype: str) -> Iterator[None]:
-    """Parameters that are created within have this dtype, unless they ask for another."""
+    """Create parameters in `dtype` within the context, unless they name another one."""
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
@@ -22,20 +22,20 @@ def default_dtype(dtype: str) -> Iterator[None]:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """`float32`, `bfloat16`, ..."""
+    """Return `float32`, `bfloat16`, ..."""
     return str(tensor.dtype).removeprefix("paddle.")
 
 
-def wanted(*inputs: Tensor) -> tuple[bool, ...]:
-    """For each input of a `PyLayer`, whether it takes a gradient; Paddle wants None for others."""
+def needs_grad(*inputs: Tensor) -> tuple[bool, ...]:
+    """Return, for each tensor input of a `PyLayer`, whether it takes a gradient."""
     return tuple(not tensor.stop_gradient for tensor in inputs)
 
 
-def only(flags: tuple[bool, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The gradients with None in the place of those that are not wanted."""
-    return tuple(grad if flag else None for flag, grad in zip(flags, grads, strict=True))
+def select_grads(needed: tuple[bool, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the gradients with None for inputs that need none, as Paddle's `PyLayer` demands."""
+    return tuple(grad if need else None for need, grad in zip(needed, grads, strict=True))
 
 
-def as_dtype(tensor: Tensor, dtype: Any) -> Tensor:
-    """`tensor` as `dtype`; unlike `astype` it does not copy what has it already."""
+def cast(tensor: Tensor, dtype: Any) -> Tensor:
+    """Return `tensor` as `dtype`; unlike Paddle's `astype`, do not copy one that has that dtype."""
     return tensor if tensor.dtype == dtype else tensor.astype(dtype)

@@ -1,7 +1,7 @@
 """ERNIE 4.5 for causal language modelling, MoE and dense.
 
-Shapes: B rows, S positions, T real tokens (padding is dropped at the door), H hidden size,
-V vocabulary.
+Shapes: B rows, S positions, T real tokens (padding is dropped at the entry), H hidden size,
+V vocabulary, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from ernie_train.model.attention import Attention, AttentionTables
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import KVCache
-from ernie_train.model.mlp import MLP
+from ernie_train.model.layers import MLP, RMSNorm
 from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats
-from ernie_train.model.norm import RMSNorm
 from ernie_train.model.pylayer import dtype_name
 from ernie_train.model.rope import RopeTables
 from ernie_train.model.token_dispatcher import Placement, is_expert_parameter
 
-# The experts chosen and the router's logits of a layer; None for a dense layer.
+# Router logits [T,E], expert ids [T,K] and dropped rows of a layer; None for a dense layer.
 RouterOutput = tuple[Tensor, Tensor, int] | None
 
 
 @dataclass(frozen=True)
 class HiddenOutput:
-    """Final hidden states of the real tokens and where they stand in the batch."""
+    """Final hidden states of the real tokens, their layout in the batch, router statistics."""
 
     hidden: Tensor  # [T,H] after the last norm
     layout: BatchLayout
@@ -48,29 +47,29 @@ class CausalLMOutput:
 
 
 class DecoderLayer(nn.Layer):
-    """Attention and MLP (or MoE), each behind a norm and beside a residual."""
+    """Attention block and MLP (or MoE) block, each with a norm before it and a residual."""
 
     def __init__(self, config: Ernie4_5_MoeConfig, layer: int, placement: Placement) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.number = layer  # from 0
+        self.layer_index = layer  # from 0
         self.is_moe = config.is_moe_layer(layer)
         self.mlp = MoE(config, placement) if self.is_moe else MLP(config, config.intermediate_size)
 
     def forward(
         self, x: Tensor, tables: AttentionTables, cache: KVCache | None
     ) -> tuple[Tensor, RouterOutput]:
-        """x [T,H] -> x [T,H] and what the router did."""
+        """Run the layer: x [T,H] -> x [T,H] and the router's output."""
         return self.mlp_block(self.attn_block(x, tables, cache))
 
     def attn_block(self, x: Tensor, tables: AttentionTables, cache: KVCache | None) -> Tensor:
-        """x [T,H] -> x [T,H] with what attention adds to it."""
+        """Return x [T,H] plus the attention of its norm."""
         return x + self.self_attn(self.input_layernorm(x), tables, cache)
 
     def mlp_block(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
-        """x [T,H] -> x [T,H] with what the MoE, or MLP, adds to it, and what the router did."""
+        """Return x [T,H] plus the MLP or MoE of its norm, and the router's output."""
         y = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(y), None
@@ -81,7 +80,7 @@ class DecoderLayer(nn.Layer):
 def run_layer(
     layer: DecoderLayer, x: Tensor, tables: AttentionTables, cache: KVCache | None
 ) -> tuple[Tensor, RouterOutput]:
-    """Runs a layer; recomputation puts another function in this one's place."""
+    """Run a layer: the default of `Ernie4_5_MoeModel.run_layer`, which recomputation replaces."""
     return layer(x, tables, cache)
 
 
@@ -107,13 +106,13 @@ class Ernie4_5_MoeModel(nn.Layer):
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> HiddenOutput:
-        """input_ids, position_ids, document_ids [B,S] -> hidden states of the real tokens.
+        """Compute input_ids, position_ids, document_ids [B,S] -> hidden states of the real tokens.
 
         `document_ids`: tokens attend to earlier ones of the same document of their row; 0 is
-        padding. Without it every row is one document. Positions count from 0 in each document, or
-        go on from what `kv_cache` holds, unless given.
+        padding. Without it every row is one document. By default, positions count from 0 in each
+        document, or continue those in `kv_cache`.
 
-        Raises `ValueError` for a batch without a real token, or a cache made under another base.
+        Raises `ValueError` for a batch without a real token, or a cache of another RoPE base.
         """
         batch, length = input_ids.shape
         if document_ids is None:
@@ -122,10 +121,10 @@ class Ernie4_5_MoeModel(nn.Layer):
             layout = BatchLayout.from_document_ids(np.asarray(document_ids))
         if layout.num_tokens == 0:
             raise ValueError("the batch has no real token: document_ids are all 0")
-        tokens = _real(input_ids, layout)
+        tokens = _real_tokens(input_ids, layout)
         cached_positions = self._begin_cache(kv_cache, layout)
         if position_ids is not None:
-            positions = _real(position_ids, layout)
+            positions = _real_tokens(position_ids, layout)
         elif cached_positions is not None:
             positions = paddle.to_tensor(cached_positions)
         else:
@@ -144,11 +143,12 @@ class Ernie4_5_MoeModel(nn.Layer):
     def _begin_cache(self, kv_cache: KVCache | None, layout: BatchLayout) -> np.ndarray | None:
         if kv_cache is None:
             return None
-        kv_cache.require_base(self.rope_theta)
+        kv_cache.check_rope_theta(self.rope_theta)
         return kv_cache.begin(layout)
 
 
-def _real(ids: Tensor, layout: BatchLayout) -> Tensor:
+def _real_tokens(ids: Tensor, layout: BatchLayout) -> Tensor:
+    """Return the entries of ids [B,S] at real tokens, [T]."""
     flat = ids.reshape([-1])
     if layout.token_index is None:
         return flat
@@ -156,7 +156,7 @@ def _real(ids: Tensor, layout: BatchLayout) -> Tensor:
 
 
 class LMHead(nn.Layer):
-    """Output projection [V,H], laid out like the embedding, with which it may be tied."""
+    """Output projection [V,H], of the shape of the embedding, to which it may be tied."""
 
     def __init__(self, config: Ernie4_5_MoeConfig) -> None:
         super().__init__()
@@ -164,13 +164,13 @@ class LMHead(nn.Layer):
         self.bias: Tensor | None = None
         if not config.tie_word_embeddings:
             self.weight = self.create_parameter([config.vocab_size, config.hidden_size])
-        # As in `transformers`: an MoE model's head has a bias, a dense model's never.
+        # As in `transformers`: `use_bias` gives an MoE model's head a bias, a dense model's none.
         if config.use_bias and config.moe_num_experts > 0:
             self.bias = self.create_parameter([config.vocab_size], is_bias=True)
 
 
 class Ernie4_5_MoeForCausalLM(nn.Layer):
-    """The whole model; attribute names are those of the Hugging Face implementation."""
+    """Decoder and output head; attribute names are those of the Hugging Face implementation."""
 
     def __init__(self, config: Ernie4_5_MoeConfig, placement: Placement = LOCAL_PLACEMENT) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         self._initialize()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """The output projection's weight [V,H], the embedding where tied, and its bias [V]."""
+        """Return the output projection's weight [V,H], the embedding if tied, and its bias [V]."""
         weight = self.lm_head.weight
         return (self.model.embed_tokens.weight if weight is None else weight), self.lm_head.bias
 
@@ -191,7 +191,7 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> CausalLMOutput:
-        """Logits [B,S,V] of every position; arguments as in `Ernie4_5_MoeModel.forward`."""
+        """Compute logits [B,S,V] of every position; arguments as in `Ernie4_5_MoeModel.forward`."""
         output = self.model(input_ids, position_ids, document_ids, kv_cache)
         logits = self.logits(output.hidden)
         layout = output.layout
@@ -205,25 +205,25 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         return CausalLMOutput(logits, output.router_stats)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [T,H] -> logits [T,V]."""
+        """Compute hidden [T,H] -> logits [T,V]."""
         weight, bias = self.head()
         logits = paddle.matmul(hidden, weight, transpose_y=True)
         return logits if bias is None else logits + bias
 
     def set_rope_theta(self, theta: float) -> None:
-        """Changes the RoPE base; the configuration that is saved with the model says the same."""
+        """Set the RoPE base, of the model and in the configuration that is saved with it."""
         self.config = self.config.with_overrides({"rope_theta": theta})
         self.model.config = self.config
         self.model.rope_theta = theta
 
     def new_cache(self, batch: int) -> KVCache:
-        """An empty key/value cache for `batch` sequences under the present RoPE base."""
+        """Return an empty key/value cache for `batch` sequences under the present RoPE base."""
         cache = KVCache(self.config, batch, dtype=dtype_name(self.model.norm.weight))
         cache.rope_theta = self.model.rope_theta
         return cache
 
     def _initialize(self) -> None:
-        """Normal weights of `initializer_range`, zero biases; norms stay at one."""
+        """Set normal weights of `initializer_range` and zero biases; norms stay at one."""
         for name, parameter in self.named_parameters():
             std = self.config.initializer_range
             if "embed_tokens" in name:
@@ -234,9 +234,13 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
                 parameter.set_value((self._random(name, parameter) * std).astype(parameter.dtype))
 
     def _random(self, name: str, parameter: Tensor) -> Any:
-        """Normal numbers; those of all experts are drawn, so that each is the same anywhere."""
+        """Draw normal numbers of the parameter's shape.
+
+        A stack of local experts takes its slice of the numbers of all experts, so that an expert's
+        weights do not depend on the number of ranks.
+        """
         experts = self.model.placement.experts
         if experts is None or not is_expert_parameter(name):
             return paddle.randn(parameter.shape, "float32")
-        everywhere = [self.config.moe_num_experts, *parameter.shape[1:]]
-        return paddle.randn(everywhere, "float32")[experts.start : experts.stop]
+        full_shape = [self.config.moe_num_experts, *parameter.shape[1:]]
+        return paddle.randn(full_shape, "float32")[experts.start : experts.stop]

@@ -22,7 +22,7 @@ from ernie_train.core import process_group
 from ernie_train.core.errors import ConfigError
 from ernie_train.model import Ernie4_5_MoeConfig, Placement
 from ernie_train.model.moe import LOCAL_PLACEMENT
-from ernie_train.model.pylayer import as_dtype, only, wanted
+from ernie_train.model.pylayer import cast, needs_grad, select_grads
 from ernie_train.model.token_dispatcher import Dispatched, InFlight, Permute, Routing, Unpermute
 from ernie_train.parallel.collectives import (
     Collectives,
@@ -118,14 +118,14 @@ class _StartDispatch(PyLayer):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, weights: Tensor, transfer: _Transfer) -> Any:
-        ctx.transfer, ctx.wanted = transfer, wanted(x, rows, weights)
+        ctx.transfer, ctx.needs_grad = transfer, needs_grad(x, rows, weights)
         ctx.set_materialize_grads(False)
         transfer.work = transfer.plan.start_dispatch(_pack(rows, weights))
         return paddle.zeros([1], rows.dtype), x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return only(ctx.wanted, (grads[1], *_unpack(ctx.transfer.take().wait())))
+        return select_grads(ctx.needs_grad, (grads[1], *_unpack(ctx.transfer.take().wait())))
 
 
 class _WaitDispatch(PyLayer):
@@ -139,16 +139,16 @@ class _WaitDispatch(PyLayer):
         ctx.transfer = transfer
         arrived = _unpack(transfer.plan.wait_dispatch(transfer.take()))
         if overlapped is None:
-            ctx.wanted = wanted(dummy)
+            ctx.needs_grad = needs_grad(dummy)
             return arrived
-        ctx.wanted = wanted(dummy, overlapped)
+        ctx.needs_grad = needs_grad(dummy, overlapped)
         return *arrived, overlapped.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if ctx.wanted[0]:
+        if ctx.needs_grad[0]:
             ctx.transfer.work = ctx.transfer.plan.start_combine(_pack(*grads[:2]))
-        return only(ctx.wanted, (paddle.zeros([1], grads[0].dtype), *grads[2:]))
+        return select_grads(ctx.needs_grad, (paddle.zeros([1], grads[0].dtype), *grads[2:]))
 
 
 class _Combine(PyLayer):
@@ -196,7 +196,7 @@ class ExpertDispatcher:
         transfer = _Transfer(AllToAllPlan.make(routing.tokens_per_expert))
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
-        row_weights = as_dtype(row_weights, rows.dtype)
+        row_weights = cast(row_weights, rows.dtype)
         dummy, x = _StartDispatch.apply(x, rows, row_weights, transfer)
         return InFlight(x, AllToAllMetadata(routing, transfer, dummy))
 

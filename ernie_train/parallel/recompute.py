@@ -100,7 +100,7 @@ def _run_layer(
     tables: AttentionTables,
     cache: KVCache | None,
 ) -> tuple[Tensor, RouterOutput]:
-    parts = recomputed_parts(recompute, layer.number)
+    parts = recomputed_parts(recompute, layer.layer_index)
     if not parts or not layer.training or cache is not None:
         return run_layer(layer, x, tables, cache)
 

@@ -34,7 +34,7 @@ def compare(document_ids, heads, key_heads, head_dim=4, seed=0):
     shapes = [(tokens * heads, head_dim)] + [(tokens * key_heads, head_dim)] * 2
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     weight = paddle.to_tensor(rng.normal(size=shapes[0]).astype(np.float32))
-    owner = np.concatenate([np.full(s.length, i) for i, s in enumerate(layout.segments)])
+    owner = np.concatenate([np.full(s.length, i) for i, s in enumerate(layout.documents)])
     results = []
     for attend in (
         lambda *x: document_attention(*x, layout.attention(heads, key_heads)),
@@ -86,7 +86,7 @@ def test_any_packing_with_holes(rows, heads):
 def test_only_long_documents_are_recomputed():
     """What is kept for the backward pass grows with the length, not with its square."""
     ids = np.repeat([1, 2, 3, 4], [1025, 1024, 300, 8])[None]
-    gathering = BatchLayout.from_document_ids(ids).attention(4, 2).gathering
+    gathering = BatchLayout.from_document_ids(ids).attention(4, 2).gathered
     kept = []
     for bucket in gathering.buckets:
         q = paddle.ones([len(bucket.query_rows), 4])
@@ -101,7 +101,7 @@ def test_only_long_documents_are_recomputed():
 def test_documents_are_split_at_padding_and_at_row_ends():
     ids = np.array([[1, 1, 0, 1, 2], [2, 2, 0, 0, 3]])
     layout = BatchLayout.from_document_ids(ids)
-    assert [(s.start, s.length) for s in layout.segments] == [
+    assert [(s.start, s.length) for s in layout.documents] == [
         (0, 2), (2, 1), (3, 1), (4, 2), (6, 1),
     ]  # fmt: skip
     assert layout.default_positions().tolist() == [0, 1, 0, 0, 0, 1, 0]

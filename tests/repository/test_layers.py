@@ -20,7 +20,7 @@ PACKAGES: dict[str, str] = {
     " worker_pool yaml config process_group consensus",
     "io": "files metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
-    "model": "configuration pylayer batch_layout rope norm mlp kv_cache"
+    "model": "configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher moe transformer numpy_layers numpy_decoder",
     "model.attention": "blocked online flashmask layer",
     "data": "completion_format documents formats reader packing loader chat_template"

@@ -1,7 +1,7 @@
 """Causal attention within packed documents, and against a key/value cache.
 
-`layer` chooses the kernel: probabilities kept for the backward pass (`blocked`), an online softmax
-for long documents (`online`), Paddle's FlashMask on GPUs (`flashmask`).
+`layer` chooses the implementation: probabilities kept for the backward pass (`blocked`), an online
+softmax for long documents (`online`), or Paddle's FlashMask on GPUs (`flashmask`).
 """
 
 from ernie_train.model.attention.layer import (

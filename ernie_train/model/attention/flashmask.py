@@ -1,8 +1,8 @@
 """Paddle's FlashMask kernel for packed documents on a GPU (arXiv:2410.01359).
 
-The whole batch is one row of T tokens; a column-wise index says where each key's document ends, so
-blocks between documents are skipped and no mask is made. It has never been run on a GPU here: the
-index, the choice of the kernel and the call are tested with a stand-in that does the same densely.
+The whole batch is one row of T tokens. A column-wise index gives the end of each key's document, so
+the kernel skips blocks between documents and no mask is built. It has not been run on a GPU: tests
+check the index, the choice of the kernel and the call against a dense stand-in.
 
 Shapes: T tokens, N query heads, K key/value heads, D head dimension.
 """
@@ -22,7 +22,7 @@ _MAX_HEAD_DIM = 256
 
 
 def available(x: Tensor) -> bool:
-    """Whether the kernel takes `x` [..,D]: by its device, dtype and head dimension."""
+    """Return whether the kernel takes `x` [..,D]: by its device, dtype and head dimension."""
     head_dim = x.shape[-1]
     return (
         x.place.is_gpu_place()
@@ -39,7 +39,7 @@ def _registered() -> bool:
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """Causal attention within documents: q [T*N,D], k and v [T*K,D] -> [T*N,D]."""
+    """Compute causal attention within documents: q [T*N,D], k and v [T*K,D] -> [T*N,D]."""
     head_dim = q.shape[-1]
     queries = q.reshape([1, layout.num_tokens, layout.num_heads, head_dim])
     keys, values = (

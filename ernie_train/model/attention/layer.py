@@ -1,7 +1,7 @@
 """Grouped-query causal attention within documents, and against a key/value cache.
 
-On a GPU with a FlashMask kernel `flashmask` does the work. Elsewhere documents are gathered into
-buckets, which `blocks` or, beyond a length, `flash` works off.
+On a GPU with a FlashMask kernel, `flashmask` computes it. Elsewhere documents are gathered into
+buckets, computed by `blocked` or, beyond a length, by `online`.
 
 Shapes: T tokens, H hidden size, N query heads, K key/value heads, G = N/K, D head dimension,
 C capacity of a cache.
@@ -18,10 +18,10 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_train.model.attention import blocked, flashmask, online
-from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket, Gathering
+from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket, GatheredDocuments
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import CacheStep, KVCache
-from ernie_train.model.pylayer import only, wanted
+from ernie_train.model.pylayer import needs_grad, select_grads
 from ernie_train.model.rope import RopeTables, apply_rope
 
 
@@ -29,7 +29,7 @@ class _DocumentAttention(PyLayer):
     """softmax(q k^T / sqrt(D)) v within the gathered documents, q [T*N,D], k and v [T*K,D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Gathering) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: GatheredDocuments) -> Tensor:
         scale = q.shape[-1] ** -0.5
         sources = [_pad_row(x, layout.padded) for x in (q, k, v)]
         saved, outputs = [], []
@@ -41,8 +41,8 @@ class _DocumentAttention(PyLayer):
             saved.append((gathered, kept))
             outputs.append(output)
         ctx.layout, ctx.saved, ctx.scale = layout, saved, scale
-        ctx.wanted = wanted(q, k, v)
-        result = paddle.gather(_joined(outputs), layout.query_return)
+        ctx.needs_grad = needs_grad(q, k, v)
+        result = paddle.gather(_concat(outputs), layout.query_return)
         ctx.save_for_backward(result)
         return result
 
@@ -50,6 +50,7 @@ class _DocumentAttention(PyLayer):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         (output,) = ctx.saved_tensor()
+        # delta = sum over D of grad * output; on a CPU, Paddle sums rows fastest as a product.
         delta = paddle.matmul(grad * output, paddle.ones([grad.shape[-1], 1], grad.dtype))
         grad, delta = (_pad_row(x, ctx.layout.padded) for x in (grad, delta))
         dq_all, dk_all, dv_all = [], [], []
@@ -61,10 +62,10 @@ class _DocumentAttention(PyLayer):
             dk_all.append(dk)
             dv_all.append(dv)
         ctx.saved = None
-        dq = paddle.gather(_joined(dq_all), ctx.layout.query_return).scale_(ctx.scale)
-        dk = paddle.gather(_joined(dk_all), ctx.layout.key_return)
-        dv = paddle.gather(_joined(dv_all), ctx.layout.key_return)
-        return only(ctx.wanted, (dq, dk, dv))
+        dq = paddle.gather(_concat(dq_all), ctx.layout.query_return).scale_(ctx.scale)
+        dk = paddle.gather(_concat(dk_all), ctx.layout.key_return)
+        dv = paddle.gather(_concat(dv_all), ctx.layout.key_return)
+        return select_grads(ctx.needs_grad, (dq, dk, dv))
 
 
 def _kernel(bucket: Bucket) -> ModuleType:
@@ -72,26 +73,27 @@ def _kernel(bucket: Bucket) -> ModuleType:
 
 
 def _pad_row(x: Tensor, padded: bool) -> Tensor:
+    """Append the row of zeros that padding is gathered from."""
     return paddle.concat([x, paddle.zeros([1, x.shape[-1]], x.dtype)]) if padded else x
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else paddle.concat(parts)
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """Causal attention of every token to its own document.
+    """Compute causal attention of every token within its own document.
 
-    q [T*N,D], k and v [T*K,D] hold one row per token and head, tokens outermost; query head n reads
+    q [T*N,D], k and v [T*K,D] have one row per token and head, tokens outermost; query head n reads
     key/value head n // G. Returns [T*N,D].
     """
     if flashmask.available(q):
         return flashmask.document_attention(q, k, v, layout)
-    return _DocumentAttention.apply(q, k, v, layout.gathering)
+    return _DocumentAttention.apply(q, k, v, layout.gathered)
 
 
 def cached_attention(q: Tensor, step: CacheStep, keys: Tensor, values: Tensor) -> Tensor:
-    """New tokens q [T*N,D] attend to cached keys and values [B*K,C,D]; no gradient."""
+    """Attend from new tokens q [T*N,D] to cached keys and values [B*K,C,D]; no gradient."""
     lanes, _, head_dim = keys.shape
     queries = paddle.gather(q, step.query_rows).reshape([lanes, -1, head_dim])
     scores = paddle.matmul(queries.scale_(head_dim**-0.5), keys, transpose_y=True)
@@ -100,7 +102,7 @@ def cached_attention(q: Tensor, step: CacheStep, keys: Tensor, values: Tensor) -
 
 
 class Attention(nn.Layer):
-    """Queries, keys, values, rotary positions, attention and output projection of one layer."""
+    """Projections, rotary embedding and attention of one layer."""
 
     def __init__(self, config: Ernie4_5_MoeConfig, layer: int) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class Attention(nn.Layer):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias_attr=bias)
 
     def forward(self, x: Tensor, tables: AttentionTables, cache: KVCache | None = None) -> Tensor:
-        """x [T,H] -> [T,H]."""
+        """Compute x [T,H] -> [T,H]."""
         rotation = tables.rope.rotation
         q = apply_rope(self.q_proj(x).reshape([-1, self.head_dim]), *tables.query, rotation)
         k = apply_rope(self.k_proj(x).reshape([-1, self.head_dim]), *tables.key, rotation)
@@ -132,7 +134,7 @@ class Attention(nn.Layer):
 
 
 class AttentionTables:
-    """What every layer's attention shares in one forward pass: layout and rotary tables."""
+    """Batch layout and rotary tables of one forward pass, shared by the attention of all layers."""
 
     def __init__(self, config: Ernie4_5_MoeConfig, batch: BatchLayout, rope: RopeTables) -> None:
         self.rope = rope

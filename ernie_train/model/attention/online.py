@@ -1,14 +1,16 @@
 """Causal attention of long documents with an online softmax: memory linear in their length.
 
-FlashAttention-2 (arXiv:2307.08691). The forward pass keeps the output and each row's log-sum-exp,
-the backward pass makes the probabilities again from it, one block of queries against one block of
-keys at a time. Blocks above the diagonal are never touched. A lane is one document under one
-key/value head; its G query heads are scored together. All in float32, whatever the inputs are.
+FlashAttention-2 (arXiv:2307.08691): the forward pass keeps the output and each row's log-sum-exp,
+the backward pass recomputes the probabilities from it, one block of queries against one block of
+keys at a time. Blocks above the diagonal are skipped. A lane is one document under one key/value
+head; its G query heads are scored together. All of it is float32, whatever the inputs are.
 
-On a CPU a row's maximum costs as much as a product, so it is taken in the block on the diagonal
-alone and serves as the reference of the whole row: the block's sum is at least 1 under it, and what
-stands above it elsewhere does no harm while exp(scores) is far from overflow. A block that exceeds
-its references by more than `_HEADROOM` raises them.
+Unlike FlashAttention, a row's maximum is not updated block by block: on a CPU, Paddle's row-wise
+maximum of a block takes as long as the product that makes it (0.31 and 0.26 ms at 1280 x 320). It
+is computed for the block on the diagonal alone, as the reference that is subtracted from all scores
+of the row. The row's sum is at least 1 then, and larger scores elsewhere are harmless while their
+exp is far from overflow. Only a block that exceeds the references by more than `_HEADROOM`, known
+from one maximum over all its scores (0.05 ms), raises them.
 
 Shapes: R = G*block rows of a block of queries, C = block keys, D head dimension.
 """
@@ -24,63 +26,65 @@ from paddle import Tensor
 
 from ernie_train.model.attention.blocked import causal_mask, with_column, with_ones
 from ernie_train.model.batch_layout import Bucket
-from ernie_train.model.pylayer import as_dtype
+from ernie_train.model.pylayer import cast
 
-_HEADROOM = 40.0  # exp(40) = 2e17: float32 ends at 3e38, and a row adds up some 1e5 of them
+_HEADROOM = 40.0  # exp(40) = 2e17; float32 ends at 3e38, and a row sums some 1e5 of them
 
 
 @lru_cache(maxsize=64)
-def _allowed(group: int, block: int) -> np.ndarray:
+def _causal_ones(group: int, block: int) -> np.ndarray:
     return np.tile(np.tril(np.ones((block, block), np.float32)), (group, 1))
 
 
-class _Diagonal:
-    """What a block of queries needs to attend to its own keys: later ones are hidden."""
+class _DiagonalBlock:
+    """Masks for a block of queries against the keys of the same tokens."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.mask = causal_mask(bucket)
-        self.allowed = paddle.to_tensor(_allowed(bucket.group, bucket.block))
+        self.visible = paddle.to_tensor(_causal_ones(bucket.group, bucket.block))
 
     def exp(self, scores: Tensor) -> Tensor:
-        """exp(scores) in their place, 0 where masked.
+        """Compute exp of masked scores in place, 0 where masked.
 
-        Paddle's exp ends at 3e-39, and products with such numbers take several times longer.
+        On a CPU, Paddle 3.3.1 returns exp(-1e30) = 2.9e-39, not 0. Products with subnormal numbers
+        took several times longer on one of two processors, so they are multiplied away.
         """
-        return scores.exp_().multiply_(self.allowed)
+        return scores.exp_().multiply_(self.visible)
 
 
 def _split(bucket: Bucket, x: Tensor, lane: int) -> list[Tensor]:
-    """The blocks of a lane, in float32."""
+    """Return the blocks of a lane, in float32."""
     rows = x.shape[0] // bucket.lanes
-    part = as_dtype(x[lane * rows : (lane + 1) * rows], paddle.float32)
+    part = cast(x[lane * rows : (lane + 1) * rows], paddle.float32)
     return list(part.split(bucket.blocks))
 
 
-def _each(combine: Callable[..., Tensor], *blocks: list[Tensor]) -> list[Tensor]:
-    return [combine(*parts) for parts in zip(*blocks, strict=True)]
+def _map_blocks(function: Callable[..., Tensor], *blocks: list[Tensor]) -> list[Tensor]:
+    """Apply `function` to the first blocks, the second ones, and so on."""
+    return [function(*parts) for parts in zip(*blocks, strict=True)]
 
 
 def forward(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """q [lanes*blocks*R,D], k and v [lanes*L,D] -> output like q, log-sum-exps [rows,1] to keep.
+    """Compute q [lanes*blocks*R,D], k and v [lanes*L,D] -> output like q, log-sum-exps [rows,1].
 
-    The scores are q k^T as it is: whoever calls has scaled q.
+    The caller has scaled q by 1 / sqrt(D). `backward` takes the log-sum-exps as `kept`.
     """
-    diagonal = _Diagonal(bucket)
+    diagonal = _DiagonalBlock(bucket)
     outputs, log_sums = [], []
     for lane in range(bucket.lanes):
-        keys = _each(with_ones, _split(bucket, k, lane))
-        values = _each(with_ones, _split(bucket, v, lane))
+        keys = _map_blocks(with_ones, _split(bucket, k, lane))
+        values = _map_blocks(with_ones, _split(bucket, v, lane))
         for i, queries in enumerate(_split(bucket, q, lane)):
             output, log_sum = _attend(diagonal, queries, keys[: i + 1], values[: i + 1])
             outputs.append(output)
             log_sums.append(log_sum)
-    return as_dtype(paddle.concat(outputs), q.dtype), [paddle.concat(log_sums)]
+    return cast(paddle.concat(outputs), q.dtype), [paddle.concat(log_sums)]
 
 
 def _attend(
-    diagonal: _Diagonal, q: Tensor, keys: list[Tensor], values: list[Tensor]
+    diagonal: _DiagonalBlock, q: Tensor, keys: list[Tensor], values: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """One block q [R,D] over [k, 1] and [v, 1] of its keys, its own last: output, lse [R,1]."""
+    """Attend from a block q [R,D] to blocks [k, 1] and [v, 1], its own last: output, lse [R,1]."""
     shifted = with_column(q, paddle.zeros([q.shape[0], 1], q.dtype))
     scores = paddle.matmul(shifted, keys[-1], transpose_y=True).add_(diagonal.mask)
     reference = scores.max(-1, keepdim=True)
@@ -103,22 +107,22 @@ def _attend(
 def backward(
     bucket: Bucket, kept: list[Tensor], tensors: tuple[Tensor, ...], delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `kept` is what `forward` kept.
+    """Return the gradients of q, k and v; `kept` are the log-sum-exps from `forward`.
 
     `tensors`: q, k, v and the output's gradient; `delta` [rows,1]: sum over D of gradient * output.
     """
     q, k, v, grad = tensors
-    diagonal = _Diagonal(bucket)
+    diagonal = _DiagonalBlock(bucket)
     lanes = []
     for lane in range(bucket.lanes):
         blocks = [_split(bucket, x, lane) for x in (q, grad, k, v, kept[0], delta)]
         lanes.append(_lane_backward(diagonal, *blocks))
     dq, dk, dv = (paddle.concat([x for lane in lanes for x in lane[n]]) for n in range(3))
-    return as_dtype(dq, q.dtype), as_dtype(dk, k.dtype), as_dtype(dv, v.dtype)
+    return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype)
 
 
 def _lane_backward(
-    diagonal: _Diagonal,
+    diagonal: _DiagonalBlock,
     q: list[Tensor],
     grad: list[Tensor],
     k: list[Tensor],
@@ -126,9 +130,9 @@ def _lane_backward(
     log_sums: list[Tensor],
     delta: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    shifted = _each(lambda x, lse: with_column(x, -lse), q, log_sums)
-    centred = _each(with_column, grad, [-d for d in delta])
-    k_one, v_one = _each(with_ones, k), _each(with_ones, v)
+    shifted = _map_blocks(lambda x, lse: with_column(x, -lse), q, log_sums)
+    centred = _map_blocks(with_column, grad, [-d for d in delta])
+    k_one, v_one = _map_blocks(with_ones, k), _map_blocks(with_ones, v)
     dq: list[Tensor] = []
     dk: list[Tensor] = []
     dv: list[Tensor] = []

@@ -1,0 +1,99 @@
+"""RMSNorm with a hand-written backward pass, and the gated MLP of dense layers and shared experts.
+
+Shapes: T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from paddle.autograd import PyLayer
+
+from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.pylayer import cast, needs_grad, select_grads
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate=True),
+    "relu": F.relu,
+}
+
+
+class MLP(nn.Layer):
+    """down(act(gate(x)) * up(x)) for x [T,H] (SwiGLU with silu, arXiv:2002.05202)."""
+
+    def __init__(self, config: Ernie4_5_MoeConfig, width: int) -> None:
+        super().__init__()
+        bias = None if config.use_bias else False
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias_attr=bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias_attr=bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias_attr=bias)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _expand(column: Tensor, width: int) -> Tensor:
+    # Paddle 3.3.1 on a CPU: [T,H] times [T,1] takes 0.19 ms at 2048 x 256, times the expanded copy
+    # 0.10, the copy included.
+    return paddle.expand(column, [column.shape[0], width])
+
+
+class _RMSNorm(PyLayer):
+    """y = x / sqrt(mean(x^2) + eps) * weight, in float32; saves x / rms and 1 / rms.
+
+    Written by hand because `F.rms_norm` has no CPU kernel in Paddle 3.3.1, and autograd of plain
+    operations would keep every intermediate.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = x.shape[-1]
+        x32 = cast(x, paddle.float32)
+        # The product with a column of 1/H is the mean over H: 0.08 ms at 2048 x 256 on a CPU, where
+        # Paddle's own mean takes 0.43.
+        mean_square = paddle.matmul(x32 * x32, paddle.full([size, 1], 1.0 / size, "float32"))
+        inverse_rms = paddle.rsqrt(mean_square + eps)  # [T,1]
+        normalized = x32 * _expand(inverse_rms, size)
+        ctx.save_for_backward(normalized, inverse_rms, weight)
+        ctx.dtype, ctx.needs_grad = x.dtype, needs_grad(x, weight)
+        y = normalized * paddle.expand(cast(weight, paddle.float32), normalized.shape)
+        return cast(y, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        normalized, inverse_rms, weight = ctx.saved_tensor()
+        tokens, size = normalized.shape
+        grad32 = cast(grad, paddle.float32)
+        grad_dot = grad32 * normalized
+        grad_weight = paddle.matmul(paddle.ones([1, tokens], "float32"), grad_dot).reshape([size])
+        grad_normalized = grad32 * paddle.expand(cast(weight, paddle.float32), grad32.shape)
+        mean_dot = paddle.matmul(
+            grad_normalized * normalized, paddle.full([size, 1], 1.0 / size, "float32")
+        )
+        grad_x = grad_normalized.subtract_(normalized * _expand(mean_dot, size))
+        grad_x = grad_x.multiply_(_expand(inverse_rms, size))
+        grads = (cast(grad_x, ctx.dtype), cast(grad_weight, weight.dtype))
+        return select_grads(ctx.needs_grad, grads)
+
+
+class RMSNorm(nn.Layer):
+    """Root-mean-square norm over the last axis of x [T,H] (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = self.create_parameter(
+            [size], default_initializer=nn.initializer.Constant(1.0)
+        )
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
