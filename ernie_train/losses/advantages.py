@@ -1,7 +1,7 @@
-"""From rewards to advantages: GAE over a critic, group-relative without one, whitening.
+"""Advantages from rewards: GAE with a critic, group-relative without one, whitening.
 
 Advantages take no gradient, so all of this is numpy in float64. Every function takes numpy arrays
-or tensors and answers in the kind and floating dtype of its first argument.
+or tensors and returns the kind and floating dtype of its first argument.
 Shapes: B completions, S positions, P prompts, G completions of a prompt.
 """
 
@@ -23,20 +23,20 @@ _WHITEN_EPSILON = 1e-8  # a variance
 def gae(
     rewards: ArrayT, values: ArrayT, mask: Any, *, gamma: float, lam: float
 ) -> tuple[ArrayT, ArrayT]:
-    """Generalized advantage estimates and the returns a critic learns from.
+    """Return generalized advantage estimates and the returns that a critic learns.
 
     rewards, values, mask [B,S] -> (advantages, returns) [B,S], both 0 where the mask is 0. With t'
     the next position of t that the mask keeps (arXiv:1506.02438):
         delta_t = r_t + gamma V_t' - V_t,  A_t = delta_t + gamma lam A_t',  return_t = A_t + V_t.
-    A completion ends where its last kept position does: V and A beyond it are 0. Holes in the mask
-    (what a tool wrote, say) are bridged: no reward, no value and no discount is taken from them.
+    A completion ends where its last kept position does: V and A beyond it are 0. Gaps in the mask
+    (such as tool output) are skipped: they add no reward, no value and no discount.
     Raises `ValueError` when shapes differ, or gamma or lam lies outside [0, 1].
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must lie in [0, 1]")
     r, v, keep = _float64(rewards), _float64(values), _bool(mask)
-    _refuse_other_shapes(r, values=v, mask=keep)
+    _require_same_shape(r, values=v, mask=keep)
     advantages = np.zeros_like(r)
     next_value, next_advantage = np.zeros(len(r)), np.zeros(len(r))
     for t in reversed(range(r.shape[1])):
@@ -45,23 +45,23 @@ def gae(
         next_value = np.where(keep[:, t], v[:, t], next_value)
         advantages[keep[:, t], t] = next_advantage[keep[:, t]]
     returns = np.where(keep, advantages + v, 0.0)
-    return _like(advantages, rewards), _like(returns, rewards)
+    return _as_given(advantages, rewards), _as_given(returns, rewards)
 
 
 def varied_groups(rewards: Any, valid: Any) -> np.ndarray:
-    """Which prompts teach something: two valid completions at least, and not all of one reward.
+    """Return which prompts have two or more valid completions that differ in reward.
 
-    rewards, valid [P,G] -> bool [P]. Only there `group_advantages` differs from 0.
+    rewards, valid [P,G] -> bool [P]. Elsewhere `group_advantages` is 0.
     """
     r, keep = _float64(rewards), _bool(valid)
-    _refuse_other_shapes(r, valid=keep)
+    _require_same_shape(r, valid=keep)
     best = np.where(keep, r, -np.inf).max(-1, initial=-np.inf)
     worst = np.where(keep, r, np.inf).min(-1, initial=np.inf)
     return best > worst  # fewer than two valid ones: -inf > inf, or a reward above itself
 
 
 def group_advantages(rewards: ArrayT, valid: Any, *, scale: AdvantageScale = "std") -> ArrayT:
-    """How much better a completion is than the others of its prompt (arXiv:2402.03300).
+    """Return rewards relative to the other completions of a prompt (GRPO, arXiv:2402.03300).
 
     rewards, valid [P,G] -> [P,G]: reward - mean over the prompt's valid completions; "std" divides
     it by their standard deviation + 1e-4 (the sample's, with n - 1, as TRL's GRPO does), "none"
@@ -78,40 +78,40 @@ def group_advantages(rewards: ArrayT, valid: Any, *, scale: AdvantageScale = "st
     if scale == "std":
         std = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
         centred /= std + _SCALE_EPSILON
-    return _like(centred, rewards)
+    return _as_given(centred, rewards)
 
 
 def whiten(advantages: ArrayT, mask: Any) -> ArrayT:
-    """Advantages with mean 0 and variance 1 over what the mask keeps, 0 elsewhere.
+    """Return advantages with mean 0 and variance 1 where the mask is set, 0 elsewhere.
 
     advantages, mask of one shape. The variance is the sample's, plus 1e-8 (as verl's and TRL's
     masked_whiten); fewer than 2 kept values, or equal ones, give 0. Raises `ValueError` when
     shapes differ.
     """
     a, keep = _float64(advantages), _bool(mask)
-    _refuse_other_shapes(a, mask=keep)
+    _require_same_shape(a, mask=keep)
     kept, white = a[keep], np.zeros_like(a)
     if kept.size > 1 and kept.max() > kept.min():
         white[keep] = (kept - kept.mean()) / np.sqrt(kept.var(ddof=1) + _WHITEN_EPSILON)
-    return _like(white, advantages)
+    return _as_given(white, advantages)
 
 
 def explained_variance(values: Any, returns: Any, mask: Any) -> float | None:
-    """1 - Var(returns - values) / Var(returns) over what the mask keeps.
+    """Return 1 - Var(returns - values) / Var(returns) where the mask is set.
 
-    values, returns, mask of one shape. 1: the critic foresees every return; 0: no better than
+    values, returns, mask of one shape. 1: the critic predicts every return; 0: no better than
     their mean; below 0: worse. None where the returns do not vary, or fewer than 2 are kept.
     Raises `ValueError` when shapes differ.
     """
     v, r, keep = _float64(values), _float64(returns), _bool(mask)
-    _refuse_other_shapes(v, returns=r, mask=keep)
+    _require_same_shape(v, returns=r, mask=keep)
     kept = r[keep]
     if kept.size < 2 or kept.max() == kept.min():
         return None
     return float(1 - np.var(kept - v[keep]) / np.var(kept))
 
 
-def _refuse_other_shapes(first: np.ndarray, **others: np.ndarray) -> None:
+def _require_same_shape(first: np.ndarray, **others: np.ndarray) -> None:
     for name, other in others.items():
         if other.shape != first.shape:
             raise ValueError(f"{name} {list(other.shape)} must have the shape {list(first.shape)}")
@@ -127,7 +127,7 @@ def _bool(mask: Any) -> np.ndarray:
     return _float64(mask) != 0
 
 
-def _like(result: np.ndarray, given: Any) -> Any:
+def _as_given(result: np.ndarray, given: Any) -> Any:
     if isinstance(given, Tensor):
         dtype = given.dtype if given.is_floating_point() else "float32"
         return paddle.to_tensor(result, place=given.place).astype(dtype)

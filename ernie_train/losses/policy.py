@@ -1,7 +1,7 @@
-"""What PPO minimizes: the clipped surrogate, the critic's error, the distance to the reference.
+"""Losses of PPO: clipped surrogate, value loss, KL to the reference.
 
-Tensors of any one shape, [B,S] with a mask or the kept tokens alone [T]; sums come back, the
-trainer divides. What stands where the mask is 0 has no influence, not even as NaN.
+Tensors of any one shape, [B,S] with a mask or the kept tokens alone [T]; they return sums,
+which the trainer divides. Values where the mask is 0 have no influence, not even NaN.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def policy_loss(
     *,
     clip_ratio: float | tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped objective per token (arXiv:1707.06347), to be minimized.
+    """Return the negative clipped objective of PPO, per token (arXiv:1707.06347).
 
     logprobs, old_logprobs, advantages, mask of one shape ->
-    (-sum of min(ratio A, clip(ratio, 1 - low, 1 + high) A), how many tokens were clipped), with
+    (-sum of min(ratio A, clip(ratio, 1 - low, 1 + high) A), number of clipped tokens), with
     ratio = exp(logprobs - old_logprobs). `clip_ratio` is one number for both sides or (low, high);
     a high above low leaves rare tokens room to grow (arXiv:2503.14476). A token is clipped when
     its ratio has left the range in the direction of its advantage: it then has no gradient.
@@ -39,8 +39,8 @@ def policy_loss(
     low, high = (clip_ratio,) * 2 if isinstance(clip_ratio, int | float) else clip_ratio
     if not (low > 0 and high > 0):
         raise ValueError(f"clip_ratio={clip_ratio} must be positive")
-    ratio = paddle.exp(_kept(logprobs - old_logprobs.detach(), mask))
-    gain = _kept(advantages.detach(), mask)
+    ratio = paddle.exp(_masked(logprobs - old_logprobs.detach(), mask))
+    gain = _masked(advantages.detach(), mask)
     plain = ratio * gain
     clipped = paddle.clip(ratio, 1 - low, 1 + high) * gain
     return -paddle.minimum(plain, clipped).sum(), (clipped < plain).sum()
@@ -49,26 +49,26 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float | None
 ) -> Tensor:
-    """The critic's error: sum of 0.5 max((V - R)^2, (clip(V, V_old +- clip_range) - R)^2).
+    """Return the critic's error: sum of 0.5 max((V - R)^2, (clip(V, V_old +- clip_range) - R)^2).
 
     values, old_values, returns, mask of one shape -> scalar. The larger error counts, so that a
     value which moved too far towards its return gets no gradient, and one which moved away gets
     all of it (arXiv:2005.12729). None does not clip. `old_values` and `returns` take no gradient.
     Raises `ValueError` unless `clip_range` is positive.
     """
-    values, returns = _kept(values, mask), _kept(returns.detach(), mask)
+    values, returns = _masked(values, mask), _masked(returns.detach(), mask)
     errors = (values - returns).square()
     if clip_range is not None:
         if not clip_range > 0:
             raise ValueError(f"clip_range={clip_range} must be positive")
-        old = _kept(old_values.detach(), mask)
+        old = _masked(old_values.detach(), mask)
         near = old + paddle.clip(values - old, -clip_range, clip_range)
         errors = paddle.maximum((near - returns).square(), errors)
     return 0.5 * errors.sum()
 
 
 def kl_estimate(logprobs: ArrayT, ref_logprobs: ArrayT, kind: KlKind = "k3") -> ArrayT:
-    """Estimates per token of KL(policy | reference) in nats from tokens the policy sampled.
+    """Estimate KL(policy | reference) in nats per token, from tokens that the policy sampled.
 
     logprobs, ref_logprobs of one shape, tensors or numpy arrays -> the same shape. With
     d = logprobs - ref_logprobs: k1 = d (unbiased, any sign), k2 = d^2 / 2 (biased, small
@@ -87,7 +87,7 @@ def kl_estimate(logprobs: ArrayT, ref_logprobs: ArrayT, kind: KlKind = "k3") -> 
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kind: KlInLossKind) -> Tensor:
-    """Sum of `kl_estimate` over what the mask keeps, as a term of the loss.
+    """Return the sum of `kl_estimate` where the mask is set, as a term of the loss.
 
     logprobs, ref_logprobs, mask of one shape -> scalar; `ref_logprobs` takes no gradient. On the
     policy's own samples the gradient of k2, d grad(logprob), is on average that of
@@ -100,10 +100,10 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kind: KlInL
             f"kind={kind!r} cannot stand in the loss, where k1 has no useful gradient; "
             f"use {' or '.join(KL_IN_LOSS_KINDS)}, or put it in the reward"
         )
-    difference = _kept(logprobs - ref_logprobs.detach(), mask)
+    difference = _masked(logprobs - ref_logprobs.detach(), mask)
     return kl_estimate(difference, paddle.zeros_like(difference), kind).sum()
 
 
-def _kept(tensor: Tensor, mask: Tensor) -> Tensor:
-    """`tensor` with 0 for what the mask leaves out; a product would keep its NaN and infinities."""
+def _masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return `tensor` with 0 where the mask is 0; a product would keep NaN and infinities."""
     return paddle.where(mask.astype("bool"), tensor, paddle.zeros_like(tensor))

@@ -1,4 +1,4 @@
-"""Preferences between two completions of a prompt: DPO's loss, what it shows, and how pairs arise.
+"""Preferences between two completions of a prompt: DPO loss, implicit rewards, choice of pairs.
 
 A log-ratio is log policy(completion | prompt) - log reference(completion | prompt) in nats, summed
 over the tokens of the completion. Shapes: P pairs or prompts, G completions of a prompt, T tokens.
@@ -20,7 +20,7 @@ _REWARD_TOLERANCE = 1e-6  # rewards are sums of decimal fractions: 1.0 - 0.9 is 
 def completion_logratios(
     logprobs: Tensor, ref_logprobs: Tensor, completion_ids: Tensor, num_completions: int
 ) -> Tensor:
-    """Log-ratios of completions: the sums of logprobs - ref_logprobs over their tokens.
+    """Return the log-ratio of each completion: the sum of logprobs - ref_logprobs over its tokens.
 
     logprobs, ref_logprobs, completion_ids [T] (the completions' tokens alone, each with the number
     of its completion, from 0) -> [num_completions]. `ref_logprobs` takes no gradient.
@@ -31,7 +31,7 @@ def completion_logratios(
 
 
 def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float) -> Tensor:
-    """-log sigmoid(beta (chosen - rejected)) in nats (arXiv:2305.18290, equation 7).
+    """Return -log sigmoid(beta (chosen - rejected)) in nats (arXiv:2305.18290, equation 7).
 
     chosen_logratio, rejected_logratio [P] -> [P]; ln 2 while the policy is the reference. Raises
     `ValueError` unless beta is positive.
@@ -42,7 +42,7 @@ def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float)
 
 
 class ImplicitRewards(NamedTuple):
-    """The rewards that a policy trained by DPO stands for, each [P] and without gradient."""
+    """Rewards under which a policy trained by DPO is optimal, each [P] and without gradient."""
 
     chosen: Tensor
     rejected: Tensor
@@ -53,14 +53,17 @@ class ImplicitRewards(NamedTuple):
 def implicit_rewards(
     chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float
 ) -> ImplicitRewards:
-    """beta times the log-ratios [P], up to a constant per prompt (arXiv:2305.18290, equation 5)."""
+    """Return beta times the log-ratios [P] (arXiv:2305.18290, equation 5).
+
+    They are the rewards up to a constant per prompt.
+    """
     chosen, rejected = beta * chosen_logratio.detach(), beta * rejected_logratio.detach()
     accuracies = (chosen > rejected).astype(chosen.dtype)
     return ImplicitRewards(chosen, rejected, chosen - rejected, accuracies)
 
 
 class Pair(NamedTuple):
-    """Two completions of a prompt, by their columns."""
+    """Indices of two completions of a prompt."""
 
     prompt: int
     chosen: int
@@ -69,23 +72,23 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What became of the prompts: every one gave a pair, had too few valid, or no margin."""
+    """Number of prompts that gave a pair, had too few valid completions, or too small a margin."""
 
     pairs: int = 0
     too_few_valid: int = 0  # prompts with fewer than 2 valid completions
     below_margin: int = 0  # prompts whose best and worst rewards are too close
-    tied: int = 0  # pairs that were picked among several with the same best and worst rewards
+    tied: int = 0  # pairs chosen from several with the same best and worst rewards
     chosen_longer: int = 0  # pairs whose chosen completion is the longer one
-    invalid: int = 0  # completions without a verdict, left out
+    invalid: int = 0  # completions without a score, left out
 
 
 def choose_pairs(
     rewards: Any, valid: Any, lengths: Any, *, margin: float
 ) -> tuple[list[Pair], PairCounts]:
-    """The best against the worst valid completion of every prompt whose rewards differ enough.
+    """Pair the best with the worst valid completion of every prompt whose rewards differ enough.
 
     rewards, valid, lengths [P,G] (arrays, lengths in tokens) -> pairs in the order of the prompts,
-    at most one a prompt, and counts. Enough is best - worst >= `margin`, to within 1e-6. Of equal
+    at most one per prompt, and counts. Enough: best - worst >= `margin`, to within 1e-6. Of equal
     rewards the two completions nearest in length are taken, then the shorter chosen one, then the
     first ones: a log-ratio is a sum over tokens, so pairs of unlike length would teach length.
     Raises `ValueError` when shapes differ, margin is not positive or a valid reward not finite.
