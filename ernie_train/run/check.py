@@ -16,7 +16,6 @@ from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
-from ernie_train.rewards.sandbox import set_policy
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData
 from ernie_train.train.supervised_data import SupervisedConfig
@@ -35,7 +34,6 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         console.print(f"device: gpu, but here {missing}. A run needs a GPU.", highlight=False)
     else:
         devices.select_device(recipe.device)
-    set_policy(recipe.sandbox)
     tokenizer = _tokenizer_or_fallback(recipe, base_dir, console)
     config = recipe.model.build()
     if recipe.model.is_absent:

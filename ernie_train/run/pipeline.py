@@ -31,7 +31,6 @@ from ernie_train.io.files import fingerprint, write_json, write_text
 from ernie_train.io.run_dir import RunLock, StageDone, differences, read_done, write_done
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rewards.sandbox import set_policy
 from ernie_train.run.check import check_fit, check_gates
 from ernie_train.run.finalize import Finalizer
 from ernie_train.run.lineage import Lineage
@@ -99,7 +98,6 @@ class Pipeline:
 
     def _check_inputs(self) -> Tokenizer:
         """Check that the recipe's problems can be scored; return its tokenizer."""
-        set_policy(self.recipe.sandbox)
         tokenizer = load_tokenizer(self.base_dir / self.recipe.tokenizer.path)
         if self.recipe.evaluation is not None:
             problems = load_problems(self.base_dir / self.recipe.evaluation.path)

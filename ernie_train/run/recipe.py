@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ernie_train.core.config import (
     PositiveInt,
@@ -18,7 +18,6 @@ from ernie_train.core.config import (
 from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
-from ernie_train.rewards.sandbox import SandboxPolicy
 from ernie_train.run.stages import AnyStageConfig, SftConfig
 from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.checkpoint import find_model
@@ -159,10 +158,21 @@ class Recipe(StrictConfig):
     tokenizer: TokenizerSource
     device: Literal["auto", "cpu", "gpu"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
-    sandbox: SandboxPolicy = "strict"  # "rlimits_only" runs programs with less protection
+    sandbox: Literal["strict"] = "strict"  # programs of a model never run without a sandbox
     stages: Annotated[list[AnyStageConfig], Field(min_length=1)]
     evaluation: EvaluationConfig | None = None
     export: ExportConfig | None = None
+
+    @field_validator("sandbox", mode="before")
+    @classmethod
+    def _refuse_limits_alone(cls, value: object) -> object:
+        if value == "rlimits_only":
+            raise ValueError(
+                "rlimits_only was removed, since programs could read the user's files behind it; "
+                "delete the line, and install bubblewrap or use a kernel with Landlock (5.13 or "
+                "newer)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_names(self) -> Recipe:

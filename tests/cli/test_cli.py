@@ -63,6 +63,7 @@ MISTAKES = [
     ({"seed": "seven"}, "seed"),
     ({"seed": -1}, "seed"),
     ({"device": "tpu"}, "device"),
+    ({"sandbox": "rlimits_only"}, "delete the line, and install bubblewrap"),
     ({"stages": []}, "stages"),
     ({"export": {"dtype": "int8"}}, "export.dtype"),
     ({"parallel": {"expert": 3}}, "parallel.expert"),
@@ -175,7 +176,7 @@ def test_problems_that_cannot_be_scored_are_refused_before_training(
     assert "did you mean 'exact'" in err
     made[1] |= {"reward": "code", "tests": [], "entry_point": "f"}
     write_rows(tmp_path / "test.jsonl", made)
-    monkeypatch.setattr(api, "possible_layers", lambda policy: ([], ["no bubblewrap"]))
+    monkeypatch.setattr(api, "possible_layers", lambda: ([], ["no bubblewrap"]))
     api._working_layer.cache_clear()
     status, _, err = cli(*arguments)
     api._working_layer.cache_clear()

@@ -16,7 +16,6 @@ from ernie_train.core.errors import UserError
 from ernie_train.core.processes import process_state
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import REWARDS, SandboxUnavailable, Score, ScoringService, score_batch
-from ernie_train.rewards.sandbox import api
 from ernie_train.rewards.scoring import service as service_module
 from ernie_train.rewards.verifiers.user import UserReward
 from tests.launch.launched import REPOSITORY, wait_for
@@ -181,22 +180,6 @@ def test_without_a_sandbox_the_batch_is_refused(monkeypatch, tmp_path):
     service = ScoringService(1)
     with pytest.raises(SandboxUnavailable, match="no sandbox works here"):
         service.score([("code", {}, completion("x"))])
-    service.close()
-
-
-def test_the_processes_have_the_sandbox_policy_of_this_one(monkeypatch, tmp_path):
-    path = tmp_path / "policy.py"
-    path.write_text(
-        "from ernie_train.rewards.sandbox import api as sandbox\n"
-        "def score(row, completion):\n"
-        "    return sandbox.get_policy() == row['policy']\n"
-    )
-    service, before = ScoringService(1), api.get_policy()
-    for policy in ("strict", "rlimits_only", "strict"):
-        api.set_policy(policy)
-        scores, _ = service.score([(UserReward(str(path), "score"), {"policy": policy}, "")])
-        api.set_policy(before)
-        assert scores[0].value == 1.0
     service.close()
 
 

@@ -6,7 +6,6 @@
 from ernie_train.rewards.sandbox.api import (
     Limits,
     Outcome,
-    SandboxPolicy,
     SandboxUnavailable,
     Tests,
     current_layer,
@@ -14,13 +13,11 @@ from ernie_train.rewards.sandbox.api import (
     run_calls,
     run_script,
     run_tests,
-    set_policy,
 )
 
 __all__ = [
     "Limits",
     "Outcome",
-    "SandboxPolicy",
     "SandboxUnavailable",
     "Tests",
     "current_layer",
@@ -28,5 +25,4 @@ __all__ = [
     "run_calls",
     "run_script",
     "run_tests",
-    "set_policy",
 ]

@@ -1,14 +1,14 @@
 """Runs programs that a model wrote, where they can do no harm, and brings back plain values.
 
-A warmed interpreter inside the sandbox forks a fresh process for each program (`sandbox_pool`). The
+A warmed interpreter inside the sandbox forks a fresh process for each program (`pool.py`). The
 process has limits on processor time, memory, file sizes, descriptors and output, and a filter of
-system calls (`sandbox_filter`): it can start no other process, so nothing outlives it, and it can
+system calls (`seccomp.py`): it can start no other process, so nothing outlives it, and it can
 name none, so it reaches neither its server nor its judge. What it may write to is one throw-away
 directory; a program that changed anything there costs the sandbox, and the next one gets a new one.
 
 The only way out is JSON, rebuilt here or in a judge as plain values. No exit status, no print and
 no patched library of the program's process is a verdict. A row's own tests run in a judge: another
-process in another sandbox, to which the program's functions are proxies (`inside/judge.py`).
+process in another sandbox, to which the program's functions are proxies (`guest/test_judge.py`).
 
 Layers, best first; `layer_in_force` names the one in use:
 
@@ -20,13 +20,9 @@ Landlock      For machines that forbid namespaces. Files as above by kernel rule
               filter. Does not stop: asking whether a path exists, its size and times (not its
               content); filling the disk with many files of the permitted size until its time is
               over; threads up to its memory. Its directory is one on disk.
-rlimits_only  Limits and the filter alone, used only where the policy asks for it. Does not stop:
-              reading every file that the user (for root: the user nobody) may read, and writing,
-              up to the permitted size, to every one that the user may write: the memory of the
-              user's other processes under /proc too.
 
-All of them stop network, new processes, signals and tracing, and drop root. Without a layer that
-the policy allows nothing is run: `SandboxUnavailable`.
+Both stop network, new processes, signals and tracing, and drop root. Without one of them nothing is
+run: `SandboxUnavailable`.
 """
 
 import functools
@@ -36,7 +32,6 @@ from typing import Any
 from ernie_train.rewards.sandbox.backends import (
     Layer,
     LayerName,
-    SandboxPolicy,
     SandboxUnavailable,
     possible_layers,
 )
@@ -56,52 +51,34 @@ __all__ = [
     "DEFAULT_LIMITS",
     "Limits",
     "Outcome",
-    "SandboxPolicy",
     "SandboxUnavailable",
     "Tests",
-    "get_policy",
     "layer_in_force",
     "run_calls",
     "run_script",
     "run_tests",
-    "set_policy",
 ]
 
 
 DEFAULT_LIMITS = Limits()
-_policy: SandboxPolicy = "strict"
-
-
-def set_policy(policy: SandboxPolicy) -> None:
-    """The weakest layer that this process accepts; "rlimits_only" is the recipe's own word for it.
-
-    It holds for this process alone; a worker process is told again.
-    """
-    global _policy
-    _policy = policy
-
-
-def get_policy() -> SandboxPolicy:
-    """What `set_policy` set, for handing it on to a worker process."""
-    return _policy
 
 
 def layer_in_force() -> LayerName:
-    """The layer that programs run behind; SandboxUnavailable where there is none."""
+    """Return the name of the layer that programs run behind; raises SandboxUnavailable."""
     return current_layer().name
 
 
 def current_layer() -> Layer:
-    """The best layer that works here, tried out once per process and policy.
+    """Return the best layer that works here, tried out once per process.
 
     Raises SandboxUnavailable with every reason.
     """
-    return _working_layer(_policy)
+    return _working_layer()
 
 
 @functools.cache
-def _working_layer(policy: SandboxPolicy) -> Layer:
-    layers, reasons = possible_layers(policy)
+def _working_layer() -> Layer:
+    layers, reasons = possible_layers()
     for layer in layers:
         failure = trial(layer)
         if not failure:
@@ -111,8 +88,7 @@ def _working_layer(policy: SandboxPolicy) -> Layer:
         "programs of a model are never run without a sandbox, and none works here: "
         + "; ".join(reasons)
         + ". Where namespaces are forbidden, as default profiles of containers do, allow them, or "
-        "use a kernel with Landlock; the recipe's `sandbox: rlimits_only` does without both, and "
-        "then programs can read the user's files"
+        "use a kernel with Landlock (5.13 or newer)"
     )
 
 
@@ -190,7 +166,7 @@ def run_tests(
 
 
 def _in_slot(run: Callable[[Slot], Outcome], limits: Limits, pooled: bool) -> Outcome:
-    """Run something in a slot, and where it was not finished in time find out whose fault it was.
+    """Run something in a slot; where it was not finished in time, find out whose fault it was.
 
     A known program that needs little must get at least the share of a core that the limits promise
     (`cpu_s` in `wall_s`) in the same slot, or else the machine was too busy.

@@ -1,7 +1,7 @@
-"""Which walls stand around a sandbox: bubblewrap, else Landlock, else limits alone if allowed.
+"""Choose the walls around a sandbox: bubblewrap, else Landlock.
 
-Every layer has the same inside (`inside/`): the system-call filter of `sandbox_filter`, resource
-limits, a fresh process per program. `sandbox` says what each layer stops and what it does not.
+Both have the same inside (`guest/`): the system-call filter of `seccomp.py`, resource limits, a
+fresh process per program. `api.py` says what each layer stops and what it does not.
 """
 
 import os
@@ -14,8 +14,7 @@ from typing import Literal
 from ernie_train.core.errors import ErnieTrainError
 from ernie_train.rewards.sandbox import seccomp
 
-SandboxPolicy = Literal["strict", "rlimits_only"]
-LayerName = Literal["bubblewrap", "Landlock", "rlimits_only"]
+LayerName = Literal["bubblewrap", "Landlock"]
 
 _NOBODY = 65534
 # Size of the throw-away /tmp of bubblewrap. It lives in memory.
@@ -45,17 +44,15 @@ class Layer:
     user: int | None
 
 
-def possible_layers(policy: SandboxPolicy) -> tuple[list[Layer], list[str]]:
-    """The layers to try, best first, and why others are not among them."""
+def possible_layers() -> tuple[list[Layer], list[str]]:
+    """Return the layers to try, best first, and why others are not among them."""
     if not seccomp.supported():
         raise SandboxUnavailable(
-            f"no sandbox for this processor ({os.uname().machine}): programs of a model are run on "
-            "x86-64 and aarch64 under Linux alone"
+            f"the sandbox supports x86_64 only, and this processor is {os.uname().machine}: "
+            "grade problems of code on an x86_64 machine with Linux"
         )
     layers, reasons = [], []
     names: list[LayerName] = ["bubblewrap", "Landlock"]
-    if policy == "rlimits_only":
-        names.append("rlimits_only")
     for name in names:
         try:
             drop, user = _dropped_privileges()

@@ -1,68 +1,57 @@
-"""What a program may ask of the kernel: a seccomp filter that every sandbox puts on last.
+"""Build the seccomp filter that every sandbox installs last: what a program may ask of the kernel.
 
 It is a list of what is allowed, so that a call nobody thought of is refused. A program is one
 process: it may start threads but no process, and it can reach no other process by any call that
 names one (kill, ptrace, prlimit, the owner of a file's signals). It has no sockets but connected
 pairs within itself. Which files it may open is not decided here.
 
-Built as classic BPF (linux/filter.h, linux/seccomp.h); the result depends on the processor alone.
+Built as classic BPF (linux/filter.h, linux/seccomp.h), for x86-64 alone.
 """
 
 import errno
 import platform
 import struct
 
-# Name -> number on x86-64 and on aarch64 (None: not there). From the kernel's unistd tables.
-FREE_CALLS: dict[str, tuple[int, int | None]] = {
+# Name -> number on x86-64, from the kernel's unistd table.
+FREE_CALLS: dict[str, int] = {
     # Memory and data.
-    "read": (0, 63), "write": (1, 64), "futex": (202, 98), "mmap": (9, 222), "munmap": (11, 215),
-    "mprotect": (10, 226), "mremap": (25, 216), "brk": (12, 214), "madvise": (28, 233),
-    "close": (3, 57), "lseek": (8, 62), "pread64": (17, 67), "pwrite64": (18, 68),
-    "readv": (19, 65), "writev": (20, 66), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
-    "pipe": (22, None), "pipe2": (293, 59), "sendfile": (40, 71), "poll": (7, None),
-    "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72), "epoll_create1": (291, 20),
-    "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22),
-    "eventfd2": (290, 19),
+    "read": 0, "write": 1, "futex": 202, "mmap": 9, "munmap": 11, "mprotect": 10, "mremap": 25,
+    "brk": 12, "madvise": 28, "close": 3, "lseek": 8, "pread64": 17, "pwrite64": 18, "readv": 19,
+    "writev": 20, "dup": 32, "dup2": 33, "dup3": 292, "pipe": 22, "pipe2": 293, "sendfile": 40,
+    "poll": 7, "ppoll": 271, "select": 23, "pselect6": 270, "epoll_create1": 291, "epoll_ctl": 233,
+    "epoll_wait": 232, "epoll_pwait": 281, "eventfd2": 290,
     # Files, which the file system's own guards bound.
-    "open": (2, None), "openat": (257, 56), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
-    "newfstatat": (262, 79), "statx": (332, 291), "access": (21, None), "faccessat": (269, 48),
-    "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78), "getcwd": (79, 17),
-    "chdir": (80, 49), "fchdir": (81, 50), "getdents64": (217, 61), "mkdir": (83, None),
-    "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
-    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "link": (86, None),
-    "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36), "chmod": (90, None),
-    "fchmod": (91, 52), "fchmodat": (268, 53), "utimensat": (280, 88), "truncate": (76, 45),
-    "ftruncate": (77, 46), "fsync": (74, 82), "fdatasync": (75, 83), "flock": (73, 32),
-    "umask": (95, 166), "fadvise64": (221, 223), "statfs": (137, 43), "fstatfs": (138, 44),
+    "open": 2, "openat": 257, "stat": 4, "fstat": 5, "lstat": 6, "newfstatat": 262, "statx": 332,
+    "access": 21, "faccessat": 269, "faccessat2": 439, "readlink": 89, "readlinkat": 267,
+    "getcwd": 79, "chdir": 80, "fchdir": 81, "getdents64": 217, "mkdir": 83, "mkdirat": 258,
+    "rmdir": 84, "unlink": 87, "unlinkat": 263, "rename": 82, "renameat": 264, "renameat2": 316,
+    "link": 86, "linkat": 265, "symlink": 88, "symlinkat": 266, "chmod": 90, "fchmod": 91,
+    "fchmodat": 268, "utimensat": 280, "truncate": 76, "ftruncate": 77, "fsync": 74,
+    "fdatasync": 75, "flock": 73, "umask": 95, "fadvise64": 221, "statfs": 137, "fstatfs": 138,
     # Pairs of sockets within the process (event loops); none that reaches out.
-    "socketpair": (53, 199), "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210),
-    "getsockopt": (55, 209), "setsockopt": (54, 208), "getsockname": (51, 204),
-    "getpeername": (52, 205),
+    "socketpair": 53, "sendto": 44, "recvfrom": 45, "shutdown": 48, "getsockopt": 55,
+    "setsockopt": 54, "getsockname": 51, "getpeername": 52,
     # Time, and signals to itself.
-    "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115),
-    "nanosleep": (35, 101), "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153),
-    "getrusage": (98, 165), "alarm": (37, None), "setitimer": (38, 103), "getitimer": (36, 102),
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
-    "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133),
-    "sigaltstack": (131, 132), "restart_syscall": (219, 128),
+    "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "nanosleep": 35,
+    "gettimeofday": 96, "time": 201, "times": 100, "getrusage": 98, "alarm": 37, "setitimer": 38,
+    "getitimer": 36, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15,
+    "rt_sigpending": 127, "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131,
+    "restart_syscall": 219,
     # Facts about itself.
-    "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getuid": (102, 174),
-    "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getpgrp": (111, None),
-    "getpgid": (121, 155), "getsid": (124, 156), "getgroups": (115, 158), "uname": (63, 160),
-    "sysinfo": (99, 179), "getrandom": (318, 278), "getrlimit": (97, 163), "setrlimit": (160, 164),
-    "sched_getaffinity": (204, 123), "sched_yield": (24, 124),
+    "getpid": 39, "gettid": 186, "getppid": 110, "getuid": 102, "geteuid": 107, "getgid": 104,
+    "getegid": 108, "getpgrp": 111, "getpgid": 121, "getsid": 124, "getgroups": 115, "uname": 63,
+    "sysinfo": 99, "getrandom": 318, "getrlimit": 97, "setrlimit": 160, "sched_getaffinity": 204,
+    "sched_yield": 24,
     # Threads and the end.
-    "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260), "waitid": (247, 95),
-    "set_robust_list": (273, 99), "set_tid_address": (218, 96), "rseq": (334, 293),
-    "arch_prctl": (158, None), "membarrier": (324, 283),
+    "exit": 60, "exit_group": 231, "wait4": 61, "waitid": 247, "set_robust_list": 273,
+    "set_tid_address": 218, "rseq": 334, "arch_prctl": 158, "membarrier": 324,
 }  # fmt: skip
 # These are allowed for some arguments only; see `_checked`.
 CHECKED_CALLS = {
-    "clone": (56, 220), "clone3": (435, 435), "fcntl": (72, 25), "ioctl": (16, 29),
-    "prlimit64": (302, 261),
+    "clone": 56, "clone3": 435, "fcntl": 72, "ioctl": 16, "prlimit64": 302,
 }  # fmt: skip
 
-_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_AUDIT_ARCH_X86_64 = 0xC000003E
 _LOAD, _AND, _EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER_OFFSET, _ARCH_OFFSET, _ARGUMENTS_OFFSET = 0, 4, 16
@@ -77,33 +66,34 @@ _DEVICE_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
 
 
-def supported(machine: str | None = None) -> bool:
-    """Whether the filter can be built for this processor (or the one named)."""
-    return (machine or platform.machine()) in _AUDIT_ARCH
+def supported() -> bool:
+    """Return True where the filter fits this machine's processor."""
+    return platform.machine() == "x86_64"
 
 
-def build_filter(machine: str | None = None) -> bytes:
-    """The filter as an array of `struct sock_filter`; KeyError where `supported` is False."""
-    machine = machine or platform.machine()
-    column = list(_AUDIT_ARCH).index(machine)
+def build_filter() -> bytes:
+    """Return the filter as an array of `struct sock_filter`.
+
+    On another processor it ends every program that makes a system call.
+    """
     code: list[_Instruction] = [
         (_LOAD, 0, 0, _ARCH_OFFSET),
-        (_EQUAL, 1, 0, _AUDIT_ARCH[machine]),
+        (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER_OFFSET),
     ]
-    for name, numbers in CHECKED_CALLS.items():
+    for name, number in CHECKED_CALLS.items():
         block = _checked(name)
-        code += [(_EQUAL, 0, len(block), numbers[column]), *block]
-    free = [n for numbers in FREE_CALLS.values() if (n := numbers[column]) is not None]
+        code += [(_EQUAL, 0, len(block), number), *block]
     # A jump skips the comparisons that are left and the refusal after them.
-    code += [(_EQUAL, len(free) - i, 0, number) for i, number in enumerate(free)]
+    free = len(FREE_CALLS)
+    code += [(_EQUAL, free - i, 0, number) for i, number in enumerate(FREE_CALLS.values())]
     code += [_refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
 def _checked(name: str) -> list[_Instruction]:
-    """What decides a call by its arguments; every path returns."""
+    """Return the instructions that decide a call by its arguments; every path returns."""
     allow: _Instruction = (_RETURN, 0, 0, _ALLOW)
     if name == "clone3":  # its flags lie in memory, out of sight; libc falls back to clone
         return [_refuse(errno.ENOSYS)]
@@ -121,7 +111,7 @@ def _checked(name: str) -> list[_Instruction]:
 
 
 def _argument(index: int) -> _Instruction:
-    """Loads the lower half; the kernel reads these arguments as 32 bits."""
+    """Load the lower half; the kernel reads these arguments as 32 bits."""
     return (_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * index)
 
 

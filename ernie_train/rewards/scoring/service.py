@@ -140,8 +140,6 @@ class ScoringService:
         batch = _Batch(items, [None] * len(items), deque(map(_Task, range(len(items)))))
         with self._lock:
             self._failed_starts = 0
-            for worker in [w for w in self._pool if w.policy != api.get_policy()]:
-                self._drop(worker)
             try:
                 self._run(batch, start + self.batch_s, stop_requested)
             finally:

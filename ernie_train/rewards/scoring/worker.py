@@ -15,11 +15,10 @@ from ernie_train.rewards.registry import reward_named
 from ernie_train.rewards.sandbox import api
 
 
-def main(descriptor: int, policy: api.SandboxPolicy, parent: int) -> None:
-    """Answers requests until the other end of the pipe is closed, or its owner `parent` ends."""
+def main(descriptor: int, parent: int) -> None:
+    """Answer requests until the other end of the pipe is closed, or its owner `parent` ends."""
     # A verifier that computes for ever would not see the pipe close.
     die_with_parent(parent)
-    api.set_policy(policy)
     # Programs that a reward starts must not get hold of the pipe, and prints not of the output.
     os.set_inheritable(descriptor, False)
     os.dup2(2, 1)
@@ -45,5 +44,4 @@ def _graded(reward: Any, row: dict[str, Any], completion: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    chosen: api.SandboxPolicy = "rlimits_only" if sys.argv[2] == "rlimits_only" else "strict"
-    main(int(sys.argv[1]), chosen, int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -10,8 +10,6 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from ernie_train.rewards.sandbox import api
-
 START_S = 120.0
 _MODULE = "ernie_train.rewards.scoring.worker"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -25,18 +23,16 @@ class WorkerProcess:
     """One scoring process in a session of its own; it loads no Paddle.
 
     `task` is what its owner gave it to do, None while it is free; `deadline` the moment
-    (time.monotonic) by which it must have answered, or else be ready for its first task; `policy`
-    the sandbox policy of this process, which holds for that one too.
+    (time.monotonic) by which it must have answered, or else be ready for its first task.
     """
 
     def __init__(self) -> None:
         here, there = Pipe()
-        self.policy = api.get_policy()
         root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._pipe: Connection[Any, Any] = here
         # A signal of the terminal goes to its whole session: this one decides for itself.
-        arguments = [str(there.fileno()), self.policy, str(os.getpid())]
+        arguments = [str(there.fileno()), str(os.getpid())]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE, *arguments],
             pass_fds=[there.fileno()],
