@@ -35,7 +35,7 @@ def policy_logprobs(
     temperature: float,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
-    """Return logprobs [N] of the completion tokens at the sampling temperature, entropies, routing."""
+    """Return logprobs [N] of completion tokens at the sampling temperature, entropy, routing."""
     ids, documents = batch.inputs
     output = model.model(paddle.to_tensor(ids), document_ids=documents)
     hidden = paddle.gather(output.hidden, paddle.to_tensor(batch.predictors))

@@ -66,7 +66,7 @@ def _try_reward(
 
 @dataclass
 class IterationState:
-    """Progress of the stage: which iteration the weights hold, and whether they can be saved now."""
+    """Progress of the stage: the iteration that the weights hold, and if they can be saved."""
 
     finished: int = 0  # iterations whose update is in the weights
     saved: int = 0

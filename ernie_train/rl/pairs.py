@@ -42,7 +42,7 @@ class OfflinePairSource:
         self.pairs, self.per_iteration, self.seed = list(pairs), per_iteration, seed
 
     def take(self, iteration: int) -> list[NumberedPair]:
-        """Return the pairs of an iteration, counted from 1; one may come twice where there are few."""
+        """Return the pairs of an iteration, counted from 1; few pairs come more than once."""
         chosen, size = [], len(self.pairs)
         first = (iteration - 1) * self.per_iteration
         for at in range(first, first + self.per_iteration):
