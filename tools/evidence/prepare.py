@@ -120,7 +120,8 @@ def slip(row: dict[str, Any]) -> dict[str, Any]:
 def continued_sft(run_dir: Path) -> list[str]:
     """Return overrides for SFT from a pipeline's SFT, for the seconds of its RL stages."""
     seconds = json.loads((run_dir / "result.json").read_text("utf-8"))["seconds"]
-    sft = load_yaml(run_dir / "recipe.yaml")["stages"][0]
+    recipe = load_yaml(run_dir / "recipe.yaml")
+    sft = recipe["stages"][0]
     name = sft["name"]
     directory = run_dir / f"01-{name}"
     done = read_done(directory)
@@ -134,7 +135,7 @@ def continued_sft(run_dir: Path) -> list[str]:
     return [
         f"model={json.dumps({'path': str(start)})}",
         f"stages=[{json.dumps({**sft, 'steps': steps, 'optim': optim})}]",
-        "evaluation.untrained_examples=0",
+        f"evaluation={json.dumps({**recipe['evaluation'], 'untrained_examples': 0})}",
     ]
 
 

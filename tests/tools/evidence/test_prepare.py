@@ -58,8 +58,9 @@ def test_the_control_trains_as_long_as_the_rl_stages(tmp_path: Path) -> None:
     recipe = load_yaml(ROOT / "recipes" / "tiny.yaml")
     (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe), "utf-8")
     overrides = prepare.continued_sft(tmp_path)
-    model, stages, _ = (override.partition("=")[2] for override in overrides)
+    model, stages, evaluation = (override.partition("=")[2] for override in overrides)
     assert json.loads(model)["path"] == str(directory / "checkpoints" / "step_000010")
+    assert json.loads(evaluation) == {**recipe["evaluation"], "untrained_examples": 0}
     (stage,) = json.loads(stages)
     assert stage["steps"] == recipe["stages"][0]["steps"] // 2
     recipe |= {"stages": [stage], "model": {"preset": "tiny"}}
