@@ -12,7 +12,7 @@ Status = Literal["correct", "wrong", "bad_gold", "timeout", "infrastructure"]
 
 @dataclass(frozen=True)
 class Score:
-    """What a verifier says about one completion.
+    """A verifier's grade of one completion.
 
     Only "correct" and "wrong" say something about the completion. "bad_gold" is a row whose own
     answer cannot be used; "timeout" and "infrastructure" are failures of the verifier that the
@@ -27,7 +27,7 @@ class Score:
 
     @property
     def trains(self) -> bool:
-        """Whether the value may enter accuracies and advantages."""
+        """True where the value may enter accuracies and advantages."""
         return self.status in ("correct", "wrong")
 
     @classmethod
@@ -59,7 +59,7 @@ class Score:
 
 
 def read_completion(row: dict[str, Any], completion: str) -> ParsedCompletion | Score:
-    """The parts of a completion; Score.wrong where its thinking part never ends.
+    """Return the parts of a completion; Score.wrong where its thinking part never ends.
 
     `row["thinking"]` False marks a problem for models without a thinking part.
     """
@@ -70,7 +70,7 @@ def read_completion(row: dict[str, Any], completion: str) -> ParsedCompletion | 
 
 
 def read_response(row: dict[str, Any], completion: str) -> str | Score:
-    """The text of the response part, stripped; Score.wrong where there is none."""
+    """Return the text of the response part, stripped; Score.wrong where there is none."""
     parsed = read_completion(row, completion)
     if isinstance(parsed, Score):
         return parsed
@@ -79,8 +79,8 @@ def read_response(row: dict[str, Any], completion: str) -> str | Score:
     return parsed.response.strip()
 
 
-def gold_answer(row: dict[str, Any]) -> str | Score:
-    """The row's `answer`, stripped; Score.bad_gold where it is not a text or empty."""
+def reference_answer(row: dict[str, Any]) -> str | Score:
+    """Return the row's `answer`, stripped; Score.bad_gold where it is not a text or empty."""
     answer = row.get("answer")
     if not isinstance(answer, str) or not answer.strip():
         return Score.bad_gold(f"answer must be a non-empty text, not {answer!r}")
@@ -90,8 +90,8 @@ def gold_answer(row: dict[str, Any]) -> str | Score:
 def grade_response(
     row: dict[str, Any], completion: str, compare: Callable[[str, str], Score]
 ) -> Score:
-    """`compare(answer of the row, response of the completion)`, where there are both."""
-    gold = gold_answer(row)
+    """Return `compare(answer of the row, response of the completion)`, where there are both."""
+    gold = reference_answer(row)
     if isinstance(gold, Score):
         return gold
     response = read_response(row, completion)
@@ -101,5 +101,5 @@ def grade_response(
 
 
 def mismatch(gold: str, answer: str) -> Score:
-    """The wrong answer beside the right one, both cut to a length that a table can show."""
+    """Return Score.wrong that shows the wrong answer beside the right one, both cut for a table."""
     return Score.wrong(f"{answer[:80]!r} is not {gold[:80]!r}")

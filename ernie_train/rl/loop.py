@@ -15,7 +15,11 @@ from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import Interrupted
 from ernie_train.eval.prompts import problem_row
 from ernie_train.io.metrics_log import StageMetrics, cut_after
-from ernie_train.rewards.scoring import ComposedReward, build_reward, check_canaries
+from ernie_train.rewards.scoring import (
+    ComposedReward,
+    build_reward,
+    check_reward_on_reference_answers,
+)
 from ernie_train.rl.batch import PreferencePair, RolloutBatch
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import PreparedPrompts
@@ -55,7 +59,7 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
 def _try_reward(
     config: UpoConfig, stage: StageRun, prepared: PreparedPrompts, reward: ComposedReward
 ) -> None:
-    check_canaries(
+    check_reward_on_reference_answers(
         [problem_row(p.record, thinking=True) for p in prepared.prompts],
         reward,
         sample=config.canaries,

@@ -7,7 +7,7 @@ import pytest
 
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import REWARDS, ScoringService
-from ernie_train.rewards.scoring.reference_completion import gold_completion
+from ernie_train.rewards.scoring.reference_completion import build_reference_completion
 from tests.attacks.texts import ATTACKS, LABEL, LETTER, PEOPLE, ROOT, TWELVE
 
 # Far above what any attack takes; a comparison may use 3 s of processor time of its own.
@@ -97,5 +97,7 @@ def test_reading_takes_time_linear_in_the_length(text, row):
 @pytest.mark.parametrize("reward", sorted(set(REWARDS) - {"code", "format"}))
 def test_the_rows_of_the_attacks_can_be_answered(service, reward):
     rows = [attack.row for attack in ATTACKS if attack.reward == reward]
-    scores, _ = service.score([(reward, row, gold_completion(reward, row)) for row in rows])
+    scores, _ = service.score(
+        [(reward, row, build_reference_completion(reward, row)) for row in rows]
+    )
     assert {score.status for score in scores} == {"correct"}

@@ -14,7 +14,7 @@ import pytest
 from ernie_train.data import read_records
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import score_batch
-from ernie_train.rewards.scoring.reference_completion import gold_completion
+from ernie_train.rewards.scoring.reference_completion import build_reference_completion
 from tools.data import make_data
 from tools.data.tasks import DOMAINS, HARD_TASKS, TASKS, Item, Task
 
@@ -100,7 +100,7 @@ def test_collected_solutions_are_of_the_training_problems_and_wrong_where_they_s
 
 def test_the_verifiers_fields_of_collected_rows_are_right():
     rows = rows_of(COLLECTED)[::7]
-    items = [(row["reward"], row, gold_completion(row["reward"], row)) for row in rows]
+    items = [(row["reward"], row, build_reference_completion(row["reward"], row)) for row in rows]
     bad = [(i[1], s) for i, s in zip(items, score_batch(items), strict=True) if s.value != 1.0]
     assert bad == []
 

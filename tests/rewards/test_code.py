@@ -4,7 +4,7 @@ import pytest
 
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards.sandbox import api
-from ernie_train.rewards.sandbox.api import Limits, Outcome
+from ernie_train.rewards.sandbox.api import Limits, ProgramResult
 from ernie_train.rewards.verifiers import code
 
 ROW = {"entry_point": "f", "tests": [[[1], 2], [[40], 41]]}
@@ -189,18 +189,21 @@ def test_the_solution_is_tried_once_and_only_when_a_program_fails(monkeypatch):
 
 
 def test_an_accident_of_the_solution_says_nothing_about_the_completion(monkeypatch):
-    outcomes = {"f = 1": Outcome("failed", [], "slow"), RIGHT: Outcome("timeout", [], "busy")}
+    outcomes = {
+        "f = 1": ProgramResult("failed", [], "slow"),
+        RIGHT: ProgramResult("timeout", [], "busy"),
+    }
     monkeypatch.setattr(api, "run_tests", lambda source, tests: outcomes[source])
     row = ASSERTS | {"solution": RIGHT}
     assert graded("f = 1", row).status == "timeout"
-    outcomes[RIGHT] = Outcome("returned", [[True, ""], [True, ""]])
+    outcomes[RIGHT] = ProgramResult("returned", [[True, ""], [True, ""]])
     assert graded("f = 1", row).status == "wrong"  # the accident was not remembered
 
 
 @pytest.mark.parametrize("kind", ["timeout", "infrastructure"])
 def test_accidents_keep_their_name_in_every_form(kind, monkeypatch):
     for name in ("run_calls", "run_tests", "run_script"):
-        monkeypatch.setattr(api, name, lambda *arguments: Outcome(kind, [], "why"))
+        monkeypatch.setattr(api, name, lambda *arguments: ProgramResult(kind, [], "why"))
     for row in (ROW, ASSERTS, SCRIPTS):
         assert (graded(RIGHT, row).status, graded(RIGHT, row).detail) == (kind, "why")
 

@@ -11,7 +11,7 @@ import pytest
 from ernie_train.core.errors import UserError
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards.scoring.composition import RewardConfig, build_reward
-from ernie_train.rewards.verifiers.llm_judge import Judge, judge_messages
+from ernie_train.rewards.verifiers.llm_judge import LlmJudge, judge_messages
 
 CORRECT = '{"verdict": "correct"}'
 WRONG = '{"verdict": "wrong"}'
@@ -60,7 +60,7 @@ def endpoint():
 
 def judge(server, **settings):
     values = {"model": "m", "api_key_env": None, "timeout_s": 1.0, "retries": 0, **settings}
-    return Judge(server.url, **values)
+    return LlmJudge(server.url, **values)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_failures_are_tried_again_and_then_told(endpoint, replies, retries, stat
 
 
 def test_nobody_there_is_infrastructure():
-    nobody = Judge("http://127.0.0.1:9/v1", "m", None, 1.0, 0)
+    nobody = LlmJudge("http://127.0.0.1:9/v1", "m", None, 1.0, 0)
     assert nobody(ROW, completion("A cat.")).status == "infrastructure"
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ernie_train.rewards import REWARDS
-from ernie_train.rewards.scoring.reference_completion import gold_completion
+from ernie_train.rewards.scoring.reference_completion import build_reference_completion
 
 CALLS = [{"name": "f", "arguments": {"x": [1, 2], "y": ["", "a"], "z": [[]]}}]
 PROGRAM = "def f(x):\n    return x + 1"
@@ -28,7 +28,7 @@ TESTS = {"entry_point": "f", "tests": [[[1], 2]]}
     ],
 )
 def test_the_gold_completion_of_a_row_scores_correct(reward, row):
-    assert REWARDS[reward](row, gold_completion(reward, row)).status == "correct"
+    assert REWARDS[reward](row, build_reference_completion(reward, row)).status == "correct"
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_the_gold_completion_of_a_row_scores_correct(reward, row):
     ],
 )
 def test_a_row_without_an_answer_has_none(reward, row):
-    assert gold_completion(reward, row) is None
+    assert build_reference_completion(reward, row) is None

@@ -18,7 +18,7 @@ import pytest
 import ernie_train
 from ernie_train.rewards.sandbox import api, backends, seccomp
 from ernie_train.rewards.sandbox.api import Limits, Tests, run_calls, run_script, run_tests
-from ernie_train.rewards.sandbox.pool import POOL, Server, ServerLost
+from ernie_train.rewards.sandbox.pool import POOL, Sandbox, SandboxLost
 
 RIGHT = "def f(x):\n    return x + 1"
 LAYERS = {}
@@ -230,18 +230,18 @@ def test_limits_end_a_program_and_are_its_own_fault(layer):
 
 
 def test_a_sandbox_is_kept_until_a_program_changes_its_directory(layer):
-    with POOL.slot(LAYERS[layer]) as slot:
-        first = slot.programs
+    with POOL.borrow(LAYERS[layer]) as pair:
+        first = pair.programs
     assert run_calls(RIGHT, "f", [[1]]).kind == "returned"
-    with POOL.slot(LAYERS[layer]) as slot:
-        assert slot.programs is first
+    with POOL.borrow(LAYERS[layer]) as pair:
+        assert pair.programs is first
     for change in ("open('a', 'w').close()", "os.mkdir('d')", "os.chmod('.', 0o777)",
                    "open('b', 'w').close() or os.remove('b')"):  # fmt: skip
-        with POOL.slot(LAYERS[layer]) as slot:
-            before = slot.programs
+        with POOL.borrow(LAYERS[layer]) as pair:
+            before = pair.programs
         assert probe(change)[0] == "value"
-        with POOL.slot(LAYERS[layer]) as slot:
-            assert slot.programs is not before, change
+        with POOL.borrow(LAYERS[layer]) as pair:
+            assert pair.programs is not before, change
         assert probe("os.listdir('.')") == ["value", []]
 
 
@@ -265,8 +265,8 @@ def test_threads_share_the_pool_and_equal_serial_runs():
 
 def test_a_server_that_is_killed_costs_its_program_alone(monkeypatch):
     assert run_calls(RIGHT, "f", [[1]]).kind == "returned"
-    with POOL.slot(api.current_layer()) as slot:
-        victim = slot.programs
+    with POOL.borrow(api.current_layer()) as pair:
+        victim = pair.programs
 
     def kill_all():
         for pid in descendants(victim._process.pid):
@@ -283,10 +283,10 @@ def test_a_server_that_is_killed_costs_its_program_alone(monkeypatch):
 
 def test_an_idle_server_that_has_ended_is_replaced():
     assert run_calls(RIGHT, "f", [[1]]).kind == "returned"
-    with POOL.slot(api.current_layer()) as slot:
-        slot.programs._process.kill()
-        slot.programs._process.wait()
-        slot.programs._control.shutdown(2)
+    with POOL.borrow(api.current_layer()) as pair:
+        pair.programs._process.kill()
+        pair.programs._process.wait()
+        pair.programs._control.shutdown(2)
     assert run_calls(RIGHT, "f", [[1]]).values == [["value", 2]]
 
 
@@ -341,8 +341,8 @@ def test_a_machine_that_is_too_busy_is_no_wrong_answer(monkeypatch):
 
 
 def test_a_program_that_something_outside_kills_is_no_wrong_answer():
-    with POOL.slot(api.current_layer()) as slot:
-        server = slot.programs._process.pid
+    with POOL.borrow(api.current_layer()) as pair:
+        server = pair.programs._process.pid
     timer = threading.Timer(0.7, lambda: os.kill(max(descendants(server)), 9))
     timer.start()
     outcome = run_calls("import time\ntime.sleep(60)", "f", [[1]], Limits(wall_s=10))
@@ -399,8 +399,8 @@ def test_an_interpreter_that_finds_the_library_of_another_is_refused():
         os.chmod(folder, 0o755)
         copy = shutil.copy("/usr/bin/python3", Path(folder) / "python3")
         layer = dataclasses.replace(LAYERS["Landlock"], interpreter=str(copy))
-        with pytest.raises(ServerLost, match="its own library cannot be read"):
-            Server(layer)
+        with pytest.raises(SandboxLost, match="its own library cannot be read"):
+            Sandbox(layer)
 
 
 def test_root_without_a_way_to_become_another_user_is_refused(fresh_layer, monkeypatch):
@@ -433,8 +433,8 @@ def test_a_sandbox_that_cannot_be_started_is_no_wrong_answer(monkeypatch):
     )
     monkeypatch.setattr(api, "current_layer", lambda: broken)
     assert run_calls(RIGHT, "f", [[1]]).kind == "infrastructure"
-    with pytest.raises(ServerLost):
-        Server(backends.Layer("bubblewrap", ("/nowhere",), "x", None, True, True, None))
+    with pytest.raises(SandboxLost):
+        Sandbox(backends.Layer("bubblewrap", ("/nowhere",), "x", None, True, True, None))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user")

@@ -7,7 +7,7 @@ import pytest
 
 from ernie_train.core.errors import UserError
 from ernie_train.rewards.scoring.composition import RewardConfig, build_reward
-from ernie_train.rewards.scoring.selfcheck import check_canaries
+from ernie_train.rewards.scoring.selfcheck import check_reward_on_reference_answers
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "test"
 
@@ -32,16 +32,16 @@ def rows_of(domain, count=20):
 
 @pytest.mark.parametrize("domain", ["logic", "math", "science", "tools"])
 def test_the_generated_rows_pass(build, domain):
-    assert check_canaries(rows_of(domain), build("row"), sample=6) == 6 * 6
+    assert check_reward_on_reference_answers(rows_of(domain), build("row"), sample=6) == 6 * 6
 
 
 def test_rows_where_no_call_is_right_pass(build):
     rows = [{"question": "Sing.", "expected_calls": [], "reward": "tool_call"}]
-    assert check_canaries(rows, build("row")) == 3
+    assert check_reward_on_reference_answers(rows, build("row")) == 3
 
 
 def test_programs_pass(build):
-    assert check_canaries(rows_of("code"), build("code"), sample=2) == 2 * 6
+    assert check_reward_on_reference_answers(rows_of("code"), build("code"), sample=2) == 2 * 6
 
 
 def test_truth_labels_and_assignments_pass(build):
@@ -51,7 +51,10 @@ def test_truth_labels_and_assignments_pass(build):
         {"assignment": {"Zoey": True, "Ethan": False}},
         {"answer": "B", "choices": ["A) 1", "B) 2"]},
     ]
-    assert check_canaries(rows, build([{"name": "logic"}, {"name": "format"}])) == 4 * 6
+    assert (
+        check_reward_on_reference_answers(rows, build([{"name": "logic"}, {"name": "format"}]))
+        == 4 * 6
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_truth_labels_and_assignments_pass(build):
 )
 def test_rows_that_cannot_be_graded_are_shown(build, rows, message):
     with pytest.raises(UserError, match=message):
-        check_canaries(rows, build("math"))
+        check_reward_on_reference_answers(rows, build("math"))
 
 
 def user_reward(tmp_path, body):
@@ -84,12 +87,12 @@ def user_reward(tmp_path, body):
 def test_a_reward_that_can_be_fooled_is_refused(build, tmp_path, body, message):
     reward = build(user_reward(tmp_path, body), tmp_path)
     with pytest.raises(UserError, match=message):
-        check_canaries([{"answer": "12", "question": "How many?"}], reward)
+        check_reward_on_reference_answers([{"answer": "12", "question": "How many?"}], reward)
 
 
 def test_a_function_of_ones_own_need_not_know_the_answer(build, tmp_path):
     reward = build(user_reward(tmp_path, "return 0.3"), tmp_path)
-    assert check_canaries([{"answer": "12"}], reward) == 5
+    assert check_reward_on_reference_answers([{"answer": "12"}], reward) == 5
 
 
 def test_the_sample_follows_the_seed(build):
@@ -98,7 +101,7 @@ def test_the_sample_follows_the_seed(build):
     outcomes, reward = set(), build("math")
     for seed in range(40):
         try:
-            check_canaries(rows, reward, sample=10, seed=seed)
+            check_reward_on_reference_answers(rows, reward, sample=10, seed=seed)
             outcomes.add("passed")
         except UserError as error:
             assert "row 7 (row seven)" in str(error)
@@ -109,4 +112,4 @@ def test_the_sample_follows_the_seed(build):
 
 
 def test_format_alone_has_no_canaries(build):
-    assert check_canaries([{}], build("format")) == 0
+    assert check_reward_on_reference_answers([{}], build("format")) == 0

@@ -113,11 +113,11 @@ def test_the_gold_calls_of_a_row_are_correct_and_none_for_a_bad_one():
         {"name": "f", "arguments": {"x": ["", 0], "y": [""], "z": [{"a": [[1], [2]], "b": [""]}]}},
         {"name": "g", "arguments": {}},
     ]}  # fmt: skip
-    calls = tool_call.gold_calls(row)
+    calls = tool_call.reference_calls(row)
     assert calls == [("f", {"x": 0, "z": {"a": [1]}}), ("g", {})]
     assert graded(row, *calls).status == "correct"
-    assert tool_call.gold_calls({"expected_calls": []}) == []
-    assert tool_call.gold_calls({"expected_calls": [{"name": "f"}]}) is None
+    assert tool_call.reference_calls({"expected_calls": []}) == []
+    assert tool_call.reference_calls({"expected_calls": [{"name": "f"}]}) is None
 
 
 def test_calls_are_wrong_where_none_is_expected_and_where_one_of_several_is_not_right():

@@ -27,7 +27,10 @@ from typing import Any, NamedTuple
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import score_batch
 from ernie_train.rewards.sandbox import api
-from ernie_train.rewards.scoring.reference_completion import gold_completion, with_response
+from ernie_train.rewards.scoring.reference_completion import (
+    build_reference_completion,
+    with_response,
+)
 from ernie_train.rewards.verifiers import tool_call
 
 Row = dict[str, Any]
@@ -231,7 +234,7 @@ def bfcl_cases(directory: Path) -> Iterator[Case]:
 
 
 def _perturbed_calls(row: Row) -> Iterator[list[tuple[str, Row]]]:
-    calls = tool_call.gold_calls(row) or []
+    calls = tool_call.reference_calls(row) or []
     name, arguments = calls[0]
     yield []
     yield [*calls, *calls]
@@ -272,7 +275,7 @@ CASES: dict[str, Callable[[Path], Iterator[Case]]] = {
 
 def grade(name: str, cases: list[Case]) -> list[Check]:
     """Return one check of the right completions and one of the perturbed ones."""
-    golds = [(case, gold_completion(case.reward, case.row)) for case in cases]
+    golds = [(case, build_reference_completion(case.reward, case.row)) for case in cases]
     right = [(case, text) for case in cases for text in case.right]
     right += [(case, text) for case, text in golds if text is not None]
     wrong = [(case, text) for case in cases for text in case.wrong]

@@ -1,11 +1,11 @@
-"""Runs programs that a model wrote where they can do no harm, and brings back plain values.
+"""Run programs that a model wrote where they can do no harm, and bring back plain values.
 
 `guest` is what runs inside; it is sent there as text. docs/rewards.md describes the walls.
 """
 
 from ernie_train.rewards.sandbox.api import (
     Limits,
-    Outcome,
+    ProgramResult,
     SandboxUnavailable,
     Tests,
     current_layer,
@@ -17,7 +17,7 @@ from ernie_train.rewards.sandbox.api import (
 
 __all__ = [
     "Limits",
-    "Outcome",
+    "ProgramResult",
     "SandboxUnavailable",
     "Tests",
     "current_layer",

@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, where they can do no harm, and brings back plain values.
+"""Run programs that a model wrote, where they can do no harm, and bring back plain values.
 
 A warmed interpreter inside the sandbox forks a fresh process for each program (`pool.py`). The
 process has limits on processor time, memory, file sizes, descriptors and output, and a filter of
@@ -35,12 +35,12 @@ from ernie_train.rewards.sandbox.backends import (
     SandboxUnavailable,
     possible_layers,
 )
-from ernie_train.rewards.sandbox.pool import POOL, ServerLost, Slot
+from ernie_train.rewards.sandbox.pool import POOL, SandboxLost, SandboxPair
 from ernie_train.rewards.sandbox.process import (
-    Hung,
     Limits,
-    LostUnderProgram,
-    Outcome,
+    NoAnswerInTime,
+    ProgramResult,
+    SandboxLostDuringProgram,
     Tests,
     exchange,
     judge_tests,
@@ -50,7 +50,7 @@ from ernie_train.rewards.sandbox.process import (
 __all__ = [
     "DEFAULT_LIMITS",
     "Limits",
-    "Outcome",
+    "ProgramResult",
     "SandboxUnavailable",
     "Tests",
     "layer_in_force",
@@ -93,19 +93,19 @@ def _working_layer() -> Layer:
 
 
 def trial(layer: Layer) -> str:
-    """ "" where a known program gives its value behind this layer, else what went wrong."""
+    """Return "" where a known program gives its value behind this layer, else what went wrong."""
     try:
-        with POOL.slot(layer) as slot:
-            return _known_failure(slot)
-    except (ServerLost, LostUnderProgram) as lost:
+        with POOL.borrow(layer) as pair:
+            return _known_failure(pair)
+    except (SandboxLost, SandboxLostDuringProgram) as lost:
         return str(lost)
-    except Hung:
+    except NoAnswerInTime:
         return "a known program does not end"
 
 
-def _known_failure(slot: Slot) -> str:
+def _known_failure(pair: SandboxPair) -> str:
     request = {"kind": "calls", "source": "f = abs", "entry_point": "f", "calls": [[-3]]}
-    outcome = exchange(slot, request, Limits(cpu_s=10, wall_s=30))
+    outcome = exchange(pair, request, Limits(cpu_s=10, wall_s=30))
     return "" if outcome.values == [["value", 3]] else outcome.detail or "it gives a wrong value"
 
 
@@ -116,7 +116,7 @@ def run_calls(
     limits: Limits | None = None,
     *,
     pooled: bool = True,
-) -> Outcome:
+) -> ProgramResult:
     """Define `source` in a fresh process and call `entry_point` with each list of arguments.
 
     The outcome has ["value", v] or ["error", text] for each call. `pooled` False starts a sandbox
@@ -125,13 +125,13 @@ def run_calls(
     limits = limits or DEFAULT_LIMITS
     request = {"kind": "calls", "source": source, "entry_point": entry_point, "calls": list(calls)}
 
-    def run(slot: Slot) -> Outcome:
-        outcome = exchange(slot, request, limits)
+    def run(pair: SandboxPair) -> ProgramResult:
+        outcome = exchange(pair, request, limits)
         if outcome.kind != "returned" or _are_pairs(outcome.values, len(calls)):
             return outcome
-        return Outcome("failed", [], "the program sent back something else than its values")
+        return ProgramResult("failed", [], "the program sent back something else than its values")
 
-    return _in_slot(run, limits, pooled)
+    return _in_pair(run, limits, pooled)
 
 
 def _are_pairs(values: Any, expected: int) -> bool:
@@ -144,49 +144,51 @@ def _are_pairs(values: Any, expected: int) -> bool:
 
 def run_script(
     source: str, stdin: str, limits: Limits | None = None, *, pooled: bool = True
-) -> Outcome:
+) -> ProgramResult:
     """Run `source` as a script with this input; the outcome's one value is what it wrote (text).
 
     A script that ends with a status other than 0 has failed. Raises as `run_calls`.
     """
     limits = limits or DEFAULT_LIMITS
-    return _in_slot(lambda slot: script_output(slot, source, stdin, limits), limits, pooled)
+    return _in_pair(lambda pair: script_output(pair, source, stdin, limits), limits, pooled)
 
 
 def run_tests(
     source: str, tests: Tests, limits: Limits | None = None, *, pooled: bool = True
-) -> Outcome:
+) -> ProgramResult:
     """Run a row's own tests in a judge against `source` in a process of its own.
 
     The outcome has [passed, text] for each test, or for each method of a test case. Raises as
     `run_calls`.
     """
     limits = limits or DEFAULT_LIMITS
-    return _in_slot(lambda slot: judge_tests(slot, source, tests, limits), limits, pooled)
+    return _in_pair(lambda pair: judge_tests(pair, source, tests, limits), limits, pooled)
 
 
-def _in_slot(run: Callable[[Slot], Outcome], limits: Limits, pooled: bool) -> Outcome:
-    """Run something in a slot; where it was not finished in time, find out whose fault it was.
+def _in_pair(
+    run: Callable[[SandboxPair], ProgramResult], limits: Limits, pooled: bool
+) -> ProgramResult:
+    """Run something in a pair; where it was not finished in time, find out whose fault it was.
 
     A known program that needs little must get at least the share of a core that the limits promise
-    (`cpu_s` in `wall_s`) in the same slot, or else the machine was too busy.
+    (`cpu_s` in `wall_s`) in the same pair, or else the machine was too busy.
     """
     layer = current_layer()
     try:
-        with POOL.slot(layer, keep=pooled) as slot:
+        with POOL.borrow(layer, keep=pooled) as pair:
             try:
-                return run(slot)
-            except Hung:
-                return _blame(slot, limits)
-            except LostUnderProgram as lost:
+                return run(pair)
+            except NoAnswerInTime:
+                return _blame(pair, limits)
+            except SandboxLostDuringProgram as lost:
                 # Whatever it did, a program that ends its sandbox has not answered; but where no
                 # sandbox works that says nothing about it.
-                failure = _known_failure(slot)
+                failure = _known_failure(pair)
                 if failure:
-                    return Outcome("infrastructure", [], failure)
-                return Outcome("failed", [], str(lost))
-    except (ServerLost, LostUnderProgram, Hung) as lost:
-        return Outcome("infrastructure", [], str(lost) or "a known program does not end")
+                    return ProgramResult("infrastructure", [], failure)
+                return ProgramResult("failed", [], str(lost))
+    except (SandboxLost, SandboxLostDuringProgram, NoAnswerInTime) as lost:
+        return ProgramResult("infrastructure", [], str(lost) or "a known program does not end")
 
 
 _BUSY_S = 0.05
@@ -200,13 +202,13 @@ def f(x):
 """
 
 
-def _blame(slot: Slot, limits: Limits) -> Outcome:
+def _blame(pair: SandboxPair, limits: Limits) -> ProgramResult:
     request = {"kind": "calls", "source": _KNOWN_PROGRAM, "entry_point": "f", "calls": [[1]]}
     allowed_s = max(1.0, 2 * _BUSY_S * limits.wall_s / limits.cpu_s)
     try:
-        outcome = exchange(slot, request, Limits(wall_s=allowed_s))
-    except Hung:
-        return Outcome("timeout", [], "the machine is too busy: a known program does not end")
+        outcome = exchange(pair, request, Limits(wall_s=allowed_s))
+    except NoAnswerInTime:
+        return ProgramResult("timeout", [], "the machine is too busy: a known program does not end")
     if outcome.values == [["value", 2]]:
-        return Outcome("failed", [], f"not finished after {limits.wall_s:g} s")
-    return Outcome("infrastructure", [], f"a known program fails too: {outcome.detail}")
+        return ProgramResult("failed", [], f"not finished after {limits.wall_s:g} s")
+    return ProgramResult("infrastructure", [], f"a known program fails too: {outcome.detail}")

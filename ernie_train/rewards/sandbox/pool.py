@@ -1,10 +1,10 @@
-"""Sandboxes that are kept warm: starting and ending programs in them, from the trusted side.
+"""Start and end programs in sandboxes that are kept warm, from the trusted side.
 
-    Server   one sandbox with its warmed interpreter, one program at a time
-    Slot     a Server for programs and, once one is needed, a second one for judges
-    Pool     idle slots of this process; a thread takes one for each program and gives it back
+    Sandbox      one sandbox with its warmed interpreter, one program at a time
+    SandboxPair  a Sandbox for programs and, once one is needed, a second one for judges
+    SandboxPool  idle pairs of this process; a thread takes one for each program and gives it back
 
-A server costs some 30 ms to start, a program in it about 1 ms.
+A sandbox takes some 30 ms to start, a program in it about 1 ms.
 """
 
 import atexit
@@ -29,9 +29,9 @@ from ernie_train.rewards.sandbox.backends import Layer
 
 _START_S = 20.0
 _STOP_S = 10.0
-_KEPT_SLOTS = 2 * (os.cpu_count() or 1)
+_KEPT_PAIRS = 2 * (os.cpu_count() or 1)
 
-# The modules of `inside/`, in the order of their imports, under the names that they know.
+# The modules of `guest/`, in the order of their imports, under the names that they know.
 _MODULES = ("values", "candidate", "test_judge", "server")
 _BOOT = """
 import json, sys, types
@@ -49,13 +49,13 @@ module.serve(settings)
 """
 
 
-class ServerLost(Exception):
+class SandboxLost(Exception):
     """A sandbox did not start, or ended by itself; the text says what is known."""
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a program's process ended.
+class ProcessExit:
+    """The end of a program's process.
 
     `status` is that of wait(2), None for one that we had to end; `cpu_s` is the time it used.
     """
@@ -71,8 +71,8 @@ class Ended:
         return os.WTERMSIG(self.status)
 
 
-class Server:
-    """One sandbox. Raises ServerLost where it does not start."""
+class Sandbox:
+    """One sandbox. Raises SandboxLost where it does not start."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -100,18 +100,18 @@ class Server:
             self._closed = True
             self._control.close()
             self._remove_scratch()
-            raise ServerLost(f"the sandbox cannot be started: {error}") from error
+            raise SandboxLost(f"the sandbox cannot be started: {error}") from error
         self._control.settimeout(_START_S)
         try:
             self._receive()
-        except ServerLost as lost:
+        except SandboxLost as lost:
             reason = self._errors() or str(lost)
             self.close()
-            raise ServerLost(f"the sandbox did not start: {reason}") from lost
+            raise SandboxLost(f"the sandbox did not start: {reason}") from lost
 
     @property
     def usable(self) -> bool:
-        """Whether it takes programs. One that is idle says nothing until it ends."""
+        """Return True while it takes programs. An idle one sends nothing until it ends."""
         if self._closed:
             return False
         poll = select.poll()
@@ -121,15 +121,15 @@ class Server:
     def start(
         self, descriptors: list[int], limits: dict[str, tuple[int, int]], *, judge: bool = False
     ) -> None:
-        """Fork a process with these descriptors; what it does is told to it on the first one."""
+        """Fork a process with these descriptors; its request follows on the first one."""
         message = json.dumps({"limits": limits, "judge": judge}).encode()
         try:
             socket.send_fds(self._control, [message], descriptors)
         except OSError as error:
             self.close()
-            raise ServerLost(f"the sandbox has ended: {error}") from error
+            raise SandboxLost(f"the sandbox has ended: {error}") from error
 
-    def stop(self, *, ending: bool = False) -> Ended:
+    def stop(self, *, ending: bool = False) -> ProcessExit:
         """End the process, whatever it does; a sandbox that is no longer as new is left.
 
         With `ending` the process is given a moment to end by itself.
@@ -138,13 +138,13 @@ class Server:
             self._control.settimeout(_STOP_S)
             self._control.send(b"wait" if ending else b"stop")
             report = json.loads(self._receive())
-        except (OSError, ServerLost) as error:
+        except (OSError, SandboxLost) as error:
             reason = self._errors() or str(error)
             self.close()
-            raise ServerLost(f"the sandbox ended under the program: {reason}") from error
+            raise SandboxLost(f"the sandbox ended under the program: {reason}") from error
         if not report["clean"]:
             self.close()
-        return Ended(report["status"], report["cpu_s"])
+        return ProcessExit(report["status"], report["cpu_s"])
 
     def close(self) -> None:
         """End the sandbox and everything in it."""
@@ -168,15 +168,15 @@ class Server:
         try:
             message = self._control.recv(4096)
         except TimeoutError as error:
-            raise ServerLost("it does not answer") from error
+            raise SandboxLost("it does not answer") from error
         except OSError as error:
-            raise ServerLost(str(error)) from error
+            raise SandboxLost(str(error)) from error
         if not message:
-            raise ServerLost("it has ended")
+            raise SandboxLost("it has ended")
         return message
 
     def _errors(self) -> str:
-        """What the start wrote to the error stream; programs have no access to it."""
+        """Return what the start wrote to the error stream; programs have no access to it."""
         stream = self._process.stderr
         if stream is None or stream.closed:
             return ""
@@ -189,68 +189,68 @@ class Server:
             return ""
 
 
-class Slot:
-    """What one program at a time is run with."""
+class SandboxPair:
+    """The sandboxes for one program at a time: its own, and one for the judge of its tests."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
-        self._programs: Server | None = None
-        self._judges: Server | None = None
+        self._programs: Sandbox | None = None
+        self._judges: Sandbox | None = None
 
     @property
-    def programs(self) -> Server:
+    def programs(self) -> Sandbox:
         self._programs = _usable(self._programs, self._layer)
         return self._programs
 
     @property
-    def judges(self) -> Server:
+    def judges(self) -> Sandbox:
         self._judges = _usable(self._judges, self._layer)
         return self._judges
 
     def close(self) -> None:
-        for server in (self._programs, self._judges):
-            if server is not None:
-                server.close()
+        for sandbox in (self._programs, self._judges):
+            if sandbox is not None:
+                sandbox.close()
 
 
-def _usable(server: Server | None, layer: Layer) -> Server:
-    if server is not None and not server.usable:
-        server.close()
-        server = None
-    return server or Server(layer)
+def _usable(sandbox: Sandbox | None, layer: Layer) -> Sandbox:
+    if sandbox is not None and not sandbox.usable:
+        sandbox.close()
+        sandbox = None
+    return sandbox or Sandbox(layer)
 
 
-class Pool:
-    """Idle slots by layer. Threads share it; a forked child starts with an empty one."""
+class SandboxPool:
+    """Idle pairs by layer. Threads share it; a forked child starts with an empty one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[tuple[Layer, Slot]] = []
+        self._idle: list[tuple[Layer, SandboxPair]] = []
         self._owner = os.getpid()
 
     @contextlib.contextmanager
-    def slot(self, layer: Layer, *, keep: bool = True) -> Iterator[Slot]:
-        """A slot for one program; `keep` False gives a new one and closes it afterwards."""
-        slot = self._take(layer) if keep else Slot(layer)
+    def borrow(self, layer: Layer, *, keep: bool = True) -> Iterator[SandboxPair]:
+        """Lend a pair for one program; `keep` False gives a new one and closes it afterwards."""
+        pair = self._take(layer) if keep else SandboxPair(layer)
         try:
-            yield slot
+            yield pair
         except BaseException:
-            slot.close()  # a program may still be running in it
+            pair.close()  # a program may still be running in it
             raise
         with self._lock:
-            if keep and len(self._idle) < _KEPT_SLOTS:
-                self._idle.append((layer, slot))
+            if keep and len(self._idle) < _KEPT_PAIRS:
+                self._idle.append((layer, pair))
                 return
-        slot.close()
+        pair.close()
 
-    def _take(self, layer: Layer) -> Slot:
+    def _take(self, layer: Layer) -> SandboxPair:
         with self._lock:
-            if self._owner != os.getpid():  # the slots are the parent's
+            if self._owner != os.getpid():  # the pairs are the parent's
                 self._idle, self._owner = [], os.getpid()
             for index in range(len(self._idle) - 1, -1, -1):
                 if self._idle[index][0] == layer:
                     return self._idle.pop(index)[1]
-        return Slot(layer)
+        return SandboxPair(layer)
 
     def close(self) -> None:
         """End all idle sandboxes."""
@@ -258,11 +258,11 @@ class Pool:
             idle, self._idle = self._idle, []
             if self._owner != os.getpid():
                 return
-        for _, slot in idle:
-            slot.close()
+        for _, pair in idle:
+            pair.close()
 
 
-POOL = Pool()
+POOL = SandboxPool()
 atexit.register(POOL.close)
 
 

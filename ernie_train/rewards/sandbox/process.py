@@ -1,4 +1,4 @@
-"""One program in a slot: what it may use, what it is told, and what is made of its answer."""
+"""Run one program in a pair of sandboxes: its limits, its request and the result."""
 
 import json
 import os
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ernie_train.rewards.sandbox.backends import Layer
-from ernie_train.rewards.sandbox.pool import Ended, Server, ServerLost, Slot
+from ernie_train.rewards.sandbox.pool import ProcessExit, Sandbox, SandboxLost, SandboxPair
 
 
-class Hung(Exception):
+class NoAnswerInTime(Exception):
     """Nothing came before the deadline."""
 
 
-class LostUnderProgram(Exception):
+class SandboxLostDuringProgram(Exception):
     """The sandbox ended while a program was in it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. Sizes are in bytes, times in seconds.
+    """Limits of one program. Sizes are in bytes, times in seconds.
 
     Processor time decides; the wall limit is there for programs that sleep, and generous, so that
     a busy machine does not fail a program that would have made it.
@@ -52,8 +52,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came back from a program.
+class ProgramResult:
+    """The result of running a program.
 
     kind: "returned": `values` are what the caller asked for; "failed": the program broke its limits
     or its own process, `detail` says how; "bad_tests": the row's tests fail without the program;
@@ -86,11 +86,11 @@ class Tests:
 class _Process:
     """A program's or a judge's process, our end of its channel, and when it must have answered."""
 
-    server: Server
+    sandbox: Sandbox
     limits: Limits
     channel: socket.socket
     deadline: float  # of time.monotonic()
-    ended: Ended | None = None
+    ended: ProcessExit | None = None
 
     def tell(self, request: dict[str, Any]) -> None:
         """A process that has ended shows it when it is read from."""
@@ -98,60 +98,60 @@ class _Process:
         try:
             self.channel.sendall(json.dumps(request).encode() + b"\n")
         except TimeoutError as error:
-            raise Hung from error
+            raise NoAnswerInTime from error
         except (BrokenPipeError, ConnectionResetError):
             return
 
     def line(self) -> tuple[bytes, str]:
-        """What it sends up to a newline, and "" or why there is no whole line."""
+        """Return the bytes up to a newline, and "" or why there is no whole line."""
         return _read(self.channel.fileno(), self.deadline, self.limits.output_bytes, line=True)
 
-    def stop(self, *, ending: bool = False) -> Ended:
+    def stop(self, *, ending: bool = False) -> ProcessExit:
         """End the process; with `ending` give it a moment to do so by itself."""
         if self.ended is None:
             try:
-                self.ended = self.server.stop(ending=ending)
-            except ServerLost as lost:
-                raise LostUnderProgram(str(lost)) from lost
+                self.ended = self.sandbox.stop(ending=ending)
+            except SandboxLost as lost:
+                raise SandboxLostDuringProgram(str(lost)) from lost
         return self.ended
 
-    def fate(self, otherwise: str) -> Outcome:
-        """The outcome of a process that closed its channel without the answer."""
+    def fate(self, otherwise: str) -> ProgramResult:
+        """Return the result of a process that closed its channel without the answer."""
         ended = self.stop(ending=True)
         # One that catches SIGXCPU gets SIGKILL a second later. The kernel counts for the limit in
         # ticks, which on a busy virtual machine run ahead of the time that it reports.
         caught = ended.killed_by == signal.SIGKILL and ended.cpu_s >= self.limits.cpu_s / 2
         if ended.killed_by == signal.SIGXCPU or caught:
-            return Outcome("failed", [], f"more than {self.limits.cpu_s} s of processor time")
+            return ProgramResult("failed", [], f"more than {self.limits.cpu_s} s of processor time")
         if ended.killed_by == signal.SIGKILL:  # the filter leaves it no way to do so itself
-            return Outcome("infrastructure", [], "something outside killed the program")
+            return ProgramResult("infrastructure", [], "something outside killed the program")
         if ended.killed_by:
             otherwise += f" ({signal.Signals(ended.killed_by).name})"
-        return Outcome("failed", [], otherwise)
+        return ProgramResult("failed", [], otherwise)
 
 
 @contextmanager
 def _process(
-    server: Server, limits: Limits, deadline: float, *more: int, judge: bool = False
+    sandbox: Sandbox, limits: Limits, deadline: float, *more: int, judge: bool = False
 ) -> Iterator[_Process]:
     """A fresh process with a channel and the descriptors `more`; it has ended afterwards."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            server.start([theirs.fileno(), *more], limits.resources(server.layer), judge=judge)
-        process = _Process(server, limits, ours, deadline)
+            sandbox.start([theirs.fileno(), *more], limits.resources(sandbox.layer), judge=judge)
+        process = _Process(sandbox, limits, ours, deadline)
         try:
             yield process
         finally:
             process.stop()
 
 
-def exchange(slot: Slot, request: dict[str, Any], limits: Limits) -> Outcome:
+def exchange(pair: SandboxPair, request: dict[str, Any], limits: Limits) -> ProgramResult:
     """Send one request to a fresh process; the values are its answer, of whatever form.
 
-    Raises Hung where there is none in time, LostUnderProgram, and ServerLost.
+    Raises NoAnswerInTime where there is none in time, SandboxLostDuringProgram, and SandboxLost.
     """
-    with _process(slot.programs, limits, time.monotonic() + limits.wall_s) as process:
+    with _process(pair.programs, limits, time.monotonic() + limits.wall_s) as process:
         process.tell(request)
         line, problem = process.line()
         if problem:
@@ -159,16 +159,16 @@ def exchange(slot: Slot, request: dict[str, Any], limits: Limits) -> Outcome:
     return _parsed(line)
 
 
-def _parsed(line: bytes) -> Outcome:
+def _parsed(line: bytes) -> ProgramResult:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
-        return Outcome("failed", [], "the program sent back something else than JSON")
-    return Outcome("returned", values if isinstance(values, list) else [values])
+        return ProgramResult("failed", [], "the program sent back something else than JSON")
+    return ProgramResult("returned", values if isinstance(values, list) else [values])
 
 
-def script_output(slot: Slot, source: str, stdin: str, limits: Limits) -> Outcome:
-    """What a script writes to its standard output, as one text. Raises as `exchange`."""
+def script_output(pair: SandboxPair, source: str, stdin: str, limits: Limits) -> ProgramResult:
+    """Return what a script writes to its standard output, as one text. Raises as `exchange`."""
     # The input is a file in memory: writing it into a pipe could block on a script that does not
     # read.
     given = os.memfd_create("stdin")
@@ -177,13 +177,13 @@ def script_output(slot: Slot, source: str, stdin: str, limits: Limits) -> Outcom
     try:
         os.write(given, stdin.encode())
         os.lseek(given, 0, os.SEEK_SET)
-        with _process(slot.programs, limits, deadline, given, writing) as process:
+        with _process(pair.programs, limits, deadline, given, writing) as process:
             os.close(writing)
             writing = -1
             process.tell({"kind": "script", "source": source})
             output, problem = _read(reading, deadline, limits.output_bytes, line=False)
             if problem:
-                return Outcome("failed", [], problem)
+                return ProgramResult("failed", [], problem)
             ended = process.stop(ending=True)
             if ended.status != 0:
                 failure = _text(process.line()[0])
@@ -191,7 +191,7 @@ def script_output(slot: Slot, source: str, stdin: str, limits: Limits) -> Outcom
     finally:
         for descriptor in (given, reading, *([writing] if writing >= 0 else [])):
             os.close(descriptor)
-    return Outcome("returned", [output.decode(errors="replace")])
+    return ProgramResult("returned", [output.decode(errors="replace")])
 
 
 def _text(line: bytes) -> str:
@@ -201,33 +201,33 @@ def _text(line: bytes) -> str:
         return ""
 
 
-def judge_tests(slot: Slot, source: str, tests: Tests, limits: Limits) -> Outcome:
-    """[passed, text] for each of a row's tests. Raises as `exchange`."""
+def judge_tests(pair: SandboxPair, source: str, tests: Tests, limits: Limits) -> ProgramResult:
+    """Return [passed, text] for each of a row's tests. Raises as `exchange`."""
     deadline = time.monotonic() + limits.wall_s
-    with _process(slot.programs, limits, deadline) as program:
+    with _process(pair.programs, limits, deadline) as program:
         program.tell({"kind": "objects", "source": source})
         line, problem = program.line()
         if problem:
             return program.fate(problem)
         defined = _parsed(line).values
         if defined[:1] != ["value"]:
-            return Outcome("failed", [], ": ".join(map(str, defined[1:]))[:300])
-        verdict = _judged(slot.judges, program, tests)
-        if isinstance(verdict, Outcome):
+            return ProgramResult("failed", [], ": ".join(map(str, defined[1:]))[:300])
+        verdict = _judged(pair.judges, program, tests)
+        if isinstance(verdict, ProgramResult):
             return verdict
         if "setup_error" in verdict:
-            return Outcome("bad_tests", [], f"bad tests: {verdict['setup_error']}")
+            return ProgramResult("bad_tests", [], f"bad tests: {verdict['setup_error']}")
         if verdict["gone"]:
             fate = program.fate(verdict["gone"])
-            return fate if fate.kind != "failed" else Outcome("returned", verdict["results"])
-    return Outcome("returned", verdict["results"])
+            return fate if fate.kind != "failed" else ProgramResult("returned", verdict["results"])
+    return ProgramResult("returned", verdict["results"])
 
 
-def _judged(server: Server, program: _Process, tests: Tests) -> dict[str, Any] | Outcome:
-    """What the judge says; the program's channel goes over to it."""
+def _judged(sandbox: Sandbox, program: _Process, tests: Tests) -> dict[str, Any] | ProgramResult:
+    """Return the judge's reply; the program's channel goes over to it."""
     limits, way = program.limits, program.channel.fileno()
     program.channel.setblocking(True)  # the judge shares the mode with us
-    with _process(server, limits, program.deadline, way, judge=True) as judge:
+    with _process(sandbox, limits, program.deadline, way, judge=True) as judge:
         judge.tell({
             "setup": tests.setup, "tests": tests.tests, "names": tests.names,
             "entry_point": tests.entry_point, "max_bytes": limits.output_bytes,
@@ -241,9 +241,9 @@ def _judged(server: Server, program: _Process, tests: Tests) -> dict[str, Any] |
 
 
 def _read(source: int, deadline: float, max_bytes: int, *, line: bool) -> tuple[bytes, str]:
-    """Bytes up to a newline (`line`) or to the end, and "" or why that did not come.
+    """Return the bytes up to a newline (`line`) or to the end, and "" or why that did not come.
 
-    Raises Hung at the deadline.
+    Raises NoAnswerInTime at the deadline.
     """
     poll = select.poll()
     poll.register(source, select.POLLIN)
@@ -251,7 +251,7 @@ def _read(source: int, deadline: float, max_bytes: int, *, line: bool) -> tuple[
     while True:
         left_ms = (deadline - time.monotonic()) * 1000
         if left_ms <= 0 or not poll.poll(left_ms):
-            raise Hung
+            raise NoAnswerInTime
         try:
             part = os.read(source, 1 << 16)
         except ConnectionResetError:  # it ended with something unread

@@ -8,8 +8,8 @@ from ernie_train.rewards.scoring.composition import (
     ScoredBatch,
     build_reward,
 )
-from ernie_train.rewards.scoring.reference_completion import gold_completion
-from ernie_train.rewards.scoring.selfcheck import check_canaries
+from ernie_train.rewards.scoring.reference_completion import build_reference_completion
+from ernie_train.rewards.scoring.selfcheck import check_reward_on_reference_answers
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService, score_batch
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "ScoredBatch",
     "ScoringReport",
     "ScoringService",
+    "build_reference_completion",
     "build_reward",
-    "check_canaries",
-    "gold_completion",
+    "check_reward_on_reference_answers",
     "score_batch",
 ]

@@ -24,14 +24,14 @@ from ernie_train.rewards.registry import REWARDS, reward_named
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring.service import Reward, ScoringReport, ScoringService
 from ernie_train.rewards.verifiers.format import format_score
-from ernie_train.rewards.verifiers.llm_judge import Judge
+from ernie_train.rewards.verifiers.llm_judge import LlmJudge
 from ernie_train.rewards.verifiers.user import find_user_reward
 
 _SHOWN_EXCLUDED = 5
 
 
-class JudgeConfig(StrictConfig):
-    """A language model that compares a response with the row's `answer`; see rewards/judge.py."""
+class LlmJudgeConfig(StrictConfig):
+    """A language model that compares a response with the row's `answer`: verifiers/llm_judge.py."""
 
     url: str = Field(min_length=1, description="OpenAI-compatible endpoint, up to and with /v1")
     model: str = Field(min_length=1)
@@ -50,7 +50,7 @@ class RewardPart(StrictConfig):
         default=None, description="a verifier's name, or `row`: the one in each row's `reward`"
     )
     python: str | None = Field(default=None, description="file.py:function, beside the recipe")
-    judge: JudgeConfig | None = None
+    judge: LlmJudgeConfig | None = None
     weight: float = Field(default=1.0, description="what its value is multiplied by")
     max_tokens: int | None = Field(
         default=None, ge=1, description="of `format` only: longer completions lose half of it"
@@ -246,7 +246,7 @@ def build_reward(config: RewardConfig, base_directory: Path) -> ComposedReward:
             rewards.append(find_user_reward(part.python, base_directory))
         elif part.judge is not None:
             settings = part.judge.model_dump(exclude={"parallel"})
-            judge = Judge(**settings)
+            judge = LlmJudge(**settings)
             judge.require_key()
             rewards.append(judge)
             workers = max(workers or 0, part.judge.parallel)

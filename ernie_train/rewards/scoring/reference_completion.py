@@ -1,4 +1,4 @@
-"""The completion that a row's own answer amounts to: what any verifier must accept."""
+"""Build the completion that gives a row's own answer, which every verifier must accept."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from ernie_train.rewards.verifiers import tool_call
 _REASONING = "This is the reference answer."
 
 
-def gold_completion(reward: str, row: dict[str, Any]) -> str | None:
-    """A completion with the row's answer, as verifier `reward` reads it; None where it has none.
+def build_reference_completion(reward: str, row: dict[str, Any]) -> str | None:
+    """Build a completion with the row's answer as verifier `reward` reads it; None without one.
 
     Programs come from `solution`, the assistant's message or `answer`; tool calls from
     `expected_calls` or `answer`; anything else from `assignment` or `answer`.
     """
     if reward == "tool_call":
-        calls = tool_call.gold_calls(row)
+        calls = tool_call.reference_calls(row)
         if calls == []:
             return with_response(row, "None of the tools fits.")
         return None if calls is None else format_completion(_REASONING, None, calls)

@@ -1,4 +1,4 @@
-"""Canaries: before a policy learns from a reward, the reward shows that it can be trusted.
+"""Run the canaries: before a policy learns from a reward, the reward shows that it can be trusted.
 
 For a sample of the rows the row's own answer must score correct, and completions that answer
 nothing must not. A verifier that fails on either teaches nothing or teaches a trick.
@@ -11,11 +11,14 @@ from typing import Any
 from ernie_train.core.errors import UserError
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards.scoring.composition import ComposedReward
-from ernie_train.rewards.scoring.reference_completion import gold_completion, with_response
+from ernie_train.rewards.scoring.reference_completion import (
+    build_reference_completion,
+    with_response,
+)
 from ernie_train.rewards.verifiers import tool_call
 
 _SHOWN = 5
-_GOLD = "gold answer"
+_REFERENCE = "gold answer"
 _FAILURES = ("timeout", "infrastructure")
 
 # Each gets the name of the function that a program is asked for.
@@ -32,7 +35,7 @@ _RESPONSES: dict[str, Callable[[str], str]] = {
 }
 
 
-def check_canaries(
+def check_reward_on_reference_answers(
     rows: Sequence[dict[str, Any]],
     reward: ComposedReward,
     *,
@@ -40,10 +43,10 @@ def check_canaries(
     seed: int = 0,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Grade the canaries of `sample` rows (all, where there are fewer); gives their number.
+    """Grade the canaries of `sample` rows (all, where there are fewer); return their number.
 
     Only what the verifier says counts, not the format reward; a reward of format alone has no
-    canaries. The gold answer is not asked of a user's function, which may mark other things.
+    canaries. The reference answer is not asked of a user's function, which may mark other things.
     Raises UserError that shows the rows on which the reward fails.
     """
     if reward.verifier.name == "format":
@@ -54,15 +57,15 @@ def check_canaries(
     for index in sorted(chosen):
         row = rows[index]
         verifier = _verifier_name(reward, row)
-        gold = gold_completion(verifier, row)
+        gold = build_reference_completion(verifier, row)
         if reward.verifier.python is None:
             if gold is None:
                 wrong.append(f"  row {index} ({_short(row)}): no answer that could be graded")
                 continue
-            trials.append((index, _GOLD, gold))
+            trials.append((index, _REFERENCE, gold))
         trials.append((index, "nothing at all", ""))
         name = str(row.get("entry_point") or "f")
-        if verifier == "tool_call" and tool_call.gold_calls(row) == []:
+        if verifier == "tool_call" and tool_call.reference_calls(row) == []:
             # Where no call is right any response is; what is wrong is to call.
             call = format_completion("I call.", None, [("any_tool", {})])
             trials.append((index, "a tool call", call))
@@ -77,7 +80,7 @@ def check_canaries(
     if stop_requested():
         return len(trials)
     for (index, what, _), score in zip(trials, scores, strict=True):
-        if (score.status == "correct") != (what == _GOLD) or score.status in _FAILURES:
+        if (score.status == "correct") != (what == _REFERENCE) or score.status in _FAILURES:
             told = f"{score.status} {score.value:g}{': ' + score.detail if score.detail else ''}"
             wrong.append(f"  row {index} ({_short(rows[index])}): {what} scores {told}")
     if wrong:
@@ -91,13 +94,13 @@ def check_canaries(
 
 
 def _verifier_name(reward: ComposedReward, row: dict[str, Any]) -> str:
-    """The name of the verifier, which decides how a gold completion is built."""
+    """Return the name of the verifier, which decides how a reference completion is built."""
     name = reward.verifier.name
     return str(row.get("reward")) if name == "row" else name or "judge"
 
 
 def _short(row: dict[str, Any]) -> str:
-    """The first words of a row's problem, for a message."""
+    """Return the first words of a row's problem, for a message."""
     messages = row.get("messages")
     first = messages[0] if isinstance(messages, list) and messages else {}
     text = row.get("question") or (first.get("content") if isinstance(first, dict) else "") or row

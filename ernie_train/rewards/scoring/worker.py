@@ -1,4 +1,4 @@
-"""A scoring process: takes (reward, row, completion) from a pipe and gives a score back.
+"""Run a scoring process: take (reward, row, completion) from a pipe and send a score back.
 
 It is started by `worker_process.py` and may be killed at any moment. Replies are JSON, so that
 nothing is unpickled that came from a process which read completions.

@@ -1,4 +1,4 @@
-"""The other side of a scoring process: starting it, asking it, killing it."""
+"""Start, ask and kill a scoring process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-r"""Where a response says what its answer is.
+r"""Find the answer that a response names.
 
 A response names its answer in a box (`\boxed{..}`), between `<answer>` tags or behind words
 ("The answer is ..", "Answer: ..", "#### .."). Different answers of one response are all given
@@ -40,7 +40,7 @@ _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
 
 def squeeze(text: str) -> str:
-    """Every run of white space as one space, none at the ends."""
+    """Return the text with every run of white space as one space, none at the ends."""
     return " ".join(text.split())
 
 
@@ -50,7 +50,7 @@ def fold(text: str) -> str:
 
 
 def boxes(text: str) -> list[str]:
-    r"""What stands in each complete `\boxed{..}`, braces matched; one inside another is skipped."""
+    r"""Return the content of each complete `\boxed{..}`, braces matched; inner ones are skipped."""
     found: list[str] = []
     position = 0
     while opening := _BOX.search(text, position):
@@ -63,7 +63,7 @@ def boxes(text: str) -> list[str]:
 
 
 def _closing_brace(text: str, start: int) -> int:
-    """The place of the brace that closes the one before `start`; -1 where none does."""
+    """Return the position of the brace that closes the one before `start`; -1 where none does."""
     depth = 1
     for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
@@ -73,7 +73,7 @@ def _closing_brace(text: str, start: int) -> int:
 
 
 def named_answers(response: str) -> list[str]:
-    """The answers that a response names, in its order: of the first kind that it has.
+    """Return the answers that a response names, in its order: of the first kind that it has.
 
     Boxes, tags, "####" at its end, words. Empty where it names none: the whole response may then
     be the answer.
@@ -85,7 +85,7 @@ def named_answers(response: str) -> list[str]:
 
 
 def _announced(text: str) -> list[str]:
-    """What follows the words of _MARKER, to the end of its sentence; all, where there are many."""
+    """Return what follows the words of _MARKER, to the end of its sentence; all for many."""
     ends = [match.end() for match in itertools.islice(_MARKER.finditer(text), _MAX_MARKERS + 1)]
     if len(ends) > _MAX_MARKERS:
         return [text]
@@ -96,25 +96,25 @@ def _announced(text: str) -> list[str]:
 
 
 def tagged(response: str) -> list[str]:
-    """What stands between each `<answer>` and `</answer>`, as written."""
+    """Return the text between each `<answer>` and `</answer>`, as written."""
     # Up to the last closing tag, every opening one has its end: the search stays linear.
     return _ANSWER_TAG.findall(response[: response.rfind("</answer>") + len("</answer>")])
 
 
 def _hashed(response: str) -> list[str]:
-    """What follows "####" on the last lines; elsewhere it begins a heading."""
+    """Return what follows "####" on the last lines; elsewhere it begins a heading."""
     lines = [line.strip() for line in response.splitlines() if line.strip()]
     hashed = itertools.takewhile(lambda line: line.startswith("####"), reversed(lines))
     return [line.removeprefix("####") for line in hashed][::-1]
 
 
 def hedges(text: str) -> bool:
-    """Whether a text has a word of HEDGES or a contracted "not"."""
+    """Return True where a text has a word of HEDGES or a contracted "not"."""
     return any(word in HEDGES or word.endswith("n't") for word in _words(text))
 
 
 def denies(text: str, *, besides: Collection[str] = ()) -> bool:
-    """Whether a text has a word that denies ("wrong", "except"), other than those of `besides`."""
+    """Return True where a text has a word that denies ("wrong", "except") outside `besides`."""
     return any(word in _DENIALS and word not in besides for word in _words(text))
 
 

@@ -1,4 +1,4 @@
-"""Who is what: truth assignments such as those of knights and knaves, in any order.
+"""Read and grade truth assignments such as those of knights and knaves, in any order.
 
 An assignment is written as sentences ("Zoey is a knight, and Ethan is a knave.", "(1) Zoey is a
 knight", "Zoey: knight", "Zoey and Ethan are knights"). Each person must be named exactly once, and
@@ -29,7 +29,7 @@ _CONNECTIVES = {"therefore", "thus", "hence", "so", "then", "finally", "and"}
 def parse_assignment(
     text: str, roles: Collection[str], people: Collection[str] = ()
 ) -> dict[str, str] | None:
-    """{person: role} as a text says it; None where it contradicts, repeats or hedges.
+    """Return {person: role} as a text says it; None where it contradicts, repeats or hedges.
 
     Any word with a capital may be a name; `people` are names of other forms. A role that is
     mentioned outside of such a statement makes the text unclear: None.
@@ -60,7 +60,7 @@ def parse_assignment(
 
 @functools.lru_cache(maxsize=1024)
 def _patterns(roles: frozenset[str], people: frozenset[str]) -> tuple[re.Pattern[str], ...]:
-    """What finds a name, a list of names, the role that is said of them and any role."""
+    """Return patterns for a name, a list of names, the role that is said of them and any role."""
     known = [re.escape(name) for name in sorted(people, key=lambda name: (-len(name), name))]
     name = rf"(?<!\w)(?:{'|'.join([*known, _NAME])})(?!\w)"
     names = rf"{name}(?:(?:\s?,\s(?:and\s)?|\sand\s){name}){{0,20}}"
@@ -71,7 +71,7 @@ def _patterns(roles: frozenset[str], people: frozenset[str]) -> tuple[re.Pattern
 
 
 def grade_assignment(gold: Mapping[str, str], response: str) -> Score:
-    """Exactly the people of `gold`, each with the role that it gives them."""
+    """Accept exactly the people of `gold`, each with the role that it gives them."""
     roles = {fold(role) for role in gold.values()}
     if roles <= {"knight", "knave"}:
         roles = {"knight", "knave"}

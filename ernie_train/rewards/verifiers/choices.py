@@ -1,4 +1,4 @@
-"""One label out of a few: true/false/unknown, or a multiple choice by letter or by text."""
+"""Grade one label out of a few: true/false/unknown, or a multiple choice by letter or by text."""
 
 import re
 import string
@@ -33,7 +33,7 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
 
 
 def grade_truth(gold: str, response: str) -> Score:
-    """Exactly one of true, false and unknown (also uncertain, undetermined), and the right one."""
+    """Accept exactly one of true, false and unknown (uncertain, undetermined): the right one."""
     wanted = truth_label(gold)
     if wanted is None:
         return Score.bad_gold(f"{gold[:80]!r} is none of {', '.join(TRUTH_LABELS)}")
@@ -49,14 +49,14 @@ def grade_truth(gold: str, response: str) -> Score:
 
 
 def truth_label(text: str) -> str | None:
-    """The truth label that a text consists of."""
+    """Return the truth label that a text consists of."""
     label = fold(text).removesuffix(".")
     label = _SYNONYMS.get(label, label)
     return label if label in TRUTH_LABELS else None
 
 
 def grade_choice(gold: str, choices: Sequence[str], response: str) -> Score:
-    """Exactly one of `choices`, by its letter, its text, or both where they agree.
+    """Accept exactly one of `choices`, by its letter, its text, or both where they agree.
 
     `gold` is a letter or a text; letters go by position, and texts may begin with theirs
     ("B) 21"). Bad gold where it is neither, or where two choices have the same text.
@@ -85,7 +85,7 @@ def _one_of(found: set[str], wanted: str) -> Score:
 
 
 def _texts(response: str) -> list[str]:
-    """What the response names as its answers, or else all of it."""
+    """Return the answers that the response names, or else all of it."""
     if len(response) > MAX_RESPONSE_CHARACTERS:
         return []
     texts = named_answers(response) or [response]
@@ -103,7 +103,7 @@ def _without_letter(choice: str, place: int) -> str:
 
 
 def _read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that a text consists of; None where it is more or something else."""
+    """Return the letter of the choice that a text consists of; None where it is anything else."""
     by_text = {_key(choice): string.ascii_uppercase[i] for i, choice in enumerate(choices)}
     text = text.strip()
     if (letter := by_text.get(_key(text))) is not None:
@@ -118,12 +118,12 @@ def _read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _key(text: str) -> str:
-    """Equal for a choice as the row has it and as a response may write it."""
+    """Return a key that is equal for a choice as the row has it and as a response may write it."""
     return fold(_plain(text)).removesuffix(".")
 
 
 def _spoken_choices(text: str, choices: Sequence[str]) -> set[str]:
-    """The letters that a sentence names: "option B", "(B)"; none in hedging, denial and code."""
+    """Return the letters that a sentence names, as in "option B"; none in hedging, denial, code."""
     if hedges(text) or denies(text) or _CODE.search(text):
         return set()
     letters = set(string.ascii_uppercase[: len(choices)])

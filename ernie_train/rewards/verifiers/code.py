@@ -1,4 +1,4 @@
-"""Programs: what a completion defines must pass the row's tests, in the sandbox.
+"""Grade programs: what a completion defines must pass the row's tests, in the sandbox.
 
 A row says how it is tested by the form of its `tests`, and may have `hidden_tests` of the same form
 beside those that the problem shows; a program is correct when it passes all of both.
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_train.rewards.sandbox import api
-from ernie_train.rewards.sandbox.api import Outcome
+from ernie_train.rewards.sandbox.api import ProgramResult
 from ernie_train.rewards.score import Score, read_response
 from ernie_train.rewards.verifiers.tool_call import same_json
 
@@ -110,7 +110,7 @@ _MAX_SOLUTION_SCORES = 100_000
 
 
 def _solution_score(row: dict[str, Any], suite: _Suite) -> Score:
-    """What the row's solution gets; found out once in a process."""
+    """Return the score of the row's own solution, computed once in a process."""
     fields = ("tests", "hidden_tests", "entry_point", "setup", "preamble", "solution")
     text = json.dumps([row.get(name) for name in fields], sort_keys=True, default=repr)
     key = hashlib.sha256(text.encode()).hexdigest()
@@ -277,7 +277,7 @@ def _parsed(source: str, what: str) -> ast.Module:
         raise _BadTests(f"{what} is no Python: {error}: {source[:100]!r}") from error
 
 
-def _failure(outcome: Outcome) -> Score:
+def _failure(outcome: ProgramResult) -> Score:
     return {
         "failed": Score.wrong,
         "bad_tests": Score.bad_gold,

@@ -41,7 +41,7 @@ class _Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Judge:
+class LlmJudge:
     """Grades by asking `model` at `url` (up to and with /v1).
 
     api_key_env: the environment variable that holds the key; None sends none.
@@ -100,7 +100,7 @@ class Judge:
         return Score.infrastructure(f"judge: {reason}")
 
     def _post(self, body: bytes) -> str:
-        """The text of the judge's reply."""
+        """Return the text of the judge's reply."""
         headers = {"Content-Type": "application/json"}
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ.get(self.api_key_env, '')}"
@@ -124,7 +124,7 @@ class Judge:
 
 
 def judge_messages(question: str, gold: str, response: str) -> list[dict[str, str]]:
-    """The conversation that asks for a verdict; the same for the same texts."""
+    """Return the conversation that asks for a verdict; the same for the same texts."""
     mark = "=" * 8 + hashlib.sha256(f"{gold}\0{response}".encode()).hexdigest()[:24]
     asked = (
         f"Question:\n{question}\n\nReference answer:\n{gold}\n\n"
@@ -137,7 +137,7 @@ def judge_messages(question: str, gold: str, response: str) -> list[dict[str, st
 
 
 def read_verdict(reply: str) -> bool:
-    """Whether the last line of a judge's reply says correct."""
+    """Return True where the last line of a judge's reply says correct."""
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
     verdicts = {'{"verdict": "correct"}': True, '{"verdict": "wrong"}': False}
     try:

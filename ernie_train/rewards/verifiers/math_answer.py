@@ -86,7 +86,7 @@ def _compare(gold: str, response: str) -> Score:
     try:
         with _PROCESS.session() as verify:
             equal = _equal(wanted, given, verify)
-    except _Verdict as verdict:
+    except _ScoreSettled as verdict:
         return verdict.score
     return Score.correct() if equal else mismatch(wanted, given)
 
@@ -146,7 +146,7 @@ def _only_answer_of(sentence: str) -> str | None:
     return next(iter(spans))
 
 
-class _Verdict(Exception):
+class _ScoreSettled(Exception):
     """Ends a comparison of several members: one of them settles the score of all."""
 
     def __init__(self, score: Score) -> None:
@@ -184,7 +184,7 @@ def _equal(gold: str, answer: str, verify: Verify) -> bool:
 
 
 def _same_members(golds: list[str], answers: list[str], verify: Verify) -> bool:
-    """Whether the members pair off, in any order; no member serves twice."""
+    """Return True where the members pair off, in any order; no member serves twice."""
     if len(golds) != len(answers):
         return False
     left = list(answers)
@@ -197,7 +197,7 @@ def _same_members(golds: list[str], answers: list[str], verify: Verify) -> bool:
 
 
 def _elements(members: list[str]) -> list[str]:
-    r"""Of a lone \{..\} what stands in it: a list of solutions may be written as their set."""
+    r"""Return the content of a lone \{..\}: a list of solutions may be written as their set."""
     shape = _bracketed(members[0]) if len(members) == 1 else None
     return _members(shape[1]) if shape and shape[0] == "\\{\\}" else members
 
@@ -270,12 +270,12 @@ def _same(gold: str, answer: str, verify: Verify) -> bool:
         return False
     verdict = verify(gold, answer)
     if verdict is TOO_MUCH or not verdict.trains:
-        raise _Verdict(verdict)
+        raise _ScoreSettled(verdict)
     return verdict.status == "correct"
 
 
 def _incomparable(gold: str, answer: str) -> bool:
-    """Pairs of which math-verify would read something else than they say."""
+    """Return True for pairs of which math-verify would read something else than they say."""
     if gold.count("=") != answer.count("=") or ("%" in gold) != ("%" in answer):
         return True
     if _RELATION.search(answer) and not (_RELATION.search(gold) or gold[:1] in ("(", "[")):

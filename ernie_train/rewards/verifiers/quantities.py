@@ -58,7 +58,7 @@ _POWERS = {"square": "2", "sq": "2", "cubic": "3"}
 
 @dataclass(frozen=True)
 class Unit:
-    """`kinds`: what is measured, with its powers; `factor`: how many base units one of it is."""
+    """A unit. `kinds`: what is measured, with its powers; `factor`: its size in base units."""
 
     kinds: tuple[tuple[str, int], ...]
     factor: Fraction

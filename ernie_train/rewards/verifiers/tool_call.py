@@ -44,7 +44,7 @@ def score(row: dict[str, Any], completion: str) -> Score:
     return Score.correct()
 
 
-def gold_calls(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
+def reference_calls(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
     """Calls that must score correct, the first allowed values; None for a row that is bad."""
     expected = _expected_calls(row)
     if isinstance(expected, Score):
@@ -92,7 +92,7 @@ def _expected_calls(row: dict[str, Any]) -> list[Expected] | Score:
 
 
 def _all_matched(calls: list[ToolCall], expected: list[Expected]) -> bool:
-    """Whether the calls can be paired with the expected ones (augmenting paths: polynomial)."""
+    """Return True where calls and expected ones pair off (augmenting paths: polynomial)."""
     owner: dict[int, int] = {}
 
     def place(call: int, tried: set[int]) -> bool:

@@ -66,7 +66,7 @@ def find_user_reward(text: str, base_directory: Path) -> UserReward:
 
 
 def as_score(result: Any) -> Score:
-    """What a user's function gave, as a Score.
+    """Return what a user's function gave as a Score.
 
     Raises ValueError for NaN and for a number outside of 0 to 1, TypeError for another type.
     """
