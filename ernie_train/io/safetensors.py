@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -27,7 +28,6 @@ NUMPY_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
     "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-_CHUNK_NUMBERS = 2**20
 _STORED_DTYPES = {np.dtype(v): k for k, v in NUMPY_DTYPES.items() if k != "U16"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
           "GIB": 2**30}  # fmt: skip
@@ -43,21 +43,20 @@ def parse_size(size: int | str) -> int:
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 -> bits of bfloat16 (uint16), rounded to nearest, ties to even; NaN stays NaN."""
-    flat = np.asarray(array, dtype="<f4", order="C").reshape(-1)
-    result = np.empty(flat.shape, "<u2")
-    for start in range(0, flat.size, _CHUNK_NUMBERS):  # to need little memory besides
-        part = flat[start : start + _CHUNK_NUMBERS]
-        bits = part.view("<u4")
-        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-        # Rounding could carry a NaN's payload over into infinity.
-        quiet_nan = (bits >> 16) | 0x0040
-        result[start : start + len(part)] = np.where(np.isnan(part), quiet_nan, rounded)
-    return result.reshape(array.shape)
+    """Round float32 to bfloat16, to nearest, ties to even; return the bits as uint16.
+
+    NaN stays NaN.
+    """
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of each NaN
+        rounded = np.asarray(array, np.float32).astype(ml_dtypes.bfloat16, order="C")
+    return rounded.view(np.uint16)
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Bits of bfloat16 (uint16) -> float32, exactly."""
+    """Return bits of bfloat16 (uint16) as float32, exactly.
+
+    A shift: the conversion of ml_dtypes 0.5.4 took twenty times as long (0.24 s for 17 million).
+    """
     wide = bits.astype("<u4")
     wide <<= 16
     return wide.view("<f4")

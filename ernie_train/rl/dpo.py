@@ -202,7 +202,7 @@ def _save(
         trainer.step,
         model=trainer.model,
         optimizer=optimizer_arrays(trainer.optimizer, lambda named: to_disk(trainer.model, named)),
-        state={"powers": trainer.optimizer.powers(), "moe_health": health.state_dict()},
+        state={"powers": trainer.optimizer.beta_powers(), "moe_health": health.state_dict()},
     )
 
 

@@ -222,9 +222,9 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but arrays."""
-        state = {"powers": self.trainer.optimizer.powers(), "step": self.trainer.step}
+        state = {"powers": self.trainer.optimizer.beta_powers(), "step": self.trainer.step}
         if self.critic is not None:
-            powers = self.critic.optimizer.powers()
+            powers = self.critic.optimizer.beta_powers()
             state |= {"critic_powers": powers, "critic_step": self.critic.step}
         return state
 

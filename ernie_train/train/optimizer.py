@@ -191,7 +191,7 @@ class Optimizer:
             slots["master"] = {n: t for n, t in named.items() if t is not None}
         return slots
 
-    def powers(self) -> dict[str, float]:
+    def beta_powers(self) -> dict[str, float]:
         """Return beta1^t and beta2^t of the bias correction, which all parameters share.
 
         Every rank must call it.

@@ -206,7 +206,7 @@ class _SupervisedRun:
             model=model,
             optimizer=optimizer_arrays(optimizer, lambda named: to_disk(model, named)),
             state={
-                "powers": optimizer.powers(),
+                "powers": optimizer.beta_powers(),
                 "loader": self.batches.state_dict(),
                 "rope_theta_at_start": self.rope_schedule.start_theta,
                 "moe_health": self.health.state_dict(),

@@ -261,7 +261,7 @@ def write_weights(
     """
     if dtype is not None:
         _check_dtype(dtype)
-    read = _LastRead(model)
+    read = _CachedParameter(model)
     mine = owned_names(read.state)
     entries = []
     for piece in pieces(model.config, experts=model.model.placement.experts):
@@ -278,8 +278,8 @@ def write_weights(
     return digests
 
 
-class _LastRead:
-    """Parameters as numpy arrays, the last one kept: its pieces are asked for one after another."""
+class _CachedParameter:
+    """Read parameters as numpy arrays and keep the last one, since its pieces are read in turn."""
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.state = model.state_dict()

@@ -119,7 +119,7 @@ def test_saved_state_continues_to_the_same_bits_and_a_gap_is_named():
     moments = {s: {n: t.numpy() for n, t in ts.items()} for s, ts in optimizer.moments().items()}
     other.set_state_dict(model.state_dict())
     resumed = Optimizer(other, c)
-    resumed.load_state(moments, optimizer.powers())
+    resumed.load_state(moments, optimizer.beta_powers())
     for m, o in ((model, optimizer), (other, resumed)):
         backward(m, 2)
         o.step(c.lr, o.gradient_norm())
@@ -132,9 +132,9 @@ def test_saved_state_continues_to_the_same_bits_and_a_gap_is_named():
     assert {s: set(named) for s, named in second.moments().items()} == {
         s: set(named) for s, named in optimizer.moments().items()
     }
-    assert set(second.powers()) == set(optimizer.powers()) != set()
+    assert set(second.beta_powers()) == set(optimizer.beta_powers()) != set()
     with pytest.raises(CheckpointError, match="step_3: no optimizer state although 3 steps"):
         restore_optimizer(second, {}, {}, dict, checkpoint=Path("step_3"), steps=3)
     del moments["moment2"]["linear.bias"]
     with pytest.raises(CheckpointError, match=r"moment2.*linear\.bias"):
-        resumed.load_state(moments, optimizer.powers())
+        resumed.load_state(moments, optimizer.beta_powers())
