@@ -197,7 +197,7 @@ def _system_turn(system: str | None, tools: Sequence[dict[str, Any]] | None) -> 
 
 
 def _assistant_body(message: Message) -> str:
-    """What the model writes after `<think>\\n`, up to the token that ends the turn."""
+    r"""Return what the model writes after `<think>\n`, up to the token that ends the turn."""
     reasoning, answer = _split_thinking(message)
     content = (answer.get("content") or "").strip("\n")
     blocks: list[str] = []

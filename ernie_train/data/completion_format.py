@@ -1,11 +1,11 @@
-"""The Thinking format of a completion: its tags, one parser and one writer.
+r"""The Thinking format of a completion: its tags, one parser and one writer.
 
 A completion in full is
 
-    <think>\\n{reasoning}\\n</think>\\n\\n<response>\\n{answer}\\n</response>\\n
+    <think>\n{reasoning}\n</think>\n\n<response>\n{answer}\n</response>\n
 
-where tool calls, `<tool_call>\\n{"name": .., "arguments": {..}}\\n</tool_call>\\n`, may stand in
-place of the response. The generation prompt ends in `<think>\\n`, so that what a model wrote
+where tool calls, `<tool_call>\n{"name": .., "arguments": {..}}\n</tool_call>\n`, may stand in
+place of the response. The generation prompt ends in `<think>\n`, so that what a model wrote
 usually lacks the opening tag.
 
 A completion is hostile input: parsing takes time linear in its length, and never raises.
@@ -96,10 +96,12 @@ def format_completion(
 
 
 def response_block(answer: str) -> str:
+    """Return the response part of a completion."""
     return f"{RESPONSE_OPEN}\n{answer}\n{RESPONSE_CLOSE}\n"
 
 
 def tool_call_block(name: str, arguments: Any) -> str:
+    """Return one tool call as the format writes it; arguments as JSON text stay as they are."""
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     body = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {written}}}'
     return f"{TOOL_CALL_OPEN}\n{body}\n{TOOL_CALL_CLOSE}\n"

@@ -80,14 +80,14 @@ def from_alpaca(row: Row) -> Record:
 
 
 def from_prompt_completion(row: Row) -> Record:
-    """prompt and completion, each a text or a list of messages."""
+    """Prompt and completion, each a text or a list of messages."""
     messages = _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
     messages = _with_system(messages, row.get("system"))
     return _conversation(row, messages, {"prompt", "completion", "system", "tools"})
 
 
 def from_preference(row: Row) -> Record:
-    """prompt (or messages), chosen and rejected, each a text or a list of messages.
+    """Prompt (or messages), chosen and rejected, each a text or a list of messages.
 
     Without a prompt, chosen and rejected are whole conversations that begin alike.
     """
@@ -102,7 +102,7 @@ def from_preference(row: Row) -> Record:
 
 
 def from_prompt(row: Row) -> Record:
-    """prompt or question, with the fields that a verifier needs."""
+    """Prompt or question, with the fields that a verifier needs."""
     key = "prompt" if "prompt" in row else "question"
     messages = _with_system(_turns(row, key, "user"), row.get("system"))
     return _conversation(row, messages, {key, "system", "tools"})

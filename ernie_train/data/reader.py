@@ -20,6 +20,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".txt")
 
 @dataclass(frozen=True)
 class BadRow:
+    """A row that could not be read, and why."""
+
     source: str  # "file:line"
     reason: str
 

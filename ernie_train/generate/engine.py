@@ -62,7 +62,7 @@ class Completion:
     expert_ids: np.ndarray | None = field(default=None, compare=False)
 
 
-def generate(
+def generate(  # noqa: PLR0913 - the public call; everything after the prompts is a keyword
     model: Ernie4_5_MoeForCausalLM,
     prompts: Sequence[Sequence[int]],
     *,

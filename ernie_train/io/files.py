@@ -31,6 +31,8 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class FileDigest:
+    """Size and hash of a file, as a manifest lists them."""
+
     size: int  # bytes
     sha256: str
 

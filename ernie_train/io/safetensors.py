@@ -63,7 +63,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def stored_dtype(dtype: np.dtype) -> str:
-    """safetensors' name of a numpy dtype; uint16 counts as bfloat16."""
+    """Safetensors' name of a numpy dtype; uint16 counts as bfloat16."""
     name = _STORED_DTYPES.get(np.dtype(dtype).newbyteorder("<"))
     if name is None:
         raise WeightsError(f"arrays of dtype {dtype} cannot be stored")
@@ -197,6 +197,8 @@ def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """Place, dtype and shape of a tensor on disk."""
+
     file: Path
     dtype: str
     shape: tuple[int, ...]

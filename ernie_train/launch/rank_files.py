@@ -117,6 +117,7 @@ def write_marker(name: str) -> None:
 
 
 def has_marker(directory: Path, name: str) -> bool:
+    """Return whether `write_marker` has written this one."""
     return (directory / f"marker.{name}").exists()
 
 

@@ -19,6 +19,8 @@ from ernie_train.model import Ernie4_5_MoeModel
 
 
 class HasDecoder(Protocol):
+    """A model around a decoder: a policy or a critic."""
+
     model: Ernie4_5_MoeModel
 
 

@@ -96,7 +96,7 @@ def _projections(config: Ernie4_5_MoeConfig) -> float:
 
 
 def _scores(config: Ernie4_5_MoeConfig, context: float) -> float:
-    """q k^T and p v of a layer."""
+    """Q k^T and p v of a layer."""
     return 4.0 * config.num_attention_heads * config.attention_head_dim * context
 
 

@@ -10,6 +10,7 @@ import sys
 
 
 def main() -> None:
+    """Load the directory and write logits and greedy tokens; see the module."""
     import torch
     import transformers
 

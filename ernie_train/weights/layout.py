@@ -54,7 +54,7 @@ class Piece:
         return self.parameter.endswith((".mlp.gate.weight", _BIAS_NAME))
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
-        """This piece of a parameter, turned as it is stored; a view."""
+        """Return this piece of a parameter, turned as it is stored; a view."""
         part = parameter[self.at]
         return part.swapaxes(-1, -2) if self.transpose else part
 

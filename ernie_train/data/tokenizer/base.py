@@ -101,6 +101,7 @@ class WholeTokens:
 
 
 def copy_tokenizer_files(source: Path, out_dir: Path) -> None:
+    """Copy the files of a tokenizer directory; nothing happens where both are the same."""
     if source.resolve() == out_dir.resolve():
         return
     for name in TOKENIZER_FILES:

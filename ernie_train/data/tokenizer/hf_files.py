@@ -85,6 +85,7 @@ def special_tokens(proto: SentencePieceModel) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; `DataError` for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

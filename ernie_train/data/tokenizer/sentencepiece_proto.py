@@ -12,6 +12,8 @@ from typing import Any
 
 
 class PieceType(IntEnum):
+    """Kinds of pieces, numbered as in sentencepiece_model.proto."""
+
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
@@ -37,6 +39,8 @@ _MESSAGES: dict[str, list[tuple[str, int, str, str]]] = {
 
 @dataclass(frozen=True)
 class SentencePiece:
+    """A token with its score and kind."""
+
     text: str
     score: float
     type: PieceType
@@ -44,6 +48,8 @@ class SentencePiece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
+    """The fields of a serialized model that the toolkit needs."""
+
     pieces: list[SentencePiece]
     is_bpe: bool
     add_dummy_prefix: bool

@@ -93,7 +93,7 @@ def _working_layer() -> Layer:
 
 
 def trial(layer: Layer) -> str:
-    """Return "" where a known program gives its value behind this layer, else what went wrong."""
+    """Run a known program behind this layer; return what went wrong, or an empty text."""
     try:
         with POOL.borrow(layer) as pair:
             return _known_failure(pair)

@@ -84,7 +84,7 @@ def _layer(name: LayerName, command: list[str], interpreter: str, user: int | No
 
 
 def _interpreters() -> list[str]:
-    """This interpreter, then the system's: one below a private home is out of others' reach."""
+    """Return this interpreter and the system's: a private home is out of others' reach."""
     found = [Path(sys.executable).resolve(), Path("/usr/bin/python3").resolve()]
     return [str(path) for path in dict.fromkeys(found) if path.exists()]
 

@@ -124,6 +124,8 @@ class ComposedScore:
 
 @dataclass(frozen=True)
 class ScoredBatch:
+    """Scores of a batch of completions, and a report on how they were made."""
+
     scores: list[ComposedScore]
     report: ScoringReport
 

@@ -1,4 +1,4 @@
-"""The format reward: is the completion built as the Thinking format asks?"""
+"""The format reward: 1 for a completion that is built as the Thinking format asks."""
 
 from typing import Any
 

@@ -243,7 +243,7 @@ def _bracketed(text: str) -> tuple[str, str] | None:
 
 
 def _variable_and_value(text: str) -> tuple[str, str]:
-    """x = 5 -> ("x", "5"); ("", text) where the text is no definition of one variable."""
+    """X = 5 -> ("x", "5"); ("", text) where the text is no definition of one variable."""
     match = _VARIABLE.match(text)
     if match is None or "=" in text[match.end() :] or not text[match.end() :]:
         return "", text

@@ -23,6 +23,7 @@ DECIMAL_PLACES = 12
 
 
 def main() -> None:
+    """Answer a request a line until the input ends."""
     # Whatever a library prints goes to the terminal, not between the verdicts.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -66,6 +66,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Quantity:
+    """An exact value with its unit, if any."""
+
     value: Fraction
     unit: Unit | None
 

@@ -1,2 +1,5 @@
-"""The modules that run inside the sandbox. They are sent there as text, so they import the standard
-library and one another alone, and keep to what Python 3.9 knows."""
+"""Modules that run inside the sandbox.
+
+They are sent there as text, so they import the standard library and one another alone, and keep to
+what Python 3.9 knows.
+"""

@@ -32,6 +32,7 @@ def run(channel: int) -> None:
 
 
 def described(error: BaseException) -> str:
+    """Return the type and message of an error, cut to a bounded length."""
     return f"{type(error).__name__}: {str(error)[:_SHOWN]}"
 
 
