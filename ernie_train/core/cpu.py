@@ -28,7 +28,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 # Lists the variables that an ernie_train process set, so that the processes it starts can tell
