@@ -24,6 +24,7 @@ from ernie_train.core.barrier import HostBarrier
 from ernie_train.core.errors import ConfigError
 
 T = TypeVar("T")
+K = TypeVar("K", str, tuple[str, str])
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,11 @@ def all_gather_objects(value: T) -> list[T]:
     return found
 
 
-def all_reduce_named(values: Mapping[str, float]) -> dict[str, float]:
-    """Return sums by name over all ranks; a rank may lack names that others have."""
+def all_reduce_named(values: Mapping[K, float]) -> dict[K, float]:
+    """Return sums by name over all ranks; a rank may lack names that others have.
+
+    Names are texts or tuples of texts.
+    """
     if world_size() == 1:
         return dict(values)
     found = all_gather_objects(dict(values))

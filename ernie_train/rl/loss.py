@@ -22,9 +22,7 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.batch import MicroBatch
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import critic_values, policy_logprobs
-from ernie_train.train.loss_terms import LossOutput, LossTerm
-
-Shown = dict[str, tuple[float, float]]  # sum and count of what is logged beside the terms
+from ernie_train.train.loss_terms import LossOutput, LossTerm, Mean
 
 
 def _tensor(array: np.ndarray | None) -> Tensor:
@@ -35,7 +33,7 @@ def _tensor(array: np.ndarray | None) -> Tensor:
 
 def preference_term(
     logprobs: Tensor, batch: MicroBatch, *, beta: float, coef: float
-) -> tuple[LossTerm, Shown]:
+) -> tuple[LossTerm, dict[str, Mean]]:
     """Return DPO on the pairs of a micro-batch, and the implicit rewards (arXiv:2305.18290).
 
     logprobs [N] of the completion tokens under the policy.
@@ -51,13 +49,13 @@ def preference_term(
     total = dpo_loss(chosen, rejected, beta=beta).sum()
     seen = implicit_rewards(chosen, rejected, beta=beta)
     pairs = float(len(batch.pairs))
-    shown = {
-        "rewards/accuracies": (float(seen.accuracies.sum()), pairs),
-        "rewards/margins": (float(seen.margins.sum()), pairs),
-        "rewards/chosen": (float(seen.chosen.sum()), pairs),
-        "rewards/rejected": (float(seen.rejected.sum()), pairs),
+    metrics = {
+        "rewards/accuracies": Mean(float(seen.accuracies.sum()), pairs),
+        "rewards/margins": Mean(float(seen.margins.sum()), pairs),
+        "rewards/chosen": Mean(float(seen.chosen.sum()), pairs),
+        "rewards/rejected": Mean(float(seen.rejected.sum()), pairs),
     }
-    return LossTerm("preference", total, pairs, coef), shown
+    return LossTerm("preference", total, pairs, coef), metrics
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class DpoLoss:
 
     def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: MicroBatch) -> LossOutput:
         logprobs, _, router_stats = policy_logprobs(model, batch, temperature=1.0)
-        term, shown = preference_term(logprobs, batch, beta=self.beta, coef=1.0)
-        return LossOutput([term], shown, router_stats, logprobs)
+        term, metrics = preference_term(logprobs, batch, beta=self.beta, coef=1.0)
+        return LossOutput([term], metrics, router_stats, logprobs)
 
 
 @dataclass(frozen=True)
@@ -109,22 +107,22 @@ class UpoLoss:
         )
         counts = self.counts(batch)
         terms: list[LossTerm] = []
-        shown: Shown = {}
+        metrics: dict[str, Mean] = {}
         if float(batch.loss_mask.sum()) > 0:
-            terms, shown = self._token_terms(logprobs, entropy, batch, counts)
+            terms, metrics = self._token_terms(logprobs, entropy, batch, counts)
         if self.preference_coef and batch.pairs:
             term, seen = preference_term(logprobs, batch, beta=self.beta, coef=self.preference_coef)
             terms.append(term)
-            shown |= seen
-        return LossOutput(terms, shown, router_stats, logprobs)
+            metrics |= seen
+        return LossOutput(terms, metrics, router_stats, logprobs)
 
     def _token_terms(
         self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch, counts: dict[str, float]
-    ) -> tuple[list[LossTerm], Shown]:
+    ) -> tuple[list[LossTerm], dict[str, Mean]]:
         mask = paddle.to_tensor(batch.loss_mask)
         tokens = float(batch.loss_mask.sum())
         terms = []
-        shown: Shown = {}
+        metrics: dict[str, Mean] = {}
         if "policy" in counts:
             total, clipped = policy_loss(
                 logprobs,
@@ -134,20 +132,20 @@ class UpoLoss:
                 clip_ratio=self.clip_ratio,
             )
             terms.append(LossTerm("policy", total, tokens, self.policy_coef))
-            shown["clip_ratio"] = (float(clipped), tokens)
+            metrics["clip_ratio"] = Mean(float(clipped), tokens)
         if entropy is not None:
             summed = (entropy * mask).sum()
-            shown["entropy"] = (float(summed), tokens)
+            metrics["entropy"] = Mean(float(summed), tokens)
             if "entropy" in counts:
                 terms.append(LossTerm("entropy", summed, tokens, -self.entropy_coef))
         if self.has_reference:
             reference = _tensor(batch.ref_logprobs)
             estimate = kl_estimate(logprobs.detach(), reference, "k3") * mask
-            shown["kl"] = (float(estimate.sum()), tokens)
+            metrics["kl"] = Mean(float(estimate.sum()), tokens)
             if "kl_loss" in counts and self.kl_kind is not None:
                 summed = kl_loss(logprobs, reference, mask, kind=self.kl_kind)
                 terms.append(LossTerm("kl_loss", summed, tokens, self.kl_coef))
-        return terms, shown
+        return terms, metrics
 
 
 @dataclass(frozen=True)

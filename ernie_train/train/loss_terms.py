@@ -31,6 +31,23 @@ ModelT_contra = TypeVar("ModelT_contra", bound=TrainedModel, contravariant=True)
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A mean as a sum and a count, which add up over micro-batches and ranks."""
+
+    sum: float
+    count: float
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 over nothing."""
+        return self.sum / max(self.count, 1.0)
+
+    def joined(self, other: Mean) -> Mean:
+        """Return the mean over what both are means of."""
+        return Mean(self.sum + other.sum, self.count + other.count)
+
+
+@dataclass(frozen=True)
 class LossTerm:
     """A part of the objective: `coef * sum / count`, the count taken over the whole step.
 
@@ -46,7 +63,7 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Terms with gradient, metrics to log (name -> (sum, count)) and router statistics.
+    """Terms with gradient, metrics to log and router statistics.
 
     grad_anchor: a tensor that depends on every layer, such as final hidden states or logprobs.
     Under expert parallelism each backward pass starts from it too, whatever terms there are, so
@@ -54,7 +71,7 @@ class LossOutput:
     """
 
     terms: list[LossTerm]
-    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    metrics: dict[str, Mean] = field(default_factory=dict)
     router_stats: list[RouterStats] = field(default_factory=list)
     grad_anchor: Tensor | None = None
 

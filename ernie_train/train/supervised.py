@@ -15,7 +15,7 @@ from ernie_train.io.metrics_log import StageMetrics
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Lockstep
-from ernie_train.train.loss_terms import LossOutput, LossTerm
+from ernie_train.train.loss_terms import LossOutput, LossTerm, Mean
 from ernie_train.train.moe_health import MoeHealth
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.rope_schedule import RopeSchedule
@@ -44,10 +44,14 @@ class PackedLoss:
         self.normalization = normalization
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        return {"objective": self._token_weights(batch)[1]}
+
+    def _token_weights(self, batch: Batch) -> tuple[np.ndarray, float]:
+        """Return the weight of each token [B,S], and the count that their sum is divided by."""
         if self.normalization == "tokens":
-            return {"objective": float(batch.loss_mask.sum())}
-        _, samples = token_balanced_weights(batch.loss_mask, batch.document_ids)
-        return {"objective": float(samples)}
+            return batch.loss_mask, float(batch.loss_mask.sum())
+        weights, samples = token_balanced_weights(batch.loss_mask, batch.document_ids)
+        return weights, float(samples)
 
     def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: Batch) -> LossOutput:
         output = model.model(
@@ -55,9 +59,7 @@ class PackedLoss:
             position_ids=paddle.to_tensor(batch.position_ids),
             document_ids=batch.document_ids,
         )
-        weights = batch.loss_mask
-        if self.normalization == "token_balanced":
-            weights, _ = token_balanced_weights(batch.loss_mask, batch.document_ids)
+        weights, count = self._token_weights(batch)
         # Logits are only made of trained tokens: in SFT most are prompt or padding.
         trained = np.flatnonzero(batch.loss_mask)
         rows = trained
@@ -69,10 +71,9 @@ class PackedLoss:
             paddle.to_tensor(batch.labels.reshape(-1)[trained]),
             paddle.to_tensor(weights.reshape(-1)[trained].astype(np.float32)),
         )
-        count = self.counts(batch)["objective"]
         return LossOutput(
             [LossTerm("objective", total, count)],
-            metrics={"loss": (float(token_losses.sum()), float(len(trained)))},
+            metrics={"loss": Mean(float(token_losses.sum()), float(len(trained)))},
             router_stats=output.router_stats,
             grad_anchor=output.hidden,
         )
@@ -241,8 +242,8 @@ def validation_loss(
     with Lockstep(stage.model) as lockstep, paddle.no_grad():
         for batch in process_group.shard(list(once)):
             lockstep.next_pass()
-            value, tokens = loss(stage.model, batch).metrics["loss"]
-            total, count = total + value, count + tokens
+            mean = loss(stage.model, batch).metrics["loss"]
+            total, count = total + mean.sum, count + mean.count
     total, count = process_group.all_reduce_sum([total, count])
     stage.model.train()
     if count == 0:

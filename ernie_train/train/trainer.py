@@ -18,7 +18,7 @@ from paddle import Tensor
 from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.errors import Interrupted, NonFiniteError
-from ernie_train.train.loss_terms import BatchT, LossFn, LossTerm, ModelT
+from ernie_train.train.loss_terms import BatchT, LossFn, LossTerm, Mean, ModelT
 from ernie_train.train.moe_balance import BalanceConfig, MoeBalance, RouterStatsAccumulator
 from ernie_train.train.optimizer import Optimizer, learning_rate
 
@@ -96,7 +96,7 @@ class Trainer(Generic[ModelT, BatchT]):
         # loss is divided by them before its backward pass.
         counts = self._counts(micro_batches, loss_fn)
         sums: dict[str, float] = {}
-        extra: dict[str, tuple[float, float]] = {}
+        means: dict[str, Mean] = {}
         load = self.balancer.new_load()
         last = _passes_per_rank(micro_batches) - 1
         for number, batch in enumerate(process_group.shard(micro_batches)):
@@ -108,13 +108,12 @@ class Trainer(Generic[ModelT, BatchT]):
             load.add(output.router_stats)
             for term in terms:
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
-            for name, (value, count) in output.metrics.items():
-                before = extra.get(name, (0.0, 0.0))
-                extra[name] = (before[0] + value, before[1] + count)
+            for name, mean in output.metrics.items():
+                means[name] = means[name].joined(mean) if name in means else mean
         self._run_dummy_backward(micro_batches, last_of_step=True)
         self.optimizer.reduce_gradients()
         lr = learning_rate(self.optimizer.config, self.step + 1, total_steps)
-        metrics = _reduce_metrics(sums, counts, extra)
+        metrics = _reduce_metrics(sums, counts, means)
         metrics["grad_norm"] = self.optimizer.gradient_norm()
         metrics["lr"] = lr
         # Before the update: a NaN in weights or moments could not be undone.
@@ -184,24 +183,22 @@ def _passes_per_rank(micro_batches: Sequence[Any]) -> int:
 
 
 def _reduce_metrics(
-    sums: dict[str, float], counts: dict[str, float], extra: dict[str, tuple[float, float]]
+    sums: dict[str, float], counts: dict[str, float], metrics: dict[str, Mean]
 ) -> dict[str, float]:
-    """Return means over the whole step and all ranks, of terms and of extra metrics (sum, count).
+    """Return means over the whole step and all ranks: of terms, and of the losses' metrics.
 
     All go in one reduction by name, because ranks may have different terms.
     """
-    own = {f"{n}/sum": value for n, (value, _) in extra.items()}
-    own |= {f"{n}/count": count for n, (_, count) in extra.items()}
-    total = process_group.all_reduce_named(
-        {**{f"{n}/term": value for n, value in sums.items()}, **own}
-    )
-
-    def names(kind: str) -> list[str]:
-        return sorted(n.removesuffix(kind) for n in total if n.endswith(kind))
-
-    metrics = {n: total[f"{n}/term"] / max(counts[n], 1.0) for n in names("/term")}
-    means = {n: total[f"{n}/sum"] / max(total[f"{n}/count"], 1.0) for n in names("/sum")}
-    return metrics | means
+    own = {("term", name): value for name, value in sums.items()}
+    own |= {("sum", name): mean.sum for name, mean in metrics.items()}
+    own |= {("count", name): mean.count for name, mean in metrics.items()}
+    total = process_group.all_reduce_named(own)
+    names = sorted(total)
+    terms = {n: Mean(total["term", n], counts[n]).value for kind, n in names if kind == "term"}
+    means = {
+        n: Mean(total["sum", n], total["count", n]).value for kind, n in names if kind == "sum"
+    }
+    return terms | means
 
 
 def _backward(terms: list[LossTerm], counts: dict[str, float], grad_anchor: Tensor | None) -> None:
