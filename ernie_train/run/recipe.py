@@ -241,12 +241,13 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
     try:
         return load_recipe(path)
     except ConfigError as error:
-        more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+        first, _, rest = error.problems[0].partition("; ")
+        more = " (and more)" if rest or len(error.problems) > 1 else ""
         raise CheckpointError(
             f"{path} was recorded by {_recorded_version(run_dir)}, and its settings have changed "
             f"since. Use that version, or one of the run's checkpoints, such as "
             f"{run_dir / 'NN-STAGE' / 'checkpoints' / 'step_NNNNNN'}, as the model. "
-            f"{error.problems[0]}{more}"
+            f"{first}{more}"
         ) from None
 
 
