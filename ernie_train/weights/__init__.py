@@ -1,7 +1,7 @@
-"""Models on disk: the names and layouts of their tensors, Hugging Face directories, checkpoints.
+"""Read and write models on disk: tensor names and layouts, Hugging Face directories, checkpoints.
 
-Weights lie as Hugging Face safetensors everywhere, inside a checkpoint too, so any parallel layout
-reads what any other wrote, by tensor name.
+Weights are stored as Hugging Face safetensors everywhere, inside a checkpoint too, so that any
+parallel layout can read by tensor name what any other layout has written.
 """
 
 from ernie_train.weights.checkpoint import (

@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointConfig(StrictConfig):
-    """When checkpoints are written and which are kept."""
+    """Set when checkpoints are written and which of them are kept."""
 
     every_steps: int = Field(200, ge=1)
     keep_last: int = Field(2, ge=1)
@@ -70,7 +70,7 @@ class CheckpointConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint; `optimizer` reads an array from the files when asked for it."""
+    """Hold a verified checkpoint; `optimizer` reads each array from the files on access."""
 
     path: Path
     step: int
@@ -87,7 +87,7 @@ class Checkpoint:
         """Load the weights into `model` and set the RoPE base that they were saved with.
 
         Raises:
-            WeightsError: the weights do not fit its configuration.
+            WeightsError: the weights do not fit the model's configuration.
         """
         load_weights(model, self.path, verify=False)
         model.set_rope_theta(load_config(self.path).rope_theta)
@@ -100,19 +100,22 @@ Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 def to_disk(
     model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
 ) -> Mapping[str, np.ndarray]:
-    """Return parameters of a model, or their moments, under their names on disk."""
+    """Return parameters of a model, or their Adam moments, by their names on disk."""
     return dict(to_hf(model.config, named, model.model.placement.experts))
 
 
 def from_disk(
     model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
 ) -> Mapping[str, np.ndarray]:
-    """Return the parameters, or moments, that this rank holds, from those on disk of all ranks."""
+    """Return the parameters, or Adam moments, that this rank holds, by their names in memory.
+
+    `named` holds those of all ranks by their names on disk.
+    """
     return dict(from_hf(model.config, named, model.model.placement.experts))
 
 
 class CheckpointStore:
-    """The checkpoints in one directory. One process writes to it at a time (see `RunLock`)."""
+    """Manage the checkpoints in one directory. Only one process may write at a time: `RunLock`."""
 
     def __init__(self, directory: str | Path, config: CheckpointConfig | None = None) -> None:
         self.directory = Path(directory)
@@ -135,14 +138,14 @@ class CheckpointStore:
         Every rank must call it, with the arrays that it alone writes; `state` is rank 0's.
 
         `optimizer` holds arrays by any names (uint16 means bfloat16 bits). `state` holds JSON
-        values and arrays in nested dicts. `best_metric` picks from `metrics`. `parts` are further
-        arrays: those of "critic/model" go to `critic/model*.safetensors`.
+        values and arrays in nested dicts. `best_metric` names one of `metrics`. `parts` are further
+        arrays: those of "critic/model" are written to `critic/model*.safetensors`.
 
         Returns:
             The checkpoint's directory.
 
         Raises:
-            TypeError, ValueError, WeightsError: `state` holds what cannot be stored, NaN included.
+            TypeError, ValueError, WeightsError: `state` has a value that cannot be stored, or NaN.
             StorageError: disk full or no permission; the earlier checkpoints are untouched and
                 nothing half-written is left.
             ConfigError: `best_metric` is not among the metrics; raised after writing.
@@ -184,16 +187,16 @@ class CheckpointStore:
         return path
 
     def sweep(self) -> None:
-        """Remove what a killed writer left behind; only for the process that owns the run."""
+        """Remove files that a killed writer left; only the owner of the run may call it."""
         if self.directory.is_dir():
             stems = {m[1] for p in self.directory.iterdir() if (m := _LEFTOVER.fullmatch(p.name))}
             for stem in sorted(stems):
                 recover(self.directory / stem)
 
     def _retain(self, newest: int) -> None:
-        """Delete all up to `newest` but the last `keep_last` and the best.
+        """Delete the checkpoints up to `newest`, except the last `keep_last` and the best one.
 
-        Later ones do not count: they are broken, or training would have gone on from them.
+        Later checkpoints are ignored: they are damaged, else training would have resumed from them.
         """
         whole = [s for s in self.steps() if s <= newest and self._manifest(s) is not None]
         keep = set(whole[-self.config.keep_last :]) | {newest}
@@ -216,7 +219,10 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def best_step(self, up_to: int | None = None) -> int | None:
-        """Return the step with the best `best_metric`, the later of equals, or None."""
+        """Return the step with the best `best_metric`; the later one of equals.
+
+        None if no checkpoint (up to step `up_to`, if given) has a finite value of it.
+        """
         metric = self.config.best_metric
         sign = 1.0 if self.config.best_is == "higher" else -1.0
         scored = []
@@ -233,7 +239,7 @@ class CheckpointStore:
         Damaged ones are skipped with a warning.
 
         Raises:
-            CheckpointError: all are damaged; to start again at step 0 would lose the run.
+            CheckpointError: all are damaged; starting again at step 0 would lose the run.
         """
         problems = []
         for step in reversed(self.steps()):
@@ -254,10 +260,10 @@ class CheckpointStore:
     def load(self, path: str | Path, *, verify: bool = True) -> Checkpoint:
         """Open the checkpoint in `path`.
 
-        `verify=False` skips the hashes (for what `latest` has just returned).
+        `verify=False` compares sizes only, not hashes (for a path that `latest` just returned).
 
         Raises:
-            CheckpointError: names every missing or altered file.
+            CheckpointError: files are missing or altered; the message names each of them.
         """
         path = Path(path)
         manifest = verify_manifest(path, hashes=verify)
@@ -272,9 +278,9 @@ class CheckpointStore:
         return Checkpoint(path, step, state, metrics, optimizer)
 
     def load_latest(self) -> Checkpoint | None:
-        """Load the newest checkpoint, which rank 0 alone hashes; None if there is no checkpoint.
+        """Load the newest checkpoint; None if there is none. Raises on all ranks as `latest` does.
 
-        Every rank must call it.
+        Every rank must call it; rank 0 alone computes the hashes.
         """
         path = consensus.run_on_main(self.latest)
         checkpoint: Checkpoint | None = None
@@ -301,14 +307,14 @@ def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.nd
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """Where a model's weights (config.json, safetensors) and the tokenizer's files are."""
+    """Hold the directories of a model's weights (config.json, safetensors) and its tokenizer."""
 
     weights: Path
     tokenizer: Path
 
 
 def find_model(path: str | Path) -> ModelDirectory:
-    """Return the newest whole checkpoint of a run directory, or the checkpoint or model at `path`.
+    """Find the model of a run directory (its newest whole checkpoint), checkpoint or model path.
 
     Raises:
         CheckpointError: the path is none of them, or a checkpoint is damaged.
@@ -360,7 +366,7 @@ def _split_state(
 
 
 def _merge_state(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Put arrays back to where `_split_state` took them from."""
+    """Insert the arrays into the nested dicts again: undo `_split_state`."""
     for name, array in arrays.items():
         *parents, key = name.split("/")
         place = plain
@@ -384,7 +390,7 @@ def _decode_tagged(value: dict[str, Any]) -> Any:
 
 
 def _read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Return a manifest's metrics; NaN and infinities are not JSON and stand as text."""
+    """Return a manifest's metrics; NaN and infinities, which JSON lacks, are stored as text."""
     metrics = {
         name: _decode_tagged(value) if isinstance(value, dict) else value
         for name, value in manifest["metrics"].items()

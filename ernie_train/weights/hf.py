@@ -1,8 +1,9 @@
-"""Models on disk: Hugging Face safetensors, read and written.
+"""Read and write model directories with Hugging Face safetensors.
 
-Written is one layout only, that of the released "-PT" checkpoints (see `layout.py`): per-expert
-tensors, Linear weights [out, in], router and router bias always float32, sharded with an index.
-Read are also the stacked experts of newer `transformers` and Baidu's "-Paddle" layout.
+Only one layout is written, that of the released "-PT" checkpoints (see `layout.py`): one tensor
+per expert and projection, Linear weights [out, in], router and router bias always float32, sharded
+with an index. The stacked experts of newer `transformers` and Baidu's "-Paddle" layout can be read
+too.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from ernie_train.weights.layout import (
     EMBED_TOKENS,
     LM_HEAD,
     Layout,
-    Piece,
+    TensorMapping,
     assemble,
-    canonical_name,
     describe_names,
     detect_layout,
     from_hf,
-    is_skipped,
+    is_mtp_name,
+    normalize_name,
     parameter_shapes,
-    pieces,
+    tensor_mappings,
     to_hf,
 )
 
@@ -56,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 
 class SavesPretrained(Protocol):
-    """What `save_pretrained` needs of a tokenizer."""
+    """Describe the attributes of a tokenizer that `save_pretrained` uses."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -67,7 +68,7 @@ class SavesPretrained(Protocol):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was found in a model directory."""
+    """Report which tensors of a model directory were loaded."""
 
     layout: Layout
     tensors: int  # stored tensors that were used
@@ -79,16 +80,23 @@ class LoadReport:
 
 
 def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeForCausalLM:
-    """The model in the directory `path`, with its parameters as `dtype` ("float32", "bfloat16").
+    """Load the model in the directory `path`.
 
-    Router and router bias stay float32; under expert parallelism it holds this rank's experts.
-    Beside the model at most one parameter is in memory.
-    Raises `ConfigError` for a `config.json` that cannot be computed and `WeightsError` for files
-    that are missing, damaged or do not fit it, or that hold numbers which are not finite.
+    With expert parallelism the model holds this rank's experts only. Needs memory for the model
+    and one more parameter.
+
+    Args:
+        path: a directory with `config.json` and `model*.safetensors`.
+        dtype: "float32" or "bfloat16"; router and router bias stay float32.
+
+    Raises:
+        ConfigError: `dtype` is unknown, or `config.json` describes a model that is not supported.
+        WeightsError: files are missing, damaged or do not fit `config.json`, or a number in them
+            is not finite.
     """
     _check_dtype(dtype)
     config = load_config(path)
-    _open(Path(path), config, verify=False)  # misfits are told before a large model is built
+    _open(Path(path), config, verify=False)  # report mismatches before a large model is built
     model = new_model(config, dtype)
     report = load_weights(model, path)
     if report.skipped:
@@ -97,7 +105,12 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
 
 
 def load_config(path: str | Path) -> Ernie4_5_MoeConfig:
-    """`config.json` of a model directory, with Baidu's defaults if the weights have its layout."""
+    """Read `config.json` of a model directory; Baidu's defaults apply if the layout is Baidu's.
+
+    Raises:
+        ConfigError: the file is missing, invalid or describes a model that is not supported.
+        WeightsError: the layout had to be detected and the weights are missing or damaged.
+    """
     file = Path(path) / "config.json"
     values = read_config_json(file)
     if "tie_word_embeddings" not in values:
@@ -110,10 +123,13 @@ def load_config(path: str | Path) -> Ernie4_5_MoeConfig:
 def load_weights(
     model: Ernie4_5_MoeForCausalLM, path: str | Path, *, verify: bool = True
 ) -> LoadReport:
-    """Fills `model` from the directory `path`; every parameter keeps its own dtype.
+    """Load the weights in the directory `path` into `model`; each parameter keeps its dtype.
 
-    With `verify`, files that this program wrote are compared with the hashes in their manifest.
-    Raises `WeightsError`, before anything is changed if names or shapes do not fit.
+    With `verify`, rank 0 compares files that this program wrote with the hashes in their manifest.
+
+    Raises:
+        WeightsError: files are missing or damaged, names or shapes do not fit (then the model is
+            unchanged), or a number is not finite.
     """
     state = model.state_dict()
     experts = model.model.placement.experts
@@ -124,7 +140,7 @@ def load_weights(
     source = _open(Path(path), model.config, experts, verify=verify and process_group.is_main())
     for name, array in source.parameters():
         target = state[name]
-        # From numpy the numbers go straight into the parameter, without a copy in between.
+        # set_value copies a numpy array into the parameter without a temporary tensor.
         target.set_value(to_bfloat16(array) if target.dtype == paddle.bfloat16 else array)
         del array  # before the next one is read
     return source.report()
@@ -133,25 +149,33 @@ def load_weights(
 def read_parameters(
     path: str | Path, config: Ernie4_5_MoeConfig | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(in-memory name, float32 array) of a model directory, one parameter at a time."""
+    """Yield (name in memory, float32 array) of a model directory, one parameter at a time.
+
+    Raises:
+        WeightsError: files are missing or damaged, do not fit `config`, or a number is not finite.
+    """
     config = config or load_config(path)
     yield from _open(Path(path), config, verify=False).parameters()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """An opened model directory whose names and shapes fit the configuration."""
+    """Read parameters from a model directory whose names and shapes fit the configuration."""
 
     files: TensorFiles
-    names: dict[str, str]  # canonical name -> stored name
+    names: dict[str, str]  # name in released checkpoints -> name in the files
     layout: Layout
-    wanted: list[Piece]
-    no_bias: frozenset[str]  # router biases that the directory does not have: zero
+    wanted: list[TensorMapping]
+    no_bias: frozenset[str]  # router biases that the directory lacks; loaded as zeros
     verified: bool
     skipped: tuple[str, ...]
 
     def read(self, name: str) -> np.ndarray:
-        """A stored tensor as float32; `WeightsError` if a number in it is not finite."""
+        """Return a stored tensor as float32.
+
+        Raises:
+            WeightsError: a number in it is not finite, or the file is truncated.
+        """
         array = self.files[self.names[name]]
         if array.dtype == np.uint16:  # Baidu's bfloat16
             array = from_bfloat16(array)
@@ -165,11 +189,11 @@ class _Source:
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
         if LM_HEAD in self.names and not any(p.stored == LM_HEAD for p in self.wanted):
             self._check_tied()
-        present = [piece for piece in self.wanted if piece.stored not in self.no_bias]
+        present = [mapping for mapping in self.wanted if mapping.stored not in self.no_bias]
         yield from assemble(present, self.read)
-        for piece in self.wanted:
-            if piece.stored in self.no_bias:
-                yield piece.parameter, np.zeros(piece.shape, np.float32)
+        for mapping in self.wanted:
+            if mapping.stored in self.no_bias:
+                yield mapping.parameter, np.zeros(mapping.shape, np.float32)
 
     def _check_tied(self) -> None:
         embedding = next(p.stored for p in self.wanted if p.parameter == EMBED_TOKENS)
@@ -180,7 +204,7 @@ class _Source:
             )
 
     def report(self) -> LoadReport:
-        used = {piece.stored for piece in self.wanted} - self.no_bias
+        used = {mapping.stored for mapping in self.wanted} - self.no_bias
         return LoadReport(self.layout, len(used), self.skipped, self.verified)
 
 
@@ -189,10 +213,10 @@ def _open(
 ) -> _Source:
     verified = verify and _verify(path)
     files = TensorFiles(path)
-    skipped = tuple(sorted(name for name in files if is_skipped(name)))
-    names = {canonical_name(name): name for name in files if not is_skipped(name)}
+    skipped = tuple(sorted(name for name in files if is_mtp_name(name)))
+    names = {normalize_name(name): name for name in files if not is_mtp_name(name)}
     layout = detect_layout(names)
-    wanted = pieces(config, layout)
+    wanted = tensor_mappings(config, layout)
     no_bias = _absent_biases(path, wanted, names) if layout == "paddle" else frozenset()
     shapes = {p.stored: p.stored_shape for p in wanted if p.stored not in no_bias}
     missing = [name for name in shapes if name not in names]
@@ -211,7 +235,7 @@ def _open(
     ]
     if problems := describe_names(missing, unknown, wrong):
         raise WeightsError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}")
-    here = wanted if experts is None else pieces(config, layout, experts)
+    here = wanted if experts is None else tensor_mappings(config, layout, experts)
     return _Source(files, names, layout, here, no_bias, verified, skipped)
 
 
@@ -219,8 +243,13 @@ def _is_float(dtype: str, layout: Layout) -> bool:
     return dtype in ("F64", "F32", "F16", "BF16") or (dtype == "U16" and layout == "paddle")
 
 
-def _absent_biases(path: Path, wanted: list[Piece], names: dict[str, str]) -> frozenset[str]:
-    """Router biases that Baidu's checkpoints lack if they were trained without (their default)."""
+def _absent_biases(
+    path: Path, wanted: list[TensorMapping], names: dict[str, str]
+) -> frozenset[str]:
+    """Return the router biases that are not stored, as in Baidu's checkpoints without aux-free.
+
+    Training without the bias is Baidu's default; such checkpoints have none of them.
+    """
     biases = frozenset(p.stored for p in wanted if p.stored.endswith("e_score_correction_bias"))
     trained_with = read_config_json(path / "config.json").get("moe_use_aux_free", False)
     return frozenset() if trained_with or any(b in names for b in biases) else biases
@@ -253,23 +282,35 @@ def write_weights(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> dict[str, FileDigest]:
-    """Writes `model*.safetensors` and `config.json` into an existing directory.
+    """Write `model*.safetensors` and `config.json` into an existing directory.
 
-    `dtype` None keeps the dtype of each parameter. Beside the model at most one parameter is in
-    memory. Every rank must call it and writes the tensors that are its to write. Returns the
-    digests of this rank's files. Raises `StorageError`.
+    Every rank must call it and writes the tensors that it owns. Needs memory for the model and one
+    more parameter.
+
+    Args:
+        model: the model to write.
+        directory: an existing directory.
+        dtype: "float32" or "bfloat16"; None keeps the dtype of each parameter.
+        max_shard_size: the size of a file, in bytes or as "5GB".
+
+    Returns:
+        The digests of this rank's files, by file name.
+
+    Raises:
+        ConfigError: `dtype` or `max_shard_size` is invalid.
+        StorageError: the disk is full or the directory cannot be written.
     """
     if dtype is not None:
         _check_dtype(dtype)
     read = _CachedParameter(model)
     mine = owned_names(read.state)
     entries = []
-    for piece in pieces(model.config, experts=model.model.placement.experts):
-        if piece.parameter not in mine:
+    for mapping in tensor_mappings(model.config, experts=model.model.placement.experts):
+        if mapping.parameter not in mine:
             continue
-        stored = "F32" if piece.keep_float32 else DTYPES[dtype or read.dtype(piece.parameter)]
-        shape = piece.stored_shape
-        entries.append(TensorEntry(piece.stored, shape, stored, read.producer(piece)))
+        stored = "F32" if mapping.keep_float32 else DTYPES[dtype or read.dtype(mapping.parameter)]
+        shape = mapping.stored_shape
+        entries.append(TensorEntry(mapping.stored, shape, stored, read.producer(mapping)))
     digests = write_tensor_files(directory, "model", entries, max_shard_size)
     stored_as = dtype or read.dtype(EMBED_TOKENS)
     with consensus.fail_together():
@@ -279,7 +320,7 @@ def write_weights(
 
 
 class _CachedParameter:
-    """Read parameters as numpy arrays and keep the last one, since its pieces are read in turn."""
+    """Copy parameters to numpy arrays and keep the last one, which several tensors share."""
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.state = model.state_dict()
@@ -289,11 +330,11 @@ class _CachedParameter:
     def dtype(self, name: str) -> str:
         return str(self.state[name].dtype).removeprefix("paddle.")
 
-    def producer(self, piece: Piece) -> Callable[[], np.ndarray]:
+    def producer(self, mapping: TensorMapping) -> Callable[[], np.ndarray]:
         def produce() -> np.ndarray:
-            if self.name != piece.parameter:
-                self.name, self.array = piece.parameter, self.state[piece.parameter].numpy()
-            return piece.take(self.array)
+            if self.name != mapping.parameter:
+                self.name, self.array = mapping.parameter, self.state[mapping.parameter].numpy()
+            return mapping.to_stored(self.array)
 
         return produce
 
@@ -305,12 +346,24 @@ def save_pretrained(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a directory that `transformers` loads: weights, configs and the tokenizer's files.
+    """Write a directory that `transformers` loads: weights, configs and the tokenizer's files.
 
     The directory appears whole or not at all. An existing one is replaced if it is empty or was
-    written by this function (it has our `MANIFEST.json`, which holds the weights' hashes).
-    Raises `UserError` for any other existing path or a tokenizer with more tokens than the model,
-    `ConfigError` for an unknown dtype or size, `StorageError` if the disk is full or read-only.
+    written by this function (it has our `MANIFEST.json`, which holds the weights' hashes). Every
+    rank must call it.
+
+    Args:
+        model: the model to write.
+        path: the directory to create or replace.
+        tokenizer: its files are written too; None writes none.
+        dtype: "float32" or "bfloat16"; None keeps the dtype of each parameter.
+        max_shard_size: the size of a file, in bytes or as "5GB".
+
+    Raises:
+        UserError: `path` exists and is anything else, or the tokenizer has more tokens than the
+            model.
+        ConfigError: `dtype` or `max_shard_size` is invalid.
+        StorageError: the disk is full or read-only.
     """
     config = model.config
     parse_size(max_shard_size)
@@ -330,7 +383,7 @@ def save_pretrained(
                     tokenizer.save_pretrained(directory)
         return digests
 
-    # Only the weights are hashed: the other files are small texts that people rightly edit.
+    # Only the weights are hashed: the other files are small texts that users may edit.
     write_directory(Path(path), write, manifest_all=False)
 
 

@@ -1,16 +1,17 @@
-"""Where every number of a model lies: in memory, and in the three layouts found on disk.
+"""Map the parameters of a model in memory to the tensors of the three layouts found on disk.
 
-In memory a Linear weight is [in, out] and the experts of a layer are stacked. On disk there is
+In memory a Linear weight is [in, out] and the experts of a layer are stacked. The layouts on disk:
 
-- "hf": one tensor per expert and projection, Linear weights [out, in] (what this toolkit writes);
+- "hf": one tensor per expert and projection, Linear weights [out, in] (the one that is written);
 - "fused": the same, but with stacked experts, as newer `transformers` hold them in memory;
 - "paddle": Baidu's own layout, prefix `ernie.`, fused `qkv_proj` and `up_gate_proj`, [in, out].
 
-A `Piece` says which part of which stored tensor is which part of which parameter; loading, saving
-and the renaming of Adam moments are all walks over the pieces of a layout.
+A `TensorMapping` maps a slice of a stored tensor to a slice of a parameter. Loading, saving and
+the renaming of Adam moments all loop over the mappings of a layout.
 
-In memory (H hidden, E experts, I width of one): `experts.gate_proj` and `experts.up_proj`
-[E, H, I], `experts.down_proj` [E, I, H], router `gate.weight` [H, E], embedding [vocab, H].
+Shapes in memory (H hidden size, E experts, I intermediate size of one expert):
+`experts.gate_proj` and `experts.up_proj` [E, H, I], `experts.down_proj` [E, I, H],
+router `gate.weight` [H, E], embedding [vocab, H].
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ LAYOUTS: tuple[Layout, ...] = ("hf", "fused", "paddle")
 
 EMBED_TOKENS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
-# The bias belongs to the router in newer `transformers`; on disk it keeps its older place.
+# Newer `transformers` name the bias under the router; the released checkpoints use the older name.
 _BIAS_NAME = ".mlp.moe_statics.e_score_correction_bias"
 _BIAS_ALIAS = ".mlp.gate.moe_statics.e_score_correction_bias"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """`parameter[at]` is `stored[stored_at]`, with the last two axes swapped if `transpose`."""
+class TensorMapping:
+    """Map a slice of a stored tensor to a slice of a parameter.
+
+    `parameter[at]` equals `stored[stored_at]`, with the last two axes swapped if `transpose`.
+    An empty index means the whole array.
+    """
 
     parameter: str
     shape: Shape  # of the whole parameter
@@ -50,69 +55,82 @@ class Piece:
 
     @property
     def keep_float32(self) -> bool:
-        """The router and its bias stay float32 in a checkpoint of any dtype."""
+        """Return whether it is the router or its bias: float32 in a checkpoint of any dtype."""
         return self.parameter.endswith((".mlp.gate.weight", _BIAS_NAME))
 
-    def take(self, parameter: np.ndarray) -> np.ndarray:
-        """Return this piece of a parameter, turned as it is stored; a view."""
+    def to_stored(self, parameter: np.ndarray) -> np.ndarray:
+        """Return the slice of `parameter` in the orientation of the stored tensor; a view."""
         part = parameter[self.at]
         return part.swapaxes(-1, -2) if self.transpose else part
 
-    def put(self, parameter: np.ndarray, stored: np.ndarray) -> None:
-        """Copies this piece of the stored tensor to its place in the parameter."""
+    def copy_from_stored(self, parameter: np.ndarray, stored: np.ndarray) -> None:
+        """Copy the slice of the `stored` tensor into `parameter`, in place."""
         part = stored[self.stored_at]
         parameter[self.at] = part.swapaxes(-1, -2) if self.transpose else part
 
 
-def pieces(
+def tensor_mappings(
     config: Ernie4_5_MoeConfig, layout: Layout = "hf", experts: range | None = None
-) -> list[Piece]:
-    """All pieces of a model in a layout, parameter by parameter in the order of the layers.
+) -> list[TensorMapping]:
+    """Return all mappings of a model in a layout, by parameter, in the order of the layers.
 
-    `experts`: those of each layer that are in memory here; None: all.
+    Args:
+        config: the model's configuration.
+        layout: the layout on disk.
+        experts: the experts of each layer that this rank holds; None for all.
     """
-    result: list[Piece] = []
+    result: list[TensorMapping] = []
     prefix = "ernie." if layout == "paddle" else "model."
     vocab, hidden = config.vocab_size, config.hidden_size
 
     def same(name: str, shape: Shape) -> None:
         stored = prefix + name.removeprefix("model.") if name.startswith("model.") else name
-        result.append(Piece(name, shape, stored, shape))
+        result.append(TensorMapping(name, shape, stored, shape))
 
     same(EMBED_TOKENS, (vocab, hidden))
     for index in range(config.num_hidden_layers):
         same(f"model.layers.{index}.input_layernorm.weight", (hidden,))
         same(f"model.layers.{index}.post_attention_layernorm.weight", (hidden,))
         here = range(config.moe_num_experts) if experts is None else experts
-        layer = _LayerPieces(config, layout, f"layers.{index}", here)
+        layer = _LayerMappings(config, layout, f"layers.{index}", here)
         result += layer.attention()
         result += layer.moe() if config.is_moe_layer(index) else layer.dense()
     same("model.norm.weight", (hidden,))
     if not config.tie_word_embeddings:
         transposed = layout == "paddle"
         stored_shape = (hidden, vocab) if transposed else (vocab, hidden)
-        result.append(Piece(LM_HEAD, (vocab, hidden), LM_HEAD, stored_shape, transposed))
+        result.append(TensorMapping(LM_HEAD, (vocab, hidden), LM_HEAD, stored_shape, transposed))
     if config.lm_head_has_bias:
         same("lm_head.bias", (vocab,))
     return result
 
 
 def parameter_shapes(config: Ernie4_5_MoeConfig, experts: range | None = None) -> dict[str, Shape]:
-    """Name -> shape of everything a model holds in memory, the router's bias included."""
-    return {piece.parameter: piece.shape for piece in pieces(config, experts=experts)}
+    """Return name -> shape of all parameters in memory, the router's bias included.
+
+    `experts`: the experts of each layer that this rank holds; None for all.
+    """
+    return {
+        mapping.parameter: mapping.shape for mapping in tensor_mappings(config, experts=experts)
+    }
 
 
 @dataclass(frozen=True)
-class _LayerPieces:
+class _LayerMappings:
+    """Build the mappings of one decoder layer."""
+
     config: Ernie4_5_MoeConfig
     layout: Layout
     name: str  # "layers.3"
     here: range  # the experts in memory
 
-    def linear(self, name: str, parts: list[tuple[str, int]], rows: int, fused: str) -> list[Piece]:
-        """The pieces of Linears with `rows` inputs: (projection, outputs) each.
+    def linear(
+        self, name: str, parts: list[tuple[str, int]], rows: int, fused: str
+    ) -> list[TensorMapping]:
+        """Return the mappings of Linears that share an input.
 
-        In Baidu's layout they are columns of one stored Linear, called `fused`.
+        `parts` lists (projection, output features); `rows` is the number of input features. In
+        Baidu's layout they are columns of one stored Linear, called `fused`.
         """
         paddle, bias = self.layout == "paddle", self.config.use_bias
         total = sum(width for _, width in parts)
@@ -125,18 +143,22 @@ class _LayerPieces:
             if paddle:
                 stored = f"ernie.{self.name}.{name}.{fused}"
                 at: Index = (slice(None), columns)
-                result.append(Piece(target, shape, f"{stored}.weight", (rows, total), stored_at=at))
+                result.append(
+                    TensorMapping(target, shape, f"{stored}.weight", (rows, total), stored_at=at)
+                )
             else:
-                result.append(Piece(target, shape, target, (width, rows), transpose=True))
+                result.append(TensorMapping(target, shape, target, (width, rows), transpose=True))
             target = f"{parent}.bias"
             if bias and paddle:
                 at = (columns,)
-                result.append(Piece(target, (width,), f"{stored}.bias", (total,), stored_at=at))
+                result.append(
+                    TensorMapping(target, (width,), f"{stored}.bias", (total,), stored_at=at)
+                )
             elif bias:
-                result.append(Piece(target, (width,), target, (width,)))
+                result.append(TensorMapping(target, (width,), target, (width,)))
         return result
 
-    def attention(self) -> list[Piece]:
+    def attention(self) -> list[TensorMapping]:
         config = self.config
         q_width = config.num_attention_heads * config.attention_head_dim
         kv_width = config.num_key_value_heads * config.attention_head_dim
@@ -147,7 +169,7 @@ class _LayerPieces:
             *self.linear("self_attn", output, q_width, "o_proj"),
         ]
 
-    def mlp(self, name: str, width: int) -> list[Piece]:
+    def mlp(self, name: str, width: int) -> list[TensorMapping]:
         hidden = self.config.hidden_size
         parts = [("gate_proj", width), ("up_proj", width)]
         return [
@@ -155,18 +177,20 @@ class _LayerPieces:
             *self.linear(name, [("down_proj", hidden)], width, "down_proj"),
         ]
 
-    def dense(self) -> list[Piece]:
+    def dense(self) -> list[TensorMapping]:
         return self.mlp("mlp", self.config.intermediate_size)
 
-    def moe(self) -> list[Piece]:
+    def moe(self) -> list[TensorMapping]:
         config, paddle = self.config, self.layout == "paddle"
         hidden, experts = config.hidden_size, config.moe_num_experts
         stored = f"ernie.{self.name}" if paddle else f"model.{self.name}"
         router, bias = f"model.{self.name}.mlp.gate.weight", f"model.{self.name}{_BIAS_NAME}"
         stored_shape = (hidden, experts) if paddle else (experts, hidden)
         result = [
-            Piece(router, (hidden, experts), f"{stored}.mlp.gate.weight", stored_shape, not paddle),
-            Piece(bias, (1, experts), f"{stored}{_BIAS_NAME}", (1, experts)),
+            TensorMapping(
+                router, (hidden, experts), f"{stored}.mlp.gate.weight", stored_shape, not paddle
+            ),
+            TensorMapping(bias, (1, experts), f"{stored}{_BIAS_NAME}", (1, experts)),
         ]
         result += self.experts()
         if config.moe_num_shared_experts:
@@ -174,8 +198,8 @@ class _LayerPieces:
             result += self.mlp("mlp.shared_experts", width)
         return result
 
-    def experts(self) -> list[Piece]:
-        """Three stacked parameters: gate and up [E, H, I], down [E, I, H]."""
+    def experts(self) -> list[TensorMapping]:
+        """Return the mappings of the stacked experts: gate and up [E, H, I], down [E, I, H]."""
         hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
         parts = {
             "gate_proj": (hidden, width, slice(0, width)),
@@ -190,8 +214,11 @@ class _LayerPieces:
 
     def _stacked(
         self, part: str, shape: tuple[int, int], columns: slice, total: int
-    ) -> list[Piece]:
-        """One projection of all experts; fused layouts store it as `columns` of `total`."""
+    ) -> list[TensorMapping]:
+        """Return the mappings of one projection of all experts, [E, *shape] in memory.
+
+        The fused layouts store it as `columns` of `total`.
+        """
         rows, outputs = shape
         target = f"model.{self.name}.mlp.experts.{part}"
         whole = (len(self.here), rows, outputs)
@@ -201,17 +228,21 @@ class _LayerPieces:
             name = f"model.{self.name}.mlp.experts.{stored}"
             everywhere = (self.config.moe_num_experts, total, rows)
             here = slice(self.here.start, self.here.stop)
-            return [Piece(target, whole, name, everywhere, True, stored_at=(here, columns))]
+            return [TensorMapping(target, whole, name, everywhere, True, stored_at=(here, columns))]
         result = []
         for place, expert in enumerate(self.here):
             if self.layout == "paddle":
                 name = f"ernie.{self.name}.mlp.experts.{expert}.{stored}.weight"
                 at = (slice(None), columns)
-                piece = Piece(target, whole, name, (rows, total), at=(place,), stored_at=at)
+                mapping = TensorMapping(
+                    target, whole, name, (rows, total), at=(place,), stored_at=at
+                )
             else:
                 name = f"model.{self.name}.mlp.experts.{expert}.{stored}.weight"
-                piece = Piece(target, whole, name, (outputs, rows), transpose=True, at=(place,))
-            result.append(piece)
+                mapping = TensorMapping(
+                    target, whole, name, (outputs, rows), transpose=True, at=(place,)
+                )
+            result.append(mapping)
         return result
 
 
@@ -219,20 +250,20 @@ class _LayerPieces:
 
 
 def detect_layout(names: Iterable[str]) -> Layout:
-    """Which layout the tensors with these names follow."""
+    """Return the layout that stored tensors with these names follow."""
     listed = list(names)
     if any(name.startswith("ernie.") for name in listed):
         return "paddle"
     return "fused" if any(".mlp.experts.gate_up_proj" in name for name in listed) else "hf"
 
 
-def is_skipped(name: str) -> bool:
-    """Whether a stored tensor belongs to a multi-token-prediction block, which is not loaded."""
+def is_mtp_name(name: str) -> bool:
+    """Return whether a stored tensor belongs to multi-token prediction, which is not loaded."""
     return any(part.startswith("mtp") for part in name.split("."))
 
 
-def canonical_name(name: str) -> str:
-    """The name a stored tensor has in released checkpoints."""
+def normalize_name(name: str) -> str:
+    """Return the name that a stored tensor has in the released checkpoints."""
     return name.replace(_BIAS_ALIAS, _BIAS_NAME)
 
 
@@ -242,11 +273,18 @@ def canonical_name(name: str) -> str:
 def to_hf(
     config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray], experts: range | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameters (or their Adam moments), by in-memory name -> (name on disk, array as on disk).
+    """Yield (name on disk, array as on disk) of parameters or of their Adam moments.
 
-    `named` may hold a part of the parameters, and those of `experts` alone. The arrays yielded are
-    views.
-    Raises `WeightsError` for names or shapes that are not the model's.
+    Args:
+        config: the model's configuration.
+        named: name in memory -> array; may be only some of the parameters.
+        experts: the experts of each layer that the arrays hold; None for all.
+
+    Yields:
+        Views of the arrays, in the "hf" layout.
+
+    Raises:
+        WeightsError: a name or shape is not the model's.
     """
     shapes = parameter_shapes(config, experts)
     unknown = [name for name in named if name not in shapes]
@@ -257,63 +295,71 @@ def to_hf(
     ]
     if problems := describe_names([], unknown, wrong):
         raise WeightsError("; ".join(problems))
-    for piece in pieces(config, experts=experts):
-        if piece.parameter in named:
-            yield piece.stored, piece.take(named[piece.parameter])
+    for mapping in tensor_mappings(config, experts=experts):
+        if mapping.parameter in named:
+            yield mapping.stored, mapping.to_stored(named[mapping.parameter])
 
 
 def from_hf(
     config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray], experts: range | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `to_hf`: (in-memory name, array), one whole parameter after another.
+    """Yield (name in memory, array) of parameters or of their Adam moments: undo `to_hf`.
 
-    `named` may hold a part of the parameters, but each of them wholly, and may be a mapping that
-    reads from files; of experts only `experts` are read. Raises `WeightsError` for names or shapes
-    that are not the model's.
+    Args:
+        config: the model's configuration.
+        named: name on disk -> array, in the "hf" layout; may be only some of the parameters, but
+            all tensors of each, and may be a mapping that reads from files on access.
+        experts: the experts of each layer to read; None for all.
+
+    Raises:
+        WeightsError: a name or shape is not the model's.
     """
-    every = pieces(config)
-    present = {piece.parameter for piece in every if piece.stored in named}
-    wanted = [piece for piece in every if piece.parameter in present]
-    expected = {piece.stored: piece.stored_shape for piece in wanted}
+    every = tensor_mappings(config)
+    present = {mapping.parameter for mapping in every if mapping.stored in named}
+    wanted = [mapping for mapping in every if mapping.parameter in present]
+    expected = {mapping.stored: mapping.stored_shape for mapping in wanted}
     unknown = [name for name in named if name not in expected]
     missing = [name for name in expected if name not in named]
     if problems := describe_names(missing, unknown, []):
         raise WeightsError("; ".join(problems))
-    here = every if experts is None else pieces(config, experts=experts)
+    here = every if experts is None else tensor_mappings(config, experts=experts)
     yield from assemble([p for p in here if p.parameter in present], named.__getitem__)
 
 
 def assemble(
-    wanted: list[Piece], read: Callable[[str], np.ndarray]
+    wanted: list[TensorMapping], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads the pieces of one parameter after another: (in-memory name, array).
+    """Read the stored tensors of one parameter after another; yield (name in memory, array).
 
-    A tensor that is stored as it lies in memory is passed on, not copied.
+    A tensor that is stored as it is in memory is passed on, not copied.
+
+    Raises:
+        WeightsError: `read` returned a tensor of another shape than the model's.
     """
-    by_parameter: dict[str, list[Piece]] = {}
-    for piece in wanted:
-        by_parameter.setdefault(piece.parameter, []).append(piece)
+    by_parameter: dict[str, list[TensorMapping]] = {}
+    for mapping in wanted:
+        by_parameter.setdefault(mapping.parameter, []).append(mapping)
     for name, parts in by_parameter.items():
         buffer: np.ndarray | None = None
-        for piece in parts:
-            stored = read(piece.stored)
-            if stored.shape != piece.stored_shape:
+        for mapping in parts:
+            stored = read(mapping.stored)
+            if stored.shape != mapping.stored_shape:
                 raise WeightsError(
-                    f"{piece.stored}: shape {list(stored.shape)} instead of "
-                    f"{list(piece.stored_shape)}"
+                    f"{mapping.stored}: shape {list(stored.shape)} instead of "
+                    f"{list(mapping.stored_shape)}"
                 )
-            if not (piece.transpose or piece.at or piece.stored_at):
+            if not (mapping.transpose or mapping.at or mapping.stored_at):
                 buffer = stored
                 continue
             if buffer is None:
-                buffer = np.empty(piece.shape, stored.dtype)
-            piece.put(buffer, stored)
+                buffer = np.empty(mapping.shape, stored.dtype)
+            mapping.copy_from_stored(buffer, stored)
         if buffer is not None:
             yield name, buffer
 
 
 def describe_names(missing: list[str], unknown: list[str], wrong: list[str]) -> list[str]:
-    """One sentence for each kind of misfit, with at most 20 names and the count of all."""
+    """Return one sentence for each kind of mismatch: the count and at most 20 names."""
     kinds = (("missing", missing), ("not of this model", unknown), ("wrong shape", wrong))
     result = []
     for label, names in kinds:

@@ -18,7 +18,7 @@ from ernie_train.weights.layout import (
     detect_layout,
     from_hf,
     parameter_shapes,
-    pieces,
+    tensor_mappings,
     to_hf,
 )
 from tests.small_models import (
@@ -68,13 +68,15 @@ def test_the_model_has_these_parameters(variant: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pieces_cover_every_number_once(layout: Layout) -> None:
+def test_mappings_cover_every_number_once(layout: Layout) -> None:
     config = make_config(use_bias=True, tie_word_embeddings=False)
     count = {name: np.zeros(shape, int) for name, shape in parameter_shapes(config).items()}
     stored: dict[str, np.ndarray] = {}
-    for piece in pieces(config, layout):
-        count[piece.parameter][piece.at] += 1
-        stored.setdefault(piece.stored, np.zeros(piece.stored_shape, int))[piece.stored_at] += 1
+    for mapping in tensor_mappings(config, layout):
+        count[mapping.parameter][mapping.at] += 1
+        stored.setdefault(mapping.stored, np.zeros(mapping.stored_shape, int))[
+            mapping.stored_at
+        ] += 1
     for name, array in [*count.items(), *stored.items()]:
         assert (array == 1).all(), name
 
