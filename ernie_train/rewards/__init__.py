@@ -1,9 +1,9 @@
-"""Verifiers: `REWARDS[name](row, completion) -> Score`, and grading in batches.
+"""Grade completions: verifiers `REWARDS[name](row, completion) -> Score`, alone and in batches.
 
 A row holds what its verifier needs (`answer`, `tests`, `expected_calls`, ...); the completion is
 what a policy wrote after the generation prompt, hostile input that is never run outside of the
-sandbox. `composition.build_reward` makes a recipe's reward of them; docs/rewards.md tells the
-whole.
+sandbox. `scoring.composition.build_reward` combines verifiers into a recipe's reward;
+docs/rewards.md describes all of it.
 """
 
 from ernie_train.rewards.registry import REWARDS, RewardFn, reward_named

@@ -1,6 +1,7 @@
 """Run programs that a model wrote where they can do no harm, and bring back plain values.
 
-`guest` is what runs inside; it is sent there as text. docs/rewards.md describes the walls.
+The modules of `guest` run inside; they are sent there as text. docs/rewards.md describes the
+isolation.
 """
 
 from ernie_train.rewards.sandbox.api import (

@@ -1,28 +1,29 @@
-"""Run programs that a model wrote, where they can do no harm, and bring back plain values.
+"""Run the programs of a model in the best sandbox of this machine and return plain values.
 
 A warmed interpreter inside the sandbox forks a fresh process for each program (`pool.py`). The
 process has limits on processor time, memory, file sizes, descriptors and output, and a filter of
 system calls (`seccomp.py`): it can start no other process, so nothing outlives it, and it can
-name none, so it reaches neither its server nor its judge. What it may write to is one throw-away
-directory; a program that changed anything there costs the sandbox, and the next one gets a new one.
+address none, so it reaches neither the interpreter that forked it nor its judge. It may write to
+one temporary directory alone; if it changed anything there, the sandbox is replaced.
 
-The only way out is JSON, rebuilt here or in a judge as plain values. No exit status, no print and
-no patched library of the program's process is a verdict. A row's own tests run in a judge: another
-process in another sandbox, to which the program's functions are proxies (`guest/test_judge.py`).
+Results leave the sandbox as JSON alone, from which plain values are built here or in a judge. No
+exit status, output or patched library of the program's process decides whether tests pass. A row's
+own tests run in a judge: another process in another sandbox, which calls the program's functions
+through proxies (`guest/test_judge.py`).
 
 Layers, best first; `layer_in_force` names the one in use:
 
 bubblewrap    Own file system, process, network, IPC and user namespaces: of the machine's files it
               sees the interpreter's and /usr, read-only; no /proc, /etc or home; 16 MiB of /tmp in
               memory. Does not stop: bugs of the kernel; use of the processor up to the limits;
-              reading what lies under /usr.
-Landlock      For machines that forbid namespaces. Files as above by kernel rules, no sockets by the
-              filter. Does not stop: asking whether a path exists, its size and times (not its
-              content); filling the disk with many files of the permitted size until its time is
-              over; threads up to its memory. Its directory is one on disk.
+              reading the files under /usr.
+Landlock      For machines that forbid namespaces. Kernel rules restrict files as above, the filter
+              forbids sockets. Does not stop: asking whether a path exists, its size and times
+              (not its content); filling the disk with many files of the permitted size until its
+              time is over; threads up to its memory. Its directory is on disk.
 
-Both stop network, new processes, signals and tracing, and drop root. Without one of them nothing is
-run: `SandboxUnavailable`.
+Both stop network, new processes, signals and tracing, and drop root. If neither works, no program
+is run: `SandboxUnavailable`.
 """
 
 import functools
@@ -64,14 +65,14 @@ DEFAULT_LIMITS = Limits()
 
 
 def layer_in_force() -> LayerName:
-    """Return the name of the layer that programs run behind; raises SandboxUnavailable."""
+    """Return the name of the layer that isolates programs; raises SandboxUnavailable."""
     return current_layer().name
 
 
 def current_layer() -> Layer:
-    """Return the best layer that works here, tried out once per process.
+    """Return the best layer that works here; layers are tried once per process.
 
-    Raises SandboxUnavailable with every reason.
+    Raises SandboxUnavailable with the reason for each layer, if none works.
     """
     return _working_layer()
 
@@ -93,7 +94,7 @@ def _working_layer() -> Layer:
 
 
 def trial(layer: Layer) -> str:
-    """Run a known program behind this layer; return what went wrong, or an empty text."""
+    """Run a known program in this layer; return the failure, or an empty text."""
     try:
         with POOL.borrow(layer) as pair:
             return _known_failure(pair)
@@ -119,8 +120,8 @@ def run_calls(
 ) -> ProgramResult:
     """Define `source` in a fresh process and call `entry_point` with each list of arguments.
 
-    The outcome has ["value", v] or ["error", text] for each call. `pooled` False starts a sandbox
-    for this program alone. Raises SandboxUnavailable where there is no sandbox.
+    The values are ["value", v] or ["error", text] for each call. `pooled=False` starts a sandbox
+    for this program alone. Raises SandboxUnavailable if no sandbox works here.
     """
     limits = limits or DEFAULT_LIMITS
     request = {"kind": "calls", "source": source, "entry_point": entry_point, "calls": list(calls)}
@@ -145,9 +146,10 @@ def _are_pairs(values: Any, expected: int) -> bool:
 def run_script(
     source: str, stdin: str, limits: Limits | None = None, *, pooled: bool = True
 ) -> ProgramResult:
-    """Run `source` as a script with this input; the outcome's one value is what it wrote (text).
+    """Run `source` as a script with this input; the one value is its standard output as text.
 
-    A script that ends with a status other than 0 has failed. Raises as `run_calls`.
+    A script that ends with a status other than 0 has failed. Raises SandboxUnavailable if no
+    sandbox works here.
     """
     limits = limits or DEFAULT_LIMITS
     return _in_pair(lambda pair: script_output(pair, source, stdin, limits), limits, pooled)
@@ -158,8 +160,8 @@ def run_tests(
 ) -> ProgramResult:
     """Run a row's own tests in a judge against `source` in a process of its own.
 
-    The outcome has [passed, text] for each test, or for each method of a test case. Raises as
-    `run_calls`.
+    The values are [passed, text] for each test, or for each method of a test case. Raises
+    SandboxUnavailable if no sandbox works here.
     """
     limits = limits or DEFAULT_LIMITS
     return _in_pair(lambda pair: judge_tests(pair, source, tests, limits), limits, pooled)
@@ -168,10 +170,10 @@ def run_tests(
 def _in_pair(
     run: Callable[[SandboxPair], ProgramResult], limits: Limits, pooled: bool
 ) -> ProgramResult:
-    """Run something in a pair; where it was not finished in time, find out whose fault it was.
+    """Run a program in a pair; if it does not finish in time, find the cause.
 
-    A known program that needs little must get at least the share of a core that the limits promise
-    (`cpu_s` in `wall_s`) in the same pair, or else the machine was too busy.
+    A small known program must then get, in the same pair, at least the share of a core that the
+    limits promise (`cpu_s` in `wall_s`); if it does not, the machine was too busy.
     """
     layer = current_layer()
     try:
@@ -181,8 +183,8 @@ def _in_pair(
             except NoAnswerInTime:
                 return _blame(pair, limits)
             except SandboxLostDuringProgram as lost:
-                # Whatever it did, a program that ends its sandbox has not answered; but where no
-                # sandbox works that says nothing about it.
+                # A program that ends its sandbox has failed, unless no sandbox works here at all:
+                # that says nothing about the program.
                 failure = _known_failure(pair)
                 if failure:
                     return ProgramResult("infrastructure", [], failure)

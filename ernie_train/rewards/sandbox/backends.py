@@ -1,7 +1,7 @@
-"""Choose the walls around a sandbox: bubblewrap, else Landlock.
+"""Choose the layer that isolates a sandbox: bubblewrap, else Landlock.
 
-Both have the same inside (`guest/`): the system-call filter of `seccomp.py`, resource limits, a
-fresh process per program. `api.py` says what each layer stops and what it does not.
+Both run the same code inside (`guest/`), with the system-call filter of `seccomp.py`, resource
+limits and a fresh process per program. `api.py` lists what each layer stops and what it does not.
 """
 
 import os
@@ -17,22 +17,22 @@ from ernie_train.rewards.sandbox import seccomp
 LayerName = Literal["bubblewrap", "Landlock"]
 
 _NOBODY = 65534
-# Size of the throw-away /tmp of bubblewrap. It lives in memory.
+# Size of the temporary /tmp of bubblewrap, which is in memory.
 _DIRECTORY_BYTES = 16 << 20
 
 
 class SandboxUnavailable(ErnieTrainError):
-    """Programs cannot be run safely on this machine; the text says why and what to do."""
+    """Signal that this machine cannot run programs safely; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """How to start an interpreter behind the walls of one layer.
+    """Describe the start of an interpreter in one layer.
 
-    `command` stands in front of the interpreter. `readable` are the paths that Landlock leaves
-    readable, None without Landlock. `own_directory` tells that the layer brings a writable /tmp of
-    its own; otherwise one is made for each sandbox, owned by `user`. `counts_threads` tells that
-    threads are counted for this sandbox alone, so that a limit on them can be set.
+    `command` precedes the interpreter. `readable` are the paths that Landlock leaves readable,
+    None without Landlock. `own_directory`: the layer has a writable /tmp of its own; otherwise a
+    directory is made for each sandbox, owned by `user`. `counts_threads`: threads are counted for
+    this sandbox alone, so that a limit on them can be set.
     """
 
     name: LayerName
@@ -45,7 +45,7 @@ class Layer:
 
 
 def possible_layers() -> tuple[list[Layer], list[str]]:
-    """Return the layers to try, best first, and why others are not among them."""
+    """Return the layers to try, best first, and the reasons why others are missing."""
     if not seccomp.supported():
         raise SandboxUnavailable(
             f"the sandbox supports x86_64 only, and this processor is {os.uname().machine}: "
@@ -69,7 +69,7 @@ def _layer(name: LayerName, command: list[str], interpreter: str, user: int | No
     if inner:
         if not interpreter.startswith("/usr/"):
             command = [*command, "--ro-bind", sys.base_prefix, sys.base_prefix]
-        # After every mount, so that it holds for what they made too.
+        # After every mount, so that it applies to all of them.
         command = [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
     readable = ("/usr", "/lib", "/lib64", "/lib32", "/bin", sys.base_prefix)
     return Layer(
@@ -84,13 +84,13 @@ def _layer(name: LayerName, command: list[str], interpreter: str, user: int | No
 
 
 def _interpreters() -> list[str]:
-    """Return this interpreter and the system's: a private home is out of others' reach."""
+    """Return this interpreter and the system's: other users cannot read a private home."""
     found = [Path(sys.executable).resolve(), Path("/usr/bin/python3").resolve()]
     return [str(path) for path in dict.fromkeys(found) if path.exists()]
 
 
 def _dropped_privileges() -> tuple[list[str], int | None]:
-    """For root: the command that becomes another user, and that user."""
+    """Return, for root, the command that becomes another user, and the id of that user."""
     if os.geteuid() != 0:
         return [], None
     setpriv = shutil.which("setpriv")
@@ -110,8 +110,8 @@ def _bubblewrap() -> list[str]:
         raise SandboxUnavailable(
             "bubblewrap (bwrap) is not installed; install the package: apt-get install bubblewrap"
         )
-    # Not --die-with-parent: it would end with the thread that started it. The server inside leaves
-    # when its control socket closes, and everything with it.
+    # Not --die-with-parent: the sandbox would end with the thread that started it. Its first
+    # process ends when the control socket closes, and all others with it.
     command = [bwrap, "--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     command += ["--setenv", "PYTHONHASHSEED", "0", "--hostname", "sandbox"]
     command += ["--ro-bind", "/usr", "/usr"]

@@ -2,7 +2,7 @@
 
     Sandbox      one sandbox with its warmed interpreter, one program at a time
     SandboxPair  a Sandbox for programs and, once one is needed, a second one for judges
-    SandboxPool  idle pairs of this process; a thread takes one for each program and gives it back
+    SandboxPool  idle pairs of this process; a thread borrows one for each program
 
 A sandbox takes some 30 ms to start, a program in it about 1 ms.
 """
@@ -31,7 +31,7 @@ _START_S = 20.0
 _STOP_S = 10.0
 _KEPT_PAIRS = 2 * (os.cpu_count() or 1)
 
-# The modules of `guest/`, in the order of their imports, under the names that they know.
+# The modules of `guest/` in the order of their imports, by the names that the imports use.
 _MODULES = ("values", "candidate", "test_judge", "server")
 _BOOT = """
 import json, sys, types
@@ -50,14 +50,15 @@ module.serve(settings)
 
 
 class SandboxLost(Exception):
-    """A sandbox did not start, or ended by itself; the text says what is known."""
+    """Signal that a sandbox did not start or ended by itself; the message gives the cause."""
 
 
 @dataclass(frozen=True)
 class ProcessExit:
-    """The end of a program's process.
+    """Hold how a program's process ended.
 
-    `status` is that of wait(2), None for one that we had to end; `cpu_s` is the time it used.
+    `status` is that of wait(2), None for a process that was killed from here; `cpu_s` is the
+    processor time that it used, in seconds.
     """
 
     status: int | None
@@ -65,14 +66,14 @@ class ProcessExit:
 
     @property
     def killed_by(self) -> int:
-        """The signal that ended it, 0 for none and for ours."""
+        """Return the signal that ended the process, 0 for none and for a kill from here."""
         if self.status is None or not os.WIFSIGNALED(self.status):
             return 0
         return os.WTERMSIG(self.status)
 
 
 class Sandbox:
-    """One sandbox. Raises SandboxLost where it does not start."""
+    """Start one sandbox and control it. Raises SandboxLost if it does not start."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -111,7 +112,7 @@ class Sandbox:
 
     @property
     def usable(self) -> bool:
-        """Return True while it takes programs. An idle one sends nothing until it ends."""
+        """Return True while the sandbox takes programs: an idle one sends nothing until it ends."""
         if self._closed:
             return False
         poll = select.poll()
@@ -121,7 +122,7 @@ class Sandbox:
     def start(
         self, descriptors: list[int], limits: dict[str, tuple[int, int]], *, judge: bool = False
     ) -> None:
-        """Fork a process with these descriptors; its request follows on the first one."""
+        """Fork a process with these descriptors; it reads its request from the first one."""
         message = json.dumps({"limits": limits, "judge": judge}).encode()
         try:
             socket.send_fds(self._control, [message], descriptors)
@@ -130,9 +131,9 @@ class Sandbox:
             raise SandboxLost(f"the sandbox has ended: {error}") from error
 
     def stop(self, *, ending: bool = False) -> ProcessExit:
-        """End the process, whatever it does; a sandbox that is no longer as new is left.
+        """End the process; a sandbox in which it left something behind is not used again.
 
-        With `ending` the process is given a moment to end by itself.
+        With `ending` the process gets a moment to end by itself.
         """
         try:
             self._control.settimeout(_STOP_S)
@@ -190,7 +191,7 @@ class Sandbox:
 
 
 class SandboxPair:
-    """The sandboxes for one program at a time: its own, and one for the judge of its tests."""
+    """Hold the sandboxes for one program at a time: its own, and one for the judge of its tests."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
@@ -221,7 +222,7 @@ def _usable(sandbox: Sandbox | None, layer: Layer) -> Sandbox:
 
 
 class SandboxPool:
-    """Idle pairs by layer. Threads share it; a forked child starts with an empty one."""
+    """Keep idle pairs by layer. Threads share the pool; a forked child starts with an empty one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -230,7 +231,7 @@ class SandboxPool:
 
     @contextlib.contextmanager
     def borrow(self, layer: Layer, *, keep: bool = True) -> Iterator[SandboxPair]:
-        """Lend a pair for one program; `keep` False gives a new one and closes it afterwards."""
+        """Lend a pair for one program; `keep=False` starts a new one and closes it afterwards."""
         pair = self._take(layer) if keep else SandboxPair(layer)
         try:
             yield pair
@@ -245,7 +246,7 @@ class SandboxPool:
 
     def _take(self, layer: Layer) -> SandboxPair:
         with self._lock:
-            if self._owner != os.getpid():  # the pairs are the parent's
+            if self._owner != os.getpid():  # a forked child: the pairs are the parent's
                 self._idle, self._owner = [], os.getpid()
             for index in range(len(self._idle) - 1, -1, -1):
                 if self._idle[index][0] == layer:
@@ -279,17 +280,17 @@ def _sources() -> dict[str, str]:
 
 
 class _Scratch:
-    """A directory for the programs of one server, where the layer has none of its own.
+    """Make a directory for the programs of one sandbox, if the layer has none of its own.
 
-    It is locked as long as its owner lives, so that those of owners that were killed are known,
-    and removed when the next one is made.
+    It is locked as long as its owner lives. Directories without a lock belonged to owners that
+    were killed; they are removed when the next one is made.
     """
 
     _PREFIX = "ernie-sandbox-"
 
     def __init__(self, user: int | None) -> None:
         for left in Path(tempfile.gettempdir()).glob(f"{self._PREFIX}*"):
-            with contextlib.suppress(OSError):  # another user's, or gone by now
+            with contextlib.suppress(OSError):  # another user's, or already deleted
                 lock = _locked(left)
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(lock)
@@ -300,13 +301,13 @@ class _Scratch:
 
     def remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):
-            os.chmod(self.path, 0o700)  # a program may have locked itself in
+            os.chmod(self.path, 0o700)  # a program may have removed the permissions
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
 def _locked(directory: Path) -> int:
-    """A descriptor that holds the directory's lock; OSError where another process holds it."""
+    """Return a descriptor that holds the directory's lock; OSError if another process has it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

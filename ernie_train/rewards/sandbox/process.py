@@ -16,19 +16,19 @@ from ernie_train.rewards.sandbox.pool import ProcessExit, Sandbox, SandboxLost, 
 
 
 class NoAnswerInTime(Exception):
-    """Nothing came before the deadline."""
+    """Signal that nothing was received before the deadline."""
 
 
 class SandboxLostDuringProgram(Exception):
-    """The sandbox ended while a program was in it."""
+    """Signal that the sandbox ended while a program ran in it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program. Sizes are in bytes, times in seconds.
+    """Limit the resources of one program. Sizes are in bytes, times in seconds.
 
-    Processor time decides; the wall limit is there for programs that sleep, and generous, so that
-    a busy machine does not fail a program that would have made it.
+    Processor time is the limit that counts. The wall limit stops programs that sleep; it is
+    generous, so that a program does not fail because the machine is busy.
     """
 
     cpu_s: int = 2
@@ -40,7 +40,7 @@ class Limits:
     output_bytes: int = 1 << 20
 
     def resources(self, layer: Layer) -> dict[str, tuple[int, int]]:
-        """Soft and hard limit by its name in setrlimit(2)."""
+        """Return name in setrlimit(2) -> (soft, hard) limit."""
         limits = {
             "CPU": (self.cpu_s, self.cpu_s + 1),
             "AS": (self.memory_bytes, self.memory_bytes),
@@ -53,12 +53,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """The result of running a program.
+    """Hold the result of running a program.
 
-    kind: "returned": `values` are what the caller asked for; "failed": the program broke its limits
-    or its own process, `detail` says how; "bad_tests": the row's tests fail without the program;
-    "timeout": the machine was too busy to give a program its time; "infrastructure": the sandbox
-    failed. After the last three nothing is known about the program.
+    kind: "returned": `values` are those that the caller asked for; "failed": the program exceeded
+    its limits or ended its process, `detail` says how; "bad_tests": the row's tests fail without
+    the program; "timeout": the machine was too busy to give the program its time;
+    "infrastructure": the sandbox failed. The last three say nothing about the program.
     """
 
     kind: Literal["returned", "failed", "bad_tests", "timeout", "infrastructure"]
@@ -68,11 +68,11 @@ class ProgramResult:
 
 @dataclass(frozen=True)
 class Tests:
-    """A row's own tests, for a judge.
+    """Hold a row's own tests, for a judge.
 
     `tests` are sources: statements with `assert`, a function `check(candidate)`, or unittest
-    cases. `setup` is run once before them. `names` are those of the program that they use;
-    `entry_point`, or "", is what `check` is called with.
+    cases. `setup` is run once before them. `names` are the program's names that they use;
+    `entry_point` is the name of the function that `check` is called with, "" for none.
     """
 
     tests: list[str]
@@ -84,7 +84,7 @@ class Tests:
 
 @dataclass
 class _Process:
-    """A program's or a judge's process, our end of its channel, and when it must have answered."""
+    """Control the process of a program or a judge: this end of its channel, and its deadline."""
 
     sandbox: Sandbox
     limits: Limits
@@ -93,7 +93,7 @@ class _Process:
     ended: ProcessExit | None = None
 
     def tell(self, request: dict[str, Any]) -> None:
-        """A process that has ended shows it when it is read from."""
+        """Send a request; that the process has ended is noticed when its answer is read."""
         self.channel.settimeout(max(self.deadline - time.monotonic(), 0.01))
         try:
             self.channel.sendall(json.dumps(request).encode() + b"\n")
@@ -103,11 +103,11 @@ class _Process:
             return
 
     def line(self) -> tuple[bytes, str]:
-        """Return the bytes up to a newline, and "" or why there is no whole line."""
+        """Return the bytes up to a newline, and "" or the reason why there is no whole line."""
         return _read(self.channel.fileno(), self.deadline, self.limits.output_bytes, line=True)
 
     def stop(self, *, ending: bool = False) -> ProcessExit:
-        """End the process; with `ending` give it a moment to do so by itself."""
+        """End the process; with `ending` it gets a moment to end by itself."""
         if self.ended is None:
             try:
                 self.ended = self.sandbox.stop(ending=ending)
@@ -118,12 +118,12 @@ class _Process:
     def fate(self, otherwise: str) -> ProgramResult:
         """Return the result of a process that closed its channel without the answer."""
         ended = self.stop(ending=True)
-        # One that catches SIGXCPU gets SIGKILL a second later. The kernel counts for the limit in
-        # ticks, which on a busy virtual machine run ahead of the time that it reports.
+        # A process that catches SIGXCPU gets SIGKILL a second later. For the limit the kernel
+        # counts ticks, which on a busy virtual machine run ahead of the time that it reports.
         caught = ended.killed_by == signal.SIGKILL and ended.cpu_s >= self.limits.cpu_s / 2
         if ended.killed_by == signal.SIGXCPU or caught:
             return ProgramResult("failed", [], f"more than {self.limits.cpu_s} s of processor time")
-        if ended.killed_by == signal.SIGKILL:  # the filter leaves it no way to do so itself
+        if ended.killed_by == signal.SIGKILL:  # it cannot do so itself: the filter forbids it
             return ProgramResult("infrastructure", [], "something outside killed the program")
         if ended.killed_by:
             otherwise += f" ({signal.Signals(ended.killed_by).name})"
@@ -134,7 +134,7 @@ class _Process:
 def _process(
     sandbox: Sandbox, limits: Limits, deadline: float, *more: int, judge: bool = False
 ) -> Iterator[_Process]:
-    """A fresh process with a channel and the descriptors `more`; it has ended afterwards."""
+    """Yield a fresh process with a channel and the descriptors `more`; end it afterwards."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -147,9 +147,10 @@ def _process(
 
 
 def exchange(pair: SandboxPair, request: dict[str, Any], limits: Limits) -> ProgramResult:
-    """Send one request to a fresh process; the values are its answer, of whatever form.
+    """Send one request to a fresh process and return its answer as the values.
 
-    Raises NoAnswerInTime where there is none in time, SandboxLostDuringProgram, and SandboxLost.
+    Raises NoAnswerInTime if there is no answer in time, SandboxLostDuringProgram if the sandbox
+    ends meanwhile, and SandboxLost if it does not start.
     """
     with _process(pair.programs, limits, time.monotonic() + limits.wall_s) as process:
         process.tell(request)
@@ -168,7 +169,7 @@ def _parsed(line: bytes) -> ProgramResult:
 
 
 def script_output(pair: SandboxPair, source: str, stdin: str, limits: Limits) -> ProgramResult:
-    """Return what a script writes to its standard output, as one text. Raises as `exchange`."""
+    """Return the standard output of a script as one text. Raises the errors of `exchange`."""
     # The input is a file in memory: writing it into a pipe could block on a script that does not
     # read.
     given = os.memfd_create("stdin")
@@ -202,7 +203,7 @@ def _text(line: bytes) -> str:
 
 
 def judge_tests(pair: SandboxPair, source: str, tests: Tests, limits: Limits) -> ProgramResult:
-    """Return [passed, text] for each of a row's tests. Raises as `exchange`."""
+    """Return [passed, text] for each of a row's tests. Raises the errors of `exchange`."""
     deadline = time.monotonic() + limits.wall_s
     with _process(pair.programs, limits, deadline) as program:
         program.tell({"kind": "objects", "source": source})
@@ -224,9 +225,9 @@ def judge_tests(pair: SandboxPair, source: str, tests: Tests, limits: Limits) ->
 
 
 def _judged(sandbox: Sandbox, program: _Process, tests: Tests) -> dict[str, Any] | ProgramResult:
-    """Return the judge's reply; the program's channel goes over to it."""
+    """Return the judge's reply; the program's channel is handed to the judge."""
     limits, way = program.limits, program.channel.fileno()
-    program.channel.setblocking(True)  # the judge shares the mode with us
+    program.channel.setblocking(True)  # the judge shares the mode of the channel
     with _process(sandbox, limits, program.deadline, way, judge=True) as judge:
         judge.tell({
             "setup": tests.setup, "tests": tests.tests, "names": tests.names,
@@ -241,7 +242,7 @@ def _judged(sandbox: Sandbox, program: _Process, tests: Tests) -> dict[str, Any]
 
 
 def _read(source: int, deadline: float, max_bytes: int, *, line: bool) -> tuple[bytes, str]:
-    """Return the bytes up to a newline (`line`) or to the end, and "" or why that did not come.
+    """Return the bytes up to a newline (`line`) or to the end, and "" or why neither was reached.
 
     Raises NoAnswerInTime at the deadline.
     """
@@ -254,7 +255,7 @@ def _read(source: int, deadline: float, max_bytes: int, *, line: bool) -> tuple[
             raise NoAnswerInTime
         try:
             part = os.read(source, 1 << 16)
-        except ConnectionResetError:  # it ended with something unread
+        except ConnectionResetError:  # the process ended with unread data
             part = b""
         if not part:
             return bytes(data), "the program ended without returning values" if line else ""

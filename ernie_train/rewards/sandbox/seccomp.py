@@ -1,11 +1,11 @@
-"""Build the seccomp filter that every sandbox installs last: what a program may ask of the kernel.
+"""Build the seccomp filter that every sandbox installs last: the system calls of a program.
 
-It is a list of what is allowed, so that a call nobody thought of is refused. A program is one
+It lists the calls that are allowed, so that any other call is refused. A program is one
 process: it may start threads but no process, and it can reach no other process by any call that
-names one (kill, ptrace, prlimit, the owner of a file's signals). It has no sockets but connected
-pairs within itself. Which files it may open is not decided here.
+names one (kill, ptrace, prlimit, the owner of a file's signals). Its only sockets
+are connected pairs within itself. The layers decide which files it may open.
 
-Built as classic BPF (linux/filter.h, linux/seccomp.h), for x86-64 alone.
+The filter is classic BPF (linux/filter.h, linux/seccomp.h), for x86-64 alone.
 """
 
 import errno
@@ -20,7 +20,7 @@ FREE_CALLS: dict[str, int] = {
     "writev": 20, "dup": 32, "dup2": 33, "dup3": 292, "pipe": 22, "pipe2": 293, "sendfile": 40,
     "poll": 7, "ppoll": 271, "select": 23, "pselect6": 270, "epoll_create1": 291, "epoll_ctl": 233,
     "epoll_wait": 232, "epoll_pwait": 281, "eventfd2": 290,
-    # Files, which the file system's own guards bound.
+    # Files: the layer restricts which ones.
     "open": 2, "openat": 257, "stat": 4, "fstat": 5, "lstat": 6, "newfstatat": 262, "statx": 332,
     "access": 21, "faccessat": 269, "faccessat2": 439, "readlink": 89, "readlinkat": 267,
     "getcwd": 79, "chdir": 80, "fchdir": 81, "getdents64": 217, "mkdir": 83, "mkdirat": 258,
@@ -28,7 +28,7 @@ FREE_CALLS: dict[str, int] = {
     "link": 86, "linkat": 265, "symlink": 88, "symlinkat": 266, "chmod": 90, "fchmod": 91,
     "fchmodat": 268, "utimensat": 280, "truncate": 76, "ftruncate": 77, "fsync": 74,
     "fdatasync": 75, "flock": 73, "umask": 95, "fadvise64": 221, "statfs": 137, "fstatfs": 138,
-    # Pairs of sockets within the process (event loops); none that reaches out.
+    # Pairs of sockets within the process (event loops); no other sockets.
     "socketpair": 53, "sendto": 44, "recvfrom": 45, "shutdown": 48, "getsockopt": 55,
     "setsockopt": 54, "getsockname": 51, "getpeername": 52,
     # Time, and signals to itself.
@@ -37,7 +37,7 @@ FREE_CALLS: dict[str, int] = {
     "getitimer": 36, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15,
     "rt_sigpending": 127, "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131,
     "restart_syscall": 219,
-    # Facts about itself.
+    # Information about the process itself.
     "getpid": 39, "gettid": 186, "getppid": 110, "getuid": 102, "geteuid": 107, "getgid": 104,
     "getegid": 108, "getpgrp": 111, "getpgid": 121, "getsid": 124, "getgroups": 115, "uname": 63,
     "sysinfo": 99, "getrandom": 318, "getrlimit": 97, "setrlimit": 160, "sched_getaffinity": 204,
@@ -67,7 +67,7 @@ _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, c
 
 
 def supported() -> bool:
-    """Return True where the filter fits this machine's processor."""
+    """Return True if the filter fits this machine's processor."""
     return platform.machine() == "x86_64"
 
 
@@ -85,7 +85,7 @@ def build_filter() -> bytes:
     for name, number in CHECKED_CALLS.items():
         block = _checked(name)
         code += [(_EQUAL, 0, len(block), number), *block]
-    # A jump skips the comparisons that are left and the refusal after them.
+    # A jump skips the remaining comparisons and the refusal after them.
     free = len(FREE_CALLS)
     code += [(_EQUAL, free - i, 0, number) for i, number in enumerate(FREE_CALLS.values())]
     code += [_refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
@@ -95,7 +95,7 @@ def build_filter() -> bytes:
 def _checked(name: str) -> list[_Instruction]:
     """Return the instructions that decide a call by its arguments; every path returns."""
     allow: _Instruction = (_RETURN, 0, 0, _ALLOW)
-    if name == "clone3":  # its flags lie in memory, out of sight; libc falls back to clone
+    if name == "clone3":  # its flags are in memory, which BPF cannot read; libc uses clone
         return [_refuse(errno.ENOSYS)]
     if name == "clone":
         mask = _CLONE_THREAD | _CLONE_NAMESPACES
@@ -111,7 +111,7 @@ def _checked(name: str) -> list[_Instruction]:
 
 
 def _argument(index: int) -> _Instruction:
-    """Load the lower half; the kernel reads these arguments as 32 bits."""
+    """Load the lower half of an argument: the kernel reads these as 32 bits."""
     return (_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * index)
 
 

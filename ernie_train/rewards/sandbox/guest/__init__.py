@@ -1,5 +1,5 @@
-"""Modules that run inside the sandbox.
+"""Run inside the sandbox, in the system's Python.
 
-They are sent there as text, so they import the standard library and one another alone, and keep to
-what Python 3.9 knows.
+The modules are sent there as text, so they import only the standard library and one another, and
+keep to Python 3.9.
 """

@@ -1,6 +1,6 @@
-"""The process of a program that a model wrote: defines it, calls it, sends back plain values.
+"""Run a program that a model wrote: define it, call it, send back plain values.
 
-Nothing in this process knows what is expected, and nothing that it says is a verdict.
+This process does not know which results are expected, and decides nothing about them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHOWN = 200
 
 
 def run(channel: int) -> None:
-    """Takes the one request that says what to do, and does it."""
+    """Read the one request of the channel and carry it out."""
     reader = Reader(channel, _MAX_REQUEST_BYTES)
     request = reader.message()
     kind = request["kind"]
@@ -43,10 +43,10 @@ def _module(name: str) -> dict[str, Any]:
 
 
 def _answer_calls(channel: int, request: dict[str, Any]) -> None:
-    """["value", v] or ["error", text] for each call, in one message.
+    """Send ["value", v] or ["error", text] for each call, in one message.
 
-    Each call gets arguments of its own from the JSON text, so that calls do not see one another's
-    changes.
+    Each call gets its own arguments from the JSON text, so that no call sees the changes of
+    another.
     """
     calls = [json.dumps(call) for call in request["calls"]]
     space, failure, values = _module("candidate"), "", []
@@ -68,14 +68,14 @@ def _answer_calls(channel: int, request: dict[str, Any]) -> None:
 
 
 def _function(space: dict[str, Any], name: str) -> Any:
-    """The function of that name, or the method of a class Solution, as contests ask for it."""
+    """Return the function of that name, or the method of a class Solution, as in contests."""
     if name not in space and "Solution" in space:
         return getattr(space["Solution"](), name)
     return space[name]
 
 
 def _run_script(channel: int, source: str) -> None:
-    """As `python program.py`: reads and writes the standard streams, and exits as Python does."""
+    """Run as `python program.py`: on the standard streams, with the exit status of Python."""
     sys.stdin = open(0, encoding="utf-8", errors="replace")  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", errors="replace", newline="\n")  # noqa: SIM115
     sys.argv = ["program.py"]
@@ -96,9 +96,9 @@ def _run_script(channel: int, source: str) -> None:
 
 
 def _serve_judge(channel: int, reader: Reader, source: str) -> None:
-    """Does what a judge asks with the objects of the program, until the judge has gone.
+    """Carry out the requests of a judge on the program's objects, until the judge ends.
 
-    Objects that are no plain values stay here in `objects` and go by their place in it.
+    Objects that are not plain values stay here in `objects`; messages name them by their index.
     """
     space = _module("candidate")
     objects: list[Any] = []
@@ -130,7 +130,7 @@ def _serve_judge(channel: int, reader: Reader, source: str) -> None:
 
 
 def _builtin_name(error: BaseException) -> str:
-    """The class of an exception; of the program's own classes the builtin one that it extends."""
+    """Return the name of an exception's class; for the program's own classes, of a builtin base."""
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
 
 

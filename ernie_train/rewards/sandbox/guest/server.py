@@ -1,11 +1,11 @@
-"""The first process inside a sandbox: a warmed interpreter that forks a fresh one per program.
+"""Run the first process inside a sandbox: a warmed interpreter that forks one per program.
 
 It reads nothing that a program or a judge gets, and a program cannot reach it: the descriptors are
-closed, and the system-call filter has no call that names another process. When a program has
-changed anything in the writable directory, the server leaves, and the next program gets a new
+closed, and the system-call filter allows no call that names another process. When a program has
+changed anything in the writable directory, this process ends, and the next program gets a new
 sandbox.
 
-Control messages come as datagrams on standard input: a start with descriptors, then a stop.
+Control messages are datagrams on standard input: a start with descriptors, then a stop.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ernie_train.rewards.sandbox.guest.values import decode, encode
 
 _CHANNEL, _PROGRAM = 3, 4
 _MAX_DESCRIPTORS = 4
-# A process that has closed its channel is about to end, or pretends to.
+# A process that closed its channel should be about to end, but may not be.
 _ENDING_S = 0.3
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
@@ -38,7 +38,7 @@ _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445
 _LANDLOCK_VERSION, _LANDLOCK_PATH = 1, 1
 _READ_FILE, _WRITE_FILE, _READ_DIRECTORY = 1 << 2, 1 << 1, 1 << 3
 _EXECUTE = 1 << 0
-# Rights of the file system by the version of the kernel's interface: refer, truncate, ioctl.
+# File-system rights that later versions of the interface added: refer, truncate, ioctl.
 _FILE_RIGHTS = ((1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) - 1, (1 << 16) - 1)
 _ON_FILES_ALONE = _EXECUTE | _READ_FILE | _WRITE_FILE | 1 << 14 | 1 << 15
 
@@ -53,22 +53,22 @@ def _checked(result: int, what: str) -> int:
 
 
 def serve(settings: dict[str, Any]) -> None:
-    """Serves until the other end closes or a program leaves something behind.
+    """Fork programs until the other end closes or a program leaves something behind.
 
-    `settings`: `filter` (hex), `directory` that programs may write to, and `readable`: paths of
-    which they may read the files when Landlock is to be used, null when it is not.
+    `settings`: `filter` (hex), `directory` that programs may write to, and `readable`: the paths
+    below which Landlock lets them read files, null without Landlock.
     """
     control = socket.socket(fileno=0)
     os.environ.clear()
     _warm()
     os.chdir(settings["directory"])
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    # Or a program of the same user could open this process's memory, where it sees /proc.
+    # Else a program of the same user could open this process's memory, if it sees /proc.
     _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
     if settings["readable"] is not None:
         restrict_files(settings["readable"], settings["directory"])
     system_calls = _SystemCalls(bytes.fromhex(settings["filter"]))
-    directory = os.open(".", os.O_PATH)  # a program may lock it
+    directory = os.open(".", os.O_PATH)  # a program may remove its permissions
     pristine = os.fstat(directory).st_ctime_ns
     gc.collect()
     gc.freeze()  # a collection in a child does not touch, and so not copy, these pages
@@ -77,7 +77,7 @@ def serve(settings: dict[str, Any]) -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, _MAX_DESCRIPTORS)
         if not message:
             return
-        request = json.loads(message)  # here: what a child does first copies pages
+        request = json.loads(message)  # before the fork: in the child it would copy pages
         child = os.fork()
         if child == 0:
             try:
@@ -86,7 +86,7 @@ def serve(settings: dict[str, Any]) -> None:
                 os._exit(70)
         for descriptor in descriptors:
             os.close(descriptor)
-        command = control.recv(16)  # "stop", "wait", or nothing where the other side has gone
+        command = control.recv(16)  # "stop", "wait", or nothing if the other side has closed
         status, cpu_s = _end(child, _ENDING_S if command == b"wait" else 0.0)
         clean = os.fstat(directory).st_ctime_ns == pristine
         if command:
@@ -97,7 +97,7 @@ def serve(settings: dict[str, Any]) -> None:
 
 
 def _end(child: int, patience_s: float) -> tuple[int | None, float]:
-    """Wait status of a child that ended by itself, None for one killed here; and its CPU time."""
+    """Return a child's wait status, None if it is killed here, and its processor seconds."""
     limit = time.monotonic() + patience_s
     while True:
         ended, status, usage = os.wait4(child, os.WNOHANG)
@@ -111,7 +111,7 @@ def _end(child: int, patience_s: float) -> tuple[int | None, float]:
 
 
 def _warm() -> None:
-    """What programs import most, so that each does not load it anew."""
+    """Import the modules that programs use most, so that each fork has them already."""
     import bisect
     import builtins
     import cmath
@@ -130,25 +130,25 @@ def _warm() -> None:
 
     assert bisect and cmath and contextlib and copy and dataclasses and enum and functools
     assert heapq and itertools and math and operator and re and string and typing
-    # A program that draws draws the same in every run: `random` would seed itself anew in each
-    # fork, which takes a tenth of the fork's time as well.
+    # A program draws the same random numbers in every run. By default `random` seeds itself
+    # again in each fork, which also takes a tenth of the fork's time.
     register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
     import random
 
     os.register_at_fork = register
     random.seed(0)
-    # The parser, the compiler and the encoder set themselves up on first use.
+    # The parser, the compiler and the encoder initialize on first use.
     space: dict[str, Any] = {}
     exec(compile("def f(x):\n    return [x, {1: 'a'}]\nvalue = f(1)\n", "warm", "exec"), space)
     json.loads(json.dumps(encode(decode(encode(space["value"], int), int), int)))
-    # What `site` would add; programs of contests call them.
+    # `site` would add these; programs from contests call them.
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
 
 
 def restrict_files(readable: list[str], writable: str) -> None:
-    """Lets this process and its children read below `readable` and write below `writable` alone.
+    """Let this process and its children read below `readable` and write below `writable` alone.
 
-    Raises OSError where the kernel has no Landlock.
+    Raises OSError if the kernel has no Landlock.
     """
     version = _checked(
         _libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION), "Landlock"
@@ -166,7 +166,7 @@ def restrict_files(readable: list[str], writable: str) -> None:
             _allow(ruleset, path, _READ_FILE | _READ_DIRECTORY)
     _allow(ruleset, "/dev/null", _READ_FILE | _WRITE_FILE)
     _allow(ruleset, "/dev/urandom", _READ_FILE)
-    # Not to execute: programs cannot start others anyway.
+    # No right to execute: programs cannot start others anyway.
     _allow(ruleset, writable, rights & ~_EXECUTE)
     _checked(_libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0), "Landlock")
     os.close(ruleset)
@@ -184,7 +184,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def _become(request: dict[str, Any], descriptors: list[int], system_calls: _SystemCalls) -> None:
-    """Turns this fresh process into the one of a program or a judge, and runs it."""
+    """Turn this fresh process into that of a program or a judge, and run it."""
     _arrange(descriptors)
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0), "pdeathsig")
     for name, limits in request["limits"].items():
@@ -198,9 +198,9 @@ def _become(request: dict[str, Any], descriptors: list[int], system_calls: _Syst
 
 
 def _arrange(descriptors: list[int]) -> None:
-    """Channel (and a judge's way to the program) from 3 on, streams at 0 to 2, nothing else.
+    """Move the channels to descriptors from 3 on, streams to 0 to 2, and close all others.
 
-    Descriptors: the channel; the channel and the program; or the channel, input and output.
+    `descriptors`: the channel; the channel and the program; or the channel, input and output.
     """
     nothing = os.open("/dev/null", os.O_RDWR)
     wanted = {0: nothing, 1: nothing, 2: nothing, _CHANNEL: descriptors[0]}
@@ -208,7 +208,7 @@ def _arrange(descriptors: list[int]) -> None:
         wanted[_PROGRAM] = descriptors[1]
     elif len(descriptors) == 3:
         wanted[0], wanted[1] = descriptors[1:]
-    # First out of the way of the numbers that are wanted.
+    # First move them off the numbers that are wanted.
     high = {n: fcntl.fcntl(d, fcntl.F_DUPFD_CLOEXEC, 16) for n, d in wanted.items()}
     for number, descriptor in high.items():
         os.dup2(descriptor, number)
@@ -216,7 +216,7 @@ def _arrange(descriptors: list[int]) -> None:
 
 
 class _SystemCalls:
-    """The filter, laid out before any fork: every page that a child touches costs it 10 us."""
+    """Hold the filter, built before any fork: each page that a child touches costs it 10 us."""
 
     def __init__(self, program: bytes) -> None:
         self._instructions = ctypes.create_string_buffer(program, len(program))

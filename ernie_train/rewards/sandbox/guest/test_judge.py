@@ -1,8 +1,8 @@
-"""The process that runs a row's own tests. The program under test is in another process.
+"""Run a row's own tests. The program under test is in another process.
 
-To the tests the program's names are `Remote` objects: what is done with one is done over there, and
-what comes back is a plain value or another Remote. A Remote equals itself alone and has no truth,
-so no class of the program can answer for the comparison, and no patch of the program reaches the
+To the tests the program's names are `Remote` objects: operations on one are sent to the program's
+process, and return a plain value or another Remote. A Remote equals itself alone and has no truth
+value, so no class of the program can decide the comparison, and no patch of the program reaches the
 `assert`, the builtins or the libraries that the tests use.
 """
 
@@ -22,21 +22,21 @@ _SHOWN = 200
 
 
 class CandidateError(Exception):
-    """The program raised something that is no ordinary exception, or sent back no value."""
+    """Signal that the program raised no ordinary exception, or sent back no value."""
 
 
 class CandidateGone(BaseException):
-    """The program's process has ended; no `except Exception` of a test may catch it."""
+    """Signal that the program's process ended; no `except Exception` of a test may catch this."""
 
 
 class _Link:
-    """Requests to the program's process and its answers."""
+    """Send requests to the program's process and read its answers."""
 
     def __init__(self, channel: int, max_bytes: int) -> None:
         self._channel = channel
         self._reader = Reader(channel, max_bytes)
         self.used = False
-        self.gone = ""  # why there are no answers any more
+        self.gone = ""  # the reason why there are no more answers
 
     def ask(self, operation: str, target: Any, *arguments: Any) -> Any:
         self.used = True
@@ -63,14 +63,14 @@ class _Link:
 
 
 def _exception(name: str, text: str) -> Exception:
-    """The builtin exception of that name. A program's AssertionError is none of the tests'."""
+    """Return a builtin exception of that name; AssertionError is kept for the tests' own."""
     kind = getattr(builtins, name, None)
     unlike = CandidateError(f"{name}: {text}")
     if not isinstance(kind, type) or not issubclass(kind, Exception) or kind is AssertionError:
         return unlike
     try:
         return kind(text)
-    except TypeError:  # it is made from more than a text
+    except TypeError:  # its constructor needs more than a text
         return unlike
 
 
@@ -81,7 +81,7 @@ def _number_of(value: Any) -> int:
 
 
 class Remote:
-    """An object of the program that is no plain value, or one of its functions or classes."""
+    """Represent an object of the program: a function, a class or a value that is not plain."""
 
     __slots__ = ("_link", "_number")
     _link: _Link
@@ -121,7 +121,7 @@ class Remote:
 
 
 def run(channel: int, program: int) -> None:
-    """Runs the tests of one request; sends {"setup_error": text} or its results.
+    """Run the tests of one request; send {"setup_error": text} or the results.
 
     Results: {"results": [[passed, text], ...], "gone": why the program's process ended, or ""}.
 
@@ -139,7 +139,7 @@ def run(channel: int, program: int) -> None:
         link.used = False
         exec(compile(request["setup"], "setup", "exec"), space)
         asked = link.used
-        # A setup may hold the function's own head, with nothing in it.
+        # A setup may contain the signature of the function with an empty body.
         _bind([entry_point] if entry_point else [], space, link)
         link.used = asked
         for source in request["tests"]:
@@ -158,7 +158,7 @@ def run(channel: int, program: int) -> None:
 
 
 def _bind(names: list[str], space: dict[str, Any], link: _Link) -> None:
-    """Names that the program does not define stay unknown to the tests too."""
+    """Bind the program's names; those that it does not define stay undefined for the tests."""
     for name in names:
         try:
             space[name] = link.ask("name", name)
@@ -167,7 +167,7 @@ def _bind(names: list[str], space: dict[str, Any], link: _Link) -> None:
 
 
 def _run_test(source: str, space: dict[str, Any], entry_point: str, link: _Link) -> list[list[Any]]:
-    """[passed, text] for the test, or for each method of the test cases that it defines.
+    """Return [passed, text] for the test, or for each method of the test cases that it defines.
 
     Functions whose names begin with "test" and that need no arguments are called, as pytest does.
     """
@@ -185,7 +185,7 @@ def _run_test(source: str, space: dict[str, Any], entry_point: str, link: _Link)
         raise
     except BaseException as error:
         results = [[False, _described(error)]]
-    if link.gone:  # a test that catches everything has not passed
+    if link.gone:  # a test that caught CandidateGone has not passed
         raise CandidateGone(link.gone)
     return results
 

@@ -1,10 +1,10 @@
-"""Plain Python values as JSON, and messages of one JSON line.
+"""Convert plain Python values to JSON and back, and send messages of one JSON line.
 
-What crosses the border of a sandbox is built anew on the other side from this JSON: numbers, text,
+Only this JSON enters or leaves a sandbox; the other side builds the values from it: numbers, text,
 bytes, containers and a few immutable types of the standard library, each of exactly its own type.
-An object of any other class stays where it is and goes by a number.
+An object of any other class stays in its process; a number represents it.
 
-JSON's null, true, false, texts, lists, floats and small integers stand for themselves; everything
+JSON's null, true, false, texts, lists, floats and small integers represent themselves; everything
 else is an object with one key, the name of its type.
 """
 
@@ -20,7 +20,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-# Beyond it a reader of JSON may round, and Python limits the decimal digits that it converts.
+# Beyond this a reader of JSON may round, and Python limits the decimal digits that it converts.
 _SMALL = 1 << 53
 
 _CONTAINERS: dict[str, type[Any]] = {
@@ -45,9 +45,10 @@ _ATOMS: dict[str, tuple[type[Any], Callable[[Any], Any], Callable[[Any], Any]]] 
 
 
 def encode(value: Any, number_of: Callable[[Any], int]) -> Any:
-    """JSON for `value`; `number_of` gives the number of an object that is no plain value.
+    """Return JSON for `value`; `number_of` returns the number of an object that is no plain value.
 
-    A subclass of a plain type becomes that type. RecursionError for a value within itself.
+    A subclass of a plain type becomes that type. Raises RecursionError for a value that contains
+    itself.
     """
     if value is None or value is True or value is False:
         return value
@@ -74,7 +75,7 @@ def encode(value: Any, number_of: Callable[[Any], int]) -> Any:
 
 
 def decode(data: Any, object_of: Callable[[int], Any]) -> Any:
-    """The value that `encode` wrote; `object_of` gives what stands for a numbered object.
+    """Return the value that `encode` wrote; `object_of` maps a number to its object.
 
     The data may be forged: any Exception means that they are not a value.
     """
@@ -99,14 +100,14 @@ def decode(data: Any, object_of: Callable[[int], Any]) -> Any:
 
 
 def send(channel: int, message: Any) -> None:
-    """Raises OSError where nobody listens, ValueError or TypeError for what is not JSON."""
+    """Send a message. Raises OSError if nobody reads, ValueError or TypeError if it is not JSON."""
     data = json.dumps(message).encode() + b"\n"
     while data:
         data = data[os.write(channel, data) :]
 
 
 class Reader:
-    """Reads the messages of a descriptor: one line of JSON each, of at most `max_bytes`."""
+    """Read the messages of a descriptor: one line of JSON each, of at most `max_bytes`."""
 
     def __init__(self, channel: int, max_bytes: int) -> None:
         self._channel = channel
@@ -114,7 +115,7 @@ class Reader:
         self._rest = bytearray()
 
     def line(self) -> bytes:
-        """The next line; EOFError at the end, OverflowError beyond the limit."""
+        """Return the next line; raises EOFError at the end, OverflowError beyond the limit."""
         searched = 0
         while (end := self._rest.find(b"\n", searched)) < 0:
             searched = len(self._rest)
@@ -129,5 +130,5 @@ class Reader:
         return line
 
     def message(self) -> Any:
-        """As `line`; ValueError or RecursionError for a line that is not JSON."""
+        """Return the next message; raises ValueError or RecursionError if it is not JSON."""
         return json.loads(self.line())
