@@ -1,5 +1,5 @@
-"""Files that are whole or absent, safetensors, metrics, and who owns a run directory.
+"""Write files atomically, read and write safetensors, log metrics, and lock run directories.
 
-Everything is written to a sibling and renamed, so that a reader, also one after a power cut, sees
-the old content or the new. Import its modules.
+Files are written under a temporary name and renamed, so that a reader sees the old content or the
+new, even after a power cut. Metrics are appended. Import the modules of this package directly.
 """

@@ -1,10 +1,10 @@
-"""Write files and directories that are either whole or absent, and check later that they still are.
+"""Write files and directories atomically, and verify them later against a manifest.
 
 A file is written as `<name>.tmp`, synced and renamed.
 
-A directory is written beside its place as `<name>.tmp`, every file is synced, `MANIFEST.json`
-(sizes and SHA-256 of the files) is written last, and one rename makes it visible. A directory that
-is replaced is first moved to `<name>.old`; `recover` moves it back if no replacement arrived.
+A directory is written as `<name>.tmp`, every file is synced, `MANIFEST.json` (sizes and SHA-256 of
+the files) is written last, and one rename makes it visible. A directory that is replaced is first
+moved to `<name>.old`; `recover` moves it back if the new one was never renamed into place.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ernie_train.core.errors import CheckpointError, StorageError, UserError, st
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = "ernie_train 1"
-# Marks a `.tmp` or `.old` directory as ours, so that cleaning up never deletes a stranger's.
+# Marks a `.tmp` or `.old` directory as ours, so that cleaning up deletes no other program's files.
 MARKER = ".ernie_train_incomplete"
 _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """Size and hash of a file, as a manifest lists them."""
+    """Hold the size and hash of a file, as a manifest lists them."""
 
     size: int  # bytes
     sha256: str
@@ -61,9 +61,9 @@ def digest_file(path: Path) -> FileDigest:
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary stream whose content becomes the file `path` when the block ends.
 
-    A reader sees the old file or the new one, never a part, also after a power cut. If the block
-    raises, the old file stays. A symbolic link stays one and its target is replaced; devices and
-    pipes are written directly.
+    A reader sees the old file or the new one, never a part, even after a power cut. If the block
+    raises, the old file is kept. For a symbolic link the target is replaced; devices and pipes are
+    written directly.
 
     Raises:
         StorageError: the disk is full or the path cannot be written.
@@ -82,7 +82,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(stream.fileno())
             temporary.replace(target)
         except BaseException:
-            with suppress(OSError):  # the first error says more
+            with suppress(OSError):  # do not hide the first error
                 temporary.unlink(missing_ok=True)
             raise
         sync_path(target.parent)
@@ -100,7 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line with `atomic_write`."""
+    """Write one JSON value per line with `atomic_write`."""
     with atomic_write(path) as stream:
         for row in rows:
             stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
@@ -110,7 +110,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 def write_manifest(
     directory: Path, digests: dict[str, FileDigest], info: dict[str, Any] | None = None
 ) -> None:
-    """Write `MANIFEST.json`: the digests of the files, `info` and a hash of the manifest."""
+    """Write `MANIFEST.json`: the digests of the files, `info` and a hash of the manifest itself."""
     files = {n: {"size": d.size, "sha256": d.sha256} for n, d in sorted(digests.items())}
     manifest = {"format": MANIFEST_FORMAT, **(info or {}), "files": files}
     write_json(directory / MANIFEST, {**manifest, "sha256": fingerprint(manifest)})
@@ -126,7 +126,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the content of `MANIFEST.json`.
 
     Raises:
-        CheckpointError: it is missing, damaged or of another program.
+        CheckpointError: it is missing, damaged or from another program.
     """
     path = directory / MANIFEST
     try:
@@ -157,7 +157,7 @@ def verify_manifest(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
     With `hashes=False` only sizes are compared.
 
     Raises:
-        CheckpointError: lists every missing, truncated or altered file.
+        CheckpointError: files are missing, truncated or altered; the message lists all of them.
     """
     manifest = read_manifest(directory)
     problems = []
@@ -182,7 +182,7 @@ def _sibling(path: Path, suffix: str) -> Path:
 
 
 def _discard(path: Path) -> None:
-    """Delete a directory that we wrote; the marker goes last, so that a kill leaves it marked."""
+    """Delete a directory that we wrote; the marker is deleted last, in case of a kill."""
     for entry in sorted(path.iterdir()):
         if entry.name == MARKER:
             continue
@@ -195,10 +195,14 @@ def _discard(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Undo what a writer that was killed left beside `path`: `<path>.tmp` and `<path>.old`."""
+    """Clean up after a killed writer: delete `<path>.tmp`, restore or delete `<path>.old`.
+
+    Raises:
+        StorageError: `<path>.tmp` was not written by this program, or cannot be deleted.
+    """
     old, temporary = _sibling(path, ".old"), _sibling(path, ".tmp")
     with storage_errors("cannot clean up", path):
-        # A `.old` without our mark may be somebody's backup, unless there is nothing in it.
+        # A `.old` without our marker may be a user's backup, unless it is empty.
         if old.is_dir() and ((old / MARKER).exists() or not any(old.iterdir())):
             if path.exists():
                 _discard(old)
@@ -219,7 +223,11 @@ def _is_ours(path: Path) -> bool:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory that we wrote; if killed in between, it never looks like a whole one."""
+    """Delete a directory that we wrote; it is renamed first, so a kill leaves no partial one.
+
+    Raises:
+        StorageError: the directory cannot be deleted.
+    """
     with storage_errors("cannot delete", path):
         (path / MARKER).touch()
         doomed = _sibling(path, ".tmp")  # `recover` deletes it after a kill
@@ -237,19 +245,22 @@ def write_directory(
     info: dict[str, Any] | None = None,
     manifest_all: bool = True,
 ) -> None:
-    """Create the directory `path` from the files that `write(temporary directory)` puts there.
+    """Create the directory `path` atomically from the files that `write` writes.
 
-    `write` returns digests that it knows already (file name -> digest). The manifest lists those
-    and, with `manifest_all`, every other file too. An existing `path` is replaced only if it is
-    empty or has our manifest.
+    An existing `path` is replaced only if it is empty or has our manifest. Every rank must call it:
+    `write` runs on each rank, for that rank's files in the one directory; rank 0 does the rest.
+    Steps of `write` that can fail on one rank alone must run inside `consensus.fail_together`.
 
-    Every rank must call it: `write` runs on each rank, for that rank's files in the one directory;
-    rank 0 does the rest. Steps of `write` that can fail on one rank alone must run inside
-    `consensus.fail_together`.
+    Args:
+        path: the directory to create or replace.
+        write: writes files into the temporary directory that it is given and returns the digests
+            that it already knows, file name -> digest.
+        info: further entries of the manifest.
+        manifest_all: True to list in the manifest the files too that `write` returns no digest of.
 
     Raises:
-        UserError: `path` holds anything else.
-        StorageError: the disk is full or the like. The previous directory is still there then.
+        UserError: `path` exists and is anything else.
+        StorageError: the disk is full or `path` cannot be written. The old directory is kept.
     """
     temporary = _sibling(path, ".tmp")
     with consensus.fail_together():

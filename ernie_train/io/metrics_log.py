@@ -3,8 +3,8 @@
 `metrics.jsonl` is the source of truth: one JSON object per step, flushed at once. Numbers are
 written so that reading returns the same bits; JSON has no NaN or infinity, so those are written as
 the texts "nan", "inf" and "-inf". `time` holds the values that differ from run to run. On resume
-the lines after the checkpoint's step are cut off, and VisualDL's log is rewritten from those that
-stay, because its viewer shows a single file per run.
+the lines after the checkpoint's step are removed, and VisualDL's log is rewritten from the lines
+that are kept, because its viewer shows a single file per run.
 """
 
 import json
@@ -53,10 +53,11 @@ def _plain(name: str, value: Any) -> int | float | str:
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a metrics.jsonl, with NaN and infinities as numbers.
 
-    A last line without its newline, which a killed process leaves, is skipped.
+    A last line without a newline, which a killed process leaves, is skipped. A missing file has
+    no lines.
 
     Raises:
-        CheckpointError: another line is damaged; names file and line.
+        CheckpointError: another line is damaged; the message names file and line.
     """
     if not path.exists():
         return
@@ -85,7 +86,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Remove the lines after `step` (all, if None) and a torn last one; return those that stay.
+    """Remove the lines after `step` (None: all) and an incomplete last one; return the others.
 
     The file is replaced atomically, so that a kill leaves either the old lines or the new ones.
 
@@ -109,15 +110,15 @@ def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes a stage's metrics; use it as a context manager, or call `close`.
+    """Write a stage's metrics; use it as a context manager, or call `close`.
 
     Args:
         stage_dir: directory of the stage; created if it is missing.
-        resume_step: step of the checkpoint that training continues from: later lines are cut off.
-            None starts from an empty file.
+        resume_step: step of the checkpoint that training continues from; later lines are removed.
+            None starts with an empty file.
         terminal: True for a progress bar, False for plain lines, one every few seconds.
         total_steps: steps of the stage, for the time left; None if it is not known.
-        label: the name of the stage in the terminal.
+        label: name of the stage in the terminal.
         visualdl: True to write VisualDL's log too.
         console: where to show progress; standard output by default.
         clock: a monotonic clock in seconds; another one in tests.
@@ -162,12 +163,13 @@ class MetricsWriter:
         """Record one step.
 
         Args:
-            step: the optimizer step; never lower than the one before.
-            metrics: values that a repeated run gives again, bit by bit.
-            timings: values that it does not, such as `tokens_per_second`.
+            step: the optimizer step; not lower than that of the previous call.
+            metrics: values that are the same, bit for bit, in a repeated run.
+            timings: values that differ from run to run, such as `tokens_per_second`.
 
         Raises:
-            ValueError: a step before the last one, a reserved name, or not a number.
+            ValueError: the step is before the last one, a name is reserved, or a value is not a
+                number.
             StorageError: the disk is full.
         """
         if step < self._last_step:
@@ -187,13 +189,13 @@ class MetricsWriter:
         self._display.note(text)
 
     def sync(self) -> None:
-        """Force the file to disk, so that a checkpoint is never ahead of it."""
+        """Flush the file to the disk, so that a checkpoint is never ahead of it."""
         with storage_errors("cannot write", self.path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """End the progress bar and close the files; more than once does no harm."""
+        """End the progress bar and close the files; may be called more than once."""
         self._display.close()
         with storage_errors("cannot write", self.path):
             if self._scalars:
@@ -208,10 +210,10 @@ class MetricsWriter:
 
 
 class StageMetrics:
-    """The metrics of a stage on every rank: rank 0 writes them, the others have the same numbers.
+    """Write a stage's metrics on rank 0; a context manager for every rank.
 
-    A context manager. The constructor takes the arguments of `MetricsWriter`. Every rank must call
-    it, `log` and `sync`: if rank 0 cannot write, all ranks raise.
+    Takes the arguments of `MetricsWriter`. Every rank must call the constructor, `log` and `sync`:
+    if rank 0 cannot write, all ranks raise.
     """
 
     def __init__(self, stage_dir: str | Path, **options: Any) -> None:
@@ -221,7 +223,7 @@ class StageMetrics:
                 self._writer = MetricsWriter(stage_dir, **options)
 
     def log(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
-        """See `MetricsWriter.log`."""
+        """Record one step, as `MetricsWriter.log` does; every rank must call it."""
         with consensus.fail_together():
             if self._writer is not None:
                 self._writer.log(step, metrics, timings)
@@ -232,7 +234,7 @@ class StageMetrics:
             self._writer.note(text)
 
     def sync(self) -> None:
-        """See `MetricsWriter.sync`."""
+        """Flush the file to the disk, as `MetricsWriter.sync` does; every rank must call it."""
         with consensus.fail_together():
             if self._writer is not None:
                 self._writer.sync()
@@ -253,10 +255,10 @@ class StageMetrics:
 
 
 class _VisualDL:
-    """VisualDL's scalars. Its viewer shows one file per directory, so there is only ever one."""
+    """Write VisualDL's scalars to a single file, since its viewer shows one file per directory."""
 
     def __init__(self, directory: Path, rows: list[dict[str, Any]]) -> None:
-        # Takes half a second, which reading metrics alone should not cost.
+        # Imported here because it takes half a second, which reading metrics does not need.
         from visualdl import LogWriter
 
         with storage_errors("cannot write", directory):
@@ -282,7 +284,7 @@ class _VisualDL:
 
 
 def _summary(values: Mapping[str, float]) -> list[str]:
-    """Return the few values that a line of the terminal has room for."""
+    """Return the few values that fit in a line of the terminal."""
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")

@@ -1,7 +1,7 @@
-"""Who owns a run directory, and which of its stages are finished.
+"""Lock a run directory, and record which of its stages are finished.
 
-`RunLock` keeps a second run out. `DONE` in a stage's directory says from which settings and from
-which input its result came, so that a changed recipe is noticed instead of mixed with old results.
+`RunLock` keeps a second process out. The file `DONE` in a stage's directory records the settings
+and the inputs of its result, so that a changed recipe is refused instead of mixed with old results.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """Holds a run directory for this process: `with RunLock(run_dir): ...`.
+    """Lock a run directory for this process: `with RunLock(run_dir): ...`.
 
-    The lock goes with the process, however it ends. Raises `UserError` that names the process if
-    another one holds it, `StorageError` if the directory cannot be written.
+    The operating system releases the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds the lock; the message names it.
+        StorageError: the directory cannot be written.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -67,11 +70,15 @@ class RunLock:
 
 
 def refuse_if_in_use(run_dir: str | Path) -> None:
-    """Raises `UserError` that names the process if one holds the directory; changes nothing."""
+    """Check that no process holds the lock of a run directory; change nothing.
+
+    Raises:
+        UserError: a process holds the lock; the message names it.
+    """
     try:
         descriptor = os.open(Path(run_dir) / LOCK, os.O_RDONLY)
     except OSError:
-        return  # nobody has run here; whoever does tells what else is wrong with it
+        return  # no run has started here yet; `RunLock` reports other problems
     try:
         _lock(descriptor, fcntl.LOCK_SH, Path(run_dir))
     finally:
@@ -83,7 +90,7 @@ def _lock(descriptor: int, kind: int, run_dir: Path) -> None:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         return
     except BlockingIOError:
-        time.sleep(0.1)  # it may be held for a moment by somebody who only asks
+        time.sleep(0.1)  # `refuse_if_in_use` in another process holds it for a moment
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,7 +105,7 @@ def _lock(descriptor: int, kind: int, run_dir: Path) -> None:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON-able values differ: "optim.lr: 0.001 -> 0.002" for each place."""
+    """Return a line such as "optim.lr: 0.001 -> 0.002" for each difference of two JSON values."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         return [
@@ -122,25 +129,29 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class StageDone:
-    """A finished stage: its settings, what it was fed (name -> hash), and what came out."""
+    """Describe a finished stage: its settings, inputs (name -> hash) and result."""
 
     settings: dict[str, Any]
     inputs: dict[str, str]
     result: dict[str, Any]
 
     def changes(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-        """What is different now; an empty list means that the result still stands."""
+        """Return the differences to `settings` and `inputs`; none if the result is still valid."""
         return differences(self.settings, settings) + differences(self.inputs, inputs, "input")
 
 
 def write_done(stage_dir: str | Path, done: StageDone) -> None:
-    """Marks a stage as finished; call it after everything else is on the disk."""
+    """Mark a stage as finished; call it after everything else is on the disk."""
     value = {"settings": done.settings, "inputs": done.inputs, "result": done.result}
     write_json(Path(stage_dir) / DONE, {**value, "sha256": fingerprint(value)})
 
 
 def read_done(stage_dir: str | Path) -> StageDone | None:
-    """The mark of a finished stage, None if it is not; `CheckpointError` if it is damaged."""
+    """Read the file `DONE` of a stage; return None if the stage is not finished.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     path = Path(stage_dir) / DONE
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Sharded safetensors files of numpy arrays: streamed to the disk, read one tensor at a time.
+"""Read and write numpy arrays in sharded safetensors files, one tensor at a time.
 
-numpy has no bfloat16; here an array of dtype uint16 holds the bits of bfloat16 numbers, which is
-also what `paddle.Tensor.numpy()` gives. Nothing in this module knows about models.
+numpy has no bfloat16; here an array of dtype uint16 holds the bits of bfloat16 numbers, as
+`paddle.Tensor.numpy()` returns them. Nothing in this module depends on a model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import ConfigError, WeightsError, storage_errors
 from ernie_train.io.files import FileDigest, digest_file, sync_path, write_json
 
-# safetensors' names of dtypes -> how numpy holds them
+# dtype name in safetensors -> dtype in numpy
 NUMPY_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
     "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
@@ -34,7 +34,11 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "200 MiB" or a plain number; `ConfigError` if it is not a positive size."""
+    """Convert "5GB", "200 MiB" or a plain number to bytes.
+
+    Raises:
+        ConfigError: it is not a positive size.
+    """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B|)\s*", str(size).upper())
     amount = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
     if amount <= 0:
@@ -45,7 +49,7 @@ def parse_size(size: int | str) -> int:
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
     """Round float32 to bfloat16, to nearest, ties to even; return the bits as uint16.
 
-    NaN stays NaN.
+    The shape is kept, and NaN stays NaN.
     """
     with np.errstate(invalid="ignore"):  # ml_dtypes warns of each NaN
         rounded = np.asarray(array, np.float32).astype(ml_dtypes.bfloat16, order="C")
@@ -53,9 +57,9 @@ def to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return bits of bfloat16 (uint16) as float32, exactly.
+    """Convert bits of bfloat16 (uint16) to float32, exactly.
 
-    A shift: the conversion of ml_dtypes 0.5.4 took twenty times as long (0.24 s for 17 million).
+    Done by a shift: ml_dtypes 0.5.4 took twenty times as long (0.24 s for 17 million numbers).
     """
     wide = bits.astype("<u4")
     wide <<= 16
@@ -63,7 +67,11 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def stored_dtype(dtype: np.dtype) -> str:
-    """Safetensors' name of a numpy dtype; uint16 counts as bfloat16."""
+    """Return the name of a numpy dtype in safetensors; uint16 counts as bfloat16.
+
+    Raises:
+        WeightsError: safetensors has no such dtype.
+    """
     name = _STORED_DTYPES.get(np.dtype(dtype).newbyteorder("<"))
     if name is None:
         raise WeightsError(f"arrays of dtype {dtype} cannot be stored")
@@ -71,7 +79,7 @@ def stored_dtype(dtype: np.dtype) -> str:
 
 
 def convert(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The array as contiguous numbers of the stored dtype ("F32", "BF16", ...)."""
+    """Convert an array to a contiguous one of a stored dtype ("F32", "BF16", ...)."""
     source = stored_dtype(array.dtype)
     if source != dtype:
         if source == "BF16":
@@ -86,7 +94,7 @@ def convert(array: np.ndarray, dtype: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor to be stored; `produce` is called when its turn comes."""
+    """Describe a tensor to be written; `produce` is called just before it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -99,7 +107,11 @@ class TensorEntry:
 
 
 def array_entries(arrays: Mapping[str, np.ndarray]) -> list[TensorEntry]:
-    """Entries that store arrays in their own dtypes."""
+    """Return entries that store the arrays in their own dtypes.
+
+    Raises:
+        WeightsError: safetensors has no such dtype.
+    """
 
     def producer(array: np.ndarray) -> Callable[[], np.ndarray]:
         return lambda: array
@@ -113,15 +125,22 @@ def array_entries(arrays: Mapping[str, np.ndarray]) -> list[TensorEntry]:
 def write_tensor_files(
     directory: Path, stem: str, entries: list[TensorEntry], max_shard_size: int | str = "5GB"
 ) -> dict[str, FileDigest]:
-    """Writes `<stem>.safetensors`, or several with an index, and returns the files' digests.
+    """Write `<stem>.safetensors`, or several such files with an index.
 
-    One tensor is in memory at a time. A tensor above `max_shard_size` gets a file of its own.
-    Every rank must call it, with the tensors that it alone writes; rank 0 writes the index. The
-    digests are those of this rank's files.
+    One tensor is in memory at a time. A tensor larger than `max_shard_size` gets its own file.
+    Every rank must call it, with the tensors that it alone writes; rank 0 writes the index.
+
+    Returns:
+        The digests of this rank's files, by file name.
+
+    Raises:
+        ConfigError: `max_shard_size` is not a size.
+        StorageError: a file cannot be written.
+        WeightsError: an entry produced another shape than it announced.
     """
     shards = [shard for shard in _split(entries, parse_size(max_shard_size)) if shard]
     if process_group.is_main() and not shards:
-        shards = [[]]  # so that there is a file
+        shards = [[]]  # write one file even if there are no tensors
     held = [[(entry.name, entry.nbytes) for entry in shard] for shard in shards]
     told = process_group.all_gather_objects(held)
     every = [shard for part in told for shard in part]
@@ -140,7 +159,7 @@ def write_tensor_files(
 
 
 def _index(held: Mapping[str, list[tuple[str, int]]]) -> dict[str, Any]:
-    """What an index says of files and the tensors in them, each with its bytes."""
+    """Return the content of an index; `held` maps a file to its (tensor name, bytes)."""
     total = sum(nbytes for tensors in held.values() for _, nbytes in tensors)
     weight_map = {name: file for file, tensors in held.items() for name, _ in tensors}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -159,7 +178,7 @@ def _split(entries: list[TensorEntry], limit: int) -> list[list[TensorEntry]]:
 
 
 def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
-    # Wide numbers first: then every tensor is aligned, as the format's own writer has it.
+    # Wide numbers first: then every tensor is aligned, as the safetensors library writes them.
     entries = sorted(entries, key=lambda entry: -np.dtype(NUMPY_DTYPES[entry.dtype]).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -188,7 +207,7 @@ def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
                 raise WeightsError(f"{entry.name}: {array.shape} announced as {entry.shape}")
             put(array.reshape(-1).view(np.uint8).data)
     if not process_group.is_main():
-        sync_path(path)  # rank 0, maybe on another machine, cannot do it
+        sync_path(path)  # rank 0 may be on another machine and cannot sync it
     return FileDigest(size, sha.hexdigest())
 
 
@@ -197,7 +216,7 @@ def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Place, dtype and shape of a tensor on disk."""
+    """Locate a tensor on disk: its file and offset, dtype and shape."""
 
     file: Path
     dtype: str
@@ -206,7 +225,7 @@ class StoredTensor:
 
 
 class ArraysByOtherNames(Mapping[str, np.ndarray]):
-    """Some arrays of a mapping under other names, `names` (new -> old); read when asked for."""
+    """Rename arrays of a mapping; `names` maps new to old names. Arrays are read on access."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> None:
         self.arrays, self.names = arrays, names
@@ -225,11 +244,13 @@ class ArraysByOtherNames(Mapping[str, np.ndarray]):
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of a directory's `<stem>*.safetensors`, by name; each access reads its bytes.
+    """Read the tensors of a directory's `<stem>*.safetensors` by name, each on access.
 
-    bfloat16 is given as float32. Files are read, not mapped: a file that shrinks meanwhile is an
-    error and not a crash, and memory holds only what is in use.
-    Raises `WeightsError` for missing, truncated or contradictory files.
+    bfloat16 is converted to float32. Files are read, not memory-mapped: a file that is truncated
+    meanwhile is an error and not a crash, and memory holds only the arrays in use.
+
+    Raises:
+        WeightsError: files are missing, truncated or contradict each other.
     """
 
     def __init__(self, directory: Path, stem: str = "model") -> None:
@@ -267,7 +288,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
-    """The files of a stem, and the index (tensor -> file name) if there is one."""
+    """Return the files of a stem, and the index (tensor -> file name) if there is one.
+
+    Raises:
+        WeightsError: there are no files, or the index is damaged or names missing files.
+    """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if not directory.is_dir():
         raise WeightsError(f"{directory}: no such directory")
@@ -308,7 +333,7 @@ def _check_index(
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
-        # The library checks what can be wrong with a header, and the length of the file.
+        # The library validates the header and the length of the file.
         with safetensors.safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as stream:
