@@ -1,4 +1,4 @@
-"""Rows of text to packed batches: tokenizer, chat format, record formats, mixing and packing."""
+"""Turn rows of data files into packed batches: formats, chat, tokenizer, mixing and packing."""
 
 from ernie_train.data.chat import (
     CHAT_TEMPLATE,

@@ -1,14 +1,14 @@
-"""Conversations to token ids and a mask of the tokens that are trained.
+"""Encode conversations as token ids and a mask of the tokens to train on.
 
 Thinking format: a system turn with the settings and the tools, then turns between `<|im_start|>`
-and `<|im_end|>`; a tool's result comes back as a user turn. Plain format: `User: ` and
-`Assistant: ` between `<|begin_of_sentence|>` and `<|end_of_sentence|>`, `</s>` after the last turn.
-Trained is what the model must write itself: each assistant turn after the generation prompt,
-through the token that ends the turn.
+and `<|im_end|>`; the result of a tool is a user turn. Plain format: `User: ` and `Assistant: `
+between `<|begin_of_sentence|>` and `<|end_of_sentence|>`, `</s>` after the last turn.
+The trained tokens are those that the model must generate: each assistant turn from after the
+generation prompt up to and including the token that ends the turn.
 
-A conversation is tokenized piece by piece, cut around each assistant turn's text, so that no token
-crosses from the prompt into the completion: the ids of a prompt are a prefix of the ids of the
-whole conversation.
+A conversation is split before and after the text of each assistant turn and each part is tokenized
+separately, so that no token spans prompt and completion: the ids of a prompt are a prefix of the
+ids of the whole conversation.
 
 A message is a dict: role ("system" first only, "user", "assistant", "tool"), content, and for
 assistants `reasoning_content`, `tool_calls`, `weight` (0: this turn is not trained).
@@ -69,6 +69,8 @@ PLAIN_GENERATION_PROMPT = "Assistant: "
 
 @dataclass(frozen=True)
 class _Piece:
+    """Hold a part of a conversation that is tokenized separately."""
+
     text: str
     written_by_model: bool
     trainable: bool
@@ -80,10 +82,19 @@ def encode_chat(
     tools: Sequence[dict[str, Any]] | None = None,
     thinking: bool = True,
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation, and for each id whether it is trained.
+    """Encode a conversation; return its ids [L] and the mask [L] of the tokens to train on.
 
-    The newlines that would separate the last turn from a next one are left out. Raises DataError
-    with the reason where the conversation cannot be rendered or holds a control token.
+    The newlines that would separate the last turn from a next one are left out.
+
+    Args:
+        tokenizer: must have the tokens of the chat format.
+        messages: the conversation.
+        tools: the tools offered to the model, as JSON-schema dicts.
+        thinking: True for the Thinking format, False for the plain one.
+
+    Raises:
+        DataError: the conversation cannot be rendered or contains a control token, or the
+            tokenizer lacks a token of the format.
     """
     require_chat_tokens(tokenizer, thinking)
     _refuse_control_tokens(tokenizer, messages, tools)
@@ -105,9 +116,10 @@ def prompt_ids(
     tools: Sequence[dict[str, Any]] | None = None,
     thinking: bool = True,
 ) -> list[int]:
-    """Ids of a conversation that the model is to continue, ending in the generation prompt.
+    """Encode a conversation that the model is to continue; ends with the generation prompt.
 
-    Raises DataError as `encode_chat` does, and where the last message is the assistant's.
+    Raises:
+        DataError: as for `encode_chat`, or the last message is the assistant's.
     """
     require_chat_tokens(tokenizer, thinking)
     _refuse_control_tokens(tokenizer, messages, tools)
@@ -124,13 +136,21 @@ def render_chat(
     thinking: bool = True,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The text of a conversation, exactly as the Jinja template renders it."""
+    """Render a conversation as text, exactly as the Jinja template does.
+
+    Raises:
+        DataError: the conversation cannot be rendered.
+    """
     text = "".join(piece.text for piece in _pieces(messages, tools, thinking))
     return text + _generation_prompt(thinking) if add_generation_prompt else text
 
 
 def require_chat_tokens(tokenizer: Tokenizer, thinking: bool = True) -> None:
-    """Raise DataError that names the turn tokens which the tokenizer lacks."""
+    """Check that the tokenizer has the tokens that begin and end turns.
+
+    Raises:
+        DataError: it lacks some; the message names them.
+    """
     needed = (IM_START, IM_END) if thinking else (SENTENCE_START, SENTENCE_END)
     missing = [token for token in needed if tokenizer.token_id(token) is None]
     if missing:
@@ -142,7 +162,11 @@ def require_chat_tokens(tokenizer: Tokenizer, thinking: bool = True) -> None:
 
 
 def drop_thinking(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation without the assistant's reasoning: answers only."""
+    """Return the conversation without the assistant's reasoning.
+
+    Raises:
+        DataError: an assistant turn has unclosed reasoning, or has reasoning twice.
+    """
     return [_split_thinking(m)[1] if m.get("role") == "assistant" else m for m in messages]
 
 
@@ -151,7 +175,7 @@ def _generation_prompt(thinking: bool) -> str:
 
 
 def _merge_prompts(pieces: Sequence[_Piece] | Iterator[_Piece]) -> list[_Piece]:
-    """Join neighbours that the model does not write: fewer calls of the tokenizer."""
+    """Join adjacent pieces that the model does not write, to call the tokenizer less often."""
     merged: list[_Piece] = []
     for piece in pieces:
         if merged and not piece.written_by_model and not merged[-1].written_by_model:
@@ -197,7 +221,11 @@ def _system_turn(system: str | None, tools: Sequence[dict[str, Any]] | None) -> 
 
 
 def _assistant_body(message: Message) -> str:
-    r"""Return what the model writes after `<think>\n`, up to the token that ends the turn."""
+    r"""Return the text of a turn after `<think>\n`, without the token that ends the turn.
+
+    Raises:
+        DataError: the turn has neither an answer nor a tool call, or is not well-formed.
+    """
     reasoning, answer = _split_thinking(message)
     content = (answer.get("content") or "").strip("\n")
     blocks: list[str] = []
@@ -214,7 +242,11 @@ def _assistant_body(message: Message) -> str:
 
 
 def _split_thinking(message: Message) -> tuple[str, Message]:
-    """(reasoning, the message without it)."""
+    """Return the reasoning of an assistant message, and the message without it.
+
+    Raises:
+        DataError: the reasoning is unclosed, or given twice.
+    """
     content = message.get("content") or ""
     reasoning = message.get("reasoning_content") or ""
     rest = {k: v for k, v in message.items() if k != "reasoning_content"}
@@ -269,7 +301,11 @@ def _plain_pieces(
 
 
 def _plain_answer(message: Message) -> str:
-    """The answer alone: a model without a thinking part learns no reasoning and no markup."""
+    """Return the answer without reasoning and markup, which a model of the plain format lacks.
+
+    Raises:
+        DataError: the turn has no answer, or is not well-formed.
+    """
     content = str(_split_thinking(message)[1].get("content") or "")
     if content.startswith(RESPONSE_OPEN):
         _check_blocks(content)
@@ -305,7 +341,11 @@ def _refuse_control_tokens(
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]] | None,
 ) -> None:
-    """Text of a row must not end its turn or forge another one."""
+    """Check that messages and tools contain no control token: it could end or forge a turn.
+
+    Raises:
+        DataError: there is one; the message names it.
+    """
     for index, message in enumerate(messages):
         for key in ("content", "reasoning_content", "tool_calls"):
             value = message.get(key)

@@ -1,9 +1,9 @@
-"""The two chat formats as Jinja templates, for loaders other than ours.
+"""Define the two chat formats as Jinja templates, for other programs that load the model.
 
 `chat.py` renders the same strings in Python; a test renders both and compares. Source: the
-Thinking and the plain chat format of the released ERNIE-4.5 text models. Ours, as the released
-template does not say: an earlier assistant turn keeps its reasoning, and one without reasoning
-gets an empty thinking part, so that every turn continues the same generation prompt.
+Thinking and the plain chat format of the released ERNIE-4.5 text models. Where the released
+template leaves it open: an earlier assistant turn keeps its reasoning, and a turn without
+reasoning gets an empty thinking part, so that every turn continues the same generation prompt.
 """
 
 from ernie_train.data.completion_format import (
@@ -26,11 +26,12 @@ GLOBAL_OPEN, GLOBAL_CLOSE = "<global_setting>", "</global_setting>"
 TOOLS_OPEN, TOOLS_CLOSE = "<tool_list>", "</tool_list>"
 THINK_MODE = "think_mode=True"
 
-# Tokens that structure a conversation. Content of a row must not contain one: it would end the
-# turn or forge another.
+# Tokens that structure a conversation. The content of a row must not contain one: it would end
+# its turn or forge another turn.
 CONTROL_TOKENS = (SENTENCE_START, SENTENCE_END, IM_START, IM_END)
 
-# One token each in a tokenizer of ours; the markup inside turns that a model writes or reads.
+# The markup inside turns, which a model writes or reads; each is one token in tokenizers that
+# `train_tokenizer` makes.
 MARKUP_TOKENS = (
     THINK_OPEN,
     THINK_CLOSE,

@@ -1,14 +1,14 @@
-r"""The Thinking format of a completion: its tags, one parser and one writer.
+r"""Parse and write completions in the Thinking format.
 
-A completion in full is
+A complete one is
 
     <think>\n{reasoning}\n</think>\n\n<response>\n{answer}\n</response>\n
 
-where tool calls, `<tool_call>\n{"name": .., "arguments": {..}}\n</tool_call>\n`, may stand in
-place of the response. The generation prompt ends in `<think>\n`, so that what a model wrote
-usually lacks the opening tag.
+where tool calls, `<tool_call>\n{"name": .., "arguments": {..}}\n</tool_call>\n`, may replace the
+response. The generation prompt ends with `<think>\n`, so that generated text usually lacks the
+opening tag.
 
-A completion is hostile input: parsing takes time linear in its length, and never raises.
+Completions are untrusted input: parsing takes time linear in their length, and never raises.
 """
 
 import json
@@ -38,7 +38,7 @@ _OPENING = re.compile(f"{RESPONSE_OPEN}|{TOOL_CALL_OPEN}")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One `<tool_call>` block. `arguments` is None when `raw` is not a well-formed call."""
+    """Hold one `<tool_call>` block; `arguments` is None if `raw` is not a well-formed call."""
 
     name: str
     arguments: dict[str, Any] | None
@@ -47,13 +47,13 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ParsedCompletion:
-    """What a completion holds.
+    """Hold the parts of a completion.
 
-    thinking: the reasoning without its tags; None where the completion has no thinking part.
-    response: the text of the first `<response>` block; None where there is no closed one.
+    thinking: the reasoning without its tags; None if the completion has no thinking part.
+    response: the text of the first `<response>` block; None if no such block is closed.
     tool_calls: every `<tool_call>` block that is closed, malformed ones too.
-    finished_thinking: whether `</think>` came. Without it everything is reasoning.
-    stray: text that lies outside of the blocks, unclosed blocks, further `<response>` blocks.
+    finished_thinking: whether `</think>` was found. Without it everything is reasoning.
+    stray: text outside of the blocks, unclosed blocks, further `<response>` blocks.
     """
 
     thinking: str | None
@@ -64,10 +64,10 @@ class ParsedCompletion:
 
 
 def parse_completion(text: str, *, thinking: bool = True) -> ParsedCompletion:
-    """Take a completion apart; anything from the first end-of-turn token on is ignored.
+    """Parse a completion, up to the first end-of-turn token. Never raises.
 
-    With `thinking` False, for models without a thinking part, text that has no `</think>` is the
-    response as it stands (tool calls aside) instead of being reasoning.
+    `thinking=False` is for models without a thinking part: text without `</think>` is then the
+    response as it is, unless it contains tool calls, and not reasoning.
     """
     for stop in _STOPS:
         text = text.partition(stop)[0]
@@ -88,7 +88,7 @@ def format_completion(
 ) -> str:
     """Write a completion in the Thinking format, `<think>` included, to the final newline.
 
-    `tool_calls` are (name, arguments); arguments that are a string are taken as written JSON.
+    `tool_calls` are (name, arguments); arguments are JSON text or a value to write as JSON.
     """
     blocks = [] if response is None else [response_block(response)]
     blocks += [tool_call_block(name, arguments) for name, arguments in tool_calls]
@@ -101,7 +101,7 @@ def response_block(answer: str) -> str:
 
 
 def tool_call_block(name: str, arguments: Any) -> str:
-    """Return one tool call as the format writes it; arguments as JSON text stay as they are."""
+    """Return one tool call in the format; `arguments` is JSON text or a value to write as JSON."""
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     body = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {written}}}'
     return f"{TOOL_CALL_OPEN}\n{body}\n{TOOL_CALL_CLOSE}\n"
@@ -115,7 +115,7 @@ def _reasoning(text: str) -> str:
 
 
 def _parse_blocks(text: str) -> tuple[str | None, list[ToolCall], list[str]]:
-    """The part after `</think>` -> (response, tool calls, stray texts)."""
+    """Parse the part after `</think>`; return (response, tool calls, stray texts)."""
     response: str | None = None
     calls: list[ToolCall] = []
     stray: list[str] = []
@@ -144,7 +144,7 @@ def _parse_blocks(text: str) -> tuple[str | None, list[ToolCall], list[str]]:
 
 
 def _next_opening(text: str, position: int) -> tuple[str, int]:
-    """The next opening tag and where it starts; ("", end) where there is none."""
+    """Return the next opening tag and its start; ("", end of the text) if there is none."""
     found = _OPENING.search(text, position)
     return (found.group(), found.start()) if found else ("", len(text))
 
@@ -164,11 +164,11 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _tool_call(text: str, start: int) -> tuple[ToolCall | None, int]:
-    """The call whose body begins at `start`, and where it ends; None where it is not closed."""
+    """Return the call whose body begins at `start` (None if it is not closed), and its end."""
     body, first_end = _closed_body(text, start, TOOL_CALL_CLOSE)
     if body is None:
         return None, first_end
-    # A string of the JSON may hold the closing tag; the bound keeps hostile text linear.
+    # A string in the JSON may contain the closing tag; the limit keeps the time linear.
     longer: str | None = body
     end = first_end
     for _ in range(_MAX_CLOSING_TAGS):

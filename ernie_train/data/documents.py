@@ -1,4 +1,4 @@
-"""Hold encoded documents compactly: one array of tokens for a whole source, not a list a row."""
+"""Store encoded documents compactly: one array of tokens per source, not one list per row."""
 
 import zlib
 from array import array
@@ -15,7 +15,7 @@ Bool = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """ids [L] int32; trainable [L] bool, whether that token is to be predicted."""
+    """Hold the ids [L] int32 of a document and the mask trainable [L] of tokens to be predicted."""
 
     ids: Int32
     trainable: Bool
@@ -23,11 +23,11 @@ class EncodedDocument:
 
 
 class Documents:
-    """The encoded documents of one source.
+    """Hold the encoded documents of one source; a sequence of `EncodedDocument`.
 
-    tokens [T] int32, trainable [T] bool, offsets [N+1] int64: document i is the slice
-    offsets[i]:offsets[i+1]. `sources` names where each document came from ("file:line"), or is
-    empty.
+    N documents of T tokens in total are stored as tokens [T] int32, trainable [T] bool and offsets
+    [N+1] int64: document i is the slice offsets[i]:offsets[i+1]. `sources` holds the origin of each
+    document ("file:line"), or is empty.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Documents:
 
     @property
     def lengths(self) -> Int64:
-        """Tokens of each document, [N]."""
+        """Return the number of tokens of each document, [N]."""
         return np.diff(self.offsets)
 
     def select(self, chosen: Bool) -> "Documents":
-        """Return the documents where `chosen` [N] is true, in their order."""
+        """Return the documents where `chosen` [N] is true, in the same order."""
         lengths = self.lengths
         kept = np.repeat(chosen, lengths)
         offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
@@ -71,7 +71,7 @@ class Documents:
 
 
 class DocumentBuilder:
-    """Collects documents one by one at 5 bytes a token."""
+    """Collect documents one by one, at 5 bytes per token."""
 
     def __init__(self) -> None:
         self._tokens = array("i")

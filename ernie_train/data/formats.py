@@ -1,4 +1,4 @@
-"""How each format of rows becomes a Record. A row that does not fit raises RowError with why."""
+"""Convert rows of each known format to records; RowError says why a row cannot be converted."""
 
 import json
 from collections.abc import Callable
@@ -11,17 +11,17 @@ Kind = Literal["chat", "text", "prompt", "preference"]
 
 
 class RowError(ValueError):
-    """Why one row cannot be used."""
+    """Report that a row cannot be used; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row, whatever format it came in.
+    """Hold one row, independent of its format.
 
-    kind: "chat" messages with an assistant turn; "prompt" messages without one; "text"; or
+    kind: "chat" for messages with an assistant turn; "prompt" for messages without one; "text"; or
         "preference", where `chosen` and `rejected` are the messages that may follow `messages`.
-    tools: the tools offered, as JSON-schema dicts.
-    fields: everything else in the row: domain, task, answer and what else a verifier needs.
+    tools: the tools offered to the model, as JSON-schema dicts.
+    fields: all other keys of the row: domain, task, answer and others that a verifier needs.
     source: "file:line".
     """
 
@@ -36,7 +36,7 @@ class Record:
 
     @property
     def prompt_messages(self) -> list[Message]:
-        """The messages before the last assistant turns: what a model is asked."""
+        """Return the messages without the assistant turns at the end."""
         end = len(self.messages)
         while end and self.messages[end - 1]["role"] == "assistant":
             end -= 1
@@ -44,13 +44,16 @@ class Record:
 
 
 def from_messages(row: Row) -> Record:
-    """OpenAI: messages of role, content, tool_calls, reasoning_content; tools at the top."""
+    """Convert an OpenAI row: `messages` with role and content, and `tools` beside them.
+
+    An assistant message may have `tool_calls`, `reasoning_content` and `weight`.
+    """
     messages = _messages(row["messages"], "messages")
     return _conversation(row, messages, {"messages", "tools", "functions"})
 
 
 def from_sharegpt(row: Row) -> Record:
-    """ShareGPT: conversations of from and value, with function_call and observation turns."""
+    """Convert a ShareGPT row: `conversations` of `from` and `value`, tool calls included."""
     key = "conversations" if "conversations" in row else "conversation"
     turns = row[key]
     if not isinstance(turns, list) or not turns:
@@ -64,7 +67,10 @@ def from_sharegpt(row: Row) -> Record:
 
 
 def from_alpaca(row: Row) -> Record:
-    """Alpaca: instruction, input and output, with system, history and pairs where they are."""
+    """Convert an Alpaca row: instruction, input and output, or chosen and rejected.
+
+    It may also have `system` and `history`, a list of [question, answer].
+    """
     instruction = _text(row, "instruction")
     extra = row.get("input") or ""
     if not isinstance(extra, str):
@@ -80,16 +86,16 @@ def from_alpaca(row: Row) -> Record:
 
 
 def from_prompt_completion(row: Row) -> Record:
-    """Prompt and completion, each a text or a list of messages."""
+    """Convert a row of `prompt` and `completion`, each a text or a list of messages."""
     messages = _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
     messages = _with_system(messages, row.get("system"))
     return _conversation(row, messages, {"prompt", "completion", "system", "tools"})
 
 
 def from_preference(row: Row) -> Record:
-    """Prompt (or messages), chosen and rejected, each a text or a list of messages.
+    """Convert a row of `prompt` (or `messages`), `chosen` and `rejected`, texts or messages.
 
-    Without a prompt, chosen and rejected are whole conversations that begin alike.
+    Without a prompt, `chosen` and `rejected` are whole conversations with a common beginning.
     """
     used = {"prompt", "messages", "chosen", "rejected", "system", "tools"}
     if "messages" in row:
@@ -102,21 +108,21 @@ def from_preference(row: Row) -> Record:
 
 
 def from_prompt(row: Row) -> Record:
-    """Prompt or question, with the fields that a verifier needs."""
+    """Convert a row of `prompt` or `question`; other keys are fields for the verifier."""
     key = "prompt" if "prompt" in row else "question"
     messages = _with_system(_turns(row, key, "user"), row.get("system"))
     return _conversation(row, messages, {key, "system", "tools"})
 
 
 def from_text(row: Row) -> Record:
-    """Plain text for pre-training."""
+    """Convert a row of plain `text` for pre-training."""
     fields = {k: v for k, v in row.items() if k != "text"}
     return Record(kind="text", text=_text(row, "text"), fields=fields)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format: the keys that mark its rows, any one set of them, and its reader."""
+    """Define a format: `read` converts a row; a row has all keys of one of the sets `marks`."""
 
     marks: tuple[frozenset[str], ...]
     read: Callable[[Row], Record]
@@ -126,7 +132,7 @@ def _marks(*sets: str) -> tuple[frozenset[str], ...]:
     return tuple(frozenset(keys.split()) for keys in sets)
 
 
-# In the order in which a file's first row is tried on them.
+# Detection tries the formats in this order.
 FORMATS: dict[str, Format] = {
     "sharegpt": Format(_marks("conversations", "conversation"), from_sharegpt),
     "alpaca": Format(_marks("instruction output", "instruction chosen rejected"), from_alpaca),
@@ -139,7 +145,7 @@ FORMATS: dict[str, Format] = {
 
 
 def detect_format(row: Row) -> str | None:
-    """The format whose keys the row has; None where it has none's."""
+    """Return the first format whose keys the row has; None if there is none."""
     for name, entry in FORMATS.items():
         if any(marks <= row.keys() for marks in entry.marks):
             return name
@@ -147,7 +153,7 @@ def detect_format(row: Row) -> str | None:
 
 
 def missing_keys(format_name: str, row: Row) -> str | None:
-    """Says which keys a row lacks to be of this format; None where it has them."""
+    """Return a text that names the keys that the row lacks for the format; None if it has all."""
     marks = FORMATS[format_name].marks
     if any(keys <= row.keys() for keys in marks):
         return None
@@ -203,7 +209,11 @@ def _fields(row: Row, used: set[str], tools: list[dict[str, Any]] | None) -> dic
 
 
 def _turns(row: Row, key: str, role: str) -> list[Message]:
-    """A text as one turn of this role, one message, or a list of messages."""
+    """Return the messages at `key`: a text (one turn of `role`), a message or a list of them.
+
+    Raises:
+        RowError: it is none of them, or empty.
+    """
     value = row.get(key)
     if isinstance(value, str):
         if not value.strip():

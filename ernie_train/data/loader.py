@@ -1,4 +1,4 @@
-"""Packed batches, the same for the same seed, resumable at every batch.
+"""Iterate over packed batches: deterministic for a seed, resumable at every batch.
 
 Shapes: B = micro_batch_size, S = seq_len.
 """
@@ -21,14 +21,14 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """The arrays of a training step, each [B, S].
+    """Hold the arrays of a micro-batch, each [B, S].
 
     input_ids: int64, padded with the pad id.
-    labels: int64; the token that this position predicts, which is the next of the same document.
-        Where there is none (a document's last token, padding) it is the pad id and not trained.
-    position_ids: int64, from 0 in each document; 0 in padding.
-    document_ids: int64, 1.. in each row; 0 in padding.
-    loss_mask: float32, 1 where the label is trained.
+    labels: int64, already shifted: the next token of the same document. The last token of a
+        document and padding have the pad id, which is not trained.
+    position_ids: int64, counted from 0 in each document; 0 in padding.
+    document_ids: int64, counted from 1 in each row; 0 in padding.
+    loss_mask: float32, 1 where the label is trained, else 0.
     """
 
     input_ids: Int64
@@ -39,18 +39,29 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Return the number of tokens that are not padding."""
         return int(np.count_nonzero(self.document_ids))
 
 
 class PackedLoader:
-    """Iterates over packed batches for `epochs`, or for ever where `epochs` is None.
+    """Iterate over packed batches.
 
-    documents: one `Documents` a source; weights: see `packing`. A row holds whole documents of one
-    epoch. An epoch's last batch is filled up with rows of padding.
+    A row holds whole documents of one epoch. The last batch of an epoch is filled up with rows of
+    padding. `len()` is the number of batches in all epochs (in the first one if `epochs` is None);
+    epochs may differ by a few batches, since each is packed separately.
 
-    `len()` is the number of batches that iterating from the start yields (of the first epoch where
-    `epochs` is None); epochs may differ by a few, as each is packed by itself.
+    Args:
+        documents: the documents of each source.
+        weights: the weight of each source; see `packing`.
+        seq_len: S, tokens per row.
+        micro_batch_size: B, rows per batch.
+        seed: of the order of documents and rows.
+        epochs: number of epochs; None repeats without end.
+        pad_id: the token id of padding.
+
+    Raises:
+        DataError: no document is left to train on.
+        ValueError: an argument does not fit the others, such as a document longer than `seq_len`.
     """
 
     def __init__(
@@ -73,7 +84,7 @@ class PackedLoader:
         self._identity = self._make_identity()
         self._batches: dict[int, int] = {}
         self._epoch = 0
-        self._batch = 0  # batches of this epoch that were handed out
+        self._batch = 0  # batches of this epoch that were yielded
 
     def _refuse_unusable(self) -> None:
         if len(self._documents) != len(self._weights):
@@ -107,7 +118,7 @@ class PackedLoader:
         return sum(self.batches_per_epoch(epoch) for epoch in range(self._epochs or 1))
 
     def packing_fill(self, epoch: int = 0) -> float:
-        """Return the share of an epoch's rows that is tokens, not padding, in 0..1."""
+        """Return the share of an epoch's rows that is not padding, 0..1."""
         sources, documents = epoch_order(self._sizes, self._weights, self._seed, epoch)
         tokens = int(self._sample_lengths(sources, documents).sum())
         return tokens / (sum(1 for _ in self._rows(epoch)) * self._seq_len)
@@ -120,11 +131,15 @@ class PackedLoader:
             self._epoch, self._batch = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: the next batch is the one after those handed out."""
+        """Return the position after the last batch that was yielded, as JSON values."""
         return {"epoch": self._epoch, "batch": self._batch, "identity": self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; CheckpointError if the data or sizes changed."""
+        """Continue from the position that `state_dict` returned.
+
+        Raises:
+            CheckpointError: the documents, weights, seed or sizes have changed.
+        """
         if state.get("identity") != self._identity:
             raise CheckpointError(
                 "the checkpoint's data position belongs to other data: the documents, their "
@@ -144,7 +159,8 @@ class PackedLoader:
         sources, documents = epoch_order(self._sizes, self._weights, self._seed, epoch)
         lengths = self._sample_lengths(sources, documents)
         for window, rows in enumerate(pack_in_windows(lengths, self._seq_len)):
-            # Packing puts long documents into the first rows; training should not see that.
+            # Packing puts long documents into the first rows; shuffle, so that training does not
+            # see them in order of length.
             for at in permutation(len(rows), self._seed, epoch, 2, window).tolist():
                 row = rows[at]
                 yield list(zip(sources[row].tolist(), documents[row].tolist(), strict=True))
@@ -169,7 +185,7 @@ class PackedLoader:
             ids = np.concatenate([part.ids for part in parts])
             trained = np.concatenate([part.trainable for part in parts])
             has_next = np.ones(used, dtype=np.bool_)
-            has_next[ends - 1] = False  # a label never comes from the next document
+            has_next[ends - 1] = False  # a label is never a token of the next document
             following = np.flatnonzero(has_next)
             input_ids[index, :used] = ids
             labels[index, following] = ids[following + 1]
@@ -180,9 +196,12 @@ class PackedLoader:
 
 
 class ConsecutiveLoaders:
-    """Yields `batches[i]` batches of `loaders[i]` (None: all it has), then goes on to the next.
+    """Yield `batches[i]` batches of `loaders[i]` (None: all), then those of the next loader.
 
-    Each loader must be able to give that many.
+    Each loader must have that many batches.
+
+    Raises:
+        ValueError: there is no loader, or not one number of batches per loader.
     """
 
     def __init__(self, loaders: Sequence[PackedLoader], batches: Sequence[int | None]) -> None:
@@ -190,7 +209,7 @@ class ConsecutiveLoaders:
             raise ValueError(f"{len(batches)} numbers of batches for {len(loaders)} loaders")
         self._loaders, self._batches = list(loaders), list(batches)
         self._at = 0
-        self._given = 0  # batches of the present loader that were handed out
+        self._given = 0  # batches of the current loader that were yielded
 
     def __iter__(self) -> Iterator[Batch]:
         while self._at < len(self._loaders):
@@ -207,12 +226,16 @@ class ConsecutiveLoaders:
             self._at, self._given = self._at + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: the next batch is the one after those handed out."""
+        """Return the position after the last batch that was yielded, as JSON values."""
         loader = self._loaders[self._at].state_dict()
         return {"at": self._at, "given": self._given, "loader": loader}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; CheckpointError if the data or sizes changed."""
+        """Continue from the position that `state_dict` returned.
+
+        Raises:
+            CheckpointError: the loaders, or the data of the current one, have changed.
+        """
         if not 0 <= state["at"] < len(self._loaders):
             raise CheckpointError(
                 f"the checkpoint stands in phase {state['at'] + 1} of the data, "

@@ -1,9 +1,9 @@
 """Choose and order the documents of an epoch, then pack them into rows of one length.
 
-Both are pure functions of seed and epoch. Weight w of a source with n documents: an epoch holds
-round(w * n) samples of it. The whole part of w gives whole copies, the rest a choice without
-repetition that changes from epoch to epoch. So weight 1 is every document once, 2 every document
-twice, 0.25 a quarter of them; all sources are in one random order.
+Both steps are pure functions of seed and epoch. An epoch has round(w * n) samples of a source with
+n documents and weight w. The integer part of w gives whole copies, the rest a sample without
+replacement, another one in each epoch: weight 1 is every document once, 2 every document twice,
+0.25 a quarter of them. The samples of all sources are shuffled together.
 """
 
 from bisect import bisect_left, insort
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 Int64 = npt.NDArray[np.int64]
-# Rows that are packed at a time. Packing needs documents to choose from, a few hundred rows' worth
-# fill a row to within a percent; more would only cost memory and delay the first batch.
+# Rows that are packed at a time. The documents of a few hundred rows are enough to fill each row to
+# within a percent; more would only cost memory and delay the first batch.
 WINDOW_ROWS = 512
 
 
@@ -22,9 +22,9 @@ WINDOW_ROWS = 512
 
 
 def permutation(count: int, *key: int) -> Int64:
-    """Return a random order of range(count) that depends on `key` alone.
+    """Return a random permutation of range(count), [count], that depends only on `key`.
 
-    Raw Philox output, whose stream never changes between versions of numpy, unlike that of
+    Sorts raw Philox output, which is the same in all versions of numpy, unlike
     `Generator.permutation`.
     """
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
@@ -32,14 +32,17 @@ def permutation(count: int, *key: int) -> Int64:
 
 
 def samples_per_epoch(size: int, weight: float) -> int:
-    """Return how many samples an epoch holds of a source with `size` documents."""
+    """Return the number of samples per epoch of a source with `size` documents."""
     return round(weight * size)
 
 
 def epoch_order(
     sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int
 ) -> tuple[Int64, Int64]:
-    """Return an epoch's sources [N] and document indices within them [N], in training order."""
+    """Return the order of an epoch's N samples: source index [N], document index in it [N].
+
+    `sizes` and `weights` are the number of documents and the weight of each source.
+    """
     sources: list[Int64] = []
     documents: list[Int64] = []
     for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
@@ -62,16 +65,26 @@ def epoch_order(
 
 
 def pack_documents(lengths: Sequence[int] | Int64, capacity: int) -> list[list[int]]:
-    """Pack best-fit decreasing: the longest document first, into the fullest row that has room.
+    """Pack documents into rows by best-fit decreasing; deterministic.
 
-    Returns the documents' indices row by row, each exactly once; equal input gives equal rows.
-    O(n log n) comparisons. Raises ValueError for a length outside of 1..capacity.
+    Places the longest document first, each into the fullest row that has room, in O(n log n)
+    comparisons.
+
+    Args:
+        lengths: tokens of each document.
+        capacity: tokens of a row.
+
+    Returns:
+        The document indices of each row; every document occurs exactly once.
+
+    Raises:
+        ValueError: a length is outside of 1..capacity.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size and not (sizes.min() >= 1 and sizes.max() <= capacity):
         raise ValueError(f"document lengths must lie in 1..{capacity}")
     rows: list[list[int]] = []
-    # Rows by the room left in them: `rooms` are the sizes that occur, in order.
+    # Open rows by their free space: `rooms` is the sorted list of the sizes that occur.
     rooms: list[int] = []
     rows_with_room: dict[int, list[int]] = {}
     ordered = sizes.tolist()
@@ -99,10 +112,14 @@ def pack_documents(lengths: Sequence[int] | Int64, capacity: int) -> list[list[i
 def pack_in_windows(
     lengths: Int64, capacity: int, window_rows: int = WINDOW_ROWS
 ) -> Iterator[list[Int64]]:
-    """Pack documents in the order given, about `window_rows` rows at a time.
+    """Pack documents in windows of about `window_rows` rows, and yield the rows of each window.
 
-    lengths: [N]. Yields one window's rows, each the indices of its documents. Only documents of
-    the same window share a row, so a large data set is never packed at once.
+    Takes the documents in the order of `lengths` [N], in tokens. A row is the indices of its
+    documents. Only documents of the same window share a row, so that a large data set need not be
+    packed at once.
+
+    Raises:
+        ValueError: a length is outside of 1..capacity.
     """
     ends = np.cumsum(lengths)
     start = 0

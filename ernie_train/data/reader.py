@@ -1,4 +1,4 @@
-"""Reads files of rows in the formats that people have, and says what is wrong with the rest."""
+"""Read files of rows in the common formats of training data, and report bad rows."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".txt")
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be read, and why."""
+    """Name a row that could not be read, and the reason."""
 
     source: str  # "file:line"
     reason: str
@@ -31,7 +31,7 @@ class BadRow:
 
 @dataclass
 class ReadReport:
-    """What came of a path: rows read and kept, and every bad row with the reason."""
+    """Count the rows read from a path and the rows kept, and list the bad rows."""
 
     path: str
     format: str = ""
@@ -46,7 +46,11 @@ class ReadReport:
             self.format = f"{self.format}+{name}" if self.format else name
 
     def check(self, max_bad_fraction: float) -> None:
-        """Raise DataError where nothing was read, or too many rows are bad."""
+        """Check that there are rows and that few of them are bad.
+
+        Raises:
+            DataError: there are no rows, or more than `max_bad_fraction` (0..1) of them are bad.
+        """
         if not self.rows:
             raise DataError(f"{self.path} holds no rows")
         if len(self.bad) > max_bad_fraction * self.rows:
@@ -64,11 +68,17 @@ def read_records(
     format: str = "auto",
     max_bad_fraction: float = 0.01,
 ) -> tuple[list[Record], ReadReport]:
-    """Read a .jsonl, .jsonl.gz, .json (a list of rows) or .txt file (one document), or a directory.
+    """Read a file of rows, or a directory of such files; bad rows are skipped and reported.
 
-    `format` is "auto", detected for each file from its rows, or a name of FORMATS. A bad row is
-    left out and listed in the report. Raises DataError for a path or format that cannot be read,
-    and where more than `max_bad_fraction` of the rows are bad.
+    Args:
+        path: a .jsonl, .jsonl.gz, .json (a list of rows) or .txt file (one document), or a
+            directory of them.
+        format: a name in FORMATS, or "auto" to detect it for each file from its rows.
+        max_bad_fraction: the share of bad rows above which the path is refused, 0..1.
+
+    Raises:
+        DataError: the path cannot be read, the format is unknown, there are no rows, or too many
+            of them are bad.
     """
     report = ReadReport(str(path))
     records = list(iter_records(path, format, report))
@@ -78,7 +88,13 @@ def read_records(
 
 
 def iter_records(path: str | Path, format: str, report: ReadReport) -> Iterator[Record]:
-    """Read as `read_records` does, a row at a time; fills in `report`, which is yours to check."""
+    """Yield the records of a path one by one, and fill in `report`, which the caller checks.
+
+    `path` and `format` are those of `read_records`.
+
+    Raises:
+        DataError: the path cannot be read, or the format is unknown.
+    """
     if format != "auto" and format not in FORMATS:
         raise DataError(f"unknown format {format!r}; known are auto, {', '.join(FORMATS)}")
     files = _files(Path(path))
@@ -137,7 +153,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    """("file:line", row); a row that cannot be parsed comes as the RowError that says why."""
+    """Yield ("file:line", row); for a row that cannot be parsed, a RowError instead of the row.
+
+    Raises:
+        DataError: the file cannot be read, decompressed or decoded.
+    """
     try:
         if file.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl_rows(file, report)

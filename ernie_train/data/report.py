@@ -1,4 +1,4 @@
-"""Report on the rows of each source: counts, lengths, how full packed rows are, and a preview."""
+"""Report on the data of a stage: rows, lengths, packing fill, and a preview of a document."""
 
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -21,10 +21,11 @@ TRAINED, UNTRAINED = "bold green", "dim"
 
 @dataclass
 class SourceReport:
-    """One source. Lengths are in tokens, of encoded rows before anything is cut.
+    """Hold the counts and lengths of one source.
 
-    rows = kept + bad + dropped. `over_seq_len` rows were longer than seq_len, and `overlong` says
-    what was done to them; `truncated` were cut.
+    `rows` is the sum of `kept`, `bad` and `dropped` (reason -> count). `lengths` are in tokens, of
+    the encoded rows before anything is cut. `over_seq_len` counts the rows that were longer than
+    seq_len and were handled as `overlong` says; `truncated` counts those of them that were cut.
     """
 
     path: str
@@ -47,11 +48,11 @@ class SourceReport:
 
     @property
     def share_truncated(self) -> float:
-        """Share of the encoded rows that were cut, 0..1."""
+        """Return the share of the encoded rows that were cut, 0..1."""
         return self.truncated / max(len(self.lengths), 1)
 
     def percentiles(self) -> dict[str, int]:
-        """Lengths of encoded rows, in tokens; empty where there is none."""
+        """Return percentiles of the lengths of encoded rows, in tokens; empty without rows."""
         if not len(self.lengths):
             return {}
         values = np.percentile(self.lengths, list(PERCENTILES.values()), method="higher")
@@ -79,14 +80,14 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """All sources of a stage; packing_fill is the share of packed rows that is not padding."""
+    """Hold the reports of all sources; `packing_fill` is the share of tokens not padding, 0..1."""
 
     sources: list[SourceReport]
     seq_len: int
     packing_fill: float = 0.0
 
     def total(self) -> SourceReport:
-        """The sources added up."""
+        """Return the sum of all sources."""
         total = SourceReport("total", "", 1.0, "")
         for source in self.sources:
             total.rows += source.rows
@@ -115,7 +116,7 @@ class DataReport:
         }
 
     def as_table(self) -> Table:
-        """The report for a terminal of 80 columns; why rows were left out stands below."""
+        """Return a table for a terminal of 80 columns; below it, why rows were left out."""
         table = Table(title="Data", caption=self._caption(), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("source", overflow="fold", min_width=16)
         for name in ("rows", "kept", "tokens", "trained", *PERCENTILES, "cut"):
@@ -154,7 +155,7 @@ def _cells(source: SourceReport) -> list[str | Text]:
 
 
 def _compact(number: int) -> str:
-    """1234 -> 1234, 12345 -> 12.3k, 1234567 -> 1.23M."""
+    """Format a count with 3 digits: 12345 as 12.3k, 1234567 as 1.23M; below 10,000 in full."""
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
         if number >= size:
             return f"{number / (1000 if unit == 'k' else size):.3g}{unit}"
@@ -165,9 +166,12 @@ def _compact(number: int) -> str:
 
 
 def preview(tokenizer: Tokenizer, document: EncodedDocument, max_tokens: int = 400) -> Text:
-    """Return a document's text: trained tokens green, the others dim, newlines with a sign."""
+    """Return a document's text: trained tokens green, the others dim, newlines marked with ⏎.
+
+    Only the first `max_tokens` tokens are shown.
+    """
     text = Text()
-    # The first token is nobody's label, whatever the mask says.
+    # The first token is never a label, even if it is marked as trainable.
     trained = [False, *document.trainable[1:max_tokens].tolist()]
     tokens = zip(document.ids[:max_tokens].tolist(), trained, strict=True)
     for is_trained, run in groupby(tokens, key=lambda token: token[1]):
@@ -179,7 +183,7 @@ def preview(tokenizer: Tokenizer, document: EncodedDocument, max_tokens: int = 4
 
 
 def _visible(text: str) -> str:
-    # Data may hold terminal escapes; they are shown, not obeyed.
+    # Data may contain terminal escape sequences; they are escaped, so that they have no effect.
     shown = (
         c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )

@@ -1,4 +1,4 @@
-"""From the sources that a recipe names to encoded documents, and a report on every row."""
+"""Load the data sources of a recipe as encoded documents, with a report on their rows."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,22 +34,23 @@ FormatName = Literal[
     "text",
 ]
 
-# A conversation cut short teaches to stop nowhere; a text goes on in the next document.
+# A truncated conversation would never show the model the end of a turn; a text is continued in
+# the next document.
 DEFAULT_OVERLONG: dict[Kind, Overlong] = {"sft": "drop", "pretrain": "split"}
 SILENT_S = 2.0  # a progress bar appears after this
 
 
 class DataSource(StrictConfig):
-    """One entry of a stage's `data`.
+    """Configure one entry of a stage's `data`.
 
-    path: a .jsonl, .jsonl.gz, .json or .txt file or a directory of them, relative to where the
-        command is started.
-    weight: an epoch holds round(weight * documents) samples of it.
-    format: of its rows; "auto" tells it from their keys.
-    max_examples: uses only the first rows that are good, as many as this.
-    include_thinking: False leaves the assistant's reasoning out, so that only answers are trained.
-    overlong: what happens to rows longer than seq_len; by default "drop" in SFT, "split" (into
-        documents of seq_len) in pre-training.
+    path: a .jsonl, .jsonl.gz, .json or .txt file or a directory of them, relative to the current
+        directory of the command.
+    weight: an epoch has round(weight * documents) samples of the source.
+    format: the format of its rows; "auto" detects it from their keys.
+    max_examples: use only this number of valid rows, the first ones.
+    include_thinking: False removes the assistant's reasoning, so that only answers are trained.
+    overlong: "drop", "truncate" or "split" (into documents of up to seq_len tokens) rows that are
+        longer than seq_len; by default "drop" in SFT and "split" in pre-training.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -61,7 +62,7 @@ class DataSource(StrictConfig):
 
 
 class _Dropped(Exception):
-    """A good row that this kind of training cannot use; the text is the reason."""
+    """Signal a valid row that this kind of training cannot use; the text is the reason."""
 
 
 def load_sources(
@@ -77,10 +78,23 @@ def load_sources(
 ) -> tuple[list[Documents], DataReport]:
     """Read, check and encode the sources of a stage.
 
-    "sft": conversations, trained on the assistant's turns. "pretrain": texts, each followed by
-    eos, or conversations, trained on every token. No document is longer than `seq_len` tokens.
-    `seed` only shuffles for the report's packing_fill. Raises DataError where a source cannot be
-    read, has too many bad rows, or leaves nothing to train on.
+    Args:
+        sources: the entries of the stage's `data`.
+        tokenizer: encodes the rows.
+        kind: "sft" for conversations, trained on the assistant's turns; "pretrain" for texts, each
+            followed by eos, or conversations, trained on every token.
+        seq_len: the maximum length of a document, in tokens.
+        base_dir: the directory that relative paths start from.
+        thinking: True for the Thinking chat format, False for the plain one.
+        max_bad_fraction: the share of bad rows of a source above which it is refused, 0..1.
+        seed: of the shuffle that the report's `packing_fill` is computed for.
+
+    Returns:
+        The documents of each source, and the report.
+
+    Raises:
+        DataError: a source cannot be read or has too many bad rows, nothing is left to train on,
+            or the tokenizer lacks a token of the chat format.
     """
     if seq_len < 2:
         raise DataError(f"seq_len {seq_len} leaves no token to predict; it must be at least 2")
@@ -169,8 +183,12 @@ def _load(
 def _fit(
     ids: list[int], trainable: list[bool], seq_len: int, overlong: Overlong, report: SourceReport
 ) -> list[tuple[list[int], list[bool]]]:
-    """The documents that one row makes, none longer than seq_len."""
-    # A document's first token is nobody's label.
+    """Return the documents of one row, (ids, trainable) each, none longer than seq_len.
+
+    Raises:
+        _Dropped: the row has no trainable token, or is too long and to be dropped.
+    """
+    # The first token of a document is never a label.
     if not any(trainable[1:]):
         raise _Dropped("without a trainable token")
     if len(ids) <= seq_len:
@@ -183,16 +201,16 @@ def _fit(
             raise _Dropped("without a trainable token within seq_len")
         report.truncated += 1
         return [(ids[:seq_len], trainable[:seq_len])]
-    # Neighbours share one token, so that the first token of the next one is predicted too.
+    # Consecutive parts share one token, so that the first new token of the next part is a label.
     starts = range(0, len(ids) - 1, seq_len - 1)
     pieces = [(ids[at : at + seq_len], trainable[at : at + seq_len]) for at in starts]
     return [piece for piece in pieces if any(piece[1][1:])]
 
 
 def refit(documents: Documents, source: DataSource, kind: Kind, seq_len: int) -> Documents:
-    """The documents of `source`, loaded for a longer seq_len, as a shorter one has them.
+    """Fit documents of `source` that were loaded for a longer seq_len to a shorter one.
 
-    What is longer than `seq_len` is split, cut or dropped, as the source says.
+    Documents longer than `seq_len` are split, truncated or dropped, as `source.overlong` says.
     """
     if not len(documents) or int(documents.lengths.max()) <= seq_len:
         return documents
@@ -212,7 +230,7 @@ def refit(documents: Documents, source: DataSource, kind: Kind, seq_len: int) ->
 
 
 def _trained(documents: Documents) -> int:
-    """Tokens that are somebody's label."""
+    """Count the tokens that are trained as labels; the first of a document never is."""
     first = documents.offsets[:-1]
     return int(documents.trainable.sum()) - int(documents.trainable[first].sum())
 
@@ -227,7 +245,7 @@ def _nothing_left(reports: list[SourceReport]) -> str:
 
 
 def _with_progress(records: Iterator[Record], read: ReadReport) -> Iterator[Record]:
-    """Pass records on; in a terminal a bar shows how far reading is, once it takes a while."""
+    """Yield the records; show a progress bar in a terminal if reading takes longer."""
     console = Console(stderr=True)
     started = time.monotonic()
     for record in records:

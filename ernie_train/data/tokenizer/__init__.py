@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece read directly, or a directory that PaddleNLP reads."""
+"""Convert text to token ids and back with SentencePiece, or with PaddleNLP's tokenizers."""
 
 from ernie_train.data.tokenizer.base import Tokenizer
 from ernie_train.data.tokenizer.hf_files import write_chat_template

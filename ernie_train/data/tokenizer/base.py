@@ -1,4 +1,4 @@
-"""What the toolkit asks of a tokenizer, whoever made it."""
+"""Define the interface of tokenizers, and helpers that their implementations share."""
 
 import functools
 import re
@@ -13,10 +13,10 @@ from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES
 
 
 class Tokenizer(ABC):
-    """What the toolkit asks of a tokenizer.
+    """Define the interface of a tokenizer.
 
-    vocab_size: every id is below it; a model's vocabulary must be at least as large.
-    control_tokens: texts that become tokens which end or forge a turn; rows must not contain them.
+    vocab_size: larger than every id; a model's vocabulary must be at least as large.
+    control_tokens: texts whose tokens would end or forge a turn; rows must not contain them.
     """
 
     vocab_size: int
@@ -27,41 +27,46 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added; special tokens written out in it become their ids."""
+        """Return the ids of `text`; no bos or eos is added, special tokens in it are recognized.
+
+        Raises:
+            DataError: `text` contains half of a surrogate pair.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`; `skip_special_tokens` leaves out unk, bos, eos and the turn tokens."""
+        """Return the text of `ids`; `skip_special_tokens` omits unk, bos, eos and turn tokens."""
 
     @abstractmethod
     def token_id(self, piece: str) -> int | None:
-        """The id of exactly this piece; None where the vocabulary lacks it."""
+        """Return the id of a token of the vocabulary, given as text; None if there is none."""
 
     @abstractmethod
     def save_pretrained(self, out_dir: str | Path, *, thinking: bool = True) -> None:
-        """Write every file that `transformers` needs; the chat template is the one trained with."""
+        """Write the files that `transformers` needs, with the Thinking or plain chat template."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes whenever an id may change."""
+        """Return a hash that changes whenever the ids of a text may change."""
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end a completion: end of turn (Thinking), `</s>`, end of a plain turn."""
+        """Return the ids that end a completion: `<|im_end|>`, eos and `<|end_of_sentence|>`."""
         found = [self.token_id(IM_END), self.eos_token_id, self.token_id(SENTENCE_END)]
         return list(dict.fromkeys(i for i in found if i is not None))
 
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Finds a control token in a text."""
+        """Return a pattern that finds the control tokens in a text."""
         return re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len)[::-1])))
 
 
 class WholeTokens:
-    """Texts that are always one token, found before anything else is tokenized.
+    """Encode and decode texts that are always one token; all other text is left to a library.
 
-    Libraries differ here: SentencePiece never makes a control piece out of text, PaddleNLP strips
-    the spaces and newlines around a special token; transformers does neither, and nor do we.
+    They are split off here because libraries differ: SentencePiece never encodes text as a control
+    piece, and PaddleNLP strips spaces and newlines around special tokens. This class does what
+    `transformers` does: it recognizes them and keeps the spaces.
     """
 
     def __init__(self, ids: Mapping[str, int]) -> None:
@@ -101,18 +106,22 @@ class WholeTokens:
 
 
 def copy_tokenizer_files(source: Path, out_dir: Path) -> None:
-    """Copy the files of a tokenizer directory; nothing happens where both are the same."""
+    """Copy the files of a tokenizer directory; do nothing if both directories are the same."""
     if source.resolve() == out_dir.resolve():
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
         else:
-            (out_dir / name).unlink(missing_ok=True)  # of an older tokenizer; it would contradict
+            (out_dir / name).unlink(missing_ok=True)  # left by another tokenizer
 
 
 def check_unicode(text: str) -> None:
-    """Raise DataError where `text` holds half of a surrogate pair, which UTF-8 cannot write."""
+    """Check that `text` can be encoded as UTF-8.
+
+    Raises:
+        DataError: it contains half of a surrogate pair.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
 """Write the tokenizer files that `transformers` 4.57 and 5.x both load to the same ids.
 
-`transformers` 4.57 gives wrong ids for a bare `tokenizer.model`, so `tokenizer.json` and
-`tokenizer_config.json` stand beside it; both versions then agree with SentencePiece.
+`transformers` 4.57 returns wrong ids for a `tokenizer.model` alone, so `tokenizer.json` and
+`tokenizer_config.json` are written too; both versions then agree with SentencePiece.
 """
 
 import json
@@ -35,9 +35,12 @@ TOKENIZER_FILES = (
 def write_huggingface_files(
     out_dir: Path, proto: SentencePieceModel, added: Mapping[str, int] | None = None
 ) -> None:
-    """Write everything but `tokenizer.model` and the chat template.
+    """Write the files of a tokenizer, except `tokenizer.model` and the chat template.
 
     `added`: tokens beyond those of the proto, with their ids.
+
+    Raises:
+        DataError: the model is not BPE, or the added tokens leave a gap in the ids.
     """
     added = added or {}
     special = special_tokens(proto) + [text for text in added if text in CONTROL_TOKENS]
@@ -67,7 +70,7 @@ def write_huggingface_files(
 
 
 def write_chat_template(out_dir: Path, thinking: bool) -> None:
-    """Put the template that the model was trained with into both places where loaders look."""
+    """Write the Thinking or plain chat template to both files in which libraries look for it."""
     template = CHAT_TEMPLATE if thinking else PLAIN_CHAT_TEMPLATE
     write_text(out_dir / "chat_template.jinja", template)
     path = out_dir / "tokenizer_config.json"
@@ -76,7 +79,7 @@ def write_chat_template(out_dir: Path, thinking: bool) -> None:
 
 
 def special_tokens(proto: SentencePieceModel) -> list[str]:
-    """Pieces that `skip_special_tokens` drops: control pieces and the tokens that end turns."""
+    """Return the pieces that `skip_special_tokens` omits: unk, control pieces and turn tokens."""
     return [
         piece.text
         for piece in proto.pieces
@@ -85,7 +88,11 @@ def special_tokens(proto: SentencePieceModel) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object; `DataError` for anything else."""
+    """Read a file that contains one JSON object.
+
+    Raises:
+        DataError: it contains anything else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -111,7 +118,7 @@ def _added_token(text: str, special: bool) -> dict[str, Any]:
 
 
 def _named_tokens(proto: SentencePieceModel) -> dict[str, str]:
-    """The roles of ERNIE's special tokens: pad is unk, cls and sep frame a plain conversation."""
+    """Return role -> special token as in ERNIE: pad is unk, cls and sep are the plain chat's."""
     texts = {piece.text for piece in proto.pieces}
     unknown = next(p.text for p in proto.pieces if p.type is PieceType.UNKNOWN)
     named = {"unk_token": unknown, "pad_token": unknown}
@@ -170,7 +177,7 @@ def _write_tokenizer_json(
 
 
 def _merges(proto: SentencePieceModel) -> list[tuple[str, str]]:
-    """Every way to build a piece out of two, in the order in which SentencePiece merges."""
+    """Return all pairs of pieces that form a piece, in the order in which SentencePiece merges."""
     mergeable = {
         piece.text: token_id
         for token_id, piece in enumerate(proto.pieces)

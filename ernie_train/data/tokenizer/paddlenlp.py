@@ -1,4 +1,4 @@
-"""A user's own tokenizer directory that has no `tokenizer.model`, read by PaddleNLP."""
+"""Load tokenizer directories without a `tokenizer.model` through PaddleNLP."""
 
 import hashlib
 import json
@@ -17,7 +17,11 @@ from ernie_train.data.tokenizer.hf_files import write_chat_template
 
 
 class PaddleNLPTokenizer(Tokenizer):
-    """Whatever PaddleNLP's AutoTokenizer makes of the directory."""
+    """Wrap the tokenizer that PaddleNLP's AutoTokenizer loads from a directory.
+
+    Raises:
+        DataError: PaddleNLP cannot load it, or it has no eos token.
+    """
 
     def __init__(self, directory: Path) -> None:
         from paddlenlp.transformers import AutoTokenizer  # takes seconds to import

@@ -1,8 +1,8 @@
-"""Text to token ids and back: SentencePiece directly, or a user's own tokenizer.
+"""Load, train and use SentencePiece tokenizers.
 
-ERNIE's ids: `<unk>` = pad 0, `<s>` 1, `</s>` 2. Encoding adds nothing, neither bos nor a space in
-front, so that the ids of pieces put together are the ids of the texts put together wherever the
-boundary is a token of its own (special tokens, markup, the newline).
+ERNIE's ids: `<unk>` = pad 0, `<s>` 1, `</s>` 2. Encoding adds neither bos nor a leading space, so
+that texts can be encoded separately and their ids joined wherever the boundary is a separate token
+(special tokens, markup, the newline).
 """
 
 import hashlib
@@ -43,7 +43,11 @@ UNK, BOS = "<unk>", "<s>"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A `tokenizer.model`, with the tokens that the files beside it add."""
+    """Tokenize with a `tokenizer.model` and the added tokens of the files beside it.
+
+    Raises:
+        DataError: a file is damaged, a special token is missing, or the model adds a leading space.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -129,7 +133,8 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer directory: `tokenizer.model` directly, anything else through PaddleNLP.
 
-    Raises DataError where the directory, or something in it, is missing or broken.
+    Raises:
+        DataError: the directory is missing or has no tokenizer, or a file in it is damaged.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -149,8 +154,11 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """Train a BPE tokenizer with ERNIE's special tokens and write it, Hugging Face files included.
 
-    Deterministic: one thread, every text used. Raises DataError where `vocab_size` does not suit
-    the texts.
+    Deterministic: it uses one thread and all texts. Files of another tokenizer in `out_dir` are
+    replaced.
+
+    Raises:
+        DataError: `vocab_size` is too small or too large for the texts.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -192,7 +200,7 @@ def train_tokenizer(
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    # A newline is a piece of its own, so no piece crosses lines and the order of lines is free.
+    # A newline is a separate piece, so no piece spans two lines, and each line is trained alone.
     for text in texts:
         yield from filter(None, text.split("\n"))
 
@@ -202,14 +210,14 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _token_text(entry: Any) -> str | None:
-    """A special token of tokenizer_config.json: a string, or a dict with "content"."""
+    """Return the text of a token in tokenizer_config.json, a string or a dict with "content"."""
     if isinstance(entry, dict):
         entry = entry.get("content")
     return entry if isinstance(entry, str) else None
 
 
 def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, int]:
-    """Tokens that stand beside `tokenizer.model`: text -> id."""
+    """Return text -> id of the tokens that the files beside `tokenizer.model` add."""
     added = {str(k): int(v) for k, v in _optional_json(directory / "added_tokens.json").items()}
     for token_id, entry in config.get("added_tokens_decoder", {}).items():
         text = _token_text(entry)

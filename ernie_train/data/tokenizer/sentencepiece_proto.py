@@ -1,8 +1,8 @@
-"""Read the few fields that are needed of a serialized SentencePiece model.
+"""Parse the few fields of a serialized SentencePiece model that the toolkit needs.
 
 The protobuf classes that sentencepiece 0.2.3 ships need protobuf 7, which paddlenlp does not allow,
-and its Python API tells neither a user-defined piece nor the dummy prefix. So the messages are
-described here, after sentencepiece_model.proto (proto2); fields that are not listed are ignored.
+and its Python API exposes neither user-defined pieces nor the dummy prefix. So the messages are
+defined here, as in sentencepiece_model.proto (proto2); fields that are not listed are ignored.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class PieceType(IntEnum):
-    """Kinds of pieces, numbered as in sentencepiece_model.proto."""
+    """Enumerate the kinds of pieces, numbered as in sentencepiece_model.proto."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -39,7 +39,7 @@ _MESSAGES: dict[str, list[tuple[str, int, str, str]]] = {
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """A token with its score and kind."""
+    """Hold a token with its score and kind."""
 
     text: str
     score: float
@@ -48,7 +48,7 @@ class SentencePiece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """The fields of a serialized model that the toolkit needs."""
+    """Hold the fields of a serialized model that the toolkit needs."""
 
     pieces: list[SentencePiece]
     is_bpe: bool
@@ -75,9 +75,9 @@ def parse_model(data: bytes) -> SentencePieceModel:
 
 
 def without_dummy_prefix(data: bytes) -> bytes:
-    """Return the same model, but one that adds no space in front of a text.
+    """Return the serialized model, changed so that it adds no leading space to a text.
 
-    A message that occurs twice is merged when read, so appending one field is enough:
+    A message that occurs twice is merged when parsed, so appending one field is enough:
     normalizer_spec (3) { add_dummy_prefix (3): false }.
     """
     return data + b"\x1a\x02\x18\x00"
