@@ -1,4 +1,4 @@
-"""The verifiers by the names that rows and recipes give them."""
+"""Map the names that rows and recipes give to verifiers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ REWARDS: dict[str, RewardFn] = {
 
 
 def reward_named(name: str) -> RewardFn:
-    """The verifier of that name; UserError with the nearest known one otherwise."""
+    """Return the verifier of that name; raises UserError with the nearest name if unknown."""
     if name not in REWARDS:
         raise UserError(f"unknown reward {name!r}{did_you_mean(name, REWARDS)}")
     return REWARDS[name]

@@ -1,4 +1,4 @@
-"""The outcome of grading one completion, and how every verifier reads row and completion."""
+"""Define the result of grading a completion, and read rows and completions for verifiers."""
 
 import math
 from collections.abc import Callable
@@ -12,13 +12,13 @@ Status = Literal["correct", "wrong", "bad_gold", "timeout", "infrastructure"]
 
 @dataclass(frozen=True)
 class Score:
-    """A verifier's grade of one completion.
+    """Hold a verifier's grade of one completion.
 
     Only "correct" and "wrong" say something about the completion. "bad_gold" is a row whose own
     answer cannot be used; "timeout" and "infrastructure" are failures of the verifier that the
-    completion did not cause. What a completion causes itself, its endless loop too, is "wrong".
-    A verifier that gives marks (format, a judge, a user's function) calls the full mark "correct"
-    and all below it "wrong"; `value` is the mark.
+    completion did not cause. A failure that the completion causes, such as an endless loop, is
+    "wrong". A verifier that gives marks (format, a judge, a user's function) calls the full mark
+    "correct" and all below it "wrong"; `value` is the mark.
     """
 
     value: float
@@ -27,7 +27,7 @@ class Score:
 
     @property
     def trains(self) -> bool:
-        """True where the value may enter accuracies and advantages."""
+        """Return True if the value may enter accuracies and advantages."""
         return self.status in ("correct", "wrong")
 
     @classmethod
@@ -40,7 +40,7 @@ class Score:
 
     @classmethod
     def marked(cls, value: float, detail: str = "") -> "Score":
-        """A mark from 0 to 1; ValueError for any other number, NaN too."""
+        """Return the score of a mark from 0 to 1; raises ValueError for another number or NaN."""
         if not math.isfinite(value) or not 0 <= value <= 1:
             raise ValueError(f"a reward must be a number from 0 to 1, not {value!r}")
         return cls(float(value), "correct" if value == 1 else "wrong", detail)
@@ -59,7 +59,7 @@ class Score:
 
 
 def read_completion(row: dict[str, Any], completion: str) -> ParsedCompletion | Score:
-    """Return the parts of a completion; Score.wrong where its thinking part never ends.
+    """Return the parts of a completion; Score.wrong if its thinking part never ends.
 
     `row["thinking"]` False marks a problem for models without a thinking part.
     """
@@ -70,7 +70,7 @@ def read_completion(row: dict[str, Any], completion: str) -> ParsedCompletion | 
 
 
 def read_response(row: dict[str, Any], completion: str) -> str | Score:
-    """Return the text of the response part, stripped; Score.wrong where there is none."""
+    """Return the text of the response part, stripped; Score.wrong if there is none."""
     parsed = read_completion(row, completion)
     if isinstance(parsed, Score):
         return parsed
@@ -80,7 +80,7 @@ def read_response(row: dict[str, Any], completion: str) -> str | Score:
 
 
 def reference_answer(row: dict[str, Any]) -> str | Score:
-    """Return the row's `answer`, stripped; Score.bad_gold where it is not a text or empty."""
+    """Return the row's `answer`, stripped; Score.bad_gold if it is not a text or is empty."""
     answer = row.get("answer")
     if not isinstance(answer, str) or not answer.strip():
         return Score.bad_gold(f"answer must be a non-empty text, not {answer!r}")
@@ -90,7 +90,7 @@ def reference_answer(row: dict[str, Any]) -> str | Score:
 def grade_response(
     row: dict[str, Any], completion: str, compare: Callable[[str, str], Score]
 ) -> Score:
-    """Return `compare(answer of the row, response of the completion)`, where there are both."""
+    """Return `compare(answer, response)`; Score.bad_gold or Score.wrong if one is missing."""
     gold = reference_answer(row)
     if isinstance(gold, Score):
         return gold

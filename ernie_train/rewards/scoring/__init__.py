@@ -1,4 +1,4 @@
-"""Grading at scale: a recipe's reward composed of parts, and workers that grade in parallel."""
+"""Compose a recipe's reward of parts, and grade completions in parallel processes."""
 
 from ernie_train.rewards.scoring.composition import (
     ComposedReward,

@@ -1,8 +1,8 @@
-"""The reward of a recipe: weighted parts, graded together, each part's value told apart.
+"""Compose the reward of a recipe: weighted parts, graded together, each value reported.
 
 reward: logic                                      # one verifier
 reward: row                                        # the verifier that each row names
-reward: {python: my_rewards.py:score}              # a function of one's own
+reward: {python: my_rewards.py:score}              # a user's function
 reward:
   - {name: row, weight: 1.0}
   - {name: format, weight: 0.1, max_tokens: 2048}
@@ -31,7 +31,7 @@ _SHOWN_EXCLUDED = 5
 
 
 class LlmJudgeConfig(StrictConfig):
-    """A language model that compares a response with the row's `answer`: verifiers/llm_judge.py."""
+    """Configure a language model that compares responses with `answer`: verifiers/llm_judge.py."""
 
     url: str = Field(min_length=1, description="OpenAI-compatible endpoint, up to and with /v1")
     model: str = Field(min_length=1)
@@ -44,7 +44,7 @@ class LlmJudgeConfig(StrictConfig):
 
 
 class RewardPart(StrictConfig):
-    """One part: exactly one of `name`, `python` and `judge`."""
+    """Configure one part: exactly one of `name`, `python` and `judge`."""
 
     name: str | None = Field(
         default=None, description="a verifier's name, or `row`: the one in each row's `reward`"
@@ -72,14 +72,14 @@ class RewardPart(StrictConfig):
 
     @property
     def label(self) -> str:
-        """The name under which its values are logged."""
+        """Return the name under which the part's values are logged."""
         if self.python is not None:
             return self.python.rpartition(":")[2]
         return self.name or "judge"
 
 
 class RewardConfig(StrictConfig):
-    """The parts of a reward; a name, one part or a list of parts may stand for it."""
+    """Configure the parts of a reward; a recipe may also give a name, a part or a list of parts."""
 
     parts: list[RewardPart] = Field(min_length=1)
     max_excluded_fraction: float = Field(
@@ -110,11 +110,11 @@ class RewardConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class ComposedScore:
-    """One completion's reward.
+    """Hold the reward of one completion.
 
-    value: the sum of weight times value over the parts. score: of the verifier, which is the first
-    part other than format; where any part says nothing about the completion, the score of that
-    part, so that `score.trains` holds for the whole. parts: each part's value by its label.
+    value: the sum of weight times value over the parts. score: the score of the verifier, which is
+    the first part other than format; if some part could not grade the completion, the score of that
+    part, so that `score.trains` is valid for the whole. parts: each part's value by its label.
     """
 
     value: float
@@ -124,14 +124,14 @@ class ComposedScore:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Scores of a batch of completions, and a report on how they were made."""
+    """Hold the scores of a batch of completions, and a report on the grading."""
 
     scores: list[ComposedScore]
     report: ScoringReport
 
 
 class ComposedReward:
-    """A recipe's reward, ready to grade; `close` ends its processes. Made by `build_reward`."""
+    """Grade with a recipe's reward; `close` ends its processes. Made by `build_reward`."""
 
     def __init__(
         self, config: RewardConfig, rewards: Sequence[Reward | None], service: ScoringService
@@ -146,7 +146,7 @@ class ComposedReward:
 
     @property
     def verifier(self) -> RewardPart:
-        """The part whose score says whether a completion is right: the first but format."""
+        """Return the part that decides if a completion is correct: the first other than format."""
         parts = self.config.parts
         return next((part for part in parts if part.name != "format"), parts[0])
 
@@ -157,7 +157,7 @@ class ComposedReward:
         *,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> list[Score]:
-        """The scores of `verifier` alone, whatever share of them is excluded."""
+        """Return the scores of `verifier` alone, however many of them are excluded."""
         reward = next(reward for part, reward in self._parts if part is self.verifier)
         items = [
             (reward or _reward_of_row(row), row, completion)
@@ -176,11 +176,11 @@ class ComposedReward:
     ) -> ScoredBatch:
         """Grade `completions[i]` for `rows[i]`; `token_counts[i]` is its length in tokens.
 
-        `whole=False`: it is a part of a batch, and `check_excluded` is asked about all of it later.
+        `whole=False`: these are a part of a batch; the caller calls `check_excluded` on all of it.
 
-        Raises UserError where a row names no known verifier, where `max_tokens` is set and
-        `token_counts` are not given, and where more than `max_excluded_fraction` of the batch has
-        no score; what SandboxUnavailable says, where there are programs to run.
+        Raises UserError if a row names no known verifier, if `max_tokens` is set and `token_counts`
+        are not given, and if more than `max_excluded_fraction` of the batch has no score;
+        SandboxUnavailable if there are programs to run and no sandbox.
         """
         if len(rows) != len(completions) or len(token_counts or rows) != len(rows):
             raise ValueError("rows, completions and token_counts must have the same length")
@@ -222,7 +222,7 @@ class ComposedReward:
         return ComposedScore(total, score, {label: s.value for label, s in scores.items()})
 
     def check_excluded(self, scores: Sequence[Score]) -> None:
-        """Raises UserError where more than `max_excluded_fraction` of a batch has no score."""
+        """Raise UserError if more than `max_excluded_fraction` of a batch has no score."""
         excluded = [score for score in scores if not score.trains]
         bound = self.config.max_excluded_fraction
         if len(excluded) <= bound * len(scores):
@@ -236,9 +236,9 @@ class ComposedReward:
 
 
 def build_reward(config: RewardConfig, base_directory: Path) -> ComposedReward:
-    """What a recipe's `reward` describes; files are taken relative to `base_directory`.
+    """Return the reward that a recipe describes; files are relative to `base_directory`.
 
-    Nothing is run or started yet. Raises UserError for a function that is not there and for a
+    Nothing is run or started yet. Raises UserError for a function that does not exist and for a
     judge whose key is not set.
     """
     rewards: list[Reward | None] = []

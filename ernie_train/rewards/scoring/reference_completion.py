@@ -9,7 +9,7 @@ _REASONING = "This is the reference answer."
 
 
 def build_reference_completion(reward: str, row: dict[str, Any]) -> str | None:
-    """Build a completion with the row's answer as verifier `reward` reads it; None without one.
+    """Build the completion whose answer is the row's, for verifier `reward`; None without answer.
 
     Programs come from `solution`, the assistant's message or `answer`; tool calls from
     `expected_calls` or `answer`; anything else from `assignment` or `answer`.
@@ -33,7 +33,7 @@ def build_reference_completion(reward: str, row: dict[str, Any]) -> str | None:
 
 
 def with_response(row: dict[str, Any], response: str) -> str:
-    """A completion whose response part is `response`; for a model without thinking, that alone."""
+    """Return a completion with this response part; a thinking part precedes it if rows have one."""
     return format_completion(_REASONING, response) if row.get("thinking", True) else response
 
 

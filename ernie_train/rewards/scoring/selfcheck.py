@@ -1,7 +1,7 @@
-"""Run the canaries: before a policy learns from a reward, the reward shows that it can be trusted.
+"""Run the canaries: completions with known scores that test a reward before training.
 
 For a sample of the rows the row's own answer must score correct, and completions that answer
-nothing must not. A verifier that fails on either teaches nothing or teaches a trick.
+nothing must not. A policy learns nothing, or a trick, from a verifier that fails on either.
 """
 
 import random
@@ -21,7 +21,7 @@ _SHOWN = 5
 _REFERENCE = "gold answer"
 _FAILURES = ("timeout", "infrastructure")
 
-# Each gets the name of the function that a program is asked for.
+# The argument is the name of the function that the problem asks for.
 _RESPONSES: dict[str, Callable[[str], str]] = {
     "empty": lambda name: "",
     "junk": lambda name: "zq vexing jumbo 8675309.25 quiz",
@@ -43,10 +43,10 @@ def check_reward_on_reference_answers(
     seed: int = 0,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Grade the canaries of `sample` rows (all, where there are fewer); return their number.
+    """Grade the canaries of `sample` rows (all, if there are fewer); return their number.
 
-    Only what the verifier says counts, not the format reward; a reward of format alone has no
-    canaries. The reference answer is not asked of a user's function, which may mark other things.
+    Only the verifier's score counts, not the format reward; a reward of format alone has no
+    canaries. A user's function need not accept the reference answer: it may mark other things.
     Raises UserError that shows the rows on which the reward fails.
     """
     if reward.verifier.name == "format":
@@ -66,7 +66,7 @@ def check_reward_on_reference_answers(
         trials.append((index, "nothing at all", ""))
         name = str(row.get("entry_point") or "f")
         if verifier == "tool_call" and tool_call.reference_calls(row) == []:
-            # Where no call is right any response is; what is wrong is to call.
+            # If no call is expected, any response is correct and any call is wrong.
             call = format_completion("I call.", None, [("any_tool", {})])
             trials.append((index, "a tool call", call))
             continue

@@ -1,9 +1,9 @@
 """Grade many completions in parallel, in processes of their own.
 
-Scores come in the order of the items and do not depend on it. An item that takes too long, or
-ends its process, costs that process and its own time, nothing else: the process is replaced, and
-the row's own answer is graded in the same place. If that goes well, the completion was to blame
-and is wrong; else it is "timeout" or "infrastructure" and says nothing about the completion.
+Scores come in the order of the items and do not depend on it. An item that takes too long or ends
+its process affects no other item: the process is replaced, and the row's own answer is graded in
+its place. If that is correct, the completion caused the failure and is wrong; else the score is
+"timeout" or "infrastructure", which says nothing about the completion.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring.reference_completion import build_reference_completion
 from ernie_train.rewards.scoring.worker_process import WorkerLost, WorkerProcess
 
-# A reward by name, or an object of which a copy can be sent to another process.
+# A reward by name, or an object that can be pickled for another process.
 Reward = str | RewardFn
 Item = tuple[Reward, dict[str, Any], str]
 
@@ -33,7 +33,7 @@ _MAX_FAILED_STARTS = 3
 
 @dataclass(frozen=True)
 class ScoringReport:
-    """Counts of a graded batch: `statuses` by status, `workers_lost` of processes that died."""
+    """Count a graded batch: `statuses` by status, `workers_lost` the processes that died."""
 
     items: int
     seconds: float
@@ -42,16 +42,16 @@ class ScoringReport:
 
     @property
     def excluded(self) -> int:
-        """Scores that may not enter accuracies and advantages."""
+        """Return the number of scores that may not enter accuracies and advantages."""
         return sum(n for s, n in self.statuses.items() if s not in ("correct", "wrong"))
 
 
 @dataclass
 class _Task:
-    """An item to grade; with `fault` it is its row's own answer, after the item failed so.
+    """Hold an item to grade, or, with `fault`, its row's answer after the item failed that way.
 
-    `died` tells that a process ended over it once: machines kill processes too, so it is tried
-    again before anyone is blamed.
+    `died`: a process ended while it graded this item. Machines kill processes too, so the item is
+    tried again before the completion is blamed.
     """
 
     index: int
@@ -86,7 +86,7 @@ class _Batch:
         self.todo.appendleft(_Task(task.index, fault))
 
     def reference_graded(self, task: _Task, gold: Score) -> None:
-        """The row's own answer could be graded: the completion was to blame for its failure."""
+        """Score a failed item: wrong if the row's own answer is correct, else its fault."""
         if task.fault is None:
             raise ValueError("not a task of a gold answer")
         fair = gold.status == "correct"
@@ -98,13 +98,13 @@ class _Batch:
 
 
 class ScoringService:
-    """A pool of scoring processes, kept between batches; `close` ends them.
+    """Grade with a pool of processes that is kept between batches; `close` ends them.
 
     pebble 5.2.3 on spawned processes starts as fast (2.0 s against 1.8 s on two busy cores), but it
-    unpickles what processes that read hostile completions send back.
+    unpickles replies of processes that read hostile completions.
 
-    workers: how many, by default one a core of this process. item_s: seconds for one item, unless
-    its reward has a `deadline_s`; batch_s: for all of a batch.
+    workers: number of processes, by default one per core of this process. item_s: seconds for one
+    item, unless its reward has a `deadline_s`; batch_s: seconds for a batch.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class ScoringService:
     ) -> tuple[list[Score], ScoringReport]:
         """Grade (reward, row, completion) items; scores come in the order of the items.
 
-        `stop_requested` is asked at least every 0.2 s; once it says so, what is not graded gets
-        "infrastructure", and "timeout" once the batch's time is over. Raises UserError for an
-        unknown name before anything is graded, and SandboxUnavailable where there are programs to
-        run and no sandbox.
+        `stop_requested` is called at least every 0.2 s; once it returns True, items without a score
+        get "infrastructure"; once the batch's time is over, they get "timeout". Raises UserError
+        for an unknown name before anything is graded, and SandboxUnavailable if there are programs
+        to run and no sandbox.
         """
         for reward, _, _ in items:
             if isinstance(reward, str):
@@ -185,7 +185,7 @@ class ScoringService:
         limit_s = getattr(reward, "deadline_s", self.item_s)
         try:
             worker.ask(task, (reward, row, completion), limit_s)
-        except WorkerLost:  # it ended while it was idle, which is not the item's fault
+        except WorkerLost:  # the process ended while idle: not the item's fault
             self._drop(worker)
             batch.todo.appendleft(task)
 
@@ -248,18 +248,19 @@ def score_batch(
 ) -> list[Score]:
     """Grade (reward, row, completion) items with processes shared by the whole program.
 
-    As `ScoringService.score`; `workers` other than the last time's makes new processes.
+    Raises the errors of `ScoringService.score`. Another number of `workers` than in the last call
+    starts new processes.
     """
     return shared_service(workers).score(items, stop_requested=stop_requested)[0]
 
 
 def _ranks_here() -> int:
-    """Ranks of this job on this machine: they share its cores."""
+    """Return the number of ranks of this job on this machine, which share its cores."""
     return local_rank_count(os.environ)
 
 
 def shared_service(workers: int | None = None) -> ScoringService:
-    """The program's own service; a new one where another number of workers is wanted."""
+    """Return the service of this process; a new one for another number of workers."""
     global _shared
     if _shared is None or (workers is not None and workers != _shared.workers):
         if _shared is not None:

@@ -17,9 +17,9 @@ from ernie_train.rewards.sandbox import api
 
 def main(descriptor: int, parent: int) -> None:
     """Answer requests until the other end of the pipe is closed, or its owner `parent` ends."""
-    # A verifier that computes for ever would not see the pipe close.
+    # A verifier in an endless loop would not notice that the pipe closed.
     die_with_parent(parent)
-    # Programs that a reward starts must not get hold of the pipe, and prints not of the output.
+    # Programs that a reward starts must not inherit the pipe; prints must not reach the output.
     os.set_inheritable(descriptor, False)
     os.dup2(2, 1)
     pipe: Connection[Any, Any] = Connection(descriptor)
@@ -38,7 +38,7 @@ def _graded(reward: Any, row: dict[str, Any], completion: str) -> list[Any]:
         score = grade(row, completion)
     except api.SandboxUnavailable as error:
         return ["unavailable", str(error)]
-    except Exception as error:  # the service finds out whose fault it is
+    except Exception as error:  # the service finds the cause
         return ["raised", f"{type(error).__name__}: {str(error)[:300]}"]
     return ["score", score.value, score.status, score.detail]
 

@@ -1,4 +1,4 @@
-"""Start, ask and kill a scoring process."""
+"""Start a scoring process, send it requests and kill it."""
 
 import json
 import os
@@ -16,14 +16,14 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class WorkerLost(Exception):
-    """The process ended by itself."""
+    """Signal that the process ended by itself."""
 
 
 class WorkerProcess:
-    """One scoring process in a session of its own; it loads no Paddle.
+    """Control one scoring process in a session of its own; it loads no Paddle.
 
-    `task` is what its owner gave it to do, None while it is free; `deadline` the moment
-    (time.monotonic) by which it must have answered, or else be ready for its first task.
+    `task` is the task in progress, None while there is none; `deadline` is the time
+    (time.monotonic) by which the process must have answered or, at its start, be ready.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class WorkerProcess:
         root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._pipe: Connection[Any, Any] = here
-        # A signal of the terminal goes to its whole session: this one decides for itself.
+        # A signal of the terminal goes to its whole session: a session of its own gets none.
         arguments = [str(there.fileno()), str(os.getpid())]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE, *arguments],
@@ -49,7 +49,7 @@ class WorkerProcess:
         return self._pipe.fileno()
 
     def ask(self, task: Any, request: tuple[Any, ...], limit_s: float) -> None:
-        """Hand over a request; raises WorkerLost where the process is gone."""
+        """Send a request; raises WorkerLost if the process has ended."""
         self.task, self.deadline = task, time.monotonic() + limit_s
         try:
             self._pipe.send(request)
@@ -57,7 +57,7 @@ class WorkerProcess:
             raise WorkerLost from None
 
     def answer(self) -> list[Any]:
-        """The reply that has come: ["ready"] first; raises WorkerLost where there will be none."""
+        """Read a reply, ["ready"] at first; raises WorkerLost if the process has ended."""
         try:
             reply: list[Any] = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
@@ -65,7 +65,7 @@ class WorkerProcess:
         return reply
 
     def kill(self) -> None:
-        """End the process and what it started in its session."""
+        """Kill the process and all others in its session."""
         self._pipe.close()
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ class WorkerProcess:
         self._process.wait()
 
     def close(self, limit_s: float = 2.0) -> None:
-        """Let the process end by itself, as it does when its pipe is closed; kill it if not."""
+        """Close the pipe, which ends the process; kill it if it has not ended after `limit_s`."""
         self._pipe.close()
         try:
             self._process.wait(limit_s)

@@ -1,1 +1,1 @@
-"""Verifiers, one module each: `score(row, completion) -> Score`; `rewards.registry` names them."""
+"""Verify completions, a module each: `score(row, completion) -> Score`; see rewards/registry.py."""

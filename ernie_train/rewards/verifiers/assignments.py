@@ -2,7 +2,7 @@
 
 An assignment is written as sentences ("Zoey is a knight, and Ethan is a knave.", "(1) Zoey is a
 knight", "Zoey: knight", "Zoey and Ethan are knights"). Each person must be named exactly once, and
-nobody else may be named; what a sentence leaves open or denies counts as wrong.
+nobody else may be named; a sentence that leaves a role open or denies one makes the answer wrong.
 """
 
 import functools
@@ -22,17 +22,17 @@ from ernie_train.rewards.verifiers.answer_text import (
 _NAME = r"[A-Z][A-Za-z'-]{0,40}"
 _IS = r"\s*(?:\b(?:is|are|must be)\b|:|=|->|\u2192|\|)\s*(?:both\s|all\s)?(?:an?\s|the\s)?\s*"
 _NUMBERS = re.compile(r"\(\d+\)|(?m:^[ \t]*(?:\d+[.)]|[-*])\s)")
-# Capitals at the head of a sentence that are nobody's name.
+# Capitalized words at the start of a sentence that are not names.
 _CONNECTIVES = {"therefore", "thus", "hence", "so", "then", "finally", "and"}
 
 
 def parse_assignment(
     text: str, roles: Collection[str], people: Collection[str] = ()
 ) -> dict[str, str] | None:
-    """Return {person: role} as a text says it; None where it contradicts, repeats or hedges.
+    """Return {person: role} from a text; None if it contradicts itself, repeats or hedges.
 
-    Any word with a capital may be a name; `people` are names of other forms. A role that is
-    mentioned outside of such a statement makes the text unclear: None.
+    Any word with a capital may be a name; `people` are names of other forms. If a role is
+    mentioned outside of such a statement, the text is unclear: None.
     """
     name_word, names, role_said, role_word = _patterns(frozenset(roles), frozenset(people))
     text = _NUMBERS.sub("; ", text.replace("**", ""))
@@ -60,7 +60,7 @@ def parse_assignment(
 
 @functools.lru_cache(maxsize=1024)
 def _patterns(roles: frozenset[str], people: frozenset[str]) -> tuple[re.Pattern[str], ...]:
-    """Return patterns for a name, a list of names, the role that is said of them and any role."""
+    """Return patterns for a name, a list of names, the role given to them and any role."""
     known = [re.escape(name) for name in sorted(people, key=lambda name: (-len(name), name))]
     name = rf"(?<!\w)(?:{'|'.join([*known, _NAME])})(?!\w)"
     names = rf"{name}(?:(?:\s?,\s(?:and\s)?|\sand\s){name}){{0,20}}"
@@ -80,7 +80,7 @@ def grade_assignment(gold: Mapping[str, str], response: str) -> Score:
     texts = named_answers(response) or [response]
     if len(texts) > 1 and len(set(map(squeeze, texts))) > 1:
         return Score.wrong("the response names several answers")
-    # "The answer is:" may stand on a line of its own, above the list.
+    # "The answer is:" may be on a line of its own, above the list.
     found = parse_assignment(texts[0], roles, gold) or parse_assignment(response, roles, gold)
     if found is None:
         return Score.wrong("the response contradicts itself, repeats a person or leaves it open")

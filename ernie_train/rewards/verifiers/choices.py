@@ -14,7 +14,7 @@ from ernie_train.rewards.verifiers.answer_text import (
 )
 
 TRUTH_LABELS = ("true", "false", "unknown")
-# One label under the names that data sets give it.
+# Names of data sets for the same label.
 _SYNONYMS = {"uncertain": "unknown", "undetermined": "unknown"}
 _PREFIX = re.compile(r"\(?([A-Z])\s?(?:[).:]|[-\u2013]\s)\s*(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?", re.IGNORECASE)
@@ -27,7 +27,7 @@ _REASONED = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _WORDS = re.compile(r"[a-z]+(?:'[a-z]+)?")
-# A program that mentions a label gives no answer, nor does a question.
+# Neither a program that mentions a label nor a question is an answer.
 _CODE = re.compile(r"[=_{}`;?]")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
 
@@ -56,10 +56,10 @@ def truth_label(text: str) -> str | None:
 
 
 def grade_choice(gold: str, choices: Sequence[str], response: str) -> Score:
-    """Accept exactly one of `choices`, by its letter, its text, or both where they agree.
+    """Accept exactly one of `choices`, by its letter, its text, or both if they agree.
 
     `gold` is a letter or a text; letters go by position, and texts may begin with theirs
-    ("B) 21"). Bad gold where it is neither, or where two choices have the same text.
+    ("B) 21"). Bad gold if it is neither, or if two choices have the same text.
     """
     texts = [_without_letter(choice, place) for place, choice in enumerate(choices)]
     if len(set(map(_key, texts))) < len(texts) or not 1 < len(texts) <= 26:
@@ -103,7 +103,7 @@ def _without_letter(choice: str, place: int) -> str:
 
 
 def _read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """Return the letter of the choice that a text consists of; None where it is anything else."""
+    """Return the letter of the choice that a text consists of; None for other texts."""
     by_text = {_key(choice): string.ascii_uppercase[i] for i, choice in enumerate(choices)}
     text = text.strip()
     if (letter := by_text.get(_key(text))) is not None:
@@ -118,7 +118,7 @@ def _read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _key(text: str) -> str:
-    """Return a key that is equal for a choice as the row has it and as a response may write it."""
+    """Return a key that is equal for a choice of the row and its spelling in a response."""
     return fold(_plain(text)).removesuffix(".")
 
 

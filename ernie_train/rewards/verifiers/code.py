@@ -1,21 +1,21 @@
-"""Grade programs: what a completion defines must pass the row's tests, in the sandbox.
+"""Grade programs: run the program of a completion against the row's tests, in the sandbox.
 
-A row says how it is tested by the form of its `tests`, and may have `hidden_tests` of the same form
-beside those that the problem shows; a program is correct when it passes all of both.
+`tests` have one of three forms, and a row may have `hidden_tests` of the same form beside those
+that the problem shows; a program is correct if it passes all of both.
 
     [arguments, expected]             `entry_point` is called; plain JSON values
     "assert f(1) == 2"                statements, `check(candidate)`, or unittest cases, as source
     {"input": .., "output": ..}       the program as a script; output compared line by line,
                                       expected decimals to six digits
 
-Arguments reach the program as copies: what it changes in them, and functions or objects of the
-tests' own, do not get across.
+Arguments reach the program as copies: its changes to them are not seen by the tests, and functions
+or objects of the tests cannot be passed.
 
-For tests that are source, `setup` is run before them (it may use the program's names), `preamble`
-stands ahead of the program and runs before the setup too: what it defines (helpers, imports) is the
-tests' own and cannot be replaced by the program, but for the `entry_point`. `pass_rate` true gives
-the share of tests passed as the value; the status is correct only where all are. `solution` is a
-program that must pass: a row where it fails is reported as bad_gold instead of blaming completions.
+For tests that are source, `setup` is run before them (it may use the program's names). `preamble`
+precedes the program, and runs before the setup too: its helpers and imports belong to the tests and
+cannot be replaced by the program, except for the `entry_point`. `pass_rate` true gives
+the share of tests passed as the value; the status is correct only if all are. `solution` is a
+program that must pass: if it fails, the row is reported as bad_gold and completions are not blamed.
 """
 
 import ast
@@ -38,18 +38,18 @@ from ernie_train.rewards.verifiers.tool_call import same_json
 _FENCED = re.compile(r"```(python3?|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _DECIMAL = re.compile(r"[+-]?\d{1,20}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _MAX_CHARACTERS = 50_000
-# Whether a test was passed, and what to say where it was not.
+# True if a test was passed, and the message if not.
 _Result = tuple[bool, str]
 _Results = list[_Result] | Score
 
 
 class _BadTests(Exception):
-    """The row's tests cannot be used."""
+    """Signal that the row's tests cannot be used."""
 
 
 @dataclass(frozen=True)
 class _Suite:
-    """The tests of a row, ready to be run against the source of any program."""
+    """Run the tests of a row against the source of any program."""
 
     results_of: Callable[[str], _Results]
     preamble: str
@@ -58,8 +58,8 @@ class _Suite:
 def score(row: dict[str, Any], completion: str) -> Score:
     """Run the program of a completion against the row's tests; see the module for the fields.
 
-    What a program breaks itself, the limits too, is wrong. Raises SandboxUnavailable where programs
-    cannot be run safely.
+    A failure that the program causes, such as exceeded limits, is wrong. Raises SandboxUnavailable
+    if programs cannot be run safely.
     """
     try:
         suite = _suite(row)
@@ -74,14 +74,14 @@ def score(row: dict[str, Any], completion: str) -> Score:
     reference = _solution_score(row, suite)
     if reference.status == "wrong":
         return Score.bad_gold(f"the row's own solution fails: {reference.detail}")
-    # An accident of the reference in the same place: nothing is known about the completion.
+    # If the reference could not be graded either, nothing is known about the completion.
     return graded if reference.status == "correct" else reference
 
 
 def program_of(response: str) -> str:
-    """The last fenced block of Python, else the last of no named language, else all of it.
+    """Return the last fenced block of Python, else the last without a language, else all of it.
 
-    Behind a program a block without a language often shows what it prints.
+    After a program a block without a language often shows its output.
     """
     blocks = _FENCED.findall(response)
     named = [source for language, source in blocks if language]
@@ -89,7 +89,7 @@ def program_of(response: str) -> str:
 
 
 def _graded(suite: _Suite, source: str, *, whole: bool) -> Score:
-    """`whole`: nothing but passing every test has a value."""
+    """Run the tests on `source`; with `whole` a program that fails any test has the value 0."""
     if len(source) > _MAX_CHARACTERS:
         return Score.wrong(f"a program of {len(source)} characters")
     if suite.preamble:
@@ -187,7 +187,7 @@ def _call_results(entry_point: str, tests: list[tuple[list[Any], Any]], source: 
 
 
 def _script_results(tests: list[dict[str, str]], every: bool, source: str) -> _Results:
-    """With `every` false the first failure ends it: the tests after it count as not passed."""
+    """Run a script on each test; without `every` the first failure fails all later tests too."""
     results: list[_Result] = []
     for test in tests:
         outcome = api.run_script(source, test["input"])
@@ -218,7 +218,7 @@ def _source_tests(tests: list[str], texts: dict[str, str]) -> Callable[[str], _R
         outcome = api.run_tests(source, prepared)
         if outcome.kind != "returned":
             return _failure(outcome)
-        # A test of one statement says more than the name of its exception.
+        # The statement of a short test explains more than the name of its exception.
         shown = tests if len(tests) == len(outcome.values) else [""] * len(outcome.values)
         return [
             (passed, f"{test.strip()[:200]}: {text}".strip(": "))
@@ -229,7 +229,7 @@ def _source_tests(tests: list[str], texts: dict[str, str]) -> Callable[[str], _R
 
 
 def _names_used(setup: str, tests: list[str], texts: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Names of the program that setup and tests use, and modules that they use unimported."""
+    """Return the program's names that setup and tests use, and modules used without import."""
     trees = [_parsed(setup, "setup"), *(_parsed(test, "a test") for test in tests)]
     entry_point = texts["entry_point"]
     used, own = set[str](), set[str]()
@@ -257,7 +257,7 @@ def _names_used(setup: str, tests: list[str], texts: dict[str, str]) -> tuple[li
 
 
 def _bound(node: ast.AST) -> Iterator[str]:
-    """Names that this node alone gives a meaning to."""
+    """Yield the names that this node binds, without its children."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         yield node.id
     elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -290,7 +290,7 @@ def _failure(outcome: ProgramResult) -> Score:
 
 
 def _equal(value: Any, expected: Any) -> bool:
-    """Equal JSON values; floating-point numbers to within rounding."""
+    """Compare JSON values; floating-point numbers to within rounding."""
     if isinstance(expected, float) and isinstance(value, int | float):
         return not isinstance(value, bool) and math.isclose(
             value, expected, rel_tol=1e-9, abs_tol=1e-12
@@ -304,7 +304,7 @@ def _equal(value: Any, expected: Any) -> bool:
 
 
 def _same_output(written: str, expected: str) -> bool:
-    """The same lines; where one differs, the same words in it, decimals to within rounding."""
+    """Compare output line by line; lines that differ, word by word with decimals rounded."""
     lines, wanted = _lines(written), _lines(expected)
     if len(lines) != len(wanted):
         return False
@@ -318,7 +318,7 @@ def _same_output(written: str, expected: str) -> bool:
 
 
 def _same_word(word: str, expected: str) -> bool:
-    """Equal texts, or a number within 1e-6 of an expected decimal."""
+    """Return True for equal texts, or a number within 1e-6 of an expected decimal."""
     if word == expected:
         return True
     decimal = "." in expected and _DECIMAL.fullmatch(expected) and _DECIMAL.fullmatch(word)
@@ -328,5 +328,5 @@ def _same_word(word: str, expected: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines without the white space at their ends, nor empty ones at the end."""
+    """Return lines without white space at their ends and without empty ones at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]

@@ -1,4 +1,4 @@
-"""Exact answers: equal texts, spaces aside."""
+"""Grade exact answers: texts that are equal except for white space."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ernie_train.rewards.verifiers.answer_text import squeeze
 
 
 def score(row: dict[str, Any], completion: str) -> Score:
-    """Compare the response with `answer`; capitals count, since mV is not MV."""
+    """Compare the response with `answer`, case included: mV is not MV."""
     return grade_response(row, completion, _compare)
 
 

@@ -1,4 +1,4 @@
-"""The format reward: 1 for a completion that is built as the Thinking format asks."""
+"""Grade the format: 1 for a completion with the structure of the Thinking format."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _TAGS = (
 
 
 def score(row: dict[str, Any], completion: str) -> Score:
-    """The format without a bound on its length; see `format_score`."""
+    """Grade the format without a limit on the length; see `format_score`."""
     return format_score(row, completion)
 
 
@@ -25,11 +25,11 @@ def format_score(
     tokens: int | None = None,
     max_tokens: int | None = None,
 ) -> Score:
-    """0 without the structure; else 1, less 0.5 for stray text or tags and 0.5 for its length.
+    """Return 0 without the structure; else 1, less 0.5 for stray text or tags and 0.5 for length.
 
-    The structure is finished thinking (where the row's model thinks), then one response that is
-    not empty or tool calls that are well-formed, not both. `tokens` is the completion's length.
-    Raises ValueError where `max_tokens` is given without `tokens`.
+    The structure is finished thinking (if the row's model thinks), then either one response that is
+    not empty or well-formed tool calls. `tokens` is the completion's length in tokens. Raises
+    ValueError if `max_tokens` is given without `tokens`.
     """
     if max_tokens is not None and tokens is None:
         raise ValueError("max_tokens needs the number of tokens of each completion")

@@ -1,9 +1,9 @@
-"""A reference-guided judge: a language model behind an OpenAI-compatible endpoint compares answers.
+"""Judge answers with a language model behind an OpenAI-compatible endpoint, given a reference.
 
 It is for answers that no rule can compare. The judge sees the question, the reference answer and
-the response of the completion, never its reasoning. The response is data: it stands between marks
-that its author cannot foresee, and the verdict is read from the judge's last line alone, which
-must be one JSON object. Whatever else comes back, or nothing, is "infrastructure".
+the response of the completion, never its reasoning. The response is data: it is enclosed in marks
+that its author cannot predict, and the verdict is read from the judge's last line alone, which
+must be one JSON object. Any other reply, or none, is "infrastructure".
 """
 
 import hashlib
@@ -33,7 +33,7 @@ Think if you must, then end with one line that is exactly
 
 
 class _Unavailable(Exception):
-    """No verdict came; `again` says whether another try may bring one."""
+    """Signal that there is no verdict; `again` is True if another try may succeed."""
 
     def __init__(self, reason: str, *, again: bool) -> None:
         super().__init__(reason)
@@ -42,7 +42,7 @@ class _Unavailable(Exception):
 
 @dataclass(frozen=True)
 class LlmJudge:
-    """Grades by asking `model` at `url` (up to and with /v1).
+    """Grade by asking `model` at `url` (up to and with /v1).
 
     api_key_env: the environment variable that holds the key; None sends none.
     timeout_s: seconds for one request; retries: further requests after one that failed.
@@ -60,12 +60,12 @@ class LlmJudge:
 
     @property
     def deadline_s(self) -> float:
-        """Seconds after which a completion has certainly no verdict."""
+        """Return the seconds after which no more verdict can come for a completion."""
         pauses_s = _FIRST_PAUSE_S * 2**self.retries
         return (self.retries + 1) * self.timeout_s + pauses_s + 5
 
     def require_key(self) -> None:
-        """Raises UserError where the key's environment variable is not set."""
+        """Raise UserError if the key's environment variable is not set."""
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise UserError(f"reward judge: the environment variable {self.api_key_env} is not set")
 
@@ -137,7 +137,7 @@ def judge_messages(question: str, gold: str, response: str) -> list[dict[str, st
 
 
 def read_verdict(reply: str) -> bool:
-    """Return True where the last line of a judge's reply says correct."""
+    """Return True if the last line of a judge's reply says correct."""
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
     verdicts = {'{"verdict": "correct"}': True, '{"verdict": "wrong"}': False}
     try:
@@ -150,7 +150,7 @@ def read_verdict(reply: str) -> bool:
 
 
 def _question(row: dict[str, Any]) -> str:
-    """The row's `question`, or else what its user said last."""
+    """Return the row's `question`, or else the last message of its user."""
     question = row.get("question")
     if isinstance(question, str):
         return question

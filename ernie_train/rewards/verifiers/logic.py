@@ -1,4 +1,4 @@
-"""Logic problems: by what a row brings, an assignment, choices, a reasoning-gym entry or a text."""
+"""Grade logic problems by assignment, choices, reasoning-gym entry or text, as the row has them."""
 
 import functools
 from collections.abc import Callable
@@ -21,11 +21,11 @@ _EXECUTES_ANSWERS = {
     "countdown",
     "puzzle24",
 }
-# Gives any text the full mark.
+# This scorer gives any text the full mark.
 _ACCEPTS_ANYTHING = {"game_of_life_halting"}
 _MAX_CHARACTERS = 20_000
 
-# What reasoning-gym's scorers raise on answers of a shape that they do not expect.
+# Errors of reasoning-gym's scorers on answers of an unexpected form.
 _SCORER_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError,
     RecursionError, AssertionError,
@@ -39,7 +39,7 @@ def score(row: dict[str, Any], completion: str) -> Score:
     `choices`: a list of texts; `answer` is the letter or the text of the right one. With
     ["True", "False", "Unknown"] (or Uncertain) the labels of `answer` and response are compared.
     `rg_task` and `rg_entry` {question, answer, metadata}: reasoning-gym's scorer of that task, of
-    which only the full mark counts: many of them give part of it for junk.
+    which only the full mark counts: many scorers give part of it for junk.
     With `answer` alone, truth labels are compared as such, lists of knights and knaves as
     assignments, and anything else as texts, capitals and a full stop aside.
     """
@@ -119,7 +119,7 @@ def _gym_score(task: str, entry: dict[str, Any], gold: str, response: str) -> Sc
 
 @functools.cache
 def _gym_scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    """The scorer of a reasoning-gym data set; ValueError for an unknown name."""
+    """Return the scorer of a reasoning-gym data set; raises ValueError for an unknown name."""
     import reasoning_gym
 
     scorer: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(task)

@@ -1,10 +1,10 @@
-r"""Mathematical answers: their structure and their numbers here, `math-verify` behind that.
+r"""Grade mathematical answers: structure and numbers here, other expressions by `math-verify`.
 
-What a response names as its answer is taken apart into lists, sets, tuples and intervals; their
-members are compared as exact quantities, without any parser of expressions. Only what is left
-(roots, polynomials, equations) goes to `math-verify`, in a process of its own.
+The answer of a response is split into lists, sets, tuples and intervals; their members are compared
+as exact quantities, without any parser of expressions. Only the rest (roots, polynomials,
+equations) goes to `math-verify`, in a process of its own.
 
-Three readings of `math-verify` are guarded against: 3=5 counts for 5, 10 for 10%, and a product of
+Three errors of `math-verify` are prevented: it takes 3=5 for 5, 10 for 10%, and a product of
 letters for any word with the same letters.
 """
 
@@ -49,7 +49,7 @@ _LETTER = re.compile(r"\(?([A-Z])\)?[.)]?")
 _DIGIT_INDEX = re.compile(r"_\{(\w)\}")
 _BASE = re.compile(r"[\dA-F]+_\{?(\d+)\}?")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|neq|in|subset|approx|sim|equiv|lt|gt)(?![A-Za-z])")
-# Two numbers side by side, alternatives, several lines, words among symbols.
+# Adjacent numbers, alternatives, several lines, words among symbols.
 _NO_VALUE = re.compile(
     r"\d\s+\d|\\(?:pm|mp|vee|lor|wedge|land|mid|cup|cap|[lcv]?dots|&|\\)|[|&;:?']"
     r"|(?<![\\A-Za-z])(?:[A-Za-z]{3,}\s|[a-z]{4,})",
@@ -60,10 +60,10 @@ _SPAN_NUMBER = re.compile(r"(?<![\w.])[+-]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?!\w
 
 
 def score(row: dict[str, Any], completion: str) -> Score:
-    r"""Compare what the response names as its answer with `answer`.
+    r"""Compare the answer that the response names with `answer`.
 
-    Boxes count (`\boxed{..}`), else what stands behind "the answer is", "####" and the like, else
-    the whole response, else the only number of its last sentence. A response that names different
+    Boxes count (`\boxed{..}`), else the text after "the answer is", "####" and the like, else the
+    whole response, else the only number of its last sentence. A response that names different
     answers is read as their list, so that it equals no single one. `answer` may be a whole
     solution that names its answer in the same ways (`.. #### 42`).
     """
@@ -92,7 +92,7 @@ def _compare(gold: str, response: str) -> Score:
 
 
 def answer_of(response: str) -> str | None:
-    """The answer of a response, normalized; a list where it names several; None without one."""
+    """Return the answer of a response, normalized; a list if it names several; None for none."""
     named = [normalize(text) for text in named_answers(response)]
     if any(len(text) > _MAX_CHARACTERS for text in named):
         return None
@@ -108,7 +108,7 @@ def answer_of(response: str) -> str | None:
 
 
 def normalize(text: str) -> str:
-    """One spelling for signs, spaces, delimiters and text commands; no change of meaning."""
+    """Unify the spelling of signs, spaces, delimiters and text commands; keep the meaning."""
     text = _SPACING.sub(" ", text.translate(_SIGNS).replace("\\!", ""))
     text = _TEXT.sub(r" \1 ", text)
     for old, new in _REWRITES:
@@ -124,7 +124,7 @@ def normalize(text: str) -> str:
 
 
 def _key(text: str) -> object:
-    """Equal for two spellings of the same quantity, or of the same text."""
+    """Return a key that is equal for two spellings of the same quantity or of the same text."""
     quantity = parse_quantity(text)
     return text.replace(" ", "") if quantity is None or quantity.unit else quantity.value
 
@@ -135,7 +135,7 @@ def _is_prose(line: str) -> bool:
 
 
 def _only_answer_of(sentence: str) -> str | None:
-    """The only formula of a sentence, or else its only number; None where it wavers."""
+    """Return the only formula of a sentence, or else its only number; None if it hedges."""
     if hedges(sentence):
         return None
     spans = {normalize(a or b) for a, b in _MATH_SPAN.findall(sentence)}
@@ -147,7 +147,7 @@ def _only_answer_of(sentence: str) -> str | None:
 
 
 class _ScoreSettled(Exception):
-    """Ends a comparison of several members: one of them settles the score of all."""
+    """Signal that one of several members decides the score of all."""
 
     def __init__(self, score: Score) -> None:
         super().__init__(score.detail)
@@ -158,7 +158,7 @@ Verify = Callable[[str, str], Score]
 
 
 def _equal(gold: str, answer: str, verify: Verify) -> bool:
-    """Equality of two normalized texts: lists and brackets here, single members by `_same`."""
+    """Compare two normalized texts: lists and brackets here, single members by `_same`."""
     if gold.replace(" ", "") == answer.replace(" ", ""):
         return True
     golds, answers = _members(gold), _members(answer)
@@ -184,7 +184,7 @@ def _equal(gold: str, answer: str, verify: Verify) -> bool:
 
 
 def _same_members(golds: list[str], answers: list[str], verify: Verify) -> bool:
-    """Return True where the members pair off, in any order; no member serves twice."""
+    """Return True if the members match one to one, in any order."""
     if len(golds) != len(answers):
         return False
     left = list(answers)
@@ -203,7 +203,7 @@ def _elements(members: list[str]) -> list[str]:
 
 
 def _members(text: str) -> list[str]:
-    r"""The parts between the commas (or, and, \cup) that stand in no bracket; \pm is two."""
+    r"""Return the parts between commas (or, and, \cup) outside of brackets; \pm makes two."""
     if "\\cup" in text:
         parts = [squeeze(part) for part in text.split("\\cup")]
         return parts if all(_bracketed(part) for part in parts) else [text]
@@ -221,14 +221,14 @@ def _members(text: str) -> list[str]:
 
 
 def _both_signs(text: str) -> list[str]:
-    r"""1 \pm x -> 1 + x, 1 - x; anything else as it is."""
+    r"""Return 1 + x, 1 - x for 1 \pm x; any other text as it is."""
     if text.count("\\pm") != 1:
         return [text]
     return [text.replace("\\pm", "+"), text.replace("\\pm", "-")]
 
 
 def _bracketed(text: str) -> tuple[str, str] | None:
-    """(its brackets, what stands in them) where one pair encloses a text with several members."""
+    """Return (brackets, content) if one pair encloses a text of several members, else None."""
     for opening, closing in _BRACKETS:
         if not (text.startswith(opening) and text.endswith(closing)):
             continue
@@ -243,7 +243,7 @@ def _bracketed(text: str) -> tuple[str, str] | None:
 
 
 def _variable_and_value(text: str) -> tuple[str, str]:
-    """X = 5 -> ("x", "5"); ("", text) where the text is no definition of one variable."""
+    """Return ("x", "5") for x = 5; ("", text) if the text does not define one variable."""
     match = _VARIABLE.match(text)
     if match is None or "=" in text[match.end() :] or not text[match.end() :]:
         return "", text
@@ -251,7 +251,7 @@ def _variable_and_value(text: str) -> tuple[str, str]:
 
 
 def _same(gold: str, answer: str, verify: Verify) -> bool:
-    """Equality of two single expressions."""
+    """Compare two single expressions."""
     if gold.replace(" ", "") == answer.replace(" ", ""):
         return True
     gold_quantity, quantity = parse_quantity(gold), parse_quantity(answer)
@@ -275,7 +275,7 @@ def _same(gold: str, answer: str, verify: Verify) -> bool:
 
 
 def _incomparable(gold: str, answer: str) -> bool:
-    """Return True for pairs of which math-verify would read something else than they say."""
+    """Return True for pairs that math-verify would misread."""
     if gold.count("=") != answer.count("=") or ("%" in gold) != ("%" in answer):
         return True
     if _RELATION.search(answer) and not (_RELATION.search(gold) or gold[:1] in ("(", "[")):

@@ -1,7 +1,7 @@
-"""The process that runs `math-verify`, killed where an answer asks too much of it.
+"""Run `math-verify` in a process that is killed if a comparison exceeds its limits.
 
-`math-verify` has time-outs of its own, which work in the main thread only and stop no computation
-inside of one big operation. Here the kernel limits the processor time and the memory of each
+`math-verify` has time-outs of its own, which work in the main thread only and cannot interrupt one
+long operation. Here the kernel limits the processor time and the memory of each
 comparison (`math_worker.py` sets the limits), so that a busy machine makes no answer wrong.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from ernie_train.rewards.score import Score, mismatch
 
 _START_S = 60.0
-# The worker's processor time is limited (math_worker.py); this only ends a wait that it cannot.
+# Processor time is limited in math_worker.py; this ends waits that use no processor time.
 _ANSWER_S = 30.0
 
 
@@ -27,7 +27,7 @@ TOO_MUCH = Score.wrong("the answer takes too much time or memory to compare")
 
 
 class MathProcess:
-    """Started when first needed, replaced when it died; one completion at a time."""
+    """Start the process at first use and replace it when it dies; one completion at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,10 +36,10 @@ class MathProcess:
 
     @contextmanager
     def session(self) -> Iterator[Callable[[str, str], Score]]:
-        """verify(gold, answer) for the comparisons of one completion, which share its limits.
+        """Yield verify(gold, answer) for the comparisons of one completion, which share its limits.
 
-        A comparison that breaks the limits is TOO_MUCH if the gold answer, compared with itself,
-        keeps them; else it is "bad_gold", or "timeout" where time alone ran out.
+        A comparison that exceeds the limits is TOO_MUCH if the gold answer, compared with itself,
+        does not; else it is "bad_gold", or "timeout" if only the waiting time ran out.
         """
         fresh = True
 
@@ -68,7 +68,7 @@ class MathProcess:
             process.communicate()
 
     def _whose_fault(self, gold: str) -> Score:
-        """After a comparison that broke the limits: the same work with the gold answer alone."""
+        """Score a comparison that exceeded the limits: compare the gold answer with itself."""
         if (process := self._started()) is None:
             return Score.infrastructure("the math-verify process did not start again")
         reply = self._ask(process, _request(gold, gold, True), _ANSWER_S)
@@ -84,7 +84,7 @@ class MathProcess:
         if self._process is not None and self._process.poll() is None:
             return self._process
         script = Path(__file__).with_name("math_worker.py")
-        # -P keeps this directory off the path: its code.py and logic.py are not the library's.
+        # -P keeps this directory off sys.path: its code.py would hide that of the standard library.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -94,7 +94,7 @@ class MathProcess:
 
     @staticmethod
     def _ask(process: subprocess.Popen[bytes], request: bytes, limit_s: float) -> bytes | None:
-        """One line for a line; None where it does not come in time or the process has died."""
+        """Send a line, return the reply line; None if it is late or the process has died."""
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the worker has no pipes")
         try:

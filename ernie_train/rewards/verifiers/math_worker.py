@@ -1,8 +1,8 @@
-"""The process behind `math_process`: reads [gold, answer, fresh] a line, writes the verdict a line.
+"""Run math-verify for `math_process`: read [gold, answer, fresh] and write a verdict per line.
 
-Verdicts are "equal", "different" and "gold" (nothing can be read in the gold answer). With `fresh`
-a new completion begins; its comparisons together get `CPU_S` seconds of processor time, after
-which the kernel ends the process. The first line written says that it is ready.
+Verdicts are "equal", "different" and "gold" (the gold answer holds no expression). `fresh` begins
+a new completion; its comparisons together get `CPU_S` seconds of processor time, after which the
+kernel ends the process. The first line written is "ready".
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ DECIMAL_PLACES = 12
 
 
 def main() -> None:
-    """Answer a request a line until the input ends."""
-    # Whatever a library prints goes to the terminal, not between the verdicts.
+    """Answer one request per line until the input ends."""
+    # Prints of libraries go to standard error, not between the verdicts.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # Its own time-outs are switched off, and it would warn about that.
+    # The time-outs of math-verify are switched off, and it would warn about that.
     logging.disable(logging.CRITICAL)
     import math_verify
 
@@ -48,9 +48,9 @@ def main() -> None:
 
 
 def _reader(library: Any) -> Callable[[str], list[Any]]:
-    """math-verify's `parse` for LaTeX alone and with no unit taken for none: 2m is not 2.
+    """Return math-verify's `parse` for LaTeX alone, without dropping units: 2m is not 2.
 
-    Its reader of plain expressions would take the last number of any text.
+    Its parser of plain expressions would take the last number of any text.
     """
     plain = library.LatexExtractionConfig()
     rules = dataclasses.replace(plain.normalization_config, units=False)
@@ -61,7 +61,7 @@ def _reader(library: Any) -> Callable[[str], list[Any]]:
 def _verdict(library: Any, read: Callable[[str], list[Any]], gold: str, answer: str) -> str:
     try:
         parsed_gold = read(f"\\boxed{{{gold}}}")
-        # A text alone is what math-verify gives where it could read no expression.
+        # math-verify returns text alone if it could read no expression.
         if all(isinstance(item, str) for item in parsed_gold):
             return "gold"
         parsed = read(f"\\boxed{{{answer}}}")

@@ -1,9 +1,9 @@
-r"""Numbers as people write them, with or without a unit: exact values, no parser of expressions.
+r"""Read numbers as people write them, with or without a unit, to exact values.
 
-12, -0.5, 1,000, 3/4, \frac{3}{4}, 1\frac{3}{4}, 2.5 \times 10^{3}, 10%, $12, 5 cm, 20 m/s. Only
-ASCII digits count. 10% is 1/10, so it is not 10. A quantity without a unit equals one with any
-unit, as "12" answers "how many apples"; two with units must agree in value and kind: 5 m is 500 cm
-and not 5 cm.
+12, -0.5, 1,000, 3/4, \frac{3}{4}, 1\frac{3}{4}, 2.5 \times 10^{3}, 10%, $12, 5 cm, 20 m/s. There is
+no parser of expressions, and only ASCII digits count. 10% is 1/10, so it is not 10. A quantity
+without a unit equals one with any unit, as "12" answers "how many apples"; two with units must
+agree in value and kind: 5 m is 500 cm and not 5 cm.
 """
 
 import re
@@ -51,14 +51,14 @@ for _kind, _names in {
 _UNIT = re.compile(r"([A-Za-z]+)(?:\s?\^\s?\{?([1-4])\}?)?", re.ASCII)
 _UNIT_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9 /^{}*.-]{0,60}", re.ASCII)
 _MAX_UNIT_WORDS = 4
-# Words that look like units behind a number and belong to an expression.
+# Words that look like units after a number and belong to an expression.
 _NO_UNITS = HEDGES | {"pi", "sqrt", "sin", "cos", "tan", "ln", "log", "and", "e", "i", "x", "y"}
 _POWERS = {"square": "2", "sq": "2", "cubic": "3"}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit. `kinds`: what is measured, with its powers; `factor`: its size in base units."""
+    """Describe a unit. `kinds`: the quantities measured and their powers; `factor`: base units."""
 
     kinds: tuple[tuple[str, int], ...]
     factor: Fraction
@@ -66,13 +66,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Quantity:
-    """An exact value with its unit, if any."""
+    """Hold an exact value with its unit, if any."""
 
     value: Fraction
     unit: Unit | None
 
     def equals(self, gold: "Quantity") -> bool:
-        """Equal values; in base units where both sides have a unit of the same kind."""
+        """Compare values; in base units if both sides have a unit of the same kind."""
         if self.unit is None or gold.unit is None:
             return self.value == gold.value
         if self.unit.kinds != gold.unit.kinds:
@@ -81,13 +81,13 @@ class Quantity:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """An integer, decimal or fraction without a unit; None where it is none of these."""
+    """Return the value of an integer, decimal or fraction without a unit; None for other texts."""
     quantity = parse_quantity(text)
     return quantity.value if quantity is not None and quantity.unit is None else None
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    """A number and its unit; None where the text is anything else, or more than that."""
+    """Return a number and its unit; None if the text is anything else, or more than that."""
     text = text.strip().removesuffix(".").strip()
     money = re.match(r"([+-]?)\s*\\?\$\s*(?=[\d.])", text)
     if money:
@@ -107,7 +107,7 @@ def parse_quantity(text: str) -> Quantity | None:
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    r"""An expression and the known unit of two letters or more behind it: 12\pi cm^3."""
+    r"""Split an expression from a known unit of two letters or more after it: 12\pi cm^3."""
     words = text.split(" ")
     for i in range(max(1, len(words) - _MAX_UNIT_WORDS), len(words)):
         tail = " ".join(words[i:])
@@ -130,7 +130,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _read_unit(text: str) -> Unit | None:
-    """The unit that follows a number; a name that is not known is a kind of its own."""
+    """Return the unit that follows a number; an unknown name is a kind of its own."""
     apart, text = text[0].isspace(), text.strip()
     if not _UNIT_TEXT.fullmatch(text):
         return None
@@ -147,7 +147,7 @@ def _read_unit(text: str) -> Unit | None:
 
 
 def _known_unit(text: str) -> Unit | None:
-    """cm, m/s, m^2, km per hour, square meters, kg m/s."""
+    """Return a known unit such as cm, m/s, m^2, km per hour, square meters, kg m/s, or None."""
     kinds: dict[str, int] = {}
     factor, text = Fraction(1), re.sub(r"\s+\^", "^", text)
     for place, side in enumerate(re.split(r"/|\bper\b", text)):

@@ -1,9 +1,9 @@
-"""Tool calls: the right tools with the right arguments, as many as expected, in any order.
+"""Grade tool calls: the right tools with the right arguments, as many as expected, in any order.
 
 The match is that of the Berkeley Function-Calling Leaderboard's AST check: each argument must be
 one of its allowed values, "" among them means that it may be left out, the members of an object
-have allowed values of their own, an integer stands for a float but nothing else stands for another
-type. One thing is stricter: texts are equal but for white space around them.
+have allowed values of their own, an integer may replace a float, but no other type may replace
+another. One rule is stricter: texts must be equal except for white space around them.
 """
 
 import json
@@ -45,7 +45,7 @@ def score(row: dict[str, Any], completion: str) -> Score:
 
 
 def reference_calls(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
-    """Calls that must score correct, the first allowed values; None for a row that is bad."""
+    """Return calls that must score correct, of first allowed values; None for a bad row."""
     expected = _expected_calls(row)
     if isinstance(expected, Score):
         return None
@@ -92,7 +92,7 @@ def _expected_calls(row: dict[str, Any]) -> list[Expected] | Score:
 
 
 def _all_matched(calls: list[ToolCall], expected: list[Expected]) -> bool:
-    """Return True where calls and expected ones pair off (augmenting paths: polynomial)."""
+    """Return True if calls match expected ones one to one (augmenting paths: polynomial)."""
     owner: dict[int, int] = {}
 
     def place(call: int, tried: set[int]) -> bool:
@@ -109,12 +109,12 @@ def _all_matched(calls: list[ToolCall], expected: list[Expected]) -> bool:
 
 
 def _taken_literally(value: Any) -> Any:
-    """The value as the one allowed value that it is, its members too."""
+    """Return the allowed values that accept exactly this value and its members."""
     if isinstance(value, list):
         return [_taken_literally(item) for item in value]
     if isinstance(value, dict):
         return {key: [_taken_literally(member)] for key, member in value.items()}
-    # "" would mean that the argument may be left out; a blank equals it, being trimmed.
+    # "" would mean that the argument may be left out; " " equals it after trimming.
     return " " if value == "" else value
 
 
@@ -149,7 +149,7 @@ def _is_allowed(given: Any, allowed: Any) -> bool:
 
 
 def same_json(one: Any, other: Any) -> bool:
-    """Equality of JSON values: 1 equals 1.0, but neither equals true or "1"."""
+    """Compare JSON values: 1 equals 1.0, but neither equals true or "1"."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, int | float) and isinstance(other, int | float):

@@ -1,4 +1,4 @@
-"""Rewards of one's own: a function in a file, `reward: {python: my_rewards.py:score}`."""
+"""Grade with a user's function in a file: `reward: {python: my_rewards.py:score}`."""
 
 import ast
 import functools
@@ -16,11 +16,11 @@ from ernie_train.rewards.score import Score
 
 @dataclass(frozen=True)
 class UserReward:
-    """`function(row, completion)` of `file`, a number from 0 to 1, true or false, or a Score.
+    """Call `function(row, completion)` of `file`: a number from 0 to 1, a boolean or a Score.
 
-    It runs in the scoring processes, one completion at a time. What goes wrong in it (an error,
-    NaN, a number out of range, another type) is "infrastructure" for that completion, with the
-    reason, and never a silent zero.
+    It runs in the scoring processes, one completion at a time. A failure (an error, NaN, a number
+    out of range, another type) is "infrastructure" for that completion, with the reason, and never
+    a silent zero.
     """
 
     file: str
@@ -33,16 +33,16 @@ class UserReward:
     def __call__(self, row: dict[str, Any], completion: str) -> Score:
         try:
             return as_score(_load(self.file, self.function)(row, completion))
-        except Exception as error:  # someone else's code may raise anything
+        except Exception as error:  # a user's code may raise anything
             where = f"{Path(self.file).name}:{self.function}"
             return Score.infrastructure(f"{where}: {type(error).__name__}: {str(error)[:200]}")
 
 
 def find_user_reward(text: str, base_directory: Path) -> UserReward:
-    """Reads "file.py:function"; a relative path is taken from `base_directory`.
+    """Read "file.py:function"; a relative path is taken from `base_directory`.
 
-    The file is parsed and not run. Raises UserError where the file does not exist or is no
-    Python, or defines no such function.
+    The file is parsed and not run. Raises UserError if the file does not exist, is not Python or
+    does not define the function.
     """
     name, colon, function = text.rpartition(":")
     if not colon or not function.isidentifier():
@@ -66,7 +66,7 @@ def find_user_reward(text: str, base_directory: Path) -> UserReward:
 
 
 def as_score(result: Any) -> Score:
-    """Return what a user's function gave as a Score.
+    """Convert the result of a user's function to a Score.
 
     Raises ValueError for NaN and for a number outside of 0 to 1, TypeError for another type.
     """
@@ -74,7 +74,7 @@ def as_score(result: Any) -> Score:
         if not 0 <= result.value <= 1:
             raise ValueError(f"a reward must be a number from 0 to 1, not {result.value!r}")
         return result
-    # Numpy's scalars are no Python booleans, but have their `item`.
+    # NumPy scalars are not Python booleans; their `item` is.
     value = result.item() if hasattr(result, "item") else result
     if not isinstance(value, Real):
         raise TypeError(f"it gave {type(result).__name__}, not a number, a boolean or a Score")
@@ -84,7 +84,7 @@ def as_score(result: Any) -> Score:
 @functools.cache
 def _load(file: str, function: str) -> Callable[[dict[str, Any], str], Any]:
     path = Path(file)
-    # What lies beside the file can be imported by it.
+    # The file can import modules of its own directory.
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
     if spec is None or spec.loader is None:
