@@ -156,9 +156,10 @@ def _cells(source: SourceReport) -> list[str | Text]:
 
 def _compact(number: int) -> str:
     """Format a count with 3 digits: 12345 as 12.3k, 1234567 as 1.23M; below 10,000 in full."""
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
-        if number >= size:
-            return f"{number / (1000 if unit == 'k' else size):.3g}{unit}"
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        # 999,500 rounds to 1000k, which is 1M.
+        if number >= max(0.9995 * size, 10_000):
+            return f"{number / size:.3g}{unit}"
     return str(number)
 
 

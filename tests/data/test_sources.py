@@ -22,6 +22,7 @@ from ernie_train.data import (
     load_sources,
     preview,
 )
+from ernie_train.data import report as report_module
 
 
 def chat(question: str, answer: str, **fields: Any) -> dict[str, Any]:
@@ -237,3 +238,9 @@ def test_the_preview_colours_what_is_trained(tokenizer: Tokenizer, write_rows: A
     assert green.replace("⏎\n", "\n") == ("\n</think>\n\n<response>\ntrue\n</response>\n<|im_end|>")
     assert "\x1b" not in text.plain and "\\x1b[31m" in text.plain
     assert "more tokens" in preview(tokenizer, documents[0], max_tokens=5).plain
+
+
+def test_counts_are_written_with_three_digits() -> None:
+    numbers = (9_999, 10_000, 12_345, 999_499, 999_500, 1_234_567, 999_500_000, 2_000_000_000)
+    expected = ["9999", "10k", "12.3k", "999k", "1M", "1.23M", "1G", "2G"]
+    assert [report_module._compact(number) for number in numbers] == expected
