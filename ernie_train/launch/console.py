@@ -1,7 +1,7 @@
-"""A console that never ends the job: what cannot be written is dropped.
+"""Print to a console without ever ending the job: text that cannot be written is dropped.
 
-A full disk behind standard output or a closed terminal is no reason to end a job or to change its
-exit status.
+Neither a full disk behind standard output nor a closed terminal may end a job or change its exit
+status.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.markup import escape
 
 
 class SafeConsole:
-    """Prints to a console for as long as it can be written to."""
+    """Print to a console for as long as it can be written to."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""Paddle's launcher as a subprocess: start it, and read from its log which ranks failed.
+"""Start Paddle's launcher as a subprocess, and read failed ranks from its log.
 
 Its own handling of signals and exit statuses does not fit. On SIGTERM it kills its ranks after 30
 seconds and exits with the signal's number; when one rank exits with a status other than 0, it kills
@@ -37,7 +37,7 @@ _FAILED_RANK = re.compile(r"^Container rank (\d+) status failed .* code (-?\d+) 
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """Which ranks to start, and what to do when they fail."""
+    """Hold the ranks to start, and the settings for their failures."""
 
     nproc: int  # ranks on this machine
     nnodes: int = 1
@@ -49,7 +49,7 @@ class LaunchSettings:
 
 
 class Launcher:
-    """`paddle.distributed.launch` as a subprocess that runs `command` as each rank."""
+    """Run `paddle.distributed.launch` as a subprocess, with `command` as each rank."""
 
     def __init__(self, command: Sequence[str], settings: LaunchSettings, directory: Path) -> None:
         self._directory = directory

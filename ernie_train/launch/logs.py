@@ -23,7 +23,7 @@ _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it; a killed rank never show
 
 @dataclass
 class _Tail:
-    """A growing file and how far it has been forwarded."""
+    """Hold a growing file and the position up to which it has been forwarded."""
 
     source: Path
     position: int = 0
@@ -40,7 +40,7 @@ class _Tail:
 
 
 class RankLogs:
-    """Forwards the output of the ranks of one launch.
+    """Forward the output of the ranks of one launch.
 
     Args:
         run_dir: the run directory, which need not exist; None if it is not known.

@@ -1,4 +1,4 @@
-"""Files by which ranks report to the command that supervises them.
+"""Write and read the files by which ranks report to the command that supervises them.
 
 Paddle's launcher, between the two, hides exit statuses and messages. So each rank writes to a
 directory of its launch, which the variable ERNIE_TRAIN_LAUNCH names:
@@ -8,7 +8,7 @@ directory of its launch, which the variable ERNIE_TRAIN_LAUNCH names:
     rank_0.exit       exit status and message
     marker.NAME       something was done that a restart must not do again
 
-Outside of a launch there is none of this, and `RankReporter.of_this_process` returns None.
+Outside of a launch no file is written, and `RankReporter.of_this_process` returns None.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ STAGES_SET_ASIDE = "stages_set_aside"  # marker: the stages that --from repeats 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """A rank that has started. `local_rank` counts the ranks of this machine."""
+    """Hold a rank that has started. `local_rank` counts the ranks of this machine."""
 
     rank: int
     local_rank: int
     pid: int
-    started: int  # start time of the process, which tells apart processes with the same id
+    started: int  # start time of the process: a process id may be reused
 
 
 @dataclass(frozen=True)
 class RankExit:
-    """Exit of a rank as it reports it itself."""
+    """Hold the exit of a rank as reported by the rank itself."""
 
     rank: int
     status: int
@@ -52,7 +52,7 @@ class RankExit:
 
 
 class RankReporter:
-    """Reports of this process, as a rank of a supervised launch."""
+    """Report the state of this process, as a rank of a supervised launch."""
 
     def __init__(self, directory: Path, rank: int) -> None:
         self.directory = directory
@@ -117,7 +117,7 @@ def write_marker(name: str) -> None:
 
 
 def has_marker(directory: Path, name: str) -> bool:
-    """Return whether `write_marker` has written this one."""
+    """Return True if `write_marker` has written this marker."""
     return (directory / f"marker.{name}").exists()
 
 

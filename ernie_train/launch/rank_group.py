@@ -1,4 +1,4 @@
-"""The ranks of this machine in one launch: start them, watch them, report how they ended."""
+"""Start and watch the ranks of this machine in one launch, and report how they ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def delete_abandoned_directories() -> None:
 
 @dataclass(frozen=True)
 class ExitReport:
-    """How the ranks of a launch ended."""
+    """Report how the ranks of a launch ended."""
 
     status: int
     message: str = ""
@@ -46,7 +46,7 @@ class ExitReport:
 
 
 class RankGroup:
-    """The ranks of this machine, from their start to their end; a context manager."""
+    """Manage the ranks of this machine from their start to their end; a context manager."""
 
     def __init__(self, command: Sequence[str], settings: LaunchSettings, logs: RankLogs) -> None:
         self.settings = settings
@@ -96,7 +96,7 @@ class RankGroup:
     # ---- how they ended --------------------------------------------------------------------------
 
     def exit_report(self) -> ExitReport | None:
-        """Return how the ranks ended once that is known, None while they run."""
+        """Return the report once all ranks have ended or a failure is known, None before."""
         now = time.monotonic()
         if len(self.exits) == self.settings.nproc:
             return self._report_of_exits()

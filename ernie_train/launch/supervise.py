@@ -134,7 +134,7 @@ def _record(
 
 
 def last_launch(run_dir: Path) -> str | None:
-    """Return how the last launch in a run directory ended, None if there was none."""
+    """Return a text on the end of the last launch in a run directory, None if there was none."""
     try:
         line = (run_dir / LOGS / RECORD).read_text("utf-8").splitlines()[-1]
         found = json.loads(line)

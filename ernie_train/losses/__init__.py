@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors; the trainer divides by counts."""
+"""Compute losses by pure functions of tensors; the trainer divides by counts."""
 
 from ernie_train.losses.advantages import (
     AdvantageScale,

@@ -1,4 +1,4 @@
-"""Advantages from rewards: GAE with a critic, group-relative without one, whitening.
+"""Compute advantages from rewards: GAE with a critic, group-relative without one, whitening.
 
 Advantages take no gradient, so all of this is numpy in float64. Every function takes numpy arrays
 or tensors and returns the kind and floating dtype of its first argument.
@@ -30,7 +30,7 @@ def gae(
         delta_t = r_t + gamma V_t' - V_t,  A_t = delta_t + gamma lam A_t',  return_t = A_t + V_t.
     A completion ends where its last kept position does: V and A beyond it are 0. Gaps in the mask
     (such as tool output) are skipped: they add no reward, no value and no discount.
-    Raises `ValueError` when shapes differ, or gamma or lam lies outside [0, 1].
+    Raises `ValueError` when shapes differ, or gamma or lam is outside [0, 1].
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
@@ -49,9 +49,9 @@ def gae(
 
 
 def varied_groups(rewards: Any, valid: Any) -> np.ndarray:
-    """Return which prompts have two or more valid completions that differ in reward.
+    """Return True for prompts with two or more valid completions that differ in reward.
 
-    rewards, valid [P,G] -> bool [P]. Elsewhere `group_advantages` is 0.
+    rewards, valid [P,G] -> bool [P]. For all other prompts `group_advantages` is 0.
     """
     r, keep = _float64(rewards), _bool(valid)
     _require_same_shape(r, valid=keep)
@@ -66,7 +66,8 @@ def group_advantages(rewards: ArrayT, valid: Any, *, scale: AdvantageScale = "st
     rewards, valid [P,G] -> [P,G]: reward - mean over the prompt's valid completions; "std" divides
     it by their standard deviation + 1e-4 (the sample's, with n - 1, as TRL's GRPO does), "none"
     leaves it in rewards (arXiv:2503.20783). Exactly 0 where a completion is not valid, and for
-    prompts with fewer than 2 valid completions or with equal rewards. Raises `ValueError`.
+    prompts with fewer than 2 valid completions or with equal rewards. Raises `ValueError`
+    when shapes differ or `scale` is neither.
     """
     if scale not in ("std", "none"):
         raise ValueError(f'scale={scale!r} must be "std" or "none"')

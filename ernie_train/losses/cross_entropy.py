@@ -1,4 +1,4 @@
-"""Fused LM head and cross-entropy, and the weights of tokens.
+"""Compute cross-entropy by a fused LM head, and the weights of tokens.
 
 Shapes: N trained tokens, H hidden size, V vocabulary, B rows, S positions.
 """
@@ -18,7 +18,7 @@ CHUNK_ELEMENTS = 8 * 1024 * 1024  # most logits of a chunk (32 MiB in float32)
 
 
 class _LinearCrossEntropy(PyLayer):
-    """sum_n w_n * cross_entropy(hidden_n weight^T + bias, label_n), chunk by chunk.
+    """Compute sum_n w_n * cross_entropy(hidden_n weight^T + bias, label_n), chunk by chunk.
 
     The token weights are known in the forward pass, so each chunk's gradients are computed while
     its logits exist, and no tensor of tokens x vocabulary outlives its chunk.

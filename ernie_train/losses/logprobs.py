@@ -1,4 +1,4 @@
-"""Fused LM head, logprobs of given tokens and entropy, without a tensor of tokens x vocabulary.
+"""Compute logprobs and entropy by a fused LM head, without a tensor of tokens x vocabulary.
 
 Shapes: T tokens, H hidden size, V vocabulary, N tokens of a chunk.
 """

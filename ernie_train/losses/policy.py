@@ -1,7 +1,7 @@
-"""Losses of PPO: clipped surrogate, value loss, KL to the reference.
+"""Compute the losses of PPO: clipped surrogate, value loss, KL to the reference.
 
-Tensors of any one shape, [B,S] with a mask or the kept tokens alone [T]; they return sums,
-which the trainer divides. Values where the mask is 0 have no influence, not even NaN.
+Tensors have one shape, [B,S] with a mask or [T] for the kept tokens alone. Losses are sums, which
+the trainer divides. Values where the mask is 0 have no influence, not even NaN.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preferences between two completions of a prompt: DPO loss, implicit rewards, choice of pairs.
+"""Compute the DPO loss and implicit rewards of preferences, and choose pairs of completions.
 
 A log-ratio is log policy(completion | prompt) - log reference(completion | prompt) in nats, summed
 over the tokens of the completion. Shapes: P pairs or prompts, G completions of a prompt, T tokens.
@@ -42,7 +42,7 @@ def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float)
 
 
 class ImplicitRewards(NamedTuple):
-    """Rewards under which a policy trained by DPO is optimal, each [P] and without gradient."""
+    """Hold rewards under which a policy trained by DPO is optimal, each [P], without gradient."""
 
     chosen: Tensor
     rejected: Tensor
@@ -63,7 +63,7 @@ def implicit_rewards(
 
 
 class Pair(NamedTuple):
-    """Indices of two completions of a prompt."""
+    """Name two completions of a prompt by their indices."""
 
     prompt: int
     chosen: int
@@ -72,7 +72,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Number of prompts that gave a pair, had too few valid completions, or too small a margin."""
+    """Count prompts that gave a pair, had too few valid completions, or too small a margin."""
 
     pairs: int = 0
     too_few_valid: int = 0  # prompts with fewer than 2 valid completions

@@ -1,4 +1,4 @@
-"""Fit of a recipe on a cluster: layouts, memory of a rank, time of a step.
+"""Plan a recipe on a cluster: layouts, memory of a rank, time of a step.
 
 All of it is arithmetic on the recipe: no weights, no data. docs/scaling.md explains it.
 """

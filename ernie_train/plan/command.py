@@ -1,4 +1,4 @@
-"""The `plan` verb: from a recipe and the options of the command line to the printed answer."""
+"""Run the `plan` verb: print the plan for a recipe and the options of the command line."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from ernie_train.plan.workload import recipe_workloads
 from ernie_train.run.recipe import Recipe
 
 DEFAULT_RANKS, DEFAULT_MEMORY_GB = 8, 80.0
-# Rates that an H100 and a processor core may achieve: stated in every plan, not measured here.
+# Assumed rates of an H100 and of a processor core, not measured; every plan prints them.
 GPU_RATES = Rates(tflops=300.0, inside_gbps=2400.0, between_gbps=400.0, memory_gb_per_s=2000.0)
 CPU_RATES = Rates(tflops=0.05, inside_gbps=16.0, between_gbps=10.0, memory_gb_per_s=10.0)
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Options of the command line; None: the default, which may depend on the device.
+    """Hold options of the command line; None: the default, which may depend on the device.
 
-    expert: only layouts of this expert degree. gradients: their type, where not that of weights.
-    document_tokens: mean length of packed documents; else a row is one document.
+    expert: only layouts of this expert degree. gradients: their type, if not that of weights.
+    document_tokens: mean length of packed documents; None: a row is one document.
     """
 
     ranks: int | None = None
@@ -46,14 +46,14 @@ class PlanSettings:
     document_tokens: int | None = None
     tflops: float | None = None
     interconnect_gbps: float | None = None
-    between_gbps: float | None = None  # beyond a machine, where that differs
+    between_gbps: float | None = None  # between machines, if that differs
     memory_gb_per_s: float | None = None
 
 
 def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None:
     """Print memory, cost and the layouts that fit.
 
-    Raises `UserError` for an expert degree or gradients that cannot be.
+    Raises `UserError` for an impossible expert degree or type of gradients.
     """
     request, why = plan_request(recipe, settings)
     ranks = settings.ranks or DEFAULT_RANKS

@@ -1,4 +1,4 @@
-"""Floating-point operations, bytes over the wire and seconds of a step.
+"""Estimate floating-point operations, bytes sent between ranks and seconds of a step.
 
 A matrix product of [m,k] and [k,n] counts 2 m k n. Communication is the bytes that a rank sends, by
 ring algorithms (Patarasuk and Yuan, 2009), with experts evenly loaded. Seconds are added up:
@@ -26,7 +26,7 @@ RANKS_PER_MACHINE = 8
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates that a rank achieves, not its peaks; each is stated in the output.
+    """Hold the rates that a rank achieves, not its peaks; every plan prints them.
 
     tflops: 10^12 operations a second in training. inside_gbps, between_gbps: 10^9 bits a second
     that a rank sends to others of its machine, and beyond. memory_gb_per_s: 10^9 bytes a second
@@ -49,7 +49,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Operations of a token's forward pass: products with weights, attention, LM head."""
+    """Count a token's operations in a forward pass: products with weights, attention, LM head."""
 
     layers: float
     attention: float
@@ -90,18 +90,18 @@ def recomputed_flops(config: Ernie4_5_MoeConfig, context: float, recompute: Reco
 
 
 def _projections(config: Ernie4_5_MoeConfig) -> float:
-    """Queries, keys, values and outputs of a layer."""
+    """Return a token's operations in queries, keys, values and outputs of a layer."""
     heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
     return 4.0 * config.hidden_size * heads * config.attention_head_dim
 
 
 def _scores(config: Ernie4_5_MoeConfig, context: float) -> float:
-    """Q k^T and p v of a layer."""
+    """Return a token's operations in q k^T and p v of a layer."""
     return 4.0 * config.num_attention_heads * config.attention_head_dim * context
 
 
 def _experts(config: Ernie4_5_MoeConfig, number: int) -> float:
-    """Router, chosen and shared experts of layer `number`, or its MLP where it is dense."""
+    """Return a token's operations in router and experts of layer `number`, or in its MLP."""
     if not config.is_moe_layer(number):
         return 6.0 * config.hidden_size * config.intermediate_size
     width = config.moe_intermediate_size * (config.moe_k + config.moe_num_shared_experts)
@@ -110,7 +110,7 @@ def _experts(config: Ernie4_5_MoeConfig, number: int) -> float:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step of the fullest rank. Bytes and seconds by kind; `flops` are those of a token."""
+    """Hold the cost of one step on the fullest rank, bytes sent and seconds by kind."""
 
     flops_per_token: float
     sent: dict[str, float]
@@ -134,7 +134,7 @@ def step_cost(
     context = mean_context(batch.document_tokens)
     flops = token_flops(config, context)
     again = recomputed_flops(config, context, layout.recompute)
-    # The backward pass of logprobs makes the logits again.
+    # The backward pass of logprobs recomputes the logits.
     per_token = flops.training(again + flops.head * (load.loss == "logprobs"))
     per_token += flops.training(again) - 3 * flops.head if load.critic else 0.0
     trained = load.updates * -(-load.micro_batches // ranks) * batch.tokens  # of the fullest rank
@@ -157,7 +157,7 @@ def step_cost(
 
 
 def _exchange_bytes(config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout) -> float:
-    """Return a token's bytes in one exchange of every MoE layer: k rows, less those at home."""
+    """Return a token's bytes in one exchange of every MoE layer: k rows, less local ones."""
     share = min(1.0, config.moe_capacity_factor or 1.0) * (1 - 1 / layout.expert)
     return moe_layers(config) * config.moe_k * config.hidden_size * precision.width * share
 

@@ -1,4 +1,4 @@
-"""Layouts of a job over ranks, and the parameters that each rank holds.
+"""Enumerate layouts of a job over ranks, and count the parameters that each rank holds.
 
 World size = expert x data. Dense parameters are on every rank; each routed expert is on `data`
 ranks. GB are 10^9 bytes.
@@ -16,13 +16,13 @@ from ernie_train.parallel.recompute import PARTS, Recompute, RecomputeConfig
 
 GB = 1e9
 Dtype = Literal["float32", "bfloat16"]
-CHUNK_TOKENS = 16384  # `recompute.chunk_tokens` that is tried where micro-batches are longer
+CHUNK_TOKENS = 16384  # `recompute.chunk_tokens` to try for longer micro-batches
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The settings of `parallel:`; `sharding` spreads optimizer state over a parameter's ranks."""
+    """Hold the settings of `parallel:`; `sharding` splits optimizer state over ranks."""
 
     expert: int
     data: int
@@ -60,7 +60,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Precision:
-    """Types of weights and activations, and of gradients.
+    """Hold the types of weights and activations, and of gradients.
 
     float32 weights are their own masters; bfloat16 ones have float32 masters in the optimizer.
     """
@@ -70,7 +70,7 @@ class Precision:
 
     @property
     def width(self) -> int:
-        """Bytes of a weight, and of most activations."""
+        """Return the bytes of a weight, and of most activations."""
         return BYTES[self.weights]
 
     @property
@@ -79,13 +79,13 @@ class Precision:
 
     @property
     def state_width(self) -> int:
-        """Bytes of optimizer state for a parameter: two moments, and a master where needed."""
+        """Return bytes of optimizer state per parameter: two moments, a master if needed."""
         return 8 if self.weights == "float32" else 12
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters: routed experts, and everything else (router, shared experts too)."""
+    """Count parameters: routed experts, and all others (router and shared experts too)."""
 
     dense: int
     experts: int
@@ -95,7 +95,7 @@ class Parameters:
         return self.dense + self.experts
 
     def on_rank(self, layout: Layout) -> Parameters:
-        """Return those that one rank of `layout` holds."""
+        """Return the parameters that one rank of `layout` holds."""
         return Parameters(self.dense, self.experts // layout.expert)
 
 
@@ -113,7 +113,7 @@ def count_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
 
 
 def critic_parameters(config: Ernie4_5_MoeConfig) -> Parameters:
-    """Return those of a critic: a scalar head [H] and its bias instead of the vocabulary's."""
+    """Return a critic's parameters: a scalar head [H] and bias instead of the vocabulary's."""
     own = count_parameters(config)
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     head += config.vocab_size if config.lm_head_has_bias else 0
@@ -129,9 +129,9 @@ def layouts(
 ) -> Iterator[Layout]:
     """Yield every layout of `ranks` ranks; with `expert` only those of that expert degree.
 
-    Each comes with nothing, attention, experts and whole layers recomputed, and with `own`; where
-    `tokens`, those of a micro-batch, are more than `CHUNK_TOKENS`, with experts in chunks as well.
-    Raises `UserError` for a degree that does not divide the experts or the ranks.
+    Each is yielded with nothing, attention, experts and whole layers recomputed, and with `own`; if
+    a micro-batch has more `tokens` than `CHUNK_TOKENS`, with experts in chunks as well. Raises
+    `UserError` for a degree that does not divide the experts or the ranks.
     """
     experts = config.moe_num_experts if moe_layers(config) else 1
     if expert is not None and (experts % expert or ranks % expert):

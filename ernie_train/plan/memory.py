@@ -1,7 +1,7 @@
-"""Memory of one rank at its peak, by part.
+"""Estimate the peak memory of one rank, by part.
 
-Weights, gradients and optimizer state are counted. Activations are coefficients of shapes, fitted
-to the peaks that `tools.bench.plan` measures; docs/scaling.md says how far they are off.
+Weights, gradients and optimizer state are counted. Activations are shapes times coefficients,
+fitted to the peaks that `tools.bench.plan` measures; docs/scaling.md gives the errors.
 
 Symbols: b bytes of a weight, H hidden size, N query heads, K key/value heads, D head dimension,
 E experts, k experts of a token, I expert width, V vocabulary.
@@ -43,7 +43,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of rank and how it computes.
+    """Describe a kind of rank: its device, its types and who keeps gradients.
 
     shards_gradients: with `sharding` only the owner keeps a reduced gradient, until the update.
     """
@@ -55,7 +55,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class MemoryDemand:
-    """Bytes of one rank. Activations and rollouts do not exist at the same time."""
+    """Hold the bytes of one rank. Activations and rollouts do not exist at the same time."""
 
     weights: float
     gradients: float
@@ -69,7 +69,7 @@ class MemoryDemand:
 
     @property
     def resident(self) -> float:
-        """Bytes that stay from step to step."""
+        """Return the bytes that stay allocated from step to step."""
         models = self.weights + self.gradients + self.optimizer
         return models + self.reference + self.critic + self.reserve
 
@@ -98,7 +98,7 @@ def memory_demand(
 ) -> MemoryDemand:
     """Return the memory of the fullest rank: the one that updates most parameters.
 
-    Gradients stay allocated between steps, as Paddle keeps them, where they are not sharded.
+    Gradients that are not sharded stay allocated between steps, as Paddle keeps them.
     """
     weights, gradients, states = _model_bytes(config, machine, layout, count_parameters(config))
     critic = (0.0, 0.0, 0.0)
@@ -132,8 +132,9 @@ def _model_bytes(
 def updated_parameters(config: Ernie4_5_MoeConfig, layout: Layout, model: Parameters) -> float:
     """Return the parameters whose optimizer state the fullest rank keeps.
 
-    With `sharding` owners get whole parameters (parallel/gradients.py). One has the embedding, if
-    that is more than an even share; of experts, three stacks a layer, each has as many or one more.
+    With `sharding` owners get whole parameters (parallel/gradients.py). One rank has the embedding,
+    if that is more than an even share; of the experts' stacks, three per layer, each has as many
+    as any other or one more.
     """
     own = model.on_rank(layout)
     if not layout.sharding:
@@ -179,11 +180,11 @@ def rows_per_token(config: Ernie4_5_MoeConfig, layout: Layout) -> float:
 def activation_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, batch: MicroBatch, loss: str
 ) -> float:
-    """Return the most that exists beside weights, gradients and optimizer state in a step.
+    """Return the most bytes that exist beside weights, gradients and optimizer state in a step.
 
-    Layers keep activations, or of a recomputed part its input. At the peak the loss, or the
-    backward pass of a layer with what it makes again, comes on top. Layers go back from the last
-    to the first and free what they kept.
+    Layers keep their activations, or the input of a recomputed part. The peak adds the loss, or the
+    backward pass of a layer with its recomputed activations. The backward pass goes from the last
+    layer to the first and frees their activations.
     """
     width, hidden, tokens = machine.precision.width, config.hidden_size, batch.tokens
     heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
@@ -198,7 +199,7 @@ def activation_bytes(
         stream = hidden * width * bool(parts)  # the input of a part, or of the whole layer
         own = tokens * (stream + sum(whole[part] for part in PARTS if part not in parts))
         again = 0.0
-        if "experts" in parts:  # attention alone is made again when experts' have gone
+        if "experts" in parts:  # attention is recomputed once those of experts are freed
             again = _experts_at_once(layout, tokens) * whole["experts"]
             again += tokens * whole["attention"] * ("attention" in parts)
         layers.append((own, again))
@@ -214,10 +215,10 @@ def activation_bytes(
 def _reduced_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout
 ) -> tuple[float, float]:
-    """Return the gradients that a layer sends to other ranks, and the most that is on its way.
+    """Return bytes of gradients that a layer sends to other ranks, and the most in transit.
 
-    They leave in buckets as layers are through (parallel/gradients.py), each with a buffer
-    of its own; the embedding's leaves after the pass.
+    They are sent in buckets as layers finish (parallel/gradients.py), each with a buffer of its
+    own; the gradient of the embedding is sent after the pass.
     """
     own = count_parameters(config).on_rank(layout)
     sent = float(own.dense - config.vocab_size * config.hidden_size) * (layout.ranks > 1)
@@ -233,7 +234,7 @@ def _experts_at_once(layout: Layout, tokens: int) -> int:
 
 
 def _loss_bytes(config: Ernie4_5_MoeConfig, width: int, tokens: int, loss: str) -> float:
-    """Return a chunk of logits in float32, gradients of head and hidden states, all copies."""
+    """Return the bytes of a chunk of float32 logits, and gradients of head and hidden states."""
     logits = tokens * config.vocab_size
     chunked = logits > CHUNK_ELEMENTS
     gradients = HEAD_GRADIENTS if chunked else HEAD_GRADIENTS / 2
@@ -245,10 +246,10 @@ def _loss_bytes(config: Ernie4_5_MoeConfig, width: int, tokens: int, loss: str) 
 def _backward_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, batch: MicroBatch
 ) -> float:
-    """Return gradients in a layer's backward pass: of stream, rows and experts.
+    """Return bytes of gradients in a layer's backward pass: of stream, rows and experts.
 
-    Each expert's gradient exists twice, alone and stacked; that of a tied head waits for the
-    embedding's.
+    Each expert's gradient exists twice, alone and stacked; that of a tied head is kept until it is
+    added to the embedding's.
     """
     tokens = _experts_at_once(layout, batch.tokens)
     numbers = GRADIENT_TENSORS * (batch.tokens + tokens * rows_per_token(config, layout))
@@ -259,7 +260,7 @@ def _backward_bytes(
 
 
 def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: int) -> float:
-    """Return keys and values of `sequences` of `tokens` each: 2 x layers x K x D x b a token."""
+    """Return bytes of keys and values, 2 x layers x K x D x b for each token of `sequences`."""
     row = int(config.num_key_value_heads or 0) * config.attention_head_dim * width
     return 2.0 * config.num_hidden_layers * sequences * tokens * row
 
@@ -267,7 +268,7 @@ def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: 
 def rollout_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, sampling: Sampling
 ) -> float:
-    """Return the cache of all completions at full length, or the prompts' first pass.
+    """Return bytes of the cache at full length, or of the prompts' first pass.
 
     On a CPU that has all experts numpy samples (model/numpy_decoder.py): on a copy of the weights,
     with a tied embedding twice, and prompts in chunks. Else equal prompts pass the model once.

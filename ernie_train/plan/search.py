@@ -18,7 +18,7 @@ MOST_RANKS = CLUSTERS[-1]
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A model, the workloads of its stages and the machine that has to do them."""
+    """Hold a model, the workloads of its stages and the kind of rank that runs them."""
 
     config: Ernie4_5_MoeConfig
     loads: Sequence[Workload]
@@ -26,17 +26,17 @@ class PlanRequest:
     memory_gb: float
     rates: Rates
     expert: int | None = None  # only layouts of this expert degree
-    recompute: Recompute = False  # tried beside what is always tried
+    recompute: Recompute = False  # tried in addition to the usual settings
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with the memory and the cost of every phase."""
+    """Hold a layout with the memory and the cost of every phase."""
 
     layout: Layout
     memory: list[MemoryDemand]
     cost: list[StepCost]
-    seconds: float  # of all steps; of one step where a phase lasts for epochs
+    seconds: float  # of all steps; of one step if a phase runs for epochs
 
     @property
     def peak(self) -> float:
@@ -44,7 +44,7 @@ class Candidate:
 
     @property
     def tightest(self) -> int:
-        """Index of the phase that needs most memory."""
+        """Return the index of the phase that needs most memory."""
         peaks = [memory.peak for memory in self.memory]
         return peaks.index(max(peaks))
 
@@ -71,8 +71,7 @@ def _candidate(request: PlanRequest, layout: Layout) -> Candidate:
 def smallest_cluster(request: PlanRequest) -> Candidate:
     """Return the fastest layout on the fewest ranks of `CLUSTERS` that hold the recipe.
 
-    Where none does: the layout that needs least memory, on the fewest ranks that get as low to
-    within 1 %.
+    If none does: the layout that needs least memory, on the fewest ranks that are within 1 % of it.
     """
     smallest: list[Candidate] = []
     for ranks in CLUSTERS:

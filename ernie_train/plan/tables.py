@@ -1,4 +1,4 @@
-"""Text and tables of a plan: assumptions, memory by part, a step's work, layouts that fit."""
+"""Write a plan as text and tables: assumptions, memory by part, cost of a step, layouts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Conso
 
 
 def memory_table(loads: Sequence[Workload], candidate: Candidate) -> Table:
-    """Return GB of a rank by part, a column a phase."""
+    """Return a table of a rank's memory in GB by part, one column per phase."""
     table = _table("memory of a rank, GB", *(phase.name for phase in loads))
     for part in _PARTS:
         values = [getattr(memory, part) for memory in candidate.memory]
@@ -61,7 +61,7 @@ def memory_table(loads: Sequence[Workload], candidate: Candidate) -> Table:
 
 
 def step_table(request: PlanRequest, candidate: Candidate) -> Table:
-    """Return the cost of a step, a column a phase."""
+    """Return a table of the cost of a step, one column per phase."""
     loads = request.loads
     table = _table("a step", *(phase.name for phase in loads))
     table.add_row("tokens trained", *(f"{phase.tokens:,}" for phase in loads))
@@ -80,7 +80,7 @@ def step_table(request: PlanRequest, candidate: Candidate) -> Table:
 
 
 def layout_table(request: PlanRequest, fitting: Sequence[Candidate]) -> Table:
-    """Return layouts that fit, the best first; s/step names phases that take equally long once."""
+    """Return a table of layouts that fit, best first; s/step joins phases of equal time."""
     columns = ("expert", "data", "sharded", "recompute", "GB", "in", "s/step")
     table = _table("that fit", *columns, "binds")
     for place, candidate in enumerate(fitting):
@@ -112,7 +112,7 @@ def own_layout(request: PlanRequest, candidate: Candidate) -> str:
 
 
 def shortage(request: PlanRequest, closest: Candidate, cluster: Candidate) -> list[str]:
-    """Explain why nothing fits and what would: `cluster` is the result of `smallest_cluster`."""
+    """Explain why nothing fits, and name a cluster that would, from `smallest_cluster`."""
     tight = closest.tightest
     binding = closest.memory[tight].largest_part()
     lines = [
@@ -166,7 +166,7 @@ def _table(heading: str, *columns: str) -> Table:
     # A title, unlike the first column's heading, would be broken to the table's width.
     table = Table(Column(heading, no_wrap=True), box=SIMPLE, padding=0, pad_edge=False)
     for name in columns:
-        # Folded, a cell of a narrow terminal still says all.
+        # Folding keeps the whole cell in a narrow terminal.
         table.add_column(name, justify="right", overflow="fold")
     return table
 

@@ -1,4 +1,4 @@
-"""Workload of a recipe's stages: micro-batches, passes through the model, sampling.
+"""Derive the workload of a recipe's stages: micro-batches, passes of the model, sampling.
 
 Lengths are the longest that the recipe allows: packed rows are full and completions reach their
 limit, so memory and time are bounds.
@@ -17,7 +17,7 @@ from ernie_train.train.supervised_data import SupervisedConfig
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`rows` full rows of `seq_len` tokens, packed from documents of `document_tokens`."""
+    """Hold `rows` full rows of `seq_len` tokens, packed from documents of `document_tokens`."""
 
     rows: int
     seq_len: int
@@ -30,7 +30,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Completions of an iteration over all ranks: `batch_size` sequences at once on each."""
+    """Hold an iteration's completions over all ranks: `batch_size` at once on each rank."""
 
     sequences: int
     group_size: int
@@ -49,7 +49,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Workload:
-    """A phase of a stage, counted over all ranks.
+    """Describe a phase of a stage, counted over all ranks.
 
     A step is an optimizer step; in RL it is an iteration, which has `updates` of them.
     """
@@ -63,12 +63,12 @@ class Workload:
     reference: bool = False
     critic: bool = False
     sampling: Sampling | None = None
-    scored: int = 0  # sequences that pass models without a gradient in a step
-    scoring_models: int = 0  # models that each of them passes
+    scored: int = 0  # sequences of a step that models score without gradient
+    scoring_models: int = 0  # models that score each of them
 
     @property
     def tokens(self) -> int:
-        """Tokens that a step trains."""
+        """Return the tokens that a step trains."""
         return self.updates * self.micro_batches * self.micro_batch.tokens
 
 
@@ -114,7 +114,7 @@ def _preference(stage: DpoConfig) -> Workload:
 
 
 def _reinforced(stage: UpoConfig) -> Workload:
-    """Samples are a prompt and a completion, less the last token, which predicts nothing."""
+    """Return the workload of RL on prompts with completions; the last token predicts nothing."""
     rollout = stage.rollout
     length = rollout.max_prompt_tokens + rollout.max_new_tokens - 1
     sampled = (rollout.prompts_per_iteration or 0) * rollout.group_size
@@ -140,7 +140,7 @@ def _reinforced(stage: UpoConfig) -> Workload:
         critic=critic,
         sampling=sampling if sampled else None,
         scored=trained,
-        # The policy gives the old logprobs, even those of pairs alone only the reference's.
+        # Policy for old logprobs if completions are sampled, reference and critic if there.
         scoring_models=int(sampled > 0) + int(stage.needs_reference) + int(critic),
     )
 

@@ -1,4 +1,4 @@
-"""Run programs that a model wrote where they can do no harm, and bring back plain values.
+"""Run programs that a model wrote in a sandbox, and return their results as plain values.
 
 The modules of `guest` run inside; they are sent there as text. docs/rewards.md describes the
 isolation.

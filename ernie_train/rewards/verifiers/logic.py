@@ -41,7 +41,7 @@ def score(row: dict[str, Any], completion: str) -> Score:
     `rg_task` and `rg_entry` {question, answer, metadata}: reasoning-gym's scorer of that task, of
     which only the full mark counts: many scorers give part of it for junk.
     With `answer` alone, truth labels are compared as such, lists of knights and knaves as
-    assignments, and anything else as texts, capitals and a full stop aside.
+    assignments, and anything else as texts, without regard to case and a final full stop.
     """
     if "assignment" in row:
         return _assignment_score(row, completion)

@@ -220,7 +220,7 @@ class _SystemCalls:
 
     def __init__(self, program: bytes) -> None:
         self._instructions = ctypes.create_string_buffer(program, len(program))
-        # struct sock_fprog: the number of instructions, and where they are
+        # struct sock_fprog: the number of instructions and their address
         header = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(self._instructions))
         self._header = ctypes.create_string_buffer(header, len(header))
         self._pointer = ctypes.c_void_p(ctypes.addressof(self._header))
