@@ -57,7 +57,7 @@ class RankLogs:
         self._broken: set[int] = set()  # ranks whose log, for rank 0 the terminal, failed
 
     def follow(self, rank: int, source: Path) -> None:
-        """Forward from now on what a rank prints to `source`."""
+        """Forward the output that a rank writes to `source`, from now on."""
         self._tails.setdefault(rank, _Tail(source))
 
     def forward(self) -> None:

@@ -22,7 +22,7 @@ from ernie_train.launch.rank_files import RankExit, RankProcess
 POLL_S = 0.1
 SETTLE_S = 2.0  # after a failure: a rank may have failed first and report it last
 START_LIMIT_S = 300.0  # from the start of a rank by the launcher to its first heartbeat
-LEAVE_LIMIT_S = 20.0  # from the exit report of a rank to that of the failure behind it, or its end
+LEAVE_LIMIT_S = 20.0  # from a rank's exit report to that of the failure that caused it, or its end
 
 SCRATCH = "ernie_train_launch_"
 

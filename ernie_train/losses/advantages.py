@@ -51,7 +51,8 @@ def gae(
 def varied_groups(rewards: Any, valid: Any) -> np.ndarray:
     """Return True for prompts with two or more valid completions that differ in reward.
 
-    rewards, valid [P,G] -> bool [P]. For all other prompts `group_advantages` is 0.
+    rewards, valid [P,G] -> bool [P]. For all other prompts `group_advantages` is 0. Raises
+    `ValueError` when shapes differ.
     """
     r, keep = _float64(rewards), _bool(valid)
     _require_same_shape(r, valid=keep)

@@ -78,7 +78,7 @@ def mean_context(length: int) -> float:
 
 
 def recomputed_flops(config: Ernie4_5_MoeConfig, context: float, recompute: Recompute) -> float:
-    """Return a token's operations in what the backward pass recomputes."""
+    """Return a token's operations that the backward pass recomputes."""
     total = 0.0
     for number in range(config.num_hidden_layers):
         parts = recomputed_parts(recompute, number)

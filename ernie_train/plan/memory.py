@@ -180,7 +180,7 @@ def rows_per_token(config: Ernie4_5_MoeConfig, layout: Layout) -> float:
 def activation_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, batch: MicroBatch, loss: str
 ) -> float:
-    """Return the most bytes that exist beside weights, gradients and optimizer state in a step.
+    """Return the most bytes in a step besides weights, gradients and optimizer state.
 
     Layers keep their activations, or the input of a recomputed part. The peak adds the loss, or the
     backward pass of a layer with its recomputed activations. The backward pass goes from the last

@@ -140,7 +140,7 @@ def _reinforced(stage: UpoConfig) -> Workload:
         critic=critic,
         sampling=sampling if sampled else None,
         scored=trained,
-        # Policy for old logprobs if completions are sampled, reference and critic if there.
+        # The policy scores sampled completions for their old logprobs.
         scoring_models=int(sampled > 0) + int(stage.needs_reference) + int(critic),
     )
 

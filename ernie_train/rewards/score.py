@@ -101,5 +101,5 @@ def grade_response(
 
 
 def mismatch(gold: str, answer: str) -> Score:
-    """Return Score.wrong that shows the wrong answer beside the right one, both cut for a table."""
+    """Return Score.wrong that shows the wrong answer and the right one, both cut for a table."""
     return Score.wrong(f"{answer[:80]!r} is not {gold[:80]!r}")

@@ -1,6 +1,6 @@
 r"""Find the answer that a response names.
 
-A response names its answer in a box (`\boxed{..}`), between `<answer>` tags or behind words
+A response names its answer in a box (`\boxed{..}`), between `<answer>` tags or after words
 ("The answer is ..", "Answer: ..", "#### .."). Different answers of one response are all
 returned: a response that names several has not decided, and a verifier compares them as a list.
 
