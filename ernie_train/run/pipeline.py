@@ -42,7 +42,7 @@ from ernie_train.weights.hf import load_pretrained
 
 @dataclass(frozen=True)
 class Selection:
-    """Which stages to run: repeat those from `first` on, stop after `last`."""
+    """The stages to run: repeat those from `first` on, stop after `last`."""
 
     first: str | None = None
     last: str | None = None
