@@ -220,7 +220,7 @@ def test_twenty_kills_at_random_moments_change_nothing(workspace, whole, tmp_pat
     assert process.returncode == 0
     whole_s = time.monotonic() - began
     rng, kills = random.Random(5), 0
-    for attempt in range(20):
+    for attempt in range(40):  # how many kills hit a stage depends on the machine
         directory = tmp_path / f"killed-{attempt}"
         while True:
             process = start("run", workspace / "killed.yaml", "--run-dir", directory)
