@@ -149,20 +149,12 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
         total_steps=config.steps,
         label=config.name,
     ) as writer:
-        prompts = [pair.chosen.prompt_ids for pair in prepared.pairs]
-        health = MoeHealth(
-            stage.model,
-            config.moe_health,
-            first_batch=lambda: PromptProbe.of(prompts, config.moe_health.probe_tokens),
-            state=saved.state["moe_health"] if saved else None,
-            warn=writer.note,
-        )
+        health = _moe_health(config, stage, prepared, saved, writer)
 
         def log(result: StepResult) -> None:
             result.metrics.update(health.observe(result.step, result.load))
-            timings = {
-                "seconds": result.seconds, "tokens_per_second": result.tokens / result.seconds
-            }  # fmt: skip
+            rate = result.tokens / result.seconds
+            timings = {"seconds": result.seconds, "tokens_per_second": rate}
             writer.log(result.step, result.metrics, timings)
 
         saved_step = trainer.step
@@ -180,17 +172,31 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
         )
         hooks = [(1, log), (config.checkpoint.every_steps, lambda result: save())]
         try:
+            loss, stop = DpoLoss(config.beta), stage.stop
             trainer.fit(
-                batches,
-                DpoLoss(config.beta),
-                config.steps,
-                hooks=hooks,
-                stop_requested=lambda: stage.stop.requested,
+                batches, loss, config.steps, hooks=hooks, stop_requested=lambda: stop.requested
             )
         except Interrupted:
             save()
             raise
     return {"steps": trainer.step, "checkpoint": store.path_of(trainer.step).name}
+
+
+def _moe_health(
+    config: DpoConfig,
+    stage: StageRun,
+    prepared: PreparedPairs,
+    saved: Checkpoint | None,
+    writer: StageMetrics,
+) -> MoeHealth:
+    prompts = [pair.chosen.prompt_ids for pair in prepared.pairs]
+    return MoeHealth(
+        stage.model,
+        config.moe_health,
+        first_batch=lambda: PromptProbe.of(prompts, config.moe_health.probe_tokens),
+        state=saved.state["moe_health"] if saved else None,
+        warn=writer.note,
+    )
 
 
 def _save(
