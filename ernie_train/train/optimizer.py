@@ -56,23 +56,28 @@ class OptimConfig(StrictConfig):
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Return the learning rate of step `step` (counted from 1) of `total_steps`.
 
-    Warm-up is linear over the first `warmup_steps`. Cosine and linear fall to `min_lr` at the last
-    step; wsd holds `lr` and falls over the last `decay_fraction` of the steps as
-    `min_lr + (lr - min_lr) * (1 - sqrt(progress))`.
+    Step s of the first w = `warmup_steps` has `lr * s / w`. Then the rate falls from `lr` at the
+    first step of the decay to `min_lr` after the last step, so that every step trains: with
+    progress p = (s - 1 - begin) / (total_steps - begin), from begin = w, cosine has
+    `min_lr + (lr - min_lr) * (1 + cos(pi * p)) / 2` and linear `min_lr + (lr - min_lr) * (1 - p)`.
+    wsd holds `lr`, then has `min_lr + (lr - min_lr) * (1 - sqrt(p))` over the last
+    `decay_fraction` of the steps (arXiv:2405.18392), or what warm-up left of them.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    span = max(1, total_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.schedule == "constant":
+        return config.lr
+    begin = config.warmup_steps
+    if config.schedule == "wsd":
+        begin = max(begin, total_steps - max(1, round((config.decay_fraction or 0) * total_steps)))
+    progress = (step - 1 - begin) / max(1, total_steps - begin)
+    progress = min(1.0, max(0.0, progress))
     if config.schedule == "cosine":
         share = 0.5 * (1.0 + math.cos(math.pi * progress))
     elif config.schedule == "linear":
         share = 1.0 - progress
-    elif config.schedule == "constant":
-        return config.lr
     else:
-        decay_steps = max(1, round((config.decay_fraction or 0.0) * total_steps))
-        share = 1.0 - math.sqrt(max(0.0, (step - (total_steps - decay_steps)) / decay_steps))
+        share = 1.0 - math.sqrt(progress)
     return config.min_lr + (config.lr - config.min_lr) * share
 
 

@@ -30,20 +30,42 @@ def test_warm_up_is_linear_and_reaches_the_rate():
     assert learning_rate(c, 100, 100) == pytest.approx(1e-3)
 
 
-def test_cosine_and_linear_end_at_min_lr_and_pass_the_middle():
+def test_cosine_and_linear_end_at_min_lr_after_the_last_step_and_pass_the_middle():
     for schedule in ("cosine", "linear"):
         c = config(warmup_steps=10, schedule=schedule, min_lr=1e-4)
-        assert learning_rate(c, 110, 110) == pytest.approx(1e-4)
-        assert learning_rate(c, 60, 110) == pytest.approx((1e-3 + 1e-4) / 2)
-    quarter = learning_rate(config(schedule="cosine"), 25, 100)
+        assert learning_rate(c, 11, 110) == pytest.approx(1e-3)
+        assert learning_rate(c, 61, 110) == pytest.approx((1e-3 + 1e-4) / 2)
+        assert learning_rate(c, 111, 110) == pytest.approx(1e-4)
+    quarter = learning_rate(config(schedule="cosine"), 26, 100)
     assert quarter == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi / 4)))
 
 
 def test_wsd_holds_then_falls_by_the_square_root():
     c = config(schedule="wsd", decay_fraction=0.2, min_lr=1e-5)
-    assert learning_rate(c, 80, 100) == pytest.approx(1e-3)
-    assert learning_rate(c, 85, 100) == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 - math.sqrt(0.25)))
-    assert learning_rate(c, 100, 100) == pytest.approx(1e-5)
+    assert learning_rate(c, 80, 100) == learning_rate(c, 81, 100) == pytest.approx(1e-3)
+    assert learning_rate(c, 86, 100) == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 - math.sqrt(0.25)))
+    assert learning_rate(c, 101, 100) == pytest.approx(1e-5)
+    late = config(schedule="wsd", decay_fraction=1.0, warmup_steps=50)  # no jump behind warm-up
+    assert learning_rate(late, 50, 100) == learning_rate(late, 51, 100) == pytest.approx(1e-3)
+
+
+SCHEDULES = [{"schedule": s} for s in ("cosine", "linear", "constant")]
+SCHEDULES += [{"schedule": "wsd", "decay_fraction": fraction} for fraction in (0.01, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3, 10])
+@pytest.mark.parametrize("total", [1, 2, 4, 10, 11])
+def test_every_step_of_every_schedule_trains(schedule, warmup_steps, total):
+    c = config(**schedule, warmup_steps=warmup_steps)
+    rates = [learning_rate(c, step, total) for step in range(1, total + 1)]
+    assert min(rates) >= c.lr / max(warmup_steps, total**2) - 1e-12
+    assert max(rates) <= c.lr
+    risen = rates[:warmup_steps]
+    fallen = rates[warmup_steps:]
+    assert risen == sorted(risen)
+    assert fallen == sorted(fallen, reverse=True)
+    assert not fallen or fallen[0] == pytest.approx(c.lr)
 
 
 @pytest.mark.parametrize(
