@@ -10,12 +10,14 @@ from typing import NamedTuple
 import rich.console
 import rich.table
 
-from ernie_train.core import cpu, devices, environment
+from ernie_train.core import blas, cpu, devices, environment
 from ernie_train.rewards.sandbox import SandboxUnavailable, layer_in_force
 
 MATMUL_SIZE = 2048
 # Threads on the fast path were measured at 70 or more; below this one has missed it.
 SLOW_GFLOPS_PER_THREAD = 35.0
+# numpy's product reaches 70 to 140 % of Paddle's where both take good kernels.
+SLOW_SHARE_OF_PADDLE = 0.33
 LOW_DISK_BYTES = 5 * 10**9
 # Kernels that the model uses if they are registered, by Paddle's names.
 FUSED_KERNELS = (
@@ -56,6 +58,43 @@ def measure_matmul_gflops(size: int = MATMUL_SIZE, seconds: float = 1.0) -> floa
     return 2 * size**3 / best / 1e9
 
 
+def measure_numpy_gflops(size: int = MATMUL_SIZE, seconds: float = 0.5) -> float:
+    """Return the best speed of several `size` x `size` float32 products of numpy, GFLOP/s."""
+    import numpy as np
+
+    a, b = np.random.default_rng(0).random((2, size, size), np.float32)
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        np.matmul(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def check_numpy_kernels(gflops: float, paddle_gflops: float, setup: cpu.CpuSetup) -> Finding:
+    """Report the kernels of numpy's products, on which sampling depends, beside Paddle's speed."""
+    core, error = blas.core_in_use(), blas.product_error()
+    advice = blas.kernel_problem(core, setup.processor)
+    if error > blas.PRODUCT_TOLERANCE:
+        advice = f"its products are wrong: set {blas.CORE_TYPE}=Haswell, or another core type"
+    elif not advice and gflops < SLOW_SHARE_OF_PADDLE * paddle_gflops:
+        advice = f"{paddle_gflops / gflops:.1f} times slower than Paddle: try {blas.CORE_TYPE}"
+    value = f"{gflops:.0f} GFLOP/s{_of_peak(setup)}, kernels {core or 'not of OpenBLAS'}"
+    return Finding("numpy's matmul", f"{value}, error {error:.0e}", advice)
+
+
+def _of_peak(setup: cpu.CpuSetup) -> str:
+    """Return what the processor's instructions allow, in words; empty where it is not known."""
+    peak, best = setup.processor.peak_gflops(setup.threads), setup.processor.vector_set
+    if peak is None or best is None:
+        return ""
+    clock = f"{setup.processor.mhz / 1e3:.1f} GHz"
+    return (
+        f" of at most {peak:.0f} ({best[0]}: {best[1]} a cycle, {clock}, {setup.threads} threads)"
+    )
+
+
 def matmul_advice(gflops: float, setup: cpu.CpuSetup, load: float) -> str:
     """Return what to do about a slow processor, "" if it is not slow.
 
@@ -66,7 +105,10 @@ def matmul_advice(gflops: float, setup: cpu.CpuSetup, load: float) -> str:
     """
     if gflops >= SLOW_GFLOPS_PER_THREAD * setup.threads:
         return ""
-    if setup.vendor == "AuthenticAMD" and setup.kept.get("MKL_DEBUG_CPU_TYPE", "5") != "5":
+    if (
+        setup.processor.vendor == "AuthenticAMD"
+        and setup.kept.get("MKL_DEBUG_CPU_TYPE", "5") != "5"
+    ):
         return "set MKL_DEBUG_CPU_TYPE=5, or leave it unset, for the fast path on AMD"
     if setup.too_late:
         return "import ernie_train before paddle: its CPU settings came too late"
@@ -93,11 +135,13 @@ def _device() -> list[Finding]:
     device = devices.select_device("auto")
     setup = cpu.cpu_setup()
     gflops = measure_matmul_gflops()
-    speed = f"{gflops:.0f} GFLOP/s ({MATMUL_SIZE} x {MATMUL_SIZE}, float32)"
+    of_peak = "" if device == "gpu" else _of_peak(setup)
+    speed = f"{gflops:.0f} GFLOP/s{of_peak}, {MATMUL_SIZE} x {MATMUL_SIZE}, float32"
     advice = "" if device == "gpu" else matmul_advice(gflops, setup, os.getloadavg()[0])
     findings = [Finding("device", device)]
     findings += [Finding("CPU set-up", line) for line in cpu.cpu_setup_report()]
-    findings.append(Finding("matmul", speed, advice))
+    findings.append(Finding("Paddle's matmul", speed, advice))
+    findings.append(check_numpy_kernels(measure_numpy_gflops(), gflops, setup))
     present = [name for name in FUSED_KERNELS if devices.kernel_available(name, device)]
     absent = [name for name in FUSED_KERNELS if name not in present]
     findings.append(Finding("fused kernels", ", ".join(present) or "none"))

@@ -5,12 +5,13 @@ the user set in the environment, and it keeps a record that `doctor` and `enviro
 
 Each setting was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an AMD EPYC (Zen 5):
 
-- MKL_DEBUG_CPU_TYPE=5, on AMD only: a 2048 x 2048 fp32 matmul on one thread went from 20 to
-  80-120 GFLOP/s. The wheel's old MKL takes a slow path on processors that are not Intel's.
+- MKL_DEBUG_CPU_TYPE=5, on AMD with AVX2 only: a 2048 x 2048 fp32 matmul on one thread went from 20
+  to 80-120 GFLOP/s. The wheel's old MKL takes a slow path on processors that are not Intel's.
 - MKL_NUM_THREADS: the same matmul went from 80 to 150 GFLOP/s with two threads. OMP_NUM_THREADS
   does the same, but Paddle warns on stderr when it is above 1, and no elementwise operator ran
   faster with it; FLAGS_paddle_num_threads changed nothing. So OMP_NUM_THREADS is set to 1, which
   is what Paddle itself does when it is unset.
+- OPENBLAS_CORETYPE, where OpenBLAS does not know the processor: `core/blas.py` explains it.
 - OPENBLAS_NUM_THREADS: the same number for numpy's matrix products; it would follow
   OMP_NUM_THREADS otherwise. Sampling gains little from it, and forks as many processes instead.
 - glibc's mallopt, so that freed memory is used again instead of going back to the system: Paddle
@@ -28,12 +29,16 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ernie_train.core import blas
+
 __version__ = "0.2.0"
 
 
 # Lists the variables that an ernie_train process set, so that the processes it starts can tell
 # them from the user's own and choose again: a rank has fewer cores than its launcher.
 MARKER = "ERNIE_TRAIN_CPU_SETUP"
+# Says that numpy's kernels were looked at, so that the processes started from here need not.
+KERNELS_SEEN = "ERNIE_TRAIN_KERNELS_SEEN"
 THREAD_VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
 MALLOC_VARIABLES = (
     "MALLOC_MMAP_THRESHOLD_",
@@ -52,6 +57,7 @@ class CpuSetup:
     """Record of `configure_process`.
 
     Attributes:
+        processor: what /proc/cpuinfo says.
         cores: those that this process may use.
         local_ranks: ranks of this job that share the cores.
         threads: those of matrix products.
@@ -60,7 +66,7 @@ class CpuSetup:
         malloc: what was done to the memory allocator, in words.
     """
 
-    vendor: str = "unknown"
+    processor: blas.Processor = field(default_factory=blas.Processor)
     cores: int = 1
     local_ranks: int = 1
     threads: int = 1
@@ -71,19 +77,6 @@ class CpuSetup:
 
 
 _setup: CpuSetup | None = None
-
-
-def cpu_vendor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return `AuthenticAMD`, `GenuineIntel`, ..., or `unknown` where the kernel does not say."""
-    try:
-        text = cpuinfo.read_text(errors="replace")
-    except OSError:
-        return "unknown"
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "vendor_id":
-            return value.strip()
-    return "unknown"
 
 
 def _read_quota_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
@@ -151,7 +144,7 @@ def configure_process(environ: MutableMapping[str, str] = os.environ) -> None:
         if name and environ.get(name) == value
     }
     setup = CpuSetup(
-        vendor=cpu_vendor(),
+        processor=blas.read_processor(),
         cores=available_cores(),
         local_ranks=local_rank_count(environ),
         too_late="paddle" in sys.modules,
@@ -159,7 +152,7 @@ def configure_process(environ: MutableMapping[str, str] = os.environ) -> None:
     setup.threads = max(1, setup.cores // setup.local_ranks)
 
     wanted: dict[str, str] = {}
-    if setup.vendor == "AuthenticAMD":
+    if setup.processor.vendor == "AuthenticAMD" and {"avx2", "fma"} <= setup.processor.flags:
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"
     # One thread variable set by the user decides: MKL follows OMP where only OMP is set.
     if not any(name in environ and name not in ours for name in THREAD_VARIABLES):
@@ -168,16 +161,31 @@ def configure_process(environ: MutableMapping[str, str] = os.environ) -> None:
         setup.threads = _threads_chosen_by_user(environ)
     wanted["OPENBLAS_NUM_THREADS"] = str(setup.threads)
     if not setup.too_late:
+        wanted |= _kernels_wanted(environ, ours, setup.processor)
         for name, value in wanted.items():
             if name not in environ or name in ours:
                 environ[name] = value
                 setup.done[name] = value
         environ[MARKER] = ";".join(f"{name}={value}" for name, value in setup.done.items())
-    for name in ("MKL_DEBUG_CPU_TYPE", *THREAD_VARIABLES, "OPENBLAS_NUM_THREADS"):
+    for name in ("MKL_DEBUG_CPU_TYPE", *THREAD_VARIABLES, "OPENBLAS_NUM_THREADS", blas.CORE_TYPE):
         if name in environ and name not in setup.done:
             setup.kept[name] = environ[name]
     setup.malloc = _keep_freed_memory(environ)
     _setup = setup
+
+
+def _kernels_wanted(
+    environ: MutableMapping[str, str], ours: set[str], processor: blas.Processor
+) -> dict[str, str]:
+    """Return the variable that gives numpy better kernels; nothing where it needs none."""
+    if blas.CORE_TYPE in ours:
+        return {blas.CORE_TYPE: environ[blas.CORE_TYPE]}
+    settled = blas.CORE_TYPE in environ or KERNELS_SEEN in environ or "numpy" in sys.modules
+    if settled or processor.vector_set is None:
+        return {}
+    environ[KERNELS_SEEN] = "1"
+    core = blas.choose_core(processor)
+    return {blas.CORE_TYPE: core} if core else {}
 
 
 def _threads_chosen_by_user(environ: MutableMapping[str, str]) -> int:
@@ -199,7 +207,9 @@ def cpu_setup_report() -> list[str]:
     """Describe in one line each what was set, what the user had set and what came too late."""
     setup = cpu_setup()
     share = f", shared by {setup.local_ranks} ranks" if setup.local_ranks > 1 else ""
-    lines = [f"processor {setup.vendor}, {setup.cores} cores{share}: {setup.threads} threads"]
+    lines = [
+        f"processor {setup.processor.vendor}, {setup.cores} cores{share}: {setup.threads} threads"
+    ]
     lines += [f"set {name}={value}" for name, value in setup.done.items()]
     lines += [f"kept {name}={value}, set before" for name, value in setup.kept.items()]
     if setup.too_late:

@@ -86,7 +86,7 @@ def describe_environment() -> dict[str, Any]:
         "device": paddle.get_device(),
         "gpus": [paddle.device.cuda.get_device_name(index) for index in range(gpus)],
         "cpu": {
-            "vendor": setup.vendor,
+            "vendor": setup.processor.vendor,
             "cores": setup.cores,
             "local_ranks": setup.local_ranks,
             "threads": setup.threads,

@@ -20,8 +20,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ernie_train import parallel
-from ernie_train.core import consensus, devices, environment, process_group
+from ernie_train.core import blas, consensus, devices, environment, process_group
 from ernie_train.core.config import dump_yaml
+from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
 from ernie_train.core.process_group import Grid
 from ernie_train.core.signals import StopFlag
@@ -65,6 +66,8 @@ class Pipeline:
             process_group.set_grid(Grid(layout.expert, layout.data, layout.sharding))
             self._check_selection(selection)
             tokenizer = self._check_inputs()
+            if warning := blas.require_sound_products(cpu_setup().processor):
+                self.console.print(warning, style="yellow", highlight=False)
         self._require_same_on_all_ranks(selection)
         with ExitStack() as held, StopFlag() as stop:
             with consensus.fail_together():

@@ -7,20 +7,27 @@ import pytest
 import rich.console
 
 from ernie_train.cli import doctor
+from ernie_train.core import blas
 from ernie_train.core.cpu import CpuSetup
 from ernie_train.rewards.sandbox.api import SandboxUnavailable
+
+AMD = blas.Processor("x86_64", "AuthenticAMD", frozenset({"avx", "avx2", "fma"}), 3000.0)
+INTEL = blas.Processor("x86_64", "GenuineIntel", AMD.flags, 3000.0)
 
 
 def test_the_report_covers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "measure_matmul_gflops", lambda: 500.0)
+    monkeypatch.setattr(doctor, "measure_numpy_gflops", lambda: 400.0)
     findings = doctor.doctor_report()
     names = {finding.name for finding in findings}
     assert {
-        "python", "paddlepaddle", "device", "CPU set-up", "matmul", "fused kernels",
-        "sandbox", "free disk", "memory", "git",
+        "python", "paddlepaddle", "device", "CPU set-up", "Paddle's matmul", "numpy's matmul",
+        "fused kernels", "sandbox", "free disk", "memory", "git",
     } <= names  # fmt: skip
-    (matmul,) = (finding for finding in findings if finding.name == "matmul")
+    (matmul,) = (finding for finding in findings if finding.name == "Paddle's matmul")
     assert matmul.value.startswith("500 GFLOP/s") and matmul.advice == ""
+    (product,) = (finding for finding in findings if finding.name == "numpy's matmul")
+    assert product.value.startswith("400 GFLOP/s") and product.advice == ""
     (kernels,) = (finding for finding in findings if finding.name == "fused kernels")
     assert "swiglu" in kernels.value
 
@@ -44,16 +51,16 @@ def test_the_measured_matmul_has_the_speed_that_a_stopwatch_gives() -> None:
 @pytest.mark.parametrize(
     ("gflops", "setup", "load", "expected"),
     [
-        (150, CpuSetup("AuthenticAMD", 2, threads=2), 0.5, ""),
+        (150, CpuSetup(AMD, 2, threads=2), 0.5, ""),
         (
             20,
-            CpuSetup("AuthenticAMD", 2, threads=1, kept={"MKL_DEBUG_CPU_TYPE": "4"}),
+            CpuSetup(AMD, 2, threads=1, kept={"MKL_DEBUG_CPU_TYPE": "4"}),
             0.5,
             "set MKL_DEBUG_CPU_TYPE=5",
         ),
-        (20, CpuSetup("AuthenticAMD", 2, threads=1, too_late=True), 0.5, "import ernie_train"),
-        (20, CpuSetup("GenuineIntel", 2, threads=2), 3.2, "other work keeps 3.2 of 2 cores"),
-        (20, CpuSetup("GenuineIntel", 2, threads=2), 0.5, "try MKL_NUM_THREADS=1"),
+        (20, CpuSetup(AMD, 2, threads=1, too_late=True), 0.5, "import ernie_train"),
+        (20, CpuSetup(INTEL, 2, threads=2), 3.2, "other work keeps 3.2 of 2 cores"),
+        (20, CpuSetup(INTEL, 2, threads=2), 0.5, "try MKL_NUM_THREADS=1"),
     ],
 )
 def test_advice_on_a_slow_processor(
@@ -62,6 +69,29 @@ def test_advice_on_a_slow_processor(
     advice = doctor.matmul_advice(gflops, setup, load)
     assert advice.startswith(expected) if expected == "" else expected in advice
     assert bool(advice) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("gflops", "core", "error", "expected"),
+    [
+        (180, "SkylakeX", 1e-7, ""),
+        (30, "Prescott", 1e-7, "leave AVX2 unused: sampling is several times slower; set OPENBL"),
+        (30, "SkylakeX", 1e-7, "6.0 times slower than Paddle"),
+        (180, "SkylakeX", 0.3, "products are wrong"),
+        (100, None, 1e-7, ""),
+    ],
+)
+def test_numpy_s_kernels_stand_beside_what_the_processor_allows(
+    gflops: float, core: str | None, error: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blas, "core_in_use", lambda: core)
+    monkeypatch.setattr(blas, "product_error", lambda: error)
+    monkeypatch.delenv(blas.CORE_TYPE, raising=False)
+    finding = doctor.check_numpy_kernels(gflops, 180.0, CpuSetup(AMD, 2, threads=2))
+    assert (
+        f"{gflops} GFLOP/s of at most 192 (AVX2: 32 a cycle, 3.0 GHz, 2 threads)" in finding.value
+    )
+    assert expected in finding.advice and bool(finding.advice) == bool(expected)
 
 
 def test_the_sandbox_is_tried_not_only_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

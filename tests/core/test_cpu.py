@@ -1,15 +1,13 @@
 """Settings of the processor: what is set, what the user set, and what they do."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ernie_train.core import cpu
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from ernie_train.core import blas, cpu
+from tests.core.test_blas import PROCESSORS, child
 
 
 @pytest.fixture(autouse=True)
@@ -22,37 +20,10 @@ def keep_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
 def before_paddle(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Paddle were not imported yet, on an AMD processor with six cores."""
     monkeypatch.delitem(sys.modules, "paddle", raising=False)
-    monkeypatch.setattr(cpu, "cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.delitem(sys.modules, "numpy", raising=False)
+    monkeypatch.setattr(blas, "read_processor", lambda: PROCESSORS["AMD with AVX2"])
+    monkeypatch.setattr(blas, "choose_core", lambda processor: None)
     monkeypatch.setattr(cpu, "available_cores", lambda: 6)
-
-
-def child(code: str, **environ: str) -> str:
-    """Standard output of a fresh Python that starts without any CPU settings but `environ`."""
-    names = ("MKL_DEBUG_CPU_TYPE", *cpu.THREAD_VARIABLES, *cpu.MALLOC_VARIABLES)
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (*names, cpu.MARKER) and not name.startswith("PADDLE_")
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env=clean | environ,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout
-
-
-def test_the_vendor_is_read_from_the_kernel(tmp_path: Path) -> None:
-    info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t: fpu\n")
-    assert cpu.cpu_vendor(info) == "GenuineIntel"
-    info.write_text("CPU implementer : 0x41\n")
-    assert cpu.cpu_vendor(info) == "unknown"
-    assert cpu.cpu_vendor(tmp_path / "missing") == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +81,7 @@ class TestConfigureProcess:
         environ: dict[str, str] = {}
         cpu.configure_process(environ)
         marker = environ.pop(cpu.MARKER)
+        assert environ.pop(cpu.KERNELS_SEEN)
         assert environ == {
             "MKL_DEBUG_CPU_TYPE": "5",
             "MKL_NUM_THREADS": "6",
@@ -119,16 +91,17 @@ class TestConfigureProcess:
         assert marker == ";".join(f"{name}={value}" for name, value in environ.items())
         assert cpu.cpu_setup().threads == 6
 
-    def test_only_amd_needs_the_cpu_type(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cpu, "cpu_vendor", lambda: "GenuineIntel")
-        environ: dict[str, str] = {}
-        cpu.configure_process(environ)
-        assert "MKL_DEBUG_CPU_TYPE" not in environ
+    def test_only_amd_with_avx2_needs_the_cpu_type(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for other in ("unknown Intel with AVX-512", "AMD without AVX", "aarch64"):
+            monkeypatch.setattr(blas, "read_processor", lambda other=other: PROCESSORS[other])
+            environ: dict[str, str] = {}
+            cpu.configure_process(environ)
+            assert "MKL_DEBUG_CPU_TYPE" not in environ
 
     def test_what_the_user_set_stays(self) -> None:
         environ = {"MKL_DEBUG_CPU_TYPE": "4", "OMP_NUM_THREADS": "3"}
         cpu.configure_process(environ)
-        del environ[cpu.MARKER]
+        del environ[cpu.MARKER], environ[cpu.KERNELS_SEEN]
         assert environ.pop("OPENBLAS_NUM_THREADS") == "3"
         assert environ == {"MKL_DEBUG_CPU_TYPE": "4", "OMP_NUM_THREADS": "3"}
         assert cpu.cpu_setup().threads == 3
@@ -165,6 +138,25 @@ class TestConfigureProcess:
         environ |= {"PADDLE_LOCAL_SIZE": "3", "MKL_NUM_THREADS": "5"}
         cpu.configure_process(environ)
         assert environ["MKL_NUM_THREADS"] == "5"
+
+    def test_numpy_is_given_better_kernels_once_and_never_against_the_user(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[blas.Processor] = []
+        monkeypatch.setattr(blas, "choose_core", lambda p: asked.append(p) or "Haswell")
+        environ: dict[str, str] = {}
+        cpu.configure_process(environ)
+        assert environ[blas.CORE_TYPE] == cpu.cpu_setup().done[blas.CORE_TYPE] == "Haswell"
+        cpu.configure_process(environ)  # a rank, which its launcher started
+        assert environ[blas.CORE_TYPE] == cpu.cpu_setup().done[blas.CORE_TYPE] == "Haswell"
+        environ = {blas.CORE_TYPE: "Prescott"}
+        cpu.configure_process(environ)
+        assert environ[blas.CORE_TYPE] == "Prescott"
+        assert "kept OPENBLAS_CORETYPE=Prescott, set before" in cpu.cpu_setup_report()
+        monkeypatch.setitem(sys.modules, "numpy", sys)  # loaded before: nothing can be chosen
+        environ = {}
+        cpu.configure_process(environ)
+        assert blas.CORE_TYPE not in environ and len(asked) == 1
 
     def test_too_late_is_recorded_and_changes_nothing(
         self, monkeypatch: pytest.MonkeyPatch

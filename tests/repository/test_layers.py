@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 
 PACKAGES: dict[str, str] = {
-    "core": "errors signals processes progress cpu devices environment barrier"
+    "core": "errors signals processes progress blas cpu devices environment barrier"
     " worker_pool yaml config process_group consensus",
     "io": "files metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
@@ -58,7 +58,7 @@ INDEPENDENT = {
 WITHOUT_PADDLE = {
     "core.errors", "core.yaml", "core.config",
     "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
-    "core.cpu", "io.files", "launch", "data", "rewards",
+    "core.cpu", "core.blas", "io.files", "launch", "data", "rewards",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"core.process_group", "parallel"}
 # They take seconds to import, or drag Paddle in, so only the function that needs one imports it.

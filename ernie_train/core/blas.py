@@ -1,0 +1,227 @@
+"""Kernels of numpy's matrix products, which sampling consists of: found, and chosen where needed.
+
+numpy's OpenBLAS picks kernels from a table of the processors of its time (0.3.23 in numpy 1.26).
+On a newer one it falls back to kernels of 2004 that use no AVX, and says nothing: a 2048 x 2048
+float32 product ran at 30 instead of 184 GFLOP/s on two cores of a new Xeon. OPENBLAS_CORETYPE
+chooses others, if it is set before numpy is loaded. So processes of their own find out what
+OpenBLAS would take here, and whether better kernels work: an instruction that the processor lacks
+would kill its process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ernie_train.core.errors import UserError
+
+CORE_TYPE = "OPENBLAS_CORETYPE"
+_PROBE_TIMEOUT_S = 20.0
+PRODUCT_TOLERANCE = 1e-5  # relative; sums of 192 products in float32 differ by about 1e-7
+
+# Instruction sets, best first: name, what /proc/cpuinfo must list, float32 operations in a cycle
+# (two units that multiply and add vectors; before AVX2 one that multiplies and one that adds), and
+# OpenBLAS's kernels for them that need nothing else.
+_SETS: tuple[tuple[str, frozenset[str], int, str], ...] = (
+    (
+        "AVX-512",
+        frozenset({"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd", "avx2", "fma"}),
+        64,
+        "SkylakeX",
+    ),
+    ("AVX2", frozenset({"avx2", "fma"}), 32, "Haswell"),
+    ("AVX", frozenset({"avx"}), 16, "Sandybridge"),
+)
+# OpenBLAS's kernels for x86_64 without AVX, and with AVX alone; all others use AVX2 or more.
+_NO_AVX = {
+    "generic", "katmai", "coppermine", "northwood", "prescott", "banias", "atom", "core2", "penryn",
+    "dunnington", "nehalem", "athlon", "opteron", "opteron_sse3", "barcelona", "nano", "bobcat",
+}  # fmt: skip
+_AVX_ALONE = {"sandybridge", "bulldozer", "piledriver", "steamroller"}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Facts of /proc/cpuinfo; fields are empty where the kernel does not say."""
+
+    machine: str = ""  # x86_64, aarch64
+    vendor: str = "unknown"  # AuthenticAMD, GenuineIntel
+    flags: frozenset[str] = frozenset()
+    mhz: float = 0.0
+
+    @property
+    def vector_set(self) -> tuple[str, int, str] | None:
+        """Return name, float32 operations in a cycle and kernels of the best instruction set."""
+        if self.machine != "x86_64":
+            return None
+        found = (rest for rest in _SETS if rest[1] <= self.flags)
+        return next(((name, operations, core) for name, _, operations, core in found), None)
+
+    def peak_gflops(self, threads: int) -> float | None:
+        """Return what `threads` cores can reach in float32 at the present clock, if it is known."""
+        found = self.vector_set
+        return threads * self.mhz / 1e3 * found[1] if found and self.mhz else None
+
+
+def read_processor(
+    cpuinfo: Path = Path("/proc/cpuinfo"), machine: str = platform.machine()
+) -> Processor:
+    """Read the first processor of `cpuinfo`; what is not there stays unknown."""
+    facts: dict[str, str] = {}
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    try:
+        mhz = float(facts.get("cpu MHz", 0))
+    except ValueError:
+        mhz = 0.0
+    flags = frozenset(facts.get("flags", "").split())
+    return Processor(machine, facts.get("vendor_id", "unknown"), flags, mhz)
+
+
+def better_core(core: str, processor: Processor) -> str | None:
+    """Return kernels to take instead of `core`, None where it is no fallback or none are better.
+
+    OpenBLAS's own choice stays wherever it uses AVX2 or more.
+    """
+    best = processor.vector_set
+    name = core.lower()
+    if best is None or name not in _NO_AVX | _AVX_ALONE:
+        return None
+    return None if best[0] == "AVX" and name in _AVX_ALONE else best[2]
+
+
+# ---- before numpy is loaded ----------------------------------------------------------------------
+
+_ASK_LIBRARY = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+for name in ("openblas_get_corename64_", "openblas_get_corename", "scipy_openblas_get_corename64_"):
+    if function := getattr(library, name, None):
+        function.restype = ctypes.c_char_p
+        print(function().decode())
+        break
+"""
+_TRY_PRODUCT = """
+import numpy as np
+from threadpoolctl import threadpool_info
+rng = np.random.default_rng(0)
+a, b = rng.standard_normal((193, 257)), rng.standard_normal((257, 131))
+error = np.abs(a.astype(np.float32) @ b.astype(np.float32) - a @ b).max()
+exact = np.einsum("ik,kj->ij", a, b)
+assert error < 1e-4 and np.abs(a @ b - exact).max() < 1e-10, error
+print(*[i["architecture"] for i in threadpool_info() if i["internal_api"] == "openblas"])
+"""
+
+
+def fallback_core() -> str | None:
+    """Return the kernels that numpy's OpenBLAS would choose here; None if it has no OpenBLAS."""
+    spec = find_spec("numpy")
+    if spec is None or spec.origin is None:
+        return None
+    libraries = Path(spec.origin).parents[1] / "numpy.libs"
+    for library in sorted(libraries.glob("*openblas*.so*")):
+        # It finds the Fortran library beside it through numpy's modules alone, or this variable.
+        found = _python(_ASK_LIBRARY, str(library), LD_LIBRARY_PATH=str(libraries))
+        return found or None
+    return None
+
+
+def core_works(core: str) -> bool:
+    """Return whether numpy takes the kernels `core` and its products agree with float64's."""
+    return core.lower() in _python(_TRY_PRODUCT, **{CORE_TYPE: core}).lower().split()
+
+
+def _python(code: str, *arguments: str, **environ: str) -> str:
+    """Return what another Python prints; empty if it fails, dies or hangs."""
+    keep = {name: value for name, value in os.environ.items() if name != CORE_TYPE}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *arguments],
+            env={**keep, "OPENBLAS_NUM_THREADS": "1", **environ},
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def choose_core(processor: Processor) -> str | None:
+    """Return kernels that numpy should be told to take, after trying them; None: leave it alone."""
+    core = fallback_core()
+    better = better_core(core, processor) if core else None
+    return better if better is not None and core_works(better) else None
+
+
+# ---- once numpy is loaded ------------------------------------------------------------------------
+
+
+def core_in_use() -> str | None:
+    """Return the kernels of numpy's products in this process; None if it has no OpenBLAS."""
+    import numpy
+    from threadpoolctl import threadpool_info
+
+    home = str(Path(numpy.__file__).parents[1])
+    for library in threadpool_info():
+        beside = library["filepath"].startswith((f"{home}/numpy.libs", f"{home}/numpy/"))
+        if library["internal_api"] == "openblas" and beside:
+            return str(library["architecture"])
+    return None
+
+
+def product_error(size: int = 192) -> float:
+    """Return the largest error of a float32 product of numpy, relative to float64's largest."""
+    import numpy as np
+
+    rng = np.random.Generator(np.random.Philox(key=1))
+    a, b = rng.standard_normal((2, size, size)).astype(np.float32)
+    exact = np.einsum("ik,kj->ij", a.astype(np.float64), b.astype(np.float64))
+    return float(np.abs(a @ b - exact).max() / np.abs(exact).max())
+
+
+def kernel_problem(
+    core: str | None, processor: Processor, environ: Mapping[str, str] = os.environ
+) -> str:
+    """Say in one line that numpy's products take the kernels `core` though better ones would run.
+
+    Returns "" where they are good, or where nothing better is known.
+    """
+    better = better_core(core, processor) if core else None
+    best = processor.vector_set
+    if better is None or best is None:
+        return ""
+    chosen = environ.get(CORE_TYPE)
+    why = f"{CORE_TYPE}={chosen}" if chosen else "OpenBLAS does not know this processor"
+    remedy = f"unset it or set {CORE_TYPE}={better}" if chosen else f"set {CORE_TYPE}={better}"
+    return (
+        f"numpy's matrix products take the kernels {core} ({why}), which leave {best[0]} unused: "
+        f"sampling is several times slower; {remedy}"
+    )
+
+
+def require_sound_products(processor: Processor) -> str:
+    """Check numpy's kernels before work that depends on them; return a warning, or "".
+
+    Raises `UserError` where a product in float32 is wrong.
+    """
+    core = core_in_use()
+    if (error := product_error()) > PRODUCT_TOLERANCE:
+        raise UserError(
+            f"numpy's matrix products are wrong on this processor, by {error:.1e} of the largest "
+            f"value, with the kernels {core or 'of its library'}: set {CORE_TYPE}=Haswell or "
+            "another of OpenBLAS's core types, and look at `doctor`"
+        )
+    return kernel_problem(core, processor)
