@@ -11,6 +11,7 @@ import rich.console
 import rich.table
 
 from ernie_train.core import blas, cpu, devices, environment
+from ernie_train.core.terminal import Terminal
 from ernie_train.rewards.sandbox import SandboxUnavailable, layer_in_force
 
 MATMUL_SIZE = 2048
@@ -221,4 +222,4 @@ def print_doctor_report(
         cells = ["" if name == last else name, value, advice]
         table.add_row(*map(rich.text.Text, cells), style="yellow" if advice else "")
         last = name
-    (console or rich.console.Console()).print(table)
+    (console or Terminal()).print(table)

@@ -13,12 +13,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
+from ernie_train.cli.arguments import (
+    Model,
+    Overrides,
+    RecipePath,
+    Referee,
+    Seed,
+    TopP,
+    number,
+    referee_interpreter,
+    temperature_option,
+    usage_message,
+    whole_number,
+)
 from ernie_train.cli.run import RunCommand, print_status
 from ernie_train.core import process_group
-from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError
+from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
+from ernie_train.core.terminal import Terminal, printable
 from ernie_train.launch import LaunchSettings, print_error
 from ernie_train.launch.rank_files import RankReporter, is_supervised
 
@@ -28,22 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-RecipePath = Annotated[Path, typer.Argument(help="a YAML recipe")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings to change: stages.sft.optim.lr=1e-4 ...")
-]
-Model = Annotated[
-    Path, typer.Argument(help="a Hugging Face directory, a checkpoint or a run directory")
-]
-Referee = Annotated[
-    str | None,
-    typer.Option(
-        envvar="ERNIE_TRAIN_REFEREE",
-        help="a Python interpreter with torch and transformers, or its environment's directory: "
-        "the export is then proven by transformers",
-    ),
-]
 
 
 @dataclass
@@ -60,7 +57,7 @@ def _common_options(
 ) -> None:
     context.ensure_object(CommonOptions).debug = debug
     level = logging.DEBUG if debug else logging.WARNING
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=debug)
+    handler = RichHandler(console=Terminal(stderr=True), show_time=False, show_path=debug)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
@@ -78,25 +75,33 @@ def run(
     last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
     referee: Referee = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="start this many ranks on this machine")
+        int | None, whole_number(min=1, help="start this many ranks on this machine")
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="restarts when a rank dies or hangs")
+        int, whole_number(min=0, help="restarts when a rank dies or hangs")
     ] = LaunchSettings.max_restarts,
     hang_timeout_s: Annotated[
-        float, typer.Option(min=3, help="a rank without a sign of life for this long has hung")
+        float, number(min=3, help="a rank without a sign of life for this long has hung")
     ] = LaunchSettings.hang_timeout_s,
-    nnodes: Annotated[int, typer.Option(min=1, help="machines")] = LaunchSettings.nnodes,
+    nnodes: Annotated[int, whole_number(min=1, help="machines")] = LaunchSettings.nnodes,
     master: Annotated[
         str | None, typer.Option(help="address:port on one of the machines")
     ] = LaunchSettings.master,
     node_rank: Annotated[
-        int, typer.Option(min=-1, help="number of this machine; -1: in order of arrival")
+        int, whole_number(min=-1, help="number of this machine; -1: in order of arrival")
     ] = LaunchSettings.node_rank,
 ) -> None:
     """Run a recipe's stages; run again on the same directory it continues."""
-    command = RunCommand(recipe, overrides or [], run_dir, first, last, _interpreter(referee))
-    settings = LaunchSettings(nproc or 1, nnodes, master, node_rank, max_restarts, hang_timeout_s)
+    python = referee_interpreter(referee)
+    command = RunCommand(recipe, overrides or [], run_dir, first, last, python)
+    settings = LaunchSettings(
+        nproc=nproc or 1,
+        nnodes=nnodes,
+        master=master,
+        node_rank=node_rank,
+        max_restarts=max_restarts,
+        hang_timeout_s=hang_timeout_s,
+    )
     if nproc is not None:
         debug = context.ensure_object(CommonOptions).debug
         raise typer.Exit(command.launch(settings, _console(stderr=True), debug=debug))
@@ -118,30 +123,30 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="ranks; default 8")] = None,
+    gpus: Annotated[int | None, whole_number(min=1, help="ranks; default 8")] = None,
     gpu_memory_gb: Annotated[
-        float | None, typer.Option(min=0.001, help="memory of a rank; default 80")
+        float | None, number(min=0.001, help="memory of a rank; default 80")
     ] = None,
     expert: Annotated[
-        int | None, typer.Option(min=1, help="only layouts of this expert degree")
+        int | None, whole_number(min=1, help="only layouts of this expert degree")
     ] = None,
     gradients: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; default as the weights")
     ] = None,
     document_tokens: Annotated[
-        int | None, typer.Option(min=1, help="mean length of packed documents; default a row")
+        int | None, whole_number(min=1, help="mean length of packed documents; default a row")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=1e-6, help="what a rank achieves in training")
+        float | None, number(min=1e-6, help="what a rank achieves in training")
     ] = None,
     interconnect_gbps: Annotated[
-        float | None, typer.Option(min=1e-6, help="Gbit/s that a rank sends to others")
+        float | None, number(min=1e-6, help="Gbit/s that a rank sends to others")
     ] = None,
     between_gbps: Annotated[
-        float | None, typer.Option(min=1e-6, help="the same, to ranks of other machines")
+        float | None, number(min=1e-6, help="the same, to ranks of other machines")
     ] = None,
     memory_gb_per_s: Annotated[
-        float | None, typer.Option(min=1e-6, help="GB/s that a rank reads from its memory")
+        float | None, number(min=1e-6, help="GB/s that a rank reads from its memory")
     ] = None,
 ) -> None:
     """Show how a recipe fits a cluster: memory, traffic and time of every layout."""
@@ -149,9 +154,16 @@ def plan(
     from ernie_train.run.recipe import load_recipe
 
     settings = PlanSettings(
-        gpus, gpu_memory_gb, expert, gradients, document_tokens,
-        tflops, interconnect_gbps, between_gbps, memory_gb_per_s,
-    )  # fmt: skip
+        ranks=gpus,
+        memory_gb=gpu_memory_gb,
+        expert=expert,
+        gradients=gradients,
+        document_tokens=document_tokens,
+        tflops=tflops,
+        interconnect_gbps=interconnect_gbps,
+        between_gbps=between_gbps,
+        memory_gb_per_s=memory_gb_per_s,
+    )
     print_plan(load_recipe(recipe, overrides), settings, _console())
 
 
@@ -168,14 +180,14 @@ def evaluate(
         "data/test"
     ),
     tasks: Annotated[str | None, typer.Option(help="only these tasks or domains: math,aiw")] = None,
-    n: Annotated[int, typer.Option(min=1, help="completions a problem, for pass@n")] = 1,
-    max_examples: Annotated[int | None, typer.Option(min=1, help="problems of each task")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    n: Annotated[int, whole_number(min=1, help="completions a problem, for pass@n")] = 1,
+    max_examples: Annotated[int | None, whole_number(min=1, help="problems of each task")] = None,
+    max_new_tokens: Annotated[int, whole_number(min=1)] = 128,
+    batch_size: Annotated[int, whole_number(min=1)] = 256,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="default 0 for n=1, else 1")
+        float | None, temperature_option(help="default 0 for n=1, else 1")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="write samples here, as JSONL")] = None,
 ) -> None:
     """Solve held-out problems and print accuracy by task."""
@@ -215,10 +227,10 @@ def score(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="what to ask")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[int, whole_number(min=1)] = 256,
+    temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     raw: Annotated[
         bool, typer.Option(help="continue the text itself, without chat format")
     ] = False,
@@ -235,7 +247,7 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    print(text)
+    print(printable(text))
 
 
 @app.command()
@@ -249,7 +261,7 @@ def export(
     """Write a Hugging Face directory and prove it by reading it back."""
     from ernie_train.cli.model import export_model
 
-    export_model(model, out, dtype, max_shard_size, _interpreter(referee), _console())
+    export_model(model, out, dtype, max_shard_size, referee_interpreter(referee), _console())
 
 
 @app.command()
@@ -260,32 +272,21 @@ def doctor() -> None:
     print_doctor_report(doctor_report())
 
 
-def _interpreter(referee: str | None) -> str | None:
-    """Return the interpreter that `--referee` names, itself or by its environment's directory."""
-    if referee is None:
-        return None
-    path = Path(referee)
-    python = path / "bin" / "python" if path.is_dir() else path
-    if not python.exists():
-        raise UserError(f"--referee {referee}: there is no interpreter at {python}")
-    return str(python)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its status; a mistake is one message without a traceback."""
     reporter = RankReporter.of_this_process()
     if reporter is None:
         status, message = _run(arguments)
         if message:
-            print_error(Console(stderr=True), message)
+            print_error(Terminal(stderr=True), message)
         sys.exit(status)
     reporter.start()
     reporter.finish(*_run(arguments))
 
 
-def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a console without markup: paths and layouts may hold brackets."""
-    return Console(stderr=stderr, quiet=quiet, markup=False)
+def _console(*, stderr: bool = False, quiet: bool = False) -> Terminal:
+    """Return a console on which foreign text is harmless."""
+    return Terminal(stderr=stderr, quiet=quiet)
 
 
 def _run(arguments: list[str] | None) -> tuple[int, str]:
@@ -300,9 +301,10 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
     except KeyboardInterrupt:
         return 1, "interrupted before anything was saved since the last checkpoint"
     except Exception as error:  # anything else is a defect: one line, unless --debug asks for more
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # a mistake in the arguments
-            error.show()
-            return error.exit_code, ""
+        if hasattr(error, "exit_code") and hasattr(error, "ctx"):  # a mistake in the arguments
+            return error.exit_code, usage_message(error)
+        if isinstance(error, OSError) and (mistake := wrong_path(error)):
+            return _failure(mistake, mistake.exit_status, debug=options.debug)
         hint = " (a defect; --debug shows where)"
         return _failure(error, 1, hint, debug=options.debug)
     return result if isinstance(result, int) else 0, ""
@@ -317,6 +319,6 @@ def _failure(
     if (on_main_too and not is_supervised()) or isinstance(error, FailedElsewhere):
         return exit_status, ""  # another rank prints the message
     if debug:
-        Console(stderr=True).print_exception()
+        Terminal(stderr=True).print_exception()
     kind = "" if isinstance(error, ErnieTrainError) else f"{type(error).__name__}: "
     return exit_status, f"{kind}{error}{hint}"

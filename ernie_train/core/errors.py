@@ -110,9 +110,26 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
 
 
+# Reasons that lie in a path itself, or in what is there; not in a full disk or a broken one.
+_WRONG_PATH = {
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES,
+    errno.EPERM, errno.ENXIO,
+}  # fmt: skip
+
+
+def wrong_path(error: OSError) -> UserError | None:
+    """Return the message for a path that a user gave and that cannot be used, else None."""
+    if error.filename is None or error.errno not in _WRONG_PATH:
+        return None
+    return UserError(f"{error.filename}: {error.strerror}")
+
+
 @contextmanager
 def storage_errors(what: str, path: Path) -> Iterator[None]:
-    """Turn an `OSError` inside into a `StorageError` that says what failed, where and why."""
+    """Turn an `OSError` inside into a `StorageError` that says what failed, where and why.
+
+    A path that no disk could hold becomes a `UserError`.
+    """
     try:
         yield
     except OSError as error:
@@ -123,6 +140,8 @@ def storage_errors(what: str, path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"{what}: no permission to write: {path}") from error
         reason = error.strerror or str(error)
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"{what}: {reason}: {error.filename or path}") from error
         raise StorageError(f"{what}: {reason}: {error.filename or path}") from error
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ernie_train.core.config import StrictConfig
 from ernie_train.core.errors import DataError
+from ernie_train.core.terminal import Terminal
 from ernie_train.data.chat import drop_thinking, encode_chat, require_chat_tokens
 from ernie_train.data.documents import DocumentBuilder, Documents
 from ernie_train.data.formats import Record
@@ -246,7 +246,7 @@ def _nothing_left(reports: list[SourceReport]) -> str:
 
 def _with_progress(records: Iterator[Record], read: ReadReport) -> Iterator[Record]:
     """Yield the records; show a progress bar in a terminal if reading takes longer."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     started = time.monotonic()
     for record in records:
         yield record

@@ -20,6 +20,7 @@ import rich.console
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, storage_errors
 from ernie_train.core.progress import ProgressDisplay
+from ernie_train.core.terminal import Terminal
 from ernie_train.io.files import write_text
 
 FILE_NAME = "metrics.jsonl"
@@ -148,7 +149,7 @@ class MetricsWriter:
         self._last_step = resume_step if resume_step is not None else -1
         self._scalars = _VisualDL(directory / "visualdl", rows) if visualdl else None
         self._display = ProgressDisplay(
-            console or rich.console.Console(),
+            console or Terminal(),
             bar=terminal,
             label=label,
             unit="step",

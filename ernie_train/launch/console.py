@@ -11,7 +11,9 @@ from contextlib import suppress
 from typing import IO, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+
+from ernie_train.core.terminal import message_text
 
 
 class SafeConsole:
@@ -23,11 +25,11 @@ class SafeConsole:
 
     def print(self, text: str) -> None:
         """Print a text as it is, without markup or line breaks in paths."""
-        self._write(text, markup=False)
+        self._write(message_text(text))
 
     def error(self, message: str) -> None:
         """Print why a command ends."""
-        self._write(f"[bold red]error:[/] {escape(message)}", markup=True)
+        self._write(Text.assemble(("error:", "bold red"), " ", message_text(message)))
 
     def warn_once(self, name: str, error: OSError) -> None:
         """Print, the first time for this name, that it cannot be written."""
@@ -35,10 +37,10 @@ class SafeConsole:
             self._warned.add(name)
             self.print(f"{name} cannot be written any more: {error.strerror or error}")
 
-    def _write(self, text: str, *, markup: bool) -> None:
+    def _write(self, text: str | Text) -> None:
         # rich exits the process on a broken pipe, so it renders to memory.
         with self._console.capture() as captured:
-            self._console.print(text, markup=markup, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         try:
             self._console.file.write(captured.get())
             self._console.file.flush()

@@ -26,6 +26,7 @@ from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
 from ernie_train.core.process_group import Grid
 from ernie_train.core.signals import StopFlag
+from ernie_train.core.terminal import Terminal
 from ernie_train.data import Tokenizer, load_tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.io.files import fingerprint, write_json, write_text
@@ -55,7 +56,7 @@ class Pipeline:
     def __init__(self, recipe: Recipe, run_dir: Path, console: Console, referee: str | None = None):
         self.recipe = recipe
         self.run_dir = run_dir
-        self.console = console if process_group.is_main() else Console(quiet=True)
+        self.console = console if process_group.is_main() else Terminal(quiet=True)
         self.referee = referee
         self.base_dir = Path.cwd()
 

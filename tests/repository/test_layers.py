@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 
 PACKAGES: dict[str, str] = {
-    "core": "errors signals processes progress blas cpu devices environment barrier"
+    "core": "errors terminal signals processes progress blas cpu devices environment barrier"
     " worker_pool yaml config process_group consensus",
     "io": "files metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
@@ -42,7 +42,7 @@ PACKAGES: dict[str, str] = {
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages recipe lineage check referee_script export render finalize pipeline",
     "plan": "layout workload memory cost search tables command",
-    "cli": "doctor model score run main",
+    "cli": "arguments doctor model score run main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16
@@ -56,7 +56,7 @@ INDEPENDENT = {
 }
 # Numpy at most: these start fast and run in workers that must not load Paddle.
 WITHOUT_PADDLE = {
-    "core.errors", "core.yaml", "core.config",
+    "core.errors", "core.terminal", "core.yaml", "core.config",
     "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
     "core.cpu", "core.blas", "io.files", "launch", "data", "rewards",
 }  # fmt: skip

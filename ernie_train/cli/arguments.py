@@ -1,0 +1,108 @@
+"""Arguments and options that several verbs share, and how a mistake in them is told."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ernie_train.core.errors import UserError
+from ernie_train.core.terminal import one_line
+
+MOST = 2**31 - 1  # of a count or a seed
+LEAST_TEMPERATURE = 1e-3  # logits divided by less overflow
+_PROBE = (
+    "from importlib.util import find_spec as f; print('missing:', *(n for n in "
+    "('torch', 'transformers') if f(n) is None))"
+)
+_PROBE_TIMEOUT_S = 60
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number that can be used")
+    return value
+
+
+def _temperature(value: float | None) -> float | None:
+    if value is not None and 0 < value < LEAST_TEMPERATURE:
+        raise typer.BadParameter(f"{value} is too near to 0, which is greedy")
+    return _finite(value)
+
+
+def _top_p(value: float) -> float:
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"it must lie in (0, 1], got {value}; --temperature 0 is greedy")
+    return value
+
+
+# Options with a whole number from `min` to what 31 bits hold, with a finite number, and so on.
+whole_number: Callable[..., Any] = partial(typer.Option, max=MOST)
+number: Callable[..., Any] = partial(typer.Option, callback=_finite)
+temperature_option: Callable[..., Any] = partial(
+    typer.Option, min=0, max=100, callback=_temperature
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="a YAML recipe")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings to change: stages.sft.optim.lr=1e-4 ...")
+]
+Model = Annotated[
+    Path, typer.Argument(help="a Hugging Face directory, a checkpoint or a run directory")
+]
+TopP = Annotated[
+    float, typer.Option(callback=_top_p, help="above 0: only the likeliest tokens of this mass")
+]
+Seed = Annotated[int, whole_number(min=0)]
+Referee = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ERNIE_TRAIN_REFEREE",
+        help="a Python interpreter with torch and transformers, or its environment's directory: "
+        "the export is then proven by transformers",
+    ),
+]
+
+
+def referee_interpreter(referee: str | None) -> str | None:
+    """Return the interpreter that `--referee` names, itself or by its environment's directory.
+
+    It is tried before the work that it is to prove. Raises `UserError` if it is no Python with
+    torch and transformers.
+    """
+    if referee is None:
+        return None
+    path, shown = Path(referee), one_line(referee)
+    try:
+        python = path / "bin" / "python" if path.is_dir() else path
+        done = subprocess.run(
+            [str(python), "-c", _PROBE],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise UserError(f"--referee {shown}: there is no interpreter at {python}") from None
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--referee {shown}: it cannot be started: {reason}") from None
+    said, _, missing = done.stdout.decode(errors="replace").partition("missing:")
+    if done.returncode != 0 or said or not done.stdout:
+        raise UserError(f"--referee {shown}: it is no Python interpreter")
+    if missing.strip():
+        raise UserError(f"--referee {shown}: it lacks {missing.strip().replace(' ', ' and ')}")
+    return str(python)
+
+
+def usage_message(error: Any) -> str:
+    """Return the message of typer's error about an argument, with the command that helps."""
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    message = error.format_message()
+    return f"{message}{hint}" if message else ""  # without any argument the help was shown
