@@ -9,7 +9,7 @@ from ernie_train.eval.evaluation import (
     require_verifiers,
 )
 from ernie_train.eval.gates import check_gate, evaluation_metrics, known_metrics
-from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
+from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row, user_prompt
 
 __all__ = [
     "EvalConfig",
@@ -24,4 +24,5 @@ __all__ = [
     "load_problems",
     "problem_row",
     "require_verifiers",
+    "user_prompt",
 ]

@@ -14,7 +14,8 @@ from rich.console import Console
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.progress import progress_bar
 from ernie_train.data import Record, Tokenizer, read_records
-from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row
+from ernie_train.data.completion_format import parse_completion
+from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row, user_prompt
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.sharded import generate_sharded, score_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -49,6 +50,8 @@ class TaskResult:
     baseline: float  # accuracy of always giving the task's most frequent answer
     truncated: float  # share of completions without a stop token
     excluded: dict[str, int]
+    completions: int = 0
+    unclosed: int = 0  # completions without an end of the thinking part: they are never right
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def evaluate(
     tasks: dict[tuple[str, str], list[Any]] = {}
     for row in rows:
         tasks.setdefault((row[0].fields["domain"], row[0].fields["task"]), []).append(row)
-    results = [_task_result(*key, tasks[key], config.samples) for key in sorted(tasks)]
+    results = [_task_result(*key, tasks[key], config) for key in sorted(tasks)]
     return Evaluation(results, [_sample(*row) for row in rows])
 
 
@@ -196,7 +199,8 @@ def _ignore(done: int) -> None:
     """Show no progress."""
 
 
-def _task_result(domain: str, task: str, rows: list[Any], samples: int) -> TaskResult:
+def _task_result(domain: str, task: str, rows: list[Any], config: EvalConfig) -> TaskResult:
+    samples = config.samples
     scores: list[Score] = [score for _, _, _, score in rows]
     valid = [score for score in scores if score.status in ("correct", "wrong")]
     excluded = Counter(s.status for s in scores if s.status not in ("correct", "wrong"))
@@ -211,6 +215,11 @@ def _task_result(domain: str, task: str, rows: list[Any], samples: int) -> TaskR
         baseline=answers.most_common(1)[0][1] / len(groups),
         truncated=sum(not c.finished for _, _, c, _ in rows) / len(rows),
         excluded={str(status): count for status, count in excluded.items()},
+        unclosed=sum(
+            config.thinking and not parse_completion(text).finished_thinking
+            for _, text, _, _ in rows
+        ),
+        completions=len(rows),
     )
 
 
@@ -218,7 +227,7 @@ def _sample(record: Record, text: str, completion: Completion, score: Score) -> 
     return {
         "task": record.fields["task"],
         "source": record.source,
-        "prompt": record.messages[0]["content"],
+        "prompt": user_prompt(record),
         "completion": text,
         "tokens": len(completion.ids),
         "status": score.status,

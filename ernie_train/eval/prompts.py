@@ -16,6 +16,13 @@ def encode_prompt(tokenizer: Tokenizer, record: Record, *, thinking: bool) -> li
     return prompt_ids(tokenizer, messages, record.tools, thinking=thinking)
 
 
+def user_prompt(record: Record) -> str:
+    """Return the text of the last user turn that is asked, for people who read samples."""
+    asked = record.prompt_messages
+    turns = [m for m in asked if m["role"] == "user"] or asked
+    return str(turns[-1]["content"])
+
+
 def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
     """Return the text of a completion without its stop token.
 

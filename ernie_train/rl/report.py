@@ -12,6 +12,7 @@ import numpy as np
 from ernie_train.core.errors import WarnOnce, storage_errors
 from ernie_train.data import Record
 from ernie_train.eval.evaluation import EvalConfig, evaluate
+from ernie_train.eval.prompts import user_prompt
 from ernie_train.losses import PairCounts
 from ernie_train.rl.batch import RolloutBatch
 from ernie_train.rl.config import UpoConfig
@@ -141,7 +142,7 @@ def append_samples(
         row = {
             "step": iteration,
             "task": c.task,
-            "prompt": prompts[c.prompt].record.prompt_messages[-1]["content"],
+            "prompt": user_prompt(prompts[c.prompt].record),
             "completion": c.text,
             "tokens": len(c.completion_ids),
             "finished": c.finished,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
-from ernie_train.io.files import fingerprint, write_json, write_jsonl
+from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import Receipt, export
-from ernie_train.run.lineage import Lineage
+from ernie_train.run.lineage import Lineage, hash_files
 from ernie_train.run.recipe import EvaluationConfig, Recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line, stage_table
 
@@ -115,18 +116,20 @@ class Finalizer:
         self, settings: EvaluationConfig, path: Path, lineage: Lineage, title: str
     ) -> dict[str, Any]:
         """Return the result in `path` or after the last stage, if it is of this model, or solve."""
-        identity = _identity(settings, lineage)
-        places = (path, self._stage_file(len(self.recipe.stages) - 1))
-        kept = consensus.run_on_main(
-            lambda: [found for p in places if (found := _read_if_same(p, identity))]
-        )
-        if kept:
-            return kept[0]
+        identity = self._evaluation_identity(settings, lineage)
+        last_stage = self._stage_file(len(self.recipe.stages) - 1)
+        if kept := consensus.run_on_main(lambda: _read_kept((path, last_stage), identity)):
+            return kept
         solved = self._solve(settings, self.model, settings.max_examples, title)
         result = {"identity": identity, "trained": solved.to_dict()}
         consensus.run_on_main(lambda: write_jsonl(path.with_name(SAMPLES), solved.samples))
         _write_on_main(path, result)
         return result
+
+    def _evaluation_identity(self, settings: EvaluationConfig, lineage: Lineage) -> str:
+        """Return a hash of the model, of the settings and of the problems, wherever they lie."""
+        problems = consensus.run_on_main(lambda: hash_files([Path(settings.path)]))
+        return _identity(settings, lineage, problems, without={"path"})
 
     def _solve(
         self,
@@ -167,11 +170,25 @@ def _read_if_same(path: Path, identity: str) -> dict[str, Any] | None:
     return before if before is not None and before.get("identity") == identity else None
 
 
+def _read_kept(places: tuple[Path, ...], identity: str) -> dict[str, Any] | None:
+    """Return the first result of this identity; its samples go beside the first of `places`."""
+    for place in places:
+        if (found := _read_if_same(place, identity)) is not None:
+            samples, wanted = place.with_name(SAMPLES), places[0].with_name(SAMPLES)
+            if samples != wanted and samples.exists():
+                write_text(wanted, samples.read_text(encoding="utf-8"))
+            return found
+    return None
+
+
 def _write_on_main(path: Path, result: dict[str, Any]) -> None:
     """Write on rank 0; the other ranks wait until the file is there."""
     consensus.run_on_main(lambda: write_json(path, result))
 
 
-def _identity(settings: BaseModel, lineage: Lineage, *more: str | None) -> str:
+def _identity(
+    settings: BaseModel, lineage: Lineage, *more: str | None, without: Set[str] = frozenset()
+) -> str:
     """Return a hash of all that a result depends on. It is on disk: keep it stable."""
-    return fingerprint([settings.model_dump(mode="json"), lineage.to_dict(), *more])
+    values = settings.model_dump(mode="json", exclude=set(without))
+    return fingerprint([values, lineage.to_dict(), *more])

@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from ernie_train.run.export import RECEIPT, Receipt
 from ernie_train.run.recipe import Recipe
@@ -50,10 +51,26 @@ def evaluation_table(result: dict[str, Any], samples: int = 1) -> Group:
         for task in trained["tasks"]
         for status, n in task["excluded"].items()
     ]
-    return Group(tasks, domains, *lines)
+    return Group(tasks, domains, *lines, *_unclosed_lines(trained))
 
 
-def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+def _unclosed_lines(evaluation: dict[str, Any]) -> list[Text]:
+    """Return a line on completions that never closed the thinking part, if there are any."""
+    tasks = [task for task in evaluation["tasks"] if task.get("unclosed")]
+    if not tasks:
+        return []
+    unclosed = sum(task["unclosed"] for task in tasks)
+    of_all = sum(task["completions"] for task in evaluation["tasks"])
+    line = f"{unclosed} of {of_all} completions never closed the thinking part"
+    if len(tasks) < len(evaluation["tasks"]):
+        line += " (" + ", ".join(f"{t['task']}: {t['unclosed']}" for t in tasks) + ")"
+    if 2 * unclosed < of_all:
+        return [Text(line)]
+    remedy = "give more new tokens, or train the Thinking format first"
+    return [Text(f"{line}, so that no verifier saw an answer: {remedy}", "yellow")]
+
+
+def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Group:
     """Return a table of accuracy after each stage, with the gain of the last stage."""
     table = _table("solved, in %", "domain", "task", *(name for name, _ in results))
     if len(results) > 1:
@@ -72,7 +89,7 @@ def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     for domain in evaluations[-1]["domains"]:
         add(domain, "all", [e["domains"][domain]["accuracy"] for e in evaluations])
     add("all", "mean", [evaluation["mean_accuracy"] for evaluation in evaluations])
-    return table
+    return Group(table, *_unclosed_lines(evaluations[-1]))
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -12,7 +12,7 @@ from ernie_train.cli.main import main
 from ernie_train.core.errors import GateError
 from ernie_train.eval.gates import check_gate
 from ernie_train.train.stage import Gate
-from tests.workspace import make_workspace
+from tests.workspace import make_workspace, rows, write_rows
 
 
 def evaluation(**accuracies: float) -> dict:
@@ -38,6 +38,12 @@ def test_a_domain_must_not_fall_by_more_than_the_bound():
     check_gate(gate, "rl", evaluation(logic=0.9, math=0.76), before)
     with pytest.raises(GateError, match=r"eval/math fell from 0\.800 to 0\.740"):
         check_gate(gate, "rl", evaluation(logic=0.9, math=0.74), before)
+
+
+@pytest.fixture(autouse=True)
+def _own_reader(monkeypatch):
+    """Exports are read back by this toolkit alone: test_export lets transformers do it."""
+    monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,28 @@ def test_a_stage_that_misses_its_gate_stops_the_pipeline_until_the_gate_changes(
     last = json.loads((directory / "02-more/evaluation.json").read_text())
     final = json.loads((directory / "evaluation.json").read_text())
     assert final["trained"] == last["trained"], "the last stage's problems are not solved twice"
+
+
+def test_new_problems_under_the_same_path_are_solved_and_moved_ones_are_not(workspace, tmp_path):
+    recipe, directory = workspace / "recipe.yaml", tmp_path / "run"
+    problems = tmp_path / "problems.jsonl"
+    write_rows(problems, rows(6, seed=8))
+    at = f"evaluation.path={problems}"
+    gated = "stages.1.gate={metric: eval/product, at_least: 0.0}"
+    assert run("run", recipe, "--run-dir", directory, at) == 0
+    files = ["01-sft/evaluation.json", "02-more/evaluation.json", "evaluation.json"]
+    before = [(directory / name).read_bytes() for name in files]
+    moved = problems.rename(tmp_path / "moved.jsonl")
+    assert run("run", recipe, "--run-dir", directory, f"evaluation.path={moved}") == 0
+    assert [(directory / name).read_bytes() for name in files] == before
+    write_rows(problems, [{**row, "task": "product"} for row in rows(9, seed=9)])
+    assert run("run", recipe, "--run-dir", directory, at, gated) == 0
+    for name in files:
+        (task,) = json.loads((directory / name).read_text())["trained"]["tasks"]
+        assert (task["task"], task["problems"]) == ("product", 5), name
+    assert "| math | product | 5 |" in (directory / "export/README.md").read_text()
+    samples = (directory / "evaluation_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["task"] for line in samples] == ["product"] * 5
 
 
 @pytest.mark.parametrize(

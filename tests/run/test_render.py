@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ernie_train.run.render import evaluation_table
+from ernie_train.run.render import evaluation_table, stage_table
 
 
 def printed(result: dict[str, Any], **options: int) -> list[list[str]]:
@@ -37,3 +37,22 @@ def test_several_samples_show_pass_at_k() -> None:
 def test_one_sample_shows_the_untrained_model_beside_it() -> None:
     rows = printed({"trained": result(), "untrained": result(accuracy=0.0)})
     assert ["math", "sum", "8", "25.0", "12.5", "0.0", "100.0"] in rows
+
+
+def test_completions_that_never_close_the_thinking_part_are_told() -> None:
+    def lines(**changes: int) -> list[str]:
+        return [" ".join(row) for row in printed({"trained": result(**changes)})]
+
+    assert not any("thinking" in line for line in lines(unclosed=0, completions=8))
+    few = lines(unclosed=3, completions=8)
+    assert "3 of 8 completions never closed the thinking part" in few
+    all_of_them = " ".join(lines(unclosed=8, completions=8))
+    assert "8 of 8 completions never closed the thinking part, so that no verifier" in all_of_them
+    other = {**result()["tasks"][0], "task": "product", "unclosed": 0, "completions": 8}
+    both = result(unclosed=8, completions=8)
+    rows = printed({"trained": {**both, "tasks": [*both["tasks"], other]}})
+    assert any("part (sum: 8)" in " ".join(row) for row in rows)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(stage_table([("sft", {"trained": result(unclosed=8, completions=8)})]))
+    assert isinstance(console.file, io.StringIO)
+    assert "8 of 8 completions never closed" in console.file.getvalue()
