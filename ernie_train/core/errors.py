@@ -113,7 +113,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 # Reasons that lie in a path itself, or in what is there; not in a full disk or a broken one.
 _WRONG_PATH = {
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES,
-    errno.EPERM, errno.ENXIO,
+    errno.EPERM, errno.ENXIO, errno.ENOTSUP,
 }  # fmt: skip
 
 

@@ -15,6 +15,12 @@ from typing import Any
 import yaml
 
 from ernie_train.core.errors import ConfigError
+from ernie_train.core.foreign_files import read_text
+from ernie_train.core.terminal import one_line
+
+MOST_BYTES = 2**19  # of a file of settings; PyYAML takes seconds for it
+MOST_DEPTH = 100  # of lists and sections within each other
+MOST_VALUES = 100_000  # in a file of settings, each alias counted with all that it stands for
 
 _INT = re.compile(r"[-+]?[0-9](_?[0-9])*$")
 _FLOAT = re.compile(
@@ -72,7 +78,7 @@ def parse_yaml(text: str, source: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _check_nodes(node, source, ())
+        _NodeCheck(source).visit(node)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -87,28 +93,52 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError("nested too deeply", source) from None
 
 
-def _check_nodes(node: yaml.Node, source: str, parents: tuple[yaml.Node, ...]) -> None:
-    """Refuse duplicate keys, keys that are no text, and aliases that hold themselves."""
-    place = f"{source}:{node.start_mark.line + 1}"
-    if node in parents:
-        raise ConfigError("an alias (*name) holds itself; write the value out", place)
-    if node.tag not in _PLAIN_TAGS:
-        raise ConfigError(f"the tag {node.tag} is not allowed; write a plain value", place)
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _check_nodes(child, source, (*parents, node))
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen = set()
-    for key, child in node.value:
-        place = f"{source}:{key.start_mark.line + 1}"
-        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-            text = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            raise ConfigError(f"a key must be text, got {text}; quote it", place)
-        if key.value in seen:
-            raise ConfigError(f"the key '{key.value}' stands twice; keep one of them", place)
-        seen.add(key.value)
-        _check_nodes(child, source, (*parents, node))
+class _NodeCheck:
+    """Refuses duplicate keys, keys that are no text, and aliases that hold themselves or multiply.
+
+    Each node is visited once, however many aliases lead to it.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        # Values in a node and how deep they lie, aliases written out; None while it is visited.
+        self._extent: dict[yaml.Node, tuple[int, int] | None] = {}
+
+    def visit(self, node: yaml.Node) -> tuple[int, int]:
+        place = f"{self._source}:{node.start_mark.line + 1}"
+        if node in self._extent:
+            if (known := self._extent[node]) is None:
+                raise ConfigError("an alias (*name) holds itself; write the value out", place)
+            return known
+        if node.tag not in _PLAIN_TAGS:
+            tag = one_line(node.tag)
+            raise ConfigError(f"the tag {tag} is not allowed; write a plain value", place)
+        self._extent[node] = None
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            self._check_keys(node)
+            children = [child for _, child in node.value]
+        inside = [self.visit(child) for child in children]
+        size = 1 + sum(count for count, _ in inside)
+        depth = 1 + max((deep for _, deep in inside), default=0)
+        if size > MOST_VALUES:
+            raise ConfigError(f"aliases (*name) multiply to more than {MOST_VALUES} values", place)
+        if depth > MOST_DEPTH:
+            raise ConfigError("nested too deeply", place)
+        self._extent[node] = size, depth
+        return size, depth
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key, _ in node.value:
+            place = f"{self._source}:{key.start_mark.line + 1}"
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                text = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                raise ConfigError(f"a key must be text, got {one_line(text)}; quote it", place)
+            if key.value in seen:
+                name = one_line(key.value)
+                raise ConfigError(f"the key '{name}' stands twice; keep one of them", place)
+            seen.add(key.value)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -120,13 +150,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST_BYTES)
     except FileNotFoundError:
         raise ConfigError("no such file", str(path)) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text (byte {error.start})", str(path)) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", str(path)) from None
+    except ValueError as error:
+        raise ConfigError(str(error), str(path)) from None
     value = parse_yaml(text, str(path))
     if value is None:
         raise ConfigError("the file is empty", str(path))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import DataError
+from ernie_train.core.foreign_files import open_regular
 from ernie_train.data.formats import FORMATS, Record, RowError, detect_format, missing_keys
 
 __all__ = ["BadRow", "ReadReport", "Record", "read_records"]
@@ -164,7 +165,8 @@ def _rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] 
         elif file.suffix == ".json":
             yield from _json_rows(file)
         else:
-            text = file.read_bytes().decode("utf-8-sig")
+            with open_regular(file) as stream:
+                text = stream.read().decode("utf-8-sig")
             yield f"{file}:1", {"text": text}
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{file} is not a whole gzip file: {error}") from error
@@ -177,7 +179,7 @@ def _rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] 
 def _jsonl_rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     before = report.bytes_read
     with ExitStack() as stack:
-        raw = stack.enter_context(file.open("rb"))
+        raw = stack.enter_context(open_regular(file))
         lines: Iterable[bytes] = raw
         if file.suffix == ".gz":
             lines = stack.enter_context(gzip.open(raw))
@@ -191,7 +193,8 @@ def _jsonl_rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str,
 
 def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     try:
-        rows = json.loads(file.read_bytes().decode("utf-8-sig"))
+        with open_regular(file) as stream:
+            rows = json.loads(stream.read().decode("utf-8-sig"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(rows, list):

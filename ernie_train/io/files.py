@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
+from ernie_train.core.foreign_files import open_regular, read_json
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = "ernie_train 1"
@@ -50,7 +51,7 @@ def sync_path(path: Path) -> None:
 def digest_file(path: Path) -> FileDigest:
     """Return the size and SHA-256 of a file, read in chunks of 1 MiB."""
     sha, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             sha.update(chunk)
             size += len(chunk)
@@ -96,14 +97,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with `atomic_write`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    with atomic_write(path) as stream:
+        stream.write(_encoded(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write one JSON value per line with `atomic_write`."""
     with atomic_write(path) as stream:
         for row in rows:
-            stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+            stream.write(_encoded(json.dumps(row, ensure_ascii=False) + "\n"))
+
+
+def _encoded(text: str) -> bytes:
+    """Return UTF-8; half of a surrogate pair is escaped, as JSON reads it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 # ---- manifests ---------------------------------------------------------------------------------
@@ -119,7 +126,7 @@ def write_manifest(
 def fingerprint(value: Any) -> str:
     """Return the SHA-256 of a JSON-able value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_encoded(text)).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -130,12 +137,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: incomplete, it has no {MANIFEST}") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+    if manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(f"{path}: not a manifest of this program ({MANIFEST_FORMAT!r})")
     if manifest.pop("sha256", None) != fingerprint(manifest):
         raise CheckpointError(f"{path}: damaged: it does not match its own hash")

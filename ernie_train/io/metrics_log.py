@@ -19,6 +19,7 @@ import rich.console
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, storage_errors
+from ernie_train.core.foreign_files import open_regular, parse_json
 from ernie_train.core.progress import ProgressDisplay
 from ernie_train.core.terminal import Terminal
 from ernie_train.io.files import write_text
@@ -60,30 +61,38 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         CheckpointError: another line is damaged; the message names file and line.
     """
+    for line, place in _whole_lines(path):
+        yield _decode_line(line, place)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield each line with "path:number", except a last one without a newline."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+    with open_regular(path) as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
-            yield _decode_line(line, f"{path}:{number}")
+            yield line.decode("utf-8", "replace"), f"{path}:{number}"
 
 
 def _decode_line(line: str, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-        valid = isinstance(row, dict) and isinstance(row["step"], int)
-    except (ValueError, KeyError):
-        valid = False
-    if not valid:
-        raise CheckpointError(f"{place}: not a line of metrics; restore or delete the file")
-    times = row.pop("time", {})
-    return {**_numbers(row), "time": _numbers(times)}
+        row = parse_json(line)
+        times = row.pop("time", {})
+        if isinstance(row["step"], int):
+            return {**_numbers(row), "time": _numbers(times)}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise CheckpointError(f"{place}: not a line of metrics; restore or delete the file")
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with "nan", "inf" and "-inf" as numbers."""
-    return {n: _SPECIAL.get(v, v) if isinstance(v, str) else v for n, v in values.items()}
+    """Return the values with "nan", "inf" and "-inf" as numbers; `KeyError` for what is none."""
+    return {
+        name: value if isinstance(value, int | float) else _SPECIAL[value]
+        for name, value in values.items()
+    }
 
 
 def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
@@ -97,15 +106,11 @@ def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
     """
     kept: list[str] = []
     rows: list[dict[str, Any]] = []
-    if step is not None and path.exists():
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.endswith("\n"):
-                    break
-                row = _decode_line(line, f"{path}:{number}")
-                if row["step"] <= step:
-                    kept.append(line)
-                    rows.append(row)
+    for line, place in _whole_lines(path) if step is not None else ():
+        row = _decode_line(line, place)
+        if step is not None and row["step"] <= step:
+            kept.append(line)
+            rows.append(row)
     write_text(path, "".join(kept))
     return rows
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ernie_train.core.errors import CheckpointError, UserError, storage_errors
+from ernie_train.core.foreign_files import read_json
 from ernie_train.io.files import fingerprint, write_json
 
 DONE = "DONE"
@@ -154,7 +155,7 @@ def read_done(stage_dir: str | Path) -> StageDone | None:
     """
     path = Path(stage_dir) / DONE
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
         expected = value.pop("sha256")
         done = StageDone(value["settings"], value["inputs"], value["result"])
     except FileNotFoundError:

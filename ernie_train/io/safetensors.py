@@ -21,6 +21,7 @@ import safetensors
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import ConfigError, WeightsError, storage_errors
+from ernie_train.core.foreign_files import open_regular, read_json
 from ernie_train.io.files import FileDigest, digest_file, sync_path, write_json
 
 # dtype name in safetensors -> dtype in numpy
@@ -269,7 +270,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         tensor = self.stored[name]
         count = math.prod(tensor.shape)
         try:
-            with tensor.file.open("rb") as stream:
+            with open_regular(tensor.file) as stream:
                 array = np.fromfile(
                     stream, NUMPY_DTYPES[tensor.dtype], count=count, offset=tensor.offset
                 )
@@ -305,9 +306,9 @@ def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str] 
         hint = f"; {', '.join(sorted(others))} must be converted first" if others else ""
         raise WeightsError(f"{directory} has no {single.name} and no {index.name}{hint}")
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed = read_json(index)["weight_map"]
         names = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index}: damaged: no weight_map can be read ({error})") from None
     foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if foreign:
@@ -333,10 +334,10 @@ def _check_index(
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
-        # The library validates the header and the length of the file.
-        with safetensors.safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            # The library validates the header and the length of the file.
+            with safetensors.safe_open(path, framework="numpy"):
+                pass
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except safetensors.SafetensorError as error:

@@ -7,7 +7,6 @@ by name; keys that change nothing here (library versions, caching, parallel layo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import Field
 
 from ernie_train.core.config import NonNegative, Positive, PositiveInt, StrictConfig, list_problems
 from ernie_train.core.errors import ConfigError, did_you_mean
+from ernie_train.core.foreign_files import read_json
 
 MOE_MODEL_TYPE = "ernie4_5_moe"
 DENSE_MODEL_TYPE = "ernie4_5"
@@ -322,17 +322,14 @@ class Ernie4_5_MoeConfig(StrictConfig):
 def read_config_json(file: Path) -> dict[str, Any]:
     """Return the object in `file`; `ConfigError` if it is missing or is not a JSON object."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except FileNotFoundError:
         hint = "a model directory has a config.json beside its weights"
         raise ConfigError(f"no such file; {hint}", source=str(file)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not JSON: {error}", source=str(file)) from None
+    except ValueError as error:
+        raise ConfigError(str(error), source=str(file)) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", source=str(file)) from None
-    if not isinstance(data, dict):
-        raise ConfigError("must be a JSON object", source=str(file))
-    return data
 
 
 def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ comparable that differ in something else only. Shapes: P prompts, G completions 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
+from ernie_train.core.foreign_files import open_regular, parse_json
 from ernie_train.data.packing import epoch_order
 from ernie_train.eval.prompts import completion_text, problem_row
 from ernie_train.generate.engine import Completion
@@ -318,11 +318,11 @@ def read_rollout(path: Path) -> list[PromptGroup]:
     """Read the groups of a file of `write_rollout`; `CheckpointError` for anything else."""
     groups: dict[int, list[ScoredCompletion]] = {}
     try:
-        with path.open(encoding="utf-8") as stream:
+        with open_regular(path) as stream:
             for line in stream:
-                row = json.loads(line)
+                row = parse_json(line)
                 groups.setdefault(row["group"], []).append(_read_completion(row))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a rollout that can be replayed: {error}") from None
     return [groups[number] for number in sorted(groups)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from ernie_train.core import consensus, devices
 from ernie_train.core.errors import CheckpointError
+from ernie_train.core.foreign_files import read_json
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
@@ -157,7 +157,7 @@ class Finalizer:
 def read_result(path: Path) -> dict[str, Any] | None:
     """Return the result in a file, None if there is none; `CheckpointError` if it is damaged."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -12,7 +12,6 @@ models. Steps that can fail on one rank only run in `consensus.fail_together`.
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from ernie_train.io.run_dir import RunLock, StageDone, differences, read_done, w
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.check import check_fit, check_gates
-from ernie_train.run.finalize import Finalizer
+from ernie_train.run.finalize import Finalizer, read_result
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData, StageRun
@@ -144,7 +143,7 @@ class Pipeline:
             if stage.name == first or not record.exists():
                 return
             lineage = self._with_data(lineage, stage)
-            before = json.loads(record.read_text(encoding="utf-8"))
+            before = read_result(record) or {}
             now = {"settings": stage.identity(), "input": lineage.to_dict()}
             if changes := differences(before, now):
                 raise CheckpointError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from ernie_train.core.config import (
     parse_config,
 )
 from ernie_train.core.errors import CheckpointError, ConfigError
+from ernie_train.core.foreign_files import read_json
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.stages import AnyStageConfig, SftConfig
@@ -253,7 +253,7 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
 
 def _recorded_version(run_dir: Path) -> str:
     try:
-        facts = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+        facts = read_json(run_dir / ENVIRONMENT)
         commit = facts.get("code", {}).get("commit")
         return f"ernie_train {facts['ernie_train']}" + (f" at commit {commit}" if commit else "")
     except (OSError, ValueError, KeyError, AttributeError):

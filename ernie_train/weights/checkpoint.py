@@ -26,6 +26,7 @@ from pydantic import Field, field_validator
 from ernie_train.core import consensus, process_group
 from ernie_train.core.config import StrictConfig
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError, storage_errors
+from ernie_train.core.foreign_files import read_text
 from ernie_train.io.files import (
     MANIFEST,
     FileDigest,
@@ -268,12 +269,12 @@ class CheckpointStore:
         path = Path(path)
         manifest = verify_manifest(path, hashes=verify)
         try:
-            text = (path / "state.json").read_text(encoding="utf-8")
+            text = read_text(path / "state.json")
             state = json.loads(text, object_hook=_decode_tagged)
             state = _merge_state(state, _tensors(path, "state", manifest["files"]))
             optimizer = _tensors(path, "optimizer", manifest["files"])
             step, metrics = int(manifest["step"]), _read_metrics(manifest)
-        except (OSError, ValueError, KeyError, TypeError, WeightsError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, WeightsError) as error:
             raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
         return Checkpoint(path, step, state, metrics, optimizer)
 

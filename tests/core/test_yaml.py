@@ -1,6 +1,7 @@
 """YAML: scalars as in 1.2, errors with their line, writing that reads back the same."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,28 @@ def test_text_stays_text_for_readers_of_yaml_1_1(
     path = tmp_path_factory.getbasetemp() / "data.yaml"
     path.write_text(dump_yaml({"key": text}), "utf-8")
     assert yaml.safe_load(path.read_text(encoding="utf-8")) == {"key": text}
+
+
+def test_aliases_that_multiply_are_refused_at_once() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    with pytest.raises(ConfigError, match="multiply to more than 100000 values"):
+        parse_yaml("\n".join(lines), "x.yaml")
+    merged = ["a0: &a0 {x: 1}"]
+    merged += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9)]
+    with pytest.raises(ConfigError, match="multiply"):
+        parse_yaml("\n".join(merged), "x.yaml")
+    chain = ["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 2000))]
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        parse_yaml("\n".join(chain), "x.yaml")
+    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]", "x") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+def test_a_recipe_that_is_no_file_or_a_huge_one(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "huge.yaml").write_text("a: 1\n" * 200_000)
+    for name, message in (("pipe.yaml", "a pipe"), ("huge.yaml", "more than")):
+        with pytest.raises(ConfigError, match=message):
+            load_yaml(tmp_path / name)
+    with pytest.raises(ConfigError, match="too long"):
+        load_yaml("x" * 300)

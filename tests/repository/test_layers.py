@@ -16,8 +16,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 
 PACKAGES: dict[str, str] = {
-    "core": "errors terminal signals processes progress blas cpu devices environment barrier"
-    " worker_pool yaml config process_group consensus",
+    "core": "errors terminal foreign_files signals processes progress blas cpu devices environment"
+    " barrier worker_pool yaml config process_group consensus",
     "io": "files metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "configuration pylayer batch_layout rope layers kv_cache"
@@ -56,7 +56,7 @@ INDEPENDENT = {
 }
 # Numpy at most: these start fast and run in workers that must not load Paddle.
 WITHOUT_PADDLE = {
-    "core.errors", "core.terminal", "core.yaml", "core.config",
+    "core.errors", "core.terminal", "core.foreign_files", "core.yaml", "core.config",
     "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
     "core.cpu", "core.blas", "io.files", "launch", "data", "rewards",
 }  # fmt: skip

@@ -4,11 +4,11 @@
 `tokenizer_config.json` are written too; both versions then agree with SentencePiece.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ernie_train.core import foreign_files
 from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import CHAT_TEMPLATE, CONTROL_TOKENS, PLAIN_CHAT_TEMPLATE
 from ernie_train.data.completion_format import SENTENCE_END, SENTENCE_START
@@ -94,12 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: it contains anything else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return value
+        return foreign_files.read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def _is_whole(piece: SentencePiece) -> bool:

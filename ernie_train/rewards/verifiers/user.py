@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import UserError
+from ernie_train.core.foreign_files import read_text
 from ernie_train.rewards.score import Score
 
 
@@ -49,11 +50,11 @@ def find_user_reward(text: str, base_directory: Path) -> UserReward:
         raise UserError(f"reward {text!r}: expected file.py:function, like my_rewards.py:score")
     file = (base_directory / Path(name).expanduser()).resolve()
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"reward {text!r}: cannot read {file}: {error}") from None
+        tree = ast.parse(read_text(file))
     except SyntaxError as error:
         raise UserError(f"reward {text!r}: {file}:{error.lineno}: {error.msg}") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"reward {text!r}: cannot read {file}: {error}") from None
     names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
     names += [target.id for target in targets if isinstance(target, ast.Name)]
