@@ -95,8 +95,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         return foreign_files.read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON of a tokenizer: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _is_whole(piece: SentencePiece) -> bool:
