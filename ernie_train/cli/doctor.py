@@ -162,7 +162,10 @@ def check_sandbox() -> Finding:
         return Finding(name, f"none works: {unavailable}", advice)
     if layer == "bubblewrap":
         return Finding(name, layer)
-    advice = "bubblewrap stops more: apt-get install bubblewrap, and allow user namespaces"
+    advice = (
+        "bubblewrap stops more: apt-get install bubblewrap, and allow user namespaces. Programs can "
+        "still ask which paths exist, lock files that they may read, and fill the disk for seconds"
+    )
     return Finding(name, layer, advice)
 
 

@@ -242,8 +242,64 @@ def test_the_gold_answer_in_the_same_place_tells_whose_fault_it_was(slow_verifie
     assert statuses == ["wrong", "timeout", "wrong", "infrastructure", "correct"]
     assert "within 1.5 s" in scores[0].detail
     assert "a defect" in scores[3].detail
-    assert report.workers_lost == 3  # one for the first, two for the second with its gold answer
+    # Two for the first, before and after its gold answer, two for the second and its gold answer.
+    assert report.workers_lost == 4
     service.close()
+
+
+@pytest.fixture
+def failing_verifier(monkeypatch, tmp_path):
+    """`exact` raises, dies or hangs for the first `times` tries of the completion in a row."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, time\n"
+        "import ernie_train.rewards.verifiers.exact as exact\n"
+        "import ernie_train.rewards.registry as named\n"
+        "from ernie_train.rewards.score import Score\n"
+        "graded = exact.score\n"
+        "def score(row, completion):\n"
+        "    tries = pathlib.Path(row['tries'])\n"
+        "    if 'reference' in completion:\n"
+        "        return graded(row, completion)\n"
+        "    tries.write_text(tries.read_text() + 'x' if tries.exists() else 'x')\n"
+        "    if len(tries.read_text()) <= row['times']:\n"
+        "        exec(row['failure'])\n"
+        "        return Score.infrastructure('no sandbox')\n"
+        "    return graded(row, completion)\n"
+        "named.REWARDS['exact'] = score\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
+
+    def grade(failure, times):
+        row = {"answer": "12", "failure": failure, "times": times, "tries": str(tmp_path / "tries")}
+        service = ScoringService(1, item_s=1.0)
+        scores, report = service.score([("exact", row, completion("12"))])
+        service.close()
+        return scores[0], report
+
+    return grade
+
+
+@pytest.mark.parametrize("failure", [
+    "raise KeyError('x')", "raise OSError('disk')", "os.abort()", "time.sleep(60)", "pass",
+])  # fmt: skip
+def test_a_failure_that_passes_makes_no_right_completion_wrong(failing_verifier, failure):
+    score, _ = failing_verifier(failure, 1)
+    assert score == Score(1.0, "correct")
+
+
+def test_a_completion_is_blamed_for_what_it_does_again_after_its_rows_own_answer(failing_verifier):
+    score, _ = failing_verifier("raise KeyError('x')", 3)
+    assert score.status == "correct"  # fails twice before the reference, and once after it
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [("raise KeyError('x')", "wrong"), ("raise OSError('disk')", "infrastructure"),
+     ("import no_such_module", "infrastructure"), ("pass", "infrastructure")],
+)  # fmt: skip
+def test_an_error_of_the_machine_is_never_the_completions(failing_verifier, failure, status):
+    score, _ = failing_verifier(failure, 99)
+    assert score.status == status
 
 
 def test_a_stop_is_obeyed_at_once_and_the_service_goes_on(user):

@@ -18,8 +18,9 @@ bubblewrap    Own file system, process, network, IPC and user namespaces: of the
               memory. Does not stop: bugs of the kernel; use of the processor up to the limits;
               reading the files under /usr.
 Landlock      For machines that forbid namespaces. Kernel rules restrict files as above, the filter
-              forbids sockets. Does not stop: asking whether a path exists, its size and times
-              (not its content); filling the disk with many files of the permitted size until its
+              forbids sockets, and changes of modes, times and lengths by path. Does not stop:
+              asking whether a path exists, its size and times (not its content); locks on files
+              that it may read; filling the disk with many files of the permitted size until its
               time is over; threads up to its memory. Its directory is on disk.
 
 Both stop network, new processes, signals and tracing, and drop root. If neither works, no program
@@ -80,14 +81,14 @@ def current_layer() -> Layer:
 @functools.cache
 def _working_layer() -> Layer:
     layers, reasons = possible_layers()
-    for layer in layers:
+    for layer in [*layers, *layers]:  # twice: a failure may be an accident
         failure = trial(layer)
         if not failure:
             return layer
         reasons.append(f"{layer.name} does not work with {layer.interpreter}: {failure}")
     raise SandboxUnavailable(
         "programs of a model are never run without a sandbox, and none works here: "
-        + "; ".join(reasons)
+        + "; ".join(dict.fromkeys(reasons))
         + ". Where namespaces are forbidden, as default profiles of containers do, allow them, or "
         "use a kernel with Landlock (5.13 or newer)"
     )
@@ -170,27 +171,37 @@ def run_tests(
 def _in_pair(
     run: Callable[[SandboxPair], ProgramResult], limits: Limits, pooled: bool
 ) -> ProgramResult:
-    """Run a program in a pair; if it does not finish in time, find the cause.
-
-    A small known program must then get, in the same pair, at least the share of a core that the
-    limits promise (`cpu_s` in `wall_s`); if it does not, the machine was too busy.
-    """
+    """Run a program in a pair, and once more if an accident may have been the cause of its end."""
     layer = current_layer()
+    for last in (False, True):
+        try:
+            with POOL.borrow(layer, keep=pooled) as pair:
+                result, suspect = _attempt(run, pair, limits)
+        except (SandboxLost, SandboxLostDuringProgram, NoAnswerInTime, OSError) as lost:
+            text = str(lost) or "a known program does not end"
+            result, suspect = ProgramResult("infrastructure", [], text), True
+        if last or not suspect:
+            break
+    return result
+
+
+def _attempt(
+    run: Callable[[SandboxPair], ProgramResult], pair: SandboxPair, limits: Limits
+) -> tuple[ProgramResult, bool]:
+    """Return the result, and True if it may be an accident's: no answer in time, a lost sandbox.
+
+    A small known program must then work in the same pair. It is to get at least the share of a core
+    that the limits promise (`cpu_s` in `wall_s`); if it does not, the machine was too busy.
+    """
     try:
-        with POOL.borrow(layer, keep=pooled) as pair:
-            try:
-                return run(pair)
-            except NoAnswerInTime:
-                return _blame(pair, limits)
-            except SandboxLostDuringProgram as lost:
-                # A program that ends its sandbox has failed, unless no sandbox works here at all:
-                # that says nothing about the program.
-                failure = _known_failure(pair)
-                if failure:
-                    return ProgramResult("infrastructure", [], failure)
-                return ProgramResult("failed", [], str(lost))
-    except (SandboxLost, SandboxLostDuringProgram, NoAnswerInTime) as lost:
-        return ProgramResult("infrastructure", [], str(lost) or "a known program does not end")
+        return run(pair), False
+    except NoAnswerInTime:
+        return _blame(pair, limits), True
+    except SandboxLostDuringProgram as lost:
+        failure = _known_failure(pair)
+        if failure:
+            return ProgramResult("infrastructure", [], failure), True
+        return ProgramResult("failed", [], str(lost)), True
 
 
 _BUSY_S = 0.05

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +28,7 @@ from ernie_train.rewards.sandbox.backends import Layer
 
 _START_S = 20.0
 _STOP_S = 10.0
+_MAKE_TRIES = 20
 _KEPT_PAIRS = 2 * (os.cpu_count() or 1)
 
 # The modules of `guest/` in the order of their imports, by the names that the imports use.
@@ -80,7 +80,7 @@ class Sandbox:
         self._closed = False
         self._scratch = None if layer.own_directory else _Scratch(layer.user)
         settings = {
-            "filter": seccomp.build_filter().hex(),
+            "filter": seccomp.build_filter(landlock=layer.readable is not None).hex(),
             "directory": self._scratch.path if self._scratch else "/tmp",
             "readable": layer.readable,
         }
@@ -290,20 +290,47 @@ class _Scratch:
 
     def __init__(self, user: int | None) -> None:
         for left in Path(tempfile.gettempdir()).glob(f"{self._PREFIX}*"):
-            with contextlib.suppress(OSError):  # another user's, or already deleted
+            with contextlib.suppress(OSError):  # another user's, in use, or already deleted
+                if not os.access(left, os.R_OK):  # a program may have removed the permissions
+                    os.chmod(left, 0o700)
                 lock = _locked(left)
-                shutil.rmtree(left, ignore_errors=True)
+                _remove_tree(left)
                 os.close(lock)
-        self.path = tempfile.mkdtemp(prefix=self._PREFIX)
-        self._lock = _locked(Path(self.path))
+        self.path, self._lock = self._make()
         if user is not None:
             os.chown(self.path, user, user)
 
+    def _make(self) -> tuple[str, int]:
+        """Return a new directory and its lock.
+
+        A process that removes what others left may be faster than the lock: then another directory
+        is made.
+        """
+        for _ in range(_MAKE_TRIES):
+            path = tempfile.mkdtemp(prefix=self._PREFIX)
+            with contextlib.suppress(OSError):
+                lock = _locked(Path(path))
+                if os.path.exists(path):
+                    return path, lock
+                os.close(lock)
+        raise SandboxLost("another process removes each new directory below the temporary one")
+
     def remove(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.chmod(self.path, 0o700)  # a program may have removed the permissions
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove_tree(Path(self.path))
         os.close(self._lock)
+
+
+def _remove_tree(top: Path) -> None:
+    """Remove a directory of a program: locked, or nested deeper than a path or a stack can be.
+
+    What cannot be removed stays; the next directory is another one.
+    """
+    for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+        subprocess.run(
+            [*command, "--", str(top)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            check=False,
+        )  # fmt: skip
 
 
 def _locked(directory: Path) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ernie_train.rewards.sandbox.backends import Layer
+from ernie_train.rewards.sandbox.guest.server import SETUP_FAILED
 from ernie_train.rewards.sandbox.pool import ProcessExit, Sandbox, SandboxLost, SandboxPair
 
 
@@ -118,6 +119,8 @@ class _Process:
     def fate(self, otherwise: str) -> ProgramResult:
         """Return the result of a process that closed its channel without the answer."""
         ended = self.stop(ending=True)
+        if ended.status is not None and os.waitstatus_to_exitcode(ended.status) == SETUP_FAILED:
+            raise SandboxLostDuringProgram("the process could not be made ready for the program")
         # A process that catches SIGXCPU gets SIGKILL a second later. For the limit the kernel
         # counts ticks, which on a busy virtual machine run ahead of the time that it reports.
         caught = ended.killed_by == signal.SIGKILL and ended.cpu_s >= self.limits.cpu_s / 2
@@ -176,7 +179,7 @@ def script_output(pair: SandboxPair, source: str, stdin: str, limits: Limits) ->
     reading, writing = os.pipe()
     deadline = time.monotonic() + limits.wall_s
     try:
-        os.write(given, stdin.encode())
+        os.write(given, stdin.encode(errors="surrogatepass"))
         os.lseek(given, 0, os.SEEK_SET)
         with _process(pair.programs, limits, deadline, given, writing) as process:
             os.close(writing)

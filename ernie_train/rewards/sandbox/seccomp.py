@@ -2,8 +2,9 @@
 
 It lists the calls that are allowed, so that any other call is refused. A program is one
 process: it may start threads but no process, and it can reach no other process by any call that
-names one (kill, ptrace, prlimit, the owner of a file's signals). Its only sockets
-are connected pairs within itself. The layers decide which files it may open.
+names one (kill, ptrace, prlimit, the owner of a file's signals, the address of a datagram). Its
+only sockets are connected pairs within itself. The layers decide which files it may open; for
+Landlock, which does not see every call that names a file, the filter refuses those that it misses.
 
 The filter is classic BPF (linux/filter.h, linux/seccomp.h), for x86-64 alone.
 """
@@ -21,7 +22,7 @@ FREE_CALLS: dict[str, int] = {
     "poll": 7, "ppoll": 271, "select": 23, "pselect6": 270, "epoll_create1": 291, "epoll_ctl": 233,
     "epoll_wait": 232, "epoll_pwait": 281, "eventfd2": 290,
     # Files: the layer restricts which ones.
-    "open": 2, "openat": 257, "stat": 4, "fstat": 5, "lstat": 6, "newfstatat": 262, "statx": 332,
+    "stat": 4, "fstat": 5, "lstat": 6, "newfstatat": 262, "statx": 332,
     "access": 21, "faccessat": 269, "faccessat2": 439, "readlink": 89, "readlinkat": 267,
     "getcwd": 79, "chdir": 80, "fchdir": 81, "getdents64": 217, "mkdir": 83, "mkdirat": 258,
     "rmdir": 84, "unlink": 87, "unlinkat": 263, "rename": 82, "renameat": 264, "renameat2": 316,
@@ -29,7 +30,7 @@ FREE_CALLS: dict[str, int] = {
     "fchmodat": 268, "utimensat": 280, "truncate": 76, "ftruncate": 77, "fsync": 74,
     "fdatasync": 75, "flock": 73, "umask": 95, "fadvise64": 221, "statfs": 137, "fstatfs": 138,
     # Pairs of sockets within the process (event loops); no other sockets.
-    "socketpair": 53, "sendto": 44, "recvfrom": 45, "shutdown": 48, "getsockopt": 55,
+    "socketpair": 53, "recvfrom": 45, "shutdown": 48, "getsockopt": 55,
     "setsockopt": 54, "getsockname": 51, "getpeername": 52,
     # Time, and signals to itself.
     "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "nanosleep": 35,
@@ -46,9 +47,13 @@ FREE_CALLS: dict[str, int] = {
     "exit": 60, "exit_group": 231, "wait4": 61, "waitid": 247, "set_robust_list": 273,
     "set_tid_address": 218, "rseq": 334, "arch_prctl": 158, "membarrier": 324,
 }  # fmt: skip
-# These are allowed for some arguments only; see `_checked`.
+# Landlock does not stop these on files that the program may not open: modes and times of any file
+# of its user, and, before its third version, lengths.
+MISSED_BY_LANDLOCK = ("chmod", "fchmod", "fchmodat", "utimensat", "truncate")
+# These are allowed for some arguments only; see `_RULES`.
 CHECKED_CALLS = {
-    "clone": 56, "clone3": 435, "fcntl": 72, "ioctl": 16, "prlimit64": 302,
+    "clone": 56, "clone3": 435, "fcntl": 72, "ioctl": 16, "prlimit64": 302, "sendto": 44,
+    "open": 2, "openat": 257,
 }  # fmt: skip
 
 _AUDIT_ARCH_X86_64 = 0xC000003E
@@ -62,6 +67,21 @@ _CLONE_THREAD, _CLONE_NAMESPACES = 0x00010000, 0x7E020080
 _FILE_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)
 # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Not FIOSETOWN.
 _DEVICE_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# O_TRUNC goes with O_WRONLY or O_RDWR alone: old Landlock lets a mere reader cut a file.
+_OPEN_MASK, _OPEN_FLAGS = 0x203, (0, 1, 2, 0x201, 0x202)
+_ALL_BITS = 0xFFFFFFFF
+
+# Name -> index of an argument, and the values that it may have under a mask.
+_RULES: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "clone": (0, _CLONE_THREAD | _CLONE_NAMESPACES, (_CLONE_THREAD,)),
+    "prlimit64": (0, _ALL_BITS, (0,)),  # its own limits, which it can only lower
+    "fcntl": (1, _ALL_BITS, _FILE_COMMANDS),
+    "ioctl": (1, _ALL_BITS, _DEVICE_COMMANDS),
+    # The length of an address: a datagram with one could go to any socket of the machine.
+    "sendto": (5, _ALL_BITS, (0,)),
+    "open": (1, _OPEN_MASK, _OPEN_FLAGS),
+    "openat": (2, _OPEN_MASK, _OPEN_FLAGS),
+}
 
 _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
 
@@ -71,11 +91,12 @@ def supported() -> bool:
     return platform.machine() == "x86_64"
 
 
-def build_filter() -> bytes:
-    """Return the filter as an array of `struct sock_filter`.
+def build_filter(*, landlock: bool = False) -> bytes:
+    """Return the filter as an array of `struct sock_filter`, with `landlock` the one for Landlock.
 
     On another processor it ends every program that makes a system call.
     """
+    free = [n for name, n in FREE_CALLS.items() if not (landlock and name in MISSED_BY_LANDLOCK)]
     code: list[_Instruction] = [
         (_LOAD, 0, 0, _ARCH_OFFSET),
         (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
@@ -86,33 +107,20 @@ def build_filter() -> bytes:
         block = _checked(name)
         code += [(_EQUAL, 0, len(block), number), *block]
     # A jump skips the remaining comparisons and the refusal after them.
-    free = len(FREE_CALLS)
-    code += [(_EQUAL, free - i, 0, number) for i, number in enumerate(FREE_CALLS.values())]
+    code += [(_EQUAL, len(free) - i, 0, number) for i, number in enumerate(free)]
     code += [_refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
 def _checked(name: str) -> list[_Instruction]:
     """Return the instructions that decide a call by its arguments; every path returns."""
-    allow: _Instruction = (_RETURN, 0, 0, _ALLOW)
     if name == "clone3":  # its flags are in memory, which BPF cannot read; libc uses clone
         return [_refuse(errno.ENOSYS)]
-    if name == "clone":
-        mask = _CLONE_THREAD | _CLONE_NAMESPACES
-        return [_argument(0), (_AND, 0, 0, mask), (_EQUAL, 0, 1, _CLONE_THREAD), allow,
-                _refuse(errno.EPERM)]  # fmt: skip
-    index, values = {
-        "prlimit64": (0, (0,)),  # its own limits, which it can only lower
-        "fcntl": (1, _FILE_COMMANDS),
-        "ioctl": (1, _DEVICE_COMMANDS),
-    }[name]
+    index, mask, values = _RULES[name]
+    # The lower half of an argument: the kernel reads these as 32 bits.
+    load = [(_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * index), (_AND, 0, 0, mask)]
     tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
-    return [_argument(index), *tests, _refuse(errno.EPERM), allow]
-
-
-def _argument(index: int) -> _Instruction:
-    """Load the lower half of an argument: the kernel reads these as 32 bits."""
-    return (_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * index)
+    return [*load, *tests, _refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
 
 
 def _refuse(number: int) -> _Instruction:

@@ -1,9 +1,10 @@
 """Grade many completions in parallel, in processes of their own.
 
-Scores come in the order of the items and do not depend on it. An item that takes too long or ends
-its process affects no other item: the process is replaced, and the row's own answer is graded in
-its place. If that is correct, the completion caused the failure and is wrong; else the score is
-"timeout" or "infrastructure", which says nothing about the completion.
+Scores come in the order of the items and do not depend on it. An item that fails (its verifier
+raises, takes too long or ends its process) affects no other item, and is tried again: machines fail
+too. If it keeps failing, the row's own answer is graded between two tries. A completion is wrong
+only if it failed before and after its row's answer was found correct, and not by an error of the
+machine; else the score is "timeout" or "infrastructure", which says nothing about the completion.
 """
 
 import atexit
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -29,6 +30,8 @@ Item = tuple[Reward, dict[str, Any], str]
 
 _POLL_S = 0.1
 _MAX_FAILED_STARTS = 3
+# How often an item is graded before its failure is looked into.
+_TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,19 @@ class ScoringReport:
         return sum(n for s, n in self.statuses.items() if s not in ("correct", "wrong"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Task:
-    """Hold an item to grade, or, with `fault`, its row's answer after the item failed that way.
+    """Hold an item to grade, or with `reference` its row's answer in its place.
 
-    `died`: a process ended while it graded this item. Machines kill processes too, so the item is
-    tried again before the completion is blamed.
+    `fault` is how the item failed last. `failures` counts the failures of what is graded now;
+    `cleared`: the row's answer was found correct after the item had failed.
     """
 
     index: int
     fault: Score | None = None
-    died: bool = False
+    failures: int = 0
+    reference: bool = False
+    cleared: bool = False
 
 
 @dataclass
@@ -74,23 +79,36 @@ class _Batch:
         self.scores[task.index] = score
         self.open -= 1
 
-    def failed(self, task: _Task, fault: Score) -> None:
-        """Grade the reference answer in place of an item that failed or cost its process."""
-        if task.fault is not None:
-            self.settle(task, task.fault)
-            return
-        reward, row, _ = self.items[task.index]
-        if not isinstance(reward, str) or build_reference_completion(reward, row) is None:
-            self.settle(task, fault)
-            return
-        self.todo.appendleft(_Task(task.index, fault))
+    def failed(self, task: _Task, fault: Score, *, tries: int, machine: bool = False) -> None:
+        """Try again what failed; after `tries` grade the row's answer, and then the item once more.
 
-    def reference_graded(self, task: _Task, gold: Score) -> None:
-        """Score a failed item: wrong if the row's own answer is correct, else its fault."""
-        if task.fault is None:
-            raise ValueError("not a task of a gold answer")
-        fair = gold.status == "correct"
-        self.settle(task, Score.wrong(task.fault.detail) if fair else task.fault)
+        `machine`: no completion causes an error of this kind.
+        """
+        if task.failures + 1 < tries:
+            again = replace(task, failures=task.failures + 1)
+            self.todo.appendleft(again if task.reference else replace(again, fault=fault))
+        elif task.reference and task.fault is not None:
+            self.settle(task, task.fault)
+        elif task.cleared:
+            self.settle(task, fault if machine else Score.wrong(fault.detail))
+        elif machine or self.reference_of(task) is None:
+            self.settle(task, fault)
+        else:
+            self.todo.appendleft(_Task(task.index, fault, reference=True))
+
+    def graded(self, task: _Task, score: Score) -> None:
+        """Take the score of an item; the row's own answer, if correct, lets its item try again."""
+        if not task.reference:
+            self.settle(task, score)
+        elif score.status == "correct":
+            self.todo.appendleft(_Task(task.index, task.fault, cleared=True))
+        elif task.fault is not None:
+            self.settle(task, task.fault)
+
+    def reference_of(self, task: _Task) -> str | None:
+        """Return the completion that gives the row's own answer; None for a user's function."""
+        reward, row, _ = self.items[task.index]
+        return build_reference_completion(reward, row) if isinstance(reward, str) else None
 
     def give_up(self, score: Score) -> None:
         self.scores = [score if old is None else old for old in self.scores]
@@ -180,8 +198,8 @@ class ScoringService:
 
     def _hand_out(self, batch: _Batch, worker: WorkerProcess, task: _Task) -> None:
         reward, row, completion = batch.items[task.index]
-        if task.fault is not None and isinstance(reward, str):
-            completion = build_reference_completion(reward, row) or ""
+        if task.reference:
+            completion = batch.reference_of(task) or ""
         limit_s = getattr(reward, "deadline_s", self.item_s)
         try:
             worker.ask(task, (reward, row, completion), limit_s)
@@ -201,11 +219,13 @@ class ScoringService:
         elif kind == "unavailable":
             raise api.SandboxUnavailable(told[0])
         elif kind == "raised":
-            batch.failed(task, Score.infrastructure(f"the verifier failed: {told[0]}"))
-        elif task.fault is not None:
-            batch.reference_graded(task, Score(*told))
+            text, machine = told
+            fault = Score.infrastructure(f"the verifier failed: {text}")
+            batch.failed(task, fault, tries=_TRIES, machine=machine)
+        elif told[1] == "infrastructure" and isinstance(batch.items[task.index][0], str):
+            batch.failed(task, Score(*told), tries=_TRIES, machine=True)
         else:
-            batch.settle(task, Score(*told))
+            batch.graded(task, Score(*told))
 
     def _died(self, batch: _Batch, worker: WorkerProcess) -> None:
         task = worker.task
@@ -215,10 +235,8 @@ class ScoringService:
         if task is None:
             return
         batch.lost += 1
-        if task.died:
-            batch.failed(task, Score.infrastructure("it ended the process that graded it"))
-        else:
-            batch.todo.appendleft(_Task(task.index, task.fault, died=True))
+        fault = Score.infrastructure("it ended the process that graded it")
+        batch.failed(task, fault, tries=_TRIES)
 
     def _too_slow(self, batch: _Batch, worker: WorkerProcess) -> None:
         task = worker.task
@@ -229,7 +247,8 @@ class ScoringService:
         batch.lost += 1
         reward = batch.items[task.index][0]
         limit_s = getattr(reward, "deadline_s", self.item_s)
-        batch.failed(task, Score.timeout(f"not graded within {limit_s:g} s"))
+        # One try costs the whole time, so the row's own answer comes next.
+        batch.failed(task, Score.timeout(f"not graded within {limit_s:g} s"), tries=1)
 
     def _drop(self, worker: WorkerProcess) -> None:
         worker.kill()

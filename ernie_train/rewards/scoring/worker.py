@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from multiprocessing.connection import Connection
+from subprocess import SubprocessError
 from typing import Any
 
 from ernie_train.core.processes import die_with_parent
@@ -39,7 +40,9 @@ def _graded(reward: Any, row: dict[str, Any], completion: str) -> list[Any]:
     except api.SandboxUnavailable as error:
         return ["unavailable", str(error)]
     except Exception as error:  # the service finds the cause
-        return ["raised", f"{type(error).__name__}: {str(error)[:300]}"]
+        # Files, processes and modules that fail are the machine's, whatever the completion says.
+        machine = isinstance(error, OSError | ImportError | SubprocessError)
+        return ["raised", f"{type(error).__name__}: {str(error)[:300]}", machine]
     return ["score", score.value, score.status, score.detail]
 
 

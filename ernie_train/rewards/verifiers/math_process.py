@@ -39,7 +39,8 @@ class MathProcess:
         """Yield verify(gold, answer) for the comparisons of one completion, which share its limits.
 
         A comparison that exceeds the limits is TOO_MUCH if the gold answer, compared with itself,
-        does not; else it is "bad_gold", or "timeout" if only the waiting time ran out.
+        does not, and the comparison does so again after that; else it is "bad_gold", or "timeout"
+        if only the waiting time ran out.
         """
         fresh = True
 
@@ -59,7 +60,7 @@ class MathProcess:
         if reply is not None:
             return _as_score(json.loads(reply), gold, answer)
         self.stop()
-        return self._whose_fault(gold)
+        return self._whose_fault(gold, answer)
 
     def stop(self) -> None:
         process, self._process = self._process, None
@@ -67,12 +68,20 @@ class MathProcess:
             process.kill()
             process.communicate()
 
-    def _whose_fault(self, gold: str) -> Score:
-        """Score a comparison that exceeded the limits: compare the gold answer with itself."""
+    def _whose_fault(self, gold: str, answer: str) -> Score:
+        """Score a comparison that exceeded the limits: compare the gold answer with itself.
+
+        If that goes well, the comparison is tried again: what ended the process may have been the
+        machine.
+        """
         if (process := self._started()) is None:
             return Score.infrastructure("the math-verify process did not start again")
         reply = self._ask(process, _request(gold, gold, True), _ANSWER_S)
         if reply is not None:
+            reply = self._ask(process, _request(gold, answer, True), _ANSWER_S)
+            if reply is not None:
+                return _as_score(json.loads(reply), gold, answer)
+            self.stop()
             return TOO_MUCH
         died = process.poll() is not None
         self.stop()

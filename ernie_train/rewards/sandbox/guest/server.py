@@ -28,6 +28,8 @@ from ernie_train.rewards.sandbox.guest.values import decode, encode
 
 _CHANNEL, _PROGRAM = 3, 4
 _MAX_DESCRIPTORS = 4
+# The exit status of a process that could not be made ready, or that broke what runs its program.
+SETUP_FAILED = 70
 # A process that closed its channel should be about to end, but may not be.
 _ENDING_S = 0.3
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
@@ -83,7 +85,7 @@ def serve(settings: dict[str, Any]) -> None:
             try:
                 _become(request, descriptors, system_calls)
             finally:
-                os._exit(70)
+                os._exit(SETUP_FAILED)
         for descriptor in descriptors:
             os.close(descriptor)
         command = control.recv(16)  # "stop", "wait", or nothing if the other side has closed
