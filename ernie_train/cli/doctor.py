@@ -163,8 +163,8 @@ def check_sandbox() -> Finding:
     if layer == "bubblewrap":
         return Finding(name, layer)
     advice = (
-        "bubblewrap stops more: apt-get install bubblewrap, and allow user namespaces. Programs can "
-        "still ask which paths exist, lock files that they may read, and fill the disk for seconds"
+        "bubblewrap stops more: apt-get install bubblewrap, and allow user namespaces. Programs "
+        "can ask which paths exist, lock files that they may read and fill the disk for seconds"
     )
     return Finding(name, layer, advice)
 
