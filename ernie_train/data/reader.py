@@ -1,22 +1,28 @@
-"""Read files of rows in the common formats of training data, and report bad rows."""
+"""Read data files of every known container and format, and report bad rows."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import DataError
-from ernie_train.core.foreign_files import open_regular
-from ernie_train.data.formats import FORMATS, Record, RowError, detect_format, missing_keys
+from ernie_train.data.files import find_files, read_rows
+from ernie_train.data.formats import (
+    FORMATS,
+    BlankAnswer,
+    Record,
+    Row,
+    RowError,
+    detect_format,
+    missing_keys,
+)
 
 __all__ = ["BadRow", "ReadReport", "Record", "read_records"]
 
 SHOWN_BAD_ROWS = 10
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".txt")
+# A file of which no row has a known format is given up after so many.
+MOST_UNKNOWN_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,22 @@ class BadRow:
 
 @dataclass
 class ReadReport:
-    """Count the rows read from a path and the rows kept, and list the bad rows."""
+    """Count the rows read from a path and the rows kept, and list the bad rows.
+
+    dropped: rows left out for a reason that is no fault, by reason.
+    unread: keys of messages that nothing reads, with the number of rows that have them.
+    passed_over: names in a directory that hold no rows.
+    """
 
     path: str
     format: str = ""
     rows: int = 0
     kept: int = 0
     bad: list[BadRow] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    files: int = 0
+    passed_over: str = ""
     bytes_total: int = 0
     bytes_read: int = 0
 
@@ -69,12 +84,12 @@ def read_records(
     format: str = "auto",
     max_bad_fraction: float = 0.01,
 ) -> tuple[list[Record], ReadReport]:
-    """Read a file of rows, or a directory of such files; bad rows are skipped and reported.
+    """Read the rows of a file, of a directory of files or of a pattern; bad rows are reported.
 
     Args:
-        path: a .jsonl, .jsonl.gz, .json (a list of rows) or .txt file (one document), or a
-            directory of them.
-        format: a name in FORMATS, or "auto" to detect it for each file from its rows.
+        path: a file of JSON lines, a JSON list, CSV, Parquet, Arrow or text (one document), a
+            directory of them, or a pattern such as `data/*.parquet`.
+        format: a name in FORMATS, or "auto" to detect it from the keys of each row.
         max_bad_fraction: the share of bad rows above which the path is refused, 0..1.
 
     Raises:
@@ -98,31 +113,50 @@ def iter_records(path: str | Path, format: str, report: ReadReport) -> Iterator[
     """
     if format != "auto" and format not in FORMATS:
         raise DataError(f"unknown format {format!r}; known are auto, {', '.join(FORMATS)}")
-    files = _files(Path(path))
-    report.bytes_total = sum(file.stat().st_size for file in files)
-    for file in files:
-        chosen = None if format == "auto" else format
-        unknown: dict[str, Any] | None = None
-        for source, row in _rows(file, report):
-            report.rows += 1
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                chosen = chosen or detect_format(row)
-                if chosen is None:
-                    unknown = unknown or row
-                    raise RowError("its keys are those of no known format")
-                report.add_format(chosen)
-                record = replace(_read(row, chosen), source=source)
-            except RowError as error:
-                report.bad.append(BadRow(source, str(error)))
-            else:
-                yield record
-        if chosen is None and unknown is not None:
-            raise DataError(_unknown_format(file, unknown))
+    found = find_files(path)
+    report.files, report.passed_over = len(found.files), found.note()
+    report.bytes_total = sum(file.stat().st_size for file in found.files)
+    for file in found.files:
+        yield from _file_records(file, format, report)
 
 
-def _read(row: dict[str, Any], format_name: str) -> Record:
+def _file_records(file: Path, format: str, report: ReadReport) -> Iterator[Record]:
+    chosen = None if format == "auto" else format
+    before = report.bytes_read
+    unknown: Row | None = None
+    unknown_rows = 0
+
+    def on_bytes(count: int) -> None:
+        report.bytes_read = before + count
+
+    for source, row in read_rows(file, on_bytes):
+        report.rows += 1
+        try:
+            if isinstance(row, RowError):
+                raise row
+            row = {key: value for key, value in row.items() if value is not None}
+            if format == "auto":
+                chosen = detect_format(row) or chosen
+            if chosen is None:
+                unknown, unknown_rows = unknown or row, unknown_rows + 1
+                if unknown_rows > MOST_UNKNOWN_ROWS:
+                    break
+                raise RowError("its keys are those of no known format")
+            report.add_format(chosen)
+            record = replace(_read(row, chosen), source=source)
+        except BlankAnswer as reason:
+            report.dropped[str(reason)] += 1
+        except RowError as error:
+            report.bad.append(BadRow(source, str(error)))
+        else:
+            report.unread.update(record.unread)
+            yield record
+    on_bytes(file.stat().st_size)
+    if chosen is None and unknown is not None:
+        raise DataError(_unknown_format(file, unknown))
+
+
+def _read(row: Row, format_name: str) -> Record:
     lacking = missing_keys(format_name, row)
     if lacking:
         raise RowError(lacking)
@@ -138,83 +172,3 @@ def _unknown_format(file: Path, row: dict[str, Any]) -> str:
         f"{file}: cannot tell the format of rows with the keys {', '.join(sorted(row))}; "
         f"known formats and their keys are {formats}"
     )
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-        if not files:
-            raise DataError(f"the directory {path} holds no {', '.join(SUFFIXES)} file")
-        return files
-    if not path.exists():
-        raise DataError(f"data file {path} does not exist")
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path} is not a {', '.join(SUFFIXES)} file")
-    return [path]
-
-
-def _rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    """Yield ("file:line", row); for a row that cannot be parsed, a RowError instead of the row.
-
-    Raises:
-        DataError: the file cannot be read, decompressed or decoded.
-    """
-    try:
-        if file.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl_rows(file, report)
-        elif file.suffix == ".json":
-            yield from _json_rows(file)
-        else:
-            with open_regular(file) as stream:
-                text = stream.read().decode("utf-8-sig")
-            yield f"{file}:1", {"text": text}
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{file} is not a whole gzip file: {error}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: byte {error.start} is {error.reason}") from error
-
-
-def _jsonl_rows(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    before = report.bytes_read
-    with ExitStack() as stack:
-        raw = stack.enter_context(open_regular(file))
-        lines: Iterable[bytes] = raw
-        if file.suffix == ".gz":
-            lines = stack.enter_context(gzip.open(raw))
-        for number, line in enumerate(lines, start=1):
-            report.bytes_read = before + raw.tell()
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield f"{file}:{number}", _parsed(line)
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    try:
-        with open_regular(file) as stream:
-            rows = json.loads(stream.read().decode("utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{file} must hold a JSON list of rows; one object a line is .jsonl")
-    for number, row in enumerate(rows, start=1):
-        yield f"{file}:row {number}", _as_row(row)
-
-
-def _parsed(line: bytes) -> dict[str, Any] | RowError:
-    try:
-        return _as_row(json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        return RowError(f"it is not UTF-8: byte {error.start} is {error.reason}")
-    except json.JSONDecodeError as error:
-        return RowError(f"it is not valid JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return RowError(f"it is not valid JSON: {error}")
-
-
-def _as_row(row: Any) -> dict[str, Any] | RowError:
-    if not isinstance(row, dict):
-        return RowError(f"it is a {type(row).__name__}, not an object")
-    return row

@@ -26,10 +26,12 @@ Overlong = Literal["drop", "truncate", "split"]
 FormatName = Literal[
     "auto",
     "sharegpt",
+    "erniekit",
     "alpaca",
     "preference",
     "messages",
     "prompt_completion",
+    "question_answer",
     "prompt",
     "text",
 ]

@@ -126,7 +126,7 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("prompt_completion", {"prompt": "q", "completion": "a"}, "chat", {"messages": [Q, A]}),
     ("prompt_completion", {"prompt": [S, Q], "completion": [A]}, "chat", {"messages": [S, Q, A]}),
     ("prompt", {"prompt": "q", "answer": "3"}, "prompt", {"fields": {"answer": "3"}}),
-    ("prompt", {"question": "q", "answer": "3"}, "prompt", {"messages": [Q]}),
+    ("prompt", {"question": "q", "id": "3"}, "prompt", {"messages": [Q]}),
     ("text", {"text": "once", "id": 3}, "text", {"text": "once", "fields": {"id": 3}}),
 ]
 
@@ -161,7 +161,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ("[1]", "is a list, not an object"),
     ("9" * 5000, "not valid JSON"),
     ("[" * 100_000, "not valid JSON"),
-    ({"text": "x"}, "lacks messages, which the format messages needs"),
+    ({"texts": "x"}, "lacks messages, which the format messages needs"),
     ({"messages": []}, "list of messages that is not empty"),
     ({"messages": "x"}, "list of messages that is not empty"),
     ({"messages": [3]}, "message 1 is not an object"),
@@ -206,16 +206,17 @@ def test_a_bad_row_is_left_out_with_line_and_reason(write_rows: Any, row: Any, r
     ("row", "reason"),
     [
         ({"instruction": "q", "output": ""}, "output is empty"),
-        ({"instruction": "q", "output": None}, "output must be text"),
+        ({"instruction": "q", "output": 3}, "output must be text"),
         ({"instruction": "q", "output": "a", "input": 3}, "input must be text"),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "history must be"),
         ({"instruction": "q", "output": "a", "system": 3}, "system must be text"),
-        ({"conversations": []}, "must be a list that is not empty"),
-        ({"conversations": [turn("human", "")]}, r"turn 1 \(human\) has no text"),
-        ({"conversations": [turn("robot", "x")]}, "turn 1 is from 'robot'"),
+        ({"conversations": []}, "must be a list of messages that is not"),
+        ({"conversations": [turn("human", "")]}, r"message 1 \(user\) is empty"),
+        ({"conversations": [turn("robot", "x")]}, "message 1 has role 'robot'"),
         ({"conversations": [turn("function_call", "x")]}, "function call is not valid JSON"),
         ({"conversations": [turn("system", "x")], "system": "y"}, "two system messages"),
-        ({"prompt": "q", "completion": " "}, "completion is empty"),
+        ({"prompt": "q", "completion": ""}, "completion is empty"),
+        ({"prompt": " ", "completion": "a"}, "prompt is empty"),
         ({"chosen": [Q, A], "rejected": [Q, A]}, "begin alike and end differently"),
         ({"chosen": "a", "rejected": "b"}, "begin alike and end differently"),
         ({"text": "  "}, "text is empty"),
@@ -295,7 +296,8 @@ def test_a_row_that_is_not_utf8_is_bad(tmp_path: Any) -> None:
         ("broken.json", b"[{", "not valid JSON"),
         ("object.json", b"{}", "must hold a JSON list"),
         ("latin.txt", b"\xff\xfe", "not UTF-8"),
-        ("rows.parquet", b"x", "is not a .jsonl"),
+        ("rows.parquet", b"x", "is not a whole parquet file"),
+        ("rows.xlsx", b"x", "is not a .jsonl"),
         ("plain.jsonl.gz", b"{}", "not a whole gzip file"),
         ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "not a whole gzip file"),
         ("torn.jsonl.gz", gzip.compress(b"{}")[:12] + b"\xff" * 9, "not a whole gzip file"),
@@ -312,5 +314,5 @@ def test_files_that_cannot_be_read(
 
 
 def test_a_directory_without_data_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+    with pytest.raises(DataError, match=r"holds no data file: \.jsonl"):
         read_records(tmp_path)

@@ -23,8 +23,10 @@ PACKAGES: dict[str, str] = {
     "model": "configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher moe transformer numpy_layers numpy_decoder",
     "model.attention": "blocked online flashmask layer",
-    "data": "completion_format documents formats reader packing loader chat_template"
+    "data": "completion_format documents formats files reader packing loader chat_template"
     " tokenizer report chat sources",
+    "data.formats": "values messages record kinds",
+    "data.files": "find rows",
     "data.tokenizer": "sentencepiece_proto hf_files base paddlenlp sentencepiece",
     "rewards": "score sandbox verifiers registry scoring",
     "rewards.sandbox": "guest seccomp backends pool process api",

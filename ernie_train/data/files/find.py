@@ -1,0 +1,151 @@
+"""Find the data files of a path: a file, a directory with all below it, or a glob pattern."""
+
+import glob
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ernie_train.core.errors import DataError
+
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+TABLES = (".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
+KNOWN = f"{', '.join((*TEXTS, *TABLES))} (texts also as {' or '.join(COMPRESSIONS)})"
+MOST_NAMED = 5
+
+
+@dataclass
+class FoundFiles:
+    """Hold the data files of a path, in the order of their names, and what else lies there."""
+
+    files: list[Path] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+    def note(self) -> str:
+        """Return a text that names what was passed over; empty if nothing was."""
+        named = ", ".join(self.passed_over[:MOST_NAMED])
+        more = len(self.passed_over) - MOST_NAMED
+        return named + (f" and {more} more" if more > 0 else "")
+
+
+def container(file: Path) -> tuple[str, str]:
+    """Return (container, compression) of a file by its name, such as (".jsonl", ".gz").
+
+    The container is "" for a file whose rows cannot be read.
+    """
+    name = file.name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    name = name.removesuffix(compression)
+    known = TEXTS if compression else (*TEXTS, *TABLES)
+    return next((suffix for suffix in known if name.endswith(suffix)), ""), compression
+
+
+def find_files(path: str | Path) -> FoundFiles:
+    """Return the data files of a path; `**` in a pattern stands for directories of any depth.
+
+    Raises:
+        DataError: there is none, one cannot be read, or a symbolic link leads in a circle.
+    """
+    path = Path(path)
+    found = FoundFiles()
+    try:
+        if path.exists():
+            _add(path, found, ())
+        elif glob.has_magic(str(path)):
+            for match in sorted(glob.glob(str(path), recursive=True)):
+                if not Path(match).is_dir() or "**" not in str(path):  # ** gives its files too
+                    _add(Path(match), found, (), of_pattern=True)
+            if not found.files:
+                raise DataError(f"no data file matches the pattern {path}")
+        elif path.is_symlink():
+            raise DataError(f"{path} is a symbolic link that leads nowhere or in a circle")
+        else:
+            raise DataError(f"data file {path} does not exist")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if not found.files:
+        others = f"; it holds {found.note()}" if found.passed_over else ""
+        raise DataError(f"the directory {path} holds no data file: {KNOWN}{others}")
+    return found
+
+
+def _add(path: Path, found: FoundFiles, above: tuple[Path, ...], of_pattern: bool = False) -> None:
+    if path.is_dir():
+        _add_directory(path, found, above)
+    elif path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a symbolic link that leads nowhere or in a circle; remove it")
+    elif path.is_file() and container(path)[0] and not (above and _is_metadata(path)):
+        found.files.append(path)
+    elif above or of_pattern:
+        found.passed_over.append(path.name)
+    else:
+        raise DataError(_refusal(path))
+
+
+def _refusal(path: Path) -> str:
+    if not path.is_file():
+        return f"{path} is neither a file nor a directory, so its rows cannot be read twice"
+    if path.suffix.lower() in PICKLES:
+        return (
+            f"{path} may be a pickle, which can run any program when it is loaded, so it is never "
+            "loaded; save the rows as JSON lines or Parquet"
+        )
+    return f"{path} is not a {KNOWN} file"
+
+
+def _add_directory(path: Path, found: FoundFiles, above: tuple[Path, ...]) -> None:
+    real = path.resolve()
+    if real in above:
+        raise DataError(f"{path} is a symbolic link that leads back to {real}; remove it")
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(str(child) for child in sorted(path.iterdir()) if child.is_dir())
+        raise DataError(f"{path} holds several splits of a data set; name one of {splits}")
+    shards = _saved_shards(path)
+    for child in sorted(path.iterdir()):
+        if child.name.startswith(".") or (shards is not None and child not in shards):
+            found.passed_over.append(child.name)
+        else:
+            _add(child, found, (*above, real))
+    if missing := [shard for shard in shards or [] if not shard.exists()]:
+        raise DataError(f"{missing[0]} is missing, which {path / 'state.json'} names")
+
+
+def _saved_shards(path: Path) -> list[Path] | None:
+    """Return the files of a data set that `save_to_disk` wrote; None for another directory.
+
+    Its directory may also hold intermediate results under names of the same kind.
+    """
+    state = _json_object(path / "state.json")
+    if not (path / "dataset_info.json").is_file() or "_data_files" not in state:
+        return None
+    return [path / str(entry["filename"]) for entry in state["_data_files"]]
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_metadata(path: Path) -> bool:
+    """Return whether a .json file of a directory is one object, as descriptions of data are."""
+    if path.suffix.lower() != ".json":
+        return False
+    with path.open("rb") as stream:
+        is_object = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+    return is_object and not is_json_lines(path)
+
+
+def is_json_lines(path: Path) -> bool:
+    """Return whether the first line of a file is a whole JSON object and another line follows."""
+    with path.open("rb") as stream:
+        first = stream.readline(2**26)
+        try:
+            value = json.loads(first.removeprefix(b"\xef\xbb\xbf"))
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and any(line.strip() for line in stream)

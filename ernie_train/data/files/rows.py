@@ -1,0 +1,286 @@
+"""Read the rows of one file: JSON lines, JSON lists, CSV, plain text, Parquet and Arrow.
+
+Rows come one by one, so that memory does not grow with the file. A reader yields
+("file:line", row); for a row that cannot be parsed, a RowError instead of the row.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ernie_train.core.errors import DataError
+from ernie_train.data.files.find import container, is_json_lines
+from ernie_train.data.formats.values import Row, RowError
+
+Located = tuple[str, Row | RowError]
+
+BOM = b"\xef\xbb\xbf"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+CHUNK_CHARACTERS = 2**20
+LONGEST_ROW = 2**24  # characters, of a field in CSV and of a row in a JSON list
+TABLE_ROWS = 64  # rows of a Parquet or Arrow file that are made at a time
+
+
+def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
+    """Yield ("file:line", row) for each row; calls `on_bytes` with the bytes read so far.
+
+    Raises:
+        DataError: the file cannot be read, decompressed or decoded.
+    """
+    kind, compression = container(file)
+    if kind == ".json" and not compression and is_json_lines(file):
+        kind = ".jsonl"
+    try:
+        if kind in (".parquet", ".arrow"):
+            yield from _table_rows(file, kind, on_bytes)
+            return
+        with _opened(file, compression, on_bytes) as text:
+            yield from _READERS[kind](text)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file} is not a whole gzip file: {error}") from error
+    except OSError as error:
+        what = "is not a whole zstd file" if compression == ".zst" else "cannot be read"
+        raise DataError(f"{file} {what}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8: byte {error.start} is {error.reason}") from error
+
+
+@dataclass
+class _Text:
+    """Hold an open text file, decompressed; `raw` is what lies on the disk."""
+
+    file: Path
+    raw: BinaryIO
+    stream: BinaryIO
+    on_bytes: Callable[[int], None]
+
+    def lines(self) -> Iterator[bytes]:
+        for line in self.stream:
+            self.on_bytes(self.raw.tell())
+            yield line.removeprefix(BOM)
+
+    def characters(self) -> Callable[[int], str]:
+        """Return a function that reads text of so many more bytes; "" at the end."""
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+        def read(count: int) -> str:
+            self.on_bytes(self.raw.tell())
+            chunk = self.stream.read(count)
+            return decoder.decode(chunk, final=not chunk)
+
+        return read
+
+
+@contextmanager
+def _opened(file: Path, compression: str, on_bytes: Callable[[int], None]) -> Iterator[_Text]:
+    with ExitStack() as stack:
+        raw = stack.enter_context(file.open("rb"))
+        stream: Any = raw
+        if compression == ".gz":
+            stream = stack.enter_context(gzip.open(raw))
+        elif compression == ".zst":
+            import pyarrow as pa  # takes long to import
+
+            stream = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+        if stream.peek(2).startswith(UTF_16):
+            raise DataError(f"{file} is not UTF-8 but UTF-16; save it as UTF-8")
+        yield _Text(file, raw, stream, on_bytes)
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def _json_lines(text: _Text) -> Iterator[Located]:
+    for number, line in enumerate(text.lines(), start=1):
+        if line.strip():
+            yield f"{text.file}:{number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Row | RowError:
+    try:
+        return _as_row(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return RowError(f"it is not UTF-8: byte {error.start} is {error.reason}")
+    except json.JSONDecodeError as error:
+        return RowError(f"it is not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return RowError(f"it is not valid JSON: {error}")
+
+
+def _as_row(row: Any) -> Row | RowError:
+    return (
+        row if isinstance(row, dict) else RowError(f"it is a {type(row).__name__}, not an object")
+    )
+
+
+def _json_list(text: _Text) -> Iterator[Located]:
+    window = _Window(text.file, text.characters())
+    if window.next_character() != "[":
+        raise DataError(f"{text.file} must hold a JSON list of rows, or one object a line")
+    window.at += 1
+    number = 0
+    while window.next_character(also=",") != "]":
+        number += 1
+        yield f"{text.file}:row {number}", _as_row(window.value(number))
+    window.at += 1
+    if window.next_character():
+        raise DataError(f"{text.file} has something behind the end of its JSON list")
+
+
+class _Window:
+    """Hold the part of a JSON text that is being read: one row and a little more."""
+
+    def __init__(self, file: Path, read: Callable[[int], str]) -> None:
+        self.file, self.read = file, read
+        self.text, self.at = "", 0
+        self.decoder = json.JSONDecoder()
+
+    def next_character(self, also: str = "") -> str:
+        """Go to the next character that is no white space and return it; "" at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n" + also:
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more(CHUNK_CHARACTERS):
+                return ""
+
+    def value(self, number: int) -> Any:
+        """Read the JSON value that begins here, row `number` of the file."""
+        wanted = CHUNK_CHARACTERS
+        while True:
+            try:
+                value, self.at = self.decoder.raw_decode(self.text, self.at)
+                return value
+            except (ValueError, RecursionError) as error:
+                if len(self.text) - self.at > LONGEST_ROW or not self._more(wanted):
+                    raise DataError(
+                        f"{self.file} is not valid JSON: row {number}: {error}"
+                    ) from error
+                wanted *= 2
+
+    def _more(self, count: int) -> bool:
+        chunk = self.read(count)
+        self.text, self.at = self.text[self.at :] + chunk, 0
+        return bool(chunk)
+
+
+# ---- CSV and text --------------------------------------------------------------------------------
+
+
+def _csv_rows(text: _Text) -> Iterator[Located]:
+    csv.field_size_limit(LONGEST_ROW)
+    file, texts = text.file, (line.decode("utf-8", "surrogateescape") for line in text.lines())
+    first = next(texts, "")
+    delimiter = max(",;\t", key=first.count)  # the first of them where none occurs
+    reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if "end of data" in str(error) or "field limit" in str(error):
+                raise DataError(
+                    f"{file}:{line}: a quote that opens in this row is never closed; double the "
+                    'quotes inside a quoted field ("" for ")'
+                ) from error
+            yield f"{file}:{line}", RowError(f"it is not valid CSV: {error}")
+            continue
+        if cells is None:
+            return
+        if not header:
+            header = _header(file, cells)
+        elif cells:
+            yield f"{file}:{line}", _csv_row(header, cells)
+
+
+def _header(file: Path, cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{file}:1: the header names {', '.join(map(repr, twice))} twice")
+    return names
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
+    if len(cells) != len(header):
+        return RowError(f"it has {len(cells)} fields, the header has {len(header)}")
+    if any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
+        return RowError("it is not UTF-8")
+    # An empty field is an absent one; a column without a name is an index that pandas wrote.
+    return {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
+
+
+def _whole_text(text: _Text) -> Iterator[Located]:
+    yield f"{text.file}:1", {"text": b"".join(text.lines()).decode("utf-8")}
+
+
+_READERS: dict[str, Callable[[_Text], Iterator[Located]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_list,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".txt": _whole_text,
+}
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def _table_rows(file: Path, kind: str, on_bytes: Callable[[int], None]) -> Iterator[Located]:
+    import pyarrow as pa  # takes long to import
+
+    number, size = 0, file.stat().st_size
+    try:
+        with pa.memory_map(str(file)) as source:
+            for share, batch in _batches(source, kind):
+                on_bytes(round(share * size))
+                for at in range(0, len(batch), TABLE_ROWS):
+                    for row in batch.slice(at, TABLE_ROWS).to_pylist():
+                        number += 1
+                        yield f"{file}:row {number}", {k: _plain(v) for k, v in row.items()}
+    except pa.ArrowException as error:
+        raise DataError(f"{file} is not a whole {kind[1:]} file: {error}") from error
+
+
+def _batches(source: Any, kind: str) -> Iterator[tuple[float, Any]]:
+    """Yield (share of the file read, record batch)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == ".parquet":
+        table = pq.ParquetFile(source)
+        groups = table.num_row_groups
+        for group in range(groups):
+            for batch in table.iter_batches(TABLE_ROWS, row_groups=[group]):
+                yield (group + 1) / groups, batch
+    elif source.read(6) == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        for index in range(reader.num_record_batches):
+            yield (index + 1) / reader.num_record_batches, reader.get_batch(index)
+    else:
+        source.seek(0)
+        for batch in pa.ipc.open_stream(source):
+            yield source.tell() / max(source.size(), 1), batch
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a table as JSON has it: dates and decimals as text, UTF-8 bytes too."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

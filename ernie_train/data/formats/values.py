@@ -1,0 +1,81 @@
+"""Read values out of rows; RowError says why a row cannot be used."""
+
+import json
+from typing import Any
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+
+SHOWN_CHARACTERS = 60
+
+
+class RowError(ValueError):
+    """Report that a row cannot be used; the text is the reason."""
+
+
+class BlankAnswer(RowError):
+    """Report a row that is sound but for an answer of white space alone."""
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a JSON value without the keys whose value is null, at every depth.
+
+    Arrow and Parquet write every key into every row, absent ones as null. They put no null into
+    lists, so one in a list was meant.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def parse_json(text: str, what: str) -> Any:
+    """Return the JSON value of a text.
+
+    Raises:
+        RowError: it is none; the message names it as `what`.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what} is not valid JSON: {error}") from error
+
+
+def as_json(value: Any) -> str:
+    """Return a value as JSON text."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def list_of(row: Row, key: str) -> list[Any]:
+    """Return the list at `key`, also where the file holds it as JSON text, as CSV does.
+
+    Raises:
+        RowError: it is no list, or empty.
+    """
+    value = row.get(key)
+    if isinstance(value, str):
+        value = parse_json(value, key) if value.lstrip()[:1] == "[" else value
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{key} must be a list of messages that is not empty")
+    return value
+
+
+def text_at(row: Row, key: str) -> str:
+    """Return the text at `key`.
+
+    Raises:
+        RowError: it is no text, or empty.
+    """
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise RowError(f"{key} must be text, not {type(value).__name__}")
+    if not value.strip():
+        raise RowError(f"{key} is empty")
+    return value
