@@ -10,6 +10,7 @@ from ernie_train.data.chat import (
     require_chat_tokens,
 )
 from ernie_train.data.documents import DocumentBuilder, Documents, EncodedDocument
+from ernie_train.data.files import find_files
 from ernie_train.data.loader import Batch, ConsecutiveLoaders, PackedLoader
 from ernie_train.data.packing import pack_documents
 from ernie_train.data.reader import ReadReport, Record, read_records
@@ -34,6 +35,7 @@ __all__ = [
     "Tokenizer",
     "drop_thinking",
     "encode_chat",
+    "find_files",
     "load_sources",
     "load_tokenizer",
     "pack_documents",

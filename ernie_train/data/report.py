@@ -26,6 +26,8 @@ class SourceReport:
     `rows` is the sum of `kept`, `bad` and `dropped` (reason -> count). `lengths` are in tokens, of
     the encoded rows before anything is cut. `over_seq_len` counts the rows that were longer than
     seq_len and were handled as `overlong` says; `truncated` counts those of them that were cut.
+    `unread` counts the rows with a key that nothing reads; `passed_over` names what lies beside the
+    data files.
     """
 
     path: str
@@ -36,6 +38,8 @@ class SourceReport:
     kept: int = 0
     bad: list[BadRow] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    passed_over: str = ""
     documents: int = 0
     tokens: int = 0
     trainable_tokens: int = 0
@@ -68,6 +72,8 @@ class SourceReport:
             "bad": len(self.bad),
             "bad_rows": [str(row) for row in self.bad[:LISTED_BAD_ROWS]],
             "dropped": dict(self.dropped),
+            "unread": dict(self.unread),
+            "passed_over": self.passed_over,
             "documents": self.documents,
             "tokens": self.tokens,
             "trainable_tokens": self.trainable_tokens,
@@ -106,7 +112,7 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         total = self.total().to_dict()
-        for key in ("path", "format", "weight", "overlong"):
+        for key in ("path", "format", "weight", "overlong", "unread", "passed_over"):
             del total[key]
         return {
             "seq_len": self.seq_len,
@@ -139,6 +145,11 @@ class DataReport:
                 reasons.append(f"{len(source.bad)} bad, first {source.bad[0]}")
             if reasons:
                 lines.append(f"left out of {source.path}: {'; '.join(reasons)}")
+            if source.unread:
+                keys = ", ".join(f"{key} ({count})" for key, count in source.unread.items())
+                lines.append(f"keys of {source.path} that nothing reads: {keys}")
+            if source.passed_over:
+                lines.append(f"passed over in {source.path}: {source.passed_over}")
         return Text("\n".join(lines), "table.caption")
 
 

@@ -39,14 +39,19 @@ FormatName = Literal[
 # A truncated conversation would never show the model the end of a turn; a text is continued in
 # the next document.
 DEFAULT_OVERLONG: dict[Kind, Overlong] = {"sft": "drop", "pretrain": "split"}
+# Keys of rows that are read by verifiers, or name the row: no surprise that training reads none.
+FOR_VERIFIERS = {
+    *("id", "task", "domain", "reward", "answer", "tests", "hidden_tests", "entry_point"),
+    *("expected_calls", "difficulty", "tools", "source", "data_source"),
+}
 SILENT_S = 2.0  # a progress bar appears after this
 
 
 class DataSource(StrictConfig):
     """Configure one entry of a stage's `data`.
 
-    path: a .jsonl, .jsonl.gz, .json or .txt file or a directory of them, relative to the current
-        directory of the command.
+    path: a file of rows, a directory with all below it, or a pattern such as data/*.parquet,
+        relative to the current directory of the command; docs/data.md lists the kinds of files.
     weight: an epoch has round(weight * documents) samples of the source.
     format: the format of its rows; "auto" detects it from their keys.
     max_examples: use only this number of valid rows, the first ones.
@@ -169,6 +174,7 @@ def _load(
             report.drop(str(reason))
         else:
             report.kept += 1
+            read.unread.update(record.fields.keys() - FOR_VERIFIERS)
             for piece_ids, piece_trainable in pieces:
                 builder.add(piece_ids, piece_trainable, record.source)
         if report.kept == source.max_examples:
@@ -176,6 +182,8 @@ def _load(
     read.check(max_bad_fraction)
     documents = builder.build()
     report.rows, report.bad, report.format = read.rows, read.bad, read.format or source.format
+    report.dropped |= read.dropped
+    report.unread, report.passed_over = dict(sorted(read.unread.items())), read.passed_over
     report.documents, report.tokens = len(documents), len(documents.tokens)
     report.trainable_tokens = _trained(documents)
     report.lengths = np.array(lengths, dtype=np.int64)

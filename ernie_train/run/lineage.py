@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import DataError
-from ernie_train.data import Tokenizer
+from ernie_train.data import Tokenizer, find_files
 from ernie_train.io.files import digest_file, fingerprint
 from ernie_train.run.recipe import Recipe
 from ernie_train.weights.checkpoint import find_model
@@ -57,6 +58,8 @@ def hash_files(paths: list[Path]) -> str:
             files += sorted(found for found in path.rglob("*") if found.is_file())
         elif path.exists():
             files.append(path)
+        elif has_magic(str(path)):
+            files += find_files(path).files
         else:
             raise DataError(f"{path}: no such file or directory")
     digests = [digest_file(path).sha256 for path in files]

@@ -72,13 +72,14 @@ def find_files(path: str | Path) -> FoundFiles:
 
 
 def _add(path: Path, found: FoundFiles, above: tuple[Path, ...], of_pattern: bool = False) -> None:
+    among_others = bool(above) or of_pattern
     if path.is_dir():
         _add_directory(path, found, above)
     elif path.is_symlink() and not path.exists():
         raise DataError(f"{path} is a symbolic link that leads nowhere or in a circle; remove it")
-    elif path.is_file() and container(path)[0] and not (above and _is_metadata(path)):
+    elif path.is_file() and container(path)[0] and not (among_others and _is_metadata(path)):
         found.files.append(path)
-    elif above or of_pattern:
+    elif among_others:
         found.passed_over.append(path.name)
     else:
         raise DataError(_refusal(path))
@@ -133,19 +134,21 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def _is_metadata(path: Path) -> bool:
     """Return whether a .json file of a directory is one object, as descriptions of data are."""
-    if path.suffix.lower() != ".json":
-        return False
+    return path.suffix.lower() == ".json" and _begins_an_object(path) and not is_json_lines(path)
+
+
+def _begins_an_object(path: Path) -> bool:
     with path.open("rb") as stream:
-        is_object = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-    return is_object and not is_json_lines(path)
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
 
 
 def is_json_lines(path: Path) -> bool:
     """Return whether the first line of a file is a whole JSON object and another line follows."""
+    if not _begins_an_object(path):
+        return False
     with path.open("rb") as stream:
-        first = stream.readline(2**26)
         try:
-            value = json.loads(first.removeprefix(b"\xef\xbb\xbf"))
+            json.loads(stream.readline(2**26).removeprefix(b"\xef\xbb\xbf"))
         except (ValueError, RecursionError):
             return False
-        return isinstance(value, dict) and any(line.strip() for line in stream)
+        return any(line.strip() for line in stream)

@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ BOM = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 CHUNK_CHARACTERS = 2**20
 LONGEST_ROW = 2**24  # characters, of a field in CSV and of a row in a JSON list
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half of a pair
 TABLE_ROWS = 64  # rows of a Parquet or Arrow file that are made at a time
 
 
@@ -107,7 +109,8 @@ def _json_lines(text: _Text) -> Iterator[Located]:
 
 def _parsed(line: bytes) -> Row | RowError:
     try:
-        return _as_row(json.loads(line.decode("utf-8")))
+        text = line.decode("utf-8")
+        return _as_row(json.loads(text), text)
     except UnicodeDecodeError as error:
         return RowError(f"it is not UTF-8: byte {error.start} is {error.reason}")
     except json.JSONDecodeError as error:
@@ -116,10 +119,16 @@ def _parsed(line: bytes) -> Row | RowError:
         return RowError(f"it is not valid JSON: {error}")
 
 
-def _as_row(row: Any) -> Row | RowError:
-    return (
-        row if isinstance(row, dict) else RowError(f"it is a {type(row).__name__}, not an object")
-    )
+def _as_row(row: Any, text: str) -> Row | RowError:
+    """Return the row that was parsed from `text`, if it is an object of valid Unicode."""
+    if not isinstance(row, dict):
+        return RowError(f"it is a {type(row).__name__}, not an object")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            return RowError(f"it is not valid Unicode: {error.reason}")
+    return row
 
 
 def _json_list(text: _Text) -> Iterator[Located]:
@@ -130,7 +139,7 @@ def _json_list(text: _Text) -> Iterator[Located]:
     number = 0
     while window.next_character(also=",") != "]":
         number += 1
-        yield f"{text.file}:row {number}", _as_row(window.value(number))
+        yield f"{text.file}:row {number}", window.row(number)
     window.at += 1
     if window.next_character():
         raise DataError(f"{text.file} has something behind the end of its JSON list")
@@ -154,13 +163,14 @@ class _Window:
             if not self._more(CHUNK_CHARACTERS):
                 return ""
 
-    def value(self, number: int) -> Any:
+    def row(self, number: int) -> Row | RowError:
         """Read the JSON value that begins here, row `number` of the file."""
         wanted = CHUNK_CHARACTERS
         while True:
             try:
-                value, self.at = self.decoder.raw_decode(self.text, self.at)
-                return value
+                value, end = self.decoder.raw_decode(self.text, self.at)
+                text, self.at = self.text[self.at : end], end
+                return _as_row(value, text)
             except (ValueError, RecursionError) as error:
                 if len(self.text) - self.at > LONGEST_ROW or not self._more(wanted):
                     raise DataError(

@@ -1,0 +1,469 @@
+"""Rows of public kinds: the messages that each gives, and what of it is trained."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from ernie_train.data import DataSource, Tokenizer, encode_chat, load_sources
+from ernie_train.data.reader import Record, read_records
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*made: dict[str, Any], text: str = "", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more, "tool_calls": list(made)}
+
+
+def result(text: str) -> dict[str, Any]:
+    return {"role": "tool", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+TIDE = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}
+ASK, ANSWER = user("high tide at Emden?"), said("at noon")
+TIDED = calls(call("tide", {"port": "Emden"}))
+
+
+def tool_row(arguments: Any, content: Any) -> dict[str, Any]:
+    made = {"type": "function", "id": "c1", "function": {"name": "tide", "arguments": arguments}}
+    said_nothing = {"role": "assistant", "content": None, "tool_calls": [made]}
+    tool = {"role": "tool", "tool_call_id": "c1", "content": content}
+    return {"messages": [ASK, said_nothing, tool, ANSWER], "tools": [TIDE]}
+
+
+# name -> (row, messages)
+CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "sharegpt of messages": ({"conversations": [ASK, ANSWER]}, [ASK, ANSWER]),
+    "messages of from and value": (
+        {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        [user("q"), said("a")],
+    ),
+    "capitals": (
+        {"messages": [{"role": "User", "content": "q"}, {"role": "Assistant", "content": "a"}]},
+        [user("q"), said("a")],
+    ),
+    "an empty system turn": (
+        {"conversations": [{"from": "system", "value": ""}, ASK, ANSWER]},
+        [ASK, ANSWER],
+    ),
+    "system beside": ({"messages": [ASK, ANSWER], "system": "be brief"}, [SYSTEM, ASK, ANSWER]),
+    "the same system twice": (
+        {"messages": [SYSTEM, ASK, ANSWER], "system_prompt": "be brief"},
+        [SYSTEM, ASK, ANSWER],
+    ),
+    "calls of ms-swift": (
+        {
+            "messages": [
+                ASK,
+                {
+                    "role": "tool_call",
+                    "content": '{"name": "tide", "arguments": {"port": "Emden"}}',
+                },
+                {"role": "tool_call", "content": '{"name": "wind", "arguments": "{}"}'},
+                {"role": "tool_response", "content": '{"at": "12:00"}'},
+                {"role": "tool_response", "content": "calm"},
+                ANSWER,
+            ],
+            "tools": json.dumps([TIDE]),
+        },
+        [
+            ASK,
+            calls(call("tide", {"port": "Emden"}), call("wind", {})),
+            result('{"at": "12:00"}'),
+            result("calm"),
+            ANSWER,
+        ],
+    ),
+    "parallel calls": (
+        {
+            "messages": [
+                ASK,
+                said("both", tool_calls=[call("tide", {"port": "Emden"}), {"name": "wind"}]),
+                result("noon"),
+                result("calm"),
+                ANSWER,
+            ]
+        },
+        [
+            ASK,
+            calls(call("tide", {"port": "Emden"}), call("wind", {}), text="both"),
+            result("noon"),
+            result("calm"),
+            ANSWER,
+        ],
+    ),
+    "arguments as text": (
+        tool_row('{"port": "Emden"}', "noon"),
+        [ASK, TIDED, result("noon"), ANSWER],
+    ),
+    "arguments with nulls": (
+        tool_row({"port": "Emden", "day": None, "at": {"hour": None}}, "noon"),
+        [ASK, calls(call("tide", {"port": "Emden", "at": {}})), result("noon"), ANSWER],
+    ),
+    **{
+        f"arguments {arguments!r}": (
+            tool_row(arguments, "noon"),
+            [ASK, calls(call("tide", {})), result("noon"), ANSWER],
+        )
+        for arguments in (None, "", {}, "{}")
+    },
+    **{
+        f"a tool's {content!r}": (
+            tool_row({"port": "Emden"}, content),
+            [ASK, TIDED, result(text), ANSWER],
+        )
+        for content, text in [
+            ("", ""),
+            (None, ""),
+            ({"at": 12}, '{"at": 12}'),
+            ([{"type": "text", "text": "noon"}], "noon"),
+            ([{"type": "text", "text": "noon"}, {"type": "text", "text": "or so"}], "noon\nor so"),
+            (
+                [{"name": "tide", "content": {"at": 12}}],
+                '[{"name": "tide", "content": {"at": 12}}]',
+            ),
+            ([], ""),
+            (12, "12"),
+        ]
+    },
+    "parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q1"}, "q2"]},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "hm"},
+                        {"type": "text", "text": "a", "cache": True},
+                    ],
+                },
+            ]
+        },
+        [user("q1\nq2"), said("a", reasoning_content="hm")],
+    ),
+    **{
+        f"{key} of a turn": (
+            {"messages": [ASK, said("at noon", **{key: "the table says so"})]},
+            [ASK, said("at noon", reasoning_content="the table says so")],
+        )
+        for key in ("reasoning_content", "reasoning", "thinking")
+    },
+    "the same reasoning twice": (
+        {"messages": [ASK, said("at noon", reasoning="r", reasoning_content="r")]},
+        [ASK, said("at noon", reasoning_content="r")],
+    ),
+    "blank reasoning": ({"messages": [ASK, said("at noon", reasoning=" \n")]}, [ASK, ANSWER]),
+    "every key as null": (
+        {
+            "messages": [
+                {**ASK, "weight": None, "tool_calls": None, "name": None},
+                {**ANSWER, "weight": None, "loss": None, "tool_calls": None, "reasoning": None},
+            ],
+            "tools": None,
+            "label": None,
+            "system": None,
+        },
+        [ASK, ANSWER],
+    ),
+    "label": (
+        {"messages": [ASK, ANSWER, user("and low?"), said("at six")], "label": [0, 1]},
+        [ASK, said("at noon", weight=0), user("and low?"), said("at six", weight=1)],
+    ),
+    "loss of the row": (
+        {"messages": [ASK, ANSWER], "loss": True},
+        [ASK, said("at noon", weight=1)],
+    ),
+    **{
+        f"{key} of a turn": (
+            {"messages": [ASK, said("at noon", **{key: flag}), ASK, ANSWER]},
+            [ASK, said("at noon", weight=0), ASK, ANSWER],
+        )
+        for key, flag in [("weight", 0), ("weight", 0.0), ("loss", False), ("train", False)]
+    },
+    "erniekit": (
+        {"system": "be brief", "src": ["high?", "low?"], "tgt": ["noon", "six"], "label": [0, 1]},
+        [SYSTEM, user("high?"), said("noon", weight=0), user("low?"), said("six", weight=1)],
+    ),
+    "erniekit of texts": ({"src": "high?", "tgt": "noon"}, [user("high?"), said("noon")]),
+    "erniekit with the system first": (
+        {"src": ["be brief", "high?"], "tgt": ["", "noon"], "is_system": 1},
+        [SYSTEM, user("high?"), said("noon")],
+    ),
+    "alpaca with history": (
+        {
+            "instruction": "and low?",
+            "input": "Emden",
+            "output": "at six",
+            "history": [["high?", "noon"]],
+            "system": "be brief",
+        },
+        [SYSTEM, user("high?"), said("noon"), user("and low?\nEmden"), said("at six")],
+    ),
+    "alpaca of an input alone": (
+        {"instruction": "", "input": "high?", "output": "noon"},
+        [user("high?"), said("noon")],
+    ),
+    "alpaca with reasoning": (
+        {"instruction": "high?", "output": "noon", "reasoning": "r"},
+        [user("high?"), said("noon", reasoning_content="r")],
+    ),
+    "dolly": (
+        {"instruction": "high?", "context": "Emden", "response": "noon", "category": "qa"},
+        [user("high?\nEmden"), said("noon")],
+    ),
+    "swift": (
+        {"query": "low?", "response": "six", "history": [["high?", "noon"]]},
+        [user("high?"), said("noon"), user("low?"), said("six")],
+    ),
+    "openorca": (
+        {"system_prompt": "be brief", "question": "high?", "response": "noon"},
+        [SYSTEM, user("high?"), said("noon")],
+    ),
+    "gsm8k": (
+        {"question": "2 of 3?", "answer": "2 * 3 = 6\n#### 6"},
+        [user("2 of 3?"), said("2 * 3 = 6\n#### 6")],
+    ),
+    "math": (
+        {"problem": "2 of 3?", "solution": "So 6.", "answer": "6"},
+        [user("2 of 3?"), said("So 6.")],
+    ),
+    "trl prompt and completion": (
+        {"prompt": [ASK], "completion": [ANSWER]},
+        [ASK, ANSWER],
+    ),
+}
+
+
+def read_one(write_rows: Any, row: dict[str, Any]) -> Record:
+    (record,), report = read_records(write_rows("rows.jsonl", [row]))
+    assert not report.bad and not report.dropped
+    return record
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_conversations(write_rows: Any, tokenizer: Tokenizer, name: str) -> None:
+    row, messages = CHATS[name]
+    record = read_one(write_rows, row)
+    assert record.kind == "chat" and record.messages == messages
+    entry = DataSource(path="rows.jsonl")
+    path = write_rows("rows.jsonl", [row])
+    (documents,), _ = load_sources(
+        [entry], tokenizer, kind="sft", seq_len=2048, base_dir=path.parent
+    )
+    ids, trained = encode_chat(tokenizer, messages, record.tools)
+    assert documents[0].ids.tolist() == ids and documents[0].trainable.tolist() == trained
+    assert any(trained)
+
+
+def test_flags_decide_what_is_trained(write_rows: Any, tokenizer: Tokenizer) -> None:
+    row = {"src": ["high?", "low?"], "tgt": ["noon", "six"], "label": [0, 1]}
+    path = write_rows("rows.jsonl", [row])
+    (documents,), _ = load_sources(
+        [DataSource(path=path.name)], tokenizer, kind="sft", seq_len=512, base_dir=path.parent
+    )
+    trained = tokenizer.decode(documents[0].ids[documents[0].trainable].tolist())
+    assert "six" in trained and "noon" not in trained
+
+
+def test_no_null_reaches_the_tools(write_rows: Any) -> None:
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "tide",
+            "description": None,
+            "parameters": {
+                "type": "object",
+                "properties": {"port": {"type": "string", "enum": ["Emden", None]}, "day": None},
+            },
+        },
+    }
+    tools = read_one(write_rows, {"messages": [ASK, ANSWER], "tools": [tool]}).tools
+    assert tools is not None
+    function = tools[0]["function"]
+    assert function.keys() == {"name", "parameters"}
+    # Arrow writes no null into a list: this one is a choice that the schema offers.
+    assert function["parameters"]["properties"] == {
+        "port": {"type": "string", "enum": ["Emden", None]}
+    }
+
+
+OTHER = said("at six")
+PAIRS: dict[str, dict[str, Any]] = {
+    "trl texts": {"prompt": ASK["content"], "chosen": "at noon", "rejected": "at six"},
+    "trl messages": {"prompt": [ASK], "chosen": [ANSWER], "rejected": [OTHER]},
+    "trl conversations": {"chosen": [ASK, ANSWER], "rejected": [ASK, OTHER]},
+    "whole conversations beside a prompt": {
+        "prompt": ASK["content"],
+        "prompt_id": "7",
+        "chosen": [ASK, ANSWER],
+        "rejected": [ASK, OTHER],
+        "messages": [ASK, ANSWER],
+        "score_chosen": 8.0,
+    },
+    "paddleformers": {
+        "messages": [ASK],
+        "chosen_response": [ANSWER],
+        "rejected_response": [OTHER],
+    },
+    "erniekit": {
+        "src": [ASK["content"]],
+        "tgt": [],
+        "response": [["at six"], ["at noon"]],
+        "sort": [0, 1],
+    },
+    "erniekit of texts": {
+        "src": [ASK["content"]],
+        "response": ["at noon", "at six"],
+        "sort": [1, 0],
+    },
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": ASK["content"]}],
+        "chosen": {"from": "gpt", "value": "at noon"},
+        "rejected": {"from": "gpt", "value": "at six"},
+    },
+    "alpaca": {
+        "instruction": ASK["content"],
+        "input": None,
+        "output": None,
+        "chosen": "at noon",
+        "rejected": "at six",
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preferences(write_rows: Any, name: str) -> None:
+    record = read_one(write_rows, PAIRS[name])
+    assert record.kind == "preference" and record.messages == [ASK]
+    assert (record.chosen, record.rejected) == ([ANSWER], [OTHER])
+
+
+PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "verl": (
+        {
+            "data_source": "ports",
+            "prompt": [ASK],
+            "ability": "tides",
+            "reward_model": {"style": "rule", "ground_truth": "noon"},
+            "extra_info": {"index": 0, "split": None},
+        },
+        {"answer": "noon", "task": "ports", "domain": "tides"},
+    ),
+    "trl": ({"prompt": ASK["content"], "solution": "noon"}, {"answer": "noon"}),
+    "its own names come first": (
+        {"prompt": [ASK], "solution": "because", "answer": "noon", "task": "t", "data_source": "d"},
+        {"answer": "noon", "task": "t"},
+    ),
+    "question and answer": (
+        {"question": ASK["content"], "answer": "it is\n#### noon", "answers": None},
+        {"answer": "it is\n#### noon"},
+    ),
+    "an answer that is a number": ({"question": ASK["content"], "answer": 12}, {"answer": 12}),
+    "bfcl": ({"question": [[ASK]], "function": [TIDE]}, {"tools": [TIDE]}),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems(write_rows: Any, name: str) -> None:
+    row, fields = PROBLEMS[name]
+    record = read_one(write_rows, row)
+    assert record.prompt_messages == [ASK]
+    assert {key: record.fields.get(key) for key in fields} == fields
+    assert None not in record.fields.values()
+
+
+def test_a_program_beside_tests_is_no_answer(write_rows: Any) -> None:
+    row = {"prompt": "double x", "solution": "def f(x): return 2 * x", "tests": [[[1], 2]]}
+    assert "answer" not in read_one(write_rows, row).fields
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [ASK, said("a", loss=0.5)]}, "message 2: loss must be true or false"),
+        ({"messages": [ASK, said("a", weight="no")]}, "message 2: weight must be true or false"),
+        ({"messages": [ASK, said("a", weight=1, loss=False)]}, "contradict each other"),
+        ({"messages": [{**ASK, "loss": True}, ANSWER]}, r"message 1 \(user\) is to be trained"),
+        ({"messages": [ASK, said("a", train_detail=[{"begin": 0}])]}, "train_detail cannot be"),
+        ({"messages": [ASK, ANSWER], "images": ["a.png"]}, "images cannot be trained"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
+            "content that is not text",
+        ),
+        ({"messages": [ASK, said("a", reasoning="r", thinking="s")]}, "two different reasonings"),
+        ({"messages": [ASK, ANSWER], "label": [1, 0]}, "label has 2 entries for 1 answers"),
+        ({"messages": [ASK, ANSWER], "label": ["yes"]}, "a label must be true or false"),
+        ({"messages": [ASK, said("a", weight=1)], "label": [0]}, "label and the flags"),
+        ({"messages": [ASK, ANSWER], "weight": 0.3}, "weight must be true or false"),
+        ({"prompt": "q", "completion": "a", "label": False}, r"\(KTO\), which no stage trains"),
+        ({"messages": [ASK, ANSWER], "system": "s", "tools": "{"}, "tools is not valid JSON"),
+        ({"messages": [ASK, ANSWER], "tools": ["{"]}, "a tool is not valid JSON"),
+        ({"src": ["q", "r"], "tgt": ["a"]}, "2 src and 1 tgt do not make a conversation"),
+        ({"src": ["q"], "tgt": [3]}, "tgt must be a text or a list of texts"),
+        ({"src": ["q"], "tgt": [], "response": ["a", "b"]}, "sort must hold two different"),
+        ({"src": ["q"], "response": ["a", "b"], "sort": [1, 1]}, "sort must hold two different"),
+        ({"src": ["q"], "response": ["a"], "sort": [1, 0]}, "response must hold two answers"),
+        ({"src": ["s", "q"], "tgt": ["x", "a"], "is_system": 1}, "first src is the system"),
+        (
+            {"prompt": "q", "chosen": [ANSWER, ASK, OTHER], "rejected": "b"},
+            "chosen must be one ans",
+        ),
+        ({"chosen": [ASK, ANSWER, ASK, OTHER], "rejected": [ASK, OTHER]}, "chosen must be one"),
+        (
+            {"messages": [{"role": "x" * 9999, "content": "q"}]},
+            r"role 'x{59}\.\.\.; a message needs",
+        ),
+        ({"messages": "[{"}, "messages is not valid JSON"),
+    ],
+)
+def test_what_cannot_be_trained_as_asked_is_refused(
+    write_rows: Any, row: dict[str, Any], reason: str
+) -> None:
+    _, report = read_records(write_rows("rows.jsonl", [row]), max_bad_fraction=1)
+    assert len(report.bad) == 1
+    assert re.search(reason, report.bad[0].reason), report.bad[0].reason
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASK, said(" \n")]},
+        {"instruction": "q", "output": "\t"},
+        {"prompt": "q", "completion": " "},
+        {"prompt": "q", "chosen": "a", "rejected": "  "},
+        {"question": "q", "answer": "\n"},
+    ],
+)
+def test_blank_answers_are_left_out_and_counted(write_rows: Any, row: dict[str, Any]) -> None:
+    good = {"messages": [ASK, ANSWER]}
+    records, report = read_records(write_rows("rows.jsonl", [good, row]), max_bad_fraction=0)
+    assert len(records) == 1 and report.dropped == {"with a blank answer": 1}
+
+
+def test_formats_may_change_from_row_to_row(write_rows: Any) -> None:
+    rows = [CHATS["gsm8k"][0], {"messages": [ASK, ANSWER]}, PAIRS["trl texts"]]
+    records, report = read_records(write_rows("rows.jsonl", rows))
+    assert [r.kind for r in records] == ["chat", "chat", "preference"]
+    assert report.format == "question_answer+messages+preference"
+
+
+def test_keys_that_nothing_reads_are_told(write_rows: Any, tokenizer: Tokenizer) -> None:
+    row = {"messages": [ASK, {**ANSWER, "rating": 5, "name": "n"}], "quality": 3, "task": "tides"}
+    path = write_rows("rows.jsonl", [row, row, {"messages": [ASK, ANSWER]}])
+    _, report = load_sources(
+        [DataSource(path=path.name)], tokenizer, kind="sft", seq_len=512, base_dir=path.parent
+    )
+    assert report.sources[0].unread == {"messages.rating": 2, "quality": 2}
+    assert "messages.rating (2), quality (2)" in str(report.as_table().caption)
