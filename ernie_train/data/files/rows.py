@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ernie_train.core.errors import DataError
+from ernie_train.core.foreign_files import open_regular
 from ernie_train.data.files.find import container, is_json_lines
 from ernie_train.data.formats.values import Row, RowError
 
@@ -85,7 +86,7 @@ class _Text:
 @contextmanager
 def _opened(file: Path, compression: str, on_bytes: Callable[[int], None]) -> Iterator[_Text]:
     with ExitStack() as stack:
-        raw = stack.enter_context(file.open("rb"))
+        raw = stack.enter_context(open_regular(file))
         stream: Any = raw
         if compression == ".gz":
             stream = stack.enter_context(gzip.open(raw))
