@@ -59,6 +59,9 @@ TopP = Annotated[
     float, typer.Option(callback=_top_p, help="above 0: only the likeliest tokens of this mass")
 ]
 Seed = Annotated[int, whole_number(min=0)]
+Force = Annotated[
+    bool, typer.Option("--force", help="replace an output of another kind, or what is read")
+]
 Referee = Annotated[
     str | None,
     typer.Option(

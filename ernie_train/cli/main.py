@@ -16,6 +16,7 @@ import typer
 from rich.logging import RichHandler
 
 from ernie_train.cli.arguments import (
+    Force,
     Model,
     Overrides,
     RecipePath,
@@ -32,6 +33,7 @@ from ernie_train.cli.run import RunCommand, print_status
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
 from ernie_train.core.terminal import Terminal, printable
+from ernie_train.io.outputs import check_output_directory, check_output_file
 from ernie_train.launch import LaunchSettings, print_error
 from ernie_train.launch.rank_files import RankReporter, is_supervised
 
@@ -189,16 +191,19 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="write samples here, as JSONL")] = None,
+    force: Force = False,
 ) -> None:
     """Solve held-out problems and print accuracy by task."""
     from ernie_train.cli.model import evaluate_model
-    from ernie_train.eval.evaluation import EvalConfig
+    from ernie_train.eval.evaluation import SAMPLE_KEYS, EvalConfig
 
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
     if n > 1 and chosen == 0:
         raise UserError(f"--n {n} with --temperature 0 would draw the same completion {n} times")
     config = EvalConfig(max_new_tokens, batch_size, n, chosen, seed)
     chosen_tasks = [name.strip() for name in tasks.split(",")] if tasks else []
+    if output is not None:
+        check_output_file(output, SAMPLE_KEYS, inputs=[data, model], force=force)
     evaluate_model(model, data, chosen_tasks, max_examples, config, output, _console())
 
 
@@ -216,10 +221,13 @@ def score(
         Path, typer.Option(help='lines {"completion": text}, in the order of the data or with id')
     ],
     out: Annotated[Path | None, typer.Option(help="write each score here, as JSONL")] = None,
+    force: Force = False,
 ) -> None:
     """Grade completions with a verifier and print how many are right."""
-    from ernie_train.cli.score import score_file
+    from ernie_train.cli.score import SCORE_KEYS, score_file
 
+    if out is not None:
+        check_output_file(out, SCORE_KEYS, inputs=[data, completions], force=force)
     score_file(reward, data, completions, out, _console())
 
 
@@ -257,10 +265,13 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
     max_shard_size: Annotated[str, typer.Option()] = "5GB",
     referee: Referee = None,
+    force: Force = False,
 ) -> None:
     """Write a Hugging Face directory and prove it by reading it back."""
     from ernie_train.cli.model import export_model
+    from ernie_train.run.export import RECEIPT
 
+    check_output_directory(out, RECEIPT, inputs=[model], force=force)
     export_model(model, out, dtype, max_shard_size, referee_interpreter(referee), _console())
 
 

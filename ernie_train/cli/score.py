@@ -26,6 +26,7 @@ from ernie_train.rewards.scoring import (
 
 _STATUSES: tuple[Status, ...] = get_args(Status)
 _SHOWN_REASONS = 3
+SCORE_KEYS = ("value", "status", "detail", "parts")  # of each row of the output
 
 
 class _Section(StrictConfig):

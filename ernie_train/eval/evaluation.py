@@ -22,6 +22,8 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
 from ernie_train.rewards.sandbox import layer_in_force
 
+SAMPLE_KEYS = ("task", "prompt", "completion", "status")  # of each sample, and others
+
 
 @dataclass(frozen=True)
 class EvalConfig:

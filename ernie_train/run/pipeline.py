@@ -29,16 +29,20 @@ from ernie_train.core.terminal import Terminal
 from ernie_train.data import Tokenizer, load_tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.io.files import fingerprint, write_json, write_text
+from ernie_train.io.outputs import check_run_directory
 from ernie_train.io.run_dir import RunLock, StageDone, differences, read_done, write_done
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.check import check_fit, check_gates
-from ernie_train.run.finalize import Finalizer, read_result
+from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData, StageRun
 from ernie_train.weights.checkpoint import CheckpointStore, find_model
 from ernie_train.weights.hf import load_pretrained
+
+# What a run writes beside its stages.
+WRITTEN = (RECIPE, EVALUATION, "tokenizer", "export")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Pipeline:
         with ExitStack() as held, StopFlag() as stop:
             with consensus.fail_together():
                 if process_group.is_main():
+                    check_run_directory(self.run_dir, ENVIRONMENT, WRITTEN)
                     held.enter_context(RunLock(self.run_dir))
                 lineage = Lineage.of_recipe(self.recipe, tokenizer)
                 if process_group.is_main():
@@ -175,10 +180,11 @@ class Pipeline:
     def _record_run(self, tokenizer: Tokenizer) -> None:
         """Write the resolved recipe, the tokenizer and a description of the environment."""
         with storage_errors("cannot write to the run directory", self.run_dir):
+            # First, since `check_run_directory` knows a run by it.
+            write_json(self.run_dir / ENVIRONMENT, environment.describe_environment())
             write_text(self.run_dir / RECIPE, dump_yaml(self.recipe.model_dump(mode="json")))
             if not (self.run_dir / "tokenizer").exists():
                 tokenizer.save_pretrained(self.run_dir / "tokenizer", thinking=self.recipe.thinking)
-        write_json(self.run_dir / ENVIRONMENT, environment.describe_environment())
 
     def _set_aside(self, first: str | None) -> None:
         """Rename the directories of the stages to be repeated; nothing is deleted."""

@@ -328,3 +328,46 @@ def test_the_module_is_the_command():
     )  # fmt: skip
     for verb in ("run", "check", "status", "eval", "generate", "export", "doctor"):
         assert verb in done.stdout
+
+
+# ---- outputs -------------------------------------------------------------------------------------
+
+
+def test_export_replaces_neither_a_checkpoint_nor_what_it_reads(trained, tmp_path, cli):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    checkpoint = run / "01-sft/checkpoints/step_000003"
+    before = (checkpoint / "MANIFEST.json").read_bytes()
+    for model in (run, checkpoint):
+        status, _, err = cli("export", model, checkpoint)
+        assert status == 2
+        assert "--force" in err
+    assert (checkpoint / "MANIFEST.json").read_bytes() == before
+    out = tmp_path / "out"
+    assert cli("export", run, out, "--dtype", "float32")[0] == 0
+    assert cli("export", out, out)[0] == 2
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"
+    assert cli("export", run, out)[0] == 0, "an earlier export is replaced"
+    assert cli("export", out, out, "--dtype", "float32", "--force")[0] == 0
+
+
+def test_eval_writes_over_its_own_samples_only(trained, workspace, tmp_path, cli):
+    arguments = ("eval", trained, "--data", workspace / "test.jsonl", "--max-examples", 1,
+                 "--max-new-tokens", 1, "--output")  # fmt: skip
+    out = tmp_path / "samples.jsonl"
+    assert cli(*arguments, out)[0] == 0
+    assert cli(*arguments, out)[0] == 0
+    for place in (workspace / "test.jsonl", tmp_path, tmp_path / "none/x.jsonl"):
+        before = place.read_bytes() if place.is_file() else None
+        assert cli(*arguments, place)[0] == 2
+        assert before is None or place.read_bytes() == before
+
+
+def test_a_run_does_not_replace_the_recipe_beside_which_it_is_started(workspace, cli, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((workspace / "recipe.yaml").read_text())
+    status, _, err = cli("run", recipe, "--run-dir", tmp_path)
+    assert status == 2
+    assert "another --run-dir" in err
+    assert recipe.read_text() == (workspace / "recipe.yaml").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -137,3 +137,23 @@ def test_mistakes_are_one_message(score, files, tmp_path, reward, data, completi
     assert status == 2
     assert message in errors.replace("\n", " ")
     assert "Traceback" not in errors
+
+
+def test_a_failing_score_writes_nothing_and_replaces_nothing(score, files, tmp_path):
+    assert score("nosuch", *files, "--out", tmp_path / "out.jsonl")[0] == 2
+    assert not list(tmp_path.glob("out*"))
+    before = files[0].read_bytes()
+    status, _, errors = score("math", *files, "--out", files[0])
+    assert status == 2
+    assert "--force" in errors
+    assert files[0].read_bytes() == before
+
+
+def test_halves_of_surrogate_pairs_are_scored_and_written(score, files, tmp_path):
+    given = [{"id": "\ud800", "completion": "\ud800"}]
+    rows = [{"id": "\ud800", "task": "\ud800", "answer": "1", "reward": "math"}]
+    paths = lines(tmp_path / "d.jsonl", rows), lines(tmp_path / "c.jsonl", given)
+    status, _, _ = score("math", *paths, "--out", tmp_path / "out.jsonl")
+    assert status == 0
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["id"] == "\ud800"

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files signals processes progress blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
-    "io": "files metrics_log run_dir safetensors",
+    "io": "files outputs metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher moe transformer numpy_layers numpy_decoder",

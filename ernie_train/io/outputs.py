@@ -1,0 +1,90 @@
+"""Refuse, before any work, to write over what is no earlier output of the same kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ernie_train.core.errors import UserError
+from ernie_train.core.foreign_files import open_regular, parse_json
+from ernie_train.io.files import check_replaceable
+
+LONGEST_ROW_BYTES = 2**24
+
+
+def check_output_directory(
+    path: Path, mark: str, *, inputs: Sequence[Path] = (), force: bool = False
+) -> None:
+    """Check that the directory `path` may be written, whole or in place of an earlier one.
+
+    Args:
+        path: the directory.
+        mark: name of a file that only directories of the same kind have.
+        inputs: paths that the work reads: not replaced either.
+        force: True to replace anything else that this program wrote.
+
+    Raises:
+        UserError: something else is there; the message says what to do.
+    """
+    check_replaceable(path)
+    if path.is_dir() and any(path.iterdir()) and not force:
+        _refuse(path, (path / mark).is_file(), inputs)
+
+
+def check_output_file(
+    path: Path, keys: Sequence[str], *, inputs: Sequence[Path] = (), force: bool = False
+) -> None:
+    """Check that the .jsonl file `path` may be written; its rows have `keys`.
+
+    Pipes and devices are written to as they are. The other arguments are those of
+    `check_output_directory`, as is the error; a file that `force` replaces may be anyone's.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, not a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path}: no permission to write")
+    if path.is_file() and path.stat().st_size and not force:
+        _refuse(path, _has_rows(path, keys), inputs)
+
+
+def check_run_directory(path: Path, mark: str, written: Sequence[str]) -> None:
+    """Check that a run in the directory `path` replaces nothing: `mark` is there, or none of these.
+
+    Args:
+        path: the directory, which need not exist.
+        mark: name of the file that a run writes first.
+        written: names of what a run writes later.
+
+    Raises:
+        UserError: the directory is not a run's and holds something of these names.
+    """
+    taken = [name for name in written if (path / name).exists()]
+    if taken and not (path / mark).exists():
+        raise UserError(
+            f"{path} is no run directory, and a run would replace its {', '.join(taken)}: give "
+            "another --run-dir"
+        )
+
+
+def _refuse(path: Path, is_same_kind: bool, inputs: Sequence[Path]) -> None:
+    place = path.resolve()
+    if any(place == used or place in used.parents for used in (i.resolve() for i in inputs)):
+        raise UserError(f"{path} is read by this command: give another path, or --force")
+    if not is_same_kind:
+        raise UserError(
+            f"{path} exists and is no earlier output of this command: give another path, or "
+            "--force to replace it"
+        )
+
+
+def _has_rows(path: Path, keys: Sequence[str]) -> bool:
+    with open_regular(path) as stream:
+        line = stream.readline(LONGEST_ROW_BYTES)
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and set(keys) <= row.keys()
