@@ -39,9 +39,7 @@ def test_a_directory_of_another_kind_or_an_input_needs_force(tmp_path, place):
     model = written(tmp_path / "all" / "model", MARK, "config.json")
     (tmp_path / "all" / "link").symlink_to(model)
     if place == "model/..":  # holds the model, and was written by this program
-        (tmp_path / "all" / "MANIFEST.json").write_bytes(
-            (checkpoint / "MANIFEST.json").read_bytes()
-        )
+        shutil.copy(checkpoint / "MANIFEST.json", tmp_path / "all")
     out = tmp_path / "all" / place
     with pytest.raises(UserError, match="--force"):
         check_output_directory(out, MARK, inputs=[model])
