@@ -53,7 +53,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change: stages.sft.optim.lr=1e-4 ...")
 ]
 Model = Annotated[
-    Path, typer.Argument(help="a Hugging Face directory, a checkpoint or a run directory")
+    Path, typer.Argument(help="a Hugging Face directory, a checkpoint, a run or a stage of one")
+]
+Best = Annotated[
+    bool, typer.Option("--best", help="of a run: the checkpoint with the best `best_metric`")
 ]
 TopP = Annotated[
     float, typer.Option(callback=_top_p, help="above 0: only the likeliest tokens of this mass")

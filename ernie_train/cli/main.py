@@ -16,6 +16,7 @@ import typer
 from rich.logging import RichHandler
 
 from ernie_train.cli.arguments import (
+    Best,
     Force,
     Model,
     Overrides,
@@ -192,9 +193,10 @@ def evaluate(
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="write samples here, as JSONL")] = None,
     force: Force = False,
+    best: Best = False,
 ) -> None:
     """Solve held-out problems and print accuracy by task."""
-    from ernie_train.cli.model import evaluate_model
+    from ernie_train.cli.model import best_checkpoint, evaluate_model
     from ernie_train.eval.evaluation import SAMPLE_KEYS, EvalConfig
 
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
@@ -204,6 +206,7 @@ def evaluate(
     chosen_tasks = [name.strip() for name in tasks.split(",")] if tasks else []
     if output is not None:
         check_output_file(output, SAMPLE_KEYS, inputs=[data, model], force=force)
+    model = best_checkpoint(model) if best else model
     evaluate_model(model, data, chosen_tasks, max_examples, config, output, _console())
 
 
@@ -242,12 +245,13 @@ def generate(
     raw: Annotated[
         bool, typer.Option(help="continue the text itself, without chat format")
     ] = False,
+    best: Best = False,
 ) -> None:
     """Complete one prompt."""
-    from ernie_train.cli.model import complete
+    from ernie_train.cli.model import best_checkpoint, complete
 
     text = complete(
-        model,
+        best_checkpoint(model) if best else model,
         prompt,
         raw=raw,
         max_new_tokens=max_new_tokens,
@@ -266,12 +270,14 @@ def export(
     max_shard_size: Annotated[str, typer.Option()] = "5GB",
     referee: Referee = None,
     force: Force = False,
+    best: Best = False,
 ) -> None:
     """Write a Hugging Face directory and prove it by reading it back."""
-    from ernie_train.cli.model import export_model
+    from ernie_train.cli.model import best_checkpoint, export_model
     from ernie_train.run.export import RECEIPT
 
     check_output_directory(out, RECEIPT, inputs=[model], force=force)
+    model = best_checkpoint(model) if best else model
     export_model(model, out, dtype, max_shard_size, referee_interpreter(referee), _console())
 
 

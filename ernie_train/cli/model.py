@@ -17,8 +17,8 @@ from ernie_train.run.export import export
 from ernie_train.run.finalize import EVALUATION, read_result
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
-from ernie_train.weights.checkpoint import find_model
 from ernie_train.weights.hf import load_pretrained
+from ernie_train.weights.model_directory import find_model
 
 
 def open_model(path: Path) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
@@ -26,6 +26,11 @@ def open_model(path: Path) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
     place = find_model(path)
     tokenizer = load_tokenizer(place.tokenizer)
     return load_pretrained(place.weights), tokenizer
+
+
+def best_checkpoint(path: Path) -> Path:
+    """Return the checkpoint of a run, or of a stage's directory, with the best `best_metric`."""
+    return find_model(path, best=True).weights
 
 
 def evaluate_model(

@@ -152,6 +152,8 @@ class MetricsWriter:
             directory.mkdir(parents=True, exist_ok=True)
         rows = cut_after(self.path, resume_step)
         self._last_step = resume_step if resume_step is not None else -1
+        measured = [row["validation_loss"] for row in rows if "validation_loss" in row]
+        self._last_validation: float | None = measured[-1] if measured else None
         self._scalars = _VisualDL(directory / "visualdl", rows) if visualdl else None
         self._display = ProgressDisplay(
             console or Terminal(),
@@ -188,7 +190,11 @@ class MetricsWriter:
             self._stream.flush()
             if self._scalars:
                 self._scalars.add(step, metrics, times)
-        self._display.update(step, _summary({**metrics, **timings}))
+        self._last_validation = metrics.get("validation_loss", self._last_validation)
+        shown = {**metrics, **timings}
+        if self._last_validation is not None:
+            shown["validation_loss"] = self._last_validation
+        self._display.update(step, _summary(shown))
 
     def note(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -294,6 +300,8 @@ def _summary(values: Mapping[str, float]) -> list[str]:
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")
+    if "validation_loss" in values:
+        parts.append(f"validation loss {values['validation_loss']:.4f}")
     if "reward" in values:
         parts.append(f"reward {values['reward']:.3f}  accuracy {values.get('accuracy', 0):.3f}")
     if "kl" in values:
@@ -307,5 +315,7 @@ def _summary(values: Mapping[str, float]) -> list[str]:
     if values.get("moe/dead_experts", 0) > 0:
         parts.append(f"{values['moe/dead_experts']:.0f} experts idle")
     if "tokens_per_second" in values:
-        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+        overall = values.get("tokens_per_second_overall")
+        beside = "" if overall is None else f" ({overall:,.0f} overall)"
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s{beside}")
     return parts

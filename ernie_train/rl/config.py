@@ -280,8 +280,7 @@ class UpoConfig(StageConfig):
     def _consistent(self) -> UpoConfig:
         problems = []
         group_size, preference = self.rollout.group_size, self.preference
-        if self.checkpoint.best_metric is not None and self.evaluation is None:
-            problems.append("checkpoint.best_metric needs an evaluation")
+        problems += self._best_metric_problems()
         if self.critic is not None and self.policy.coef == 0:
             problems.append("a critic has no effect with policy.coef=0")
         if self.critic is not None and self.policy.group_scale is not None:
@@ -301,6 +300,18 @@ class UpoConfig(StageConfig):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _best_metric_problems(self) -> list[str]:
+        if self.checkpoint.best_metric is None:
+            return []
+        if self.evaluation is None:
+            return ["checkpoint.best_metric needs an evaluation"]
+        try:
+            every = self.evaluation.every_iterations
+            self.checkpoint.require_scores("evaluation.every_iterations", every)
+        except ValueError as error:
+            return [str(error)]
+        return []
 
     def _pair_problems(self, preference: PreferenceConfig) -> list[str]:
         problems = []

@@ -12,9 +12,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ernie_train.core.errors import DataError
+from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.data import Record, Tokenizer, encode_chat, prompt_ids, read_records
 from ernie_train.eval.evaluation import load_problems, require_verifiers
+from ernie_train.eval.gates import known_metrics
 from ernie_train.eval.prompts import encode_prompt
 from ernie_train.rewards.scoring import build_reward
 from ernie_train.rl.batch import TokenizedCompletion
@@ -103,6 +104,7 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
             max_examples=config.evaluation.max_examples,
         )
         require_verifiers(held_out)
+        _check_best_metric(config, held_out)
     offline: list[TokenizedPair] = []
     pairs_report = None
     if config.offline is not None and config.offline.path is not None:
@@ -210,6 +212,21 @@ def describe(
 def rollout_file(directory: Path, iteration: int) -> Path:
     """Return the file of an iteration's rollout in a directory of them."""
     return directory / f"{iteration:06d}.jsonl"
+
+
+def _check_best_metric(config: UpoConfig, held_out: Sequence[Record]) -> None:
+    metric, settings = config.checkpoint.best_metric, config.evaluation
+    if metric is None or settings is None:
+        return
+    known = known_metrics(held_out)
+    if settings.samples > 1:
+        tasks = {f"eval/{record.fields['task']}" for record in held_out}
+        known |= {f"{task}/pass@{settings.samples}" for task in tasks}
+    if metric not in known:
+        raise ConfigError(
+            f"checkpoint.best_metric={metric!r} is not measured in stage {config.name}, only "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def _check_replay(config: UpoConfig, data: StageData) -> None:

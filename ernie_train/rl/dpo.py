@@ -26,7 +26,7 @@ from ernie_train.rl.pairs import OfflinePairSource
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
-from ernie_train.train.trainer import StepResult, Trainer
+from ernie_train.train.trainer import StepResult, Throughput, Trainer
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore, from_disk, to_disk
 
 
@@ -153,9 +153,7 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
 
         def log(result: StepResult) -> None:
             result.metrics.update(health.observe(result.step, result.load))
-            rate = result.tokens / result.seconds
-            timings = {"seconds": result.seconds, "tokens_per_second": rate}
-            writer.log(result.step, result.metrics, timings)
+            writer.log(result.step, result.metrics, throughput.timings(result))
 
         saved_step = trainer.step
 
@@ -167,6 +165,7 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
                 saved_step = trainer.step
 
         stage.model.train()
+        throughput = Throughput()
         batches = pair_batches(
             config, prepared.pairs, reference, seed=stage.data.seed, done=trainer.step
         )

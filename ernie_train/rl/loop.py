@@ -134,7 +134,7 @@ class _UpoLoop:
                 self._save()
                 raise
         last = self.state.finished
-        return {"steps": last, "checkpoint": self.store.path_of(last).name}
+        return {"steps": last, "checkpoint": self.store.finish(last, self.stage.model).name}
 
     def _offline_pairs(self) -> OfflinePairSource | None:
         preference = self.config.preference

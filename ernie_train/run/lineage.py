@@ -12,7 +12,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.data import Tokenizer, find_files
 from ernie_train.io.files import digest_file, fingerprint
 from ernie_train.run.recipe import Recipe
-from ernie_train.weights.checkpoint import find_model
+from ernie_train.weights.model_directory import find_model
 
 
 @dataclass(frozen=True)

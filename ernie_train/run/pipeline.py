@@ -38,8 +38,9 @@ from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData, StageRun
-from ernie_train.weights.checkpoint import CheckpointStore, find_model
+from ernie_train.weights.checkpoint import CheckpointStore
 from ernie_train.weights.hf import load_pretrained
+from ernie_train.weights.model_directory import find_model
 
 # What a run writes beside its stages.
 WRITTEN = (RECIPE, EVALUATION, "tokenizer", "export")

@@ -20,8 +20,8 @@ from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.stages import AnyStageConfig, SftConfig
 from ernie_train.train.supervised_data import SupervisedConfig
-from ernie_train.weights.checkpoint import find_model
 from ernie_train.weights.hf import load_config
+from ernie_train.weights.model_directory import find_model
 
 # Files of a run directory.
 RECIPE = "recipe.yaml"  # the resolved recipe

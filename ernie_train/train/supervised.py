@@ -21,6 +21,7 @@ from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_opt
 from ernie_train.train.rope_schedule import RopeSchedule
 from ernie_train.train.stage import StageRun
 from ernie_train.train.supervised_data import (
+    VALIDATION_LOSS,
     PretrainConfig,
     SftConfig,
     SupervisedConfig,
@@ -28,7 +29,7 @@ from ernie_train.train.supervised_data import (
     batch_source,
     total_steps,
 )
-from ernie_train.train.trainer import Hook, StepResult, Trainer
+from ernie_train.train.trainer import Hook, StepResult, Throughput, Trainer
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore, from_disk, to_disk
 
 
@@ -149,6 +150,7 @@ class _SupervisedRun:
                 warn=self.metrics.note,
             )
             stage.model.train()
+            self.throughput = Throughput()
             try:
                 self.trainer.fit(
                     iter(self.batches),
@@ -161,8 +163,8 @@ class _SupervisedRun:
             except Interrupted:
                 self._save()
                 raise
-        step = self.trainer.step
-        return {"steps": step, "checkpoint": self.store.path_of(step).name}
+        chosen = self.store.finish(self.trainer.step, stage.model)
+        return {"steps": self.trainer.step, "checkpoint": chosen.name}
 
     def _apply_rope_schedule(self, step: int) -> dict[str, float]:
         """Set the model's base for `step`, which comes next; return metrics to log with it."""
@@ -175,7 +177,7 @@ class _SupervisedRun:
 
     def _hooks(self) -> list[Hook]:
         # Validation first: the step's log line and checkpoint record its loss.
-        every = self.config.validate_every_steps
+        every = self.config.validation_interval
         return [
             *([(every, self._validate)] if every is not None else []),
             (1, self._log),
@@ -185,15 +187,13 @@ class _SupervisedRun:
     def _validate(self, result: StepResult) -> None:
         documents = self.prepared.validation
         loss = validation_loss(self.config, self.stage, documents, self.loss)
-        self.validation = {"validation_loss": loss}
+        self.validation = {VALIDATION_LOSS: loss}
         self.validation_step = result.step
         result.metrics.update(self.validation)
 
     def _log(self, result: StepResult) -> None:
         result.metrics.update(self.health.observe(result.step, result.load))
-        rate = result.tokens / result.seconds
-        timings = {"seconds": result.seconds, "tokens_per_second": rate}
-        self.metrics.log(result.step, result.metrics, timings)
+        self.metrics.log(result.step, result.metrics, self.throughput.timings(result))
 
     def _save(self) -> None:
         step = self.trainer.step

@@ -24,6 +24,9 @@ from ernie_train.data import (
 )
 from ernie_train.train.rope_schedule import Phase, RopePhase, check_rising, resolve
 from ernie_train.train.stage import StageConfig, StageData
+from ernie_train.weights.checkpoint import CheckpointConfig
+
+VALIDATION_LOSS = "validation_loss"  # the metric, in nats per trained token
 
 
 class SupervisedConfig(StageConfig):
@@ -33,6 +36,9 @@ class SupervisedConfig(StageConfig):
 
     Its rows have one length, `seq_len`, for `steps` or `epochs`; or `rope_schedule` gives the
     length, the duration and RoPE's base of each of its phases.
+
+    validate_every_steps: steps between two measurements of the loss on `validation`; as often as
+        checkpoints are written, unless given. It is always measured at the stage's end.
     """
 
     data: Annotated[list[DataSource], Field(min_length=1)]
@@ -54,9 +60,27 @@ class SupervisedConfig(StageConfig):
             raise ValueError("exactly one of epochs and steps must be given")
         if self.validate_every_steps is not None and not self.validation:
             raise ValueError("validate_every_steps needs validation data")
-        if self.checkpoint.best_metric is not None and self.validate_every_steps is None:
-            raise ValueError("checkpoint.best_metric needs validate_every_steps")
+        self._check_best_metric(self.checkpoint)
         return self
+
+    def _check_best_metric(self, checkpoint: CheckpointConfig) -> None:
+        if checkpoint.best_metric is None:
+            return
+        if checkpoint.best_metric != VALIDATION_LOSS:
+            raise ValueError(
+                f"checkpoint.best_metric={checkpoint.best_metric!r} is not measured in this stage, "
+                f"only {VALIDATION_LOSS}"
+            )
+        if not self.validation:
+            raise ValueError("checkpoint.best_metric needs validation data")
+        checkpoint.require_scores("validate_every_steps", self.validation_interval)
+
+    @property
+    def validation_interval(self) -> int | None:
+        """Return the steps between two validations; None without validation data."""
+        if not self.validation:
+            return None
+        return self.validate_every_steps or self.checkpoint.every_steps
 
     def _check_schedule(self, schedule: list[RopePhase]) -> None:
         if not schedule:

@@ -34,6 +34,27 @@ class StepResult:
     load: RouterStatsAccumulator
 
 
+class Throughput:
+    """Timings to log with a step: of the step itself, and of all that a user waits for.
+
+    Tokens are real ones, padding left out. `seconds` and `tokens_per_second` are of the optimizer
+    step alone, from the first forward pass to the update; `tokens_per_second_overall` is the mean
+    since `Throughput` was made, reading of batches, validation and checkpoints included.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._began, self._tokens = clock(), 0
+
+    def timings(self, result: StepResult) -> dict[str, float]:
+        self._tokens += result.tokens
+        return {
+            "seconds": result.seconds,
+            "tokens_per_second": result.tokens / result.seconds,
+            "tokens_per_second_overall": self._tokens / (self._clock() - self._began),
+        }
+
+
 Hook = tuple[int, Callable[[StepResult], None]]  # (every so many steps, function)
 
 

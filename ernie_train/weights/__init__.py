@@ -8,8 +8,6 @@ from ernie_train.weights.checkpoint import (
     Checkpoint,
     CheckpointConfig,
     CheckpointStore,
-    ModelDirectory,
-    find_model,
 )
 from ernie_train.weights.hf import (
     load_config,
@@ -18,6 +16,7 @@ from ernie_train.weights.hf import (
     save_pretrained,
     write_weights,
 )
+from ernie_train.weights.model_directory import ModelDirectory, find_model
 
 __all__ = [
     "Checkpoint",

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.config import StrictConfig
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError, storage_errors
 from ernie_train.core.foreign_files import read_text
 from ernie_train.io.files import (
-    MANIFEST,
     FileDigest,
     recover,
     remove_directory,
@@ -51,13 +50,43 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointConfig(StrictConfig):
-    """Set when checkpoints are written and which of them are kept."""
+    """Set when checkpoints are written, which of them are kept and which one ends the stage.
+
+    best_metric: the checkpoint with the best value of it is kept besides the last ones.
+    best_is: which value of it is the best; "lower" for a loss and "higher" for anything else,
+        unless given.
+    load_best_at_end: the stage hands the best checkpoint on to the next stage, to evaluation and
+        export, instead of its last one.
+    """
 
     every_steps: int = Field(200, ge=1)
     keep_last: int = Field(2, ge=1)
-    best_metric: str | None = None  # kept besides the last ones; None: no best one is kept
-    best_is: Literal["higher", "lower"] = "higher"
+    best_metric: str | None = None
+    best_is: Literal["higher", "lower"] | None = None
+    load_best_at_end: bool = False
     max_shard_size: int | str = "5GB"
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> CheckpointConfig:
+        if self.load_best_at_end and self.best_metric is None:
+            raise ValueError("load_best_at_end needs best_metric: which one is the best")
+        return self
+
+    @property
+    def higher_is_better(self) -> bool:
+        metric = self.best_metric or ""
+        return self.best_is == "higher" if self.best_is else not metric.endswith("loss")
+
+    def require_scores(self, setting: str, interval: int | None) -> None:
+        """Raise `ValueError` if `best_metric`, measured each `interval` steps, misses checkpoints.
+
+        `setting` names the interval. The end of a stage has both a checkpoint and a measurement.
+        """
+        if interval is not None and self.every_steps % interval:
+            raise ValueError(
+                f"checkpoint.every_steps={self.every_steps} must be a multiple of {setting}="
+                f"{interval}: checkpoints between have no value of best_metric={self.best_metric}"
+            )
 
     @field_validator("max_shard_size")
     @classmethod
@@ -207,6 +236,19 @@ class CheckpointStore:
             if step not in keep:
                 remove_directory(self.path_of(step))
 
+    def finish(self, last: int, model: Ernie4_5_MoeForCausalLM) -> Path:
+        """Return the checkpoint that the stage hands on after step `last`; `model` becomes it.
+
+        Every rank must call it. It is the best one under `load_best_at_end`, else the last one.
+        """
+        if not self.config.load_best_at_end:
+            return self.path_of(last)
+        best = consensus.run_on_main(lambda: self.best_step(up_to=last))
+        path = self.path_of(last if best is None else best)
+        with consensus.fail_together():
+            self.load(path, verify=process_group.is_main()).load_model(model)
+        return path
+
     # ---- reading -------------------------------------------------------------------------------
 
     def path_of(self, step: int) -> Path:
@@ -225,7 +267,7 @@ class CheckpointStore:
         None if no checkpoint (up to step `up_to`, if given) has a finite value of it.
         """
         metric = self.config.best_metric
-        sign = 1.0 if self.config.best_is == "higher" else -1.0
+        sign = 1.0 if self.config.higher_is_better else -1.0
         scored = []
         for step in self.steps():
             manifest = self._manifest(step) if up_to is None or step <= up_to else None
@@ -301,47 +343,6 @@ def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.nd
     """Return the arrays of `<stem>*.safetensors`; none if no such file is listed."""
     pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
     return TensorFiles(path, stem) if any(map(pattern.fullmatch, listed)) else {}
-
-
-# ---- model directories -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelDirectory:
-    """Hold the directories of a model's weights (config.json, safetensors) and its tokenizer."""
-
-    weights: Path
-    tokenizer: Path
-
-
-def find_model(path: str | Path) -> ModelDirectory:
-    """Find the model of a run directory (its newest whole checkpoint), checkpoint or model path.
-
-    Raises:
-        CheckpointError: the path is none of them, or a checkpoint is damaged.
-    """
-    root = Path(path)
-    if (root / "recipe.yaml").exists():
-        return ModelDirectory(_newest_checkpoint(root), root / "tokenizer")
-    if not (root / "config.json").exists():
-        raise CheckpointError(
-            f"{root}: neither a model directory (config.json), a checkpoint nor a run directory "
-            "(recipe.yaml)"
-        )
-    if (root / "state.json").exists():
-        verify_manifest(root)
-        run_dir = root.parent.parent.parent  # run_dir/01-sft/checkpoints/step_000500
-        return ModelDirectory(root, run_dir / "tokenizer")
-    if (root / MANIFEST).exists():
-        verify_manifest(root)
-    return ModelDirectory(root, root)
-
-
-def _newest_checkpoint(run_dir: Path) -> Path:
-    for stage in sorted(run_dir.glob("[0-9][0-9]-*/checkpoints"), reverse=True):
-        if ".before-" not in stage.parent.name and (found := CheckpointStore(stage).latest()):
-            return found
-    raise CheckpointError(f"{run_dir}: no checkpoint yet")
 
 
 # ---- state as JSON and arrays ------------------------------------------------------------------

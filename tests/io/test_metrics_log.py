@@ -288,3 +288,20 @@ def test_the_terminal_shows_the_base_the_experts_and_the_reward(tmp_path):
     for text in ("reward 0.250  accuracy 0.500", "kl 0.0125", "RoPE base 160,000 at 32768 tokens",
                  "busiest expert 2.5x", "3 experts idle"):  # fmt: skip
         assert text in shown
+
+
+def test_the_last_validation_stays_in_the_line_and_survives_a_resume(tmp_path: Path) -> None:
+    console, text = screen()
+    rates = {"tokens_per_second": 2000.0, "tokens_per_second_overall": 1500.0}
+    with writer(tmp_path, console=console, total_steps=3) as out:
+        out.log(1, {"loss": 3.0}, rates)
+        out.log(2, {"loss": 2.0, "validation_loss": 2.5}, rates)
+        out.log(3, {"loss": 1.0}, rates)
+    first, last = text.getvalue().splitlines()
+    assert "validation" not in first
+    assert "loss 1.0000  validation loss 2.5000  2,000 tokens/s (1,500 overall)" in last
+    console, text = screen()
+    with writer(tmp_path, 3, console=console, total_steps=4) as out:
+        out.log(4, {"loss": 0.5}, rates)
+    assert "loss 0.5000  validation loss 2.5000" in text.getvalue()
+    assert "validation_loss" not in rows(tmp_path)[-1]

@@ -35,7 +35,7 @@ PACKAGES: dict[str, str] = {
     " exact format math_answer logic tool_call code llm_judge user",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "parallel": "collectives lockstep recompute expert gradients build",
-    "weights": "layout hf checkpoint",
+    "weights": "layout hf checkpoint model_directory",
     "generate": "sampler engine sharded",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",

@@ -10,9 +10,10 @@ from ernie_train.core.errors import Interrupted, NonFiniteError
 from ernie_train.data import Batch
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.train.loss_terms import LossOutput, LossTerm
+from ernie_train.train.moe_balance import RouterStatsAccumulator
 from ernie_train.train.optimizer import OptimConfig, Optimizer
 from ernie_train.train.supervised import PackedLoss
-from ernie_train.train.trainer import Trainer
+from ernie_train.train.trainer import StepResult, Throughput, Trainer
 
 CONFIG = Ernie4_5_MoeConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -123,3 +124,18 @@ def test_fit_stops_after_the_step_of_the_signal_and_runs_hooks_on_time():
     assert seen == [2]
     trainer.fit(batches, PackedLoss("tokens"), 5, hooks=[(2, lambda r: seen.append(r.step))])
     assert seen == [2, 4, 5], "the last step runs every hook"
+
+
+def test_throughput_tells_the_step_from_all_that_a_user_waits_for():
+    now = [100.0]
+    throughput = Throughput(clock=lambda: now[0])
+    load = RouterStatsAccumulator([], 0)
+    now[0] += 4.0  # 1 s of reading, 2 s of the step, 1 s of validation
+    first = throughput.timings(StepResult(1, {}, 2.0, 800, load))
+    assert first == {
+        "seconds": 2.0, "tokens_per_second": 400.0, "tokens_per_second_overall": 200.0
+    }  # fmt: skip
+    now[0] += 6.0  # 4 s of writing a checkpoint
+    second = throughput.timings(StepResult(2, {}, 2.0, 1000, load))
+    assert second["tokens_per_second"] == 500.0
+    assert second["tokens_per_second_overall"] == 180.0

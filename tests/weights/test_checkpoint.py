@@ -296,15 +296,34 @@ def test_keeps_the_last_ones(tmp_path: Path) -> None:
     check(store, store.path_of(30), 30)
 
 
-@pytest.mark.parametrize(("best_is", "kept"), [("higher", 2), ("lower", 3)])
-def test_keeps_the_best_one(best_is: str, kept: int, tmp_path: Path) -> None:
-    store = make_store(tmp_path, keep_last=1, best_metric="score", best_is=best_is)
+@pytest.mark.parametrize(
+    ("metric", "best_is", "kept"),
+    [
+        ("score", "higher", 2),
+        ("score", "lower", 3),
+        ("score", None, 2),
+        ("validation_loss", None, 3),
+        ("validation_loss", "higher", 2),
+    ],
+)
+def test_keeps_the_best_one(metric: str, best_is: str | None, kept: int, tmp_path: Path) -> None:
+    store = make_store(tmp_path, keep_last=1, best_metric=metric, best_is=best_is)
     for step, score in enumerate((0.5, 0.9, 0.1, float("nan"), 0.5), start=1):
-        save(store, step, score=score)
+        save(store, step, **{metric: score})
     save(store, 6)  # without metrics
     assert store.steps() == sorted({kept, 6})
     assert store.best_step() == kept
     check(store, store.path_of(kept), kept)
+
+
+def test_checkpoints_without_a_value_of_the_best_metric_are_refused() -> None:
+    settings = CheckpointConfig(every_steps=12, best_metric="score")
+    for interval in (1, 4, 12, None):
+        settings.require_scores("evaluation.every_iterations", interval)
+    with pytest.raises(ValueError, match=r"every_steps=12 must be a multiple of x=24: .*score"):
+        settings.require_scores("x", 24)
+    with pytest.raises(ConfigError, match="load_best_at_end needs best_metric"):
+        parse_config(CheckpointConfig, {"load_best_at_end": True}, "recipe")
 
 
 def test_best_metric_that_nobody_measures(tmp_path: Path) -> None:
