@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ernie_train.core.config import describe
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.progress import progress_bar
 from ernie_train.data import Record, Tokenizer, read_records
@@ -22,6 +23,8 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
 from ernie_train.rewards.sandbox import layer_in_force
 
+LONGEST_NAME = 200  # characters of a task, a domain or a verifier
+SHOWN_PROBLEMS = 10
 SAMPLE_KEYS = ("task", "prompt", "completion", "status")  # of each sample, and others
 
 
@@ -100,6 +103,8 @@ def load_problems(
 ) -> list[Record]:
     """Read the problems of a .jsonl or .jsonl.gz file, or of all such files in a directory.
 
+    A problem without `task` has the file's name as its task, without `domain` its task as domain.
+
     Args:
         tasks: keep only these tasks or domains.
         max_examples: keep only the first of each task.
@@ -107,7 +112,7 @@ def load_problems(
         max_bad_fraction: share of unreadable rows that is tolerated.
 
     Raises:
-        DataError: a missing path, or rows without a task, a domain or a verifier.
+        DataError: a missing path, rows without a verifier, or names that are no text.
         ConfigError: a name in `tasks` is neither a task nor a domain of these problems.
     """
     root = Path(path)
@@ -116,12 +121,9 @@ def load_problems(
         files = sorted(p for p in root.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
         raise DataError(f"{root}: no .jsonl file with problems")
-    read = (read_records(file, max_bad_fraction=max_bad_fraction)[0] for file in files)
-    problems = [record for records in read for record in records]
-    for record in problems:
-        for key in ("task", "domain", *(("reward",) if needs_reward else ())):
-            if key not in record.fields:
-                raise DataError(f"{record.source}: a problem needs the field {key!r}")
+    read = ((f, read_records(f, max_bad_fraction=max_bad_fraction)[0]) for f in files)
+    problems = [_with_names(record, file) for file, records in read for record in records]
+    _check_fields(root, problems, needs_reward)
     known = {record.fields[key] for record in problems for key in ("task", "domain")}
     if unknown := sorted(set(tasks) - known):
         raise ConfigError(f"no task or domain {', '.join(unknown)}; there are {sorted(known)}")
@@ -135,6 +137,30 @@ def load_problems(
         if max_examples is None or seen[task] <= max_examples:
             kept.append(record)
     return kept
+
+
+def _with_names(record: Record, file: Path) -> Record:
+    task = record.fields.get("task", file.name.split(".")[0])
+    return replace(record, fields={"domain": task, **record.fields, "task": task})
+
+
+def _check_fields(path: Path, problems: Sequence[Record], needs_reward: bool) -> None:
+    """Raise `DataError` that lists what is wrong with the problems' fields, by file and line."""
+    wrong = []
+    for record in problems:
+        for key in ("task", "domain", *(("reward",) if needs_reward else ())):
+            value = record.fields.get(key)
+            if value is None:
+                wrong.append(f"{record.source}: a problem needs the field {key!r}")
+            elif not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
+                wrong.append(
+                    f"{record.source}: {key!r} must be a text of 1 to {LONGEST_NAME} characters, "
+                    f"not {describe(value)}"
+                )
+    if len(wrong) > SHOWN_PROBLEMS:
+        wrong[SHOWN_PROBLEMS:] = [f"and {len(wrong) - SHOWN_PROBLEMS} more"]
+    if wrong:
+        raise DataError(f"{path}: fields of problems are wrong:\n  " + "\n  ".join(wrong))
 
 
 def require_verifiers(problems: Sequence[Record]) -> None:

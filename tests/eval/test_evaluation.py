@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from ernie_train.core.errors import Interrupted
+from ernie_train.core.errors import DataError, Interrupted
 from ernie_train.data import Record, load_tokenizer
 from ernie_train.eval import evaluation as module
-from ernie_train.eval.evaluation import EvalConfig, evaluate
+from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import user_prompt
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from tests.workspace import make_workspace
+from tests.workspace import make_workspace, rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,32 @@ def test_a_stop_while_scoring_gives_no_result(model, tokenizer, monkeypatch):
     stopped.clear()
     with pytest.raises(Interrupted, match="while scoring"):
         evaluate(*arguments, stop_requested=lambda: bool(stopped))
+
+
+@pytest.mark.parametrize("value", [7, 1.5, True, ["sum"], {"a": 1}, "", "x" * 10**5])
+@pytest.mark.parametrize("key", ["task", "domain", "reward"])
+def test_names_that_are_no_text_are_told_when_problems_are_read(tmp_path, key, value):
+    made = rows(15, 0)
+    for row in made[1:]:
+        row[key] = value
+    write_rows(tmp_path / "test.jsonl", made)
+    with pytest.raises(DataError, match="must be a text") as failed:
+        load_problems(tmp_path / "test.jsonl")
+    message = str(failed.value)
+    assert f"test.jsonl:2: '{key}'" in message
+    assert "and 4 more" in message, "all are told at once, the first of them with their lines"
+    assert len(message) < 3000
+
+
+def test_a_problem_is_named_by_its_file_and_needs_a_verifier(tmp_path):
+    made = [{k: v for k, v in row.items() if k not in ("task", "domain")} for row in rows(2, 0)]
+    made[1]["task"] = "sums"
+    write_rows(tmp_path / "held_out.jsonl", made)
+    found = load_problems(tmp_path / "held_out.jsonl")
+    named = [(record.fields["task"], record.fields["domain"]) for record in found]
+    assert named == [("held_out", "held_out"), ("sums", "sums")]
+    del made[0]["reward"], made[1]["reward"]
+    write_rows(tmp_path / "held_out.jsonl", made)
+    with pytest.raises(DataError, match=r"jsonl:1: a problem needs the field 'reward'\n.*jsonl:2"):
+        load_problems(tmp_path)
+    assert len(load_problems(tmp_path, needs_reward=False)) == 2
