@@ -77,7 +77,7 @@ def marked():
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(api, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=3))
+    monkeypatch.setattr(api, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=2))
 
 
 def layers():

@@ -6,7 +6,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,12 +74,14 @@ class Tests:
     `tests` are sources: statements with `assert`, a function `check(candidate)`, or unittest
     cases. `setup` is run once before them. `names` are the program's names that they use;
     `entry_point` is the name of the function that `check` is called with, "" for none.
+    `libraries` are the modules that setup and tests need.
     """
 
     tests: list[str]
     names: list[str]
     setup: str = ""
     entry_point: str = ""
+    libraries: Sequence[str] = ()
     __test__ = False  # for pytest, which collects classes of this name
 
 
@@ -234,7 +236,8 @@ def _judged(sandbox: Sandbox, program: _Process, tests: Tests) -> dict[str, Any]
     with _process(sandbox, limits, program.deadline, way, judge=True) as judge:
         judge.tell({
             "setup": tests.setup, "tests": tests.tests, "names": tests.names,
-            "entry_point": tests.entry_point, "max_bytes": limits.output_bytes,
+            "entry_point": tests.entry_point, "libraries": list(tests.libraries),
+            "max_bytes": limits.output_bytes,
         })  # fmt: skip
         program.channel.close()
         line, problem = judge.line()

@@ -11,28 +11,28 @@ that the problem shows; a program is correct if it passes all of both.
 Arguments reach the program as copies: its changes to them are not seen by the tests, and functions
 or objects of the tests cannot be passed.
 
-For tests that are source, `setup` is run before them (it may use the program's names). `preamble`
-precedes the program, and runs before the setup too: its helpers and imports belong to the tests and
-cannot be replaced by the program, except for the `entry_point`. `pass_rate` true gives
-the share of tests passed as the value; the status is correct only if all are. `solution` is a
-program that must pass: if it fails, the row is reported as bad_gold and completions are not blamed.
+Contests' tests with `testtype` "functional", or with an `entry_point` and one JSON value a line,
+are calls too. For tests that are source, `setup` is run before them (it may use the program's
+names); names that libraries have are the libraries' (`tested_names.py`). `preamble` precedes the
+program, and runs before the setup too: its helpers and imports belong to the tests and cannot be
+replaced by the program, except for the `entry_point`. `pass_rate` true gives the share of tests
+passed as the value; the status is correct only if all are. `solution` is a program that must pass:
+if it fails, the row is reported as bad_gold and completions are not blamed.
 """
 
-import ast
-import builtins
 import functools
 import hashlib
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ernie_train.rewards.sandbox import api
 from ernie_train.rewards.sandbox.api import ProgramResult
 from ernie_train.rewards.score import Score, read_response
+from ernie_train.rewards.verifiers.tested_names import BadTests, find_tested_names
 from ernie_train.rewards.verifiers.tool_call import same_json
 
 _FENCED = re.compile(r"```(python3?|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -41,10 +41,6 @@ _MAX_CHARACTERS = 50_000
 # True if a test was passed, and the message if not.
 _Result = tuple[bool, str]
 _Results = list[_Result] | Score
-
-
-class _BadTests(Exception):
-    """Signal that the row's tests cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +59,22 @@ def score(row: dict[str, Any], completion: str) -> Score:
     """
     try:
         suite = _suite(row)
-    except _BadTests as error:
+    except BadTests as error:
         return Score.bad_gold(str(error))
     response = read_response(row, completion)
     if isinstance(response, Score):
         return response
     graded = _graded(suite, program_of(response), whole=row.get("pass_rate") is not True)
-    if graded.status != "wrong" or not isinstance(row.get("solution"), str):
+    if graded.status not in ("wrong", "bad_gold") or not isinstance(row.get("solution"), str):
         return graded
+    # Only what fails with the row's own solution is the row's fault.
     reference = _solution_score(row, suite)
     if reference.status == "wrong":
         return Score.bad_gold(f"the row's own solution fails: {reference.detail}")
-    # If the reference could not be graded either, nothing is known about the completion.
-    return graded if reference.status == "correct" else reference
+    if reference.status == "correct":
+        return graded if graded.status == "wrong" else Score.wrong(graded.detail)
+    # The reference could not be graded either: nothing is known about the completion.
+    return reference
 
 
 def program_of(response: str) -> str:
@@ -133,18 +132,19 @@ def _suite(row: dict[str, Any]) -> _Suite:
     texts = {name: row.get(name, "") for name in ("entry_point", "setup", "preamble", "solution")}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise _BadTests(f"{name} must be a text, not {text!r}"[:200])
+            raise BadTests(f"{name} must be a text, not {text!r}"[:200])
+    tests = [_as_call(test, texts["entry_point"]) for test in tests]
     if tests and all(isinstance(test, str) for test in tests):
         run = _source_tests(tests, texts)
     elif tests and all(_is_call(test) for test in tests):
         if not texts["entry_point"]:
-            raise _BadTests("tests of the form [arguments, expected] need entry_point")
+            raise BadTests("tests of the form [arguments, expected] need entry_point")
         run = functools.partial(_call_results, texts["entry_point"], tests)
     elif tests and all(_is_script(test) for test in tests):
         every = row.get("pass_rate") is True
         run = functools.partial(_script_results, tests, every)
     else:
-        raise _BadTests(
+        raise BadTests(
             "needs tests, a list of [arguments, expected], of source texts, or of "
             '{"input", "output"}'
         )
@@ -157,7 +157,7 @@ def _listed(tests: Any) -> list[Any]:
     if isinstance(tests, str):
         return [tests] if tests.strip() else []
     if not isinstance(tests, list):
-        raise _BadTests(f"tests must be a list or a text, not {tests!r}"[:200])
+        raise BadTests(f"tests must be a list or a text, not {tests!r}"[:200])
     return tests
 
 
@@ -167,6 +167,23 @@ def _is_call(test: Any) -> bool:
 
 def _is_script(test: Any) -> bool:
     return isinstance(test, dict) and all(isinstance(test.get(k), str) for k in ("input", "output"))
+
+
+def _as_call(test: Any, entry_point: str) -> Any:
+    """Return a contest's functional test, JSON values as text, as [arguments, expected].
+
+    Any other test is returned as it is. Raises BadTests if its values are no JSON.
+    """
+    if not _is_script(test) or test.get("testtype", "functional") != "functional":
+        return test
+    try:
+        arguments = [json.loads(line) for line in test["input"].splitlines() if line.strip()]
+        expected = json.loads(test["output"])
+    except (ValueError, RecursionError) as error:
+        if "testtype" not in test:
+            return test
+        raise BadTests(f"a functional test's values must be JSON, one a line: {error}") from None
+    return [arguments, expected] if entry_point or "testtype" in test else test
 
 
 def _call_results(entry_point: str, tests: list[tuple[list[Any], Any]], source: str) -> _Results:
@@ -206,12 +223,16 @@ def _script_results(tests: list[dict[str, str]], every: bool, source: str) -> _R
 
 def _source_tests(tests: list[str], texts: dict[str, str]) -> Callable[[str], _Results]:
     setup = f"{texts['preamble']}\n{texts['setup']}"
-    names, imports = _names_used(setup, tests, texts)
+    names = find_tested_names(
+        setup, tests, entry_point=texts["entry_point"], preamble=texts["preamble"],
+        solution=texts["solution"],
+    )  # fmt: skip
     prepared = api.Tests(
         tests=tests,
-        names=names,
-        setup="".join(f"import {name}\n" for name in imports) + setup,
+        names=names.program,
+        setup="\n".join([*names.imports, setup]),
         entry_point=texts["entry_point"],
+        libraries=names.libraries,
     )
 
     def results_of(source: str) -> _Results:
@@ -226,55 +247,6 @@ def _source_tests(tests: list[str], texts: dict[str, str]) -> Callable[[str], _R
         ]
 
     return results_of
-
-
-def _names_used(setup: str, tests: list[str], texts: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Return the program's names that setup and tests use, and modules used without import."""
-    trees = [_parsed(setup, "setup"), *(_parsed(test, "a test") for test in tests)]
-    entry_point = texts["entry_point"]
-    used, own = set[str](), set[str]()
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            used.add(node.id)
-        else:
-            own.update(_bound(node))
-    if "check" in own and not entry_point:
-        raise _BadTests("tests that define check(candidate) need entry_point")
-    solved = {
-        name
-        for node in _parsed(f"{texts['preamble']}\n{texts['solution']}", "the solution").body
-        if not isinstance(node, ast.Import | ast.ImportFrom)
-        for child in ([node] if hasattr(node, "name") else ast.walk(node))
-        for name in _bound(child)
-    }
-    used -= own
-    imports = (used & sys.stdlib_module_names) - solved - {entry_point}
-    names = {name for name in used if name in solved or not hasattr(builtins, name)} - imports
-    names |= {entry_point} - {""}
-    if not names:
-        raise _BadTests("the tests use nothing of the program; name its entry_point")
-    return sorted(names), sorted(imports)
-
-
-def _bound(node: ast.AST) -> Iterator[str]:
-    """Yield the names that this node binds, without its children."""
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        yield node.id
-    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        yield node.name
-    elif isinstance(node, ast.arg):
-        yield node.arg
-    elif isinstance(node, ast.Import | ast.ImportFrom):
-        yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
-    elif isinstance(node, ast.ExceptHandler) and node.name:
-        yield node.name
-
-
-def _parsed(source: str, what: str) -> ast.Module:
-    try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _BadTests(f"{what} is no Python: {error}: {source[:100]!r}") from error
 
 
 def _failure(outcome: ProgramResult) -> Score:

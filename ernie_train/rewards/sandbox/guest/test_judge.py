@@ -9,6 +9,7 @@ value, so no class of the program can decide the comparison, and no patch of the
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
 import sys
 import types
@@ -44,14 +45,14 @@ class _Link:
         try:
             if not self.gone:
                 send(self._channel, request)
-                return self._value(self._reader.line())
+                return self._value(operation, self._reader.line())
         except (OSError, EOFError):
             self.gone = "the program's process has ended"
         except OverflowError as error:
             self.gone = str(error)
         raise CandidateGone(self.gone)
 
-    def _value(self, answer: bytes) -> Any:
+    def _value(self, operation: str, answer: bytes) -> Any:
         try:
             kind, *body = json.loads(answer)
             if kind == "value":
@@ -59,13 +60,19 @@ class _Link:
             name, text = map(str, body)
         except Exception as error:
             raise CandidateError("the program sent back something that is no value") from error
-        raise _exception(name, text)
+        raise _exception(operation, name, text)
 
 
-def _exception(name: str, text: str) -> Exception:
-    """Return a builtin exception of that name; AssertionError is kept for the tests' own."""
+def _exception(operation: str, name: str, text: str) -> Exception:
+    """Return a builtin exception of that name; AssertionError is kept for the tests' own.
+
+    So are those that end iterations, but for an iterator's: `all(map(test, cases))` would take one
+    for the end of the cases.
+    """
     kind = getattr(builtins, name, None)
     unlike = CandidateError(f"{name}: {text}")
+    if name in ("StopIteration", "StopAsyncIteration") and operation != "next":
+        return unlike
     if not isinstance(kind, type) or not issubclass(kind, Exception) or kind is AssertionError:
         return unlike
     try:
@@ -124,46 +131,64 @@ def run(channel: int, program: int) -> None:
     """Run the tests of one request; send {"setup_error": text} or the results.
 
     Results: {"results": [[passed, text], ...], "gone": why the program's process ended, or ""}.
+    A setup error is one that the program had no hand in: it was asked nothing, and defines all that
+    it is to define, as functions or objects.
 
-    The request: `names` of the program that setup and tests use, `setup`, `tests` (sources), the
-    `entry_point` that a test's `check` function is called with, `max_bytes` of an answer.
+    The request: `libraries` that setup and tests need, `names` of the program that they use,
+    `setup`, `tests` (sources), the `entry_point` that a test's `check` function is called with,
+    `max_bytes` of an answer.
     """
     request = Reader(channel, _MAX_REQUEST_BYTES).message()
     link = _Link(program, request["max_bytes"])
     module = types.ModuleType("tests")
     sys.modules["tests"] = module
-    space, entry_point = module.__dict__, request["entry_point"]
+    space, entry_point, tests = module.__dict__, request["entry_point"], request["tests"]
     results: list[list[Any]] = []
+    missing: list[str] = []
+    unfit: Any = False
     try:
-        _bind(request["names"], space, link)
+        for library in request["libraries"]:
+            if importlib.util.find_spec(library) is None:
+                raise ModuleNotFoundError(f"the sandbox has no library {library}")
+        missing = _bind(request["names"], space, link)
+        unfit = missing or any(not isinstance(space[name], Remote) for name in request["names"])
+        sys.modules["solution"] = types.ModuleType("solution")
+        sys.modules["solution"].__dict__.update(space)
         link.used = False
         exec(compile(request["setup"], "setup", "exec"), space)
         asked = link.used
         # A setup may contain the signature of the function with an empty body.
         _bind([entry_point] if entry_point else [], space, link)
         link.used = asked
-        for source in request["tests"]:
+        for source in tests:
             results += _run_test(source, space, entry_point, link)
+            if not (link.used or unfit or all(passed for passed, _ in results)):
+                raise RuntimeError(f"a test fails without the program: {results[-1][1]}")
     except CandidateGone as gone:
-        results += [[False, str(gone)]] * max(len(request["tests"]) - len(results), 1)
+        results += [[False, str(gone)]] * max(len(tests) - len(results), 1)
     except BaseException as error:
-        if not link.used:
+        if not (link.used or unfit):
             send(channel, {"setup_error": _described(error)})
             return
-        results += [[False, _described(error)]] * len(request["tests"])
+        results += [[False, _described(error)]] * len(tests)
     if not link.used and all(passed for passed, _ in results):
-        send(channel, {"setup_error": "the tests ask nothing of the program"})
-        return
+        if not missing:
+            send(channel, {"setup_error": "the tests ask nothing of the program"})
+            return
+        results = [[False, f"the program does not define {missing[0]}"]] * len(results)
     send(channel, {"results": results, "gone": link.gone})
 
 
-def _bind(names: list[str], space: dict[str, Any], link: _Link) -> None:
-    """Bind the program's names; those that it does not define stay undefined for the tests."""
+def _bind(names: list[str], space: dict[str, Any], link: _Link) -> list[str]:
+    """Bind the program's names; return those that it does not define, which stay undefined."""
+    missing = []
     for name in names:
         try:
             space[name] = link.ask("name", name)
         except KeyError:
             space.pop(name, None)
+            missing.append(name)
+    return missing
 
 
 def _run_test(source: str, space: dict[str, Any], entry_point: str, link: _Link) -> list[list[Any]]:
