@@ -7,24 +7,35 @@ defines, for what the tests import from `solution`, and for names that nobody el
 """
 
 import ast
+import bisect
 import builtins
-import importlib
+import collections
+import copy
+import datetime
+import decimal
+import fractions
+import functools
+import heapq
+import itertools
+import math
+import string
 import sys
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Modules whose names are used without saying so, after an import that is only in the prompt.
 _LIBRARIES = (
-    "collections", "itertools", "functools", "math", "heapq", "bisect", "string", "typing",
-    "fractions", "decimal", "datetime", "copy",
+    collections, itertools, functools, math, heapq, bisect, string, typing, fractions, decimal,
+    datetime, copy,
 )  # fmt: skip
 _ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot", "nx": "networkx"}
 _OTHERS = ("numpy", "pandas", "scipy", "sympy", "networkx", "torch", "sklearn", "pytest")
 _IMPORTS = {
     **{
-        name: f"from {module} import {name}"
+        name: f"from {module.__name__} import {name}"
         for module in reversed(_LIBRARIES)
-        for name in dir(importlib.import_module(module))
+        for name in dir(module)
         if not name.startswith("_")
     },
     **{alias: f"import {module} as {alias}" for alias, module in _ALIASES.items()},
