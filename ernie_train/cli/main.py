@@ -266,7 +266,7 @@ def generate(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="directory to write")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
     max_shard_size: Annotated[str, typer.Option()] = "5GB",
     referee: Referee = None,
     force: Force = False,
@@ -279,6 +279,45 @@ def export(
     check_output_directory(out, RECEIPT, inputs=[model], force=force)
     model = best_checkpoint(model) if best else model
     export_model(model, out, dtype, max_shard_size, referee_interpreter(referee), _console())
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="a Llama-architecture directory (safetensors) or a GGUF file")
+    ],
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    experts: Annotated[
+        int | None, whole_number(min=1, help="make a mixture of this many routed experts")
+    ] = None,
+    top_k: Annotated[int | None, whole_number(min=1, help="routed experts a token uses")] = None,
+    shared: Annotated[int, whole_number(min=0, help="shared experts")] = 0,
+    noise: Annotated[
+        float, number(min=0, help="noise on routed experts, relative to their weights")
+    ] = 0.0,
+    seed: Seed = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default as stored")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option()] = "5GB",
+    referee: Referee = None,
+    force: Force = False,
+) -> None:
+    """Write a Llama-architecture model as an ERNIE 4.5 directory and prove that it is the same."""
+    from ernie_train.cli.model import import_source
+    from ernie_train.run.import_model import RECEIPT
+    from ernie_train.weights.upcycle import Upcycling
+
+    if (experts is None) != (top_k is None):
+        raise UserError("--experts and --top-k go together")
+    if experts is None and (shared or noise):
+        raise UserError("--shared and --noise need --experts and --top-k")
+    check_output_directory(out, RECEIPT, inputs=[source], force=force)
+    upcycling = experts and top_k and Upcycling(experts, top_k, shared, noise, seed)
+    import_source(
+        source, out, _console(), upcycling=upcycling or None, dtype=dtype,
+        max_shard_size=max_shard_size, referee=referee_interpreter(referee),
+    )  # fmt: skip
 
 
 @app.command()

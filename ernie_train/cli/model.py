@@ -1,4 +1,4 @@
-"""The verbs that use a trained model: eval, generate and export."""
+"""The verbs that use a trained model: eval, generate, export and import."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.io.files import write_jsonl
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import export
+from ernie_train.run.export import RECEIPT, export
 from ernie_train.run.finalize import EVALUATION, read_result
+from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
+from ernie_train.run.import_model import import_model
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
-from ernie_train.weights.hf import load_pretrained
+from ernie_train.weights.hf import check_dtype, load_pretrained
 from ernie_train.weights.model_directory import find_model
+from ernie_train.weights.upcycle import Upcycling
 
 
 def open_model(path: Path) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
@@ -93,9 +96,10 @@ def export_model(
     path: Path, out: Path, dtype: str, max_shard_size: str, referee: str | None, console: Console
 ) -> None:
     """Export the model at `path` to `out` and print the outcome of the comparison."""
+    check_dtype(dtype)  # before a large model is loaded
     recipe = recorded_recipe(path)
     model, tokenizer = open_model(path)
-    card = f"# {path.name}\n\nExported with ernie_train.\n"
+    card = f"# {path.resolve().name}\n\nExported with ernie_train.\n"
     if recipe is not None:
         card = model_card(recipe, read_result(path / EVALUATION))
     receipt = export(
@@ -108,4 +112,21 @@ def export_model(
         referee=referee,
         thinking=recipe is None or recipe.thinking,
     )
-    console.print(receipt_line(out, receipt), highlight=False)
+    console.print(receipt_line(out, receipt, RECEIPT), highlight=False)
+
+
+def import_source(
+    path: Path,
+    out: Path,
+    console: Console,
+    *,
+    upcycling: Upcycling | None,
+    dtype: str | None,
+    max_shard_size: str,
+    referee: str | None,
+) -> None:
+    """Import the model at `path` to `out` and print the outcome of the comparison."""
+    receipt = import_model(
+        path, out, upcycling=upcycling, dtype=dtype, max_shard_size=max_shard_size, referee=referee
+    )
+    console.print(receipt_line(out, receipt, IMPORT_RECEIPT, "imported"), highlight=False)

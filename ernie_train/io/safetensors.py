@@ -80,13 +80,21 @@ def stored_dtype(dtype: np.dtype) -> str:
 
 
 def convert(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Convert an array to a contiguous one of a stored dtype ("F32", "BF16", ...)."""
+    """Convert an array to a contiguous one of a stored dtype ("F32", "BF16", ...).
+
+    Raises:
+        WeightsError: a number is too large for float16.
+    """
     source = stored_dtype(array.dtype)
     if source != dtype:
         if source == "BF16":
             array = from_bfloat16(array)
         if dtype == "BF16":
             return to_bfloat16(array)
+        if dtype == "F16" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+            raise WeightsError(
+                f"{np.abs(array).max():.3g} is too large for float16; bfloat16 or float32 hold it"
+            )
     return np.asarray(array, dtype=NUMPY_DTYPES[dtype], order="C")
 
 
@@ -203,7 +211,10 @@ def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
         put(len(head).to_bytes(8, "little"))
         put(head)
         for entry in entries:
-            array = convert(entry.produce(), entry.dtype)
+            try:
+                array = convert(entry.produce(), entry.dtype)
+            except WeightsError as error:
+                raise WeightsError(f"{entry.name}: {error}") from None
             if array.shape != entry.shape:
                 raise WeightsError(f"{entry.name}: {array.shape} announced as {entry.shape}")
             put(array.reshape(-1).view(np.uint8).data)

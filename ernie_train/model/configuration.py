@@ -2,7 +2,7 @@
 
 Everything that changes the computed function is a field of `Ernie4_5_MoeConfig`. A key of a
 foreign `config.json` that would change the function and that this model does not compute is refused
-by name; keys that change nothing here (library versions, caching, parallel layout) are tolerated.
+by name; other keys (library versions, caching, parallel layout) are carried through.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from ernie_train.core.config import NonNegative, Positive, PositiveInt, StrictConfig, list_problems
 from ernie_train.core.errors import ConfigError, did_you_mean
@@ -21,30 +21,74 @@ from ernie_train.core.foreign_files import read_json
 MOE_MODEL_TYPE = "ernie4_5_moe"
 DENSE_MODEL_TYPE = "ernie4_5"
 ARCHITECTURES = {MOE_MODEL_TYPE: "Ernie4_5_MoeForCausalLM", DENSE_MODEL_TYPE: "Ernie4_5ForCausalLM"}
-TORCH_DTYPES = ("float32", "bfloat16")
+TORCH_DTYPES = ("float32", "bfloat16", "float16")
 
 # A foreign key that would change the function, and the values under which it does not.
+_OFF = (None, False, 0)
+_ONE = (None, 1)
+_NO_SCALE = (_ONE, "scaled outputs are not implemented")
+_NO_CAP = (_OFF, "soft-capping is not implemented")
+_NO_DROPOUT = (_OFF, "dropout is not implemented")
+_NO_GROUPS = ((None, False, 0, 1), "expert groups are not implemented")
+_NO_WINDOW = (_OFF, "sliding-window attention is not implemented")
+_SOFTMAX = ((None, "softmax"), "the router is a softmax")
+_BIASES = (_OFF, "biases follow use_bias: every projection has one, or none has")
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "attention_dropout": ((None, 0), "dropout is not implemented"),
-    "attention_dropout_prob": ((None, 0), "dropout is not implemented"),
-    "attention_probs_dropout_prob": ((None, 0), "dropout is not implemented"),
-    "hidden_dropout_prob": ((None, 0), "dropout is not implemented"),
-    "moe_dropout_prob": ((None, 0), "dropout is not implemented"),
-    "compression_ratio": ((None, 1), "compressed rotary positions are not implemented"),
-    "partial_rotary_factor": ((None, 1), "partial rotary embedding is not implemented"),
-    "sliding_window": ((None, False, 0), "sliding-window attention is not implemented"),
-    "use_sliding_window": ((None, False), "sliding-window attention is not implemented"),
+    "attention_dropout": _NO_DROPOUT,
+    "attention_dropout_prob": _NO_DROPOUT,
+    "attention_probs_dropout_prob": _NO_DROPOUT,
+    "hidden_dropout_prob": _NO_DROPOUT,
+    "moe_dropout_prob": _NO_DROPOUT,
+    "attention_bias": _BIASES,
+    "qkv_bias": _BIASES,
+    "mlp_bias": _BIASES,
+    "compression_ratio": (_ONE, "compressed rotary positions are not implemented"),
+    "partial_rotary_factor": (_ONE, "partial rotary embedding is not implemented"),
+    "rope_3d": (_OFF, "three-dimensional rotary positions are not implemented"),
+    "rope_interleaved": ((None, True), "rotary pairs are interleaved"),
+    "use_alibi": (_OFF, "positions are rotary"),
+    "alibi": (_OFF, "positions are rotary"),
+    "sliding_window": _NO_WINDOW,
+    "use_sliding_window": _NO_WINDOW,
+    "attention_chunk_size": (_OFF, "chunked attention is not implemented"),
+    "attn_logit_softcapping": _NO_CAP,
+    "final_logit_softcapping": _NO_CAP,
+    "logits_soft_cap": _NO_CAP,
+    "router_logit_softcapping": _NO_CAP,
+    "logit_scale": _NO_SCALE,
+    "logits_scaling": _NO_SCALE,
+    "embedding_multiplier": _NO_SCALE,
+    "residual_multiplier": _NO_SCALE,
+    "attention_multiplier": ((None,), "scores are divided by sqrt(head_dim)"),
+    "routed_scaling_factor": _NO_SCALE,
     "quantization_config": ((None,), "quantized weights cannot be read"),
+    "is_quantized": (_OFF, "quantized weights cannot be read"),
     "vision_config": ((None,), "only text models are implemented"),
-    "moe_gate_act": ((None, "softmax"), "the router is a softmax"),
-    "scoring_func": ((None, "softmax"), "the router is a softmax"),
+    "moe_gate_act": _SOFTMAX,
+    "scoring_func": _SOFTMAX,
     "moe_gate": ((None, "topk", "top2_fused"), "the router picks the top-k experts"),
     "moe_norm_gate_logits": ((None, True), "the weights of the chosen experts are normalized"),
-    "moe_use_hard_gate": ((None, False), "experts are chosen by the router"),
-    "moe_group_experts": ((None, False), "expert groups are not implemented"),
-    "use_qk_norm": ((None, False), "normalized queries and keys are not implemented"),
+    "norm_topk_prob": ((None, True), "the weights of the chosen experts are normalized"),
+    "moe_use_hard_gate": (_OFF, "experts are chosen by the router"),
+    "moe_group_experts": _NO_GROUPS,
+    "n_group": _NO_GROUPS,
+    "topk_group": _NO_GROUPS,
+    "use_qk_norm": (_OFF, "normalized queries and keys are not implemented"),
+    "qk_layernorm": (_OFF, "normalized queries and keys are not implemented"),
     "use_rmsnorm": ((None, True), "the norm is RMSNorm"),
 }
+# Other names for one of this model's keys: refused if it says something else.
+_SAME_AS = {
+    "first_k_dense_replace": "moe_layer_start_index",
+    "n_routed_experts": "moe_num_experts",
+    "n_shared_experts": "moe_num_shared_experts",
+}
+# Written by every version anew, or about files and libraries; all other keys that are not read are
+# carried through.
+_NOT_CARRIED = {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map",
+    "_name_or_path", "rope_parameters", "rope_scaling", "use_cache",
+}  # fmt: skip
 
 # The keys that decide which parameters there are, and which of them a token uses.
 _SIZES = (
@@ -133,6 +177,8 @@ class Ernie4_5_MoeConfig(StrictConfig):
     moe_layer_interval: PositiveInt = 1
     moe_norm_min: NonNegative = 1e-12
     moe_capacity_factor: Positive | None = None
+    # Keys of the config.json that was read which change nothing here; written again as they were.
+    _carried: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **keys: Any) -> None:
         if keys.get("moe_num_experts") == 0:
@@ -154,6 +200,13 @@ class Ernie4_5_MoeConfig(StrictConfig):
             resolved["head_dim"] = self.hidden_size // self.num_attention_heads
         if self.moe_layer_end_index == -1:
             resolved["moe_layer_end_index"] = self.num_hidden_layers - 1
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the fields; carried keys change nothing."""
+        return isinstance(other, Ernie4_5_MoeConfig) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
     def _misfits(self) -> list[str]:
         """Return what is wrong with values that are possible each by itself."""
@@ -197,7 +250,8 @@ class Ernie4_5_MoeConfig(StrictConfig):
     def from_dict(cls, data: Mapping[str, Any], source: str = "config.json") -> Ernie4_5_MoeConfig:
         """Read the keys of a Hugging Face `config.json`; `source` names it in errors.
 
-        Both spellings of the RoPE base are read. Keys that change nothing here are skipped.
+        Both spellings of the RoPE base are read. Keys that change nothing here are carried through
+        to the next `to_dict`.
         Raises `ConfigError` for keys that would change the model and are not implemented.
         """
         values = {_ALIASES.get(key, key): value for key, value in data.items()}
@@ -212,9 +266,12 @@ class Ernie4_5_MoeConfig(StrictConfig):
         if model_type == DENSE_MODEL_TYPE:
             known = {**_DENSE_DEFAULTS, **known, "moe_num_experts": 0}
         try:
-            return cls(**known)
+            config = cls(**known)
         except ConfigError as error:
             raise ConfigError(error.problems, source=source) from None
+        own = {*cls.model_fields, *_NOT_CARRIED}
+        config._carried = {key: value for key, value in values.items() if key not in own}
+        return config
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Ernie4_5_MoeConfig:
@@ -224,7 +281,9 @@ class Ernie4_5_MoeConfig(StrictConfig):
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Ernie4_5_MoeConfig:
         """Return a copy with some keys changed; `ConfigError` on an unknown or impossible one."""
-        return type(self)(**{**dict(self), **_checked_overrides(overrides)})
+        changed = type(self)(**{**dict(self), **_checked_overrides(overrides)})
+        changed._carried = self._carried
+        return changed
 
     def differing_sizes(self, other: Ernie4_5_MoeConfig) -> dict[str, Any]:
         """Return the values in `other` of those sizes that differ from this model's."""
@@ -235,6 +294,11 @@ class Ernie4_5_MoeConfig(StrictConfig):
         }
 
     # ---- what follows from the fields ----------------------------------------------------------
+
+    @property
+    def carried_keys(self) -> Mapping[str, Any]:
+        """Return the keys of the config.json that was read which mean nothing here."""
+        return self._carried
 
     @property
     def model_type(self) -> str:
@@ -310,6 +374,7 @@ class Ernie4_5_MoeConfig(StrictConfig):
         if not self.moe_num_experts:
             values = {k: v for k, v in values.items() if not k.startswith("moe_")}
         return {
+            **self._carried,
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "torch_dtype": torch_dtype,
@@ -379,8 +444,17 @@ def _as_float(value: Any) -> Any:
 
 
 def _foreign_problems(values: Mapping[str, Any]) -> list[str]:
-    return [
+    problems = [
         f"{key} = {values[key]!r}: {reason}"
         for key, (harmless, reason) in _UNSUPPORTED.items()
         if key in values and not any(values[key] == value for value in harmless)
+    ]
+    kinds = values.get("layer_types")
+    if odd := sorted({str(k) for k in kinds} - {"full_attention"} if kinds else ()):
+        problems.append(f"layer_types: {', '.join(odd)}: every layer attends to all before it")
+    fields = Ernie4_5_MoeConfig.model_fields
+    return problems + [
+        f"{key} = {values[key]!r} contradicts {own}, which decides here"
+        for key, own in _SAME_AS.items()
+        if values.get(key) is not None and values[key] != values.get(own, fields[own].default)
     ]

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import WeightsError
 from ernie_train.data import Tokenizer
-from ernie_train.generate.engine import generate
 from ernie_train.io.files import write_json, write_text
-from ernie_train.io.safetensors import from_bfloat16, to_bfloat16
+from ernie_train.io.safetensors import convert, from_bfloat16
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.weights.hf import load_pretrained, save_pretrained
+from ernie_train.run.proof import (
+    Receipt,
+    Referee,
+    compare,
+    differing_tensors,
+    own_logits,
+    random_prompts,
+    trace,
+)
+from ernie_train.weights.hf import DTYPES, load_pretrained, save_pretrained, tensor_entries
 
 RECEIPT = "export_receipt.json"
-TOLERANCE = 2e-5  # largest difference of a logit, absolute, in float32
-_GREEDY_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Result of comparing an export with the model it was made from."""
-
-    dtype: str
-    reader: str  # the program that loaded the exported directory
-    prompts: int
-    max_logit_difference: float
-    tolerance: float
-    greedy_tokens_equal: bool
-    note: str
-
-    @property
-    def passed(self) -> bool:
-        return self.greedy_tokens_equal and self.max_logit_difference <= self.tolerance
 
 
 def export(
@@ -59,8 +43,9 @@ def export(
 ) -> Receipt:
     """Write `directory`, read it back, compare, and leave the receipt and model card in it.
 
-    Every rank must call it. The comparison is on `comparison_prompts` of this `seed`. With bfloat16
-    the reference is the float32 model on bfloat16-rounded weights.
+    Every rank must call it. Stored tensors are compared bit for bit, logits and greedy tokens on
+    `comparison_prompts` of this `seed`. With a narrower dtype the reference is the float32 model on
+    rounded weights.
 
     Args:
         card: the text of README.md.
@@ -71,34 +56,47 @@ def export(
     Raises:
         WeightsError: the comparison fails; directory and failed receipt are kept.
     """
-    prompts = comparison_prompts(tokenizer, seed)
     files = _TokenizerFiles(tokenizer, thinking)
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
     consensus.run_on_main(lambda: write_text(directory / "README.md", card))
-    reference = rounded_copy(model) if dtype == "bfloat16" else model
-    expected = _own_results(reference, prompts)
-    if referee is None and find_spec("torch") and find_spec("transformers"):
-        referee = sys.executable
-    if referee is None:
-        found = _own_results(load_pretrained(directory, dtype="float32"), prompts)
+    prompts = comparison_prompts(tokenizer, seed)
+    expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
+    python = referee or default_referee()
+    if python is None:
+        found = load_pretrained(directory, dtype="float32")
+        result = compare(expected, own_logits(found, expected.sequences))
         reader = "ernie_train"
-        note = "torch is not installed here: the export was read back by this toolkit's own reader"
+        note = (
+            "torch is not installed here: the export was read back by this toolkit's own reader, "
+            "which proves the files, not that transformers computes the same"
+        )
     else:
-        python = referee
-        found, reader = consensus.run_on_main(lambda: _referee_results(python, directory, prompts))
+        judge = Referee(python)
+        result, reader = consensus.run_on_main(
+            lambda: (compare(expected, judge.logits(directory, expected.sequences)), judge.reader)
+        )
         note = "the export was loaded by transformers from the directory alone"
-    worst = max(float(np.abs(a - b).max()) for a, b in zip(expected[0], found[0], strict=True))
-    receipt = Receipt(dtype, reader, len(prompts), worst, TOLERANCE, expected[1] == found[1], note)
+    entries = tensor_entries(model, dtype)
+    with consensus.fail_together():
+        odd = differing_tensors(directory, entries)
+    told = process_group.all_gather_objects((len(entries), odd))
+    receipt = Receipt(
+        dtype, reader, len(prompts), result.difference, result.tolerance, result.tokens_equal,
+        note, result.largest, sum(n for n, _ in told), tuple(n for _, odd in told for n in odd),
+    )  # fmt: skip
     with consensus.fail_together():
         if process_group.is_main():
             write_json(directory / RECEIPT, {**asdict(receipt), "passed": receipt.passed})
         if not receipt.passed:
             raise WeightsError(
-                f"{directory}: the exported model differs from the trained one: largest logit "
-                f"difference {worst:.2e} (allowed {TOLERANCE:.0e}), greedy tokens "
-                f"{'equal' if receipt.greedy_tokens_equal else 'differ'}"
+                f"{directory}: the exported model differs from the trained one: {receipt.complaint}"
             )
     return receipt
+
+
+def default_referee() -> str | None:
+    """Return this interpreter if it has torch and transformers."""
+    return sys.executable if find_spec("torch") and find_spec("transformers") else None
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,14 @@ class _TokenizerFiles:
         self.tokenizer.save_pretrained(directory, thinking=self.thinking)
 
 
-def rounded_copy(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
-    """Return a float32 model with weights rounded to bfloat16, except those of routers."""
+def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForCausalLM:
+    """Return a float32 model with weights rounded to `dtype`, except those of routers."""
     copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement)
     for name, tensor in model.state_dict().items():
         array = tensor.astype("float32").numpy()
         if not name.endswith((".mlp.gate.weight", ".e_score_correction_bias")):
-            array = from_bfloat16(to_bfloat16(array))
+            array = convert(array, DTYPES[dtype])
+            array = from_bfloat16(array) if dtype == "bfloat16" else array.astype("float32")
         copy.state_dict()[name].set_value(paddle.to_tensor(array))
     return copy
 
@@ -139,43 +138,4 @@ def comparison_prompts(tokenizer: Tokenizer, seed: int) -> list[list[int]]:
         "def f(x):\n    return",
         "If A then B.",
     ]
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    random = [rng.integers(0, tokenizer.vocab_size, length).tolist() for length in (16, 32, 48, 64)]
-    return [tokenizer.encode(text) for text in texts] + random
-
-
-Results = tuple[list[np.ndarray], list[list[int]]]
-
-
-def _own_results(model: Ernie4_5_MoeForCausalLM, prompts: Sequence[Sequence[int]]) -> Results:
-    """Return logits [len(prompt),V] of each prompt and the tokens of its greedy completion."""
-    model.eval()
-    with paddle.no_grad():
-        logits = [model(paddle.to_tensor([list(p)])).logits[0].numpy() for p in prompts]
-    completions = generate(model, prompts, max_new_tokens=_GREEDY_TOKENS)
-    return logits, [completion.ids for completion in completions]
-
-
-def _referee_results(
-    python: str, directory: Path, prompts: Sequence[Sequence[int]]
-) -> tuple[Results, str]:
-    """Return the results of transformers in the interpreter `python`, and its version."""
-    script = Path(__file__).with_name("referee_script.py")
-    request = {
-        "directory": str(directory),
-        "prompts": [[int(token) for token in prompt] for prompt in prompts],
-        "greedy_tokens": _GREEDY_TOKENS,
-    }
-    done = subprocess.run(
-        [python, str(script)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise WeightsError(f"{directory}: transformers could not load the export: {reason[0]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    logits = [np.array(rows, np.float32) for rows in answer["logits"]]
-    return (logits, answer["tokens"]), str(answer["reader"])
+    return [tokenizer.encode(t) for t in texts] + random_prompts(tokenizer.vocab_size, seed)

@@ -19,8 +19,9 @@ from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_p
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import Receipt, export
+from ernie_train.run.export import export
 from ernie_train.run.lineage import Lineage, hash_files
+from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import EvaluationConfig, Recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line, stage_table
 

@@ -145,7 +145,7 @@ class EvaluationConfig(StrictConfig):
 class ExportConfig(StrictConfig):
     """Format of the export that is written after the last stage."""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     max_shard_size: int | str = "5GB"
 
 

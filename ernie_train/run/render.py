@@ -11,7 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ernie_train.run.export import RECEIPT, Receipt
+from ernie_train.run.export import RECEIPT
+from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import Recipe
 
 
@@ -103,19 +104,24 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def receipt_line(directory: Path, receipt: Receipt) -> str:
-    """Return one line with the outcome of the comparison after an export."""
+def receipt_line(
+    directory: Path, receipt: Receipt, file: str = RECEIPT, verb: str = "exported"
+) -> str:
+    """Return one line with the outcome of the comparison after an export or import."""
     return (
-        f"exported to {directory} ({receipt.dtype}); {receipt.note} ({receipt.reader}): "
-        f"{'passed' if receipt.passed else 'FAILED'}, largest logit difference "
-        f"{receipt.max_logit_difference:.1e}, see {RECEIPT}"
+        f"{verb} to {directory} ({receipt.dtype}); {receipt.note} ({receipt.reader}): "
+        f"{'passed' if receipt.passed else 'FAILED'}, {receipt.stored_tensors} stored tensors "
+        f"equal bit for bit, largest logit difference {receipt.max_logit_difference:.1e} on "
+        f"logits up to {receipt.max_logit:.1f}, see {file}"
     )
 
 
 def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:
     """Return the README.md of an exported model: its origin and its measurements."""
     stages = " -> ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
-    source = recipe.model.path or f"preset {recipe.model.preset}"
+    # The directory's name alone: its path says nothing to others, and may say too much.
+    path = recipe.model.path
+    source = Path(path).resolve().name if path else f"preset {recipe.model.preset}"
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:",
         "- ernie4_5", "- ernie_train", "---", "",

@@ -9,7 +9,7 @@ too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from ernie_train.io.safetensors import (
 )
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.configuration import read_config_json
+from ernie_train.model.pylayer import dtype_name
 from ernie_train.parallel import new_model, owned_names
 from ernie_train.weights.layout import (
     EMBED_TOKENS,
@@ -52,7 +53,9 @@ __all__ = [
     "save_pretrained", "to_hf", "write_weights",
 ]  # fmt: skip
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+# dtype of weights on disk -> its name in safetensors
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+COMPUTE_DTYPES = ("float32", "bfloat16")
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +97,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
         WeightsError: files are missing, damaged or do not fit `config.json`, or a number in them
             is not finite.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype, COMPUTE_DTYPES)
     config = load_config(path)
     _open(Path(path), config, verify=False)  # report mismatches before a large model is built
     model = new_model(config, dtype)
@@ -267,9 +270,10 @@ def _verify(path: Path) -> bool:
     return True
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}: {dtype!r}")
+def check_dtype(dtype: str, known: Iterable[str] = DTYPES) -> None:
+    """Raise `ConfigError` if `dtype` is none of those that are known, by default those on disk."""
+    if dtype not in known:
+        raise ConfigError(f"dtype must be one of {', '.join(known)}: {dtype!r}")
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -290,7 +294,7 @@ def write_weights(
     Args:
         model: the model to write.
         directory: an existing directory.
-        dtype: "float32" or "bfloat16"; None keeps the dtype of each parameter.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of each parameter.
         max_shard_size: the size of a file, in bytes or as "5GB".
 
     Returns:
@@ -300,23 +304,34 @@ def write_weights(
         ConfigError: `dtype` or `max_shard_size` is invalid.
         StorageError: the disk is full or the directory cannot be written.
     """
+    entries = tensor_entries(model, dtype)
+    digests = write_tensor_files(directory, "model", entries, max_shard_size)
+    stored_as = dtype or dtype_name(model.model.embed_tokens.weight)
+    with consensus.fail_together():
+        if process_group.is_main():
+            write_json(directory / "config.json", model.config.to_dict(torch_dtype=stored_as))
+    return digests
+
+
+def tensor_entries(model: Ernie4_5_MoeForCausalLM, dtype: str | None = None) -> list[TensorEntry]:
+    """Return the tensors of a model that this rank writes, by their names on disk.
+
+    Raises:
+        ConfigError: `dtype` is unknown.
+    """
     if dtype is not None:
-        _check_dtype(dtype)
+        check_dtype(dtype)
     read = _CachedParameter(model)
     mine = owned_names(read.state)
     entries = []
     for mapping in tensor_mappings(model.config, experts=model.model.placement.experts):
         if mapping.parameter not in mine:
             continue
-        stored = "F32" if mapping.keep_float32 else DTYPES[dtype or read.dtype(mapping.parameter)]
+        kept = dtype_name(read.state[mapping.parameter])
+        stored = "F32" if mapping.keep_float32 else DTYPES[dtype or kept]
         shape = mapping.stored_shape
         entries.append(TensorEntry(mapping.stored, shape, stored, read.producer(mapping)))
-    digests = write_tensor_files(directory, "model", entries, max_shard_size)
-    stored_as = dtype or read.dtype(EMBED_TOKENS)
-    with consensus.fail_together():
-        if process_group.is_main():
-            write_json(directory / "config.json", model.config.to_dict(torch_dtype=stored_as))
-    return digests
+    return entries
 
 
 class _CachedParameter:
@@ -326,9 +341,6 @@ class _CachedParameter:
         self.state = model.state_dict()
         self.name = ""
         self.array = np.empty(0)
-
-    def dtype(self, name: str) -> str:
-        return str(self.state[name].dtype).removeprefix("paddle.")
 
     def producer(self, mapping: TensorMapping) -> Callable[[], np.ndarray]:
         def produce() -> np.ndarray:
@@ -356,7 +368,7 @@ def save_pretrained(
         model: the model to write.
         path: the directory to create or replace.
         tokenizer: its files are written too; None writes none.
-        dtype: "float32" or "bfloat16"; None keeps the dtype of each parameter.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of each parameter.
         max_shard_size: the size of a file, in bytes or as "5GB".
 
     Raises:
@@ -377,7 +389,7 @@ def save_pretrained(
         digests = write_weights(model, directory, dtype=dtype, max_shard_size=max_shard_size)
         with consensus.fail_together():
             if process_group.is_main():
-                generation = _generation_config(config, tokenizer)
+                generation = generation_config(config, tokenizer)
                 write_json(directory / "generation_config.json", generation)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(directory)
@@ -387,9 +399,10 @@ def save_pretrained(
     write_directory(Path(path), write, manifest_all=False)
 
 
-def _generation_config(
-    config: Ernie4_5_MoeConfig, tokenizer: SavesPretrained | None
+def generation_config(
+    config: Ernie4_5_MoeConfig, tokenizer: SavesPretrained | None = None
 ) -> dict[str, Any]:
+    """Return the content of generation_config.json: the special tokens and what ends a turn."""
     eos = tokenizer.stop_token_ids if tokenizer is not None else config.eos_token_id
     ids = {
         "bos_token_id": config.bos_token_id,

@@ -170,6 +170,18 @@ def test_overrides_are_checked_like_the_rest() -> None:
         ({"attention_dropout": 0.1}, "dropout"),
         ({"compression_ratio": 2.0}, "compress"),
         ({"sliding_window": 4096}, "sliding"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: sliding_attention",
+        ),
+        ({"is_quantized": True}, "quantized"),
+        ({"routed_scaling_factor": 2.5}, "scaled"),
+        ({"norm_topk_prob": False}, "normalized"),
+        ({"n_group": 8, "topk_group": 4}, "groups"),
+        ({"rope_3d": True}, "three-dimensional"),
+        ({"final_logit_softcapping": 30.0}, "soft-capping"),
+        ({"attention_bias": True}, "use_bias"),
+        ({"first_k_dense_replace": 3}, "moe_layer_start_index"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"vision_config": {}}, "text"),
         ({"moe_gate_act": "sigmoid"}, "softmax"),
@@ -195,6 +207,10 @@ def test_harmless_foreign_keys_are_tolerated() -> None:
         }
     )  # fmt: skip
     assert config == Ernie4_5_MoeConfig()
+    assert config.carried_keys.keys() >= {"moe_capacity", "moe_gate", "compression_ratio"}
+    written = config.with_overrides({"rope_theta": 1e6}).to_dict()
+    assert (written["moe_capacity"], written["moe_gate"]) == ([6, 6, 6], "topk")
+    assert "transformers_version" not in written
 
 
 def test_missing_or_damaged_file(tmp_path: Path) -> None:

@@ -35,14 +35,16 @@ PACKAGES: dict[str, str] = {
     " exact format math_answer logic tool_call tested_names code llm_judge user",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "parallel": "collectives lockstep recompute expert gradients build",
-    "weights": "layout hf checkpoint model_directory",
+    "weights": "layout hf gguf_file gguf_tokenizer llama upcycle convert checkpoint"
+    " model_directory",
     "generate": "sampler engine sharded",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",
     "eval": "prompts evaluation gates",
     "rl": "config batch critic data estimators rollout pairs loss report learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
-    "run": "stages recipe lineage check referee_script export render finalize pipeline",
+    "run": "stages recipe lineage check referee_script proof export llama_reference import_model"
+    " render finalize pipeline",
     "plan": "layout workload memory cost search tables command",
     "cli": "arguments doctor model score run main",
 }

@@ -11,9 +11,11 @@ import pytest
 
 from ernie_train.core.errors import WeightsError
 from ernie_train.data import load_tokenizer
+from ernie_train.io.safetensors import TensorFiles
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import export, rounded_copy
-from ernie_train.weights.hf import load_pretrained
+from ernie_train.run.proof import Trace, compare
+from ernie_train.weights.hf import load_pretrained, save_pretrained
 from tests.conftest import referee_directory
 from tests.workspace import REPOSITORY, make_workspace
 
@@ -79,6 +81,54 @@ def test_a_difference_fails_the_receipt_and_says_how_large(tokenizer, tmp_path, 
     assert not json.loads((tmp_path / "out/export_receipt.json").read_text())["passed"]
 
 
+def test_one_bit_on_disk_fails_the_receipt(tokenizer, tmp_path, monkeypatch):
+    def flipped(model, path, *args, **options):
+        save_pretrained(model, path, *args, **options)
+        file = path / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1  # the lowest bit of a float32: no logit notices
+        file.write_bytes(content)
+
+    monkeypatch.setattr("ernie_train.run.export.save_pretrained", flipped)
+    monkeypatch.setattr("ernie_train.weights.hf._verify", lambda path: False)
+    with pytest.raises(WeightsError, match=r"1 of \d+ stored tensors differ: model\."):
+        write(new_model(), tokenizer, tmp_path / "out")
+    receipt = json.loads((tmp_path / "out/export_receipt.json").read_text())
+    assert receipt["max_logit_difference"] <= receipt["tolerance"]
+
+
+def test_the_tolerance_grows_with_the_logits():
+    logits = np.zeros((4, 8), np.float32)
+    logits[:, 3] = 46.0
+    expected = Trace([2], [[0, 1, 3, 3]], [logits])
+    assert compare(expected, [logits + 2e-4]).difference < compare(expected, [logits]).tolerance
+    small = Trace([2], [[0, 1, 3, 3]], [logits / 46])
+    found = compare(small, [logits / 46 + 2e-4])
+    assert found.difference > found.tolerance
+
+
+def test_greedy_tokens_differ_unless_they_tie():
+    logits = np.zeros((4, 8), np.float32)
+    logits[:, 3] = 1.0
+    expected = Trace([2], [[0, 1, 3, 3]], [logits])
+    tie, other = logits.copy(), logits.copy()
+    tie[1, 5], other[1, 5] = 1.000001, 1.1
+    assert compare(expected, [tie]).tokens_equal
+    assert not compare(expected, [other]).tokens_equal
+
+
+def test_float16_is_served_or_refused_at_once(tokenizer, tmp_path):
+    assert write(new_model(), tokenizer, tmp_path / "out", dtype="float16").passed
+    stored = TensorFiles(tmp_path / "out").stored
+    assert {t.dtype for n, t in stored.items() if "norm" in n} == {"F16"}
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float16"
+    model = new_model()
+    model.model.norm.weight.set_value(model.model.norm.weight + 1e5)
+    with pytest.raises(WeightsError, match=r"model.norm.weight: 1e\+05 is too large for float16"):
+        write(model, tokenizer, tmp_path / "large", dtype="float16")
+    assert not (tmp_path / "large").exists()
+
+
 def test_the_chat_template_is_the_one_trained_with(tokenizer, tmp_path):
     for thinking in (True, False):
         write(new_model(), tokenizer, tmp_path / str(thinking), thinking=thinking)
@@ -94,7 +144,7 @@ def test_without_torch_the_receipt_says_so(tokenizer, tmp_path):
 
 def test_rounding_keeps_the_router_exact():
     model = new_model()
-    copy = rounded_copy(model)
+    copy = rounded_copy(model, "bfloat16")
     for name, tensor in model.state_dict().items():
         rounded = copy.state_dict()[name].numpy()
         if name.endswith(".mlp.gate.weight"):

@@ -1,0 +1,328 @@
+"""Importing Llama models: exact tensors, equal logits, refusals by name, upcycling."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from tokenizers import Tokenizer
+
+from ernie_train.core.errors import ConfigError, DataError, UserError, WeightsError
+from ernie_train.io.safetensors import TensorFiles
+from ernie_train.run.import_model import RECEIPT, import_model
+from ernie_train.weights.hf import load_config, load_pretrained
+from ernie_train.weights.upcycle import Upcycling
+from tests import small_llama
+from tests.conftest import referee_directory
+from tests.small_llama import write_directory, write_gguf
+
+
+def assert_holds(directory: Path, arrays: dict[str, np.ndarray]) -> None:
+    stored = TensorFiles(directory)
+    assert set(stored) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(stored[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"tie_word_embeddings": False, "num_key_value_heads": 4}, {"head_dim": 16}],
+    ids=["grouped", "untied", "wide-heads"],
+)
+def test_a_directory_is_imported_row_by_row(tmp_path: Path, keys: dict[str, Any]) -> None:
+    arrays = write_directory(tmp_path / "llama", **keys)
+    receipt = import_model(tmp_path / "llama", tmp_path / "out")
+    config = {**small_llama.CONFIG, **keys}
+    assert_holds(tmp_path / "out", small_llama.expected(arrays, config))
+    assert receipt.passed
+    assert receipt.stored_tensors == len(arrays)
+    assert "written in numpy" in receipt.note  # said: no torch took part
+    assert json.loads((tmp_path / "out" / RECEIPT).read_text())["passed"]
+    assert load_config(tmp_path / "out").model_type == "ernie4_5"
+
+
+@pytest.mark.parametrize("experts", [None, Upcycling(4, 2, 1)], ids=["dense", "upcycled"])
+def test_transformers_agrees(tmp_path: Path, experts: Upcycling | None) -> None:
+    write_directory(tmp_path / "llama", tie_word_embeddings=False)
+    python = str(referee_directory() / "bin" / "python")
+    receipt = import_model(
+        tmp_path / "llama", tmp_path / "out", referee=python, upcycling=experts, dtype="bfloat16"
+    )
+    assert receipt.passed
+    assert receipt.reader.startswith("transformers 5")
+
+
+def test_unpermuted_rows_fail_the_receipt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_directory(tmp_path / "llama")
+    monkeypatch.setattr("ernie_train.weights.llama.interleave", lambda weight, heads: weight)
+    with pytest.raises(WeightsError, match="largest logit difference"):
+        import_model(tmp_path / "llama", tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / RECEIPT).read_text())["passed"]
+
+
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gguf_file_is_imported_as_it_dequantizes(tmp_path: Path, kind: str) -> None:
+    keys = {"intermediate_size": 64, "tie_word_embeddings": False}
+    held = write_gguf(tmp_path / "model.gguf", kind, **keys)
+    assert import_model(tmp_path / "model.gguf", tmp_path / "out").passed
+    assert_holds(tmp_path / "out", held)
+    stored = TensorFiles(tmp_path / "out").stored["lm_head.weight"].dtype
+    assert stored == (kind if kind in ("F16", "BF16") else "F32")
+
+
+def test_both_forms_of_a_model_give_the_same_file(tmp_path: Path) -> None:
+    write_directory(tmp_path / "llama")
+    write_gguf(tmp_path / "model.gguf")
+    for source, out in (("llama", "a"), ("model.gguf", "b")):
+        import_model(tmp_path / source, tmp_path / out)
+    a, b = ((tmp_path / out / "model.safetensors").read_bytes() for out in "ab")
+    assert a == b
+    assert load_config(tmp_path / "a") == load_config(tmp_path / "b").with_overrides(
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    )
+
+
+REFUSED = {
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "sliding-window": {"model_type": "mistral", "sliding_window": 4096},
+    "mistral's default window": {"model_type": "mistral"},
+    "layer_types": {"layer_types": ["full_attention", "sliding_attention"]},
+    "RoPE type 'llama3'": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "RoPE type 'yarn'": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "hidden_act": {"hidden_act": "gelu"},
+    "'qwen3'": {"model_type": "qwen3"},
+    "'qwen2'": {"model_type": "qwen2"},
+    "None": {"model_type": ...},
+    "use_qk_norm": {"use_qk_norm": True},
+    "final_logit_softcapping": {"final_logit_softcapping": 30.0},
+    "quantization_config": {"quantization_config": {"quant_method": "gptq"}},
+}
+
+
+@pytest.mark.parametrize("named", REFUSED)
+def test_what_ernie_cannot_express_is_refused_by_name(tmp_path: Path, named: str) -> None:
+    write_directory(tmp_path / "llama", **REFUSED[named])
+    with pytest.raises(ConfigError, match=r"window" if "window" in named else named):
+        import_model(tmp_path / "llama", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+GGUF_REFUSED = {
+    "llama.attention.sliding_window": 512,
+    "llama.rope.scaling.type": "yarn",
+    "llama.expert_count": 8,
+    "llama.logit_scale": 0.5,
+    "partial rotary": {"llama.rope.dimension_count": 4, "llama.attention.key_length": 8},
+    "one of several files": {"split.count": 2},
+    "general.architecture": {"general.architecture": "qwen3"},
+}
+
+
+@pytest.mark.parametrize("named", GGUF_REFUSED)
+def test_a_gguf_file_of_another_function_is_refused(tmp_path: Path, named: str) -> None:
+    value = GGUF_REFUSED[named]
+    metadata = value if isinstance(value, dict) else {named: value}
+    if "general.architecture" in metadata:
+        content = None
+        write_gguf(tmp_path / "m.gguf")
+        content = (tmp_path / "m.gguf").read_bytes().replace(b"llama", b"qwen3")
+        (tmp_path / "m.gguf").write_bytes(content)
+    else:
+        write_gguf(tmp_path / "m.gguf", metadata=metadata)
+    with pytest.raises(UserError, match=named):
+        import_model(tmp_path / "m.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.3, 0.5, 0.9, 0.999])
+def test_a_cut_off_gguf_file_is_one_message(tmp_path: Path, share: float) -> None:
+    write_gguf(tmp_path / "whole.gguf", metadata=TOKENIZER)
+    content = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "half.gguf").write_bytes(content[: max(4, int(len(content) * share))])
+    with pytest.raises(WeightsError, match=r"half\.gguf: truncated or damaged"):
+        import_model(tmp_path / "half.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"\x80\x04pickle")
+    (tmp_path / "text.gguf").write_text("no")
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles/pytorch_model.bin").write_bytes(b"\x80\x04")
+    (tmp_path / "pickles/config.json").write_text(json.dumps(small_llama.CONFIG))
+    for name, message in {
+        "model.bin": "pickles are never loaded", "text.gguf": "not a GGUF file",
+        "pickles": r"pytorch_model\.bin must be converted", "org/name": "no such file or directory",
+    }.items():  # fmt: skip
+        with pytest.raises(WeightsError, match=message):
+            import_model(tmp_path / name, tmp_path / "out")
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    arrays = write_directory(tmp_path / "llama")
+    file = tmp_path / "llama/model.safetensors"
+    safetensors.numpy.save_file(
+        {**arrays, "model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}, file
+    )
+    with pytest.raises(WeightsError, match=r"not of this model .*q_proj\.bias"):
+        import_model(tmp_path / "llama", tmp_path / "out")
+    arrays["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    safetensors.numpy.save_file(arrays, file)
+    with pytest.raises(WeightsError, match=r"up_proj\.weight holds numbers that are NaN"):
+        import_model(tmp_path / "llama", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.tmp").exists()
+
+
+# ---- mixtures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2, 4])
+@pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (4, 2), (3, 3)])
+def test_a_mixture_of_copies_computes_the_same(
+    tmp_path: Path, experts: int, top_k: int, shared: int
+) -> None:
+    write_directory(tmp_path / "llama")
+    receipt = import_model(
+        tmp_path / "llama", tmp_path / "out", upcycling=Upcycling(experts, top_k, shared)
+    )
+    assert receipt.passed
+    config = load_config(tmp_path / "out")
+    assert (config.moe_num_experts, config.moe_k) == (experts, top_k)
+    assert config.moe_num_shared_experts == shared
+    assert not config.is_moe_layer(0)
+    assert config.is_moe_layer(1)
+
+
+def test_noise_tells_experts_apart(tmp_path: Path) -> None:
+    write_directory(tmp_path / "llama")
+    settings = Upcycling(4, 2, noise=0.1)
+    receipt = import_model(tmp_path / "llama", tmp_path / "out", upcycling=settings)
+    assert receipt.max_logit_difference > 1e-3
+    assert "noise of 0.1" in receipt.note
+    stored = TensorFiles(tmp_path / "out")
+    first, second = (stored[f"model.layers.1.mlp.experts.{e}.up_proj.weight"] for e in (0, 1))
+    dense = TensorFiles(tmp_path / "llama")["model.layers.1.mlp.up_proj.weight"]
+    assert 0.09 < (first - dense).std() / dense.std() < 0.11
+    assert (first != second).all()
+
+
+def test_an_imported_model_can_be_made_a_mixture_later(tmp_path: Path) -> None:
+    write_directory(tmp_path / "llama")
+    import_model(tmp_path / "llama", tmp_path / "dense")
+    with pytest.raises(UserError, match="model already"):
+        import_model(tmp_path / "dense", tmp_path / "again")
+    settings = Upcycling(4, 2)
+    import_model(tmp_path / "dense", tmp_path / "late", upcycling=settings)
+    import_model(tmp_path / "llama", tmp_path / "direct", upcycling=settings)
+    late, direct = (load_pretrained(tmp_path / name).state_dict() for name in ("late", "direct"))
+    for name, tensor in direct.items():
+        np.testing.assert_array_equal(late[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def test_impossible_numbers_of_experts(tmp_path: Path) -> None:
+    write_directory(tmp_path / "llama")
+    with pytest.raises(ConfigError, match="moe_k=5 must not exceed"):
+        import_model(tmp_path / "llama", tmp_path / "out", upcycling=Upcycling(4, 5))
+
+
+# ---- tokenizers --------------------------------------------------------------------------------
+
+BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "Ġ", "Ċ", "Ġa", "12", "ab"]
+TOKENIZER: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(TOKENS) - 3),
+    "tokenizer.ggml.merges": ["Ġ a", "1 2", "a b"],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+}
+
+
+def pieces(directory: Path, text: str) -> list[str]:
+    tokens: list[str] = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).tokens
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("pre", "twelve"), [("smollm", ["1", "2"]), ("gpt-2", ["12"]), ("llama-bpe", ["12"]),
+                        ("qwen2", ["1", "2"])],
+)  # fmt: skip
+def test_the_tokenizer_of_a_gguf_file(tmp_path: Path, pre: str, twelve: list[str]) -> None:
+    metadata = {**TOKENIZER, "tokenizer.ggml.pre": pre}
+    write_gguf(tmp_path / "m.gguf", metadata=metadata, vocab_size=256)
+    out = tmp_path / "out"
+    import_model(tmp_path / "m.gguf", out)
+    assert pieces(out, "<|im_start|>ab a12\n") == ["<|im_start|>", "ab", "Ġa", *twelve, "Ċ"]
+    written = Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert written.decode(written.encode("ab é12 a").ids) == "ab é12 a"
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert (out / "chat_template.jinja").read_text() == TOKENIZER["tokenizer.chat_template"]
+    assert load_config(out).eos_token_id == 2
+
+
+def test_a_sentencepiece_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)),
+              "▁", "a", "b", "ab", "▁ab"]  # fmt: skip
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-3.0, -4.0, -5.0, -1.0, -2.0],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 5,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    write_gguf(tmp_path / "m.gguf", metadata=metadata, vocab_size=264)
+    import_model(tmp_path / "m.gguf", tmp_path / "out")
+    assert pieces(tmp_path / "out", "ab abé") == ["<s>", "ab", "▁ab", "<0xC3>", "<0xA9>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.pre": "made-up"}, "pre-tokenizer 'made-up'"),
+        ({"tokenizer.ggml.model": "bert"}, "'bert' is none of gpt2, llama"),
+        ({"tokenizer.ggml.eos_token_id": 4000}, "eos token 4000"),
+        ({"tokenizer.ggml.token_type": [1]}, "contradicts itself"),
+        ({"tokenizer.ggml.merges": ["Ġ zzz"]}, "is damaged"),
+    ],
+)
+def test_damaged_tokenizers(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_gguf(tmp_path / "m.gguf", metadata={**TOKENIZER, **change}, vocab_size=5000)
+    with pytest.raises(DataError, match=message):
+        import_model(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", metadata=TOKENIZER, vocab_size=96)
+    with pytest.raises(DataError, match=r"the id 195, the model only vocab_size=96"):
+        import_model(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_files_of_a_directory_are_carried_as_they_are(tmp_path: Path) -> None:
+    write_directory(tmp_path / "llama")
+    files = {
+        "chat_template.jinja": "{{ 1 }}\n",
+        "tokenizer_config.json": '{"x": 1}',
+        "LICENSE": "free",
+        "generation_config.json": '{"top_p": 0.9}',
+    }
+    for name, text in files.items():
+        (tmp_path / "llama" / name).write_text(text)
+    import_model(tmp_path / "llama", tmp_path / "out")
+    for name, text in files.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
