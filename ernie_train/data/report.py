@@ -139,6 +139,20 @@ class DataReport:
             "lengths p50..max in tokens, before cutting; "
             f"rows of {self.seq_len} tokens, packed {100 * self.packing_fill:.1f} % full"
         ]
+        text = Text("\n".join([*lines, *self._left_out()]), "table.caption")
+        for source in self.sources:
+            if source.over_seq_len and source.overlong == "drop":
+                warning = too_long_warning(
+                    f"{source.over_seq_len} of {source.rows} rows of {source.path}",
+                    f"seq_len={self.seq_len}",
+                    int(source.lengths.max()),
+                    "raise seq_len, or set overlong: truncate",
+                )
+                text.append("\n").append_text(warning)
+        return text
+
+    def _left_out(self) -> list[str]:
+        lines = []
         for source in self.sources:
             reasons = [f"{count} {reason}" for reason, count in source.dropped.items()]
             if source.bad:
@@ -150,7 +164,15 @@ class DataReport:
                 lines.append(f"keys of {source.path} that nothing reads: {keys}")
             if source.passed_over:
                 lines.append(f"passed over in {source.path}: {source.passed_over}")
-        return Text("\n".join(lines), "table.caption")
+        return lines
+
+
+def too_long_warning(what: str, bound: str, longest: int, remedy: str) -> Text:
+    """Return a line that says loudly which rows are left out for their length, and the fix."""
+    line = (
+        f"{what} are longer than {bound} and left out; the longest has {longest} tokens: {remedy}"
+    )
+    return Text(line, "bold yellow", overflow="fold")
 
 
 def _cells(source: SourceReport) -> list[str | Text]:

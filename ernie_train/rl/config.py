@@ -33,8 +33,8 @@ class RolloutConfig(StrictConfig):
     max_prompt_tokens: longer prompts are left out.
     batch_size: sequences that are sampled at once.
     refill_rounds: further rounds of prompts that replace groups without a difference in reward.
-    truncated: completions cut at max_new_tokens are left out ("mask") or kept, their reward less
-        `truncation_penalty` ("punish").
+    truncated: completions cut at max_new_tokens are kept with what they earned ("keep"), left out
+        ("mask"), or kept with their reward less `truncation_penalty` ("punish").
     max_logprob_mismatch: bound of mean exp|recomputed - sampled logprob| - 1; above it the stage
         stops.
     dump: writes each iteration's rollout to `rollouts/` in the stage's directory.
@@ -50,7 +50,7 @@ class RolloutConfig(StrictConfig):
     top_k: Annotated[int, Field(ge=0)] = 0
     batch_size: PositiveInt = 256
     refill_rounds: Annotated[int, Field(ge=0)] = 0
-    truncated: Literal["mask", "punish"] = "punish"
+    truncated: Literal["keep", "mask", "punish"] = "keep"
     truncation_penalty: NonNegative = 0.0
     max_logprob_mismatch: Positive = 0.05
     dump: bool = False
@@ -58,8 +58,13 @@ class RolloutConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
-        if self.truncated == "mask" and self.truncation_penalty:
-            raise ValueError("truncation_penalty has no effect with truncated: mask")
+        if self.truncated != "punish" and self.truncation_penalty:
+            raise ValueError(f"truncation_penalty has no effect with truncated: {self.truncated}")
+        if self.truncated == "punish" and not self.truncation_penalty:
+            raise ValueError(
+                "truncated: punish takes truncation_penalty off the reward, which is 0: give a "
+                "penalty, such as 0.5, or say truncated: keep"
+            )
         return self
 
 
@@ -84,7 +89,7 @@ class PolicyConfig(StrictConfig):
     """The policy's objective, coef * PPO + kl - entropy_coef * entropy, and its updates.
 
     An iteration updates the policy `update_epochs` times over its rollout, in `minibatches`
-    optimizer steps each. A coefficient of 0 switches its term off and costs nothing.
+    optimizer steps each. A coefficient of 0 leaves its term out of the objective.
 
     group_scale: group-relative advantages are divided by the group's standard deviation, or not.
     normalize_rewards: "domain" centres and scales the rewards of each domain in an iteration.

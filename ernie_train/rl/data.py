@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.data import Record, Tokenizer, encode_chat, prompt_ids, read_records
+from ernie_train.data.report import too_long_warning
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.eval.prompts import encode_prompt
@@ -43,15 +45,19 @@ class TokenizedPair(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptReport:
-    """Counts and lengths by source; `too_long` counts what exceeds the stage's lengths."""
+    """Counts and lengths by source; `too_long` counts what exceeds the stage's lengths.
+
+    `warnings` say what was left out for its length, and the fix.
+    """
 
     sources: list[dict[str, Any]]
     pairs: dict[str, Any] | None = None
+    warnings: Sequence[Text] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {"sources": self.sources, "pairs": self.pairs}
 
-    def as_table(self) -> Table:
+    def as_table(self) -> Group:
         table = Table("source", "task", "prompts", "mean tokens", "difficulties", "too long")
         for source in self.sources:
             for task, facts in source["tasks"].items():
@@ -69,7 +75,7 @@ class PromptReport:
             table.add_row(
                 self.pairs["path"], "pairs", count, tokens, "", str(self.pairs["too_long"])
             )
-        return table
+        return Group(table, *self.warnings)
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,13 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
     """Read and encode the stage's prompts; `DataError` says what is wrong with which rows."""
     prompts: list[Prompt] = []
     sizes, reports = [], []
+    warnings: list[Text] = []
     for source in config.data:
-        found, report = _read_prompts(config, source, data)
+        found, report, warned = _read_prompts(config, source, data)
         prompts += found
         sizes.append(len(found))
         reports.append(report)
+        warnings += warned
     _check_curriculum(config, prompts)
     build_reward(config.reward, data.base_dir).close()  # starts nothing: it only must exist
     _check_replay(config, data)
@@ -108,21 +116,22 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
     offline: list[TokenizedPair] = []
     pairs_report = None
     if config.offline is not None and config.offline.path is not None:
-        offline, pairs_report = read_fitting_pairs(
+        offline, pairs_report, warned = read_fitting_pairs(
             config.offline.path,
             data,
             max_prompt_tokens=config.rollout.max_prompt_tokens,
             max_new_tokens=config.rollout.max_new_tokens,
             max_bad_fraction=config.max_bad_fraction,
         )
+        warnings += warned
     weights = [source.weight for source in config.data]
-    report_of_all = PromptReport(reports, pairs_report)
+    report_of_all = PromptReport(reports, pairs_report, warnings)
     return PreparedPrompts(prompts, sizes, weights, report_of_all, held_out, offline)
 
 
 def _read_prompts(
     config: UpoConfig, source: PromptSource, data: StageData
-) -> tuple[list[Prompt], dict[str, Any]]:
+) -> tuple[list[Prompt], dict[str, Any], list[Text]]:
     records = load_problems(
         data.base_dir / source.path,
         tasks=source.tasks,
@@ -131,31 +140,36 @@ def _read_prompts(
         max_bad_fraction=config.max_bad_fraction,
     )
     longest = config.rollout.max_prompt_tokens
-    found, too_long = encode_prompts(records, data.tokenizer, longest=longest)
+    found, lengths = encode_prompts(records, data.tokenizer, longest=longest)
     if not found:
         raise DataError(
             f"{source.path}: none of {len(records)} prompts has at most "
             f"max_prompt_tokens={longest} tokens"
         )
-    return found, _source_report(source.path, found, too_long)
+    warnings = []
+    if lengths:
+        what, bound = f"{len(lengths)} of {len(records)} prompts of {source.path}", "rollout."
+        bound += f"max_prompt_tokens={longest}"
+        warnings = [too_long_warning(what, bound, max(lengths), "raise it")]
+    return found, _source_report(source.path, found, len(lengths)), warnings
 
 
 def encode_prompts(
     records: Sequence[Record], tokenizer: Tokenizer, *, longest: int
-) -> tuple[list[Prompt], int]:
-    """Encode records to prompts of at most `longest` tokens; also return how many were longer."""
-    prompts, dropped = [], 0
+) -> tuple[list[Prompt], list[int]]:
+    """Encode records to prompts of at most `longest` tokens; return also the lengths of others."""
+    prompts, too_long = [], []
     for record in records:
         ids = encode_prompt(tokenizer, record, thinking=True)
         if len(ids) > longest:
-            dropped += 1
+            too_long.append(len(ids))
             continue
         fields = record.fields
         difficulty = fields.get("difficulty", 1)
         if not isinstance(difficulty, int) or isinstance(difficulty, bool):
             raise DataError(f"{record.source}: difficulty must be a whole number: {difficulty!r}")
         prompts.append(Prompt(record, ids, str(fields["domain"]), str(fields["task"]), difficulty))
-    return prompts, dropped
+    return prompts, too_long
 
 
 def read_fitting_pairs(
@@ -166,8 +180,8 @@ def read_fitting_pairs(
     max_new_tokens: int,
     max_bad_fraction: float,
     max_tokens: int | None = None,
-) -> tuple[list[TokenizedPair], dict[str, Any]]:
-    """Return the pairs of a file of preferences that fit, and a report on them.
+) -> tuple[list[TokenizedPair], dict[str, Any], list[Text]]:
+    """Return the pairs of a file of preferences that fit, a report on them, and warnings.
 
     max_tokens: of a prompt with its completion; None: the sum of the other two.
     Raises `DataError` where none fits.
@@ -185,11 +199,27 @@ def read_fitting_pairs(
         )
     ]
     if not fitting:
-        raise DataError(f"{path}: none of {len(pairs)} pairs fits the stage's lengths")
+        shortest = min(max(c.length for c in pair) for pair in pairs)
+        raise DataError(
+            f"{path}: none of {len(pairs)} pairs fits the stage's lengths ({longest} tokens of a "
+            f"prompt with its completion; the shortest pair needs {shortest})"
+        )
     tokens = float(np.mean([c.length for pair in fitting for c in pair]))
     too_long = len(pairs) - len(fitting)
     facts = {"path": path, "pairs": len(fitting), "mean_tokens": tokens, "too_long": too_long}
-    return fitting, facts
+    warnings = []
+    if too_long:
+        bound = (
+            f"seq_len={max_tokens}"
+            if max_tokens
+            else (
+                f"rollout.max_prompt_tokens={max_prompt_tokens} or max_new_tokens={max_new_tokens}"
+            )
+        )
+        what = f"{too_long} of {len(pairs)} pairs of {path}"
+        longest_pair = max(c.length for pair in pairs for c in pair)
+        warnings = [too_long_warning(what, bound, longest_pair, "raise it, or shorten them")]
+    return fitting, facts, warnings
 
 
 def describe(

@@ -78,7 +78,7 @@ class PreparedPairs:
 
 def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
     """Read and encode the stage's pairs; `DataError` where none fits."""
-    pairs, facts = read_fitting_pairs(
+    pairs, facts, warnings = read_fitting_pairs(
         config.data,
         data,
         max_prompt_tokens=config.seq_len - 1,
@@ -86,7 +86,7 @@ def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
         max_tokens=config.seq_len,
         max_bad_fraction=config.max_bad_fraction,
     )
-    return PreparedPairs(pairs, PromptReport([], facts))
+    return PreparedPairs(pairs, PromptReport([], facts, warnings))
 
 
 def describe(config: DpoConfig, data: StageData, prepared: PreparedPairs, console: Console) -> None:

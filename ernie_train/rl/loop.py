@@ -108,7 +108,7 @@ class _UpoLoop:
             total_steps=config.iterations,
             label=config.name,
         )
-        self.warnings = HealthWarnings(self.writer.note)
+        self.warnings = HealthWarnings(config.rollout, self.writer.note)
         self.health = MoeHealth(
             stage.model,
             config.moe_health,

@@ -15,7 +15,7 @@ from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.eval.prompts import user_prompt
 from ernie_train.losses import PairCounts
 from ernie_train.rl.batch import RolloutBatch
-from ernie_train.rl.config import UpoConfig
+from ernie_train.rl.config import RolloutConfig, UpoConfig
 from ernie_train.rl.data import Prompt
 from ernie_train.rl.rollout import Rollout, ScoredCompletion
 from ernie_train.train.stage import StageRun
@@ -27,7 +27,7 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "completions/truncated",
         lambda value: value > 0.2,
-        "{:.0%} of the completions are cut off: raise rollout.max_new_tokens, or punish truncation",
+        "{:.0%} of the completions are cut off: raise rollout.max_new_tokens",
     ),
     (
         "frac_reward_zero_std",
@@ -55,18 +55,27 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
 )
 
+# What else helps against completions that are cut off, by `rollout.truncated`.
+_REMEDIES_OF_TRUNCATION = {
+    "keep": ", or punish truncation (rollout.truncated: punish with a truncation_penalty)",
+    "punish": " or rollout.truncation_penalty",
+    "mask": "; they are left out (rollout.truncated: mask) and teach nothing",
+}
+
 
 class HealthWarnings:
     """Warns of the known red flags of RL, each with its remedy."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, rollout: RolloutConfig, say: Callable[[str], None]) -> None:
         self._warnings = WarnOnce(say)
+        self._remedies = {"completions/truncated": _REMEDIES_OF_TRUNCATION[rollout.truncated]}
 
     def check(self, metrics: dict[str, float]) -> None:
         for number, (name, is_wrong, text) in enumerate(_RED_FLAGS):
             if name in metrics:
                 value = metrics[name]
-                self._warnings.check(number, is_wrong(value), text.format(value))
+                told = text.format(value) + self._remedies.get(name, "")
+                self._warnings.check(number, is_wrong(value), told)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

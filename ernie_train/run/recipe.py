@@ -239,7 +239,8 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
     if not path.exists():
         return None
     try:
-        return load_recipe(path)
+        data = _as_written_today(load_yaml(path))
+        return parse_config(Recipe, data, str(path))
     except ConfigError as error:
         first, _, rest = error.problems[0].partition("; ")
         more = " (and more)" if rest or len(error.problems) > 1 else ""
@@ -249,6 +250,15 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
             f"{run_dir / 'NN-STAGE' / 'checkpoints' / 'step_NNNNNN'}, as the model. "
             f"{first}{more}"
         ) from None
+
+
+def _as_written_today(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a resolved recipe with what 0.2.0 called `punish` without a penalty under its name."""
+    for stage in data.get("stages") or []:
+        rollout = stage.get("rollout") or {}
+        if rollout.get("truncated") == "punish" and not rollout.get("truncation_penalty"):
+            rollout["truncated"] = "keep"
+    return data
 
 
 def _recorded_version(run_dir: Path) -> str:

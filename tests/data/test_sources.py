@@ -188,6 +188,10 @@ def test_max_examples_takes_the_first_good_rows(tokenizer: Tokenizer, write_rows
     assert "q3" in tokenizer.decode(documents[3].ids.tolist())
 
 
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
 def test_the_report_adds_up(tokenizer: Tokenizer, write_rows: Any, tmp_path: Path) -> None:
     write_rows("a.jsonl", [chat("q", "true " * i) for i in range(1, 41)])
     write_rows("b.jsonl", [chat("q", "a")] * 50 + ["{"] + [chat("q", "x " * 600)])
@@ -212,6 +216,9 @@ def test_the_report_adds_up(tokenizer: Tokenizer, write_rows: Any, tmp_path: Pat
     console.print(report.as_table())
     text = console.export_text()
     assert "a.jsonl x2" in text and "1 longer than seq_len" in text and "1 bad, first" in text
+    assert "1 of 52 rows of b.jsonl are longer than seq_len=256 and left out" in flat(text)
+    assert "raise seq_len, or set overlong: truncate" in flat(text)
+    assert "a.jsonl are longer" not in flat(text)
     assert "total" in text and max(map(len, text.splitlines())) <= 80
 
 

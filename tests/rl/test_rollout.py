@@ -50,7 +50,7 @@ def test_truncated_completions_are_masked_or_punished():
     masked = Rollout.of(groups(), config(truncated="mask"))
     np.testing.assert_array_equal(masked.valid[2], [True, False])
     np.testing.assert_array_equal(masked.informative, [True, False, False])
-    punished = Rollout.of(groups(), config(truncation_penalty=0.5))
+    punished = Rollout.of(groups(), config(truncated="punish", truncation_penalty=0.5))
     np.testing.assert_array_equal(punished.rewards[2], [1.0, -0.5])
     assert groups()[2][1].raw_reward == 0.0
 

@@ -1,0 +1,113 @@
+"""What an RL or DPO stage leaves out of its data for its length is told loudly, with the fix."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ernie_train.core.errors import DataError
+from ernie_train.data import Tokenizer, load_tokenizer
+from ernie_train.rl import data as rl_data
+from ernie_train.rl import dpo
+from ernie_train.rl.config import RolloutConfig, UpoConfig
+from ernie_train.rl.dpo import DpoConfig
+from ernie_train.rl.report import HealthWarnings
+from ernie_train.run.recipe import recorded_recipe
+from ernie_train.train.stage import StageData
+from tests.rl.test_upo import stage as upo_stage
+from tests.workspace import make_workspace, rows, write_rows
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("lengths")
+    make_workspace(root)
+    pairs = [
+        {"prompt": f"What is {a} + 1?", "chosen": f"{a + 1}. " * words, "rejected": "none"}
+        for a, words in enumerate([1, 1, 30, 40, 50])
+    ]
+    write_rows(root / "pairs.jsonl", pairs)
+    prompts = rows(6, 1)
+    for number, row in enumerate(prompts):
+        question = row["messages"][0]["content"]
+        row["messages"] = [{"role": "user", "content": question * (40 if number < 2 else 1)}]
+    write_rows(root / "prompts.jsonl", prompts)
+    (root / "reward.py").write_text("def score(row, completion):\n    return 1.0\n")
+    return root
+
+
+def stage_data(root: Path) -> StageData:
+    tokenizer: Tokenizer = load_tokenizer(root / "tokenizer")
+    return StageData(root, tokenizer, 0)
+
+
+def printed(report: Any) -> str:
+    text = io.StringIO()
+    Console(file=text, width=500, force_terminal=True, color_system="standard").print(
+        report.as_table()
+    )
+    return text.getvalue()
+
+
+def dpo_config(**changes: Any) -> DpoConfig:
+    values = {
+        "name": "d", "kind": "dpo", "data": "pairs.jsonl", "seq_len": 60, "steps": 1,
+        "pairs_per_step": 1, "micro_batch_size": 2, "optim": {"lr": 1e-3},
+    } | changes  # fmt: skip
+    return DpoConfig(**values)
+
+
+def test_pairs_that_are_too_long_are_told_with_the_fix(root):
+    data = stage_data(root)
+    found = printed(dpo.prepare(dpo_config(), data).report)
+    assert (
+        "3 of 5 pairs of pairs.jsonl are longer than seq_len=60 and left out; the longest" in found
+    )
+    assert "tokens: raise it, or shorten them" in found
+    assert "\x1b[1;33m3 of 5 pairs" in found, "it stands out"
+    assert "left out" not in printed(dpo.prepare(dpo_config(seq_len=256), data).report)
+    with pytest.raises(DataError, match=r"none of 5 pairs fits .* the shortest pair needs \d+\)"):
+        dpo.prepare(dpo_config(seq_len=4), data)
+
+
+def test_prompts_and_pairs_of_an_rl_stage_too(root):
+    offline = {"path": "pairs.jsonl", "per_iteration": 1}
+    changes = {"preference": {"coef": 0.1, "pairs": "offline", "offline": offline}}
+    config = UpoConfig(**upo_stage(root, rollout={"max_new_tokens": 30}, **changes))
+    found = printed(rl_data.prepare(config, stage_data(root)).report)
+    assert "2 of 6 prompts of" in found and "longer than rollout.max_prompt_tokens=64" in found
+    assert "3 of 5 pairs of pairs.jsonl are longer than rollout.max_prompt_tokens=64 or" in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({}, "or punish truncation (rollout.truncated: punish with a truncation_penalty)"),
+        ({"truncated": "punish", "truncation_penalty": 0.5}, "or rollout.truncation_penalty"),
+        ({"truncated": "mask"}, "they are left out (rollout.truncated: mask)"),
+    ],
+)
+def test_the_remedy_for_cut_completions_fits_the_setting(settings, remedy):
+    told: list[str] = []
+    warnings = HealthWarnings(RolloutConfig(max_new_tokens=4, **settings), told.append)
+    warnings.check({"completions/truncated": 0.5})
+    (line,) = told
+    assert line.startswith(
+        "warning: 50% of the completions are cut off: raise rollout.max_new_tokens"
+    )
+    assert remedy in line
+
+
+def test_recipes_that_an_earlier_version_resolved_still_open(root, tmp_path):
+    import yaml
+
+    stage = upo_stage(root, rollout={"truncated": "punish", "truncation_penalty": 0.0})
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text()) | {"stages": [stage]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = recorded_recipe(tmp_path)
+    assert found is not None and isinstance(found.stages[0], UpoConfig)
+    assert found.stages[0].rollout.truncated == "keep"
