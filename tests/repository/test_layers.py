@@ -32,7 +32,7 @@ PACKAGES: dict[str, str] = {
     "rewards.sandbox": "guest seccomp backends pool process api",
     "rewards.sandbox.guest": "values candidate test_judge server",
     "rewards.verifiers": "answer_text math_worker math_process assignments choices quantities"
-    " exact format math_answer logic tool_call tested_names code llm_judge user",
+    " exact format math_answer logic tool_call tested_names programs code llm_judge user",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout hf gguf_file gguf_tokenizer llama upcycle convert checkpoint"

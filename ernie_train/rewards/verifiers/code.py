@@ -25,17 +25,19 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from ernie_train.rewards.sandbox import api
 from ernie_train.rewards.sandbox.api import ProgramResult
 from ernie_train.rewards.score import Score, read_response
+from ernie_train.rewards.verifiers.programs import program_of
 from ernie_train.rewards.verifiers.tested_names import BadTests, find_tested_names
 from ernie_train.rewards.verifiers.tool_call import same_json
 
-_FENCED = re.compile(r"```(python3?|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _DECIMAL = re.compile(r"[+-]?\d{1,20}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _MAX_CHARACTERS = 50_000
 # True if a test was passed, and the message if not.
@@ -45,9 +47,10 @@ _Results = list[_Result] | Score
 
 @dataclass(frozen=True)
 class _Suite:
-    """Run the tests of a row against the source of any program."""
+    """Run the tests of a row against the source of any program, which is to define `names`."""
 
     results_of: Callable[[str], _Results]
+    names: list[str]
     preamble: str
 
 
@@ -64,7 +67,8 @@ def score(row: dict[str, Any], completion: str) -> Score:
     response = read_response(row, completion)
     if isinstance(response, Score):
         return response
-    graded = _graded(suite, program_of(response), whole=row.get("pass_rate") is not True)
+    source = program_of(response, suite.names)
+    graded = _graded(suite, source, whole=row.get("pass_rate") is not True)
     if graded.status not in ("wrong", "bad_gold") or not isinstance(row.get("solution"), str):
         return graded
     # Only what fails with the row's own solution is the row's fault.
@@ -75,16 +79,6 @@ def score(row: dict[str, Any], completion: str) -> Score:
         return graded if graded.status == "wrong" else Score.wrong(graded.detail)
     # The reference could not be graded either: nothing is known about the completion.
     return reference
-
-
-def program_of(response: str) -> str:
-    """Return the last fenced block of Python, else the last without a language, else all of it.
-
-    After a program a block without a language often shows its output.
-    """
-    blocks = _FENCED.findall(response)
-    named = [source for language, source in blocks if language]
-    return (named or [source for _, source in blocks] or [response])[-1]
 
 
 def _graded(suite: _Suite, source: str, *, whole: bool) -> Score:
@@ -134,21 +128,23 @@ def _suite(row: dict[str, Any]) -> _Suite:
         if not isinstance(text, str):
             raise BadTests(f"{name} must be a text, not {text!r}"[:200])
     tests = [_as_call(test, texts["entry_point"]) for test in tests]
+    names = [texts["entry_point"]] if texts["entry_point"] else []
     if tests and all(isinstance(test, str) for test in tests):
-        run = _source_tests(tests, texts)
+        run, used = _source_tests(tests, texts)
+        names = names or used
     elif tests and all(_is_call(test) for test in tests):
         if not texts["entry_point"]:
             raise BadTests("tests of the form [arguments, expected] need entry_point")
         run = functools.partial(_call_results, texts["entry_point"], tests)
     elif tests and all(_is_script(test) for test in tests):
         every = row.get("pass_rate") is True
-        run = functools.partial(_script_results, tests, every)
+        run, names = functools.partial(_script_results, tests, every), []
     else:
         raise BadTests(
             "needs tests, a list of [arguments, expected], of source texts, or of "
             '{"input", "output"}'
         )
-    return _Suite(run, texts["preamble"])
+    return _Suite(run, names, texts["preamble"])
 
 
 def _listed(tests: Any) -> list[Any]:
@@ -221,7 +217,10 @@ def _script_results(tests: list[dict[str, str]], every: bool, source: str) -> _R
     return results
 
 
-def _source_tests(tests: list[str], texts: dict[str, str]) -> Callable[[str], _Results]:
+def _source_tests(
+    tests: list[str], texts: dict[str, str]
+) -> tuple[Callable[[str], _Results], list[str]]:
+    """Return the run of these tests and the program's names that they use."""
     setup = f"{texts['preamble']}\n{texts['setup']}"
     names = find_tested_names(
         setup, tests, entry_point=texts["entry_point"], preamble=texts["preamble"],
@@ -246,7 +245,7 @@ def _source_tests(tests: list[str], texts: dict[str, str]) -> Callable[[str], _R
             for test, (passed, text) in zip(shown, outcome.values, strict=True)
         ]
 
-    return results_of
+    return results_of, names.program
 
 
 def _failure(outcome: ProgramResult) -> Score:
@@ -264,15 +263,19 @@ def _failure(outcome: ProgramResult) -> Score:
 def _equal(value: Any, expected: Any) -> bool:
     """Compare JSON values; floating-point numbers to within rounding."""
     if isinstance(expected, float) and isinstance(value, int | float):
-        return not isinstance(value, bool) and math.isclose(
-            value, expected, rel_tol=1e-9, abs_tol=1e-12
-        )
+        if isinstance(value, bool) or not _fits_float(value):
+            return False
+        return math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
     if isinstance(expected, list) and isinstance(value, list):
         return len(value) == len(expected) and all(map(_equal, value, expected))
     if isinstance(expected, dict) and isinstance(value, dict):
         same = value.keys() == expected.keys()
         return same and all(_equal(value[key], expected[key]) for key in expected)
     return same_json(value, expected)
+
+
+def _fits_float(value: float) -> bool:
+    return abs(value) <= sys.float_info.max
 
 
 def _same_output(written: str, expected: str) -> bool:
@@ -296,7 +299,8 @@ def _same_word(word: str, expected: str) -> bool:
     decimal = "." in expected and _DECIMAL.fullmatch(expected) and _DECIMAL.fullmatch(word)
     if not decimal:
         return False
-    return math.isclose(float(word), float(expected), rel_tol=1e-6, abs_tol=1e-9)
+    given, wanted = Decimal(word), Decimal(expected)  # 1e999 is no infinity
+    return abs(given - wanted) <= max(Decimal("1e-6") * abs(wanted), Decimal("1e-9"))
 
 
 def _lines(text: str) -> list[str]:

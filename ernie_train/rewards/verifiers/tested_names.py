@@ -75,7 +75,7 @@ def find_tested_names(
         elif isinstance(node, ast.ImportFrom) and node.module == PROGRAM_MODULE:
             asked |= {alias.name for alias in node.names} - {"*"}
         else:
-            own.update(_bound(node))
+            own.update(bound_names(node))
     if "check" in own and not entry_point:
         raise BadTests("tests that define check(candidate) need entry_point")
     solved, imported = _defined(parsed(f"{preamble}\n{solution}", "the solution"))
@@ -106,10 +106,10 @@ def _defined(tree: ast.Module) -> tuple[set[str], dict[str, str]]:
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             line = ast.unparse(node)
-            imported |= {name: line for name in _bound(node) if name != "*"}
+            imported |= {name: line for name in bound_names(node) if name != "*"}
         else:
             children = [node] if hasattr(node, "name") else ast.walk(node)
-            names |= {name for child in children for name in _bound(child)}
+            names |= {name for child in children for name in bound_names(child)}
     return names, {name: line for name, line in imported.items() if name not in names}
 
 
@@ -128,7 +128,7 @@ def _modules(trees: list[ast.Module]) -> set[str]:
     return found - {PROGRAM_MODULE}
 
 
-def _bound(node: ast.AST) -> Iterator[str]:
+def bound_names(node: ast.AST) -> Iterator[str]:
     """Yield the names that this node binds, without its children."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         yield node.id
