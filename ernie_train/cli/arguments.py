@@ -58,6 +58,13 @@ Model = Annotated[
 Best = Annotated[
     bool, typer.Option("--best", help="of a run: the checkpoint with the best `best_metric`")
 ]
+ColumnsText = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="what to read columns as: '{prompt: question, reward: {value: math}}'; docs/data.md",
+    ),
+]
 TopP = Annotated[
     float, typer.Option(callback=_top_p, help="above 0: only the likeliest tokens of this mass")
 ]

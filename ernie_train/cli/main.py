@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 
 from ernie_train.cli.arguments import (
     Best,
+    ColumnsText,
     Force,
     Model,
     Overrides,
@@ -179,9 +180,10 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> 
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="problems: a .jsonl file or a directory")] = Path(
-        "data/test"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="problems: a file of rows, a directory or a pattern")
+    ] = Path("data/test"),
+    columns: ColumnsText = None,
     tasks: Annotated[str | None, typer.Option(help="only these tasks or domains: math,aiw")] = None,
     n: Annotated[int, whole_number(min=1, help="completions a problem, for pass@n")] = 1,
     max_examples: Annotated[int | None, whole_number(min=1, help="problems of each task")] = None,
@@ -197,6 +199,7 @@ def evaluate(
 ) -> None:
     """Solve held-out problems and print accuracy by task."""
     from ernie_train.cli.model import best_checkpoint, evaluate_model
+    from ernie_train.data import parse_columns
     from ernie_train.eval.evaluation import SAMPLE_KEYS, EvalConfig
 
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
@@ -207,7 +210,8 @@ def evaluate(
     if output is not None:
         check_output_file(output, SAMPLE_KEYS, inputs=[data, model], force=force)
     model = best_checkpoint(model) if best else model
-    evaluate_model(model, data, chosen_tasks, max_examples, config, output, _console())
+    mapped = None if columns is None else parse_columns(columns, "--columns")
+    evaluate_model(model, data, chosen_tasks, max_examples, config, output, _console(), mapped)
 
 
 @app.command()

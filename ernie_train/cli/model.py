@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ernie_train.core.signals import StopFlag
-from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
+from ernie_train.data import Columns, Tokenizer, load_tokenizer, prompt_ids
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
@@ -44,9 +44,10 @@ def evaluate_model(
     config: EvalConfig,
     output: Path | None,
     console: Console,
+    columns: Columns | None = None,
 ) -> None:
     """Solve the problems in `data`, print the table and write samples to `output`, if given."""
-    problems = load_problems(data, tasks=tasks, max_examples=max_examples)
+    problems = load_problems(data, tasks=tasks, max_examples=max_examples, columns=columns)
     model, tokenizer = open_model(path)
     with StopFlag() as stop:
         result = evaluate(

@@ -11,9 +11,10 @@ from ernie_train.data.chat import (
 )
 from ernie_train.data.documents import DocumentBuilder, Documents, EncodedDocument
 from ernie_train.data.files import find_files
+from ernie_train.data.formats import Column, Columns, MappedRows, parse_columns
 from ernie_train.data.loader import Batch, ConsecutiveLoaders, PackedLoader
 from ernie_train.data.packing import pack_documents
-from ernie_train.data.reader import ReadReport, Record, read_records
+from ernie_train.data.reader import BadRow, ReadReport, Record, read_records
 from ernie_train.data.report import DataReport, SourceReport, preview
 from ernie_train.data.sources import DataSource, load_sources, refit
 from ernie_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -21,13 +22,17 @@ from ernie_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenize
 __all__ = [
     "CHAT_TEMPLATE",
     "PLAIN_CHAT_TEMPLATE",
+    "BadRow",
     "Batch",
+    "Column",
+    "Columns",
     "ConsecutiveLoaders",
     "DataReport",
     "DataSource",
     "DocumentBuilder",
     "Documents",
     "EncodedDocument",
+    "MappedRows",
     "PackedLoader",
     "ReadReport",
     "Record",
@@ -39,6 +44,7 @@ __all__ = [
     "load_sources",
     "load_tokenizer",
     "pack_documents",
+    "parse_columns",
     "preview",
     "prompt_ids",
     "read_records",

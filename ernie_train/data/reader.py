@@ -11,6 +11,8 @@ from ernie_train.data.files import find_files, read_rows
 from ernie_train.data.formats import (
     FORMATS,
     BlankAnswer,
+    ColumnMap,
+    Columns,
     Record,
     Row,
     RowError,
@@ -83,6 +85,7 @@ def read_records(
     path: str | Path,
     format: str = "auto",
     max_bad_fraction: float = 0.01,
+    columns: Columns | None = None,
 ) -> tuple[list[Record], ReadReport]:
     """Read the rows of a file, of a directory of files or of a pattern; bad rows are reported.
 
@@ -91,22 +94,25 @@ def read_records(
             directory of them, or a pattern such as `data/*.parquet`.
         format: a name in FORMATS, or "auto" to detect it from the keys of each row.
         max_bad_fraction: the share of bad rows above which the path is refused, 0..1.
+        columns: what to read the columns of a row as, by key; None leaves their names.
 
     Raises:
         DataError: the path cannot be read, the format is unknown, there are no rows, or too many
             of them are bad.
     """
     report = ReadReport(str(path))
-    records = list(iter_records(path, format, report))
+    records = list(iter_records(path, format, report, columns))
     report.kept = len(records)
     report.check(max_bad_fraction)
     return records, report
 
 
-def iter_records(path: str | Path, format: str, report: ReadReport) -> Iterator[Record]:
+def iter_records(
+    path: str | Path, format: str, report: ReadReport, columns: Columns | None = None
+) -> Iterator[Record]:
     """Yield the records of a path one by one, and fill in `report`, which the caller checks.
 
-    `path` and `format` are those of `read_records`.
+    `path`, `format` and `columns` are those of `read_records`.
 
     Raises:
         DataError: the path cannot be read, or the format is unknown.
@@ -116,11 +122,23 @@ def iter_records(path: str | Path, format: str, report: ReadReport) -> Iterator[
     found = find_files(path)
     report.files, report.passed_over = len(found.files), found.note()
     report.bytes_total = sum(file.stat().st_size for file in found.files)
-    for file in found.files:
-        yield from _file_records(file, format, report)
+    mapped = ColumnMap(columns)
+    try:
+        for file in found.files:
+            yield from _file_records(file, format, report, mapped)
+    except _UnknownFormat:
+        mapped.check(str(path))  # the likelier reason
+        raise
+    mapped.check(str(path))
 
 
-def _file_records(file: Path, format: str, report: ReadReport) -> Iterator[Record]:
+class _UnknownFormat(DataError):
+    """A file of which no row has a known format."""
+
+
+def _file_records(
+    file: Path, format: str, report: ReadReport, mapped: ColumnMap
+) -> Iterator[Record]:
     chosen = None if format == "auto" else format
     before = report.bytes_read
     unknown: Row | None = None
@@ -134,7 +152,7 @@ def _file_records(file: Path, format: str, report: ReadReport) -> Iterator[Recor
         try:
             if isinstance(row, RowError):
                 raise row
-            row = {key: value for key, value in row.items() if value is not None}
+            row = mapped(row)
             if format == "auto":
                 chosen = detect_format(row) or chosen
             if chosen is None:
@@ -153,7 +171,7 @@ def _file_records(file: Path, format: str, report: ReadReport) -> Iterator[Recor
             yield record
     on_bytes(file.stat().st_size)
     if chosen is None and unknown is not None:
-        raise DataError(_unknown_format(file, unknown))
+        raise _UnknownFormat(_unknown_format(file, unknown))
 
 
 def _read(row: Row, format_name: str) -> Record:

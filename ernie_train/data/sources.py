@@ -10,12 +10,11 @@ import numpy as np
 from pydantic import Field
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ernie_train.core.config import StrictConfig
 from ernie_train.core.errors import DataError
 from ernie_train.core.terminal import Terminal
 from ernie_train.data.chat import drop_thinking, encode_chat, require_chat_tokens
 from ernie_train.data.documents import DocumentBuilder, Documents
-from ernie_train.data.formats import Record
+from ernie_train.data.formats import MappedRows, Record
 from ernie_train.data.loader import PackedLoader
 from ernie_train.data.reader import BadRow, ReadReport, iter_records
 from ernie_train.data.report import DataReport, SourceReport
@@ -47,13 +46,14 @@ FOR_VERIFIERS = {
 SILENT_S = 2.0  # a progress bar appears after this
 
 
-class DataSource(StrictConfig):
+class DataSource(MappedRows):
     """Configure one entry of a stage's `data`.
 
     path: a file of rows, a directory with all below it, or a pattern such as data/*.parquet,
         relative to the current directory of the command; docs/data.md lists the kinds of files.
     weight: an epoch has round(weight * documents) samples of the source.
     format: the format of its rows; "auto" detects it from their keys.
+    columns: what to read the columns of its rows as, where they have names of their own.
     max_examples: use only this number of valid rows, the first ones.
     include_thinking: False removes the assistant's reasoning, so that only answers are trained.
     overlong: "drop", "truncate" or "split" (into documents of up to seq_len tokens) rows that are
@@ -163,7 +163,7 @@ def _load(
     read = ReadReport(str(path))
     builder = DocumentBuilder()
     lengths: list[int] = []
-    for record in _with_progress(iter_records(path, source.format, read), read):
+    for record in _with_progress(iter_records(path, source.format, read, source.columns), read):
         try:
             ids, trainable = encode(record, source.include_thinking)
             lengths.append(len(ids))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from ernie_train.core.config import describe
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.progress import progress_bar
-from ernie_train.data import Record, Tokenizer, read_records
+from ernie_train.data import Columns, Record, Tokenizer, read_records
 from ernie_train.data.completion_format import parse_completion
 from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row, user_prompt
 from ernie_train.generate.engine import Completion
@@ -25,6 +25,8 @@ from ernie_train.rewards.sandbox import layer_in_force
 
 LONGEST_NAME = 200  # characters of a task, a domain or a verifier
 SHOWN_PROBLEMS = 10
+# Fields that verifiers grade by: a row has one of them, but for a verifier of the user's.
+GOLD = {"answer", "tests", "hidden_tests", "expected_calls", "assignment", "choices", "rg_entry"}
 SAMPLE_KEYS = ("task", "prompt", "completion", "status")  # of each sample, and others
 
 
@@ -100,30 +102,27 @@ def load_problems(
     max_examples: int | None = None,
     needs_reward: bool = True,
     max_bad_fraction: float = 0.01,
+    columns: Columns | None = None,
 ) -> list[Record]:
-    """Read the problems of a .jsonl or .jsonl.gz file, or of all such files in a directory.
+    """Read the problems of a path, as `read_records` does, and name their task and domain.
 
-    A problem without `task` has the file's name as its task, without `domain` its task as domain.
+    A row without `task` belongs to the task that its file is named after, one without `domain` to
+    the domain that its task is named after.
 
     Args:
         tasks: keep only these tasks or domains.
         max_examples: keep only the first of each task.
         needs_reward: require that rows name a verifier.
         max_bad_fraction: share of unreadable rows that is tolerated.
+        columns: what to read the columns of rows as.
 
     Raises:
-        DataError: a missing path, rows without a verifier, or names that are no text.
+        DataError: a missing path, or rows that lack a prompt, a verifier or a name that is text.
         ConfigError: a name in `tasks` is neither a task nor a domain of these problems.
     """
-    root = Path(path)
-    files = [root]
-    if root.is_dir():
-        files = sorted(p for p in root.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
-    if not files:
-        raise DataError(f"{root}: no .jsonl file with problems")
-    read = ((f, read_records(f, max_bad_fraction=max_bad_fraction)[0]) for f in files)
-    problems = [_with_names(record, file) for file, records in read for record in records]
-    _check_fields(root, problems, needs_reward)
+    records, _ = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
+    problems = [_with_names(record) for record in records]
+    _check_fields(path, problems, needs_reward)
     known = {record.fields[key] for record in problems for key in ("task", "domain")}
     if unknown := sorted(set(tasks) - known):
         raise ConfigError(f"no task or domain {', '.join(unknown)}; there are {sorted(known)}")
@@ -139,28 +138,42 @@ def load_problems(
     return kept
 
 
-def _with_names(record: Record, file: Path) -> Record:
-    task = record.fields.get("task", file.name.split(".")[0])
+def _with_names(record: Record) -> Record:
+    file = Path(record.source.rpartition(":")[0])
+    task = record.fields.get("task", file.name.partition(".")[0])
     return replace(record, fields={"domain": task, **record.fields, "task": task})
 
 
-def _check_fields(path: Path, problems: Sequence[Record], needs_reward: bool) -> None:
+def _check_fields(path: str | Path, problems: Sequence[Record], needs_reward: bool) -> None:
     """Raise `DataError` that lists what is wrong with the problems' fields, by file and line."""
-    wrong = []
-    for record in problems:
-        for key in ("task", "domain", *(("reward",) if needs_reward else ())):
-            value = record.fields.get(key)
-            if value is None:
-                wrong.append(f"{record.source}: a problem needs the field {key!r}")
-            elif not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
-                wrong.append(
-                    f"{record.source}: {key!r} must be a text of 1 to {LONGEST_NAME} characters, "
-                    f"not {describe(value)}"
-                )
+    wrong = [
+        f"{record.source}: {reason}"
+        for record in problems
+        for reason in _wrong_fields(record, needs_reward)
+    ]
     if len(wrong) > SHOWN_PROBLEMS:
         wrong[SHOWN_PROBLEMS:] = [f"and {len(wrong) - SHOWN_PROBLEMS} more"]
     if wrong:
-        raise DataError(f"{path}: fields of problems are wrong:\n  " + "\n  ".join(wrong))
+        keys = ", ".join(sorted(problems[0].fields))
+        raise DataError(
+            f"{path}: fields of problems are wrong:\n  " + "\n  ".join(wrong) + "\n"
+            f"The first row has {keys}. Keys may also be mapped beside the path (in eval by "
+            "--columns): columns: {answer: gold, reward: {value: math}}"
+        )
+
+
+def _wrong_fields(record: Record, needs_reward: bool) -> Iterator[str]:
+    fields = record.fields
+    if not record.messages:
+        yield "a problem needs a prompt, or messages"
+    for key in ("task", "domain", *(("reward",) if needs_reward else ())):
+        value = fields.get(key)
+        if value is None:
+            yield f"a problem needs the field {key!r}"
+        elif not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
+            yield f"{key!r} must be a text of 1 to {LONGEST_NAME} characters, not {describe(value)}"
+    if needs_reward and "reward" not in fields and not fields.keys() & GOLD:
+        yield "a problem needs what its verifier grades by, such as 'answer' (docs/rewards.md)"
 
 
 def require_verifiers(problems: Sequence[Record]) -> None:

@@ -7,14 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ernie_train.core.config import NonNegative, Positive, PositiveInt, Share, StrictConfig
+from ernie_train.data import MappedRows
 from ernie_train.losses import KL_IN_LOSS_KINDS
 from ernie_train.rewards.scoring import RewardConfig
 from ernie_train.train.optimizer import OptimConfig
 from ernie_train.train.stage import StageConfig
 
 
-class PromptSource(StrictConfig):
-    """Problems with a verifier: a JSONL file or a directory of them.
+class PromptSource(MappedRows):
+    """Problems with a verifier: a file of rows, a directory or a pattern of them.
 
     weight: an epoch holds round(weight * problems) of them.
     tasks: keeps those of the named tasks or domains; empty keeps all.
@@ -130,7 +131,7 @@ class CriticConfig(StrictConfig):
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
 
 
-class OfflinePairs(StrictConfig):
+class OfflinePairs(MappedRows):
     """Source of offline pairs: a file of preferences, or the stage's starting policy.
 
     path: rows with a prompt, a chosen and a rejected completion.
@@ -148,6 +149,8 @@ class OfflinePairs(StrictConfig):
     def _one_source(self) -> OfflinePairs:
         if (self.path is None) == (self.prompts is None):
             raise ValueError("exactly one of path and prompts must be given")
+        if self.columns is not None and self.path is None:
+            raise ValueError("columns need a path: they are those of its rows")
         return self
 
 
@@ -191,7 +194,7 @@ class Curriculum(StrictConfig):
     raise_at: Annotated[float, Field(gt=0, le=1)] = 0.8
 
 
-class StageEvaluation(StrictConfig):
+class StageEvaluation(MappedRows):
     """Held-out problems solved during training; greedy, unless `samples` asks for pass@k."""
 
     path: str

@@ -14,7 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ernie_train.core.errors import ConfigError, DataError
-from ernie_train.data import Record, Tokenizer, encode_chat, prompt_ids, read_records
+from ernie_train.data import (
+    BadRow,
+    Columns,
+    ReadReport,
+    Record,
+    Tokenizer,
+    encode_chat,
+    prompt_ids,
+    read_records,
+)
 from ernie_train.data.report import too_long_warning
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
@@ -110,6 +119,7 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
             data.base_dir / config.evaluation.path,
             tasks=config.evaluation.tasks,
             max_examples=config.evaluation.max_examples,
+            columns=config.evaluation.columns,
         )
         require_verifiers(held_out)
         _check_best_metric(config, held_out)
@@ -122,6 +132,7 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
             max_prompt_tokens=config.rollout.max_prompt_tokens,
             max_new_tokens=config.rollout.max_new_tokens,
             max_bad_fraction=config.max_bad_fraction,
+            columns=config.offline.columns,
         )
         warnings += warned
     weights = [source.weight for source in config.data]
@@ -138,9 +149,12 @@ def _read_prompts(
         max_examples=source.max_examples,
         needs_reward=any(part.name == "row" for part in config.reward.parts),
         max_bad_fraction=config.max_bad_fraction,
+        columns=source.columns,
     )
     longest = config.rollout.max_prompt_tokens
-    found, lengths = encode_prompts(records, data.tokenizer, longest=longest)
+    found, lengths = encode_prompts(
+        records, data.tokenizer, longest=longest, max_bad_fraction=config.max_bad_fraction
+    )
     if not found:
         raise DataError(
             f"{source.path}: none of {len(records)} prompts has at most "
@@ -155,20 +169,31 @@ def _read_prompts(
 
 
 def encode_prompts(
-    records: Sequence[Record], tokenizer: Tokenizer, *, longest: int
+    records: Sequence[Record], tokenizer: Tokenizer, *, longest: int, max_bad_fraction: float = 0.0
 ) -> tuple[list[Prompt], list[int]]:
-    """Encode records to prompts of at most `longest` tokens; return also the lengths of others."""
+    """Encode records to prompts of at most `longest` tokens; return also the lengths of others.
+
+    Raises `DataError` where more than a share of `max_bad_fraction` cannot be encoded.
+    """
     prompts, too_long = [], []
+    report = ReadReport("the prompts", rows=len(records))
     for record in records:
-        ids = encode_prompt(tokenizer, record, thinking=True)
+        try:
+            ids = encode_prompt(tokenizer, record, thinking=True)
+        except DataError as error:
+            report.bad.append(BadRow(record.source, str(error)))
+            continue
         if len(ids) > longest:
             too_long.append(len(ids))
             continue
         fields = record.fields
         difficulty = fields.get("difficulty", 1)
+        if isinstance(difficulty, str) and difficulty.isdecimal():  # as CSV has it
+            difficulty = int(difficulty)
         if not isinstance(difficulty, int) or isinstance(difficulty, bool):
             raise DataError(f"{record.source}: difficulty must be a whole number: {difficulty!r}")
         prompts.append(Prompt(record, ids, str(fields["domain"]), str(fields["task"]), difficulty))
+    report.check(max_bad_fraction)
     return prompts, too_long
 
 
@@ -180,13 +205,14 @@ def read_fitting_pairs(
     max_new_tokens: int,
     max_bad_fraction: float,
     max_tokens: int | None = None,
+    columns: Columns | None = None,
 ) -> tuple[list[TokenizedPair], dict[str, Any], list[Text]]:
     """Return the pairs of a file of preferences that fit, a report on them, and warnings.
 
     max_tokens: of a prompt with its completion; None: the sum of the other two.
     Raises `DataError` where none fits.
     """
-    pairs = read_pairs(data.base_dir / path, data.tokenizer, max_bad_fraction)
+    pairs, bad = read_pairs(data.base_dir / path, data.tokenizer, max_bad_fraction, columns)
     longest = max_tokens or max_prompt_tokens + max_new_tokens
     fitting = [
         pair
@@ -219,7 +245,10 @@ def read_fitting_pairs(
         what = f"{too_long} of {len(pairs)} pairs of {path}"
         longest_pair = max(c.length for pair in pairs for c in pair)
         warnings = [too_long_warning(what, bound, longest_pair, "raise it, or shorten them")]
-    return fitting, facts, warnings
+    if bad:
+        text = f"warning: {len(bad)} bad rows of {path} were left out, first {bad[0]}"
+        warnings.append(Text(text, "yellow"))
+    return fitting, facts | {"bad": list(map(str, bad))}, warnings
 
 
 def describe(
@@ -299,17 +328,33 @@ def _source_report(path: str, prompts: list[Prompt], too_long: int) -> dict[str,
     return {"path": path, "too_long": too_long, "tasks": tasks}
 
 
-def read_pairs(path: Any, tokenizer: Tokenizer, max_bad_fraction: float) -> list[TokenizedPair]:
-    """Read the pairs of a file of preferences; `DataError` where it holds none."""
-    records, _ = read_records(path, max_bad_fraction=max_bad_fraction)
-    pairs = [_pair(record, tokenizer) for record in records]
-    found = [pair for pair in pairs if pair is not None]
-    if len(found) < len(pairs) or not found:
+def read_pairs(
+    path: Any, tokenizer: Tokenizer, max_bad_fraction: float, columns: Columns | None = None
+) -> tuple[list[TokenizedPair], list[BadRow]]:
+    """Return the pairs of a file of preferences, and its bad rows.
+
+    Raises `DataError` where it holds none, other rows, or too many bad ones.
+    """
+    records, report = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
+    pairs: list[TokenizedPair] = []
+    others = 0
+    for record in records:
+        try:
+            pair = _pair(record, tokenizer)
+        except DataError as error:
+            report.bad.append(BadRow(record.source, str(error)))
+            continue
+        if pair is None:
+            others += 1
+        else:
+            pairs.append(pair)
+    report.check(max_bad_fraction)
+    if others or not pairs:
         raise DataError(
-            f"{path}: {len(pairs) - len(found)} of {len(pairs)} rows are no preferences: each "
-            "needs a prompt, a chosen and a rejected completion"
+            f"{path}: {others} of {len(records)} rows are no preferences: each needs a prompt, a "
+            "chosen and a rejected completion"
         )
-    return found
+    return pairs, report.bad
 
 
 def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:

@@ -16,6 +16,7 @@ from ernie_train import parallel
 from ernie_train.core import consensus
 from ernie_train.core.config import PositiveInt
 from ernie_train.core.errors import CheckpointError, Interrupted
+from ernie_train.data import MappedRows
 from ernie_train.io.metrics_log import StageMetrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.batch import MicroBatch, PreferencePair, RolloutBatch, micro_batches
@@ -30,10 +31,10 @@ from ernie_train.train.trainer import StepResult, Throughput, Trainer
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore, from_disk, to_disk
 
 
-class DpoConfig(StageConfig):
+class DpoConfig(StageConfig, MappedRows):
     """DPO; the reference is the policy at the stage's start.
 
-    data: a file, or a directory of them, of rows with a prompt, a chosen and a rejected completion.
+    data: a path of rows with a prompt, a chosen and a rejected completion, and their columns.
     seq_len: longest prompt with its completion; pairs beyond it are left out.
     """
 
@@ -85,6 +86,7 @@ def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
         max_new_tokens=config.seq_len - 1,
         max_tokens=config.seq_len,
         max_bad_fraction=config.max_bad_fraction,
+        columns=config.columns,
     )
     return PreparedPairs(pairs, PromptReport([], facts, warnings))
 

@@ -47,8 +47,8 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     )
     for index, stage in enumerate(recipe.stages):
         _check_stage(stage, StageData(base_dir, tokenizer, recipe.stage_seed(index)), console)
-    if recipe.evaluation is not None:
-        problems = load_problems(base_dir / recipe.evaluation.path)
+    if (asked := recipe.evaluation) is not None:
+        problems = load_problems(base_dir / asked.path, columns=asked.columns)
         require_verifiers(problems)
         check_gates(recipe, problems)
         tasks = {record.fields["task"] for record in problems}

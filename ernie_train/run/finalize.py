@@ -147,7 +147,7 @@ class Finalizer:
         return evaluate(
             model,
             self.tokenizer,
-            load_problems(settings.path, max_examples=max_examples),
+            load_problems(settings.path, max_examples=max_examples, columns=settings.columns),
             config,
             console=self.console,
             label=label,

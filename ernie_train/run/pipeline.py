@@ -108,8 +108,8 @@ class Pipeline:
     def _check_inputs(self) -> Tokenizer:
         """Check that the recipe's problems can be scored; return its tokenizer."""
         tokenizer = load_tokenizer(self.base_dir / self.recipe.tokenizer.path)
-        if self.recipe.evaluation is not None:
-            problems = load_problems(self.base_dir / self.recipe.evaluation.path)
+        if (asked := self.recipe.evaluation) is not None:
+            problems = load_problems(self.base_dir / asked.path, columns=asked.columns)
             require_verifiers(problems)
             check_gates(self.recipe, problems)
         return tokenizer

@@ -16,6 +16,7 @@ from ernie_train.core.config import (
 )
 from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.core.foreign_files import read_json
+from ernie_train.data import MappedRows
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.stages import AnyStageConfig, SftConfig
@@ -131,8 +132,8 @@ class ParallelConfig(StrictConfig):
         return self.expert * self.data
 
 
-class EvaluationConfig(StrictConfig):
-    """Held-out problems to solve after the last stage; `path` is a .jsonl file or a directory."""
+class EvaluationConfig(MappedRows):
+    """Held-out problems to solve after the last stage; `path` holds rows."""
 
     path: str
     max_new_tokens: PositiveInt = 128

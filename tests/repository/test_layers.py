@@ -25,7 +25,7 @@ PACKAGES: dict[str, str] = {
     "model.attention": "blocked online flashmask layer",
     "data": "completion_format documents formats files reader packing loader chat_template"
     " tokenizer report chat sources",
-    "data.formats": "values messages record kinds",
+    "data.formats": "values columns messages record kinds",
     "data.files": "find rows",
     "data.tokenizer": "sentencepiece_proto hf_files base paddlenlp sentencepiece",
     "rewards": "score sandbox verifiers registry scoring",

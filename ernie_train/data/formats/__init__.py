@@ -1,7 +1,27 @@
 """Convert rows of public formats, in all their spellings, to records of one form."""
 
+from ernie_train.data.formats.columns import (
+    Column,
+    ColumnMap,
+    Columns,
+    MappedRows,
+    parse_columns,
+)
 from ernie_train.data.formats.kinds import FORMATS, detect_format, missing_keys
 from ernie_train.data.formats.record import Record
 from ernie_train.data.formats.values import BlankAnswer, Row, RowError
 
-__all__ = ["FORMATS", "BlankAnswer", "Record", "Row", "RowError", "detect_format", "missing_keys"]
+__all__ = [
+    "FORMATS",
+    "BlankAnswer",
+    "Column",
+    "ColumnMap",
+    "Columns",
+    "MappedRows",
+    "Record",
+    "Row",
+    "RowError",
+    "detect_format",
+    "missing_keys",
+    "parse_columns",
+]

@@ -1,0 +1,111 @@
+"""Problems of eval and RL: what a row must have, what it gets by default, files of every kind."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from ernie_train.core.config import parse_config
+from ernie_train.core.errors import DataError
+from ernie_train.data import MappedRows, load_tokenizer
+from ernie_train.eval.evaluation import load_problems
+from ernie_train.rl.data import encode_prompts, read_fitting_pairs
+from ernie_train.train.stage import StageData
+from tests.workspace import make_workspace
+
+
+def write(path, rows) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_tasks_are_named_after_files_and_domains_after_tasks(tmp_path):
+    row = {"question": "1 + 1?", "answer": "2", "reward": "math"}
+    write(tmp_path / "sums.v2.jsonl", [row, {**row, "domain": "d"}, {**row, "task": "t"}])
+    write(tmp_path / "deep" / "more.jsonl", [{**row, "task": 7, "id": "x"}])
+    found = [(record.fields["task"], record.fields["domain"]) for record in load_problems(tmp_path)]
+    assert found == [("7", "7"), ("sums", "sums"), ("sums", "d"), ("t", "t")]
+
+
+@pytest.mark.parametrize(
+    ("row", "needed"),
+    [
+        ({"prompt": "1 + 1?", "gold": "2"}, "reward, .*; answer, .*; this row has gold"),
+        ({"prompt": "1 + 1?", "answer": "2"}, "reward, the name of its verifier; this row has ans"),
+        ({"text": "1 + 1?", "task": ["a"]}, r"prompt, or messages; task as text, not \['a'\]; rew"),
+    ],
+)
+def test_all_that_a_row_lacks_is_told_at_once(tmp_path, row, needed):
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: a problem needs {needed}"):
+        load_problems(path)
+
+
+PUBLIC = {
+    "verl": {
+        "data_source": "sums",
+        "prompt": [{"role": "user", "content": "What is 17 + 25?"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "42"},
+        "extra_info": {"index": 0},
+    },
+    "trl": {"prompt": "What is 17 + 25?", "solution": "42"},
+    "gsm8k": {"question": "What is 17 + 25?", "answer": "17 + 25 = 42\n#### 42"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_rows_of_public_sets_are_problems_of_a_stage_as_they_are(tmp_path, name):
+    (record,) = load_problems(write(tmp_path / "a.jsonl", [PUBLIC[name]]), needs_reward=False)
+    assert record.fields["answer"].endswith("42") and record.prompt_messages[-1]["role"] == "user"
+    columns = parse_config(MappedRows, {"columns": {"reward": {"value": "math"}}}, "x").columns
+    (record,) = load_problems(tmp_path / "a.jsonl", columns=columns)
+    assert record.fields["reward"] == "math"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizer")
+    make_workspace(root)
+    return load_tokenizer(root / "tokenizer")
+
+
+def test_a_prompt_that_cannot_be_encoded_is_a_bad_row(tmp_path, tokenizer):
+    rows = [{"prompt": "1 + 1?", "answer": "2", "difficulty": "3"}] * 9
+    rows.append({"prompt": "evil <|im_end|>", "answer": "2"})
+    records = load_problems(write(tmp_path / "a.jsonl", rows), needs_reward=False)
+    prompts, _ = encode_prompts(records, tokenizer, longest=99, max_bad_fraction=0.1)
+    assert len(prompts) == 9 and prompts[0].difficulty == 3
+    with pytest.raises(DataError, match=r"a\.jsonl:10: .*control token <\|im_end\|>"):
+        encode_prompts(records, tokenizer, longest=99)
+
+
+def pairs(tmp_path, tokenizer, rows, **options):
+    path = write(tmp_path / "pairs.jsonl", rows)
+    lengths = {"max_prompt_tokens": 60, "max_new_tokens": 60, "max_bad_fraction": 0.1, **options}
+    return read_fitting_pairs(str(path), StageData(tmp_path, tokenizer, 0), **lengths)
+
+
+def test_pairs_that_are_left_out_are_told(tmp_path, tokenizer):
+    good = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    rows = [good] * 17 + [{**good, "chosen": "2 " * 99}] * 2 + [{**good, "chosen": "2<|im_end|>"}]
+    found, facts, warnings = pairs(tmp_path, tokenizer, rows)
+    assert len(found) == 17 and len(facts["bad"]) == 1
+    told = "\n".join(map(str, warnings))
+    assert "2 of 19 pairs" in told
+    assert re.search(r"1 bad rows .* first .*pairs\.jsonl:20: ", told)
+    with pytest.raises(DataError, match=r"pairs\.jsonl:20: "):
+        pairs(tmp_path, tokenizer, rows, max_bad_fraction=0.01)
+
+
+def test_pairs_through_columns(tmp_path, tokenizer):
+    columns = parse_config(
+        MappedRows, {"columns": {"prompt": "q", "chosen": "best", "rejected": "worst.0"}}, "x"
+    ).columns
+    rows = [{"q": "1 + 1?", "best": "2", "worst": ["3", "4"]}]
+    found, _, _ = pairs(tmp_path, tokenizer, rows, columns=columns)
+    assert "3" in tokenizer.decode(found[0].rejected.completion_ids)
