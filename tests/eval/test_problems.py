@@ -26,23 +26,30 @@ def write(path, rows) -> Any:
 def test_tasks_are_named_after_files_and_domains_after_tasks(tmp_path):
     row = {"question": "1 + 1?", "answer": "2", "reward": "math"}
     write(tmp_path / "sums.v2.jsonl", [row, {**row, "domain": "d"}, {**row, "task": "t"}])
-    write(tmp_path / "deep" / "more.jsonl", [{**row, "task": 7, "id": "x"}])
+    write(tmp_path / "deep" / "more.jsonl", [{**row, "task": "u", "id": "x"}])
     found = [(record.fields["task"], record.fields["domain"]) for record in load_problems(tmp_path)]
-    assert found == [("7", "7"), ("sums", "sums"), ("sums", "d"), ("t", "t")]
+    assert found == [("u", "u"), ("sums", "sums"), ("sums", "d"), ("t", "t")]
 
 
 @pytest.mark.parametrize(
     ("row", "needed"),
     [
-        ({"prompt": "1 + 1?", "gold": "2"}, "reward, .*; answer, .*; this row has gold"),
-        ({"prompt": "1 + 1?", "answer": "2"}, "reward, the name of its verifier; this row has ans"),
-        ({"text": "1 + 1?", "task": ["a"]}, r"prompt, or messages; task as text, not \['a'\]; rew"),
+        (
+            {"prompt": "1 + 1?", "gold": "2"},
+            ["field 'reward'", "such as 'answer'", "first row has domain, gold, task", "columns:"],
+        ),
+        ({"prompt": "1 + 1?", "answer": "2"}, ["field 'reward'"]),
+        (
+            {"text": "1 + 1?", "task": ["a"]},
+            ["needs a prompt", "'task' must be a text", "'reward'"],
+        ),
     ],
 )
 def test_all_that_a_row_lacks_is_told_at_once(tmp_path, row, needed):
     path = write(tmp_path / "a.jsonl", [row])
-    with pytest.raises(DataError, match=rf"a\.jsonl:1: a problem needs {needed}"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: ") as caught:
         load_problems(path)
+    assert all(text in str(caught.value) for text in needed)
 
 
 PUBLIC = {
