@@ -58,6 +58,8 @@ def test_values_are_compared_as_json_and_floats_to_within_rounding():
     assert graded("def f():\n    return (1, 0.3, None, {'b': 0.3})", row).status == "wrong"
     row = {"entry_point": "f", "tests": [[[], 1]]}
     assert graded("def f():\n    return True", row).status == "wrong"
+    row = {"entry_point": "f", "tests": [[[], 1.5]]}
+    assert graded("def f():\n    return 10**400", row).status == "wrong"
 
 
 def test_scripts_are_compared_line_by_line():
@@ -317,6 +319,27 @@ def test_programs_end_at_their_limits(monkeypatch):
     assert graded("#" * 60_000).detail == "a program of 60000 characters"
 
 
+@pytest.mark.parametrize(("work", "status"), [("sleep(0.3)", "wrong"), ("work(0.3)", "timeout")])
+def test_all_tests_of_a_script_together_are_bounded(monkeypatch, work, status):
+    """A script that sleeps is wrong; one that works on too many tests was not graded."""
+    monkeypatch.setattr(code, "_ALL_SCRIPTS_S", 0.5)
+    source = (
+        "import time\nfrom time import sleep\ndef work(s):\n    end = time.process_time() + s\n"
+        f"    while time.process_time() < end:\n        pass\n{work}\nprint(int(input()) + 1)"
+    )
+    row = {"tests": SCRIPTS["tests"] * 6, "pass_rate": True}
+    score = graded(source, row)
+    assert score.status == status and "tests took" in score.detail
+
+
+def test_a_program_that_takes_seconds_and_one_that_writes_megabytes_are_right():
+    slow = "import time\nwhile time.process_time() < 2.2:\n    pass\nprint(int(input()) + 1)"
+    assert graded(slow, SCRIPTS | {"tests": SCRIPTS["tests"][:1]}).status == "correct"
+    lines = "\n".join(map(str, range(300_000)))
+    long = {"tests": [{"input": "", "output": lines}]}
+    assert graded("for i in range(300_000):\n    print(i)", long).status == "correct"
+
+
 def test_no_sandbox_is_no_verdict(monkeypatch):
     def refuse():
         raise api.SandboxUnavailable("none works")
@@ -366,6 +389,8 @@ def test_an_exception_of_the_programs_own_class_counts_as_the_builtin_that_it_ex
         ("3.0", "3", "wrong"),
         ("1 2", "1  2", "wrong"),
         ("0.5 0.5", "0.5", "wrong"),
+        ("2e500", "1.5e400", "wrong"),
+        ("2e500", "1.5", "wrong"),
     ],
 )
 def test_decimals_of_a_script_are_compared_to_within_rounding(written, expected, status):

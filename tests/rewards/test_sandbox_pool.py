@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from ernie_train.rewards.sandbox import api, pool, process
 from ernie_train.rewards.sandbox.api import Limits, run_calls
 from ernie_train.rewards.sandbox.pool import POOL
@@ -183,6 +185,31 @@ def test_a_machine_that_is_too_busy_is_no_wrong_answer(monkeypatch):
     monkeypatch.setattr(api, "_KNOWN_PROGRAM", "no python")
     outcome = run_calls("import time\ntime.sleep(60)", "f", [[1]], Limits(wall_s=0.3))
     assert outcome.kind == "infrastructure"
+
+
+@pytest.mark.parametrize(("cpu_s", "walls"), [(0.0, [0.5, 0.5]), (0.3, [0.5, 1.0])])
+def test_a_program_that_worked_until_the_end_of_its_time_gets_more(monkeypatch, cpu_s, walls):
+    """One that slept gets the same again: a stall of the machine looks like that."""
+    real, given = process.exchange, []
+
+    def slow(pair, request, limits):
+        if request["source"] != RIGHT:
+            return real(pair, request, limits)
+        given.append(limits.wall_s)
+        late = process.NoAnswerInTime()
+        late.cpu_s = cpu_s
+        raise late
+
+    monkeypatch.setattr(api, "exchange", slow)
+    assert run_calls(RIGHT, "f", [[1]], Limits(cpu_s=1, wall_s=0.5)).kind in ("failed", "timeout")
+    assert given == walls
+
+
+def test_the_time_that_a_program_worked_is_known_when_it_is_stopped():
+    spinning = {"kind": "calls", "source": "while True: pass", "entry_point": "f", "calls": [[1]]}
+    with POOL.borrow(api.current_layer()) as pair, pytest.raises(process.NoAnswerInTime) as late:
+        process.exchange(pair, spinning, Limits(wall_s=0.5))
+    assert 0 < late.value.cpu_s < 5
 
 
 def test_a_program_that_something_outside_kills_is_no_wrong_answer():

@@ -134,8 +134,8 @@ def test_limits_end_a_program_and_are_its_own_fault(layer):
     outcome = run_calls("import time\ntime.sleep(60)", "f", [[1]], Limits(wall_s=1))
     assert (outcome.kind, outcome.detail) == ("failed", "not finished after 1 s")
     assert time.monotonic() - start < 15
-    outcome = run_calls("def f(x):\n    return 'a' * (1 << 22)", "f", [[1]])
-    assert (outcome.kind, outcome.detail) == ("failed", "more than 1048576 bytes of output")
+    outcome = run_calls("def f(x):\n    return 'a' * (1 << 24)", "f", [[1]])
+    assert (outcome.kind, outcome.detail) == ("failed", "more than 8388608 bytes of output")
     assert run_calls("def f(x):\n    return len(bytearray(1 << 30))", "f", [[1]]).values == [
         ["error", "MemoryError: "]
     ]

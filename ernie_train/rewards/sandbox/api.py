@@ -29,6 +29,7 @@ is run: `SandboxUnavailable`.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ernie_train.rewards.sandbox.backends import (
@@ -127,7 +128,7 @@ def run_calls(
     limits = limits or DEFAULT_LIMITS
     request = {"kind": "calls", "source": source, "entry_point": entry_point, "calls": list(calls)}
 
-    def run(pair: SandboxPair) -> ProgramResult:
+    def run(pair: SandboxPair, limits: Limits) -> ProgramResult:
         outcome = exchange(pair, request, limits)
         if outcome.kind != "returned" or _are_pairs(outcome.values, len(calls)):
             return outcome
@@ -153,7 +154,7 @@ def run_script(
     sandbox works here.
     """
     limits = limits or DEFAULT_LIMITS
-    return _in_pair(lambda pair: script_output(pair, source, stdin, limits), limits, pooled)
+    return _in_pair(lambda pair, limits: script_output(pair, source, stdin, limits), limits, pooled)
 
 
 def run_tests(
@@ -165,46 +166,54 @@ def run_tests(
     SandboxUnavailable if no sandbox works here.
     """
     limits = limits or DEFAULT_LIMITS
-    return _in_pair(lambda pair: judge_tests(pair, source, tests, limits), limits, pooled)
+    return _in_pair(lambda pair, limits: judge_tests(pair, source, tests, limits), limits, pooled)
 
 
-def _in_pair(
-    run: Callable[[SandboxPair], ProgramResult], limits: Limits, pooled: bool
-) -> ProgramResult:
+_Run = Callable[[SandboxPair, Limits], ProgramResult]
+
+
+def _in_pair(run: _Run, limits: Limits, pooled: bool) -> ProgramResult:
     """Run a program in a pair, and once more if an accident may have been the cause of its end."""
     layer = current_layer()
     for last in (False, True):
+        again: Limits | None = limits
         try:
             with POOL.borrow(layer, keep=pooled) as pair:
-                result, suspect = _attempt(run, pair, limits)
+                result, again = _attempt(run, pair, limits)
         except (SandboxLost, SandboxLostDuringProgram, NoAnswerInTime, OSError) as lost:
             text = str(lost) or "a known program does not end"
-            result, suspect = ProgramResult("infrastructure", [], text), True
-        if last or not suspect:
+            result = ProgramResult("infrastructure", [], text)
+        if last or again is None:
             break
+        limits = again
     return result
 
 
-def _attempt(
-    run: Callable[[SandboxPair], ProgramResult], pair: SandboxPair, limits: Limits
-) -> tuple[ProgramResult, bool]:
-    """Return the result, and True if it may be an accident's: no answer in time, a lost sandbox.
+def _attempt(run: _Run, pair: SandboxPair, limits: Limits) -> tuple[ProgramResult, Limits | None]:
+    """Return the result, and the limits of another try if it may be an accident's.
 
-    A small known program must then work in the same pair. It is to get at least the share of a core
-    that the limits promise (`cpu_s` in `wall_s`); if it does not, the machine was too busy.
+    So may a lost sandbox, and no answer in time: a small known program must then work in the same
+    pair, or the machine was too busy. A program that worked, rather than slept, gets more time.
     """
     try:
-        return run(pair), False
-    except NoAnswerInTime:
-        return _blame(pair, limits), True
+        return run(pair, limits), None
+    except NoAnswerInTime as late:
+        worked = late.cpu_s > limits.cpu_s * _WORKED
+        more = replace(limits, wall_s=limits.wall_s * _MORE_TIME) if worked else limits
+        return _blame(pair, limits, worked), more
     except SandboxLostDuringProgram as lost:
         failure = _known_failure(pair)
         if failure:
-            return ProgramResult("infrastructure", [], failure), True
-        return ProgramResult("failed", [], str(lost)), True
+            return ProgramResult("infrastructure", [], failure), limits
+        return ProgramResult("failed", [], str(lost)), limits
 
 
-_BUSY_S = 0.05
+_MORE_TIME = 2
+# The share of its processor time that a program uses if it works and does not sleep.
+_WORKED = 0.25
+# Seconds for a known program to start.
+_START_S = 0.1
+_BUSY_S = 0.2
 _KNOWN_PROGRAM = f"""
 import time
 def f(x):
@@ -215,9 +224,16 @@ def f(x):
 """
 
 
-def _blame(pair: SandboxPair, limits: Limits) -> ProgramResult:
+def _blame(pair: SandboxPair, limits: Limits, worked: bool) -> ProgramResult:
+    """Score a program that did not finish, by what the machine gives to a known one.
+
+    If it `worked`, the known one must get the share of a core that the limits promise, `cpu_s` in
+    `wall_s`; if it slept, as much as would have shown it to work.
+    """
     request = {"kind": "calls", "source": _KNOWN_PROGRAM, "entry_point": "f", "calls": [[1]]}
-    allowed_s = max(1.0, 2 * _BUSY_S * limits.wall_s / limits.cpu_s)
+    allowed_s = _START_S + _BUSY_S * limits.wall_s / limits.cpu_s
+    if not worked:
+        allowed_s = max(1.0, allowed_s / _WORKED)
     try:
         outcome = exchange(pair, request, Limits(wall_s=allowed_s))
     except NoAnswerInTime:

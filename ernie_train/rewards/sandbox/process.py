@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ernie_train.rewards.sandbox.backends import Layer
@@ -17,7 +17,9 @@ from ernie_train.rewards.sandbox.pool import ProcessExit, Sandbox, SandboxLost, 
 
 
 class NoAnswerInTime(Exception):
-    """Signal that nothing was received before the deadline."""
+    """Signal that nothing was received before the deadline; `cpu_s` is what was used until then."""
+
+    cpu_s = 0.0
 
 
 class SandboxLostDuringProgram(Exception):
@@ -28,17 +30,17 @@ class SandboxLostDuringProgram(Exception):
 class Limits:
     """Limit the resources of one program. Sizes are in bytes, times in seconds.
 
-    Processor time is the limit that counts. The wall limit stops programs that sleep; it is
-    generous, so that a program does not fail because the machine is busy.
+    Processor time is the limit that counts: contests allow Python 2 to 6 s. The wall limit stops
+    programs that sleep; one that works gets more, so that a busy machine fails nobody.
     """
 
-    cpu_s: int = 2
-    wall_s: float = 8.0
+    cpu_s: int = 6
+    wall_s: float = 10.0
     memory_bytes: int = 512 << 20
     threads: int = 16
     file_bytes: int = 1 << 20
     open_files: int = 32
-    output_bytes: int = 1 << 20
+    output_bytes: int = 8 << 20
 
     def resources(self, layer: Layer) -> dict[str, tuple[int, int]]:
         """Return name in setrlimit(2) -> (soft, hard) limit."""
@@ -59,12 +61,14 @@ class ProgramResult:
     kind: "returned": `values` are those that the caller asked for; "failed": the program exceeded
     its limits or ended its process, `detail` says how; "bad_tests": the row's tests fail without
     the program; "timeout": the machine was too busy to give the program its time;
-    "infrastructure": the sandbox failed. The last three say nothing about the program.
+    "infrastructure": the sandbox failed. The last three say nothing about the program. `cpu_s` is
+    the processor time of a script.
     """
 
     kind: Literal["returned", "failed", "bad_tests", "timeout", "infrastructure"]
     values: list[Any]
     detail: str = ""
+    cpu_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,9 @@ def _process(
         process = _Process(sandbox, limits, ours, deadline)
         try:
             yield process
+        except NoAnswerInTime as late:
+            late.cpu_s += process.stop().cpu_s
+            raise
         finally:
             process.stop()
 
@@ -197,7 +204,8 @@ def script_output(pair: SandboxPair, source: str, stdin: str, limits: Limits) ->
     finally:
         for descriptor in (given, reading, *([writing] if writing >= 0 else [])):
             os.close(descriptor)
-    return ProgramResult("returned", [output.decode(errors="replace")])
+    text = output.decode(errors="replace")
+    return ProgramResult("returned", [text], cpu_s=ended.cpu_s)
 
 
 def _text(line: bytes) -> str:

@@ -126,7 +126,7 @@ class ScoringService:
     """
 
     def __init__(
-        self, workers: int | None = None, *, item_s: float = 60.0, batch_s: float = 3600.0
+        self, workers: int | None = None, *, item_s: float = 90.0, batch_s: float = 3600.0
     ) -> None:
         self.workers = workers or max(1, len(os.sched_getaffinity(0)) // _ranks_here())
         self.item_s = item_s

@@ -26,6 +26,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -40,6 +41,8 @@ from ernie_train.rewards.verifiers.tool_call import same_json
 
 _DECIMAL = re.compile(r"[+-]?\d{1,20}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _MAX_CHARACTERS = 50_000
+# For the tests of a script together.
+_ALL_SCRIPTS_S = 30.0
 # True if a test was passed, and the message if not.
 _Result = tuple[bool, str]
 _Results = list[_Result] | Score
@@ -200,21 +203,37 @@ def _call_results(entry_point: str, tests: list[tuple[list[Any], Any]], source: 
 
 
 def _script_results(tests: list[dict[str, str]], every: bool, source: str) -> _Results:
-    """Run a script on each test; without `every` the first failure fails all later tests too."""
+    """Run a script on each test; without `every` the first failure fails all later tests too.
+
+    All together have a bound, so that a script that sleeps a little on each holds no process up.
+    """
     results: list[_Result] = []
+    start, cpu_s = time.monotonic(), 0.0
     for test in tests:
-        outcome = api.run_script(source, test["input"])
-        if outcome.kind == "failed":
-            results.append((False, outcome.detail))
-        elif outcome.kind != "returned":
-            return _failure(outcome)
+        spent_s = time.monotonic() - start
+        if spent_s > _ALL_SCRIPTS_S:
+            late = f"{len(results)} of {len(tests)} tests took {spent_s:.0f} s"
+            if cpu_s > spent_s / 4:  # it works and does not sleep: there are too many tests for it
+                return Score.timeout(late)
+            results.append((False, late))
         else:
-            same = _same_output(outcome.values[0], test["output"])
-            shown = f"{outcome.values[0][:80]!r}, expected {test['output'][:80]!r}"
-            results.append((same, "" if same else f"it writes {shown}"))
+            outcome = api.run_script(source, test["input"])
+            cpu_s += outcome.cpu_s
+            if outcome.kind not in ("returned", "failed"):
+                return _failure(outcome)
+            results.append(_script_result(outcome, test["output"]))
         if not results[-1][0] and not every:
             return results + [(False, "")] * (len(tests) - len(results))
     return results
+
+
+def _script_result(outcome: ProgramResult, expected: str) -> _Result:
+    if outcome.kind == "failed":
+        return False, outcome.detail
+    written = outcome.values[0]
+    if _same_output(written, expected):
+        return True, ""
+    return False, f"it writes {written[:80]!r}, expected {expected[:80]!r}"
 
 
 def _source_tests(
