@@ -190,9 +190,10 @@ def test_tests_that_the_rows_own_solution_fails_are_bad_gold(form):
     assert score.status == "bad_gold" and "own solution fails" in score.detail
 
 
-def test_tests_that_never_end_are_the_rows_fault(monkeypatch):
-    monkeypatch.setattr(api, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=1))
-    endless = {"tests": ["while f(1):\n    pass"], "solution": RIGHT}
+@pytest.mark.parametrize(("body", "wall_s"), [("pass", 20), ("time.sleep(0.01)", 1)])
+def test_tests_that_never_end_are_the_rows_fault(monkeypatch, body, wall_s):
+    monkeypatch.setattr(api, "DEFAULT_LIMITS", Limits(cpu_s=1, wall_s=wall_s))
+    endless = {"tests": [f"import time\nf(1)\nwhile True:\n    {body}"], "solution": RIGHT}
     assert graded(RIGHT, endless).status == "bad_gold"
 
 
