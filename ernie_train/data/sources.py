@@ -1,10 +1,12 @@
 """Load the data sources of a recipe as encoded documents, with a report on their rows."""
 
 import time
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,8 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ernie_train.core.errors import DataError
 from ernie_train.core.terminal import Terminal
+from ernie_train.data.cache import DocumentStore, cache_directory, exclusive
 from ernie_train.data.chat import drop_thinking, encode_chat, require_chat_tokens
 from ernie_train.data.documents import DocumentBuilder, Documents
+from ernie_train.data.files import find_files
 from ernie_train.data.formats import MappedRows, Record
 from ernie_train.data.loader import PackedLoader
 from ernie_train.data.reader import BadRow, ReadReport, iter_records
@@ -43,6 +47,7 @@ FOR_VERIFIERS = {
     *("id", "task", "domain", "reward", "answer", "tests", "hidden_tests", "entry_point"),
     *("expected_calls", "difficulty", "tools", "source", "data_source"),
 }
+COMMIT_TOKENS = 2**22  # are encoded before they are written to the cache
 SILENT_S = 2.0  # a progress bar appears after this
 
 
@@ -108,10 +113,13 @@ def load_sources(
     if kind == "sft":
         require_chat_tokens(tokenizer, thinking)
     encode = _encoder(tokenizer, kind, thinking)
+    identity = {"tokenizer": tokenizer.fingerprint(), "kind": kind, "thinking": thinking}
     documents: list[Documents] = []
     reports: list[SourceReport] = []
     for source in sources:
-        encoded, report = _load(source, encode, kind, seq_len, Path(base_dir), max_bad_fraction)
+        overlong = source.overlong or DEFAULT_OVERLONG[kind]
+        fixed = source.model_copy(update={"overlong": overlong})
+        encoded, report = _load(fixed, encode, identity, seq_len, Path(base_dir), max_bad_fraction)
         documents.append(encoded)
         reports.append(report)
     result = DataReport(reports, seq_len)
@@ -152,46 +160,125 @@ def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 def _load(
     source: DataSource,
     encode: Encode,
-    kind: Kind,
+    identity: dict[str, Any],
     seq_len: int,
     base_dir: Path,
     max_bad_fraction: float,
 ) -> tuple[Documents, SourceReport]:
+    """Return the documents of a source and the report on them, from the cache where they lie there.
+
+    identity: what the encoded rows depend on, besides the files and the source's own settings.
+    """
     path = base_dir / source.path
-    overlong = source.overlong or DEFAULT_OVERLONG[kind]
-    report = SourceReport(source.path, "", source.weight, overlong)
-    read = ReadReport(str(path))
-    builder = DocumentBuilder()
-    lengths: list[int] = []
-    for record in _with_progress(iter_records(path, source.format, read, source.columns), read):
+    files = find_files(path).files
+    settings = source.model_dump(mode="json", exclude={"path", "weight"})
+    directory = cache_directory(files, {**identity, **settings, "seq_len": seq_len})
+    work = _Encoding(path, source, encode, seq_len)
+    if directory is None:
+        work.run()
+        documents = work.builder.build()
+    else:
+        with exclusive(directory):
+            store = DocumentStore(directory)
+            work.restore(store)
+            if not store.finished:
+                work.run(store)
+            documents = store.documents()
+            work.lengths = store.lengths()
+    work.read.check(max_bad_fraction)
+    return documents, work.report(documents)
+
+
+class _Encoding:
+    """Encode the rows of one source; may stop after any row and go on from its state."""
+
+    def __init__(self, path: Path, source: DataSource, encode: Encode, seq_len: int) -> None:
+        self.path, self.source, self.encode, self.seq_len = path, source, encode, seq_len
+        self.read = ReadReport(str(path))
+        self.counts = SourceReport(source.path, "", source.weight, str(source.overlong))
+        self.builder = DocumentBuilder()
+        self.lengths: Any = array("q")
+        self.records = 0  # that were encoded
+
+    def run(self, store: DocumentStore | None = None) -> None:
+        """Encode the records that are left, into `store` if there is one."""
+        done, saved, read = self.records, self.read, ReadReport(str(self.path))
+        records = iter_records(self.path, self.source.format, read, self.source.columns)
+        self.read = read
+        for number, record in enumerate(_with_progress(records, read), start=1):
+            if number <= done:
+                if number == done:  # the rows so far were read again, but not encoded
+                    read.bad, read.unread = saved.bad, saved.unread
+                continue
+            self._add(record)
+            self.records = number
+            if self.counts.kept == self.source.max_examples:
+                break
+            if store is not None and self.builder.num_tokens >= COMMIT_TOKENS:
+                self._commit(store)
+        if store is not None:
+            self._commit(store)
+            store.finish()
+
+    def restore(self, store: DocumentStore) -> None:
+        """Take up what was committed to `store`."""
+        if not store.state:
+            return
+        read, counts = store.state["read"], store.state["counts"]
+        for report in (read, counts):
+            report["bad"] = [BadRow(*row) for row in report["bad"]]
+        for name in ("dropped", "unread"):
+            read[name] = Counter(read[name])
+        self.read = ReadReport(**read)
+        counts |= {"path": self.source.path, "weight": self.source.weight}
+        self.counts = SourceReport(**counts)
+        self.records = store.state["records"]
+        self.builder = DocumentBuilder(store.state["prefixes"], store.num_tokens)
+
+    def report(self, documents: Documents) -> SourceReport:
+        """Return the report on the rows and the documents made of them."""
+        report, read = self.counts, self.read
+        report.rows, report.bad = read.rows, read.bad
+        report.format = read.format or self.source.format
+        report.dropped = {**report.dropped, **read.dropped}
+        report.unread, report.passed_over = dict(sorted(read.unread.items())), read.passed_over
+        report.documents, report.tokens = len(documents), len(documents.tokens)
+        report.lengths = np.array(self.lengths, dtype=np.int64)
+        return report
+
+    def _add(self, record: Record) -> None:
         try:
-            ids, trainable = encode(record, source.include_thinking)
-            lengths.append(len(ids))
-            pieces = _fit(ids, trainable, seq_len, overlong, report)
+            ids, trainable = self.encode(record, self.source.include_thinking)
+            self.lengths.append(len(ids))
+            pieces = _fit(ids, trainable, self.seq_len, self.source.overlong, self.counts)
         except DataError as error:
-            read.bad.append(BadRow(record.source, str(error)))
+            self.read.bad.append(BadRow(record.source, str(error)))
         except _Dropped as reason:
-            report.drop(str(reason))
+            self.counts.drop(str(reason))
         else:
-            report.kept += 1
-            read.unread.update(record.fields.keys() - FOR_VERIFIERS)
+            self.counts.kept += 1
+            self.read.unread.update(record.fields.keys() - FOR_VERIFIERS)
             for piece_ids, piece_trainable in pieces:
-                builder.add(piece_ids, piece_trainable, record.source)
-        if report.kept == source.max_examples:
-            break
-    read.check(max_bad_fraction)
-    documents = builder.build()
-    report.rows, report.bad, report.format = read.rows, read.bad, read.format or source.format
-    report.dropped |= read.dropped
-    report.unread, report.passed_over = dict(sorted(read.unread.items())), read.passed_over
-    report.documents, report.tokens = len(documents), len(documents.tokens)
-    report.trainable_tokens = _trained(documents)
-    report.lengths = np.array(lengths, dtype=np.int64)
-    return documents, report
+                self.builder.add(piece_ids, piece_trainable, record.source)
+                self.counts.trainable_tokens += sum(piece_trainable[1:])
+
+    def _commit(self, store: DocumentStore) -> None:
+        state = {"records": self.records, "read": _plain(self.read), "counts": _plain(self.counts)}
+        store.append(self.builder, self.lengths, state)
+        self.builder, self.lengths = self.builder.successor(), array("q")
+
+
+def _plain(report: ReadReport | SourceReport) -> dict[str, Any]:
+    values = {key: value for key, value in vars(report).items() if key != "lengths"}
+    return {**values, "bad": [[row.source, row.reason] for row in report.bad]}
 
 
 def _fit(
-    ids: list[int], trainable: list[bool], seq_len: int, overlong: Overlong, report: SourceReport
+    ids: list[int],
+    trainable: list[bool],
+    seq_len: int,
+    overlong: Overlong | None,
+    report: SourceReport,
 ) -> list[tuple[list[int], list[bool]]]:
     """Return the documents of one row, (ids, trainable) each, none longer than seq_len.
 
@@ -237,12 +324,6 @@ def refit(documents: Documents, source: DataSource, kind: Kind, seq_len: int) ->
         for ids, trainable in pieces:
             builder.add(ids, trainable, document.source)
     return builder.build()
-
-
-def _trained(documents: Documents) -> int:
-    """Count the tokens that are trained as labels; the first of a document never is."""
-    first = documents.offsets[:-1]
-    return int(documents.trainable.sum()) - int(documents.trainable[first].sum())
 
 
 def _nothing_left(reports: list[SourceReport]) -> str:

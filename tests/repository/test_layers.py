@@ -23,7 +23,7 @@ PACKAGES: dict[str, str] = {
     "model": "configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher moe transformer numpy_layers numpy_decoder",
     "model.attention": "blocked online flashmask layer",
-    "data": "completion_format documents formats files reader packing loader chat_template"
+    "data": "completion_format documents cache formats files reader packing loader chat_template"
     " tokenizer report chat sources",
     "data.formats": "values columns messages record kinds",
     "data.files": "find rows",

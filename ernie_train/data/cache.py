@@ -1,0 +1,188 @@
+"""Keep encoded documents on disk, so that rows are encoded once for all ranks, starts and restarts.
+
+    DIRECTORY/KEY/tokens.bin trainable.bin ends.bin origins.bin lengths.bin state.json
+
+KEY is a hash of all that the arrays depend on: the contents of the data files, the tokenizer, the
+settings and the code. The arrays grow by appending; `state.json` is written after them and says how
+far they are valid, so that encoding goes on where it was interrupted. Finished arrays are
+memory-mapped. Deleting a directory costs the time to encode again, nothing else.
+
+DIRECTORY is $ERNIE_TRAIN_CACHE ("off" switches the cache off), else ernie_train in $XDG_CACHE_HOME
+or ~/.cache.
+"""
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import time
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ernie_train.core.errors import storage_errors
+from ernie_train.core.foreign_files import read_json
+from ernie_train.data.documents import DocumentBuilder, Documents, Origins
+from ernie_train.io.files import digest_file, fingerprint, sync_path, write_json
+
+_log = logging.getLogger(__name__)
+
+VARIABLE = "ERNIE_TRAIN_CACHE"
+# Smaller sources are encoded in a second, and need no files.
+LEAST_BYTES = 2**20
+STATE = "state.json"
+ARRAYS = {
+    "tokens": np.dtype(np.int32),
+    "trainable": np.dtype(np.bool_),
+    "ends": np.dtype(np.int64),
+    "origins": np.dtype(np.int64),
+    "lengths": np.dtype(np.int64),
+}
+POLL_S = 0.1
+_CHUNK_BYTES = 2**24
+
+
+def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None:
+    """Return the directory for what is encoded from `files`; None if nothing is to be kept.
+
+    facts: everything else that the encoded documents depend on, as JSON values.
+    """
+    asked = os.environ.get(VARIABLE)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie_train"
+    root = Path(asked) if asked else home
+    if asked == "off" or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+        return None
+    contents = [[str(file), digest_file(file).sha256] for file in files]
+    directory = root / fingerprint([_code(), contents, facts])[:32]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.warning(
+            "rows are encoded at every start: %s (%s names another directory)", error, VARIABLE
+        )
+        return None
+    return directory
+
+
+@functools.cache
+def _code() -> str:
+    """Return a hash of the code that reads and encodes rows."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Let one process at a time into a directory of the cache; the others wait.
+
+    The lock ends with its process, however that ends.
+    """
+    with storage_errors("cannot lock", directory), (directory / "lock").open("wb") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(POLL_S)  # a blocking call would not see signals
+        yield
+
+
+class DocumentStore:
+    """Hold encoded documents in a directory; `state` is what was committed with them.
+
+    Only the process that holds the directory's lock may append.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state = self._committed()
+
+    @property
+    def finished(self) -> bool:
+        return "checksum" in self.state
+
+    def append(
+        self, builder: DocumentBuilder, lengths: "array[int]", state: dict[str, Any]
+    ) -> None:
+        """Append the documents of `builder` and the rows' lengths, and commit `state` with them.
+
+        Raises:
+            StorageError: the disk is full or cannot be written.
+        """
+        sizes = self.state.get("sizes", dict.fromkeys(ARRAYS, 0))
+        with storage_errors("cannot keep encoded rows", self.directory):
+            for name, part in {**builder.arrays(), "lengths": lengths}.items():
+                with (self.directory / f"{name}.bin").open("ab") as stream:
+                    stream.truncate(sizes[name])  # what an interrupted process left
+                    part.tofile(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                sizes[name] += len(part) * part.itemsize
+            sync_path(self.directory)
+        self.state = {**state, "sizes": sizes, "prefixes": builder.prefixes}
+        write_json(self.directory / STATE, self.state)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._count("tokens")
+
+    def finish(self) -> None:
+        """Mark the documents as complete."""
+        ends = self._array("ends")
+        checksum = self._checksum("tokens", 0)
+        checksum = self._checksum("trainable", checksum)
+        checksum = zlib.crc32(np.concatenate([[0], ends]).astype(np.int64).data, checksum)
+        self.state = {**self.state, "checksum": checksum}
+        write_json(self.directory / STATE, self.state)
+
+    def documents(self) -> Documents:
+        """Return the documents; tokens and masks stay on the disk until they are used."""
+        offsets = np.concatenate([[0], self._array("ends")]).astype(np.int64)
+        ids, numbers = self._array("origins").reshape(-1, 2).T
+        origins = Origins(self.state["prefixes"], ids, numbers)
+        tokens, trainable = self._mapped("tokens"), self._mapped("trainable")
+        return Documents(tokens, trainable, offsets, origins, self.state["checksum"])
+
+    def lengths(self) -> Any:
+        """Return the lengths of the encoded rows in tokens, before anything was cut, [R]."""
+        return self._array("lengths")
+
+    def _committed(self) -> dict[str, Any]:
+        """Return the committed state; an empty one if there is none or its arrays are damaged."""
+        try:
+            state = read_json(self.directory / STATE)
+            sizes = {name: (self.directory / f"{name}.bin").stat().st_size for name in ARRAYS}
+            if all(sizes[name] >= state["sizes"][name] for name in ARRAYS):
+                return dict(state)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        for name in (*(f"{name}.bin" for name in ARRAYS), STATE):
+            (self.directory / name).unlink(missing_ok=True)
+        return {}
+
+    def _count(self, name: str) -> int:
+        return int(self.state["sizes"][name]) // ARRAYS[name].itemsize
+
+    def _array(self, name: str) -> Any:
+        return np.fromfile(self.directory / f"{name}.bin", ARRAYS[name], self._count(name))
+
+    def _mapped(self, name: str) -> Any:
+        if not self._count(name):  # nothing cannot be mapped
+            return np.zeros(0, ARRAYS[name])
+        path = self.directory / f"{name}.bin"
+        return np.memmap(path, ARRAYS[name], "r", shape=(self._count(name),))
+
+    def _checksum(self, name: str, value: int) -> int:
+        with (self.directory / f"{name}.bin").open("rb") as stream:
+            left = int(self.state["sizes"][name])
+            while left and (chunk := stream.read(min(left, _CHUNK_BYTES))):
+                value, left = zlib.crc32(chunk, value), left - len(chunk)
+        return value
