@@ -1,8 +1,10 @@
 """The judge against an endpoint of our own: verdicts, injection, and every way to fail."""
 
 import json
+import socket
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,8 +30,10 @@ def endpoint():
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            size = int(self.headers["Content-Length"])
-            server.seen.append((self.path, dict(self.headers), json.loads(self.rfile.read(size))))
+            size = int(self.headers.get("Content-Length", 0))
+            server.seen.append(
+                (self.path, dict(self.headers), json.loads(self.rfile.read(size) or "{}"))
+            )
             reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
             if callable(reply):
                 reply = reply(server.seen[-1][2])
@@ -41,8 +45,12 @@ def endpoint():
                 text if status == 0 else json.dumps({"choices": [{"message": {"content": text}}]})
             )
             self.send_response(status or 200)
+            if 300 <= status < 400:
+                self.send_header("Location", text)
             self.end_headers()
             self.wfile.write(body.encode())
+
+        do_GET = do_POST
 
         def log_message(self, *arguments):
             return
@@ -74,6 +82,9 @@ def judge(server, **settings):
         ("correct", "infrastructure"),
         ('{"verdict": "correct", "verdict2": "wrong"}', "infrastructure"),
         ('{"verdict": true}', "infrastructure"),
+        ('{"verdict": ["correct"]}', "infrastructure"),
+        ('{"verdict": "wrong", "verdict": "correct"}', "infrastructure"),
+        ('[["verdict", "correct"]]', "infrastructure"),
         ("[" * 5000, "infrastructure"),
         ("", "infrastructure"),
     ],
@@ -132,6 +143,42 @@ def test_failures_are_tried_again_and_then_told(endpoint, replies, retries, stat
     endpoint.replies = list(replies)
     assert judge(endpoint, retries=retries)(ROW, completion("A cat.")).status == status
     assert len(endpoint.seen) == requests
+
+
+def test_a_deep_reply_is_infrastructure(endpoint):
+    endpoint.replies = [(0, "[" * 200_000)]
+    assert judge(endpoint)(ROW, completion("A cat.")).status == "infrastructure"
+
+
+def test_no_redirect_is_followed_with_the_key(endpoint, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k-123")
+    for status in (301, 302, 303, 307, 308):
+        endpoint.replies = [(status, endpoint.url + "/elsewhere")]
+        score = judge(endpoint, api_key_env="JUDGE_KEY", retries=2)(ROW, completion("A cat."))
+        assert score.status == "infrastructure" and str(status) in score.detail
+    assert [path for path, _, _ in endpoint.seen] == ["/v1/chat/completions"] * 5
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_a_reply_that_drips_is_bounded_as_a_whole(head):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stop = threading.Event()
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(head)
+                while not stop.wait(0.1):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        start = time.monotonic()
+        one = LlmJudge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", None, 0.5, 0)
+        assert one(ROW, completion("A cat.")).status == "infrastructure"
+        assert time.monotonic() - start < 3
+        stop.set()
+        thread.join()
 
 
 def test_nobody_there_is_infrastructure():

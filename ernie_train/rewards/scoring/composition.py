@@ -33,7 +33,9 @@ _SHOWN_EXCLUDED = 5
 class LlmJudgeConfig(StrictConfig):
     """Configure a language model that compares responses with `answer`: verifiers/llm_judge.py."""
 
-    url: str = Field(min_length=1, description="OpenAI-compatible endpoint, up to and with /v1")
+    url: str = Field(
+        pattern=r"^https?://[^/\s]", description="OpenAI-compatible endpoint, up to and with /v1"
+    )
     model: str = Field(min_length=1)
     api_key_env: str | None = Field(
         default=None, description="the environment variable that holds the key"

@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -108,19 +109,57 @@ class LlmJudge:
             self.url.rstrip("/") + "/chat/completions", data=body, headers=headers, method="POST"
         )
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
-                data = json.loads(reply.read(_MAX_REPLY_BYTES))
-            text = data["choices"][0]["message"]["content"]
+            text = json.loads(_reply(request, self.timeout_s))["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             again = error.code == 429 or error.code >= 500
             raise _Unavailable(f"status {error.code} from {self.url}", again=again) from None
         except (OSError, http.client.HTTPException) as error:
             raise _Unavailable(f"{self.url}: {error}", again=True) from None
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise _Unavailable(f"the reply is no chat completion: {error!r}", again=True) from None
         if not isinstance(text, str):
             raise _Unavailable("the reply holds no text", again=True)
         return text
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuse redirects: the key would go to wherever they lead."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+def _reply(request: urllib.request.Request, limit_s: float) -> bytes:
+    """Return the body of the reply, cut to a bounded length.
+
+    Raises TimeoutError after `limit_s`, however the endpoint deals out its bytes: a time-out of the
+    socket begins again with each of them. Raises the errors of `urllib.request.urlopen`.
+    """
+    deadline = time.monotonic() + limit_s
+    outcome: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            opener = urllib.request.build_opener(_NoRedirects)
+            with opener.open(request, timeout=limit_s) as reply:
+                body = b""
+                while len(body) < _MAX_REPLY_BYTES and time.monotonic() < deadline:
+                    part = reply.read1(_MAX_REPLY_BYTES)
+                    if not part:
+                        break
+                    body += part
+            outcome.append(body)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not outcome:
+        raise TimeoutError(f"timed out: no whole reply after {limit_s:g} s")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def judge_messages(question: str, gold: str, response: str) -> list[dict[str, str]]:
@@ -139,14 +178,20 @@ def judge_messages(question: str, gold: str, response: str) -> list[dict[str, st
 def read_verdict(reply: str) -> bool:
     """Return True if the last line of a judge's reply says correct."""
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
-    verdicts = {'{"verdict": "correct"}': True, '{"verdict": "wrong"}': False}
+    verdicts = [{"verdict": "wrong"}, {"verdict": "correct"}]
     try:
-        said = json.dumps(json.loads(lines[-1])) if lines else ""
+        said = json.loads(lines[-1], object_pairs_hook=_without_duplicates) if lines else None
     except (ValueError, RecursionError):
-        said = ""
-    if said not in verdicts:
-        raise _Unavailable(f"the judge's last line is no verdict: {reply[-100:]!r}", again=True)
-    return verdicts[said]
+        said = None
+    if said in verdicts:
+        return bool(verdicts.index(said))
+    raise _Unavailable(f"the judge's last line is no verdict: {reply[-100:]!r}", again=True)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
 
 
 def _question(row: dict[str, Any]) -> str:
