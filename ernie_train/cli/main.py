@@ -172,6 +172,31 @@ def plan(
 
 
 @app.command()
+def preview(
+    data: Annotated[str, typer.Argument(help="a file of rows, a directory or a pattern")],
+    model: Annotated[
+        Path | None, typer.Option(help="a model directory: shows text and label mask in its format")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer directory, the same")] = None,
+    columns: ColumnsText = None,
+    row: Annotated[
+        str | None, typer.Option(help="only this row, by its line or as file:line")
+    ] = None,
+    rows: Annotated[int, whole_number(min=0, help="rows to show")] = 3,
+    max_rows: Annotated[int, whole_number(min=0, help="rows to read; 0 for all")] = 1000,
+    seq_len: Annotated[int, whole_number(min=2, help="longest row that is kept")] = 4096,
+    max_tokens: Annotated[int, whole_number(min=2, help="tokens of a row to show")] = 400,
+) -> None:
+    """Show rows of data files: messages, text, label mask, lengths, what is left out and why."""
+    from ernie_train.cli.preview import PreviewSettings, preview_data, preview_tokenizer
+    from ernie_train.data import parse_columns
+
+    mapped = None if columns is None else parse_columns(columns, "--columns")
+    settings = PreviewSettings(mapped, row, rows, max_rows, seq_len, max_tokens)
+    preview_data(data, preview_tokenizer(model, tokenizer), settings, _console())
+
+
+@app.command()
 def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
     """Show a run's stages, steps and latest metrics."""
     print_status(run_dir, _console())

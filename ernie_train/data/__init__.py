@@ -14,9 +14,9 @@ from ernie_train.data.files import find_files
 from ernie_train.data.formats import Column, Columns, MappedRows, parse_columns
 from ernie_train.data.loader import Batch, ConsecutiveLoaders, PackedLoader
 from ernie_train.data.packing import pack_documents
-from ernie_train.data.reader import BadRow, ReadReport, Record, read_records
+from ernie_train.data.reader import BadRow, ReadReport, Record, iter_records, read_records
 from ernie_train.data.report import DataReport, SourceReport, preview
-from ernie_train.data.sources import DataSource, load_sources, refit
+from ernie_train.data.sources import DataSource, encode_records, load_sources, refit
 from ernie_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -40,7 +40,9 @@ __all__ = [
     "Tokenizer",
     "drop_thinking",
     "encode_chat",
+    "encode_records",
     "find_files",
+    "iter_records",
     "load_sources",
     "load_tokenizer",
     "pack_documents",

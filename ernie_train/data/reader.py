@@ -20,9 +20,10 @@ from ernie_train.data.formats import (
     missing_keys,
 )
 
-__all__ = ["BadRow", "ReadReport", "Record", "read_records"]
+__all__ = ["BadRow", "ReadReport", "Record", "iter_records", "read_records"]
 
 SHOWN_BAD_ROWS = 10
+LISTED_ROWS = 100
 # A file of which no row has a known format is given up after so many.
 MOST_UNKNOWN_ROWS = 1000
 
@@ -53,6 +54,7 @@ class ReadReport:
     kept: int = 0
     bad: list[BadRow] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    left_out: list[BadRow] = field(default_factory=list)  # the first dropped rows
     unread: Counter[str] = field(default_factory=Counter)
     files: int = 0
     passed_over: str = ""
@@ -62,6 +64,12 @@ class ReadReport:
     def add_format(self, name: str) -> None:
         if name not in self.format.split("+"):
             self.format = f"{self.format}+{name}" if self.format else name
+
+    def drop(self, reason: str, source: str) -> None:
+        """Count a row that is left out, and name it if it is one of the first."""
+        self.dropped[reason] += 1
+        if len(self.left_out) < LISTED_ROWS:
+            self.left_out.append(BadRow(source, reason))
 
     def check(self, max_bad_fraction: float) -> None:
         """Check that there are rows and that few of them are bad.
@@ -163,7 +171,7 @@ def _file_records(
             report.add_format(chosen)
             record = replace(_read(row, chosen), source=source)
         except BlankAnswer as reason:
-            report.dropped[str(reason)] += 1
+            report.drop(str(reason), source)
         except RowError as error:
             report.bad.append(BadRow(source, str(error)))
         else:

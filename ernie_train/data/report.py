@@ -11,11 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ernie_train.data.documents import EncodedDocument
-from ernie_train.data.reader import BadRow
+from ernie_train.data.reader import LISTED_ROWS, BadRow
 from ernie_train.data.tokenizer import Tokenizer
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-LISTED_BAD_ROWS = 100
 TRAINED, UNTRAINED = "bold green", "dim"
 
 
@@ -26,8 +25,8 @@ class SourceReport:
     `rows` is the sum of `kept`, `bad` and `dropped` (reason -> count). `lengths` are in tokens, of
     the encoded rows before anything is cut. `over_seq_len` counts the rows that were longer than
     seq_len and were handled as `overlong` says; `truncated` counts those of them that were cut.
-    `unread` counts the rows with a key that nothing reads; `passed_over` names what lies beside the
-    data files.
+    `left_out` names the first rows that were dropped. `unread` counts the rows with a key that
+    nothing reads; `passed_over` names what lies beside the data files.
     """
 
     path: str
@@ -38,6 +37,7 @@ class SourceReport:
     kept: int = 0
     bad: list[BadRow] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    left_out: list[BadRow] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
     passed_over: str = ""
     documents: int = 0
@@ -47,8 +47,11 @@ class SourceReport:
     truncated: int = 0
     lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, source: str) -> None:
+        """Count a row that is left out, and name it if it is one of the first."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        if len(self.left_out) < LISTED_ROWS:
+            self.left_out.append(BadRow(source, reason))
 
     @property
     def share_truncated(self) -> float:
@@ -70,8 +73,9 @@ class SourceReport:
             "rows": self.rows,
             "kept": self.kept,
             "bad": len(self.bad),
-            "bad_rows": [str(row) for row in self.bad[:LISTED_BAD_ROWS]],
+            "bad_rows": [str(row) for row in self.bad[:LISTED_ROWS]],
             "dropped": dict(self.dropped),
+            "dropped_rows": [str(row) for row in self.left_out],
             "unread": dict(self.unread),
             "passed_over": self.passed_over,
             "documents": self.documents,
@@ -112,7 +116,15 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         total = self.total().to_dict()
-        for key in ("path", "format", "weight", "overlong", "unread", "passed_over"):
+        for key in (
+            "path",
+            "format",
+            "weight",
+            "overlong",
+            "dropped_rows",
+            "unread",
+            "passed_over",
+        ):
             del total[key]
         return {
             "seq_len": self.seq_len,
@@ -200,19 +212,30 @@ def _compact(number: int) -> str:
 
 
 def preview(tokenizer: Tokenizer, document: EncodedDocument, max_tokens: int = 400) -> Text:
-    """Return a document's text: trained tokens green, the others dim, newlines marked with ⏎.
+    """Return a document's text; what is trained stands between ⟦ and ⟧, and is green on a terminal.
 
-    Only the first `max_tokens` tokens are shown.
+    Newlines are marked with ⏎. Of more than `max_tokens` tokens the first and last ones are shown.
     """
-    text = Text()
+    ids = document.ids.tolist()
     # The first token is never a label, even if it is marked as trainable.
-    trained = [False, *document.trainable[1:max_tokens].tolist()]
-    tokens = zip(document.ids[:max_tokens].tolist(), trained, strict=True)
+    trained = [False, *document.trainable[1:].tolist()]
+    head = len(ids) if len(ids) <= max_tokens else (max_tokens + 1) // 2
+    tail = max(head, len(ids) - max_tokens // 2)
+    text = _marked(tokenizer, ids[:head], trained[:head])
+    if tail > head:
+        text.append(f" [... {tail - head} more tokens ...] ", style="italic")
+    return text.append_text(_marked(tokenizer, ids[tail:], trained[tail:]))
+
+
+def _marked(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> Text:
+    text = Text()
+    tokens = zip(ids, trained, strict=True)
     for is_trained, run in groupby(tokens, key=lambda token: token[1]):
         shown = _visible(tokenizer.decode([token_id for token_id, _ in run]))
-        text.append(shown, style=TRAINED if is_trained else UNTRAINED)
-    if len(document.ids) > max_tokens:
-        text.append(f" ... {len(document.ids) - max_tokens} more tokens", style="italic")
+        if is_trained:
+            text.append("⟦").append(shown, style=TRAINED).append("⟧")
+        else:
+            text.append(shown, style=UNTRAINED)
     return text
 
 

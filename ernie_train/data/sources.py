@@ -3,8 +3,8 @@
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,6 +131,30 @@ def load_sources(
     return documents, result
 
 
+def encode_records(
+    records: Iterable[Record],
+    read: ReadReport,
+    tokenizer: Tokenizer,
+    *,
+    kind: Kind,
+    seq_len: int,
+    thinking: bool = True,
+) -> tuple[Documents, DataReport]:
+    """Encode records that were read before, with the counts in `read`; keep nothing on disk."""
+    source = DataSource(path=read.path, overlong=DEFAULT_OVERLONG[kind])
+    encode = _encoder(tokenizer, kind, thinking)
+    work = _Encoding(Path(read.path), source, encode, seq_len)
+    work.read = read
+    for record in records:
+        work.add(record)
+    documents = work.builder.build()
+    report = DataReport([work.report(documents)], seq_len)
+    if len(documents):
+        loader = PackedLoader([documents], [1.0], seq_len, 1, seed=0, epochs=1, pad_id=0)
+        report.packing_fill = loader.packing_fill()
+    return documents, report
+
+
 Encode = Callable[[Record, bool], tuple[list[int], list[bool]]]
 
 
@@ -210,7 +234,7 @@ class _Encoding:
                 if number == done:  # the rows so far were read again, but not encoded
                     read.bad, read.unread = saved.bad, saved.unread
                 continue
-            self._add(record)
+            self.add(record)
             self.records = number
             if self.counts.kept == self.source.max_examples:
                 break
@@ -225,8 +249,8 @@ class _Encoding:
         if not store.state:
             return
         read, counts = store.state["read"], store.state["counts"]
-        for report in (read, counts):
-            report["bad"] = [BadRow(*row) for row in report["bad"]]
+        for report, name in product((read, counts), ("bad", "left_out")):
+            report[name] = [BadRow(*row) for row in report[name]]
         for name in ("dropped", "unread"):
             read[name] = Counter(read[name])
         self.read = ReadReport(**read)
@@ -241,12 +265,14 @@ class _Encoding:
         report.rows, report.bad = read.rows, read.bad
         report.format = read.format or self.source.format
         report.dropped = {**report.dropped, **read.dropped}
+        report.left_out = [*report.left_out, *read.left_out]
         report.unread, report.passed_over = dict(sorted(read.unread.items())), read.passed_over
         report.documents, report.tokens = len(documents), len(documents.tokens)
         report.lengths = np.array(self.lengths, dtype=np.int64)
         return report
 
-    def _add(self, record: Record) -> None:
+    def add(self, record: Record) -> None:
+        """Encode a record, or count why it is left out."""
         try:
             ids, trainable = self.encode(record, self.source.include_thinking)
             self.lengths.append(len(ids))
@@ -254,7 +280,7 @@ class _Encoding:
         except DataError as error:
             self.read.bad.append(BadRow(record.source, str(error)))
         except _Dropped as reason:
-            self.counts.drop(str(reason))
+            self.counts.drop(str(reason), record.source)
         else:
             self.counts.kept += 1
             self.read.unread.update(record.fields.keys() - FOR_VERIFIERS)
@@ -270,7 +296,9 @@ class _Encoding:
 
 def _plain(report: ReadReport | SourceReport) -> dict[str, Any]:
     values = {key: value for key, value in vars(report).items() if key != "lengths"}
-    return {**values, "bad": [[row.source, row.reason] for row in report.bad]}
+    for name in ("bad", "left_out"):
+        values[name] = [[row.source, row.reason] for row in values[name]]
+    return values
 
 
 def _fit(

@@ -244,7 +244,9 @@ def test_the_preview_colours_what_is_trained(tokenizer: Tokenizer, write_rows: A
     green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
     assert green.replace("⏎\n", "\n") == ("\n</think>\n\n<response>\ntrue\n</response>\n<|im_end|>")
     assert "\x1b" not in text.plain and "\\x1b[31m" in text.plain
-    assert "more tokens" in preview(tokenizer, documents[0], max_tokens=5).plain
+    assert text.plain.count("⟦") == text.plain.count("⟧") == 1, "readable without colours"
+    short = preview(tokenizer, documents[0], max_tokens=5).plain
+    assert "more tokens" in short and short.endswith("⟧"), "the end is shown"
 
 
 def test_counts_are_written_with_three_digits() -> None:

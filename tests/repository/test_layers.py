@@ -46,7 +46,7 @@ PACKAGES: dict[str, str] = {
     "run": "stages recipe lineage check referee_script proof export llama_reference import_model"
     " render finalize pipeline",
     "plan": "layout workload memory cost search tables command",
-    "cli": "arguments doctor model score run main",
+    "cli": "arguments doctor model preview score run main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16

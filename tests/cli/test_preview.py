@@ -1,0 +1,135 @@
+"""`preview`: any row, as it is read, rendered and trained, readable without colours."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ernie_train.cli.main import main
+from tests.workspace import make_workspace
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("preview")
+    make_workspace(root)
+    return root
+
+
+def chat(question, answer, **more):
+    return {"messages": [user(question), {"role": "assistant", "content": answer, **more}]}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+ROWS = [
+    chat("one?", "1", reasoning="count", rating=3),
+    chat("two?", " "),
+    chat("three?", "3 " * 300),
+    "{",
+    {"messages": [*chat("four?", "4", loss=False)["messages"], *chat("five?", "5")["messages"]]},
+    {"prompt": "six?", "chosen": "6", "rejected": "7"},
+    {"prompt": "seven?", "answer": "7"},
+    {
+        "messages": [
+            user("eight?"),
+            {"role": "assistant", "tool_calls": [{"name": "count", "arguments": {"to": 8}}]},
+        ],
+        "tools": [{"name": "count"}],
+    },
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "README.md").write_text("")
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
+def preview(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def run(*arguments, status=0):
+        with pytest.raises(SystemExit) as stopped:
+            main(["preview", *map(str, arguments)])
+        out = capsys.readouterr()
+        assert (stopped.value.code or 0) == status, out.err
+        return out.err if status else out.out
+
+    return run
+
+
+def test_rows_are_shown_as_they_are_read(preview, data):
+    out = preview(data.parent, "--rows", 9)
+    for text in (
+        "rows.jsonl:1 (chat)",
+        "<reasoning> count",
+        "assistant (not trained): 4",
+        "chosen assistant: 6",
+        'fields: {"answer": "7"}',
+        'assistant: calls count({"to": 8})',
+        "8 rows of the format messages+preference+prompt in 1 file: 4 chat, 1 preference, 1 prompt",
+        "keys that nothing reads: messages.rating (1)",
+        "passed over: README.md",
+        "rows.jsonl:4: it is not valid JSON",
+        "rows.jsonl:2: with a blank answer",
+    ):
+        assert text in out, text
+    assert "⟦" not in out
+
+
+def test_text_mask_and_lengths_with_a_tokenizer(preview, data, root):
+    out = preview(data, "--tokenizer", root / "tokenizer", "--rows", 9, "--seq-len", 120)
+    assert "count" in out and "⟦" in out
+    five = out[out.index("rows.jsonl:5") : out.index("rows.jsonl:6")]
+    trained = five[five.index("⟦") : five.rindex("⟧")]
+    assert "5" in trained and "4" not in trained and five.count("⟦") == 1
+    assert "rows.jsonl:3: longer than seq_len" in out
+    assert "chosen: " in out and "prompt: " in out
+    assert "p50" in out and "1 longer than seq_len" in out
+
+
+def test_a_long_row_shows_its_end(preview, data, root):
+    out = preview(data, "--tokenizer", root / "tokenizer", "--row", 3, "--max-tokens", 60)
+    shown = out[out.index("trained:") :]
+    assert "more tokens ...]" in shown and shown.rstrip().endswith("⟧")
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ("1", "one?"),
+        ("rows.jsonl:5", "five?"),
+        ("2", "rows.jsonl:2: with a blank answer"),
+        ("4", "rows.jsonl:4: it is not valid JSON"),
+    ],
+)
+def test_any_row_can_be_asked_for(preview, data, row, text):
+    out = preview(data, "--row", row)
+    assert text in out and "six?" not in out
+
+
+def test_a_row_that_is_not_there_and_wrong_options_are_mistakes(preview, data, root, tmp_path):
+    assert "--row 99: " in preview(data, "--row", 99, status=2)
+    assert "does not exist" in preview(tmp_path / "gone.csv", status=2)
+    both = ("--tokenizer", root / "tokenizer", "--model", root)
+    assert "leave one of them out" in preview(data, *both, status=2)
+    assert "--columns" in preview(data, "--columns", "{prompt: 3}", status=2)
+
+
+def test_only_as_many_rows_are_read_as_asked(preview, data):
+    out = preview(data, "--max-rows", 2, "--rows", 1)
+    assert "only the first 3 rows were read; --max-rows 0 reads all" in out
+    assert "five?" not in out
+
+
+def test_columns_are_mapped(preview, tmp_path):
+    (tmp_path / "a.csv").write_text("ask,reply\nnine?,9\n")
+    out = preview(tmp_path / "a.csv", "--columns", "{prompt: ask, completion: reply}")
+    assert "user: nine?" in out and "assistant: 9" in out
