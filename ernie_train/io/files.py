@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +251,7 @@ def write_directory(
     *,
     info: dict[str, Any] | None = None,
     manifest_all: bool = True,
+    unlisted: Collection[str] = (),
 ) -> None:
     """Create the directory `path` atomically from the files that `write` writes.
 
@@ -262,6 +263,7 @@ def write_directory(
         path: the directory to create or replace.
         write: writes files into the temporary directory that it is given and returns the digests
             that it already knows, file name -> digest.
+        unlisted: names of files that users may edit, which the manifest leaves out.
         info: further entries of the manifest.
         manifest_all: True to list in the manifest the files too that `write` returns no digest of.
 
@@ -280,7 +282,7 @@ def write_directory(
         with consensus.fail_together():
             if process_group.is_main():
                 merged = {name: digest for part in gathered for name, digest in part.items()}
-                _finish(path, temporary, merged, info, manifest_all)
+                _finish(path, temporary, merged, info, manifest_all, {MARKER, *unlisted})
     except BaseException:
         if process_group.is_main():
             with storage_errors("cannot write", path):
@@ -303,11 +305,12 @@ def _finish(
     digests: dict[str, FileDigest],
     info: dict[str, Any] | None,
     manifest_all: bool,
+    unlisted: set[str],
 ) -> None:
     with storage_errors("cannot write", path):
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             name = file.relative_to(temporary).as_posix()
-            if manifest_all and name not in digests and file.name != MARKER:
+            if manifest_all and name not in digests and file.name not in unlisted:
                 digests[name] = digest_file(file)
             sync_path(file)
         write_manifest(temporary, digests, info)

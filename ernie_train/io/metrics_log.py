@@ -27,6 +27,7 @@ from ernie_train.io.files import write_text
 FILE_NAME = "metrics.jsonl"
 RESERVED = ("step", "time")
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_DAMAGED = "{}: not a line of metrics; restore or delete the file"
 
 
 def encode_line(step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> str:
@@ -77,14 +78,23 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _decode_line(line: str, place: str) -> dict[str, Any]:
+    row = _decode_row(line, place)
+    try:
+        times = row.pop("time", {})
+        return {**_numbers(row), "time": _numbers(times)}
+    except (KeyError, AttributeError, TypeError):
+        raise CheckpointError(_DAMAGED.format(place)) from None
+
+
+def _decode_row(line: str, place: str) -> dict[str, Any]:
+    """Return any object with a step: metrics, or samples, which hold text too."""
     try:
         row = parse_json(line)
-        times = row.pop("time", {})
         if isinstance(row["step"], int):
-            return {**_numbers(row), "time": _numbers(times)}
-    except (ValueError, KeyError, AttributeError, TypeError):
+            return dict(row)
+    except (ValueError, KeyError, TypeError):
         pass
-    raise CheckpointError(f"{place}: not a line of metrics; restore or delete the file")
+    raise CheckpointError(_DAMAGED.format(place))
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +108,8 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
 def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
     """Remove the lines after `step` (None: all) and an incomplete last one; return the others.
 
-    The file is replaced atomically, so that a kill leaves either the old lines or the new ones.
+    The lines may hold anything beside their step. The file is replaced atomically, so that a kill
+    leaves either the old lines or the new ones.
 
     Raises:
         CheckpointError: a line is damaged.
@@ -107,7 +118,7 @@ def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
     kept: list[str] = []
     rows: list[dict[str, Any]] = []
     for line, place in _whole_lines(path) if step is not None else ():
-        row = _decode_line(line, place)
+        row = _decode_row(line, place)
         if step is not None and row["step"] <= step:
             kept.append(line)
             rows.append(row)
@@ -152,7 +163,7 @@ class MetricsWriter:
             directory.mkdir(parents=True, exist_ok=True)
         rows = cut_after(self.path, resume_step)
         self._last_step = resume_step if resume_step is not None else -1
-        measured = [row["validation_loss"] for row in rows if "validation_loss" in row]
+        measured = [_SPECIAL.get(v, v) for row in rows if (v := row.get("validation_loss"))]
         self._last_validation: float | None = measured[-1] if measured else None
         self._scalars = _VisualDL(directory / "visualdl", rows) if visualdl else None
         self._display = ProgressDisplay(

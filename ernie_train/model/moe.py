@@ -108,6 +108,7 @@ class _GroupedSwiGLU(PyLayer):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         (grad,) = grads
         x, gate, up, down = ctx.saved_tensor()
+        _, _, trains_gate, trains_up, trains_down = ctx.needs_grad
         dx, dweights, start = [], [], 0
         dgate, dup, ddown = ([None] * len(ctx.rows) for _ in range(3))
         pieces = iter(ctx.saved)
@@ -117,7 +118,8 @@ class _GroupedSwiGLU(PyLayer):
                 continue
             u, sigmoid, silu, wide, weighted = next(pieces)
             x_e, grad_e = x[start : start + count], grad[start : start + count]
-            ddown[expert] = paddle.matmul(weighted, grad_e, transpose_x=True)
+            if trains_down:
+                ddown[expert] = paddle.matmul(weighted, grad_e, transpose_x=True)
             d_weighted = paddle.matmul(grad_e, down[expert], transpose_y=True)
             # d(weight) = sum over I of d_weighted * silu * u: no division by a weight of 0.
             # A product with ones is Paddle's fastest sum of rows on a CPU.
@@ -126,13 +128,16 @@ class _GroupedSwiGLU(PyLayer):
             d_up = d_inner * silu
             # silu'(g) = sigmoid + silu * (1 - sigmoid)
             d_gate = d_inner.multiply_(u).multiply_((silu - silu * sigmoid).add_(sigmoid))
-            dgate[expert] = paddle.matmul(x_e, d_gate, transpose_x=True)
-            dup[expert] = paddle.matmul(x_e, d_up, transpose_x=True)
+            if trains_gate:
+                dgate[expert] = paddle.matmul(x_e, d_gate, transpose_x=True)
+            if trains_up:
+                dup[expert] = paddle.matmul(x_e, d_up, transpose_x=True)
             d_x = paddle.matmul(d_gate, gate[expert], transpose_y=True)
             dx.append(d_x.add_(paddle.matmul(d_up, up[expert], transpose_y=True)))
             start += count
         ctx.saved = None
-        stacks = (_stack(dgate, gate), _stack(dup, up), _stack(ddown, down))
+        made = zip((dgate, dup, ddown), (gate, up, down), ctx.needs_grad[2:], strict=True)
+        stacks = (_stack(grads, stack) if trains else None for grads, stack, trains in made)
         return select_grads(ctx.needs_grad, (paddle.concat(dx), paddle.concat(dweights), *stacks))
 
 

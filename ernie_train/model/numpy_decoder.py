@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.lora import merged_weight
 from ernie_train.model.numpy_layers import (
     NUMPY_ACTIVATIONS,
     NumpyLinear,
@@ -108,7 +109,7 @@ class NumpyDecoder:
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.config = config = model.config
-        self.embedding = model.model.embed_tokens.weight.numpy()
+        self.embedding = merged_weight(model.model.embed_tokens)
         self.rope_theta = model.model.rope_theta
         self.rope = NumpyRope(self.rope_theta, int(config.head_dim or 0))
         self.layers = [_NumpyDecoderLayer(layer, config) for layer in model.model.layers]

@@ -17,6 +17,7 @@ import paddle
 from paddle import Tensor, nn
 
 from ernie_train.model.layers import ACTIVATIONS, MLP, RMSNorm
+from ernie_train.model.lora import merged_weight
 from ernie_train.model.moe import MoE
 from ernie_train.model.rope import inverse_frequencies
 
@@ -144,9 +145,9 @@ class NumpyLinear:
 
 
 def fuse_linears(*layers: nn.Linear) -> tuple[np.ndarray, np.ndarray | None]:
-    """Concatenate copies of the weights and biases of linear layers with the same input."""
+    """Concatenate copies of the weights, adapters merged, and biases of layers with one input."""
     biases = [layer.bias.numpy() for layer in layers if layer.bias is not None]
-    weight = np.concatenate([layer.weight.numpy() for layer in layers], 1)
+    weight = np.concatenate([merged_weight(layer) for layer in layers], 1)
     return weight, np.concatenate(biases) if biases else None
 
 
@@ -208,10 +209,9 @@ class NumpyMoE:
         self.router = NumpyLinear(moe.gate.weight.numpy(), None)
         self.bias = moe.moe_statics.e_score_correction_bias.numpy()
         # [E,2P,n,w], [E,P,n,w]
-        both = [
-            column_blocks(projection.numpy()) for projection in (experts.gate_proj, experts.up_proj)
-        ]
-        self.gate_up, self.down = np.concatenate(both, 1), column_blocks(experts.down_proj.numpy())
+        stacks = ("gate_proj", "up_proj", "down_proj")
+        gate, up, self.down = (column_blocks(merged_weight(experts, name)) for name in stacks)
+        self.gate_up = np.concatenate([gate, up], 1)
         self.width, self.size = config.moe_intermediate_size, config.hidden_size
         self.gated = gated_activation(config.hidden_act)
         shared = moe.shared_experts

@@ -168,6 +168,10 @@ class LMHead(nn.Layer):
         if config.use_bias and config.moe_num_experts > 0:
             self.bias = self.create_parameter([config.vocab_size], is_bias=True)
 
+    def matrix(self) -> Tensor | None:
+        """Return the projection [V,H]; None if it is the embedding."""
+        return self.weight
+
 
 class Ernie4_5_MoeForCausalLM(nn.Layer):
     """Decoder and output head; attribute names are those of the Hugging Face implementation."""
@@ -177,11 +181,12 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         self.config = config
         self.model = Ernie4_5_MoeModel(config, placement)
         self.lm_head = LMHead(config)
+        self.partial: Any = None  # a `PartialTraining`; None where every parameter trains
         self._initialize()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output projection's weight [V,H], the embedding if tied, and its bias [V]."""
-        weight = self.lm_head.weight
+        weight = self.lm_head.matrix()
         return (self.model.embed_tokens.weight if weight is None else weight), self.lm_head.bias
 
     def forward(

@@ -1,6 +1,6 @@
 """Parallelism: experts, gradients and optimizer state over ranks; and recomputation."""
 
-from ernie_train.parallel.build import clone_model, new_model
+from ernie_train.parallel.build import clone_model, new_model, reference_model
 from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, expert_placement
 from ernie_train.parallel.gradients import (
     GradientReducer,
@@ -36,5 +36,6 @@ __all__ = [
     "owned_names",
     "parameter_owners",
     "recomputed_parts",
+    "reference_model",
     "split_experts",
 ]

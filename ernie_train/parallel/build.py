@@ -27,3 +27,12 @@ def clone_model(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
         parameter.stop_gradient = True
     copy.eval()
     return copy
+
+
+def reference_model(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
+    """Return the model as it is now, for use within `adapter_off` of it while `model` trains.
+
+    With an adapter alone in training that is the model itself; else it is a frozen copy.
+    """
+    partial = model.partial
+    return model if partial is not None and partial.adapter_alone else clone_model(model)

@@ -103,6 +103,8 @@ def _run_layer(
     parts = recomputed_parts(recompute, layer.layer_index)
     if not parts or not layer.training or cache is not None:
         return run_layer(layer, x, tables, cache)
+    if x.stop_gradient:  # else nothing would reach parameters of the layer, where those below rest
+        x = _leaf(x)
 
     def attn_block(x: Tensor) -> Tensor:
         return layer.attn_block(x, tables, None)

@@ -19,6 +19,7 @@ from ernie_train.core.errors import CheckpointError, Interrupted
 from ernie_train.data import MappedRows
 from ernie_train.io.metrics_log import StageMetrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import MicroBatch, PreferencePair, RolloutBatch, micro_batches
 from ernie_train.rl.data import PromptReport, TokenizedPair, read_fitting_pairs
 from ernie_train.rl.estimators import sequence_logprobs
@@ -28,7 +29,8 @@ from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
 from ernie_train.train.trainer import StepResult, Throughput, Trainer
-from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore, from_disk, to_disk
+from ernie_train.weights.adapters import from_disk, to_disk
+from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
 
 
 class DpoConfig(StageConfig, MappedRows):
@@ -117,9 +119,10 @@ def pair_batches(
         taken = source.take(step)
         numbers = list(dict.fromkeys(number for number, _ in taken))
         sequences = [completion for number in numbers for completion in pairs[number]]
-        logprobs, _ = sequence_logprobs(
-            reference, sequences, temperature=1.0, batch_size=config.micro_batch_size
-        )
+        with adapter_off(reference):
+            logprobs, _ = sequence_logprobs(
+                reference, sequences, temperature=1.0, batch_size=config.micro_batch_size
+            )
         place = {number: PreferencePair(2 * at, 2 * at + 1) for at, number in enumerate(numbers)}
         batch = replace(RolloutBatch(sequences), ref_logprobs=logprobs)
         step_pairs = [place[number] for number, _ in taken]
@@ -132,7 +135,7 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
     Returns what `DONE` records. Raises `Interrupted` after saving.
     """
     # A resumed run is given the starting policy too, before its own checkpoint.
-    reference = parallel.clone_model(stage.model)
+    reference = parallel.reference_model(stage.model)
     trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
         stage.model,
         Optimizer(stage.model, config.optim),

@@ -13,6 +13,7 @@ from ernie_train.core import consensus
 from ernie_train.core.errors import ErnieTrainError
 from ernie_train.losses import explained_variance
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
     MicroBatch,
     Minibatch,
@@ -40,7 +41,8 @@ from ernie_train.train.moe_health import MoeHealth
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageRun
 from ernie_train.train.trainer import StepResult, Trainer
-from ernie_train.weights.checkpoint import Checkpoint, from_disk, to_disk
+from ernie_train.weights.adapters import from_disk, to_disk
+from ernie_train.weights.checkpoint import Checkpoint
 
 
 class Learner:
@@ -51,7 +53,7 @@ class Learner:
         self.policy = stage.model
         self.policy.train()
         # The stage's starting policy: a resumed run is given it too, before its own checkpoint.
-        self.reference = parallel.clone_model(self.policy) if config.needs_reference else None
+        self.reference = parallel.reference_model(self.policy) if config.needs_reference else None
         self.trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
             self.policy, Optimizer(self.policy, config.optim), balance=config.balance
         )
@@ -85,12 +87,13 @@ class Learner:
             # Those of offline pairs are computed in each iteration, though they do not change: the
             # last bit of a logprob depends on what shares its micro-batch, and an iteration must
             # not depend on earlier ones.
-            reference, _ = sequence_logprobs(
-                self.reference,
-                batch.sequences,
-                temperature=self.config.rollout.temperature,
-                batch_size=self.config.micro_batch_size,
-            )
+            with adapter_off(self.reference):
+                reference, _ = sequence_logprobs(
+                    self.reference,
+                    batch.sequences,
+                    temperature=self.config.rollout.temperature,
+                    batch_size=self.config.micro_batch_size,
+                )
             batch = replace(batch, ref_logprobs=reference)
         if kept.groups:
             batch, more = self._with_advantages(batch, kept)

@@ -15,10 +15,12 @@ from ernie_train.data import Record, Tokenizer, load_tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
+from ernie_train.model.partial import trained_sizes
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData
 from ernie_train.train.supervised_data import SupervisedConfig
+from ernie_train.weights.layout import parameter_shapes
 
 
 def check_recipe(recipe: Recipe, console: Console) -> None:
@@ -47,6 +49,8 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     )
     for index, stage in enumerate(recipe.stages):
         _check_stage(stage, StageData(base_dir, tokenizer, recipe.stage_seed(index)), console)
+        if line := describe_training(stage, config):
+            console.print(line, highlight=False)
     if (asked := recipe.evaluation) is not None:
         problems = load_problems(base_dir / asked.path, columns=asked.columns)
         require_verifiers(problems)
@@ -114,6 +118,7 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
     for index, stage in enumerate(recipe.stages):
         problems += _length_problems(stage, f"stages.{index}", config.max_position_embeddings)
         problems += _balance_problems(stage, f"stages.{index}", config)
+        problems += _training_problems(stage, f"stages.{index}", config)
         if isinstance(stage, SupervisedConfig) and stage.rope_schedule:
             first = stage.rope_schedule[0].rope_theta
             if first < theta:
@@ -143,6 +148,47 @@ def _balance_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConf
         "MoE layer, so neither router nor selection bias"
         for name in stage.balance.active()
     ]
+
+
+def _training_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
+    """Return what is wrong with `lora`, `train` and `freeze` for a model of `config`."""
+    try:
+        selection = stage.selection(parameter_shapes(config))
+    except ConfigError as error:
+        return [f"{path}.{problem}" for problem in error.problems]
+    if selection is None:
+        return []
+    problems = []
+    if stage.lora is not None and stage.lora.dropout and stage.kind in ("dpo", "upo"):
+        problems.append(
+            f"{path}.lora.dropout={stage.lora.dropout:g}: policy and reference must compute alike; "
+            "only pretrain and sft may drop"
+        )
+    routers = any(name.endswith(".mlp.gate.weight") for name in parameter_shapes(config))
+    for name in ("orthogonal_coef", "bias_update_rate"):
+        if routers and not selection.trains_routers and getattr(stage.balance, name):
+            problems.append(
+                f"{path}.balance.{name}={getattr(stage.balance, name):g} has no effect: routers "
+                "are frozen; train: [mlp.gate] trains them"
+            )
+    return problems
+
+
+def describe_training(stage: AnyStageConfig, config: Ernie4_5_MoeConfig) -> str:
+    """Return how much of the model a stage trains, as a line; "" for all of it."""
+    shapes = parameter_shapes(config)
+    selection = stage.selection(shapes)
+    if selection is None:
+        return ""
+    count = sum(trained_sizes(shapes, selection, stage.lora).values())
+    total, _ = config.num_parameters()
+    parts = (
+        [f"{len(selection.adapted)} pairs of matrices of rank {stage.lora.rank}"]
+        if stage.lora
+        else []
+    )
+    parts += [f"{len(selection.whole)} whole tensors"] if selection.whole else []
+    return f"trains {count:,} of {total:,} parameters ({count / total:.2%}): {' and '.join(parts)}"
 
 
 def _check_stage(stage: AnyStageConfig, data: StageData, console: Console) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -33,17 +34,21 @@ from ernie_train.io.outputs import check_run_directory
 from ernie_train.io.run_dir import RunLock, StageDone, differences, read_done, write_done
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.check import check_fit, check_gates
+from ernie_train.model.partial import begin_partial_training, end_partial_training
+from ernie_train.run.check import check_fit, check_gates, describe_training
 from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
-from ernie_train.run.stages import STAGES, AnyStageConfig, StageData, StageRun
+from ernie_train.run.stages import STAGES, AnyStageConfig, Prepared, StageData, StageRun
+from ernie_train.weights.adapters import describe_base
 from ernie_train.weights.checkpoint import CheckpointStore
-from ernie_train.weights.hf import load_pretrained
+from ernie_train.weights.hf import load_pretrained, save_pretrained
+from ernie_train.weights.layout import parameter_shapes
 from ernie_train.weights.model_directory import find_model
 
+INITIAL = "initial"  # the random weights that a first stage trains a part of
 # What a run writes beside its stages.
-WRITTEN = (RECIPE, EVALUATION, "tokenizer", "export")
+WRITTEN = (RECIPE, EVALUATION, INITIAL, "tokenizer", "export")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Pipeline:
         self.console = console if process_group.is_main() else Terminal(quiet=True)
         self.referee = referee
         self.base_dir = Path.cwd()
+        self.weights: Path | None = None  # where the model's present weights are; None: nowhere
 
     def run(self, selection: Selection = Selection()) -> None:
         """Run what is not done yet. Raises `Interrupted` after saving, on SIGTERM or SIGINT."""
@@ -169,7 +175,7 @@ class Pipeline:
         source = self.recipe.model
         dtype = "bfloat16" if device == "gpu" else "float32"
         if source.path is not None:
-            weights = find_model(source.path).weights
+            weights = self.weights = find_model(source.path).weights
             source.build()  # refuses sizes that differ from the preset's, before building the model
             model = load_pretrained(weights, dtype=dtype)
         else:
@@ -214,7 +220,7 @@ class Pipeline:
         if done is not None:
             self.console.print(f"stage {stage.name}: done before, {done.result['steps']} steps")
             checkpoint = run.directory / "checkpoints" / done.result["checkpoint"]
-            store = CheckpointStore(checkpoint.parent)
+            store, self.weights = CheckpointStore(checkpoint.parent), checkpoint
             with consensus.fail_together():
                 store.load(checkpoint, verify=process_group.is_main()).load_model(run.model)
             return lineage.after(stage.name, done.result)
@@ -226,11 +232,41 @@ class Pipeline:
             self.console.print(prepared.report.as_table())
             if process_group.is_main():
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
-        result = kind.run(stage, run, prepared)
+        result = self._train(stage, run, prepared)
         with consensus.fail_together():
             if process_group.is_main():
                 write_done(run.directory, StageDone(stage.identity(), lineage.to_dict(), result))
         return lineage.after(stage.name, result)
+
+    def _train(self, stage: AnyStageConfig, run: StageRun, prepared: Prepared) -> dict[str, Any]:
+        """Run a stage; one that trains a part of the model leaves it as its checkpoint reads."""
+        model, kind = run.model, STAGES[stage.kind]
+        selection = stage.selection(parameter_shapes(model.config))
+        if selection is None:
+            result = kind.run(stage, run, prepared)
+        else:
+            base = self._describe_base(model)
+            self.console.print(describe_training(stage, model.config), highlight=False)
+            begin_partial_training(model, selection, stage.lora, base, run.data.seed)
+            try:
+                result = kind.run(stage, run, prepared)
+            finally:
+                end_partial_training(model)
+        self.weights = run.directory / "checkpoints" / result["checkpoint"]
+        if selection is not None:
+            # Read, not merged in memory: a run that was interrupted here computes on with these.
+            with consensus.fail_together():
+                CheckpointStore(self.weights.parent).load(self.weights).load_model(model)
+        return result
+
+    def _describe_base(self, model: Ernie4_5_MoeForCausalLM) -> dict[str, str]:
+        """Return where the model's present weights are on disk; random ones are written first."""
+        if self.weights is None:
+            self.weights = self.run_dir / INITIAL
+            if not consensus.run_on_main(self.weights.exists):
+                save_pretrained(model, self.weights)
+        weights = self.weights
+        return consensus.run_on_main(lambda: describe_base(weights))
 
     def _with_data(self, lineage: Lineage, stage: AnyStageConfig) -> Lineage:
         return lineage.with_data([self.base_dir / path for path in stage.paths()])

@@ -17,7 +17,8 @@ from ernie_train.core import process_group
 from ernie_train.core.config import NonNegative, Positive, StrictConfig
 from ernie_train.core.errors import CheckpointError
 from ernie_train.io.safetensors import ArraysByOtherNames
-from ernie_train.weights.checkpoint import Rename
+from ernie_train.model.partial import trained_parameters
+from ernie_train.weights.adapters import Rename
 
 # Paddle's names of AdamW's state: `<parameter>_<slot>_0` in `state_dict`.
 _MOMENTS = ("moment1", "moment2")
@@ -108,7 +109,7 @@ class Optimizer:
         self.shards_gradients = sharding and (
             on_gpu if shards_gradients is None else shards_gradients
         )
-        self.parameters = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
+        self.parameters = trained_parameters(model)
         self.owners = parallel.parameter_owners(self.parameters)
         mine = {n: p for n, p in self.parameters.items() if self.owners[n] == process_group.rank()}
         self.owned = mine  # what this rank writes

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ernie_train.core.config import PositiveInt, StrictConfig
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.model.lora import LoraConfig
+from ernie_train.model.partial import Selection, select
 from ernie_train.train.moe_balance import BalanceConfig
 from ernie_train.train.moe_health import MoeHealthConfig
 from ernie_train.train.optimizer import OptimConfig
@@ -31,16 +34,38 @@ class Gate(StrictConfig):
 
 
 class StageConfig(StrictConfig):
-    """Settings that every kind of stage has."""
+    """Settings that every kind of stage has.
+
+    lora: pairs of matrices train beside a frozen model; they are merged when the stage ends.
+    train: names of parameters, or parts of names, that train; all by default, none beside `lora`.
+    freeze: those that do not.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     micro_batch_size: PositiveInt
     optim: OptimConfig
+    lora: LoraConfig | None = None
+    train: list[str] = []
+    freeze: list[str] = []
     balance: BalanceConfig = BalanceConfig()
     moe_health: MoeHealthConfig = MoeHealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     gate: Gate | None = None
+
+    @field_validator("train", "freeze", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def selection(self, shapes: Mapping[str, tuple[int, ...]]) -> Selection | None:
+        """Return what trains of a model with parameters of these shapes; None: all of it.
+
+        Raises `ConfigError` as `select` does.
+        """
+        if self.lora is None and not self.train and not self.freeze:
+            return None
+        return select(shapes, self.lora, self.train, self.freeze)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings on which the stage's result depends; a gate only judges it."""

@@ -30,7 +30,8 @@ from ernie_train.train.supervised_data import (
     total_steps,
 )
 from ernie_train.train.trainer import Hook, StepResult, Throughput, Trainer
-from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore, from_disk, to_disk
+from ernie_train.weights.adapters import from_disk, to_disk
+from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
 
 
 class PackedLoss:

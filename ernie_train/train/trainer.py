@@ -18,6 +18,7 @@ from paddle import Tensor
 from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.errors import Interrupted, NonFiniteError
+from ernie_train.model.partial import set_dropout_key
 from ernie_train.train.loss_terms import BatchT, LossFn, LossTerm, Mean, ModelT
 from ernie_train.train.moe_balance import BalanceConfig, MoeBalance, RouterStatsAccumulator
 from ernie_train.train.optimizer import Optimizer, learning_rate
@@ -121,6 +122,8 @@ class Trainer(Generic[ModelT, BatchT]):
         load = self.balancer.new_load()
         last = _passes_per_rank(micro_batches) - 1
         for number, batch in enumerate(process_group.shard(micro_batches)):
+            place = number * process_group.world_size() + process_group.rank()
+            set_dropout_key(self.model, self.step, place)
             output = loss_fn(self.model, batch)
             terms = [*output.terms, *self.balancer.terms(output.router_stats)]
             if number == last:

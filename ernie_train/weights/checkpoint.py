@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,8 @@ from ernie_train.io.safetensors import (
     write_tensor_files,
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.weights.hf import from_hf, load_config, load_weights, to_hf, write_weights
+from ernie_train.weights.adapters import BASE, load_pairs, saved_parameters, write_part
+from ernie_train.weights.hf import load_config, load_weights, write_weights
 
 _STEP = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
@@ -119,29 +120,9 @@ class Checkpoint:
         Raises:
             WeightsError: the weights do not fit the model's configuration.
         """
-        load_weights(model, self.path, verify=False)
+        load_weights(model, self.path, verify=False, merge=model.partial is None)
+        load_pairs(model, self.path)
         model.set_rope_theta(load_config(self.path).rope_theta)
-
-
-# Converts names and layouts of parameters, or of their moments, to those on disk or back.
-Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-
-
-def to_disk(
-    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
-) -> Mapping[str, np.ndarray]:
-    """Return parameters of a model, or their Adam moments, by their names on disk."""
-    return dict(to_hf(model.config, named, model.model.placement.experts))
-
-
-def from_disk(
-    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
-) -> Mapping[str, np.ndarray]:
-    """Return the parameters, or Adam moments, that this rank holds, by their names in memory.
-
-    `named` holds those of all ranks by their names on disk.
-    """
-    return dict(from_hf(model.config, named, model.model.placement.experts))
 
 
 class CheckpointStore:
@@ -189,7 +170,9 @@ class CheckpointStore:
 
         def write(directory: Path) -> dict[str, FileDigest]:
             size = self.config.max_shard_size
-            digests = write_weights(model, directory, max_shard_size=size)
+            only = saved_parameters(model)
+            digests = write_weights(model, directory, max_shard_size=size, only=only)
+            digests |= write_part(model, directory)
             if process_group.any_rank(bool(optimizer)):
                 entries = array_entries(optimizer)
                 digests |= write_tensor_files(directory, "optimizer", entries, size)
@@ -208,7 +191,8 @@ class CheckpointStore:
             return digests
 
         shown = {name: v if math.isfinite(v) else repr(v) for name, v in values.items()}
-        write_directory(path, write, info={"step": step, "metrics": shown})
+        described = {"step": step, "metrics": shown}
+        write_directory(path, write, info=described, unlisted=[BASE])
         consensus.run_on_main(lambda: self._retain(step))
         wanted = self.config.best_metric
         if values and wanted is not None and wanted not in values:

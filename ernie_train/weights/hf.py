@@ -32,6 +32,7 @@ from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.configuration import read_config_json
 from ernie_train.model.pylayer import dtype_name
 from ernie_train.parallel import new_model, owned_names
+from ernie_train.weights.adapters import Part, find_base, is_partial, read_part
 from ernie_train.weights.layout import (
     EMBED_TOKENS,
     LM_HEAD,
@@ -40,18 +41,11 @@ from ernie_train.weights.layout import (
     assemble,
     describe_names,
     detect_layout,
-    from_hf,
     is_mtp_name,
     normalize_name,
     parameter_shapes,
     tensor_mappings,
-    to_hf,
 )
-
-__all__ = [
-    "LoadReport", "from_hf", "load_config", "load_pretrained", "load_weights", "read_parameters",
-    "save_pretrained", "to_hf", "write_weights",
-]  # fmt: skip
 
 # dtype of weights on disk -> its name in safetensors
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -115,6 +109,8 @@ def load_config(path: str | Path) -> Ernie4_5_MoeConfig:
         WeightsError: the layout had to be detected and the weights are missing or damaged.
     """
     file = Path(path) / "config.json"
+    if not file.exists() and is_partial(Path(path)):  # an adapter alone
+        return load_config(find_base(Path(path)))
     values = read_config_json(file)
     if "tie_word_embeddings" not in values:
         # Hugging Face's default is true, that of Baidu's own configurations false.
@@ -124,11 +120,12 @@ def load_config(path: str | Path) -> Ernie4_5_MoeConfig:
 
 
 def load_weights(
-    model: Ernie4_5_MoeForCausalLM, path: str | Path, *, verify: bool = True
+    model: Ernie4_5_MoeForCausalLM, path: str | Path, *, verify: bool = True, merge: bool = True
 ) -> LoadReport:
     """Load the weights in the directory `path` into `model`; each parameter keeps its dtype.
 
     With `verify`, rank 0 compares files that this program wrote with the hashes in their manifest.
+    An adapter is merged into its base; without `merge` the base is loaded.
 
     Raises:
         WeightsError: files are missing or damaged, names or shapes do not fit (then the model is
@@ -141,7 +138,7 @@ def load_weights(
         odd = ", ".join(sorted(expected.keys() ^ state.keys())[:20])
         raise WeightsError(f"the model's parameters are not those of its configuration: {odd}")
     source = _open(Path(path), model.config, experts, verify=verify and process_group.is_main())
-    for name, array in source.parameters():
+    for name, array in source.parameters(merge=merge):
         target = state[name]
         # set_value copies a numpy array into the parameter without a temporary tensor.
         target.set_value(to_bfloat16(array) if target.dtype == paddle.bfloat16 else array)
@@ -189,7 +186,8 @@ class _Source:
             raise WeightsError(f"{file}: {count} numbers of {name} are NaN or infinite")
         return array
 
-    def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+    def parameters(self, *, merge: bool = True) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (name in memory, array); `merge` is for directories with a part of a model."""
         if LM_HEAD in self.names and not any(p.stored == LM_HEAD for p in self.wanted):
             self._check_tied()
         present = [mapping for mapping in self.wanted if mapping.stored not in self.no_bias]
@@ -213,7 +211,10 @@ class _Source:
 
 def _open(
     path: Path, config: Ernie4_5_MoeConfig, experts: range | None = None, *, verify: bool
-) -> _Source:
+) -> _Source | Part:
+    if is_partial(path):
+        base = _open(find_base(path, verify=verify), config, experts, verify=verify)
+        return read_part(path, config, experts, base)
     verified = verify and _verify(path)
     files = TensorFiles(path)
     skipped = tuple(sorted(name for name in files if is_mtp_name(name)))
@@ -285,6 +286,7 @@ def write_weights(
     *,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
+    only: set[str] | None = None,
 ) -> dict[str, FileDigest]:
     """Write `model*.safetensors` and `config.json` into an existing directory.
 
@@ -296,6 +298,7 @@ def write_weights(
         directory: an existing directory.
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of each parameter.
         max_shard_size: the size of a file, in bytes or as "5GB".
+        only: names of the parameters to write; None writes all.
 
     Returns:
         The digests of this rank's files, by file name.
@@ -304,8 +307,10 @@ def write_weights(
         ConfigError: `dtype` or `max_shard_size` is invalid.
         StorageError: the disk is full or the directory cannot be written.
     """
-    entries = tensor_entries(model, dtype)
-    digests = write_tensor_files(directory, "model", entries, max_shard_size)
+    digests: dict[str, FileDigest] = {}
+    if only is None or only:
+        entries = tensor_entries(model, dtype, only)
+        digests = write_tensor_files(directory, "model", entries, max_shard_size)
     stored_as = dtype or dtype_name(model.model.embed_tokens.weight)
     with consensus.fail_together():
         if process_group.is_main():
@@ -313,8 +318,10 @@ def write_weights(
     return digests
 
 
-def tensor_entries(model: Ernie4_5_MoeForCausalLM, dtype: str | None = None) -> list[TensorEntry]:
-    """Return the tensors of a model that this rank writes, by their names on disk.
+def tensor_entries(
+    model: Ernie4_5_MoeForCausalLM, dtype: str | None = None, only: set[str] | None = None
+) -> list[TensorEntry]:
+    """Return the tensors of a model that this rank writes, of all parameters or `only` some.
 
     Raises:
         ConfigError: `dtype` is unknown.
@@ -325,7 +332,7 @@ def tensor_entries(model: Ernie4_5_MoeForCausalLM, dtype: str | None = None) -> 
     mine = owned_names(read.state)
     entries = []
     for mapping in tensor_mappings(model.config, experts=model.model.placement.experts):
-        if mapping.parameter not in mine:
+        if mapping.parameter not in mine or (only is not None and mapping.parameter not in only):
             continue
         kept = dtype_name(read.state[mapping.parameter])
         stored = "F32" if mapping.keep_float32 else DTYPES[dtype or kept]

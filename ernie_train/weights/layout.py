@@ -286,7 +286,18 @@ def to_hf(
     Raises:
         WeightsError: a name or shape is not the model's.
     """
-    shapes = parameter_shapes(config, experts)
+    yield from to_stored(tensor_mappings(config, experts=experts), named)
+
+
+def to_stored(
+    mappings: list[TensorMapping], named: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name on disk, view as on disk) of arrays that `mappings` map; see `to_hf`.
+
+    Raises:
+        WeightsError: no mapping has a name or its shape.
+    """
+    shapes = {mapping.parameter: mapping.shape for mapping in mappings}
     unknown = [name for name in named if name not in shapes]
     wrong = [
         f"{name} {list(array.shape)} instead of {list(shapes[name])}"
@@ -295,7 +306,7 @@ def to_hf(
     ]
     if problems := describe_names([], unknown, wrong):
         raise WeightsError("; ".join(problems))
-    for mapping in tensor_mappings(config, experts=experts):
+    for mapping in mappings:
         if mapping.parameter in named:
             yield mapping.stored, mapping.to_stored(named[mapping.parameter])
 
@@ -315,6 +326,20 @@ def from_hf(
         WeightsError: a name or shape is not the model's.
     """
     every = tensor_mappings(config)
+    here = every if experts is None else tensor_mappings(config, experts=experts)
+    yield from from_stored(every, named, here)
+
+
+def from_stored(
+    every: list[TensorMapping], named: Mapping[str, np.ndarray], here: list[TensorMapping]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name in memory, array) of stored arrays: undo `to_stored`; see `from_hf`.
+
+    `every` maps those of all ranks, `here` those of this one.
+
+    Raises:
+        WeightsError: no mapping has a name, or a part of a parameter is missing.
+    """
     present = {mapping.parameter for mapping in every if mapping.stored in named}
     wanted = [mapping for mapping in every if mapping.parameter in present]
     expected = {mapping.stored: mapping.stored_shape for mapping in wanted}
@@ -322,7 +347,6 @@ def from_hf(
     missing = [name for name in expected if name not in named]
     if problems := describe_names(missing, unknown, []):
         raise WeightsError("; ".join(problems))
-    here = every if experts is None else tensor_mappings(config, experts=experts)
     yield from assemble([p for p in here if p.parameter in present], named.__getitem__)
 
 

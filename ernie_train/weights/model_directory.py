@@ -9,6 +9,7 @@ from pathlib import Path
 from ernie_train.core.errors import CheckpointError
 from ernie_train.io.files import MANIFEST, verify_manifest
 from ernie_train.io.run_dir import read_done
+from ernie_train.weights.adapters import find_base, is_partial
 from ernie_train.weights.checkpoint import CheckpointConfig, CheckpointStore
 
 
@@ -42,6 +43,8 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
         return ModelDirectory(weights, root.parent / "tokenizer")
     if best:
         raise CheckpointError(f"{root}: the best is one of a run's or a stage's checkpoints")
+    if not (root / "config.json").exists() and is_partial(root):  # an adapter alone
+        return ModelDirectory(root, find_model(find_base(root)).tokenizer)
     if not (root / "config.json").exists():
         raise CheckpointError(
             f"{root}: neither a model directory (config.json), a checkpoint nor a run directory "

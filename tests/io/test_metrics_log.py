@@ -165,6 +165,14 @@ def test_cutting_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert path.read_text() == before
 
 
+def test_lines_of_samples_which_hold_text_are_cut_too(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    lines = [f'{{"step": {step}, "task": "sum", "parts": {{"a": 1.0}}}}\n' for step in (1, 2)]
+    path.write_text("".join(lines))
+    assert [row["task"] for row in cut_after(path, 1)] == ["sum"]
+    assert path.read_text() == lines[0]
+
+
 def test_an_unwritable_directory_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file"):

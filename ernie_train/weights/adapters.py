@@ -1,0 +1,351 @@
+"""Directories that hold a part of a model: trained parameters, LoRA pairs, and where the rest is.
+
+    adapter_model.safetensors, adapter_config.json     LoRA pairs, in PEFT's layout and names
+    model.safetensors                                  parameters that trained whole
+    base.json                                          path of the base, hash of its weights
+
+Checkpoints of stages that train a part are such directories, and so is an adapter of PEFT, which
+names its base in adapter_config.json. Reading one as a model gives the base with the pairs merged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ernie_train.core import consensus, process_group
+from ernie_train.core.errors import WeightsError
+from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_json
+from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
+from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.model.lora import EMBEDDING, HEAD, pair_names, pair_shapes
+from ernie_train.model.partial import adapter_of
+from ernie_train.parallel import owned_names
+from ernie_train.weights.layout import (
+    TensorMapping,
+    describe_names,
+    from_hf,
+    from_stored,
+    tensor_mappings,
+    to_stored,
+)
+from ernie_train.weights.peft_config import describe_adapter
+
+BASE, ADAPTER, ADAPTER_CONFIG = "base.json", "adapter_model", "adapter_config.json"
+_PREFIX = "base_model.model."
+_HASHED = ("model*.safetensors", f"{ADAPTER}*.safetensors", ADAPTER_CONFIG)
+# Keys of PEFT that change what an adapter computes, with the only value that is read here.
+_PLAIN = {
+    "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
+    "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
+}  # fmt: skip
+
+
+# ---- bases ---------------------------------------------------------------------------------------
+
+
+def is_partial(directory: Path) -> bool:
+    """Return whether a directory holds a part of a model only."""
+    return (directory / BASE).exists() or (directory / ADAPTER_CONFIG).exists()
+
+
+def describe_base(weights: Path) -> dict[str, str]:
+    """Return the record of a base: its absolute path, and a hash of its weights."""
+    return {"path": str(weights.resolve()), "sha256": hash_weights(weights)}
+
+
+def hash_weights(directory: Path) -> str:
+    """Return a hash of a model directory's weights, with those of its base if it is a part.
+
+    It takes the files' hashes from the manifest, if there is one.
+    """
+    files = sorted(path for pattern in _HASHED for path in directory.glob(pattern))
+    manifest = directory / MANIFEST
+    known = json.loads(manifest.read_text("utf-8"))["files"] if manifest.exists() else {}
+    hashes = {
+        path.name: known[path.name]["sha256"] if path.name in known else digest_file(path).sha256
+        for path in files
+    }
+    if (directory / BASE).exists():
+        hashes[BASE] = str(_read_json(directory / BASE).get("sha256"))
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def find_base(directory: Path, *, verify: bool = False) -> Path:
+    """Return the directory of the base that a partial directory names.
+
+    Raises:
+        WeightsError: it names none, there is nothing, or with `verify` the weights there are not
+            those that the part was trained on.
+    """
+    file, key, record = directory / BASE, "path", {}
+    if file.exists():
+        record = _read_json(file)
+        base = Path(str(record.get("path")))
+        if not base.is_dir() and "relative" in record:  # the run directory was moved
+            base = Path(os.path.normpath(directory / str(record["relative"])))
+    else:
+        file, key = directory / ADAPTER_CONFIG, "base_model_name_or_path"
+        base = Path(str(_read_json(file).get(key)))
+    where = f"{file}: {key}"
+    if not base.is_dir():
+        raise WeightsError(
+            f"{where} names the base {base}, which is no directory here: set it to the base's place"
+        )
+    if verify and record.get("sha256") not in (None, hash_weights(base)):
+        raise WeightsError(
+            f"{where}: the weights in {base} are not those that {directory} was trained on"
+        )
+    return base
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: must be a JSON object")
+    return found
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def pair_mappings(
+    config: Ernie4_5_MoeConfig,
+    adapted: tuple[str, ...],
+    rank: int,
+    experts: range | None = None,
+) -> list[TensorMapping]:
+    """Return the mappings of the pairs of `adapted` parameters to PEFT's tensors, [out,in] each.
+
+    Experts have a tensor each, as in the model's own layout.
+    """
+    wanted, result = set(adapted), []
+    for mapping in tensor_mappings(config, experts=experts):
+        if mapping.parameter not in wanted:
+            continue
+        module = _PREFIX + mapping.stored.removesuffix(".weight")
+        shapes = pair_shapes(mapping.parameter, mapping.shape, rank)
+        for name, shape in zip(pair_names(mapping.parameter), shapes, strict=True):
+            stored = f"{module}.{name.rpartition('.')[2]}"
+            stored += "" if "lora_embedding" in name else ".weight"
+            stored_shape = (shape[-1], shape[-2])
+            result.append(TensorMapping(name, shape, stored, stored_shape, True, mapping.at))
+    return result
+
+
+# Converts names and layouts of parameters, or of their moments, to those on disk or back.
+Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+def to_disk(
+    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """Return trained parameters of a model, or their Adam moments, by their names on disk."""
+    return dict(to_stored(_trained_mappings(model, model.model.placement.experts), named))
+
+
+def from_disk(
+    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """Return the parameters, or Adam moments, that this rank holds, by their names in memory.
+
+    `named` holds those of all ranks by their names on disk.
+    """
+    here = _trained_mappings(model, model.model.placement.experts)
+    return dict(from_stored(_trained_mappings(model, None), named, here))
+
+
+def _trained_mappings(model: Ernie4_5_MoeForCausalLM, experts: range | None) -> list[TensorMapping]:
+    """Return the mappings of a model's parameters, and of its pairs if it has some."""
+    result, adapter = tensor_mappings(model.config, experts=experts), adapter_of(model)
+    if adapter is not None:
+        result += pair_mappings(model.config, tuple(adapter.pairs), adapter.config.rank, experts)
+    return result
+
+
+def saved_parameters(model: Ernie4_5_MoeForCausalLM) -> set[str] | None:
+    """Return the parameters that a checkpoint holds whole: what trains, and what moves with it.
+
+    The selection bias moves with its router. None: all.
+    """
+    if model.partial is None:
+        return None
+    names = set(model.partial.selection.whole)
+    if model.partial.selection.trains_routers:
+        known = (mapping.parameter for mapping in tensor_mappings(model.config))
+        names |= {name for name in known if name.endswith("e_score_correction_bias")}
+    return names
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write_part(model: Ernie4_5_MoeForCausalLM, directory: Path) -> dict[str, FileDigest]:
+    """Write base.json and the pairs of a model that trains in part; else nothing.
+
+    Every rank must call it, and writes the pairs that it owns.
+
+    Returns:
+        The digests of this rank's files of tensors, by file name.
+    """
+    if model.partial is None:
+        return {}
+    digests: dict[str, FileDigest] = {}
+    adapter, base = adapter_of(model), model.partial.base
+    if adapter is not None:
+        held = adapter.parameters()
+        arrays = to_disk(model, {name: held[name].numpy() for name in owned_names(held)})
+        digests = write_tensor_files(directory, ADAPTER, array_entries(arrays))
+    with consensus.fail_together():
+        if process_group.is_main():
+            relative = os.path.relpath(base["path"], directory)
+            write_json(directory / BASE, {**base, "relative": relative})
+            if adapter is not None:
+                adapted = tuple(adapter.pairs)
+                described = describe_adapter(model.config, adapter.config, adapted, base["path"])
+                write_json(directory / ADAPTER_CONFIG, described)
+    return digests
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """The content of a partial directory, as arrays in memory's layout, and the base.
+
+    base: reads the base's parameters, as `_Source` of hf.py does; None to look at the part alone.
+    """
+
+    directory: Path
+    base: Any
+    whole: dict[str, np.ndarray]
+    pairs: Mapping[str, np.ndarray]  # names of A and B -> arrays
+    scale: float
+
+    def report(self) -> Any:
+        """Return the base's report: which tensors were loaded."""
+        return self.base.report()
+
+    def parameters(self, *, merge: bool = True) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the base's parameters with trained ones replaced and, with `merge`, pairs added.
+
+        Raises:
+            WeightsError: no pair adds anything: the merge would equal the base.
+        """
+        if (
+            merge
+            and self.pairs
+            and not any(self.pairs[name].any() for name in self.pairs if name.endswith("lora_B"))
+            and not any(self.pairs[name].any() for name in self.pairs if "embedding_A" in name)
+        ):
+            raise WeightsError(
+                f"{self.directory}: every product of the adapter is zero, so that merged it equals "
+                "its base: nothing was trained"
+            )
+        for name, array in self.base.parameters():
+            array = self.whole.get(name, array)
+            a, b = pair_names(name)
+            if merge and a in self.pairs:
+                product = np.matmul(self.pairs[a], self.pairs[b]) * np.float32(self.scale)
+                array = array + (product.T if name == HEAD else product)
+            yield name, array
+
+
+def read_part(
+    directory: Path, config: Ernie4_5_MoeConfig, experts: range | None = None, base: Any = None
+) -> Part:
+    """Read a partial directory for a model of `config`, and of its experts those of a rank.
+
+    Raises:
+        WeightsError: it is damaged, of another base or rank, or holds what is not read here.
+    """
+    stored: dict[str, np.ndarray] = {}
+    if list(directory.glob("model*.safetensors*")):
+        stored = dict(TensorFiles(directory))
+    pairs: dict[str, np.ndarray] = {}
+    scale = 0.0
+    if (directory / ADAPTER_CONFIG).exists():
+        settings = _adapter_settings(directory)
+        scale, rank = settings["scale"], settings["r"]
+        files = TensorFiles(directory, ADAPTER)
+        stored |= {
+            name.removeprefix(_PREFIX): files[name] for name in files if ".lora_" not in name
+        }
+        every = pair_mappings(config, tuple(_adaptable(config)), rank)
+        here = pair_mappings(config, tuple(_adaptable(config)), rank, experts)
+        found = {name: files[name] for name in files if ".lora_" in name}
+        _check_pairs(directory, found, every, rank)
+        pairs = dict(from_stored(every, found, here))
+    try:
+        whole = dict(from_hf(config, stored, experts))
+    except WeightsError as error:
+        raise WeightsError(f"{directory}: {error}") from None
+    return Part(directory, base, whole, pairs, scale)
+
+
+def load_pairs(model: Ernie4_5_MoeForCausalLM, directory: Path) -> None:
+    """Set the pairs of a model that trains in part; does nothing for one that has none."""
+    adapter = adapter_of(model)
+    if adapter is not None:
+        found = read_part(directory, model.config, model.model.placement.experts).pairs
+        for name, matrix in adapter.parameters().items():
+            matrix.set_value(paddle.to_tensor(found[name]).astype(matrix.dtype))
+
+
+def _adapter_settings(directory: Path) -> dict[str, Any]:
+    path = directory / ADAPTER_CONFIG
+    settings = _read_json(path)
+    odd = [
+        f"{key}: {settings[key]}"
+        for key, plain in _PLAIN.items()
+        if settings.get(key) not in (None, plain)
+    ]
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if odd:
+        raise WeightsError(f"{path}: cannot be read here: {', '.join(odd)}")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise WeightsError(f"{path}: r and lora_alpha must be numbers, r at least 1")
+    root = math.sqrt(rank) if settings.get("use_rslora") else rank
+    return {"r": rank, "scale": alpha / root}
+
+
+def _adaptable(config: Ernie4_5_MoeConfig) -> list[str]:
+    names = dict.fromkeys(mapping.parameter for mapping in tensor_mappings(config))
+    return [n for n in names if ("_proj" in n and not n.endswith("bias")) or n in (EMBEDDING, HEAD)]
+
+
+def _check_pairs(
+    directory: Path, found: Mapping[str, np.ndarray], every: list[TensorMapping], rank: int
+) -> None:
+    expected = {mapping.stored: mapping.stored_shape for mapping in every}
+    ranks = {array.shape[0 if "_A" in name else -1] for name, array in found.items()}
+    if ranks - {rank}:
+        raise WeightsError(
+            f"{directory}: the matrices have rank {', '.join(map(str, sorted(ranks)))}, "
+            f"{ADAPTER_CONFIG} says r: {rank}"
+        )
+    wrong = [
+        f"{name} {list(array.shape)} instead of {list(expected[name])}"
+        for name, array in found.items()
+        if name in expected and array.shape != expected[name]
+    ]
+    unknown = [name for name in found if name not in expected]
+    other = {"_A": "_B", "_B": "_A"}
+    partners = {re.sub(r"_[AB](?=\.weight$|$)", lambda end: other[end[0]], name) for name in found}
+    missing = [name for name in partners if name not in found]
+    if problems := describe_names(missing, unknown, wrong):
+        raise WeightsError(f"{directory}: an adapter of another base: {'; '.join(problems)}")

@@ -1,0 +1,211 @@
+"""Adapters on disk: PEFT's layout, with peft itself as the referee, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie_train.core.errors import WeightsError
+from ernie_train.data import Batch
+from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.model.lora import LoraConfig
+from ernie_train.model.partial import begin_partial_training, select, trained_parameters
+from ernie_train.train.optimizer import OptimConfig, Optimizer
+from ernie_train.train.supervised import PackedLoss
+from ernie_train.train.trainer import Trainer
+from ernie_train.weights import CheckpointStore, find_model, load_pretrained, save_pretrained
+from ernie_train.weights.adapters import describe_base
+from ernie_train.weights.layout import parameter_shapes
+from tests.small_models import VARIANTS, make_model, state
+
+Referee = Callable[..., Any]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "everything": ("untied", {"targets": ["all-linear", "embed_tokens", "lm_head"]}),
+    "moe": ("moe", {"rslora": True}),
+    "dense": ("dense", {"rslora": True, "dropout": 0.1}),
+    "attention": ("moe", {"targets": ["q_proj", "layers.1.self_attn.v_proj"]}),
+    "shared": ("moe", {"targets": ["shared_experts", "layers.0.mlp"]}),
+    "experts": ("no-shared", {"targets": "experts", "dropout": 0.1}),
+}
+
+
+def begin(
+    directory: Path, sizes: dict[str, Any], zero_b: bool = False, **settings: Any
+) -> Ernie4_5_MoeForCausalLM:
+    """A model with pairs of random numbers, its base in `directory`/base."""
+    model = make_model(**sizes)
+    save_pretrained(model, directory / "base")
+    lora = LoraConfig(**{"rank": 3, "alpha": 8, **settings})
+    selection = select(parameter_shapes(model.config), lora, [], [])
+    begin_partial_training(model, selection, lora, describe_base(directory / "base"), seed=1)
+    random = np.random.default_rng(1)
+    for matrix in trained_parameters(model).values() if not zero_b else ():
+        matrix.set_value(random.normal(0, 0.1, matrix.shape).astype(np.float32))
+    return model
+
+
+def save(model: Ernie4_5_MoeForCausalLM, directory: Path) -> Path:
+    """Write the model's checkpoint as `directory`/adapter, with the three files of an adapter."""
+    written = CheckpointStore(directory / "checkpoints").save(
+        1, model=model, optimizer={}, state={}
+    )
+    (directory / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base.json"):
+        shutil.copy(written / name, directory / "adapter")
+    return directory / "adapter"
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 96, (2, 9))
+
+
+def logits(model: Ernie4_5_MoeForCausalLM) -> np.ndarray:
+    model.eval()
+    found: np.ndarray = model(paddle.to_tensor(tokens())).logits.numpy()
+    return found
+
+
+@pytest.mark.parametrize("transformers", ["newest", "4.57"])
+def test_peft_computes_what_we_do(tmp_path: Path, referee: Referee, transformers: str) -> None:
+    expected = {}
+    for name, (variant, settings) in CASES.items():
+        model = begin(tmp_path / name, VARIANTS[variant], **settings)
+        expected[name] = logits(model)
+        adapter = save(model, tmp_path / name)
+        np.savez(tmp_path / name / "inputs.npz", input_ids=tokens())
+        merged = load_pretrained(adapter)  # an adapter reads as a model: its base, merged
+        np.testing.assert_allclose(logits(merged), expected[name], atol=1e-5)
+    (tmp_path / "cases.json").write_text(json.dumps([{"name": name} for name in CASES]))
+    referee("peft_lora.py", tmp_path, transformers=transformers)
+    for name, ours in expected.items():
+        found = np.load(tmp_path / name / "logits.npz")
+        np.testing.assert_allclose(found["logits"], ours, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found["merged"], ours, atol=1e-5, err_msg=name)
+
+
+def full_batch(ids: np.ndarray) -> Batch:
+    """Every row one document, every next token trained."""
+    rows, length = ids.shape
+    labels = np.roll(ids, -1, 1)
+    mask = np.ones(ids.shape, np.float32)
+    mask[:, -1] = 0
+    return Batch(
+        input_ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        position_ids=np.tile(np.arange(length), (rows, 1)),
+        document_ids=np.ones(ids.shape, np.int64),
+    )
+
+
+def test_ten_steps_are_those_of_transformers_with_peft(tmp_path: Path, referee: Referee) -> None:
+    """The same adapter, batches and AdamW: losses step by step, and the adapted model after.
+
+    On transformers 4.57: peft trains on 5 more than one pair an expert, since it fuses those of
+    gate and up into one of twice the rank.
+    """
+    settings = {"lr": 5e-3}
+    # Every token goes to all experts: choosing among them, the two would part at the first tie.
+    names = ("everything", "dense", "moe")
+    keys = {name: {**VARIANTS[CASES[name][0]], "moe_k": 4} for name in names}
+    # Without id 0, padding, whose embedding takes no gradient in transformers.
+    batches = np.random.default_rng(4).integers(1, 96, (10, 2, 16))
+    expected, after = {}, {}
+    for name, sizes in keys.items():
+        model = begin(tmp_path / name, sizes, zero_b=True, **CASES[name][1] | {"dropout": 0.0})
+        save(model, tmp_path / name)
+        optim = OptimConfig(lr=settings["lr"], schedule="constant")
+        trainer: Trainer[Any, Any] = Trainer(model, Optimizer(model, optim))
+        steps = [trainer.train_step([full_batch(b)], PackedLoss("tokens"), 10) for b in batches]
+        expected[name] = [step.metrics["loss"] for step in steps]
+        after[name] = logits(model)
+        np.savez(tmp_path / name / "inputs.npz", input_ids=tokens(), batches=batches)
+    cases = [{"name": name, "steps": settings} for name in keys]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    referee("peft_lora.py", tmp_path, transformers="4.57")
+    for name, ours in expected.items():
+        found = np.load(tmp_path / name / "logits.npz")
+        np.testing.assert_allclose(found["losses"], ours, atol=1e-4, err_msg=name)
+        assert abs(found["losses"][0] - found["losses"][-1]) > 0.01
+        np.testing.assert_allclose(found["logits"], after[name], atol=1e-3, err_msg=name)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return save(begin(tmp_path, {}), tmp_path)
+
+
+def test_an_adapter_of_peft_alone_reads_as_a_model(adapter: Path) -> None:
+    before = state(load_pretrained(adapter))
+    (adapter / "base.json").unlink()
+    assert find_model(adapter).weights == adapter
+    after = state(load_pretrained(adapter))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def rewrite(adapter: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    arrays = dict(TensorFiles(adapter, "adapter_model"))
+    change(arrays)
+    write_tensor_files(adapter, "adapter_model", array_entries(arrays))
+
+
+def settings(adapter: Path, **changes: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "rank": (lambda d: settings(d, r=4), "have rank 3, adapter_config.json says r: 4"),
+    "dora": (lambda d: settings(d, use_dora=True), "cannot be read here: use_dora: True"),
+    "patterns": (lambda d: settings(d, rank_pattern={"q_proj": 8}), "rank_pattern"),
+    "no rank": (lambda d: settings(d, r=None), "r and lora_alpha must be numbers"),
+    "damaged": (lambda d: (d / "adapter_config.json").write_text("{"), "cannot be read"),
+    "zero": (
+        lambda d: rewrite(d, lambda a: a.update({n: 0 * a[n] for n in a})),
+        "merged it equals its base",
+    ),
+    "width": (
+        lambda d: rewrite(d, lambda a: a.update({Q_A: np.ones((3, 48), np.float32)})),
+        r"an adapter of another base: wrong shape \(1\): .*q_proj.lora_A.weight \[3, 48\] instead",
+    ),
+    "unknown": (
+        lambda d: rewrite(d, lambda a: a.update({Q_A.replace("layers.0", "layers.9"): a[Q_A]})),
+        "an adapter of another base: .*not of this model",
+    ),
+    "half a pair": (lambda d: rewrite(d, lambda a: a.__delitem__(Q_A)), "missing .*q_proj.lora_A"),
+    "base": (
+        lambda d: shutil.move(d.parent / "base", d.parent / "elsewhere"),
+        "names the base .*, which is no directory here: set it to the base's place",
+    ),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_faulty_adapter_is_one_message(adapter: Path, case: str) -> None:
+    change, message = REFUSED[case]
+    change(adapter)
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_pretrained(adapter)
+    assert str(adapter) in str(caught.value)
+
+
+def test_weights_of_another_base_of_the_same_size_are_noticed(adapter: Path) -> None:
+    other = make_model()
+    other.model.norm.weight.set_value(2 * other.model.norm.weight)
+    shutil.rmtree(adapter.parent / "base")
+    save_pretrained(other, adapter.parent / "base")
+    with pytest.raises(WeightsError, match=r"are not those that .* was trained on"):
+        load_pretrained(adapter)
