@@ -278,6 +278,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
             _check_index(directory, listed, self.stored)
 
     def __getitem__(self, name: str) -> np.ndarray:
+        array = self.bits(name)
+        return from_bfloat16(array) if self.stored[name].dtype == "BF16" else array
+
+    def bits(self, name: str) -> np.ndarray:
+        """Return a tensor as stored; uint16 holds the bits of bfloat16."""
         tensor = self.stored[name]
         count = math.prod(tensor.shape)
         try:
@@ -289,8 +294,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
             raise WeightsError(f"{tensor.file}: cannot be read: {error.strerror}") from None
         if array.size != count:
             raise WeightsError(f"{tensor.file}: ends in the middle of {name}: truncated")
-        array = array.reshape(tensor.shape)
-        return from_bfloat16(array) if tensor.dtype == "BF16" else array
+        return array.reshape(tensor.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

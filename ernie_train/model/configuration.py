@@ -17,78 +17,12 @@ from pydantic import Field, PrivateAttr
 from ernie_train.core.config import NonNegative, Positive, PositiveInt, StrictConfig, list_problems
 from ernie_train.core.errors import ConfigError, did_you_mean
 from ernie_train.core.foreign_files import read_json
+from ernie_train.model.foreign_keys import NOT_CARRIED, foreign_problems, unknown_keys
 
 MOE_MODEL_TYPE = "ernie4_5_moe"
 DENSE_MODEL_TYPE = "ernie4_5"
 ARCHITECTURES = {MOE_MODEL_TYPE: "Ernie4_5_MoeForCausalLM", DENSE_MODEL_TYPE: "Ernie4_5ForCausalLM"}
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
-
-# A foreign key that would change the function, and the values under which it does not.
-_OFF = (None, False, 0)
-_ONE = (None, 1)
-_NO_SCALE = (_ONE, "scaled outputs are not implemented")
-_NO_CAP = (_OFF, "soft-capping is not implemented")
-_NO_DROPOUT = (_OFF, "dropout is not implemented")
-_NO_GROUPS = ((None, False, 0, 1), "expert groups are not implemented")
-_NO_WINDOW = (_OFF, "sliding-window attention is not implemented")
-_SOFTMAX = ((None, "softmax"), "the router is a softmax")
-_BIASES = (_OFF, "biases follow use_bias: every projection has one, or none has")
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "attention_dropout": _NO_DROPOUT,
-    "attention_dropout_prob": _NO_DROPOUT,
-    "attention_probs_dropout_prob": _NO_DROPOUT,
-    "hidden_dropout_prob": _NO_DROPOUT,
-    "moe_dropout_prob": _NO_DROPOUT,
-    "attention_bias": _BIASES,
-    "qkv_bias": _BIASES,
-    "mlp_bias": _BIASES,
-    "compression_ratio": (_ONE, "compressed rotary positions are not implemented"),
-    "partial_rotary_factor": (_ONE, "partial rotary embedding is not implemented"),
-    "rope_3d": (_OFF, "three-dimensional rotary positions are not implemented"),
-    "rope_interleaved": ((None, True), "rotary pairs are interleaved"),
-    "use_alibi": (_OFF, "positions are rotary"),
-    "alibi": (_OFF, "positions are rotary"),
-    "sliding_window": _NO_WINDOW,
-    "use_sliding_window": _NO_WINDOW,
-    "attention_chunk_size": (_OFF, "chunked attention is not implemented"),
-    "attn_logit_softcapping": _NO_CAP,
-    "final_logit_softcapping": _NO_CAP,
-    "logits_soft_cap": _NO_CAP,
-    "router_logit_softcapping": _NO_CAP,
-    "logit_scale": _NO_SCALE,
-    "logits_scaling": _NO_SCALE,
-    "embedding_multiplier": _NO_SCALE,
-    "residual_multiplier": _NO_SCALE,
-    "attention_multiplier": ((None,), "scores are divided by sqrt(head_dim)"),
-    "routed_scaling_factor": _NO_SCALE,
-    "quantization_config": ((None,), "quantized weights cannot be read"),
-    "is_quantized": (_OFF, "quantized weights cannot be read"),
-    "vision_config": ((None,), "only text models are implemented"),
-    "moe_gate_act": _SOFTMAX,
-    "scoring_func": _SOFTMAX,
-    "moe_gate": ((None, "topk", "top2_fused"), "the router picks the top-k experts"),
-    "moe_norm_gate_logits": ((None, True), "the weights of the chosen experts are normalized"),
-    "norm_topk_prob": ((None, True), "the weights of the chosen experts are normalized"),
-    "moe_use_hard_gate": (_OFF, "experts are chosen by the router"),
-    "moe_group_experts": _NO_GROUPS,
-    "n_group": _NO_GROUPS,
-    "topk_group": _NO_GROUPS,
-    "use_qk_norm": (_OFF, "normalized queries and keys are not implemented"),
-    "qk_layernorm": (_OFF, "normalized queries and keys are not implemented"),
-    "use_rmsnorm": ((None, True), "the norm is RMSNorm"),
-}
-# Other names for one of this model's keys: refused if it says something else.
-_SAME_AS = {
-    "first_k_dense_replace": "moe_layer_start_index",
-    "n_routed_experts": "moe_num_experts",
-    "n_shared_experts": "moe_num_shared_experts",
-}
-# Written by every version anew, or about files and libraries; all other keys that are not read are
-# carried through.
-_NOT_CARRIED = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map",
-    "_name_or_path", "rope_parameters", "rope_scaling", "use_cache",
-}  # fmt: skip
 
 # The keys that decide which parameters there are, and which of them a token uses.
 _SIZES = (
@@ -255,7 +189,8 @@ class Ernie4_5_MoeConfig(StrictConfig):
         Raises `ConfigError` for keys that would change the model and are not implemented.
         """
         values = {_ALIASES.get(key, key): value for key, value in data.items()}
-        problems = _foreign_problems(values)
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        problems = foreign_problems(values, defaults)
         model_type = values.get("model_type", MOE_MODEL_TYPE)
         if model_type not in ARCHITECTURES:
             problems.append(f"model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}")
@@ -269,7 +204,7 @@ class Ernie4_5_MoeConfig(StrictConfig):
             config = cls(**known)
         except ConfigError as error:
             raise ConfigError(error.problems, source=source) from None
-        own = {*cls.model_fields, *_NOT_CARRIED}
+        own = {*cls.model_fields, *NOT_CARRIED}
         config._carried = {key: value for key, value in values.items() if key not in own}
         return config
 
@@ -299,6 +234,11 @@ class Ernie4_5_MoeConfig(StrictConfig):
     def carried_keys(self) -> Mapping[str, Any]:
         """Return the keys of the config.json that was read which mean nothing here."""
         return self._carried
+
+    @property
+    def unknown_keys(self) -> list[str]:
+        """Return the carried keys of which it is not known that they mean nothing here."""
+        return unknown_keys(self._carried)
 
     @property
     def model_type(self) -> str:
@@ -441,20 +381,3 @@ def _merge_rope(values: dict[str, Any]) -> list[str]:
 
 def _as_float(value: Any) -> Any:
     return float(value) if isinstance(value, int | float) else value
-
-
-def _foreign_problems(values: Mapping[str, Any]) -> list[str]:
-    problems = [
-        f"{key} = {values[key]!r}: {reason}"
-        for key, (harmless, reason) in _UNSUPPORTED.items()
-        if key in values and not any(values[key] == value for value in harmless)
-    ]
-    kinds = values.get("layer_types")
-    if odd := sorted({str(k) for k in kinds} - {"full_attention"} if kinds else ()):
-        problems.append(f"layer_types: {', '.join(odd)}: every layer attends to all before it")
-    fields = Ernie4_5_MoeConfig.model_fields
-    return problems + [
-        f"{key} = {values[key]!r} contradicts {own}, which decides here"
-        for key, own in _SAME_AS.items()
-        if values.get(key) is not None and values[key] != values.get(own, fields[own].default)
-    ]

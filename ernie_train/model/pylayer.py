@@ -21,6 +21,17 @@ def default_dtype(dtype: str) -> Iterator[None]:
         paddle.set_default_dtype(before)
 
 
+@contextmanager
+def zero_parameters() -> Iterator[None]:
+    """Create parameters as zeros within the context, whatever their layers would draw."""
+    zero = paddle.nn.initializer.Constant(0.0)
+    paddle.nn.initializer.set_global_initializer(zero, zero)
+    try:
+        yield
+    finally:
+        paddle.nn.initializer.set_global_initializer(None)
+
+
 def dtype_name(tensor: Tensor) -> str:
     """Return `float32`, `bfloat16`, ..."""
     return str(tensor.dtype).removeprefix("paddle.")

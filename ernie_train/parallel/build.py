@@ -7,20 +7,24 @@ from ernie_train.model.pylayer import default_dtype, dtype_name
 from ernie_train.parallel.expert import expert_placement
 
 
-def new_model(config: Ernie4_5_MoeConfig, dtype: str) -> Ernie4_5_MoeForCausalLM:
+def new_model(
+    config: Ernie4_5_MoeConfig, dtype: str, *, initialize: bool = True
+) -> Ernie4_5_MoeForCausalLM:
     """Return a freshly initialized model of `dtype`; routers and selection biases stay float32.
+
+    Without `initialize` its parameters are zeros, to be overwritten.
 
     It holds the experts that the grid gives to this rank, with the values that they have on a
     single rank. Raises `ConfigError` where the grid does not fit the experts.
     """
     with default_dtype(dtype):
-        return Ernie4_5_MoeForCausalLM(config, expert_placement(config))
+        return Ernie4_5_MoeForCausalLM(config, expert_placement(config), initialize=initialize)
 
 
 def clone_model(model: Ernie4_5_MoeForCausalLM) -> Ernie4_5_MoeForCausalLM:
     """Return a frozen copy with the same weights, dtype and RoPE base, in eval mode."""
     with default_dtype(dtype_name(model.head()[0])):
-        copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement)
+        copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement, initialize=False)
     copy.set_state_dict(model.state_dict())
     copy.set_rope_theta(model.model.rope_theta)
     for parameter in copy.parameters():

@@ -24,7 +24,8 @@ from ernie_train.run.proof import (
     random_prompts,
     trace,
 )
-from ernie_train.weights.hf import DTYPES, load_pretrained, save_pretrained, tensor_entries
+from ernie_train.weights.hf import DTYPES, load_pretrained
+from ernie_train.weights.saving import save_pretrained, tensor_entries
 
 RECEIPT = "export_receipt.json"
 
@@ -83,6 +84,8 @@ def export(
     receipt = Receipt(
         dtype, reader, len(prompts), result.difference, result.tolerance, result.tokens_equal,
         note, result.largest, sum(n for n, _ in told), tuple(n for _, odd in told for n in odd),
+        tuple(consensus.run_on_main(lambda: sorted(model.carried))),
+        tuple(model.config.carried_keys),
     )  # fmt: skip
     with consensus.fail_together():
         if process_group.is_main():
@@ -120,7 +123,7 @@ class _TokenizerFiles:
 
 def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForCausalLM:
     """Return a float32 model with weights rounded to `dtype`, except those of routers."""
-    copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement)
+    copy = Ernie4_5_MoeForCausalLM(model.config, model.model.placement, initialize=False)
     for name, tensor in model.state_dict().items():
         array = tensor.astype("float32").numpy()
         if not name.endswith((".mlp.gate.weight", ".e_score_correction_bias")):

@@ -42,9 +42,10 @@ from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, Prepared, StageData, StageRun
 from ernie_train.weights.adapters import describe_base
 from ernie_train.weights.checkpoint import CheckpointStore
-from ernie_train.weights.hf import load_pretrained, save_pretrained
+from ernie_train.weights.hf import load_pretrained
 from ernie_train.weights.layout import parameter_shapes
 from ernie_train.weights.model_directory import find_model
+from ernie_train.weights.saving import save_pretrained
 
 INITIAL = "initial"  # the random weights that a first stage trains a part of
 # What a run writes beside its stages.

@@ -41,6 +41,9 @@ class Receipt:
     max_logit: float = 0.0  # largest magnitude
     stored_tensors: int = 0  # read back and compared bit for bit
     differing_tensors: tuple[str, ...] = ()
+    # What means nothing here and was passed on unchanged: of the tensors, of config.json.
+    carried_tensors: tuple[str, ...] = ()
+    carried_keys: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

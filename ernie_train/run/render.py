@@ -108,11 +108,13 @@ def receipt_line(
     directory: Path, receipt: Receipt, file: str = RECEIPT, verb: str = "exported"
 ) -> str:
     """Return one line with the outcome of the comparison after an export or import."""
+    mtp = len(receipt.carried_tensors)
+    carried = f", {mtp} tensors of multi-token prediction carried through unchanged" if mtp else ""
     return (
         f"{verb} to {directory} ({receipt.dtype}); {receipt.note} ({receipt.reader}): "
         f"{'passed' if receipt.passed else 'FAILED'}, {receipt.stored_tensors} stored tensors "
         f"equal bit for bit, largest logit difference {receipt.max_logit_difference:.1e} on "
-        f"logits up to {receipt.max_logit:.1f}, see {file}"
+        f"logits up to {receipt.max_logit:.1f}{carried}, see {file}"
     )
 
 

@@ -9,14 +9,9 @@ from ernie_train.weights.checkpoint import (
     CheckpointConfig,
     CheckpointStore,
 )
-from ernie_train.weights.hf import (
-    load_config,
-    load_pretrained,
-    load_weights,
-    save_pretrained,
-    write_weights,
-)
+from ernie_train.weights.hf import load_config, load_pretrained, load_weights
 from ernie_train.weights.model_directory import ModelDirectory, find_model
+from ernie_train.weights.saving import save_pretrained, write_weights
 
 __all__ = [
     "Checkpoint",

@@ -240,6 +240,10 @@ class Part:
         """Return the base's report: which tensors were loaded."""
         return self.base.report()
 
+    def carried(self) -> Any:
+        """Return the base's tensors that mean nothing here, by name."""
+        return self.base.carried()
+
     def parameters(self, *, merge: bool = True) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the base's parameters with trained ones replaced and, with `merge`, pairs added.
 

@@ -43,7 +43,8 @@ from ernie_train.io.safetensors import (
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.adapters import BASE, load_pairs, saved_parameters, write_part
-from ernie_train.weights.hf import load_config, load_weights, write_weights
+from ernie_train.weights.hf import load_config, load_weights
+from ernie_train.weights.saving import write_weights
 
 _STEP = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")

@@ -12,9 +12,10 @@ from ernie_train.io.files import FileDigest, write_directory, write_json, write_
 from ernie_train.io.safetensors import TensorEntry, write_tensor_files
 from ernie_train.weights.gguf_file import GgufFile
 from ernie_train.weights.gguf_tokenizer import write_gguf_tokenizer
-from ernie_train.weights.hf import DTYPES, check_dtype, generation_config
+from ernie_train.weights.hf import DTYPES, check_dtype
 from ernie_train.weights.layout import EMBED_TOKENS, tensor_mappings
 from ernie_train.weights.llama import Source
+from ernie_train.weights.saving import generation_config
 from ernie_train.weights.upcycle import UpcycledSource
 
 # Files of a tokenizer, its chat template and the conditions of use, copied as they are.

@@ -1,37 +1,26 @@
-"""Read and write model directories with Hugging Face safetensors.
-
-Only one layout is written, that of the released "-PT" checkpoints (see `layout.py`): one tensor
-per expert and projection, Linear weights [out, in], router and router bias always float32, sharded
-with an index. The stacked experts of newer `transformers` and Baidu's "-Paddle" layout can be read
-too.
-"""
+"""Read model directories with Hugging Face safetensors, in each of the layouts of `layout.py`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import paddle
 
-from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import CheckpointError, ConfigError, UserError, WeightsError
-from ernie_train.io.files import MANIFEST, FileDigest, verify_manifest, write_directory, write_json
+from ernie_train.core import process_group
+from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError
+from ernie_train.io.files import MANIFEST, verify_manifest
 from ernie_train.io.safetensors import (
-    TensorEntry,
     TensorFiles,
     from_bfloat16,
-    parse_size,
     to_bfloat16,
-    write_tensor_files,
 )
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.configuration import read_config_json
-from ernie_train.model.pylayer import dtype_name
-from ernie_train.parallel import new_model, owned_names
+from ernie_train.parallel import new_model
 from ernie_train.weights.adapters import Part, find_base, is_partial, read_part
 from ernie_train.weights.layout import (
     EMBED_TOKENS,
@@ -53,23 +42,14 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 _log = logging.getLogger(__name__)
 
 
-class SavesPretrained(Protocol):
-    """Describe the attributes of a tokenizer that `save_pretrained` uses."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def stop_token_ids(self) -> list[int]: ...
-    def save_pretrained(self, directory: Path, /) -> Any: ...
-
-
 @dataclass(frozen=True)
 class LoadReport:
     """Report which tensors of a model directory were loaded."""
 
     layout: Layout
     tensors: int  # stored tensors that were used
-    skipped: tuple[str, ...]  # names of stored tensors of multi-token prediction, not loaded
+    carried: tuple[str, ...]  # tensors of multi-token prediction, which the next save writes again
+    skipped: tuple[str, ...]  # those in another layout, which it does not
     verified: bool  # whether the files' hashes were compared with a manifest
 
 
@@ -94,8 +74,10 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
     check_dtype(dtype, COMPUTE_DTYPES)
     config = load_config(path)
     _open(Path(path), config, verify=False)  # report mismatches before a large model is built
-    model = new_model(config, dtype)
+    model = new_model(config, dtype, initialize=False)
     report = load_weights(model, path)
+    if unknown := config.unknown_keys:
+        _log.warning("%s: unknown keys in config.json change nothing: %s", path, ", ".join(unknown))
     if report.skipped:
         _log.warning("%s: not loaded: %s", path, ", ".join(report.skipped))
     return model
@@ -143,6 +125,7 @@ def load_weights(
         # set_value copies a numpy array into the parameter without a temporary tensor.
         target.set_value(to_bfloat16(array) if target.dtype == paddle.bfloat16 else array)
         del array  # before the next one is read
+    model.carried = source.carried() if process_group.is_main() else {}
     return source.report()
 
 
@@ -168,7 +151,7 @@ class _Source:
     wanted: list[TensorMapping]
     no_bias: frozenset[str]  # router biases that the directory lacks; loaded as zeros
     verified: bool
-    skipped: tuple[str, ...]
+    mtp: tuple[str, ...]  # names of tensors of multi-token prediction
 
     def read(self, name: str) -> np.ndarray:
         """Return a stored tensor as float32.
@@ -204,9 +187,17 @@ class _Source:
                 f"{LM_HEAD} differs from {embedding}: set it to false, or delete {LM_HEAD}"
             )
 
+    def carried(self) -> dict[str, np.ndarray]:
+        """Return the tensors of multi-token prediction as stored (uint16: bits of bfloat16).
+
+        Baidu's own layout has other names and orientations, which a save would have to convert.
+        """
+        return {} if self.layout == "paddle" else {n: self.files.bits(n) for n in self.mtp}
+
     def report(self) -> LoadReport:
         used = {mapping.stored for mapping in self.wanted} - self.no_bias
-        return LoadReport(self.layout, len(used), self.skipped, self.verified)
+        kept, lost = ((), self.mtp) if self.layout == "paddle" else (self.mtp, ())
+        return LoadReport(self.layout, len(used), kept, lost, self.verified)
 
 
 def _open(
@@ -217,7 +208,7 @@ def _open(
         return read_part(path, config, experts, base)
     verified = verify and _verify(path)
     files = TensorFiles(path)
-    skipped = tuple(sorted(name for name in files if is_mtp_name(name)))
+    mtp = tuple(sorted(name for name in files if is_mtp_name(name)))
     names = {normalize_name(name): name for name in files if not is_mtp_name(name)}
     layout = detect_layout(names)
     wanted = tensor_mappings(config, layout)
@@ -240,7 +231,7 @@ def _open(
     if problems := describe_names(missing, unknown, wrong):
         raise WeightsError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}")
     here = wanted if experts is None else tensor_mappings(config, layout, experts)
-    return _Source(files, names, layout, here, no_bias, verified, skipped)
+    return _Source(files, names, layout, here, no_bias, verified, mtp)
 
 
 def _is_float(dtype: str, layout: Layout) -> bool:
@@ -275,145 +266,3 @@ def check_dtype(dtype: str, known: Iterable[str] = DTYPES) -> None:
     """Raise `ConfigError` if `dtype` is none of those that are known, by default those on disk."""
     if dtype not in known:
         raise ConfigError(f"dtype must be one of {', '.join(known)}: {dtype!r}")
-
-
-# ---- writing -----------------------------------------------------------------------------------
-
-
-def write_weights(
-    model: Ernie4_5_MoeForCausalLM,
-    directory: Path,
-    *,
-    dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
-    only: set[str] | None = None,
-) -> dict[str, FileDigest]:
-    """Write `model*.safetensors` and `config.json` into an existing directory.
-
-    Every rank must call it and writes the tensors that it owns. Needs memory for the model and one
-    more parameter.
-
-    Args:
-        model: the model to write.
-        directory: an existing directory.
-        dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of each parameter.
-        max_shard_size: the size of a file, in bytes or as "5GB".
-        only: names of the parameters to write; None writes all.
-
-    Returns:
-        The digests of this rank's files, by file name.
-
-    Raises:
-        ConfigError: `dtype` or `max_shard_size` is invalid.
-        StorageError: the disk is full or the directory cannot be written.
-    """
-    digests: dict[str, FileDigest] = {}
-    if only is None or only:
-        entries = tensor_entries(model, dtype, only)
-        digests = write_tensor_files(directory, "model", entries, max_shard_size)
-    stored_as = dtype or dtype_name(model.model.embed_tokens.weight)
-    with consensus.fail_together():
-        if process_group.is_main():
-            write_json(directory / "config.json", model.config.to_dict(torch_dtype=stored_as))
-    return digests
-
-
-def tensor_entries(
-    model: Ernie4_5_MoeForCausalLM, dtype: str | None = None, only: set[str] | None = None
-) -> list[TensorEntry]:
-    """Return the tensors of a model that this rank writes, of all parameters or `only` some.
-
-    Raises:
-        ConfigError: `dtype` is unknown.
-    """
-    if dtype is not None:
-        check_dtype(dtype)
-    read = _CachedParameter(model)
-    mine = owned_names(read.state)
-    entries = []
-    for mapping in tensor_mappings(model.config, experts=model.model.placement.experts):
-        if mapping.parameter not in mine or (only is not None and mapping.parameter not in only):
-            continue
-        kept = dtype_name(read.state[mapping.parameter])
-        stored = "F32" if mapping.keep_float32 else DTYPES[dtype or kept]
-        shape = mapping.stored_shape
-        entries.append(TensorEntry(mapping.stored, shape, stored, read.producer(mapping)))
-    return entries
-
-
-class _CachedParameter:
-    """Copy parameters to numpy arrays and keep the last one, which several tensors share."""
-
-    def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        self.state = model.state_dict()
-        self.name = ""
-        self.array = np.empty(0)
-
-    def producer(self, mapping: TensorMapping) -> Callable[[], np.ndarray]:
-        def produce() -> np.ndarray:
-            if self.name != mapping.parameter:
-                self.name, self.array = mapping.parameter, self.state[mapping.parameter].numpy()
-            return mapping.to_stored(self.array)
-
-        return produce
-
-
-def save_pretrained(
-    model: Ernie4_5_MoeForCausalLM,
-    path: str | Path,
-    tokenizer: SavesPretrained | None = None,
-    dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write a directory that `transformers` loads: weights, configs and the tokenizer's files.
-
-    The directory appears whole or not at all. An existing one is replaced if it is empty or was
-    written by this function (it has our `MANIFEST.json`, which holds the weights' hashes). Every
-    rank must call it.
-
-    Args:
-        model: the model to write.
-        path: the directory to create or replace.
-        tokenizer: its files are written too; None writes none.
-        dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of each parameter.
-        max_shard_size: the size of a file, in bytes or as "5GB".
-
-    Raises:
-        UserError: `path` exists and is anything else, or the tokenizer has more tokens than the
-            model.
-        ConfigError: `dtype` or `max_shard_size` is invalid.
-        StorageError: the disk is full or read-only.
-    """
-    config = model.config
-    parse_size(max_shard_size)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-            f"vocab_size={config.vocab_size}"
-        )
-
-    def write(directory: Path) -> dict[str, FileDigest]:
-        digests = write_weights(model, directory, dtype=dtype, max_shard_size=max_shard_size)
-        with consensus.fail_together():
-            if process_group.is_main():
-                generation = generation_config(config, tokenizer)
-                write_json(directory / "generation_config.json", generation)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(directory)
-        return digests
-
-    # Only the weights are hashed: the other files are small texts that users may edit.
-    write_directory(Path(path), write, manifest_all=False)
-
-
-def generation_config(
-    config: Ernie4_5_MoeConfig, tokenizer: SavesPretrained | None = None
-) -> dict[str, Any]:
-    """Return the content of generation_config.json: the special tokens and what ends a turn."""
-    eos = tokenizer.stop_token_ids if tokenizer is not None else config.eos_token_id
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos,
-        "pad_token_id": config.pad_token_id,
-    }
-    return {name: value for name, value in ids.items() if value is not None}

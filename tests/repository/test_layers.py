@@ -20,7 +20,7 @@ PACKAGES: dict[str, str] = {
     " barrier worker_pool yaml config process_group consensus",
     "io": "files outputs metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
-    "model": "configuration pylayer batch_layout rope layers kv_cache"
+    "model": "foreign_keys configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher moe transformer lora partial numpy_layers numpy_decoder",
     "model.attention": "blocked online flashmask layer",
     "data": "completion_format documents cache formats files reader packing loader chat_template"
@@ -35,8 +35,8 @@ PACKAGES: dict[str, str] = {
     " exact format math_answer logic tool_call tested_names programs code llm_judge user",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "parallel": "collectives lockstep recompute expert gradients build",
-    "weights": "layout peft_config adapters hf gguf_file gguf_tokenizer llama upcycle convert"
-    " checkpoint model_directory",
+    "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"
+    " convert checkpoint model_directory",
     "generate": "sampler engine sharded",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",

@@ -15,7 +15,8 @@ from ernie_train.io.safetensors import TensorFiles
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import export, rounded_copy
 from ernie_train.run.proof import Trace, compare
-from ernie_train.weights.hf import load_pretrained, save_pretrained
+from ernie_train.weights.hf import load_pretrained
+from ernie_train.weights.saving import save_pretrained
 from tests.conftest import referee_directory
 from tests.workspace import REPOSITORY, make_workspace
 

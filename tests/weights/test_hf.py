@@ -18,13 +18,8 @@ import safetensors.numpy
 from ernie_train.core.errors import ConfigError, StorageError, UserError, WeightsError
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from ernie_train.weights.hf import (
-    load_config,
-    load_pretrained,
-    load_weights,
-    read_parameters,
-    save_pretrained,
-)
+from ernie_train.weights.hf import load_config, load_pretrained, load_weights, read_parameters
+from ernie_train.weights.saving import save_pretrained
 from tests.small_models import (
     SMALL,
     VARIANTS,
@@ -99,6 +94,7 @@ def write_stored(directory: Path, change: Callable[[dict[str, np.ndarray]], None
     stored = stored_by_hand(model.config, state(model), "hf")
     stored = {name: np.ascontiguousarray(a) for name, a in stored.items()}
     change(stored)
+    directory.mkdir(exist_ok=True)
     write_tensor_files(directory, "model", array_entries(stored), "30KB")
     (directory / "config.json").write_text(json.dumps(model.config.to_dict()))
 
@@ -135,17 +131,48 @@ def test_expert_biases_are_not_dropped_in_silence(tmp_path: Path) -> None:
         load_pretrained(tmp_path)
 
 
-def test_prediction_blocks_are_skipped_and_named(
+def test_prediction_blocks_are_carried_through(tmp_path: Path) -> None:
+    extra = {
+        "model.mtp_block.0.self_attn.q_proj.weight": np.ones((2, 3), np.float16),
+        "model.mtp_emb_norm.0.weight": np.array([3], np.float32),
+    }
+    write_stored(tmp_path / "in", lambda s: s.update(extra))
+    model = load_pretrained(tmp_path / "in")
+    report = load_weights(model, tmp_path / "in")
+    assert (report.carried, report.skipped) == (tuple(sorted(extra)), ())
+    assert (report.layout, report.verified) == ("hf", False)
+    save_pretrained(model, tmp_path / "out", dtype="bfloat16")
+    stored = TensorFiles(tmp_path / "out")
+    for name, array in extra.items():  # not rounded with the rest
+        np.testing.assert_array_equal(stored[name], array)
+        assert stored[name].dtype == array.dtype
+    assert load_pretrained(tmp_path / "out").carried.keys() == extra.keys()
+
+
+def test_unknown_keys_are_named_and_written_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extra = {"model.mtp_block.0.self_attn.q_proj.weight": np.zeros(2, np.float32)}
-    write_stored(tmp_path, lambda s: s.update(extra))
+    write_stored(tmp_path / "in", lambda s: None)
+    file = tmp_path / "in/config.json"
+    keys = {"novel_key": [1, 2], "num_nextn_predict_layers": 1, "fuse_rope": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
     with caplog.at_level(logging.WARNING):
-        model = load_pretrained(tmp_path)
-    assert "model.mtp_block.0.self_attn.q_proj.weight" in caplog.text
-    report = load_weights(model, tmp_path)
-    assert report.skipped == tuple(extra)
-    assert (report.layout, report.verified) == ("hf", False)
+        model = load_pretrained(tmp_path / "in")
+    assert caplog.text.count("novel_key") == 1
+    assert "fuse_rope" not in caplog.text
+    save_pretrained(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text()).items() >= keys.items()
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    save_pretrained(make_model(), tmp_path / "out")
+    paddle.seed(5)
+    expected = paddle.randn([3]).numpy()
+    paddle.seed(5)
+    load_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(paddle.randn([3]).numpy(), expected)
+    fresh = paddle.nn.Linear(4, 4).weight.numpy()
+    assert (fresh != 0).all()  # later layers are initialized as ever
 
 
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
@@ -286,7 +313,8 @@ def test_failing_write_leaves_the_old_directory(tmp_path: Path) -> None:
 MEMORY_SCRIPT = """
     import ctypes, gc, resource, sys, threading, time
     from pathlib import Path
-    from ernie_train.weights.hf import load_config, load_weights, save_pretrained
+    from ernie_train.weights.hf import load_config, load_weights
+    from ernie_train.weights.saving import save_pretrained
     from ernie_train.model import Ernie4_5_MoeForCausalLM
     from ernie_train.io.safetensors import TensorFiles
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 from ernie_train.core.errors import WeightsError
 from ernie_train.io.safetensors import to_bfloat16
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.weights.hf import load_config, load_pretrained, save_pretrained
+from ernie_train.weights.hf import load_config, load_pretrained
 from ernie_train.weights.layout import (
     LAYOUTS,
     Layout,
@@ -21,6 +21,7 @@ from ernie_train.weights.layout import (
     tensor_mappings,
     to_hf,
 )
+from ernie_train.weights.saving import save_pretrained
 from tests.small_models import (
     VARIANTS,
     assert_same,

@@ -52,7 +52,8 @@ class Ours:
         # The package's import sets the processor up, before Paddle is imported.
         from ernie_train.core.devices import seed_everything
         from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-        from ernie_train.weights.hf import load_pretrained, save_pretrained
+        from ernie_train.weights.hf import load_pretrained
+        from ernie_train.weights.saving import save_pretrained
 
         seed_everything(0)
         keys = request["model"]
