@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Remove the lines after `step` (None: all) and an incomplete last one; return the others.
+def cut_after(path: Path, step: int | None) -> None:
+    """Remove the lines after `step` (None: all) and an incomplete last one from a file of steps.
 
     The lines may hold anything beside their step. The file is replaced atomically, so that a kill
     leaves either the old lines or the new ones.
@@ -115,15 +116,37 @@ def cut_after(path: Path, step: int | None) -> list[dict[str, Any]]:
         CheckpointError: a line is damaged.
         StorageError: the file cannot be written.
     """
-    kept: list[str] = []
-    rows: list[dict[str, Any]] = []
-    for line, place in _whole_lines(path) if step is not None else ():
-        row = _decode_row(line, place)
-        if step is not None and row["step"] <= step:
-            kept.append(line)
-            rows.append(row)
+    lines = _whole_lines(path) if step is not None else ()
+    steps = ((line, _decode_row(line, place)["step"]) for line, place in lines)
+    kept = [line for line, at in steps if step is not None and at <= step]
     write_text(path, "".join(kept))
-    return rows
+
+
+@dataclass(frozen=True)
+class PendingLine:
+    """Hold the metrics of a step that a stop cut off before they were complete and logged.
+
+    A checkpoint keeps them, so that a resumed run completes and logs them first.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    timings: dict[str, float]
+
+    def to_state(self) -> dict[str, list[tuple[str, int | float | str]]]:
+        """Return plain values; lists, because names such as eval/mean are no keys of a state."""
+        parts = {"metrics": self.metrics, "timings": self.timings}
+        return {
+            part: [(name, _plain(name, value)) for name, value in values.items()]
+            for part, values in parts.items()
+        }
+
+    @classmethod
+    def from_state(cls, step: int, state: Mapping[str, Any] | None) -> "PendingLine | None":
+        """Return the line that `to_state` gave; None where the step was logged."""
+        if state is None:
+            return None
+        return cls(step, _numbers(dict(state["metrics"])), _numbers(dict(state["timings"])))
 
 
 class MetricsWriter:
@@ -161,9 +184,10 @@ class MetricsWriter:
         self.path = directory / FILE_NAME
         with storage_errors("cannot write", directory):
             directory.mkdir(parents=True, exist_ok=True)
-        rows = cut_after(self.path, resume_step)
+        cut_after(self.path, resume_step)
+        rows = list(read_metrics(self.path))
         self._last_step = resume_step if resume_step is not None else -1
-        measured = [_SPECIAL.get(v, v) for row in rows if (v := row.get("validation_loss"))]
+        measured = [row["validation_loss"] for row in rows if "validation_loss" in row]
         self._last_validation: float | None = measured[-1] if measured else None
         self._scalars = _VisualDL(directory / "visualdl", rows) if visualdl else None
         self._display = ProgressDisplay(

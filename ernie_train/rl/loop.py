@@ -1,7 +1,8 @@
 """Progressive RL with UPO: sample, score, compare, update; iteration after iteration.
 
-Iterations are self-contained: all random state derives from (seed, iteration), so a checkpoint is
-taken only at the end of an iteration, and one that was cut off is done again to the same bits.
+Iterations are self-contained: all random state derives from (seed, iteration), so one that was cut
+off before its update is done again to the same bits. A stop after the update saves the weights with
+the metrics that are not logged yet; a resumed run evaluates and logs first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import Interrupted
 from ernie_train.eval.prompts import problem_row
-from ernie_train.io.metrics_log import StageMetrics, cut_after
+from ernie_train.io.metrics_log import PendingLine, StageMetrics, cut_after
 from ernie_train.rewards.scoring import (
     ComposedReward,
     build_reward,
@@ -70,13 +71,14 @@ def _try_reward(
 
 @dataclass
 class IterationState:
-    """Progress of the stage: the iteration that the weights hold, and if they can be saved."""
+    """Progress of the stage: the iteration that the weights hold, and what it still lacks."""
 
     finished: int = 0  # iterations whose update is in the weights
-    saved: int = 0
-    is_updating: bool = False  # the weights are between two iterations
     prompts: dict[str, Any] = field(default_factory=dict)  # the sampler's, after `finished`
+    pending: PendingLine | None = None  # of `finished`, until it is evaluated and logged
     evaluation: dict[str, float] = field(default_factory=dict)  # after `finished`, if measured
+    saved: tuple[int, bool] = (0, True)  # the last checkpoint: iteration, and if it was logged
+    is_updating: bool = False  # the weights are between two iterations
 
 
 class _UpoLoop:
@@ -103,7 +105,7 @@ class _UpoLoop:
                 cut_after(stage.directory / SAMPLES, None if saved is None else saved.step)
         self.writer = StageMetrics(
             stage.directory,
-            resume_step=None if saved is None else saved.step,
+            resume_step=None if saved is None else saved.step - (self.state.pending is not None),
             terminal=stage.terminal,
             total_steps=config.iterations,
             label=config.name,
@@ -123,18 +125,21 @@ class _UpoLoop:
         """Run all iterations that are left; return what `DONE` records."""
         with self.writer:
             try:
+                if self.state.pending is not None:
+                    self._finish(self.state.pending)
                 offline = self._offline_pairs()
                 while self.state.finished < self.config.iterations:
                     self._iterate(self.state.finished + 1, offline)
-                    if process_group.any_rank(self.stage.stop.requested):
-                        raise Interrupted(
-                            f"stopped on a signal after iteration {self.state.finished}"
-                        )
+                    self._leave_if_asked(f"after iteration {self.state.finished}")
             except Interrupted:
                 self._save()
                 raise
         last = self.state.finished
         return {"steps": last, "checkpoint": self.store.finish(last, self.stage.model).name}
+
+    def _leave_if_asked(self, moment: str) -> None:
+        if process_group.any_rank(self.stage.stop.requested):
+            raise Interrupted(f"stopped on a signal {moment}")
 
     def _offline_pairs(self) -> OfflinePairSource | None:
         preference = self.config.preference
@@ -151,33 +156,42 @@ class _UpoLoop:
         self.sampler.clear_seconds()
         rollout = self.sampler.rollout(iteration)
         batch, metrics = self._learn(iteration, rollout, offline)
-        learnt = time.perf_counter()
         if self.sampler.level is not None:
             metrics["curriculum/level"] = self.sampler.level
             self.sampler.raise_level(rollout)
-        evaluation = self._evaluate(iteration)
-        metrics |= evaluation
+        self._append_samples(iteration, rollout, batch)
+        seconds, total = self.sampler.seconds, time.perf_counter() - started
+        learning = total - sum(seconds.values())
+        timings = {**seconds, "training_seconds": learning, "seconds": total}
+        state = self.state
+        state.finished, state.is_updating, state.evaluation = iteration, False, {}
+        state.prompts = self.sampler.state_dict()
+        state.pending = PendingLine(iteration, metrics, timings)
+        self._finish(state.pending)
+
+    def _finish(self, line: PendingLine) -> None:
+        """Evaluate the iteration whose update is in the weights, log it, and save if that is due.
+
+        Everything before the update counts as undone after a stop, everything since as outstanding.
+        """
+        started, state, iteration = time.perf_counter(), self.state, line.step
+        state.evaluation = self._evaluate(iteration)
+        metrics = line.metrics | state.evaluation
         self.warnings.check(metrics)
+        seconds = line.timings["seconds"] + time.perf_counter() - started
+        self.writer.log(iteration, metrics, {**line.timings, "seconds": seconds})
+        state.pending = None
+        every, last = self.config.checkpoint.every_steps, self.config.iterations
+        if iteration % every == 0 or iteration == last:
+            self._save()
+
+    def _append_samples(self, iteration: int, rollout: Rollout, batch: RolloutBatch | None) -> None:
         advantages = mean_advantages(rollout, batch)
         prompts, count = self.prepared.prompts, self.config.samples_per_iteration
         with consensus.fail_together():
             if process_group.is_main():
                 path = self.stage.directory / SAMPLES
                 append_samples(path, iteration, rollout, advantages, prompts, count)
-        seconds = self.sampler.seconds
-        timings = {
-            **seconds,
-            "training_seconds": learnt - started - sum(seconds.values()),
-            "seconds": time.perf_counter() - started,
-        }
-        self.writer.log(iteration, metrics, timings)
-        state = self.state
-        state.finished, state.is_updating = iteration, False
-        state.prompts, state.evaluation = self.sampler.state_dict(), evaluation
-        if iteration % self.config.checkpoint.every_steps == 0 or (
-            iteration == self.config.iterations
-        ):
-            self._save()
 
     def _learn(
         self, iteration: int, rollout: Rollout, offline: OfflinePairSource | None
@@ -197,6 +211,7 @@ class _UpoLoop:
             )
             return None, metrics
         batch, estimated = self.learner.prepare(kept, online, given)
+        self._leave_if_asked(f"before the update of iteration {iteration}")
         self.state.is_updating = True
         return batch, metrics | estimated | self.learner.update(batch, iteration, self.health)
 
@@ -211,11 +226,11 @@ class _UpoLoop:
     def _save(self) -> None:
         """Write the state at the end of the last finished iteration, if the weights still hold it.
 
-        At the start there is nothing to write; an iteration that was cut off while it changed the
-        weights is done again from the last checkpoint.
+        At the start there is nothing to write, and nothing while an update changes the weights.
         """
         state = self.state
-        if state.finished in (0, state.saved) or state.is_updating:
+        holds = (state.finished, state.pending is None)
+        if holds in ((0, True), state.saved) or state.is_updating:
             return
         self.writer.sync()
         self.store.save(
@@ -225,15 +240,18 @@ class _UpoLoop:
             state={
                 "learner": self.learner.state_dict(),
                 "source": state.prompts,
+                "pending": state.pending.to_state() if state.pending else None,
                 "moe_health": self.health.state_dict(),
             },
             metrics=state.evaluation or None,
             parts=self.learner.parts(),
         )
-        state.saved = state.finished
+        state.saved = holds
 
     def _restore(self, saved: Checkpoint) -> None:
         with consensus.fail_together():
             self.learner.restore(saved)
         self.sampler.load_state_dict(saved.state["source"])
-        self.state.finished = self.state.saved = saved.step
+        self.state.finished = saved.step
+        self.state.pending = PendingLine.from_state(saved.step, saved.state.get("pending"))
+        self.state.saved = (saved.step, self.state.pending is None)

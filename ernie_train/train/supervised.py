@@ -11,7 +11,7 @@ import paddle
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import ConfigError, Interrupted
 from ernie_train.data import Batch, Documents, PackedLoader
-from ernie_train.io.metrics_log import StageMetrics
+from ernie_train.io.metrics_log import PendingLine, StageMetrics
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Lockstep
@@ -29,7 +29,7 @@ from ernie_train.train.supervised_data import (
     batch_source,
     total_steps,
 )
-from ernie_train.train.trainer import Hook, StepResult, Throughput, Trainer
+from ernie_train.train.trainer import StepResult, Throughput, Trainer
 from ernie_train.weights.adapters import from_disk, to_disk
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
 
@@ -117,7 +117,12 @@ class _SupervisedRun:
             start_theta = self.resumed.state["rope_theta_at_start"]
         self.rope_schedule = RopeSchedule(config.phases(), start_theta)
         self.validation: dict[str, float] = {}
-        self.validation_step = self.saved_step = -1
+        self.validation_step = -1
+        self.pending: PendingLine | None = None  # of the last step, until it is validated
+        self.saved: tuple[int, bool] | None = None  # the last checkpoint: step, and if logged
+        if self.resumed is not None:
+            state = self.resumed.state.get("pending")
+            self.pending = PendingLine.from_state(self.resumed.step, state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         model = self.stage.model
@@ -137,7 +142,7 @@ class _SupervisedRun:
         config, stage, resumed = self.config, self.stage, self.resumed
         with StageMetrics(
             stage.directory,
-            resume_step=resumed.step if resumed else None,
+            resume_step=resumed.step - (self.pending is not None) if resumed else None,
             terminal=stage.terminal,
             total_steps=self.steps,
             label=config.name,
@@ -153,12 +158,14 @@ class _SupervisedRun:
             stage.model.train()
             self.throughput = Throughput()
             try:
+                if self.pending is not None:
+                    self._finish_step(self.pending)
                 self.trainer.fit(
                     iter(self.batches),
                     self.loss,
                     self.steps,
                     before_step=self._apply_rope_schedule,
-                    hooks=self._hooks(),
+                    hooks=[(1, self._after_step)],
                     stop_requested=lambda: stage.stop.requested,
                 )
             except Interrupted:
@@ -176,30 +183,31 @@ class _SupervisedRun:
             self.stage.model.set_rope_theta(theta)
         return {"rope_theta": theta, "seq_len": seq_len}
 
-    def _hooks(self) -> list[Hook]:
-        # Validation first: the step's log line and checkpoint record its loss.
-        every = self.config.validation_interval
-        return [
-            *([(every, self._validate)] if every is not None else []),
-            (1, self._log),
-            (self.config.checkpoint.every_steps, lambda result: self._save()),
-        ]
+    def _after_step(self, result: StepResult) -> None:
+        metrics = result.metrics | self.health.observe(result.step, result.load)
+        self.pending = PendingLine(result.step, metrics, self.throughput.timings(result))
+        self._finish_step(self.pending)
 
-    def _validate(self, result: StepResult) -> None:
-        documents = self.prepared.validation
-        loss = validation_loss(self.config, self.stage, documents, self.loss)
-        self.validation = {VALIDATION_LOSS: loss}
-        self.validation_step = result.step
-        result.metrics.update(self.validation)
+    def _finish_step(self, line: PendingLine) -> None:
+        """Validate, log and save as is due after a step; a stop leaves the line to a later run."""
+        metrics = line.metrics
+        if self._is_due(self.config.validation_interval, line.step):
+            loss = validation_loss(self.config, self.stage, self.prepared.validation, self.loss)
+            self.validation, self.validation_step = {VALIDATION_LOSS: loss}, line.step
+            metrics = metrics | self.validation
+        self.metrics.log(line.step, metrics, line.timings)
+        self.pending = None
+        if self._is_due(self.config.checkpoint.every_steps, line.step):
+            self._save()
 
-    def _log(self, result: StepResult) -> None:
-        result.metrics.update(self.health.observe(result.step, result.load))
-        self.metrics.log(result.step, result.metrics, self.throughput.timings(result))
+    def _is_due(self, every: int | None, step: int) -> bool:
+        return every is not None and (step % every == 0 or step == self.steps)
 
     def _save(self) -> None:
         step = self.trainer.step
-        if self.saved_step == step:
-            return  # interrupted after a step whose hook has saved
+        holds = (step, self.pending is None)
+        if self.saved == holds:
+            return  # interrupted after a step that has been saved
         # Metrics first: a run that resumes from a checkpoint must find the lines up to its step.
         self.metrics.sync()
         model, optimizer = self.stage.model, self.trainer.optimizer
@@ -212,10 +220,11 @@ class _SupervisedRun:
                 "loader": self.batches.state_dict(),
                 "rope_theta_at_start": self.rope_schedule.start_theta,
                 "moe_health": self.health.state_dict(),
+                "pending": self.pending.to_state() if self.pending else None,
             },
             metrics=self.validation if self.validation_step == step else None,
         )
-        self.saved_step = step
+        self.saved = holds
 
 
 def validation_loss(
@@ -227,7 +236,8 @@ def validation_loss(
     """Return the mean loss in nats over the trained tokens of the validation documents.
 
     Rows have the length of the stage's last phase from the start, so that values of all phases can
-    be compared. Every rank must call it; each runs a share of the batches.
+    be compared. Every rank must call it; each runs a share of the batches. Raises `Interrupted`
+    when a stop is asked for.
     """
     once = PackedLoader(
         documents,
@@ -240,9 +250,11 @@ def validation_loss(
     )
     total = count = 0.0
     stage.model.eval()
-    with Lockstep(stage.model) as lockstep, paddle.no_grad():
+    stop = stage.stop
+    with Lockstep(stage.model, lambda: stop.requested) as lockstep, paddle.no_grad():
         for batch in process_group.shard(list(once)):
-            lockstep.next_pass()
+            if lockstep.next_pass():
+                raise Interrupted("stopped on a signal while validating")
             mean = loss(stage.model, batch).metrics["loss"]
             total, count = total + mean.sum, count + mean.count
     total, count = process_group.all_reduce_sum([total, count])
