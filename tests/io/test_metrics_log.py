@@ -169,7 +169,7 @@ def test_lines_of_samples_which_hold_text_are_cut_too(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     lines = [f'{{"step": {step}, "task": "sum", "parts": {{"a": 1.0}}}}\n' for step in (1, 2)]
     path.write_text("".join(lines))
-    assert [row["task"] for row in cut_after(path, 1)] == ["sum"]
+    cut_after(path, 1)
     assert path.read_text() == lines[0]
 
 

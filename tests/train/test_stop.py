@@ -29,7 +29,7 @@ def run_stage(root: Path, directory: Path, stop: Moments) -> None:
         "name": "sft", "kind": "sft", "data": [{"path": "train.jsonl"}], "seq_len": 128,
         "validation": [{"path": "validation.jsonl"}], "validate_every_steps": 2,
         "micro_batch_size": 2, "steps": STEPS, "optim": {"lr": 3e-3},
-        "checkpoint": {"every_steps": 3, "best_metric": "validation_loss", "best_is": "lower"},
+        "checkpoint": {"every_steps": 4, "best_metric": "validation_loss", "best_is": "lower"},
     }  # fmt: skip
     config = TypeAdapter(SftConfig).validate_python(values)
     stage = stage_run(root, directory / "01-sft", stop)
