@@ -159,7 +159,7 @@ def _print_encoded(
     for name, document in documents:
         trained = int(document.trainable[1:].sum())
         console.print(f"{name}{len(document.ids)} tokens, {trained} trained:", highlight=False)
-        console.print(preview(tokenizer, document, settings.max_tokens), soft_wrap=True)
+        console.print(preview(tokenizer, document, settings.max_tokens, console), soft_wrap=True)
 
 
 def _encoded(

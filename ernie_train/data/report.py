@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -211,31 +212,37 @@ def _compact(number: int) -> str:
 # ---- preview -----------------------------------------------------------------------------------
 
 
-def preview(tokenizer: Tokenizer, document: EncodedDocument, max_tokens: int = 400) -> Text:
-    """Return a document's text; what is trained stands between ⟦ and ⟧, and is green on a terminal.
+def preview(
+    tokenizer: Tokenizer,
+    document: EncodedDocument,
+    max_tokens: int = 400,
+    console: Console | None = None,
+) -> Text:
+    """Return a document's text, what is trained in green, or between ⟦ and ⟧ without colours.
 
     Newlines are marked with ⏎. Of more than `max_tokens` tokens the first and last ones are shown.
+    `console` is where it will be printed; None is one with colours.
     """
+    marks = console is not None and (console.no_color or console.color_system is None)
     ids = document.ids.tolist()
     # The first token is never a label, even if it is marked as trainable.
     trained = [False, *document.trainable[1:].tolist()]
     head = len(ids) if len(ids) <= max_tokens else (max_tokens + 1) // 2
     tail = max(head, len(ids) - max_tokens // 2)
-    text = _marked(tokenizer, ids[:head], trained[:head])
+    text = _shown(tokenizer, ids[:head], trained[:head], marks)
     if tail > head:
         text.append(f" [... {tail - head} more tokens ...] ", style="italic")
-    return text.append_text(_marked(tokenizer, ids[tail:], trained[tail:]))
+    return text.append_text(_shown(tokenizer, ids[tail:], trained[tail:], marks))
 
 
-def _marked(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> Text:
+def _shown(tokenizer: Tokenizer, ids: list[int], trained: list[bool], marks: bool) -> Text:
     text = Text()
     tokens = zip(ids, trained, strict=True)
     for is_trained, run in groupby(tokens, key=lambda token: token[1]):
         shown = _visible(tokenizer.decode([token_id for token_id, _ in run]))
-        if is_trained:
-            text.append("⟦").append(shown, style=TRAINED).append("⟧")
-        else:
-            text.append(shown, style=UNTRAINED)
+        if is_trained and marks:
+            shown = f"⟦{shown}⟧"
+        text.append(shown, style=TRAINED if is_trained else UNTRAINED)
     return text
 
 

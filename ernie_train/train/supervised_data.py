@@ -248,8 +248,10 @@ def describe(
             highlight=False,
         )
     first = next(documents[0] for documents in prepared.documents if len(documents))
-    console.print("the first row, trained tokens in colour:")
-    console.print(preview(data.tokenizer, first))
+    console.print(
+        "the first row, trained tokens in green or between ⟦ and ⟧ (ernie-train preview shows any):"
+    )
+    console.print(preview(data.tokenizer, first, console=console))
 
 
 def batch_source(config: SupervisedConfig, prepared: SupervisedData) -> ConsecutiveLoaders:

@@ -244,8 +244,12 @@ def test_the_preview_colours_what_is_trained(tokenizer: Tokenizer, write_rows: A
     green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
     assert green.replace("⏎\n", "\n") == ("\n</think>\n\n<response>\ntrue\n</response>\n<|im_end|>")
     assert "\x1b" not in text.plain and "\\x1b[31m" in text.plain
-    assert text.plain.count("⟦") == text.plain.count("⟧") == 1, "readable without colours"
-    short = preview(tokenizer, documents[0], max_tokens=5).plain
+    assert "⟦" not in text.plain
+    pipe = Console(file=io.StringIO())
+    plain = preview(tokenizer, documents[0], console=pipe).plain
+    assert plain.replace("⟦", "").replace("⟧", "") == text.plain
+    assert plain[plain.index("⟦") + 1 : plain.index("⟧")] == green, "readable without colours"
+    short = preview(tokenizer, documents[0], max_tokens=5, console=pipe).plain
     assert "more tokens" in short and short.endswith("⟧"), "the end is shown"
 
 
