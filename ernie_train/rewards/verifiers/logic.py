@@ -1,7 +1,10 @@
 """Grade logic problems by assignment, choices, reasoning-gym entry or text, as the row has them."""
 
 import functools
+import re
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from ernie_train.rewards.score import Score, grade_response, mismatch, read_response
@@ -9,20 +12,33 @@ from ernie_train.rewards.verifiers.answer_text import boxes, fold, named_answers
 from ernie_train.rewards.verifiers.assignments import grade_assignment, parse_assignment
 from ernie_train.rewards.verifiers.choices import grade_choice, grade_truth, truth_label
 
-# These scorers run the answer through `eval` or sympy's parser: a completion is hostile input.
-_EXECUTES_ANSWERS = {
-    "string_insertion",
-    "spiral_matrix",
-    "binary_matrix",
-    "n_queens",
-    "polynomial_multiplication",
-    "simple_integration",
-    "intermediate_integration",
-    "countdown",
-    "puzzle24",
+# Scorers of reasoning-gym that are not asked; their tasks compare words and numbers instead.
+NOT_ASKED = {
+    # They run the answer through `eval` or sympy's parser: a completion is hostile input.
+    "string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "polynomial_multiplication",
+    "simple_integration", "intermediate_integration", "countdown", "puzzle24",
+    # They give the full mark to any text, to more than the answer, or to numbers near it.
+    "game_of_life_halting", "word_sorting", "letter_jumble", "polynomial_equations",
+    "decimal_arithmetic", "number_format", "pool_matrix",
+}  # fmt: skip
+_DECIMAL = r"[+-]?\d+(?:\.\d+)?"
+# Scorers that look for an answer within the text, or take what is no number: an answer to one of
+# them must have this form and nothing besides.
+_FORMS = {
+    "advanced_geometry": rf"{_DECIMAL}°?|\({_DECIMAL}, ?{_DECIMAL}\)",
+    "complex_arithmetic": rf"{_DECIMAL} ?[+-] ?\d+(?:\.\d+)?i|{_DECIMAL}i?",
+    "fraction_simplification": r"\$?\\[dt]?frac\{-?\d+\}\{\d+\}\$?|-?\d+ ?/ ?\d+|-?\d+",
+    "kakurasu": r"[01\s]+",
+    "knights_knaves": r"[\w ,.\n]+",
+    "quantum_lock": r"[A-C](?: ?(?:→|->|,)? ?[A-C])*",
+    "sokoban": r"[UDLR]+",
+    "survo": r"[\d\s]+",
+    "time_intervals": r"\d+(?: days?)?|(?:\d+ days?, )?\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?",
+    "tower_of_hanoi": r"(?:Move disk \d+ from Peg \d+ to Peg \d+\s*)+",
 }
-# This scorer gives any text the full mark.
-_ACCEPTS_ANYTHING = {"game_of_life_halting"}
+_NUMBER = re.compile(r"[+-]?\$?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d{1,3}|/0*[1-9]\d*)?", re.ASCII)
+# Tasks that ask for fewer digits than their answers have ask for three.
+_LEAST_DIGITS = 3
 _MAX_CHARACTERS = 20_000
 
 # Errors of reasoning-gym's scorers on answers of an unexpected form.
@@ -39,7 +55,8 @@ def score(row: dict[str, Any], completion: str) -> Score:
     `choices`: a list of texts; `answer` is the letter or the text of the right one. With
     ["True", "False", "Unknown"] (or Uncertain) the labels of `answer` and response are compared.
     `rg_task` and `rg_entry` {question, answer, metadata}: reasoning-gym's scorer of that task, of
-    which only the full mark counts: many scorers give part of it for junk.
+    which only the full mark counts: many scorers give part of it for junk. Some are not asked, or
+    see answers of the task's form alone.
     With `answer` alone, truth labels are compared as such, lists of knights and knaves as
     assignments, and anything else as texts, without regard to case and a final full stop.
     """
@@ -57,7 +74,7 @@ def _compare(row: dict[str, Any], gold: str, response: str) -> Score:
     if fold(answer) == fold(gold):
         return Score.correct()
     entry, task = row.get("rg_entry"), row.get("rg_task")
-    if entry is not None and task not in _EXECUTES_ANSWERS | _ACCEPTS_ANYTHING:
+    if entry is not None:
         return _gym_score(str(task), entry, gold, answer)
     if entry is None and truth_label(gold) is not None:
         return grade_truth(gold, response)
@@ -98,6 +115,8 @@ def _choice_score(choices: Any, gold: str, response: str) -> Score:
 def _gym_score(task: str, entry: dict[str, Any], gold: str, response: str) -> Score:
     if len(response) > _MAX_CHARACTERS:
         return Score.wrong(f"a response of {len(response)} characters")
+    if task in NOT_ASKED:
+        return Score.correct() if _same_words(gold, response) else mismatch(gold, response)
     try:
         scorer = _gym_scorer(task)
     except ImportError as error:
@@ -110,11 +129,61 @@ def _gym_score(task: str, entry: dict[str, Any], gold: str, response: str) -> Sc
         return Score.bad_gold(f"{task}: its scorer fails on the answer: {error!r}")
     if gold_mark != 1.0:
         return Score.bad_gold(f"{task}: its scorer gives the answer {gold_mark}")
+    if not _has_form(task, gold, response):
+        return mismatch(gold, response)
     try:
         mark = scorer(response, entry)
     except _SCORER_ERRORS as error:
         return Score.wrong(f"{task}: {error!r}")
     return Score.correct() if mark == 1.0 else Score.wrong(f"{task}: mark {mark}")
+
+
+def _has_form(task: str, gold: str, response: str) -> bool:
+    """Return True if a response may be shown to the task's scorer.
+
+    Where the answer is a number, that number or its rounding; in tasks of `_FORMS` an answer and
+    nothing else.
+    """
+    if task in _FORMS and not re.fullmatch(_FORMS[task], response, re.ASCII):
+        return False
+    if task == "knights_knaves":
+        return sorted(_words(response)) == sorted(_words(gold))
+    return _number(gold) is None or _rounds(gold, response)
+
+
+def _rounds(gold: str, response: str) -> bool:
+    """Return True if one number is the other, or the other rounded to three digits or more."""
+    number, given = _number(gold), _number(response)
+    if number is None or given is None or "/" in gold + response:
+        return given == number
+    decimals = [Decimal(re.sub(r"[$,]", "", text)) for text in (gold, response)]
+    coarser = max(decimals, key=lambda decimal: int(decimal.as_tuple().exponent))
+    unit = Fraction(10) ** int(coarser.as_tuple().exponent)
+    close = len(coarser.as_tuple().digits) >= _LEAST_DIGITS and 2 * abs(given - number) <= unit
+    return given == number or close
+
+
+def _words(text: str) -> list[str]:
+    # A comma before three digits may stand within a number.
+    return re.sub(r",(?!\d{3}(?!\d))", " ", fold(text)).removesuffix(".").split()
+
+
+def _same_words(gold: str, response: str) -> bool:
+    """Return True for the same words and numbers, by value; a list of numbers in any order."""
+    sides: list[list[Any]] = []
+    for text in (gold, response):
+        values = [(_number(word), word) for word in _words(text)]
+        sides.append([word if number is None else number for number, word in values])
+    if ", " in gold and all(isinstance(item, Fraction) for side in sides for item in side):
+        sides = [sorted(side) for side in sides]
+    return sides[0] == sides[1]
+
+
+def _number(text: str) -> Fraction | None:
+    """Return the value of a text that is one finite number."""
+    if len(text) > 100 or not _NUMBER.fullmatch(text):
+        return None
+    return Fraction(re.sub(r"[$,]", "", text))
 
 
 @functools.cache
