@@ -28,6 +28,7 @@ from ernie_train.data import (
     preview,
     prompt_ids,
 )
+from ernie_train.data.report import splits_warning
 from ernie_train.weights.model_directory import find_model
 
 SHOWN_LEFT_OUT = 10
@@ -215,6 +216,8 @@ def _print_unused(read: ReadReport, console: Console) -> None:
         console.print(f"keys that nothing reads: {keys}", highlight=False)
     if read.passed_over:
         console.print(f"passed over: {read.passed_over}", highlight=False)
+    if read.splits:
+        console.print(splits_warning(read.path, read.splits), highlight=False)
 
 
 def _print_left_out(rows: list[BadRow], console: Console) -> None:

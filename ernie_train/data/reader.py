@@ -46,6 +46,7 @@ class ReadReport:
     dropped: rows left out for a reason that is no fault, by reason.
     unread: keys of messages that nothing reads, with the number of rows that have them.
     passed_over: names in a directory that hold no rows.
+    splits: names of splits such as train and test, where the files are of several.
     """
 
     path: str
@@ -58,6 +59,7 @@ class ReadReport:
     unread: Counter[str] = field(default_factory=Counter)
     files: int = 0
     passed_over: str = ""
+    splits: list[str] = field(default_factory=list)
     bytes_total: int = 0
     bytes_read: int = 0
 
@@ -129,6 +131,7 @@ def iter_records(
         raise DataError(f"unknown format {format!r}; known are auto, {', '.join(FORMATS)}")
     found = find_files(path)
     report.files, report.passed_over = len(found.files), found.note()
+    report.splits = found.splits()
     report.bytes_total = sum(file.stat().st_size for file in found.files)
     mapped = ColumnMap(columns)
     try:

@@ -16,7 +16,7 @@ from ernie_train.data.reader import LISTED_ROWS, BadRow
 from ernie_train.data.tokenizer import Tokenizer
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-TRAINED, UNTRAINED = "bold green", "dim"
+TRAINED, UNTRAINED, LOUD = "bold green", "dim", "bold yellow"
 
 
 @dataclass
@@ -27,7 +27,7 @@ class SourceReport:
     the encoded rows before anything is cut. `over_seq_len` counts the rows that were longer than
     seq_len and were handled as `overlong` says; `truncated` counts those of them that were cut.
     `left_out` names the first rows that were dropped. `unread` counts the rows with a key that
-    nothing reads; `passed_over` names what lies beside the data files.
+    nothing reads; `passed_over` names what lies beside the data files, `splits` those of the files.
     """
 
     path: str
@@ -41,6 +41,7 @@ class SourceReport:
     left_out: list[BadRow] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
     passed_over: str = ""
+    splits: list[str] = field(default_factory=list)
     documents: int = 0
     tokens: int = 0
     trainable_tokens: int = 0
@@ -79,6 +80,7 @@ class SourceReport:
             "dropped_rows": [str(row) for row in self.left_out],
             "unread": dict(self.unread),
             "passed_over": self.passed_over,
+            "splits": list(self.splits),
             "documents": self.documents,
             "tokens": self.tokens,
             "trainable_tokens": self.trainable_tokens,
@@ -117,15 +119,8 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         total = self.total().to_dict()
-        for key in (
-            "path",
-            "format",
-            "weight",
-            "overlong",
-            "dropped_rows",
-            "unread",
-            "passed_over",
-        ):
+        of_one = "path format weight overlong dropped_rows unread passed_over splits"
+        for key in of_one.split():
             del total[key]
         return {
             "seq_len": self.seq_len,
@@ -154,6 +149,8 @@ class DataReport:
         ]
         text = Text("\n".join([*lines, *self._left_out()]), "table.caption")
         for source in self.sources:
+            if source.splits:
+                text.append("\n").append(splits_warning(source.path, source.splits), LOUD)
             if source.over_seq_len and source.overlong == "drop":
                 warning = too_long_warning(
                     f"{source.over_seq_len} of {source.rows} rows of {source.path}",
@@ -185,7 +182,12 @@ def too_long_warning(what: str, bound: str, longest: int, remedy: str) -> Text:
     line = (
         f"{what} are longer than {bound} and left out; the longest has {longest} tokens: {remedy}"
     )
-    return Text(line, "bold yellow", overflow="fold")
+    return Text(line, LOUD, overflow="fold")
+
+
+def splits_warning(path: str, splits: list[str]) -> str:
+    """Return a line that says that a path holds several splits."""
+    return f"{path} holds several splits, {', '.join(splits)}, and all are read: name one of them"
 
 
 def _cells(source: SourceReport) -> list[str | Text]:

@@ -267,6 +267,7 @@ class _Encoding:
         report.dropped = {**report.dropped, **read.dropped}
         report.left_out = [*report.left_out, *read.left_out]
         report.unread, report.passed_over = dict(sorted(read.unread.items())), read.passed_over
+        report.splits = read.splits
         report.documents, report.tokens = len(documents), len(documents.tokens)
         report.lengths = np.array(self.lengths, dtype=np.int64)
         return report

@@ -140,6 +140,49 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -
         read_records(tmp_path / "*.csv")
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], []),
+        (["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"], ["test", "train"]),
+        (["train/a.jsonl", "val/a.jsonl", "dev.jsonl"], ["train", "validation"]),
+        (["training.jsonl", "testimony.jsonl"], []),
+    ],
+)
+def test_files_of_several_splits_are_told(tmp_path: Path, names: list[str], splits: Any) -> None:
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(lines(ROWS[:1]))
+    assert read_records(tmp_path / "d")[1].splits == splits
+
+
+def test_what_arrow_aligns_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Parquet gives every struct the keys of all others, with null for the absent ones."""
+
+    def row(name: str, argument: str) -> dict[str, Any]:
+        made = {"type": "function", "function": {"name": name, "arguments": {argument: 1}}}
+        schema = {"type": "object", "properties": {argument: {"type": "integer"}}}
+        tool = {"type": "function", "function": {"name": name, "parameters": schema}}
+        turns = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [made], "loss": False},
+            {"role": "tool", "content": "5"},
+            {"role": "assistant", "content": "a", "reasoning": "r"},
+        ]
+        return {"messages": turns, "tools": [tool], f"only_{name}": 1}
+
+    rows = [row("tide", "port"), row("wind", "city")]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    columns = sorted({key for row in rows for key in row})  # from_pylist takes the first row's
+    table = pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert '"city": null' in json.dumps(table.to_pylist())
+    written, _ = read_records(tmp_path / "a.jsonl")
+    aligned, _ = read_records(tmp_path / "a.parquet")
+    for one, other in zip(written, aligned, strict=True):
+        assert (one.messages, one.tools, one.fields) == (other.messages, other.tools, other.fields)
+
+
 def test_links_in_a_circle_and_into_nothing_are_told(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_bytes(lines())
@@ -243,7 +286,8 @@ def test_nested_columns_of_csv_are_json(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"}', "is not valid JSON: row 2"),
         ("a.json", b'[{"text": "x"}] [{"text": "y"}]', "behind the end of its JSON list"),
         ("a.json", b'{"rows": [{"text": "x"}]}', "must hold a JSON list"),
-        ("a.json", b'[{"text": "caf\xe9"}]', "not UTF-8"),
+        ("a.json", b'[{"text": "caf\xe9"}]', "not UTF-8: byte 14 is"),
+        ("a.json", b'["' + b"x" * 2**25 + b'"]', "row 1 does not end within 16777216 characters"),
         ("a.json", b'[{"text": "\\ud83d"}]', r"a\.json:row 1: it is not valid Unicode"),
         ("a.jsonl", b'{"text": "\\ud83d"}', r"a\.jsonl:1: it is not valid Unicode"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), r"a\.jsonl:1: "),

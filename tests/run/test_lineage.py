@@ -37,3 +37,9 @@ def test_the_hash_covers_every_file_below_a_directory(tmp_path: Path) -> None:
     assert hash_files([tmp_path / "a", tmp_path / "d"]) == expected
     with pytest.raises(DataError, match="nowhere: no such file"):
         hash_files([tmp_path / "nowhere"])
+
+
+def test_the_hash_of_a_pattern_is_that_of_its_files(tmp_path: Path) -> None:
+    for name, text in (("b.jsonl", "2"), ("a.jsonl", "1"), ("c.csv", "3")):
+        (tmp_path / name).write_text(text)
+    assert hash_files([tmp_path / "*.jsonl"]) == sha256(sha256("1") + sha256("2"))

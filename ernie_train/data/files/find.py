@@ -2,6 +2,8 @@
 
 import glob
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ COMPRESSIONS = (".gz", ".zst")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
 KNOWN = f"{', '.join((*TEXTS, *TABLES))} (texts also as {' or '.join(COMPRESSIONS)})"
 MOST_NAMED = 5
+# Names of files and directories that hold one split of a data set, as hubs write them.
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?:[-_.]|$)")
+_HELD_OUT = ("valid", "val", "dev", "eval")
 
 
 @dataclass
@@ -22,6 +27,14 @@ class FoundFiles:
 
     files: list[Path] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+
+    def splits(self) -> list[str]:
+        """Return the splits that the names of the files tell of, if they are several."""
+        shared = os.path.commonpath([file.parent for file in self.files])
+        parts = {part for file in self.files for part in file.relative_to(shared).parts}
+        named = {found[1] for part in parts if (found := _SPLIT.match(part.lower()))}
+        found_splits = sorted({"validation" if name in _HELD_OUT else name for name in named})
+        return found_splits if len(found_splits) > 1 else []
 
     def note(self) -> str:
         """Return a text that names what was passed over; empty if nothing was."""
@@ -62,7 +75,8 @@ def find_files(path: str | Path) -> FoundFiles:
         elif path.is_symlink():
             raise DataError(f"{path} is a symbolic link that leads nowhere or in a circle")
         else:
-            raise DataError(f"data file {path} does not exist")
+            hub = "" if path.suffix else " (a data set of a hub must be downloaded first)"
+            raise DataError(f"data file {path} does not exist{hub}")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if not found.files:

@@ -74,11 +74,19 @@ class _Text:
     def characters(self) -> Callable[[int], str]:
         """Return a function that reads text of so many more bytes; "" at the end."""
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        total = 0
 
         def read(count: int) -> str:
+            nonlocal total
             self.on_bytes(self.raw.tell())
             chunk = self.stream.read(count)
-            return decoder.decode(chunk, final=not chunk)
+            total += len(chunk)
+            try:
+                return decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                at = total - len(error.object) + error.start
+                where = f"{self.file} is not UTF-8: byte {at}"
+                raise DataError(f"{where} is {error.reason}") from error
 
         return read
 
@@ -173,10 +181,12 @@ class _Window:
                 text, self.at = self.text[self.at : end], end
                 return _as_row(value, text)
             except (ValueError, RecursionError) as error:
-                if len(self.text) - self.at > LONGEST_ROW or not self._more(wanted):
-                    raise DataError(
-                        f"{self.file} is not valid JSON: row {number}: {error}"
-                    ) from error
+                where = f"{self.file} is not valid JSON: row {number}"
+                if len(self.text) - self.at > LONGEST_ROW:
+                    reason = f"{where} does not end within {LONGEST_ROW} characters"
+                    raise DataError(reason) from error
+                if not self._more(wanted):
+                    raise DataError(f"{where}: {error}") from error
                 wanted *= 2
 
     def _more(self, count: int) -> bool:
