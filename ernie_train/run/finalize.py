@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import export
-from ernie_train.run.lineage import Lineage, hash_files
+from ernie_train.run.lineage import Lineage
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import EvaluationConfig, Recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line, stage_table
@@ -117,7 +119,7 @@ class Finalizer:
         self, settings: EvaluationConfig, path: Path, lineage: Lineage, title: str
     ) -> dict[str, Any]:
         """Return the result in `path` or after the last stage, if it is of this model, or solve."""
-        identity = self._evaluation_identity(settings, lineage)
+        identity = evaluation_identity(settings, lineage)
         last_stage = self._stage_file(len(self.recipe.stages) - 1)
         if kept := consensus.run_on_main(lambda: _read_kept((path, last_stage), identity)):
             return kept
@@ -126,11 +128,6 @@ class Finalizer:
         consensus.run_on_main(lambda: write_jsonl(path.with_name(SAMPLES), solved.samples))
         _write_on_main(path, result)
         return result
-
-    def _evaluation_identity(self, settings: EvaluationConfig, lineage: Lineage) -> str:
-        """Return a hash of the model, of the settings and of the problems, wherever they lie."""
-        problems = consensus.run_on_main(lambda: hash_files([Path(settings.path)]))
-        return _identity(settings, lineage, problems, without={"path"})
 
     def _solve(
         self,
@@ -153,6 +150,14 @@ class Finalizer:
             label=label,
             stop_requested=lambda: self.stop.requested,
         )
+
+
+def evaluation_identity(settings: EvaluationConfig, lineage: Lineage) -> str:
+    """Return a hash of the model, of the settings and of the problems, wherever they lie."""
+    asked = load_problems(settings.path, columns=settings.columns)
+    facts = [[record.messages, record.tools, record.fields] for record in asked]
+    problems = hashlib.sha256(json.dumps(facts, default=repr, sort_keys=True).encode()).hexdigest()
+    return _identity(settings, lineage, problems, without={"path", "columns"})
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
