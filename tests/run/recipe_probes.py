@@ -1,0 +1,361 @@
+"""For each key of a recipe a small run, and the change of this key alone that its outcome shows.
+
+`@` stands for `stages.0.`, `{root}` for the directory of the test's files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Changes = dict[str, Any]
+REMOVED = "(removed)"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A run of `base` with the settings `given`, against the same with `changed` as well."""
+
+    base: str
+    changed: Changes
+    given: Changes = field(default_factory=dict)
+    observe: str = "run"
+
+
+VALIDATION = {"@validation": [{"path": "{root}/validation.jsonl"}]}
+BEST = {
+    **VALIDATION, "@steps": 3, "@optim.lr": 0.02, "@checkpoint.best_metric": "validation_loss",
+    "@checkpoint.best_is": "higher",
+}  # fmt: skip
+GATED = {"@gate": {"metric": "eval/math", "at_least": 0.5}}
+PHASES = [
+    {"rope_theta": 1e6, "seq_len": 32, "steps": 1},
+    {"rope_theta": 2e6, "seq_len": 64, "steps": 2},
+]
+PHASED = {
+    "@kind": "pretrain", "@data": [{"path": "{root}/texts.jsonl"}],
+    "@seq_len": REMOVED, "@steps": REMOVED, "@rope_schedule": PHASES,
+}  # fmt: skip
+EPOCHS = {"@steps": REMOVED, "@epochs": 1}
+TWO_STEPS = {"@optim.lr": 0.05, "@policy.update_epochs": 2}
+KL = {**TWO_STEPS, "@policy.kl": {"coef": 0.5}}
+ONLINE = {"@preference": {"coef": 0.5, "pairs": "online"}}
+OFFLINE = {
+    "@preference": {
+        "coef": 0.5, "pairs": "offline", "offline": {"prompts": 6, "per_iteration": 1}
+    }
+}  # fmt: skip
+FILE_OF_PAIRS = {
+    "@rollout.max_new_tokens": 40,
+    "@preference": {
+        "coef": 0.5, "pairs": "offline",
+        "offline": {"path": "{root}/pairs.jsonl", "per_iteration": 1},
+    }
+}  # fmt: skip
+CRITIC = {**TWO_STEPS, "@critic": {"optim": {"lr": 0.05, "schedule": "constant"}}}
+LEVELS = {"@iterations": 3, "@curriculum": {"start": 1, "raise_at": 0.01}}
+HELD_OUT = {
+    "@evaluation": {"path": "{root}/two_tasks.jsonl", "every_iterations": 2}, "@iterations": 3
+}  # fmt: skip
+OTHER_COLUMNS = {"@data.0.path": "{root}/other_columns.jsonl"}
+SAME = {"columns": {"answer": "answer"}}
+
+PROBES: dict[str, Probe] = {
+    # ---- the recipe
+    "name": Probe("sft", {"name": "other"}, observe="directory"),
+    "seed": Probe("sft", {"seed": 6}),
+    "model": Probe("sft", {"model.moe_k": 1}),
+    "model.preset": Probe("sft", {"model": {"preset": "mini"}}, observe="model"),
+    "model.path": Probe("sft", {"model": {"path": "{root}/of_base"}}),
+    "tokenizer": Probe("sft", {"tokenizer": {"path": "{root}/tokenizer2"}}),
+    "tokenizer.path": Probe("sft", {"tokenizer.path": "{root}/tokenizer2"}),
+    "tokenizer.stand_in": Probe(
+        "sft", {"tokenizer.stand_in": "{root}/tokenizer"}, {"tokenizer.path": "gone"}, "check"
+    ),
+    "device": Probe("sft", {"device": "gpu"}, {"device": "cpu"}),
+    "parallel": Probe("sft", {"parallel": {"data": 2}}),
+    "parallel.expert": Probe("sft", {"parallel.expert": 2}),
+    "parallel.data": Probe("sft", {"parallel.data": 2}),
+    "parallel.sharding": Probe("sft", {"parallel.sharding": True}),  # refused on one rank
+    "parallel.recompute": Probe("sft", {"parallel.recompute": True}, observe="passes"),
+    "parallel.recompute.parts": Probe(
+        "sft", {"parallel.recompute": {"parts": ["experts"]}}, {"parallel.recompute": {}}, "passes"
+    ),
+    "parallel.recompute.layers": Probe(
+        "sft", {"parallel.recompute.layers": 1}, {"parallel.recompute": {}}, "passes"
+    ),
+    "parallel.recompute.chunk_tokens": Probe(
+        "sft", {"parallel.recompute.chunk_tokens": 8}, {"parallel.recompute": {}}, "passes"
+    ),
+    "stages": Probe("sft", {"stages.0.name": "first"}),
+    "evaluation": Probe("sft", {"evaluation": {"path": "{root}/test.jsonl", "max_new_tokens": 4}}),
+    "export": Probe("sft", {"export": {"dtype": "float32"}}),
+    "export.dtype": Probe("sft", {"export.dtype": "bfloat16"}, {"export": {"dtype": "float32"}}),
+    "export.max_shard_size": Probe(
+        "sft", {"export.max_shard_size": "50KB"}, {"export": {"dtype": "float32"}}
+    ),
+    "evaluation.path": Probe("evaluated", {"evaluation.path": "{root}/two_tasks.jsonl"}),
+    "evaluation.columns": Probe("evaluated", {"evaluation.columns": {"task": "domain"}}),
+    "evaluation.max_new_tokens": Probe("evaluated", {"evaluation.max_new_tokens": 5}),
+    "evaluation.batch_size": Probe("evaluated", {"evaluation.batch_size": 3}, observe="batches"),
+    "evaluation.max_examples": Probe("evaluated", {"evaluation.max_examples": 2}),
+    "evaluation.untrained_examples": Probe("evaluated", {"evaluation.untrained_examples": 2}),
+    "evaluation.after_each_stage": Probe("evaluated", {"evaluation.after_each_stage": True}),
+    # ---- every stage
+    "stages[].name": Probe("sft", {"@name": "other"}),
+    "stages[].kind": Probe("sft", {"@kind": "pretrain"}),
+    "stages[].micro_batch_size": Probe("sft", {"@micro_batch_size": 2}),
+    "stages[].optim": Probe("sft", {"@optim": {"lr": 1e-3}}),
+    "stages[].optim.lr": Probe("sft", {"@optim.lr": 1e-3}),
+    "stages[].optim.min_lr": Probe("sft", {"@optim.min_lr": 1e-3}),
+    "stages[].optim.schedule": Probe("sft", {"@optim.schedule": "constant"}),
+    "stages[].optim.warmup_steps": Probe("sft", {"@optim.warmup_steps": 2}),
+    "stages[].optim.decay_fraction": Probe(
+        "sft", {"@optim.decay_fraction": 1.0},
+        {"@optim": {"lr": 3e-3, "schedule": "wsd", "decay_fraction": 0.1}},
+    ),
+    "stages[].optim.weight_decay": Probe("sft", {"@optim.weight_decay": 0.5}),
+    "stages[].optim.beta1": Probe("sft", {"@optim.beta1": 0.5}),
+    "stages[].optim.beta2": Probe("sft", {"@optim.beta2": 0.5}),
+    "stages[].optim.eps": Probe("sft", {"@optim.eps": 1e-2}),
+    "stages[].optim.clip_grad_norm": Probe("sft", {"@optim.clip_grad_norm": None}),
+    "stages[].balance": Probe("sft", {"@balance": {"z_loss_coef": 0.1}}),
+    "stages[].balance.orthogonal_coef": Probe("sft", {"@balance.orthogonal_coef": 0.1}),
+    "stages[].balance.orthogonal_mode": Probe(
+        "sft", {"@balance.orthogonal_mode": "decoupled"}, {"@balance": {"orthogonal_coef": 0.1}}
+    ),
+    "stages[].balance.load_balance_coef": Probe("sft", {"@balance.load_balance_coef": 0.1}),
+    "stages[].balance.z_loss_coef": Probe("sft", {"@balance.z_loss_coef": 0.1}),
+    "stages[].balance.bias_update_rate": Probe("sft", {"@balance.bias_update_rate": 0.1}),
+    "stages[].moe_health": Probe("sft", {"@moe_health": {"layers_every_steps": 1}}),
+    "stages[].moe_health.layers_every_steps": Probe("sft", {"@moe_health.layers_every_steps": 1}),
+    "stages[].moe_health.probe_every_steps": Probe("sft", {"@moe_health.probe_every_steps": 1}),
+    "stages[].moe_health.probe_tokens": Probe(
+        "sft", {"@moe_health.probe_tokens": 3},
+        {"@moe_health": {"probe_every_steps": 1}, "@optim.lr": 0.1},
+    ),
+    "stages[].moe_health.warn_load_max": Probe(
+        "sft", {"@moe_health.warn_load_max": 1.01}, {"@moe_health": {"warn_after_steps": 1}}
+    ),
+    "stages[].moe_health.warn_after_steps": Probe(
+        "sft", {"@moe_health.warn_after_steps": 1}, {"@moe_health": {"warn_load_max": 1.01}}
+    ),
+    "stages[].checkpoint": Probe("sft", {"@checkpoint": {"every_steps": 1}}),
+    "stages[].checkpoint.every_steps": Probe(
+        "sft", {"@checkpoint.every_steps": 2}, {"@checkpoint.keep_last": 5}
+    ),
+    "stages[].checkpoint.keep_last": Probe("sft", {"@checkpoint.keep_last": 2}),
+    "stages[].checkpoint.best_metric": Probe(
+        "sft", {"@checkpoint.best_metric": "validation_loss"},
+        {**BEST, "@checkpoint.best_metric": None},
+    ),
+    "stages[].checkpoint.best_is": Probe("sft", {"@checkpoint.best_is": "lower"}, BEST),
+    "stages[].checkpoint.load_best_at_end": Probe(
+        "sft", {"@checkpoint.load_best_at_end": True}, BEST
+    ),
+    "stages[].checkpoint.max_shard_size": Probe("sft", {"@checkpoint.max_shard_size": "50KB"}),
+    "stages[].max_bad_fraction": Probe(
+        "sft", {"@max_bad_fraction": 0.5}, {"@data": [{"path": "{root}/bad.jsonl"}]}
+    ),
+    "stages[].gate": Probe("gated", {"@gate": None}, GATED),
+    "stages[].gate.metric": Probe("gated", {"@gate.metric": "eval/mean"}, GATED),
+    "stages[].gate.at_least": Probe("gated", {"@gate.at_least": 0.0}, GATED),
+    "stages[].gate.max_regression": Probe("gated", {"max_regression": 0.1}, observe="gate"),
+    "stages[].lora": Probe("sft", {"@lora": {"rank": 4}}),
+    **{
+        f"stages[].lora.{name}": Probe("sft", {f"@lora.{name}": value}, {"@lora": {"rank": 4}})
+        for name, value in {
+            "rank": 2, "alpha": 3.0, "dropout": 0.5, "targets": ["q_proj"], "rslora": True,
+            "dora": True,
+        }.items()
+    },
+    "stages[].train": Probe("sft", {"@train": ["q_proj"]}),
+    "stages[].freeze": Probe("sft", {"@freeze": ["experts"]}),
+    # ---- pre-training and SFT
+    "stages[] of kind pretrain, sft.data": Probe(
+        "sft", {"@data": [{"path": "{root}/validation.jsonl"}]}
+    ),
+    "stages[] of kind pretrain, sft.validation": Probe("sft", VALIDATION),
+    "stages[] of kind pretrain, sft.grad_accum_steps": Probe("sft", {"@grad_accum_steps": 2}),
+    "stages[] of kind pretrain, sft.validate_every_steps": Probe(
+        "sft", {"@validate_every_steps": 1}, {**VALIDATION, "@checkpoint.every_steps": 2}
+    ),
+    "stages[] of kind pretrain, sft.seq_len": Probe("sft", {"@seq_len": 128}),
+    "stages[] of kind pretrain, sft.epochs": Probe("sft", {"@epochs": 2}, EPOCHS),
+    "stages[] of kind pretrain, sft.steps": Probe("sft", {"@steps": 3}),
+    "stages[] of kind pretrain, sft.rope_schedule": Probe("sft", PHASED),
+    "stages[].data[].path": Probe("sft", {"@data.0.path": "{root}/validation.jsonl"}),
+    "stages[].data[].weight": Probe("sft", {"@data.0.weight": 2.0}, EPOCHS),
+    "stages[].data[].format": Probe("sft", {"@data.0.format": "alpaca"}),
+    "stages[].data[].max_examples": Probe("sft", {"@data.0.max_examples": 3}),
+    "stages[].data[].include_thinking": Probe("sft", {"@data.0.include_thinking": False}),
+    "stages[].data[].overlong": Probe(
+        "sft", {"@data.0.overlong": "truncate"}, {"@seq_len": 45, "@data.0.overlong": "drop"}
+    ),
+    "stages[].data[].columns": Probe(
+        "sft", {"@data.0.columns": {"prompt": "q", "completion": "a"}}, OTHER_COLUMNS
+    ),
+    "stages[].data[].columns.column": Probe(
+        "sft", {"columns": {"prompt": "a", "completion": {"column": "a"}}},
+        {"columns": {"prompt": "a", "completion": {"column": "q"}}}, "rows",
+    ),
+    "stages[].data[].columns.after": Probe(
+        "sft", {"columns": {"prompt": "q", "completion": {"column": "a", "after": "#"}}},
+        {"columns": {"prompt": "q", "completion": {"column": "a"}}}, "rows",
+    ),
+    "stages[].data[].columns.value": Probe(
+        "sft", {"columns": {"prompt": "q", "completion": {"value": "no"}}},
+        {"columns": {"prompt": "q", "completion": {"value": "yes"}}}, "rows",
+    ),
+    **{
+        f"stages[].rope_schedule[].{name}": Probe("sft", {f"@rope_schedule.1.{name}": v}, PHASED)
+        for name, v in {
+            "rope_theta": 5e6, "seq_len": 60, "steps": 3, "transition": "smooth",
+            "micro_batch_size": 2, "upsample": {"longer_than": 44, "factor": 9.0},
+        }.items()
+    },
+    "stages[].rope_schedule[].tokens": Probe(
+        "sft", {"@rope_schedule.1.tokens": 500, "@rope_schedule.1.steps": REMOVED}, PHASED
+    ),
+    **{
+        f"stages[].rope_schedule[].upsample.{name}": Probe(
+            "sft", {f"@rope_schedule.1.upsample.{name}": value},
+            {**PHASED, "@rope_schedule.1.upsample": {"longer_than": 44, "factor": 2.0}},
+        )
+        for name, value in {"longer_than": 20, "factor": 9.0}.items()
+    },
+    "stages[] of kind sft.normalization": Probe("sft", {"@normalization": "token_balanced"}),
+    "stages[] of kind sft.thinking": Probe("sft", {"@thinking": False}),
+    # ---- DPO
+    "stages[] of kind dpo.data": Probe("dpo", {"@data": "{root}/pairs2.jsonl"}),
+    "stages[] of kind dpo.columns": Probe("dpo", {"@columns": {"prompt": "chosen"}}),
+    "stages[] of kind dpo.seq_len": Probe("dpo", {"@seq_len": 50}),
+    "stages[] of kind dpo.steps": Probe("dpo", {"@steps": 1}),
+    "stages[] of kind dpo.pairs_per_step": Probe("dpo", {"@pairs_per_step": 3}),
+    "stages[] of kind dpo.beta": Probe("dpo", {"@beta": 0.5}),
+    # ---- RL
+    "stages[] of kind upo.data": Probe("upo", {"@data": [{"path": "{root}/two_tasks.jsonl"}]}),
+    "stages[].data[] of kind upo.path": Probe("upo", {"@data.0.path": "{root}/two_tasks.jsonl"}),
+    "stages[].data[] of kind upo.weight": Probe(
+        "upo", {"@data.1.weight": 3.0},
+        {"@data": [{"path": "{root}/prompts.jsonl"}, {"path": "{root}/two_tasks.jsonl"}]},
+    ),
+    "stages[].data[] of kind upo.tasks": Probe(
+        "upo", {"@data.0.tasks": ["product"]}, {"@data": [{"path": "{root}/two_tasks.jsonl"}]}
+    ),
+    "stages[].data[] of kind upo.max_examples": Probe("upo", {"@data.0.max_examples": 3}),
+    "stages[].data[] of kind upo.columns": Probe("upo", {"@data.0.columns": {"task": "domain"}}),
+    "stages[] of kind upo.reward": Probe("upo", {"@reward": "exact"}),
+    "stages[].reward.parts": Probe("upo", {"@reward": {"parts": [{"name": "exact"}]}}),
+    "stages[].reward.max_excluded_fraction": Probe(
+        "upo", {"@reward.max_excluded_fraction": 1.0},
+        {"@reward": {"parts": [{"python": "{root}/reward.py:raises"}]}},
+    ),
+    "stages[].reward.parts[].name": Probe("upo", {"@reward": "format"}, {"@reward": "exact"}),
+    "stages[].reward.parts[].python": Probe(
+        "upo", {"@reward": {"python": "{root}/reward.py:other"}}
+    ),
+    "stages[].reward.parts[].judge": Probe("upo", {}, observe="judge"),
+    "stages[].reward.parts[].weight": Probe("upo", {"@reward.weight": 2.0}),
+    "stages[].reward.parts[].max_tokens": Probe(
+        "upo", {"max_tokens": 1}, observe="format part"
+    ),
+    **{
+        f"stages[].reward.parts[].judge.{name}": Probe("upo", {name: value}, observe="judge")
+        for name, value in {
+            "url": "http://other/v1", "model": "other", "api_key_env": "HOME", "timeout_s": 1.0,
+            "retries": 1, "parallel": 3,
+        }.items()
+    },
+    "stages[] of kind upo.iterations": Probe("upo", {"@iterations": 2}),
+    "stages[] of kind upo.rollout": Probe("upo", {"@rollout.max_new_tokens": 5}),
+    **{
+        f"stages[].rollout.{name}": Probe("upo", {f"@rollout.{name}": value})
+        for name, value in {
+            "prompts_per_iteration": 2, "group_size": 2, "max_prompt_tokens": 29,
+            "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.3, "top_k": 2,
+            "max_logprob_mismatch": 1e-12, "dump": True, "truncated": "mask",
+            "replay": "{root}/rollouts",
+        }.items()
+    },
+    "stages[].rollout.batch_size": Probe("upo", {"@rollout.batch_size": 2}, observe="batches"),
+    "stages[].rollout.refill_rounds": Probe(
+        "upo", {"@rollout.refill_rounds": 2}, {"@rollout.group_size": 2}
+    ),
+    "stages[].rollout.truncation_penalty": Probe(
+        "upo", {"@rollout.truncation_penalty": 2.0},
+        {"@rollout.truncated": "punish", "@rollout.truncation_penalty": 0.1},
+    ),
+    "stages[] of kind upo.policy": Probe("upo", {"@policy": {"minibatches": 2}}),
+    **{
+        f"stages[].policy.{name}": Probe("upo", {f"@policy.{name}": value}, TWO_STEPS)
+        for name, value in {
+            "coef": 0.5, "clip_ratio": 0.001, "clip_ratio_high": 0.001, "entropy_coef": 0.1,
+            "kl": {"coef": 0.5}, "update_epochs": 1, "minibatches": 2, "group_scale": "none",
+        }.items()
+    },
+    "stages[].policy.normalize_rewards": Probe(
+        "upo", {"@policy.normalize_rewards": "none"}, CRITIC
+    ),
+    **{
+        f"stages[].policy.kl.{name}": Probe("upo", {f"@policy.kl.{name}": value}, KL)
+        for name, value in {"coef": 0.1, "kind": "k2", "place": "reward"}.items()
+    },
+    "stages[] of kind upo.preference": Probe("upo", ONLINE),
+    "stages[].preference.coef": Probe("upo", {"@preference.coef": 0.1}, ONLINE),
+    "stages[].preference.pairs": Probe("upo", {"@preference.pairs": "both"}, OFFLINE),
+    "stages[].preference.margin": Probe(
+        "upo", {"@preference.margin": 0.6},
+        {**ONLINE, "@reward": {"python": "{root}/reward.py:half"}},
+    ),
+    "stages[].preference.beta": Probe("upo", {"@preference.beta": 0.5}, ONLINE),
+    "stages[].preference.offline": Probe("upo", FILE_OF_PAIRS, OFFLINE),
+    "stages[].preference.offline.path": Probe(
+        "upo", {"@preference.offline.path": "{root}/pairs2.jsonl"}, FILE_OF_PAIRS
+    ),
+    "stages[].preference.offline.columns": Probe(
+        "upo", {"@preference.offline.columns": {"prompt": "chosen"}}, FILE_OF_PAIRS
+    ),
+    "stages[].preference.offline.prompts": Probe(
+        "upo", {"@preference.offline.prompts": 3}, OFFLINE
+    ),
+    "stages[].preference.offline.per_iteration": Probe(
+        "upo", {"@preference.offline.per_iteration": 2}, FILE_OF_PAIRS
+    ),
+    "stages[] of kind upo.critic": Probe("upo", {"@critic": {"optim": {"lr": 0.05}}}),
+    "stages[].critic.optim": Probe("upo", {"@critic.optim": {"lr": 0.01}}, CRITIC),
+    "stages[].critic.gamma": Probe("upo", {"@critic.gamma": 0.5}, CRITIC),
+    "stages[].critic.lam": Probe("upo", {"@critic.lam": 0.1}, {**CRITIC, "@iterations": 2}),
+    "stages[].critic.path": Probe(
+        "upo", {"@critic.path": "{root}/with_critic/01-u/checkpoints/step_000001"}, CRITIC
+    ),
+    "stages[].critic.clip_range": Probe("upo", {"@critic.clip_range": 1e-4}, CRITIC),
+    "stages[].critic.warmup_iterations": Probe("upo", {"@critic.warmup_iterations": 1}, CRITIC),
+    "stages[] of kind upo.curriculum": Probe("upo", {"@curriculum": {"start": 2}}),
+    "stages[].curriculum.start": Probe("upo", {"@curriculum.start": 2}, LEVELS),
+    "stages[].curriculum.raise_at": Probe("upo", {"@curriculum.raise_at": 1.0}, LEVELS),
+    "stages[] of kind upo.evaluation": Probe("upo", HELD_OUT, {"@iterations": 3}),
+    "stages[].evaluation.path": Probe(
+        "upo", {"@evaluation.path": "{root}/test.jsonl"}, HELD_OUT
+    ),
+    "stages[].evaluation.columns": Probe(
+        "upo", {"@evaluation.columns": {"task": "domain"}}, HELD_OUT
+    ),
+    "stages[].evaluation.every_iterations": Probe(
+        "upo", {"@evaluation.every_iterations": 1}, HELD_OUT
+    ),
+    "stages[].evaluation.max_examples": Probe(
+        "upo", {"@evaluation.max_examples": 1}, HELD_OUT, "problems"
+    ),
+    "stages[].evaluation.tasks": Probe("upo", {"@evaluation.tasks": ["product"]}, HELD_OUT),
+    "stages[].evaluation.samples": Probe(
+        "upo", {"@evaluation.samples": 2},
+        {**HELD_OUT, "@evaluation.temperature": 1.0},
+    ),
+    "stages[].evaluation.temperature": Probe(
+        "upo", {"@evaluation.temperature": 1.0}, HELD_OUT, "problems"
+    ),
+    "stages[] of kind upo.canaries": Probe("upo", {"@canaries": 4}),
+    "stages[] of kind upo.samples_per_iteration": Probe("upo", {"@samples_per_iteration": 2}),
+    "stages[] of kind upo.term_norms_every": Probe("upo", {"@term_norms_every": 1}),
+}  # fmt: skip

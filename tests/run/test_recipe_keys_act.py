@@ -1,0 +1,316 @@
+"""Every key of a recipe changes something: no setting is accepted and ignored.
+
+`recipe_probes.py` names for each key a small run and the change of this key alone. The outcome of a
+run is what it leaves: exit status and message, metrics, weights, samples, names of files. Keys that
+leave results as they are by design are probed where they act. A key without a probe turns this red.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+
+from ernie_train.cli.main import main
+from ernie_train.cli.run import RunCommand
+from ernie_train.core.errors import GateError
+from ernie_train.data import DataSource, read_records, train_tokenizer
+from ernie_train.eval import evaluation
+from ernie_train.eval.gates import check_gate
+from ernie_train.model.transformer import DecoderLayer
+from ernie_train.rewards.scoring import composition
+from ernie_train.rewards.scoring.service import ScoringReport, ScoringService
+from ernie_train.rewards.scoring.worker import _graded
+from ernie_train.rl import rollout
+from ernie_train.run.recipe import ModelSource, Recipe
+from ernie_train.train.stage import Gate
+from tests.recipe_keys import Key, recipe_keys
+from tests.run.recipe_probes import CRITIC, PROBES, REMOVED, Changes, Probe
+from tests.workspace import make_workspace, rows, write_rows
+
+KEYS = {key.path: key for key in recipe_keys()}
+
+
+def stage_of(base: str) -> dict[str, Any]:
+    every = {
+        "micro_batch_size": 1,
+        "optim": {"lr": 3e-3},
+        "checkpoint": {"every_steps": 1, "keep_last": 1},
+    }
+    if base == "dpo":
+        own = {"data": "{root}/pairs.jsonl", "seq_len": 64, "steps": 2, "pairs_per_step": 2}
+        return {**every, "name": "d", "kind": "dpo", **own, "micro_batch_size": 4}
+    if base == "upo":
+        return {
+            **every, "name": "u", "kind": "upo", "data": [{"path": "{root}/prompts.jsonl"}],
+            "reward": {"python": "{root}/reward.py:score"}, "canaries": 0, "iterations": 1,
+            "micro_batch_size": 32, "optim": {"lr": 3e-3, "schedule": "constant"},
+            "rollout": {"prompts_per_iteration": 3, "group_size": 4, "max_new_tokens": 6,
+                        "max_prompt_tokens": 64},
+        }  # fmt: skip
+    data = [{"path": "{root}/train.jsonl", "max_examples": 12}]
+    return {**every, "name": "s", "kind": "sft", "data": data, "seq_len": 64, "steps": 2}
+
+
+def recipe_of(root: Path, base: str, changes: Changes) -> dict[str, Any]:
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    recipe |= {"evaluation": None, "export": None, "stages": [stage_of(base)]}
+    if base in ("evaluated", "gated"):
+        recipe["evaluation"] = {"path": "{root}/test.jsonl", "max_new_tokens": 4,
+                                "max_examples": 5, "after_each_stage": base == "gated"}  # fmt: skip
+    for path, value in changes.items():
+        place: Any = recipe
+        *parents, last = path.replace("@", "stages.0.").split(".")
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        if value == REMOVED:
+            del place[last]
+        else:
+            place[int(last) if isinstance(place, list) else last] = copy.deepcopy(value)
+    found: dict[str, Any] = yaml.safe_load(yaml.safe_dump(recipe).replace("{root}", str(root)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("keys")
+    make_workspace(root)
+    texts = [row["messages"][0]["content"] for row in rows(60, 1)]
+    train_tokenizer(texts, 300, root / "tokenizer2")
+    problems = [
+        {**row, "messages": row["messages"][:1], "difficulty": 1 + at % 3}
+        for at, row in enumerate(rows(12, 7))
+    ]
+    write_rows(root / "prompts.jsonl", problems)
+    tasks = [{**row, "task": "product", "domain": "other"} for row in problems[:4]]
+    write_rows(root / "two_tasks.jsonl", [*problems[4:8], *tasks])
+    write_rows(root / "other_columns.jsonl", [{"q": f"{a}?", "a": f"so #{a}"} for a in range(12)])
+    for name, first in (("pairs", 0), ("pairs2", 5)):
+        pairs = [{"prompt": "again? " * (a % 3), "chosen": f"{a}. " * (1 + a), "rejected": f"{a}"}
+                 for a in range(first, first + 6)]  # fmt: skip
+        pairs[0]["prompt"] = "Hello?"
+        pairs = [{**pair, "prompt": pair["prompt"] or "And?"} for pair in pairs]
+        write_rows(root / f"{name}.jsonl", pairs)
+    write_rows(root / "texts.jsonl", [{"text": "1 + 2 = 3. " * n} for n in range(1, 13)])
+    (root / "bad.jsonl").write_text((root / "validation.jsonl").read_text() + "{\n")
+    (root / "reward.py").write_text(
+        "def score(row, completion):\n    return float(sum(map(ord, completion)) % 2)\n"
+        "def other(row, completion):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
+        "def half(row, completion):\n    return 0.5 * score(row, completion)\n"
+        "def raises(row, completion):\n"
+        "    if sum(map(ord, completion)) % 3:\n        raise ValueError('odd')\n"
+        "    return score(row, completion)\n"
+    )
+    finished(root, recipe_of(root, "sft", {}), root / "of_base")
+    finished(root, recipe_of(root, "upo", CRITIC), root / "with_critic")
+    dumped = recipe_of(root, "upo", {"@rollout.dump": True, "seed": 99})
+    finished(root, dumped, root / "dumped")
+    (root / "dumped/01-u/rollouts").rename(root / "rollouts")
+    return root
+
+
+def finished(root: Path, recipe: dict[str, Any], run_dir: Path, verb: str = "run") -> list[str]:
+    """Run a recipe in this process; return its exit status and what it said of mistakes."""
+    path = root / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    out, err = io.StringIO(), io.StringIO()
+    where = ["--run-dir", str(run_dir)] if verb == "run" else []
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        main([verb, str(path), *where])
+    warnings = [line for line in out.getvalue().splitlines() if line.startswith("warning")]
+    told = err.getvalue().replace(str(run_dir), "RUN").replace(run_dir.name, "RUN")
+    return [str(stopped.value.code or 0), " ".join(told.split()), *warnings]
+
+
+UNLIKE = {"recipe.yaml", "environment.json", "stage.json", "export.json", "MANIFEST.json"}
+
+
+def left_in(run_dir: Path) -> Iterator[tuple[str, str]]:
+    """Names of a run's files with a digest of what does not differ from run to run."""
+    for path in sorted(run_dir.rglob("*")):
+        if not path.is_file() or path.name in UNLIKE or "visualdl" in path.parts:
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".jsonl" or path.name in ("DONE", "evaluation.json"):
+            rows_of = (
+                [json.loads(line) for line in content.splitlines()]
+                if (path.suffix == ".jsonl")
+                else [json.loads(content)]
+            )
+            for row in rows_of:
+                for volatile in ("time", "identity", "settings", "inputs", "sha256"):
+                    row.pop(volatile, None)
+            content = json.dumps(rows_of).encode()
+        yield str(path.relative_to(run_dir)), hashlib.sha256(content).hexdigest()
+
+
+class _ScoringHere(ScoringService):
+    """Grades in this process: probes change settings, not processes."""
+
+    def score(self, items: Any, **options: Any) -> Any:
+        replies = [_graded(*item) for item in items]
+        scores = [
+            composition.Score(*reply[1:]) if reply[0] == "score"
+            else composition.Score.infrastructure(reply[1])
+            for reply in replies
+        ]  # fmt: skip
+        return scores, ScoringReport(len(scores), 0.0, {}, 0)
+
+
+@pytest.fixture
+def observe(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setattr(composition, "ScoringService", _ScoringHere)
+    monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
+    calls: list[Any] = []
+    for module in (evaluation, rollout):
+        original = module.generate_sharded
+
+        def sampled(model: Any, prompts: Any, _original: Any = original, **options: Any) -> Any:
+            calls.append((len(prompts), options["batch_size"], options["temperature"]))
+            return _original(model, prompts, **options)
+
+        monkeypatch.setattr(module, "generate_sharded", sampled)
+    spies = _Spies(root, tmp_path, monkeypatch, calls)
+    return lambda probe, changes: getattr(spies, probe.observe.replace(" ", "_"))(
+        probe.base, changes
+    )
+
+
+@dataclass
+class _Spies:
+    """Ways to observe what a setting does; each returns something that can be compared."""
+
+    root: Path
+    tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch
+    calls: list[Any]
+    runs: int = 0
+
+    def run(self, base: str, changes: Changes) -> Any:
+        self.runs += 1
+        run_dir = self.tmp_path / f"run{self.runs}"
+        told = finished(self.root, recipe_of(self.root, base, changes), run_dir)
+        return told, dict(left_in(run_dir))
+
+    def check(self, base: str, changes: Changes) -> Any:
+        recipe = recipe_of(self.root, base, changes)
+        return finished(self.root, recipe, self.tmp_path / "checked", "check"), ""
+
+    def batches(self, base: str, changes: Changes) -> Any:
+        self.calls.clear()
+        self.run(base, changes)
+        return [size for _, size, _ in self.calls]
+
+    def problems(self, base: str, changes: Changes) -> Any:
+        self.calls.clear()
+        self.run(base, changes)
+        return [(count, temperature) for count, _, temperature in self.calls]
+
+    def passes(self, base: str, changes: Changes) -> Any:
+        """Count the calls of the parts of layers, which recomputation repeats."""
+        counts: Counter[str] = Counter()
+        for name in ("attn_block", "mlp_block"):
+            original = getattr(DecoderLayer, name)
+
+            def counted(*arguments: Any, _name: str = name, _original: Any = original) -> Any:
+                counts[_name] += 1
+                return _original(*arguments)
+
+            self.monkeypatch.setattr(DecoderLayer, name, counted)
+        self.run(base, changes)
+        return counts
+
+    def directory(self, base: str, changes: Changes) -> Any:
+        recipe = Recipe(**recipe_of(self.root, base, changes))
+        return RunCommand(Path("x"), [], None, None, None, None)._directory(recipe.name)
+
+    def model(self, base: str, changes: Changes) -> Any:
+        return ModelSource(**recipe_of(self.root, base, changes)["model"]).build().to_dict()
+
+    def gate(self, base: str, changes: Changes) -> Any:
+        before, now = ({"tasks": [], "mean_accuracy": a, "domains": {"math": {"accuracy": a}}}
+                       for a in (0.9, 0.5))  # fmt: skip
+        try:
+            check_gate(Gate(metric="eval/math", at_least=0.1, **changes), "s", now, before)
+        except GateError as error:
+            return str(error)
+        return "passed"
+
+    def rows(self, base: str, changes: Changes) -> Any:
+        source = DataSource(path=str(self.root / "other_columns.jsonl"), **changes)
+        records, _ = read_records(source.path, columns=source.columns)
+        return [record.messages for record in records]
+
+    def format_part(self, base: str, changes: Changes) -> Any:
+        config = composition.RewardConfig(parts=[{"name": "format", **changes}])
+        reward = composition.build_reward(config, self.root)
+        text = "hm\n</think>\n\n<response>\n2\n</response>\n"
+        return reward.score_batch([{}], [text], [9]).scores[0].value
+
+    def judge(self, base: str, changes: Changes) -> Any:
+        found: list[Any] = []
+
+        class Judge(composition.LlmJudge):
+            def __init__(self, **settings: Any) -> None:
+                found.append(settings)
+                super().__init__(**settings)
+
+        self.monkeypatch.setattr(composition, "LlmJudge", Judge)
+        settings = {"url": "http://here/v1", "model": "m", **changes}
+        part = {"judge": settings} if changes or not self.runs else {"name": "exact"}
+        config = composition.RewardConfig(parts=[part])
+        reward = composition.build_reward(config, self.root)
+        self.runs += 1
+        return found, reward._service.workers
+
+
+BASELINES: dict[str, Any] = {}
+
+
+def has_one_value(key: Key) -> bool:
+    """Tell whether the key's type leaves no choice: `sandbox: strict`."""
+    found = key.owner.model_fields.get(key.name)
+    return (
+        found is not None
+        and get_origin(found.annotation) is Literal
+        and (len(get_args(found.annotation)) == 1)
+    )
+
+
+@pytest.mark.parametrize("path", sorted(KEYS))
+def test_every_key_changes_something(path: str, observe: Callable[..., Any]) -> None:
+    if has_one_value(KEYS[path]):
+        return
+    assert path in PROBES, f"add a probe of {path}: a run and the change of this key that it shows"
+    probe = PROBES[path]
+    known = repr((probe.base, probe.given, probe.observe))
+    if known not in BASELINES:
+        BASELINES[known] = observe(probe, probe.given)
+    changed = observe(probe, {**probe.given, **probe.changed})
+    assert changed != BASELINES[known]
+    if probe.observe in ("run", "check"):  # two refusals would differ too
+        assert {changed[0][0], BASELINES[known][0][0]} & {"0", "5"}, (changed, BASELINES[known])
+
+
+def test_no_probe_is_of_a_key_that_is_gone() -> None:
+    assert sorted(set(PROBES) - set(KEYS)) == []
+
+
+@pytest.mark.parametrize("base", ["sft", "dpo", "upo", "evaluated"])
+def test_the_same_settings_have_the_same_outcome(base: str, observe: Callable[..., Any]) -> None:
+    """Else every probe would pass."""
+    assert observe(Probe(base, {}), {}) == observe(Probe(base, {}), {})
