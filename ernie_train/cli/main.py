@@ -300,13 +300,20 @@ def export(
     referee: Referee = None,
     force: Force = False,
     best: Best = False,
+    adapter: Annotated[
+        bool, typer.Option(help="write the LoRA adapter alone, as PEFT reads it, not merged")
+    ] = False,
 ) -> None:
     """Write a Hugging Face directory and prove it by reading it back."""
-    from ernie_train.cli.model import best_checkpoint, export_model
+    from ernie_train.cli.model import best_checkpoint, export_adapter_of, export_model
     from ernie_train.run.export import RECEIPT
 
-    check_output_directory(out, RECEIPT, inputs=[model], force=force)
+    mark = "adapter_config.json" if adapter else RECEIPT
+    check_output_directory(out, mark, inputs=[model], force=force)
     model = best_checkpoint(model) if best else model
+    if adapter:
+        export_adapter_of(model, out, _console())
+        return
     export_model(model, out, dtype, max_shard_size, referee_interpreter(referee), _console())
 
 

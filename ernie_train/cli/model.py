@@ -13,12 +13,13 @@ from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.io.files import write_jsonl
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import RECEIPT, export
+from ernie_train.run.export import RECEIPT, export, require_change
 from ernie_train.run.finalize import EVALUATION, read_result
 from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
 from ernie_train.run.import_model import import_model
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
+from ernie_train.weights.adapters import export_adapter
 from ernie_train.weights.hf import check_dtype, load_pretrained
 from ernie_train.weights.model_directory import find_model
 from ernie_train.weights.upcycle import Upcycling
@@ -99,6 +100,7 @@ def export_model(
     """Export the model at `path` to `out` and print the outcome of the comparison."""
     check_dtype(dtype)  # before a large model is loaded
     recipe = recorded_recipe(path)
+    require_change(find_model(path).weights, dtype)
     model, tokenizer = open_model(path)
     card = f"# {path.resolve().name}\n\nExported with ernie_train.\n"
     if recipe is not None:
@@ -114,6 +116,16 @@ def export_model(
         thinking=recipe is None or recipe.thinking,
     )
     console.print(receipt_line(out, receipt, RECEIPT), highlight=False)
+
+
+def export_adapter_of(path: Path, out: Path, console: Console) -> None:
+    """Write the adapter of the LoRA stage that made the model at `path`, and say how to load it."""
+    settings = export_adapter(find_model(path).weights, out)
+    console.print(
+        f"{out}: an adapter of rank {settings['r']} for {settings['base_model_name_or_path']}; "
+        f"PEFT loads it: PeftModel.from_pretrained(base, {str(out)!r})",
+        highlight=False,
+    )
 
 
 def import_source(

@@ -23,6 +23,7 @@ from ernie_train.plan.tables import (
     step_table,
 )
 from ernie_train.plan.workload import recipe_workloads
+from ernie_train.run.check import describe_training
 from ernie_train.run.recipe import Recipe
 
 DEFAULT_RANKS, DEFAULT_MEMORY_GB = 8, 80.0
@@ -61,6 +62,9 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
     if recipe.model.is_absent:
         console.print(recipe.model.missing_model_message(), highlight=False)
     print_assumptions(request, ranks, why, console)
+    for stage in recipe.stages:
+        if line := describe_training(stage, request.config):
+            console.print(f"{stage.name}: {line}", highlight=False)
     fitting = [candidate for candidate in found if candidate.fits(request.memory_gb)]
     shown = fitting[0] if fitting else min(found, key=lambda c: c.peak)
     console.print(f"the {'best' if fitting else 'smallest'}: {describe(shown.layout)}")

@@ -136,6 +136,10 @@ def step_cost(
     again = recomputed_flops(config, context, layout.recompute)
     # The backward pass of logprobs recomputes the logits.
     per_token = flops.training(again + flops.head * (load.loss == "logprobs"))
+    if (
+        load.part is not None
+    ):  # a frozen weight takes no gradient; that of a head is made all the same
+        per_token -= flops.layers
     per_token += flops.training(again) - 3 * flops.head if load.critic else 0.0
     trained = load.updates * -(-load.micro_batches // ranks) * batch.tokens  # of the fullest rank
     scored = -(-load.scored // ranks) * batch.seq_len * load.scoring_models
@@ -178,7 +182,8 @@ def _update_bytes(
     (n-1)/n.
     """
     numbers = 0.0
-    for model in (count_parameters(config), critic_parameters(config))[: 1 + load.critic]:
+    trained = count_parameters(config) if load.part is None else load.part.trained
+    for model in (trained, critic_parameters(config))[: 1 + load.critic]:
         own = model.on_rank(layout)
         numbers += own.dense * (1 - 1 / layout.ranks) + own.experts * (1 - 1 / layout.data)
     numbers *= load.updates

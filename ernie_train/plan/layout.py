@@ -6,13 +6,17 @@ ranks. GB are 10^9 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from ernie_train.core.errors import UserError
+from ernie_train.model import is_expert_parameter
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.partial import trained_sizes
 from ernie_train.parallel.recompute import PARTS, Recompute, RecomputeConfig
+from ernie_train.train.stage import StageConfig
+from ernie_train.weights.layout import parameter_shapes
 
 GB = 1e9
 Dtype = Literal["float32", "bfloat16"]
@@ -97,6 +101,37 @@ class Parameters:
     def on_rank(self, layout: Layout) -> Parameters:
         """Return the parameters that one rank of `layout` holds."""
         return Parameters(self.dense, self.experts // layout.expert)
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """Count what a stage trains of a model: all of it, and LoRA pairs, which add to the weights."""
+
+    trained: Parameters
+    pairs: Parameters
+
+    @property
+    def adapter_alone(self) -> bool:
+        """Return whether only pairs train, so that the model without them is the reference."""
+        return self.trained == self.pairs
+
+
+def count_trained(config: Ernie4_5_MoeConfig, stage: StageConfig) -> TrainedPart | None:
+    """Return what a stage trains of a model; None for all of it.
+
+    Raises `ConfigError` for names that match nothing.
+    """
+    shapes = parameter_shapes(config)
+    selection = stage.selection(shapes)
+    if selection is None:
+        return None
+    sizes = trained_sizes(shapes, selection, stage.lora)
+
+    def count(names: Collection[str]) -> Parameters:
+        experts = sum(sizes[name] for name in names if is_expert_parameter(name))
+        return Parameters(sum(sizes[name] for name in names) - experts, experts)
+
+    return TrainedPart(count(list(sizes)), count(sizes.keys() - set(selection.whole)))
 
 
 def moe_layers(config: Ernie4_5_MoeConfig) -> int:

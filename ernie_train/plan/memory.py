@@ -22,6 +22,7 @@ from ernie_train.plan.layout import (
     Layout,
     Parameters,
     Precision,
+    TrainedPart,
     count_parameters,
     critic_parameters,
     moe_layers,
@@ -100,7 +101,9 @@ def memory_demand(
 
     Gradients that are not sharded stay allocated between steps, as Paddle keeps them.
     """
-    weights, gradients, states = _model_bytes(config, machine, layout, count_parameters(config))
+    part = load.part
+    everything = count_parameters(config)
+    weights, gradients, states = _model_bytes(config, machine, layout, everything, part)
     critic = (0.0, 0.0, 0.0)
     if load.critic:
         critic = _model_bytes(config, machine, layout, critic_parameters(config))
@@ -111,9 +114,9 @@ def memory_demand(
         weights,
         gradients,
         states,
-        reference=weights if load.reference else 0.0,
+        reference=weights if load.reference and not (part and part.adapter_alone) else 0.0,
         critic=sum(critic),
-        activations=activation_bytes(config, machine, layout, load.micro_batch, load.loss),
+        activations=activation_bytes(config, machine, layout, load),
         rollouts=rollout_bytes(config, machine, layout, load.sampling) if load.sampling else 0.0,
         reserve=GPU_RESERVE_BYTES if machine.on_gpu else 0.0,
         keeps_gradients=not sheds,
@@ -121,25 +124,34 @@ def memory_demand(
 
 
 def _model_bytes(
-    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, model: Parameters
+    config: Ernie4_5_MoeConfig,
+    machine: Machine,
+    layout: Layout,
+    model: Parameters,
+    part: TrainedPart | None = None,
 ) -> tuple[float, float, float]:
-    """Return (weights, gradients, optimizer state) of a trained model."""
+    """Return (weights, gradients, optimizer state) of a model that trains, whole or in `part`."""
     precision, held = machine.precision, model.on_rank(layout).total
-    states = updated_parameters(config, layout, model) * precision.state_width
-    return held * precision.width, held * precision.gradient_width, states
+    trained = model
+    if part is not None:
+        held, trained = held + part.pairs.on_rank(layout).total, part.trained
+    gradients = trained.on_rank(layout).total * precision.gradient_width
+    states = updated_parameters(config, layout, trained) * precision.state_width
+    return held * precision.width, gradients, states
 
 
-def updated_parameters(config: Ernie4_5_MoeConfig, layout: Layout, model: Parameters) -> float:
-    """Return the parameters whose optimizer state the fullest rank keeps.
+def updated_parameters(config: Ernie4_5_MoeConfig, layout: Layout, trained: Parameters) -> float:
+    """Return the trained parameters whose optimizer state the fullest rank keeps.
 
     With `sharding` owners get whole parameters (parallel/gradients.py). One rank has the embedding,
     if that is more than an even share; of the experts' stacks, three per layer, each has as many
     as any other or one more.
     """
-    own = model.on_rank(layout)
+    own = trained.on_rank(layout)
     if not layout.sharding:
         return own.total
-    dense = max(own.dense / layout.ranks, config.vocab_size * config.hidden_size)
+    largest = min(own.dense, config.vocab_size * config.hidden_size)
+    dense = max(own.dense / layout.ranks, largest)
     stacks = max(1, 3 * moe_layers(config))
     return dense + -(-stacks // layout.data) * own.experts / stacks
 
@@ -178,7 +190,7 @@ def rows_per_token(config: Ernie4_5_MoeConfig, layout: Layout) -> float:
 
 
 def activation_bytes(
-    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, batch: MicroBatch, loss: str
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
 ) -> float:
     """Return the most bytes in a step besides weights, gradients and optimizer state.
 
@@ -186,12 +198,13 @@ def activation_bytes(
     backward pass of a layer with its recomputed activations. The backward pass goes from the last
     layer to the first and frees their activations.
     """
+    batch, trains_all = load.micro_batch, load.part is None or not load.part.adapter_alone
     width, hidden, tokens = machine.precision.width, config.hidden_size, batch.tokens
     heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
     # Rotary tables, the last norm; every MoE layer reports router logits and probabilities.
     kept: float = tokens * (8 * heads * config.attention_head_dim + hidden * (_FLOAT + width))
     kept += moe_layers(config) * tokens * 2 * config.moe_num_experts * _FLOAT
-    layers, on_top = [], _backward_bytes(config, machine, layout, batch)
+    layers, on_top = [], _backward_bytes(config, machine, layout, batch, trains_all)
     for number in range(config.num_hidden_layers):
         parts = recomputed_parts(layout.recompute, number)
         moe = config.is_moe_layer(number)
@@ -204,8 +217,8 @@ def activation_bytes(
             again += tokens * whole["attention"] * ("attention" in parts)
         layers.append((own, again))
     kept += sum(own for own, _ in layers)
-    peak = kept + _loss_bytes(config, width, tokens, loss)
-    through, most_sent = _reduced_bytes(config, machine, layout)
+    peak = kept + _loss_bytes(config, width, tokens, load.loss)
+    through, most_sent = _reduced_bytes(config, machine, layout) if trains_all else (0.0, 0.0)
     for place, (own, again) in enumerate(reversed(layers)):
         peak = max(peak, kept + again + on_top + min(place * through, most_sent))
         kept -= own
@@ -244,7 +257,11 @@ def _loss_bytes(config: Ernie4_5_MoeConfig, width: int, tokens: int, loss: str) 
 
 
 def _backward_bytes(
-    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, batch: MicroBatch
+    config: Ernie4_5_MoeConfig,
+    machine: Machine,
+    layout: Layout,
+    batch: MicroBatch,
+    trains_all: bool,
 ) -> float:
     """Return bytes of gradients in a layer's backward pass: of stream, rows and experts.
 
@@ -255,7 +272,7 @@ def _backward_bytes(
     numbers = GRADIENT_TENSORS * (batch.tokens + tokens * rows_per_token(config, layout))
     numbers += config.vocab_size if config.tie_word_embeddings else 0
     experts = config.moe_num_experts // layout.expert * config.moe_intermediate_size
-    numbers += 2 * 3 * (experts if moe_layers(config) else config.intermediate_size)
+    numbers += 2 * 3 * trains_all * (experts if moe_layers(config) else config.intermediate_size)
     return numbers * config.hidden_size * machine.precision.width
 
 

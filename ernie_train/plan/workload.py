@@ -7,9 +7,10 @@ limit, so memory and time are bounds.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ernie_train.plan.layout import TrainedPart, count_trained
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig, DpoConfig, UpoConfig
 from ernie_train.train.supervised_data import SupervisedConfig
@@ -65,6 +66,7 @@ class Workload:
     sampling: Sampling | None = None
     scored: int = 0  # sequences of a step that models score without gradient
     scoring_models: int = 0  # models that score each of them
+    part: TrainedPart | None = None  # what trains; None: all of the model
 
     @property
     def tokens(self) -> int:
@@ -77,7 +79,12 @@ def recipe_workloads(recipe: Recipe, document_tokens: int | None = None) -> list
 
     document_tokens: the mean length of packed documents; without it every row is one document.
     """
-    return [load for stage in recipe.stages for load in _stage_workloads(stage, document_tokens)]
+    config = recipe.model.build()
+    return [
+        replace(load, part=count_trained(config, stage))
+        for stage in recipe.stages
+        for load in _stage_workloads(stage, document_tokens)
+    ]
 
 
 def _stage_workloads(stage: AnyStageConfig, document_tokens: int | None) -> Iterator[Workload]:

@@ -183,11 +183,11 @@ def describe_training(stage: AnyStageConfig, config: Ernie4_5_MoeConfig) -> str:
     count = sum(trained_sizes(shapes, selection, stage.lora).values())
     total, _ = config.num_parameters()
     parts = (
-        [f"{len(selection.adapted)} pairs of matrices of rank {stage.lora.rank}"]
+        [f"LoRA of rank {stage.lora.rank} on {len(selection.adapted)} weights"]
         if stage.lora
         else []
     )
-    parts += [f"{len(selection.whole)} whole tensors"] if selection.whole else []
+    parts += [f"{len(selection.whole)} tensors as a whole"] if selection.whole else []
     return f"trains {count:,} of {total:,} parameters ({count / total:.2%}): {' and '.join(parts)}"
 
 

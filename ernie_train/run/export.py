@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
@@ -24,7 +25,8 @@ from ernie_train.run.proof import (
     random_prompts,
     trace,
 )
-from ernie_train.weights.hf import DTYPES, load_pretrained
+from ernie_train.weights.adapters import find_base, is_partial
+from ernie_train.weights.hf import DTYPES, load_pretrained, read_parameters
 from ernie_train.weights.saving import save_pretrained, tensor_entries
 
 RECEIPT = "export_receipt.json"
@@ -95,6 +97,25 @@ def export(
                 f"{directory}: the exported model differs from the trained one: {receipt.complaint}"
             )
     return receipt
+
+
+def require_change(weights: Path, dtype: str) -> None:
+    """Refuse a merge that `dtype` rounds to its base; models without an adapter pass.
+
+    Raises:
+        WeightsError: no stored number would differ from the base's.
+    """
+    if not is_partial(weights):
+        return
+    base = find_base(weights)
+    both = zip(read_parameters(weights), read_parameters(base), strict=True)
+    for (_, merged), (_, before) in both:
+        if not np.array_equal(convert(merged, DTYPES[dtype]), convert(before, DTYPES[dtype])):
+            return
+    raise WeightsError(
+        f"{weights}: as {dtype}, the merge equals its base {base}: what was trained is lost in "
+        "rounding. Export as float32, or train longer or at a higher rate"
+    )
 
 
 def default_referee() -> str | None:

@@ -36,6 +36,7 @@ from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.run.check import check_fit, check_gates, describe_training
+from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
@@ -108,6 +109,9 @@ class Pipeline:
                     self.console.print(f"stopped after stage {stage.name}, as asked")
                     return
             evaluation = finalizer.evaluate(lineage)
+            if self.recipe.export is not None and self.weights is not None:
+                with consensus.fail_together():
+                    require_change(self.weights, self.recipe.export.dtype)
             finalizer.export(lineage, evaluation, self.referee)
 
     # ---- before the stages -----------------------------------------------------------------------

@@ -24,8 +24,8 @@ import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import WeightsError
-from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_json
+from ernie_train.core.errors import UserError, WeightsError
+from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_directory, write_json
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.lora import EMBEDDING, HEAD, pair_names, pair_shapes
@@ -218,6 +218,39 @@ def write_part(model: Ernie4_5_MoeForCausalLM, directory: Path) -> dict[str, Fil
                 described = describe_adapter(model.config, adapter.config, adapted, base["path"])
                 write_json(directory / ADAPTER_CONFIG, described)
     return digests
+
+
+def export_adapter(source: Path, directory: Path) -> dict[str, Any]:
+    """Write the adapter in `source`, a checkpoint of a LoRA stage, alone; return its settings.
+
+    Raises:
+        UserError: there is none, or it is not all that makes the model of its base.
+    """
+    if not (source / ADAPTER_CONFIG).exists():
+        raise UserError(f"{source}: no stage with lora made it, so it holds no adapter")
+    base = find_base(source, verify=True)
+    if is_partial(base):
+        raise UserError(
+            f"{source}: its base {base} is an adapter's result too, which no loader of adapters "
+            "merges: export without --adapter holds both"
+        )
+    if list(source.glob("model*.safetensors*")):
+        raise UserError(
+            f"{source}: the stage trained parameters as well (train:), which an adapter does not "
+            "hold: export without --adapter"
+        )
+    settings = {**_read_json(source / ADAPTER_CONFIG), "base_model_name_or_path": str(base)}
+    files = TensorFiles(source, ADAPTER)
+
+    def write(temporary: Path) -> dict[str, FileDigest]:
+        # In one file, however large: PEFT reads no other.
+        digests = write_tensor_files(temporary, ADAPTER, array_entries(files), "1000000GB")
+        write_json(temporary / ADAPTER_CONFIG, settings)
+        write_json(temporary / BASE, describe_base(base))
+        return digests
+
+    write_directory(directory, write, manifest_all=False)
+    return settings
 
 
 # ---- reading -------------------------------------------------------------------------------------

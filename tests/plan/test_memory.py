@@ -187,7 +187,7 @@ def test_the_peak_of_a_real_step(seq_len: int, rows: int, documents: int, recomp
 def mini_peak(recompute: Recompute, *, tokens: int = 2048, ranks: int = 1) -> float:
     config, layout = Ernie4_5_MoeConfig.preset("mini"), Layout(1, ranks, False, recompute)
     batch = MicroBatch(1, tokens, tokens)
-    return activation_bytes(config, CPU, layout, batch, "cross_entropy")
+    return activation_bytes(config, CPU, layout, Workload("", batch))
 
 
 def test_recomputing_the_first_layers_never_raises_the_peak() -> None:
@@ -210,7 +210,7 @@ def test_chunks_keep_the_experts_of_a_long_row_small(large: Ernie4_5_MoeConfig) 
     batch, peaks = MicroBatch(1, 131072, 131072), []
     for recompute in (True, RecomputeConfig(chunk_tokens=16384)):
         layout = Layout(8, 1, True, recompute)
-        peaks.append(activation_bytes(large, GPU, layout, batch, "cross_entropy") / GB)
+        peaks.append(activation_bytes(large, GPU, layout, Workload("", batch)) / GB)
     # 26 GB of experts and 15 GB of gradients of rows, of which an eighth stays.
     assert peaks[0] - peaks[1] == pytest.approx((26 + 15) * 7 / 8, rel=0.05)
 

@@ -196,6 +196,38 @@ def test_generate_eval_and_export_work_from_a_lora_checkpoint(whole: Path, tmp_p
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def test_the_adapter_alone_is_written_and_read_as_a_model(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, out = checkpoint(whole, "01-sft"), tmp_path / "adapter"
+    assert run("export", first, out, "--adapter") == 0
+    assert "PeftModel.from_pretrained" in capsys.readouterr().out
+    names = {path.name for path in out.iterdir()} - {"MANIFEST.json"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "base.json"}
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(whole / "initial")
+    one, other = state(load_pretrained(out)), state(load_pretrained(first))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert run("export", checkpoint(whole, "02-dpo"), tmp_path / "no", "--adapter") == 2
+    assert "is an adapter's result too" in " ".join(capsys.readouterr().err.split())
+    assert run("export", whole / "initial", tmp_path / "no", "--adapter") == 2
+    assert "holds no adapter" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_merge_that_rounds_to_its_base_is_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such an export would be the base, without a word of it."""
+    tiny = {"lora": {"rank": 2}, "optim": {"lr": 1e-10, "schedule": "constant"}, "steps": 1}
+    path = recipe(workspace, tmp_path / "recipe.yaml", sft(workspace, **tiny), export={})
+    assert run("run", path, "--run-dir", tmp_path / "run") == 2
+    assert "as bfloat16, the merge equals its base" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run/export").exists()
+    directory = checkpoint(tmp_path / "run", "01-sft")
+    assert run("export", directory, tmp_path / "out", "--dtype", "bfloat16") == 2
+    assert run("export", directory, tmp_path / "out", "--dtype", "float32") == 0
+
+
 @pytest.fixture
 def models_made(monkeypatch: pytest.MonkeyPatch) -> list[Ernie4_5_MoeForCausalLM]:
     """Every model that is made."""

@@ -1,0 +1,61 @@
+"""A plan counts what a LoRA stage trains: as many numbers as the model that is made has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ernie_train.core.config import parse_config
+from ernie_train.model import is_expert_parameter
+from ernie_train.model.partial import begin_partial_training, trained_parameters
+from ernie_train.plan.layout import Layout, Precision, count_parameters, count_trained
+from ernie_train.plan.memory import Machine, memory_demand
+from ernie_train.plan.workload import MicroBatch, Workload
+from ernie_train.rl.dpo import DpoConfig
+from ernie_train.weights.layout import parameter_shapes
+from tests.small_models import make_model
+
+ONE, CPU = Layout(1, 1, False, False), Machine(False, Precision("float32", "float32"))
+GPU = Machine(True, Precision("bfloat16", "bfloat16"))
+
+
+def stage(**changes: Any) -> DpoConfig:
+    settings = {
+        "name": "dpo", "kind": "dpo", "data": "x", "seq_len": 8, "steps": 1, "pairs_per_step": 1,
+        "micro_batch_size": 2, "optim": {"lr": 1e-3}, **changes,
+    }  # fmt: skip
+    return parse_config(DpoConfig, settings, "recipe")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": {"rank": 4}}, {"lora": {"rank": 2}, "train": ["*norm*"]}, {"freeze": ["experts"]}],
+)
+def test_the_plan_counts_the_parameters_that_train(changes: dict[str, Any]) -> None:
+    model, settings = make_model(), stage(**changes)
+    part = count_trained(model.config, settings)
+    selection = settings.selection(parameter_shapes(model.config))
+    assert part is not None
+    assert selection is not None
+    begin_partial_training(model, selection, settings.lora, {}, seed=0)
+    sizes = {name: int(p.size) for name, p in trained_parameters(model).items()}
+    assert part.trained.experts == sum(n for name, n in sizes.items() if is_expert_parameter(name))
+    assert part.trained.total == sum(sizes.values())
+    assert part.pairs.total == sum(n for name, n in sizes.items() if "lora_" in name)
+    assert part.adapter_alone == ("lora" in changes and "train" not in changes)
+
+
+def test_memory_of_lora_is_the_model_once_and_the_state_of_its_pairs() -> None:
+    config = make_model().config
+    whole, batch = count_parameters(config).total, MicroBatch(1, 8, 8)
+    part = count_trained(config, stage(lora={"rank": 4}))
+    assert part is not None
+    pairs = part.pairs.total
+    for machine, width, state in ((CPU, 4, 8), (GPU, 2, 12)):
+        full = memory_demand(config, machine, ONE, Workload("", batch, reference=True))
+        lora = memory_demand(config, machine, ONE, Workload("", batch, reference=True, part=part))
+        assert full.reference == full.weights == whole * width
+        assert (lora.reference, lora.weights) == (0, (whole + pairs) * width)
+        assert (lora.gradients, lora.optimizer) == (pairs * width, pairs * state)
+        assert lora.activations <= full.activations
