@@ -82,16 +82,24 @@ class RouterStatsAccumulator:
         self.entropy, self.tokens, self.dropped = (np.zeros(len(self.layers)) for _ in range(3))
 
     def add(self, router_stats: Sequence[RouterStats]) -> None:
+        if not router_stats:
+            return
         experts = self.tokens_per_expert.shape[1]
+        columns = []
         with paddle.no_grad():
             for stats in router_stats:
-                at = self.layers.index(stats.layer)
                 chosen = paddle.bincount(stats.expert_ids.reshape([-1]), minlength=experts)
-                self.tokens_per_expert[at] += chosen.numpy()
                 probs = stats.router_probs.detach()
-                self.entropy[at] -= float((probs * paddle.log(paddle.clip(probs, 1e-30))).sum())
-                self.tokens[at] += probs.shape[0]
-                self.dropped[at] += stats.dropped
+                entropy = (probs * paddle.log(paddle.clip(probs, 1e-30))).sum()
+                columns += [chosen.astype("float64"), entropy.astype("float64").reshape([1])]
+            # One copy to the host for all layers: each waits for the device. float64 holds both.
+            found = paddle.concat(columns).numpy().reshape(len(router_stats), experts + 1)
+        for stats, row in zip(router_stats, found, strict=True):
+            at = self.layers.index(stats.layer)
+            self.tokens_per_expert[at] += row[:experts]
+            self.entropy[at] -= row[experts]
+            self.tokens[at] += stats.router_probs.shape[0]
+            self.dropped[at] += stats.dropped
 
     def merge(self, other: RouterStatsAccumulator) -> None:
         """Add the sums of another step."""

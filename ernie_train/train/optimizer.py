@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -148,12 +148,11 @@ class Optimizer:
         those of experts are summed over one expert group, which holds each expert once.
         """
         if self.shards_gradients:
-            own = [_square_sum(p.grad) for p in self.owned.values() if p.grad is not None]
+            own = _square_sums(self.owned.values())
             everyone = range(process_group.world_size())
             return math.sqrt(process_group.sum_over_ranks(everyone, math.fsum(own)))
         dense, experts = parallel.split_experts(self.parameters)
-        squares = [_square_sum(p.grad) for p in dense.values() if p.grad is not None]
-        of_experts = [_square_sum(p.grad) for p in experts.values() if p.grad is not None]
+        squares, of_experts = _square_sums(dense.values()), _square_sums(experts.values())
         if process_group.grid().expert > 1:
             group = process_group.grid().expert_group(process_group.rank())
             of_experts = [process_group.sum_over_ranks(group, math.fsum(of_experts))]
@@ -233,9 +232,14 @@ class Optimizer:
         self._adamw.set_state_dict(restored)
 
 
-def _square_sum(grad: Tensor) -> float:
-    flat = grad.reshape([-1]).astype("float32")
-    return float(paddle.dot(flat, flat))
+def _square_sums(parameters: Iterable[Tensor]) -> list[float]:
+    """Return the sum of squares of each gradient, by one copy to the host for all of them."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            flat = parameter.grad.reshape([-1]).astype("float32")
+            found.append(paddle.dot(flat, flat).reshape([1]))
+    return [float(value) for value in paddle.concat(found).numpy()] if found else []
 
 
 def optimizer_arrays(optimizer: Optimizer, to_disk: Rename) -> dict[str, np.ndarray]:
