@@ -232,9 +232,15 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
 
     def set_rope_theta(self, theta: float) -> None:
         """Set the RoPE base, of the model and in the configuration that is saved with it."""
-        self.config = self.config.with_overrides({"rope_theta": theta})
+        self.set_context(theta, self.config.max_position_embeddings)
+
+    def set_context(self, rope_theta: float, max_positions: int) -> None:
+        """Set the RoPE base and the longest sequence, in the configuration too."""
+        self.config = self.config.with_overrides(
+            {"rope_theta": rope_theta, "max_position_embeddings": max_positions}
+        )
         self.model.config = self.config
-        self.model.rope_theta = theta
+        self.model.rope_theta = rope_theta
 
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty key/value cache for `batch` sequences under the present RoPE base."""

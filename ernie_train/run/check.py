@@ -114,9 +114,13 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
             f"tokenizer.path: {recipe.tokenizer.path} has {tokenizer.vocab_size} tokens, "
             f"the model only vocab_size={config.vocab_size}"
         )
-    theta = config.rope_theta
+    theta, limit = config.rope_theta, config.max_position_embeddings
     for index, stage in enumerate(recipe.stages):
-        problems += _length_problems(stage, f"stages.{index}", config.max_position_embeddings)
+        scheduled = isinstance(stage, SupervisedConfig) and stage.rope_schedule is not None
+        # A schedule raises the limit of a loaded model; with a preset the recipe sets it.
+        if scheduled and recipe.model.path is not None:
+            limit = max(limit, *stage.lengths().values())
+        problems += _length_problems(stage, f"stages.{index}", limit)
         problems += _balance_problems(stage, f"stages.{index}", config)
         problems += _training_problems(stage, f"stages.{index}", config)
         if isinstance(stage, SupervisedConfig) and stage.rope_schedule:
@@ -134,7 +138,8 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
 
 def _length_problems(stage: AnyStageConfig, path: str, limit: int) -> list[str]:
     return [
-        f"{path}.{name}={length} exceeds the model's max_position_embeddings={limit}"
+        f"{path}.{name}={length} exceeds the model's max_position_embeddings={limit}, which a "
+        "rope_schedule raises where the model is loaded, model.max_position_embeddings elsewhere"
         for name, length in stage.lengths().items()
         if length > limit
     ]

@@ -175,12 +175,14 @@ class _SupervisedRun:
         return {"steps": self.trainer.step, "checkpoint": chosen.name}
 
     def _apply_rope_schedule(self, step: int) -> dict[str, float]:
-        """Set the model's base for `step`, which comes next; return metrics to log with it."""
+        """Set the model's context for `step`, which comes next; return metrics to log with it."""
         if self.config.rope_schedule is None:
             return {}
         theta, seq_len = self.rope_schedule.at(step)
-        if theta != self.stage.model.model.rope_theta:
-            self.stage.model.set_rope_theta(theta)
+        model = self.stage.model
+        longest = max(seq_len, model.config.max_position_embeddings)
+        if (theta, longest) != (model.model.rope_theta, model.config.max_position_embeddings):
+            model.set_context(theta, longest)
         return {"rope_theta": theta, "seq_len": seq_len}
 
     def _after_step(self, result: StepResult) -> None:

@@ -116,14 +116,15 @@ class Checkpoint:
         return TensorFiles(self.path / directory, stem)
 
     def load_model(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        """Load the weights into `model` and set the RoPE base that they were saved with.
+        """Load the weights into `model` and set the RoPE base and context they were saved with.
 
         Raises:
             WeightsError: the weights do not fit the model's configuration.
         """
         load_weights(model, self.path, verify=False, merge=model.partial is None)
         load_pairs(model, self.path)
-        model.set_rope_theta(load_config(self.path).rope_theta)
+        saved = load_config(self.path)
+        model.set_context(saved.rope_theta, saved.max_position_embeddings)
 
 
 class CheckpointStore:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -272,6 +273,29 @@ def test_a_schedule_that_does_not_fit_model_or_data_is_refused(workspace, capsys
     assert run("check", workspace / "recipe.yaml", override) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert says in err
+
+
+def test_a_schedule_raises_the_limit_of_a_loaded_model(workspace, whole, tmp_path, capsys):
+    shutil.copytree(whole / "export", tmp_path / "released")
+    config = tmp_path / "released/config.json"
+    short = {"max_position_embeddings": 128}
+    config.write_text(json.dumps(json.loads(config.read_text()) | short))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "one and two " * 200}) + "\n")
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    recipe["model"] = {"path": str(tmp_path / "released")}
+    longer = [{"rope_theta": 9000.0, "seq_len": 256, "steps": 1}]
+    data = [{"path": str(tmp_path / "long.jsonl")}]
+    after = {**recipe["stages"][1], "seq_len": 200, "steps": 1}
+    recipe["stages"] = [stage(longer, data=data, micro_batch_size=1), after]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("run", tmp_path / "recipe.yaml", "--run-dir", tmp_path / "run") == 0
+    for path in ("01-pretrain/checkpoints/step_000001", "02-sft/checkpoints/step_000001", "export"):
+        written = json.loads((tmp_path / "run" / path / "config.json").read_text())
+        assert (written["rope_theta"], written["max_position_embeddings"]) == (9000.0, 256), path
+    recipe["stages"] = [after]  # without a schedule the limit stands
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("check", tmp_path / "recipe.yaml") == 2
+    assert "seq_len=200 exceeds" in " ".join(capsys.readouterr().err.split())
 
 
 def test_check_shows_every_phase(workspace, capsys):
