@@ -317,6 +317,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "chosen_response": [ANSWER],
         "rejected_response": [OTHER],
     },
+    "swift": {"messages": [ASK, ANSWER], "rejected_response": "at six"},
     "erniekit": {
         "src": [ASK["content"]],
         "tgt": [],
@@ -426,6 +427,7 @@ def test_a_program_beside_tests_is_no_answer(write_rows: Any) -> None:
             r"role 'x{59}\.\.\.; a message needs",
         ),
         ({"messages": "[{"}, "messages is not valid JSON"),
+        ({"messages": [ASK], "rejected_response": "b"}, "must end with the preferred answer"),
     ],
 )
 def test_what_cannot_be_trained_as_asked_is_refused(

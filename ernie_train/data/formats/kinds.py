@@ -118,7 +118,9 @@ def from_preference(row: Row) -> Record:
 
     Where `chosen` and `rejected` are whole conversations, the prompt is what they share.
     """
-    row = {_PADDLEFORMERS.get(key, key): value for key, value in row.items()}
+    row = {_RESPONSES.get(key, key): value for key, value in row.items()}
+    if "chosen" not in row:
+        return _preferred_to_another(row)
     chosen = turns_at(row, "chosen", "assistant")
     if chosen[0]["role"] != "assistant" or not row.keys() & {"messages", "prompt", "question"}:
         return _preference_of_conversations(row)
@@ -128,8 +130,16 @@ def from_preference(row: Row) -> Record:
     return make_record(row, turns_at(row, key, "user"), {key})
 
 
-# PaddleFormers' names of the two answers.
-_PADDLEFORMERS = {"chosen_response": "chosen", "rejected_response": "rejected"}
+# Names of the two answers in PaddleFormers and ms-swift.
+_RESPONSES = {"chosen_response": "chosen", "rejected_response": "rejected"}
+
+
+def _preferred_to_another(row: Row) -> Record:
+    """Convert a row of ms-swift: the answer that ends `messages` is preferred to another one."""
+    messages = read_messages(list_of(row, "messages"))
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RowError("beside a rejected response, messages must end with the preferred answer")
+    return make_record({**row, "chosen": messages[-1:]}, messages[:-1], {"messages"})
 
 
 def _preference_of_conversations(row: Row) -> Record:
@@ -220,7 +230,10 @@ FORMATS: dict[str, Format] = {
     "erniekit": Format(_marks("src tgt", "src response"), from_erniekit),
     "alpaca": Format(_marks("instruction output", "instruction chosen rejected"), from_alpaca),
     "preference": Format(
-        _marks("chosen rejected", "chosen_response rejected_response"), from_preference
+        _marks(
+            "chosen rejected", "chosen_response rejected_response", "messages rejected_response"
+        ),
+        from_preference,
     ),
     "messages": Format(_marks("messages"), from_messages),
     "prompt_completion": Format(_marks("prompt completion"), from_prompt_completion),
