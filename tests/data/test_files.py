@@ -1,10 +1,12 @@
 """Files as people have them: every container, directories, patterns, and their faults."""
 
+import contextlib
 import datetime
 import gzip
 import json
 import os
 import pickle
+import random
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -308,6 +310,20 @@ def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
     with pytest.raises(DataError, match="is not a whole parquet file"):
         read_records(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "feather.arrow", "a.parquet", "a.jsonl.zst", "a.json"])
+def test_damaged_bytes_are_no_more_than_a_message(tmp_path: Path, name: str) -> None:
+    rng = random.Random(2)
+    WRITERS[name](tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / name).write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            list(iter_records(tmp_path / name, "auto", ReadReport("")))
 
 
 def test_values_that_json_has_not_become_text(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Rows of public kinds: the messages that each gives, and what of it is trained."""
 
 import json
+import random
 import re
 from typing import Any
 
 import pytest
 
 from ernie_train.data import DataSource, Tokenizer, encode_chat, load_sources
+from ernie_train.data.formats import FORMATS, ColumnMap, RowError, detect_format
 from ernie_train.data.reader import Record, read_records
 
 
@@ -452,6 +454,57 @@ def test_blank_answers_are_left_out_and_counted(write_rows: Any, row: dict[str, 
     good = {"messages": [ASK, ANSWER]}
     records, report = read_records(write_rows("rows.jsonl", [good, row]), max_bad_fraction=0)
     assert len(records) == 1 and report.dropped == {"with a blank answer": 1}
+
+
+KEYS_OF_ROWS = """
+messages conversations prompt completion chosen rejected rejected_response instruction input output
+history system tools label weight loss question answer response src tgt sort is_system text
+reward_model context reasoning images query
+"""
+KEYS_OF_TURNS = "content value tool_calls function_call reasoning thinking weight loss images"
+ROW_KEYS, TURN_KEYS = KEYS_OF_ROWS.split(), KEYS_OF_TURNS.split()
+
+
+def random_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.random()
+    if depth > 3 or kind < 0.4:
+        texts = ("", "x", " ", "[", "[]", "{}", "[1]", '[{"role": "user", "content": "q"}]')
+        return rng.choice([None, 0, 1, 2.5, True, False, float("nan"), *texts])
+    if kind < 0.6:
+        return [random_value(rng, depth + 1) for _ in range(rng.randint(0, 3))]
+    if kind < 0.8:
+        return random_turn(rng, depth)
+    keys = ("type", "text", "function", "arguments", "name", "ground_truth")
+    return {rng.choice(keys): random_value(rng, depth + 1) for _ in range(rng.randint(0, 3))}
+
+
+def random_turn(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    roles = ["user", "assistant", "tool", "system", "human", "gpt", "function_call", "observation"]
+    turn = {"role": rng.choice(roles), "content": rng.choice(["x", "y", random_value(rng, 3)])}
+    extra = {rng.choice(TURN_KEYS): random_value(rng, depth + 1) for _ in range(rng.randint(0, 2))}
+    return {**turn, **extra}
+
+
+def test_no_row_is_more_than_a_bad_row() -> None:
+    rng = random.Random(5)
+    read = 0
+    for _ in range(5000):
+        row = {rng.choice(ROW_KEYS): random_value(rng) for _ in range(rng.randint(1, 5))}
+        for key in rng.sample(("messages", "prompt", "chosen", "rejected"), 2):
+            if rng.random() < 0.5:
+                row[key] = [random_turn(rng) for _ in range(rng.randint(0, 4))]
+        row = ColumnMap(None)(row)
+        name = detect_format(row)
+        try:
+            record = FORMATS[name].read(row) if name else None
+        except RowError:
+            continue
+        if record is not None:
+            read += 1
+            turns = [*record.messages, *(record.chosen or []), *(record.rejected or [])]
+            assert all(isinstance(turn["content"], str) for turn in turns)
+            assert {turn["role"] for turn in turns} <= {"system", "user", "assistant", "tool"}
+    assert read > 100
 
 
 def test_formats_may_change_from_row_to_row(write_rows: Any) -> None:

@@ -264,9 +264,10 @@ def _table_rows(file: Path, kind: str, on_bytes: Callable[[int], None]) -> Itera
 
     number, size = 0, file.stat().st_size
     try:
-        with pa.memory_map(str(file)) as source:
+        with pa.OSFile(str(file)) as source:
             for share, batch in _batches(source, kind):
                 on_bytes(round(share * size))
+                batch.validate(full=True)  # offsets of a damaged file may lead anywhere
                 for at in range(0, len(batch), TABLE_ROWS):
                     for row in batch.slice(at, TABLE_ROWS).to_pylist():
                         number += 1

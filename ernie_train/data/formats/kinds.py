@@ -101,7 +101,7 @@ def _history(history: Any) -> list[Message]:
     if isinstance(history, str) and history.strip():
         history = parse_json(history, "history")
     messages: list[Message] = []
-    for pair in history or []:
+    for pair in history if isinstance(history, list) else [history] if history else []:
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         ):
@@ -164,7 +164,7 @@ def from_erniekit(row: Row) -> Record:
     questions, answers = _texts(row, "src"), _texts(row, "tgt")
     used = {"src", "tgt", "is_system", "label", "response", "sort"}
     row = dict(row)
-    if row.get("is_system") and "system" not in row:
+    if row.get("is_system") and "system" not in row and questions:
         row["system"], questions = questions[0], questions[1:]
         if len(answers) > len(questions):
             if answers[0].strip():

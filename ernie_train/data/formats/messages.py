@@ -70,6 +70,8 @@ def read_messages(turns: Iterable[Any]) -> list[Message]:
         elif message["content"] or message["role"] != "system":
             messages.append(message)
         after_call = is_call
+    if not messages:
+        raise RowError("it has no messages with text")
     return messages
 
 
