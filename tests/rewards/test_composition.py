@@ -145,6 +145,16 @@ def test_a_function_that_fails_is_told_and_never_a_silent_zero(build, tmp_path, 
     assert [s.status for s in reward.grade_verifier([{}], [""])] == ["infrastructure"]
 
 
+def test_the_time_of_a_function_is_the_recipes(build, tmp_path):
+    (tmp_path / "mine.py").write_text("import time\ndef score(row, text):\n    time.sleep(60)\n")
+    part = {"python": "mine.py:score", "timeout_s": 0.5}
+    reward = build({"parts": [part], "max_excluded_fraction": 1.0}, tmp_path)
+    scored = reward.score_batch([{}], ["a"]).scores[0].score
+    assert (scored.status, scored.detail) == ("timeout", "not graded within 0.5 s")
+    with pytest.raises(ValueError, match="timeout_s is for a python function"):
+        RewardConfig.model_validate([{"name": "math", "timeout_s": 5}])
+
+
 def test_the_bound_decides_how_many_may_fail(build, tmp_path):
     body = "def score(row, completion):\n    return 1 / row['x']\n"
     parts = {"parts": [{"python": write(tmp_path, body)}], "max_excluded_fraction": 0.5}

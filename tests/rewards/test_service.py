@@ -149,6 +149,24 @@ def test_a_function_that_hangs_costs_its_own_time_and_nothing_else(user):
     service.close()
 
 
+def test_a_regular_expression_that_never_ends_is_excluded(tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "_MOST_LATE", 2)
+    path = tmp_path / "endless.py"
+    path.write_text(
+        "import re\ndef score(row, completion):\n"
+        "    return float(re.fullmatch(r'(a+)+', completion) is not None)\n"
+    )
+    reward = UserReward(str(path), "score", deadline_s=0.3)
+    hostile = "a" * 60 + "!"
+    service = ScoringService(1)
+    scores, _ = service.score([(reward, {}, text) for text in ("a", hostile, "b", hostile)])
+    assert [score.status for score in scores] == ["correct", "timeout", "wrong", "timeout"]
+    scores, report = service.score([(reward, {}, hostile)] * 40)
+    assert {score.status for score in scores} == {"timeout"} and report.workers_lost == 2
+    assert "2 times in a row" in scores[-1].detail
+    service.close()
+
+
 def test_a_process_that_dies_costs_its_item_and_nothing_else(user):
     service = ScoringService(1)
     scores, report = service.score([(user, {}, text) for text in ("a", "die", "ab")])

@@ -57,6 +57,9 @@ class RewardPart(StrictConfig):
     max_tokens: int | None = Field(
         default=None, ge=1, description="of `format` only: longer completions lose half of it"
     )
+    timeout_s: float | None = Field(
+        default=None, gt=0, description="of `python` only: for one completion; 90 without it"
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> "RewardPart":
@@ -70,6 +73,8 @@ class RewardPart(StrictConfig):
                 raise ValueError(f"{error}, or row") from None
         if self.max_tokens is not None and self.name != "format":
             raise ValueError("max_tokens is for the part named format")
+        if self.timeout_s is not None and self.python is None:
+            raise ValueError("timeout_s is for a python function; a judge has its own")
         return self
 
     @property
@@ -247,7 +252,7 @@ def build_reward(config: RewardConfig, base_directory: Path) -> ComposedReward:
     workers = None
     for part in config.parts:
         if part.python is not None:
-            rewards.append(find_user_reward(part.python, base_directory))
+            rewards.append(find_user_reward(part.python, base_directory, part.timeout_s))
         elif part.judge is not None:
             settings = part.judge.model_dump(exclude={"parallel"})
             judge = LlmJudge(**settings)

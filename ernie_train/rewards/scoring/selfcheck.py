@@ -5,11 +5,13 @@ nothing must not. A policy learns nothing, or a trick, from a verifier that fail
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ernie_train.core.errors import UserError
 from ernie_train.data.completion_format import format_completion
+from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring.composition import ComposedReward
 from ernie_train.rewards.scoring.reference_completion import (
     build_reference_completion,
@@ -52,37 +54,21 @@ def check_reward_on_reference_answers(
     if reward.verifier.name == "format":
         return 0
     chosen = random.Random(f"canaries/{seed}").sample(range(len(rows)), min(sample, len(rows)))
-    trials: list[tuple[int, str, str]] = []
-    wrong: list[str] = []
-    for index in sorted(chosen):
-        row = rows[index]
-        verifier = _verifier_name(reward, row)
-        gold = build_reference_completion(verifier, row)
-        if reward.verifier.python is None:
-            if gold is None:
-                wrong.append(f"  row {index} ({_short(row)}): no answer that could be graded")
-                continue
-            trials.append((index, _REFERENCE, gold))
-        trials.append((index, "nothing at all", ""))
-        name = str(row.get("entry_point") or "f")
-        if verifier == "tool_call" and tool_call.reference_calls(row) == []:
-            # If no call is expected, any response is correct and any call is wrong.
-            call = format_completion("I call.", None, [("any_tool", {})])
-            trials.append((index, "a tool call", call))
-            continue
-        for what, response in _RESPONSES.items():
-            trials.append((index, what, with_response(row, response(name))))
+    trials = [trial for index in sorted(chosen) for trial in _canaries(reward, index, rows[index])]
+    graded = [trial for trial in trials if trial.completion is not None]
     scores = reward.grade_verifier(
-        [rows[index] for index, _, _ in trials],
-        [completion for _, _, completion in trials],
+        [rows[trial.row] for trial in graded],
+        [trial.completion or "" for trial in graded],
         stop_requested=stop_requested,
     )
     if stop_requested():
-        return len(trials)
-    for (index, what, _), score in zip(trials, scores, strict=True):
-        if (score.status == "correct") != (what == _REFERENCE) or score.status in _FAILURES:
-            told = f"{score.status} {score.value:g}{': ' + score.detail if score.detail else ''}"
-            wrong.append(f"  row {index} ({_short(rows[index])}): {what} scores {told}")
+        return len(graded)
+    told = {trial: _complaint(trial, score) for trial, score in zip(graded, scores, strict=True)}
+    wrong = [
+        f"  row {trial.row} ({_short(rows[trial.row])}): {complaint}"
+        for trial in trials
+        if (complaint := told.get(trial, "no answer that could be graded"))
+    ]
     if wrong:
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UserError(
@@ -90,7 +76,42 @@ def check_reward_on_reference_answers(
             + "\n".join(wrong[:_SHOWN])
             + more
         )
-    return len(trials)
+    return len(graded)
+
+
+@dataclass(frozen=True)
+class _Canary:
+    """Hold a completion for a row, by its number; None if the row has no answer to build it of."""
+
+    row: int
+    what: str
+    completion: str | None
+
+
+def _canaries(reward: ComposedReward, index: int, row: dict[str, Any]) -> Iterator[_Canary]:
+    verifier = _verifier_name(reward, row)
+    if reward.verifier.python is None:
+        gold = build_reference_completion(verifier, row)
+        yield _Canary(index, _REFERENCE, gold)
+        if gold is None:
+            return
+    yield _Canary(index, "nothing at all", "")
+    if verifier == "tool_call" and tool_call.reference_calls(row) == []:
+        # If no call is expected, any response is correct and any call is wrong.
+        yield _Canary(index, "a tool call", format_completion("I call.", None, [("any_tool", {})]))
+        return
+    name = str(row.get("entry_point") or "f")
+    for what, response in _RESPONSES.items():
+        yield _Canary(index, what, with_response(row, response(name)))
+
+
+def _complaint(canary: _Canary, score: Score) -> str:
+    """Return the message if the reward failed on a canary, else an empty text."""
+    right = (score.status == "correct") == (canary.what == _REFERENCE)
+    if right and score.status not in _FAILURES:
+        return ""
+    detail = f": {score.detail}" if score.detail else ""
+    return f"{canary.what} scores {score.status} {score.value:g}{detail}"
 
 
 def _verifier_name(reward: ComposedReward, row: dict[str, Any]) -> str:

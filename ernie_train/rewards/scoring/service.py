@@ -32,6 +32,8 @@ _POLL_S = 0.1
 _MAX_FAILED_STARTS = 3
 # How often an item is graded before its failure is looked into.
 _TRIES = 2
+# A function of the user's that hangs this often in a row would hold up the whole batch.
+_MOST_LATE = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class _Batch:
     scores: list[Score | None]
     todo: deque[_Task]
     lost: int = 0
+    # How often each reward of the user's was too slow since it last gave a score.
+    late: Counter[Reward] = field(default_factory=Counter)
     open: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +102,7 @@ class _Batch:
 
     def graded(self, task: _Task, score: Score) -> None:
         """Take the score of an item; the row's own answer, if correct, lets its item try again."""
+        self.late.pop(self.items[task.index][0], None)
         if not task.reference:
             self.settle(task, score)
         elif score.status == "correct":
@@ -198,9 +203,12 @@ class ScoringService:
 
     def _hand_out(self, batch: _Batch, worker: WorkerProcess, task: _Task) -> None:
         reward, row, completion = batch.items[task.index]
+        if batch.late[reward] >= _MOST_LATE and not isinstance(reward, str):
+            told = f"not tried: the reward was too slow {_MOST_LATE} times in a row"
+            return batch.settle(task, Score.timeout(told))
         if task.reference:
             completion = batch.reference_of(task) or ""
-        limit_s = getattr(reward, "deadline_s", self.item_s)
+        limit_s = self._limit_s(reward)
         try:
             worker.ask(task, (reward, row, completion), limit_s)
         except WorkerLost:  # the process ended while idle: not the item's fault
@@ -246,9 +254,13 @@ class ScoringService:
             return
         batch.lost += 1
         reward = batch.items[task.index][0]
-        limit_s = getattr(reward, "deadline_s", self.item_s)
+        batch.late[reward] += 1
+        limit_s = self._limit_s(reward)
         # One try costs the whole time, so the row's own answer comes next.
         batch.failed(task, Score.timeout(f"not graded within {limit_s:g} s"), tries=1)
+
+    def _limit_s(self, reward: Reward) -> float:
+        return getattr(reward, "deadline_s", None) or self.item_s
 
     def _drop(self, worker: WorkerProcess) -> None:
         worker.kill()

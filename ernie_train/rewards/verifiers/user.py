@@ -21,11 +21,13 @@ class UserReward:
 
     It runs in the scoring processes, one completion at a time. A failure (an error, NaN, a number
     out of range, another type) is "infrastructure" for that completion, with the reason, and never
-    a silent zero.
+    a silent zero. One that takes longer than `deadline_s` seconds (None: the service's limit), as
+    some regular expressions do on some texts, is "timeout".
     """
 
     file: str
     function: str
+    deadline_s: float | None = None
 
     @property
     def label(self) -> str:
@@ -39,7 +41,7 @@ class UserReward:
             return Score.infrastructure(f"{where}: {type(error).__name__}: {str(error)[:200]}")
 
 
-def find_user_reward(text: str, base_directory: Path) -> UserReward:
+def find_user_reward(text: str, base_directory: Path, timeout_s: float | None = None) -> UserReward:
     """Read "file.py:function"; a relative path is taken from `base_directory`.
 
     The file is parsed and not run. Raises UserError if the file does not exist, is not Python or
@@ -63,7 +65,7 @@ def find_user_reward(text: str, base_directory: Path) -> UserReward:
     if function not in names:
         known = ", ".join(names) or "nothing"
         raise UserError(f"reward {text!r}: {file} defines no {function}; it defines {known}")
-    return UserReward(str(file), function)
+    return UserReward(str(file), function, timeout_s)
 
 
 def as_score(result: Any) -> Score:
