@@ -87,6 +87,17 @@ def reference_answer(row: dict[str, Any]) -> str | Score:
     return answer.strip()
 
 
+def question_of(row: dict[str, Any]) -> str:
+    """Return the row's `question`, or else the last message of its user, or an empty text."""
+    question = row.get("question")
+    if isinstance(question, str):
+        return question
+    messages = row.get("messages")
+    told = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    asked = [str(m.get("content")) for m in told if m.get("role") == "user"]
+    return asked[-1] if asked else ""
+
+
 def grade_response(
     row: dict[str, Any], completion: str, compare: Callable[[str, str], Score]
 ) -> Score:

@@ -31,8 +31,10 @@ PACKAGES: dict[str, str] = {
     "rewards": "score sandbox verifiers registry scoring",
     "rewards.sandbox": "guest seccomp backends pool process api",
     "rewards.sandbox.guest": "values candidate test_judge server",
-    "rewards.verifiers": "answer_text math_worker math_process assignments choices quantities"
+    "rewards.verifiers": "answer_text math_worker math_process labels quantities expressions"
     " exact format math_answer logic tool_call tested_names programs code llm_judge user",
+    "rewards.verifiers.labels": "assignments choices",
+    "rewards.verifiers.expressions": "arithmetic notation real_sets",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"

@@ -142,5 +142,6 @@ def test_hostile_fences_take_little_time(text):
 
 
 def test_languages_and_code_of_blocks():
+    # The body of a function that the row begins keeps its indentation.
     text = "```C++ x\n  a\n   b\n```\n~~~\n```\n~~~\n```py"
-    assert list(fenced_blocks(text)) == [("c++", "a\n b"), ("", "```"), ("py", "")]
+    assert list(fenced_blocks(text)) == [("c++", "  a\n   b"), ("", "```"), ("py", "")]

@@ -1,8 +1,10 @@
 r"""Find the answer that a response names.
 
 A response names its answer in a box (`\boxed{..}`), between `<answer>` tags or after words
-("The answer is ..", "Answer: ..", "#### .."). Different answers of one response are all
-returned: a response that names several has not decided, and a verifier compares them as a list.
+("The answer is ..", "Answer: ..", "#### ..", "答案是 .."). Different answers of one response are
+all returned: a response that names several has not decided, and a verifier compares them as a list.
+An answer that is begun and not given, as an empty last box, is returned as an empty text: what was
+named before it was taken back.
 
 Responses are hostile: everything here takes time linear in their length. Letters and digits that
 only look like ASCII ones are left as they are, so that they equal nothing but themselves.
@@ -11,19 +13,31 @@ only look like ASCII ones are left as they are, so that they equal nothing but t
 import itertools
 import re
 import string
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 # Longer responses are no answers and are not read.
 MAX_RESPONSE_CHARACTERS = 100_000
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# \boxed{..}, \boxed 7, \boxed\frac12; "\boxed here" only speaks of a box.
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s*(?P<bare>[-+]?(?:\d|\\[a-zA-Z]|[a-zA-Z](?![a-zA-Z]))"
+    r"[^\s$]*)|\s*(?P<end>$))"
+)
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_MARKER = re.compile(r"\banswer[ *]{0,4}(?:is\b|:|=)[ *:]*", re.IGNORECASE)
-_ANNOUNCES_AGAIN = re.compile(rf"(?:the )?(?:final |correct )?{_MARKER.pattern}", re.IGNORECASE)
+_MARKER = re.compile(
+    r"\banswer[ *]{0,4}(?:is\b|:|=)[ *:]*|^[#*\s]{0,8}(?:final )?answer[#*\s]{0,8}$"
+    r"|(?:正确|最终|最后)?(?:答案|结果)[ *]{0,4}(?:应该?)?[是为选:=\uff1a][ *:\uff1a]*"
+    r"|^[*\s]{0,4}答[:\uff1a][ *]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ANNOUNCES_AGAIN = re.compile(
+    rf"(?:the |所以|因此|故)?(?:final |correct )?(?:{_MARKER.pattern})",
+    re.IGNORECASE | re.MULTILINE,
+)
 # Characters read after a marker: more than any answer has, few enough for many markers.
 _MARKED_CHARACTERS = 1000
 _MAX_MARKERS = 64
-_SENTENCE_END = re.compile(r"\.(?=\s+[A-Z]|\s*$)")
+_SENTENCE_END = re.compile(r"\.(?=\s+[A-Z\u3400-\u9fff]|\s*$)|。")
 _FOLDED = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 # Words by which a text withdraws a statement or leaves it open.
@@ -37,6 +51,38 @@ _DENIALS = frozenset({
     "incorrect", "untrue", "false", "denies", "lie", "rule", "ruled",
 })  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+_CHINESE_HEDGE = re.compile(r"或|不|并?非|没|无|未|可能|也许|大概|如果|假设|假如|除非")
+_CHINESE_DENIAL = re.compile(r"错|相反|除了|除外")
+# Words of someone who speaks about an answer, and does not give it.
+_TALK = frozenset({
+    "said", "say", "says", "saying", "tell", "tells", "told", "refuse", "refuses", "refused",
+    "claim", "claims", "claimed", "asked", "pretend", "guess", "wonder", "whether", "heard",
+})  # fmt: skip
+_CHINESE_TALK = re.compile(r"说|声称|猜|听闻|拒绝|假装|吗")
+# Around an answer: "is not \boxed{7}", "I doubt that the answer is 7"; "7 is wrong", "7?".
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|isn't|cannot be|can't be|neither)|不(?:是|等于|为)|并?非|\\neq?|\\not\s*="
+    r"|\u2260)\s*(?:equal to|be)?[\s$*:\uff1a(]*$"
+    r"|(?:\b(?:wrong|false|incorrect|untrue|doubt|deny|denies|nobody|if|unless|assume|suppose|"
+    rf"{'|'.join(sorted(_TALK))})|n't|\bnot (?:think|believe|mean|sure))\b[^,.;:\n]*$",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[\s$*)]*(?:(?:[.,;]?\s*(?:which|this|that|it|and that)\s+|,?\s*)"
+    r"(?:is|was|isn't|seems|looks|would be|cannot be)\s+(?:the |a |an )?"
+    r"(?:not|wrong|incorrect|false|untrue|lie|impossible)\b|isn't"
+    r"|,?\s*or\s+(?:maybe|perhaps|possibly|not|else|\$?-?\d)|,?\s*not\b|\?|\uff1f"
+    r"|[,\uff0c.\u3002]?\s*(?:这|那)?是?(?:不对|不正确|错|不是))",
+    re.IGNORECASE,
+)
+_DISPLAYED = re.compile(r"(\\\[|\$\$)\s*(.{0,300}?)\s*(\\\]|\$\$)", re.DOTALL)
+_REASONED = re.compile(
+    r"(?P<answer>\S.{0,300}?),?\s*(?:[(,;\uff0c]\s*)?"
+    r"(?:\b(?:because|since|as|given that|due to)\s|因为|由于)"
+    r"(?P<reason>.+)",
+    re.DOTALL | re.IGNORECASE,
+)
+_CONTEXT = 60
 
 
 def squeeze(text: str) -> str:
@@ -50,16 +96,33 @@ def fold(text: str) -> str:
 
 
 def boxes(text: str) -> list[str]:
-    r"""Return the content of each complete `\boxed{..}`, braces matched, without inner ones."""
-    found: list[str] = []
+    r"""Return the content of each `\boxed{..}`, braces matched, without inner ones.
+
+    One that is never closed is empty; one that the words around it deny begins with "not ".
+    """
+    return [content for content, _ in _boxes(text)]
+
+
+def _boxes(text: str) -> Iterator[tuple[str, int]]:
+    """Yield the content of each box and the position behind it."""
     position = 0
     while opening := _BOX.search(text, position):
-        end = _closing_brace(text, opening.end())
-        if end < 0:
-            break
-        found.append(text[opening.end() : end])
-        position = end + 1
-    return found
+        start, position = opening.span()
+        if opening["brace"]:
+            end = _closing_brace(text, position)
+            content, position = (text[position:end], end + 1) if end >= 0 else ("", len(text))
+        else:
+            bare = re.sub(r"(?:[.,;:!*\u3002]|\\[)\]])+$", "", opening["bare"] or "")
+            content = bare.removesuffix("\\")
+        if content and is_denied(text, start, position):
+            content = f"not {content}"
+        yield content, position
+
+
+def is_denied(text: str, start: int, end: int) -> bool:
+    """Return True if the words around text[start:end] deny it or leave it open."""
+    before = text[max(0, start - _CONTEXT) : start]
+    return bool(_DENIED_BEFORE.search(before) or _DENIED_AFTER.match(text, end, end + _CONTEXT))
 
 
 def _closing_brace(text: str, start: int) -> int:
@@ -76,29 +139,50 @@ def named_answers(response: str) -> list[str]:
     """Return the answers that a response names, in its order, of the first kind that it has.
 
     The kinds: boxes, tags, "####" at the end, words. Empty if it names none: the whole response
-    may then be the answer.
+    may then be the answer. An empty last text means that the last answer is not given; earlier
+    empty ones are left out.
     """
-    found = boxes(response) or tagged(response) or _hashed(response)
-    if not found:
-        found = _announced("\n".join(squeeze(line) for line in response.splitlines()))
-    return [text for text in (squeeze(f).strip("*").strip() for f in found) if text]
+    found = boxes(response) or tagged(response) or _hashed(response) or announced(response)
+    found = [squeeze(text).strip("*").strip() for text in found]
+    return [text for text in found[:-1] if text] + found[-1:]
 
 
-def _announced(text: str) -> list[str]:
-    """Return the text after each _MARKER to the end of its sentence; all of it for too many."""
-    ends = [match.end() for match in itertools.islice(_MARKER.finditer(text), _MAX_MARKERS + 1)]
-    if len(ends) > _MAX_MARKERS:
+def announced(response: str) -> list[str]:
+    """Return the text after each _MARKER to the end of its sentence; all of it for too many.
+
+    After a marker at the end of a line it is the next line that is not empty. Where words around
+    deny it, it begins with "not ".
+    """
+    response = _DISPLAYED.sub(lambda found: "".join(map(squeeze, found.groups())), response)
+    text = "\n".join(line for line in map(squeeze, response.splitlines()) if line.strip("*-_ "))
+    found = list(itertools.islice(_MARKER.finditer(text), _MAX_MARKERS + 1))
+    if len(found) > _MAX_MARKERS:
         return [text]
-    rests = [text[end : end + _MARKED_CHARACTERS].partition("\n")[0] for end in ends]
-    # "Final answer: the final answer is 17" announces one.
-    rests = [rest for rest in rests if not _ANNOUNCES_AGAIN.match(rest)]
-    return [_SENTENCE_END.split(rest, maxsplit=1)[0] for rest in rests]
+    rests = []
+    for marker in found:
+        rest = text[marker.end() : marker.end() + _MARKED_CHARACTERS].lstrip("\n* ")
+        # "Final answer: the final answer is 17" announces one.
+        if _ANNOUNCES_AGAIN.match(rest):
+            continue
+        rest = rest.partition("\n")[0]
+        said = _SENTENCE_END.split(rest, maxsplit=1)[0]
+        denied = is_denied(text, marker.start(), marker.end() + rest.find(said) + len(said))
+        rests.append(f"not {said}" if denied and said else said)
+    return rests
+
+
+def announced_behind_boxes(response: str) -> list[str]:
+    """Return what a response announces behind its last box: it may be another answer."""
+    ends = [end for _, end in _boxes(response)]
+    return announced(response[ends[-1] :]) if ends else []
 
 
 def tagged(response: str) -> list[str]:
-    """Return the text between each `<answer>` and `</answer>`, as written."""
+    """Return the text between each `<answer>` and `</answer>`, as written; "" if not closed."""
     # Up to the last closing tag, every opening one has its end: the search stays linear.
-    return _ANSWER_TAG.findall(response[: response.rfind("</answer>") + len("</answer>")])
+    end = response.rfind("</answer>") + len("</answer>")
+    found = _ANSWER_TAG.findall(response[:end]) if end >= len("</answer>") else []
+    return found + [""] * ("<answer>" in response[max(end, 0) :])
 
 
 def _hashed(response: str) -> list[str]:
@@ -109,13 +193,36 @@ def _hashed(response: str) -> list[str]:
 
 
 def hedges(text: str) -> bool:
-    """Return True if a text has a word of HEDGES or a contracted "not"."""
-    return any(word in HEDGES or word.endswith("n't") for word in _words(text))
+    """Return True if a text has a word of HEDGES, a contracted "not", or a Chinese one of these."""
+    words = _words(text)
+    english = any(word in HEDGES or word.endswith("n't") for word in words)
+    return english or _CHINESE_HEDGE.search(text) is not None
 
 
 def denies(text: str, *, besides: Collection[str] = ()) -> bool:
     """Return True if a text has a word that denies ("wrong", "except") outside `besides`."""
-    return any(word in _DENIALS and word not in besides for word in _words(text))
+    english = any(word in _DENIALS and word not in besides for word in _words(text))
+    return english or _CHINESE_DENIAL.search(text) is not None
+
+
+def talks(text: str) -> bool:
+    """Return True if a text speaks about what somebody says or asks."""
+    return any(word in _TALK for word in _words(text)) or _CHINESE_TALK.search(text) is not None
+
+
+def without_reason(text: str) -> str:
+    """Return an answer without the reason behind it ("18, because ..", "B since ..").
+
+    A reason that names alternatives or denies stays: the answer is then left open.
+    """
+    match = _REASONED.match(text)
+    if match is None:
+        return text
+    words = set(_words(match["reason"]))
+    opened = words & {"or", "maybe", "perhaps", "possibly", "either", "neither", "nor", "unless"}
+    if opened or denies(match["reason"]) or talks(match["reason"]):
+        return text
+    return match["answer"].rstrip()
 
 
 def _words(text: str) -> list[str]:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_train.core.errors import UserError
-from ernie_train.rewards.score import Score, grade_response
+from ernie_train.data.completion_format import unique_keys
+from ernie_train.rewards.score import Score, grade_response, question_of
 
 _MAX_CHARACTERS = 20_000
 _MAX_REPLY_BYTES = 1 << 20
@@ -79,7 +80,7 @@ class LlmJudge:
                 return Score.wrong("an empty response")
             if len(response) > _MAX_CHARACTERS:
                 return Score.wrong(f"a response of {len(response)} characters")
-            return self._ask(judge_messages(_question(row), gold, response))
+            return self._ask(judge_messages(question_of(row) or "(not given)", gold, response))
 
         return compare
 
@@ -180,26 +181,9 @@ def read_verdict(reply: str) -> bool:
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
     verdicts = [{"verdict": "wrong"}, {"verdict": "correct"}]
     try:
-        said = json.loads(lines[-1], object_pairs_hook=_without_duplicates) if lines else None
+        said = json.loads(lines[-1], object_pairs_hook=unique_keys) if lines else None
     except (ValueError, RecursionError):
         said = None
     if said in verdicts:
         return bool(verdicts.index(said))
     raise _Unavailable(f"the judge's last line is no verdict: {reply[-100:]!r}", again=True)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is given twice")
-    return dict(pairs)
-
-
-def _question(row: dict[str, Any]) -> str:
-    """Return the row's `question`, or else the last message of its user."""
-    question = row.get("question")
-    if isinstance(question, str):
-        return question
-    messages = row.get("messages")
-    told = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
-    asked = [str(m.get("content")) for m in told if m.get("role") == "user"]
-    return asked[-1] if asked else "(not given)"

@@ -9,8 +9,13 @@ from typing import Any
 
 from ernie_train.rewards.score import Score, grade_response, mismatch, read_response
 from ernie_train.rewards.verifiers.answer_text import boxes, fold, named_answers, tagged
-from ernie_train.rewards.verifiers.assignments import grade_assignment, parse_assignment
-from ernie_train.rewards.verifiers.choices import grade_choice, grade_truth, truth_label
+from ernie_train.rewards.verifiers.labels import (
+    grade_assignment,
+    grade_choice,
+    grade_truth,
+    parse_assignment,
+    truth_label,
+)
 
 # Scorers of reasoning-gym that are not asked; their tasks compare words and numbers instead.
 NOT_ASKED = {

@@ -8,7 +8,6 @@ that is never closed. Takes time linear in the length of the response.
 import ast
 import builtins
 import re
-import textwrap
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -148,10 +147,10 @@ def fenced_blocks(response: str) -> Iterator[tuple[str, str]]:
         elif (last := _last_line(line, opening)) is None:
             lines.append(line)
         else:
-            yield (
-                _language(opening),
-                _unindented([*lines, *filter(str.strip, [last])], _indent(opening)),
-            )
+            # The indentation of the first line of a response is lost.
+            indent = max(_indent(opening), 0 if last.strip() else len(last))
+            lines += filter(str.strip, [last])
+            yield _language(opening), _unindented(lines, indent)
             opening = None
     if opening is not None:
         yield _language(opening), _unindented(lines, _indent(opening))
@@ -186,4 +185,4 @@ def _language(opening: re.Match[str]) -> str:
 
 def _unindented(lines: list[str], indent: int) -> str:
     width = [min(indent, len(line) - len(line.lstrip())) for line in lines]
-    return textwrap.dedent("\n".join(line[w:] for line, w in zip(lines, width, strict=True)))
+    return "\n".join(line[w:] for line, w in zip(lines, width, strict=True))

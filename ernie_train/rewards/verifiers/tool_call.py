@@ -9,7 +9,7 @@ another. One rule is stricter: texts must be equal except for white space around
 import json
 from typing import Any
 
-from ernie_train.data.completion_format import ToolCall
+from ernie_train.data.completion_format import ToolCall, unique_keys
 from ernie_train.rewards.score import Score, read_completion
 
 # One expected call: a name, and for each argument the list of its allowed values.
@@ -71,7 +71,8 @@ def _expected_calls(row: dict[str, Any]) -> list[Expected] | Score:
         listed, single_values = row["expected_calls"], False
     else:
         try:
-            listed, single_values = json.loads(row["answer"]), True
+            answer = json.loads(row["answer"], object_pairs_hook=unique_keys)
+            listed, single_values = answer, True
         except (KeyError, TypeError, ValueError):
             return Score.bad_gold("neither expected_calls nor an answer that is JSON")
         listed = listed if isinstance(listed, list) else [listed]

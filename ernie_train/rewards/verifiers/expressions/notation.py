@@ -1,0 +1,111 @@
+r"""Unify the notation of mathematical texts: signs, spaces, delimiters and text commands."""
+
+import re
+from functools import partial
+
+from ernie_train.rewards.verifiers.answer_text import boxes, squeeze
+
+_SIGNS = str.maketrans({
+    "\u2212": "-", "\u2013": "-", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ",
+    "\u00f7": "\\div ", "\u03c0": "\\pi ", "\u221e": "\\infty ", "\u00b0": "^\\circ",
+    "\u2264": "\\le ", "\u2265": "\\ge ", "\u2a7d": "\\le ", "\u2a7e": "\\ge ", "\u2260": "\\ne ",
+    "\u2248": "\\approx ", "\u222a": "\\cup ", "\u2208": "\\in ", "\u2205": "\\emptyset ",
+    "\u00b1": "\\pm ", "\u211d": "\\mathbb{R}", "\u2220": "\\angle ", "\u00bd": "\\frac12 ",
+    "\u00bc": "\\frac14 ", "\u00be": "\\frac34 ",
+    "\u2009": "\\,", "\u202f": "\\,", "\u00a0": "\\,", "~": "\\,",
+    "\uff0c": ", ", "\u3001": ", ", "\uff1b": "; ", "\uff1a": ":", "\u3002": ".", "\uff08": "(",
+    "\uff09": ")", "\uff05": "%", "\uff1d": "=", "\uff1c": "<", "\uff1e": ">",
+    "\u201c": '"', "\u201d": '"',
+})  # fmt: skip
+_ROOT_SIGN = re.compile("\u221a\\s*(\\d+|\\([^()]*\\)|[a-z])?", re.ASCII)
+# Digits in groups of three, apart by thin spaces: 10\,080 and 10{,}080. "1 2" stays two numbers.
+_THIN_GROUPS = re.compile(
+    r"(?<![\d.\\])\d{1,3}(?:(?:\\[,;: ]|\{,\}|\{\\,\})\d{3})+(?!\d)", re.ASCII
+)
+_THIN = re.compile(r"\\[,;: ]|\{,\}|\{\\,\}")
+_SCRIPTS = {
+    "^": str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b"
+                       "\u207f", "0123456789+-n"),
+    "_": str.maketrans("".join(map(chr, range(0x2080, 0x208A))), "0123456789"),
+}  # fmt: skip
+_SCRIPT_RUNS = {
+    "^": re.compile("(?<=[0-9A-Za-z)\\]}|\u4e00-\u9fff])"
+                    "[\u2070\u00b9\u00b2\u00b3\u2074-\u207b\u207f]+"),
+    "_": re.compile("(?<=[0-9A-Za-z)])[\u2080-\u2089]+"),
+}  # fmt: skip
+_ROW_SPACING = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in|mu|bp)\s*\]")
+_SPACING = re.compile(
+    r"\\(?:left|right|displaystyle|quad|qquad|limits|bigl?|bigr?|Bigl?|Bigr?)(?![A-Za-z])"
+    r"|(?<!\\)\\[,;: ]"
+)
+_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|bm|boldsymbol|bold)"
+    r"\s*\{([^{}]*)\}"
+)
+_COMMANDS = (
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(le|ge)(?:q?slant|qq?)(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"\\neq(?![A-Za-z])|!="), r"\\ne "),
+    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
+    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
+    (re.compile(r"<=|=<"), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
+    (re.compile(r"\\(?:varnothing)(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\\lor(?![A-Za-z])"), r"\\vee"),
+    (re.compile(r"\\land(?![A-Za-z])"), r"\\wedge"),
+    (re.compile(r"\\(?:degree|textdegree)(?![A-Za-z])"), r"^\\circ"),
+    (re.compile(r"\\(?:mathbb\s*\{?\s*R\s*\}?|R|Reals|reals|mathbf\s*\{R\})(?![A-Za-z])"),
+     r"\\mathbb{R}"),
+    (re.compile(r"\\(?:dotsc|dotsb|cdots|ldots|dots)(?![A-Za-z])"), r"\\ldots"),
+)  # fmt: skip
+_REWRITES = (("{,}", ","), ("\\%", "%"), ("\\$", "$"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"))
+_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+_DIGIT_INDEX = re.compile(r"_\{(\w)\}")
+_LONE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s|\s(?![0-9A-Za-z])", re.ASCII)
+
+
+def normalize(text: str) -> str:
+    """Unify the spelling of signs, spaces, delimiters and text commands; keep the meaning."""
+    if not text.isascii():
+        for sign, run in _SCRIPT_RUNS.items():
+            text = run.sub(partial(_script, sign), text)
+        text = _ROOT_SIGN.sub(
+            lambda m: f"\\sqrt{{{m[1].strip('()')}}}" if m[1] else "\\sqrt ", text
+        )
+    text = text.translate(_SIGNS).replace("\\!", "")
+    if "\\" in text or "{,}" in text:
+        text = _THIN_GROUPS.sub(lambda match: _THIN.sub("", match.group()), text)
+        text = _TEXT.sub(r" \1 ", _SPACING.sub(" ", _ROW_SPACING.sub(r"\\\\ ", text)))
+    for pattern, new in _COMMANDS:
+        text = pattern.sub(new, text)
+    for old, new_text in _REWRITES:
+        text = text.replace(old, new_text)
+    text = squeeze(_DIGIT_INDEX.sub(r"_\1", text))
+    text = _unwrapped(_unwrapped(text))
+    text = _unboxed(text)
+    return text.removesuffix(".") if not text.endswith("..") else text
+
+
+def _unboxed(text: str) -> str:
+    r"""Return the content of a text that is one \boxed{..} and no more."""
+    inner = boxes(text) if text.startswith("\\boxed") else []
+    alone = len(inner) == 1 and re.sub(r"[\s{}.]", "", text[6:]) == re.sub(r"[\s{}.]", "", inner[0])
+    return squeeze(inner[0]) if alone else text
+
+
+def _script(sign: str, run: re.Match[str]) -> str:
+    return f"{sign}{{{run.group().translate(_SCRIPTS[sign])}}}"
+
+
+def _unwrapped(text: str) -> str:
+    for opening, closing in _WRAPPERS:
+        if text.startswith(opening) and text.rstrip(".").endswith(closing):
+            inside = text.removesuffix(".").removeprefix(opening).removesuffix(closing)
+            if opening not in inside and "$" not in inside.strip("$"):
+                text = squeeze(inside)
+    return text
+
+
+def compact(text: str) -> str:
+    """Return the text without the spaces that separate nothing: "1 2" stays two numbers."""
+    return _LONE_SPACE.sub("", text)
