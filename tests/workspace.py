@@ -46,11 +46,12 @@ def write_rows(path: Path, made: list[dict[str, Any]]) -> None:
 
 def make_workspace(root: Path) -> Path:
     """Writes data, tokenizer and `recipe.yaml` below `root`; returns the recipe's path."""
-    from ernie_train.data import render_chat, train_tokenizer
+    from ernie_train.data import render_chat, shipped_template, train_tokenizer
 
     for name, count, seed in (("train", 120, 1), ("validation", 12, 2), ("test", 20, 3)):
         write_rows(root / f"{name}.jsonl", rows(count, seed))
-    texts = [render_chat(row["messages"], None) for row in rows(120, 1)]
+    template = shipped_template("ernie_thinking")
+    texts = [render_chat(template, row["messages"]) for row in rows(120, 1)]
     train_tokenizer(texts, 330, root / "tokenizer")
     return write_recipe(root)
 

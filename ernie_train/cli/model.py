@@ -113,7 +113,6 @@ def export_model(
         dtype=dtype,
         max_shard_size=max_shard_size,
         referee=referee,
-        thinking=recipe is None or recipe.thinking,
     )
     console.print(receipt_line(out, receipt, RECEIPT), highlight=False)
 

@@ -1,14 +1,15 @@
 """Turn rows of data files into packed batches: formats, chat, tokenizer, mixing and packing."""
 
 from ernie_train.data.chat import (
-    CHAT_TEMPLATE,
-    PLAIN_CHAT_TEMPLATE,
+    ChatTraining,
     drop_thinking,
     encode_chat,
+    encode_conversation,
     prompt_ids,
     render_chat,
-    require_chat_tokens,
+    require_chat_template,
 )
+from ernie_train.data.chat_template import SHIPPED_TEMPLATES, ChatTemplate, shipped_template
 from ernie_train.data.documents import DocumentBuilder, Documents, EncodedDocument
 from ernie_train.data.files import find_files
 from ernie_train.data.formats import Column, Columns, MappedRows, parse_columns
@@ -17,13 +18,15 @@ from ernie_train.data.packing import pack_documents
 from ernie_train.data.reader import BadRow, ReadReport, Record, iter_records, read_records
 from ernie_train.data.report import DataReport, SourceReport, preview
 from ernie_train.data.sources import DataSource, encode_records, load_sources, refit
-from ernie_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from ernie_train.data.tokenizer import ChatFormat, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
-    "CHAT_TEMPLATE",
-    "PLAIN_CHAT_TEMPLATE",
+    "SHIPPED_TEMPLATES",
     "BadRow",
     "Batch",
+    "ChatFormat",
+    "ChatTemplate",
+    "ChatTraining",
     "Column",
     "Columns",
     "ConsecutiveLoaders",
@@ -40,6 +43,7 @@ __all__ = [
     "Tokenizer",
     "drop_thinking",
     "encode_chat",
+    "encode_conversation",
     "encode_records",
     "find_files",
     "iter_records",
@@ -52,6 +56,7 @@ __all__ = [
     "read_records",
     "refit",
     "render_chat",
-    "require_chat_tokens",
+    "require_chat_template",
+    "shipped_template",
     "train_tokenizer",
 ]

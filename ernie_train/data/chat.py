@@ -1,268 +1,467 @@
 """Encode conversations as token ids and a mask of the tokens to train on.
 
-Thinking format: a system turn with the settings and the tools, then turns between `<|im_start|>`
-and `<|im_end|>`; the result of a tool is a user turn. Plain format: `User: ` and `Assistant: `
-between `<|begin_of_sentence|>` and `<|end_of_sentence|>`, `</s>` after the last turn.
-The trained tokens are those that the model must generate: each assistant turn from after the
-generation prompt up to and including the token that ends the turn.
+The text of a conversation is what the model's chat template renders, and its ids are those of the
+whole text. The trained tokens of a turn are what the model generates when it is asked at that
+turn: from the end of the generation prompt up to and including the token that ends the turn.
 
-A conversation is split before and after the text of each assistant turn and each part is tokenized
-separately, so that no token spans prompt and completion: the ids of a prompt are a prefix of the
-ids of the whole conversation.
+A template may show an earlier turn otherwise than the model wrote it, without its reasoning for
+example. Such a turn cannot be trained within the whole conversation; it is trained in a sample of
+its own, the conversation up to that turn.
 
-A message is a dict: role ("system" first only, "user", "assistant", "tool"), content, and for
-assistants `reasoning_content`, `tool_calls`, `weight` (0: this turn is not trained).
+A message is a dict: role, content (text), and for assistants `reasoning_content`, `tool_calls`,
+`weight` (0: this turn is not trained).
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, Literal
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat_template import (
-    CHAT_TEMPLATE,
-    GLOBAL_CLOSE,
-    GLOBAL_OPEN,
-    PLAIN_CHAT_TEMPLATE,
-    SYSTEM_CLOSE,
-    SYSTEM_OPEN,
-    THINK_MODE,
-    TOOLS_CLOSE,
-    TOOLS_OPEN,
-)
+from ernie_train.data.chat_template import REASONING_KEYS, ChatTemplate
 from ernie_train.data.completion_format import (
-    EOS,
-    IM_END,
-    IM_START,
     RESPONSE_OPEN,
-    SENTENCE_END,
-    SENTENCE_START,
     THINK_CLOSE,
     THINK_OPEN,
     TOOL_CALL_OPEN,
-    TOOL_RESPONSE_CLOSE,
-    TOOL_RESPONSE_OPEN,
     parse_completion,
-    response_block,
-    tool_call_block,
 )
-from ernie_train.data.tokenizer import Tokenizer
-
-__all__ = [
-    "CHAT_TEMPLATE",
-    "PLAIN_CHAT_TEMPLATE",
-    "Message",
-    "drop_thinking",
-    "encode_chat",
-    "prompt_ids",
-    "render_chat",
-    "require_chat_tokens",
-]
+from ernie_train.data.tokenizer import MARK, Tokenizer, unmark
 
 Message = dict[str, Any]
+Tools = Sequence[dict[str, Any]] | None
 
-ROLES = ("system", "user", "assistant", "tool")
-GENERATION_PROMPT = f"{IM_START}assistant\n{THINK_OPEN}\n"
-PLAIN_GENERATION_PROMPT = "Assistant: "
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_EMPTY_THINKING = re.compile(rf"\s*(?:{THINK_OPEN})?\s*{THINK_CLOSE}\s*")
+_BARE_SCHEMA_KEYS = frozenset(("type", "properties", "$ref", "$defs", "anyOf", "oneOf", "allOf"))
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Hold a part of a conversation that is tokenized separately."""
+class ChatTraining:
+    """Say which parts of a conversation are trained.
 
-    text: str
-    written_by_model: bool
-    trainable: bool
+    turns: every turn of the assistant, or the last one alone.
+    reasoning: False trains the answers alone; the reasoning stays in the context.
+    """
+
+    turns: Literal["all", "last"] = "all"
+    reasoning: bool = True
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Hold one sample: `ids` [L], and `trainable` [L], True for tokens to train on."""
+
+    ids: list[int]
+    trainable: list[bool]
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Hold the samples of a conversation, and what a user should know about it.
+
+    samples: turns that the whole conversation shows otherwise than they were written come first,
+        each at the end of its own conversation; then the whole conversation.
+    notes: reasons, to be counted in the data report.
+    """
+
+    samples: list[EncodedChat]
+    notes: list[str]
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Tools = None,
+    training: ChatTraining | None = None,
+) -> EncodedConversation:
+    """Encode a conversation in as many samples as its trained turns need.
+
+    Raises:
+        DataError: the template refuses or does not show a message, a turn is not well-formed, or
+            a text contains a control token and the recipe refuses those.
+    """
+    chat = _Conversation(tokenizer, messages, tools)
+    training = training or ChatTraining()
+    turns = chat.turns()
+    trained = [turn for turn in turns if turn.weight]
+    if training.turns == "last":
+        trained = [turn for turn in trained if turn is turns[-1]]
+    text = chat.text
+    inside = [turn for turn in trained if turn.stands_in(text)]
+    apart = [turn for turn in trained if not turn.stands_in(text)]
+    samples = [chat.encode(turn.text, [turn], training) for turn in apart]
+    if inside or not apart:
+        samples.append(chat.encode(text, inside, training))
+    return EncodedConversation(samples, chat.notes(trained))
 
 
 def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None = None,
-    thinking: bool = True,
+    tools: Tools = None,
+    training: ChatTraining | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Encode a conversation; return its ids [L] and the mask [L] of the tokens to train on.
+    """Encode the whole conversation; return its ids [L] and the mask [L] of trained tokens.
 
-    The newlines that would separate the last turn from a next one are left out.
-
-    Args:
-        tokenizer: must have the tokens of the chat format.
-        messages: the conversation.
-        tools: the tools offered to the model, as JSON-schema dicts.
-        thinking: True for the Thinking format, False for the plain one.
+    Turns that `encode_conversation` would put into samples of their own are context here. White
+    space behind the last turn is left out.
 
     Raises:
-        DataError: the conversation cannot be rendered or contains a control token, or the
-            tokenizer lacks a token of the format.
+        DataError: as for `encode_conversation`.
     """
-    require_chat_tokens(tokenizer, thinking)
-    _refuse_control_tokens(tokenizer, messages, tools)
-    ids: list[int] = []
-    trainable: list[bool] = []
-    pieces = _merge_prompts(_pieces(messages, tools, thinking))
-    if pieces and pieces[-1].text == "\n\n":
-        pieces.pop()
-    for piece in pieces:
-        piece_ids = tokenizer.encode(piece.text)
-        ids += piece_ids
-        trainable += [piece.trainable] * len(piece_ids)
-    return ids, trainable
+    chat = _Conversation(tokenizer, messages, tools)
+    training = training or ChatTraining()
+    turns = chat.turns()
+    text = chat.text
+    if training.turns == "last":
+        turns = turns[-1:]
+    inside = [turn for turn in turns if turn.weight and turn.stands_in(text)]
+    sample = chat.encode(text, inside, training)
+    return sample.ids, sample.trainable
 
 
-def prompt_ids(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None = None,
-    thinking: bool = True,
-) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = None) -> list[int]:
     """Encode a conversation that the model is to continue; ends with the generation prompt.
 
     Raises:
-        DataError: as for `encode_chat`, or the last message is the assistant's.
+        DataError: as for `encode_conversation`, or the last message is the assistant's.
     """
-    require_chat_tokens(tokenizer, thinking)
-    _refuse_control_tokens(tokenizer, messages, tools)
     if messages and messages[-1].get("role") == "assistant":
         raise DataError("a prompt must not end in an assistant turn")
-    pieces = list(_pieces(messages, tools, thinking))
-    pieces.append(_Piece(_generation_prompt(thinking), False, False))
-    return [i for piece in _merge_prompts(pieces) for i in tokenizer.encode(piece.text)]
+    chat = _Conversation(tokenizer, messages, tools)
+    return tokenizer.encode_marked(chat.render(chat.messages, ask=True))[0]
 
 
 def render_chat(
+    by: Tokenizer | ChatTemplate,
     messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None = None,
-    thinking: bool = True,
+    tools: Tools = None,
+    *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """Render a conversation as text, exactly as the Jinja template does.
+    """Render a conversation as the text that the model reads, by its tokenizer or template.
 
     Raises:
         DataError: the conversation cannot be rendered.
     """
-    text = "".join(piece.text for piece in _pieces(messages, tools, thinking))
-    return text + _generation_prompt(thinking) if add_generation_prompt else text
+    if isinstance(by, ChatTemplate):
+        chat = _Conversation(None, messages, tools, by)
+    else:
+        chat = _Conversation(by, messages, tools)
+    return unmark(chat.render(chat.messages, ask=add_generation_prompt))
 
 
-def require_chat_tokens(tokenizer: Tokenizer, thinking: bool = True) -> None:
-    """Check that the tokenizer has the tokens that begin and end turns.
+def require_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the template of a tokenizer.
 
     Raises:
-        DataError: it lacks some; the message names them.
+        DataError: it has none, or one that cannot be used; the message says what to do.
     """
-    needed = (IM_START, IM_END) if thinking else (SENTENCE_START, SENTENCE_END)
-    missing = [token for token in needed if tokenizer.token_id(token) is None]
-    if missing:
-        name = "Thinking" if thinking else "plain"
+    template = tokenizer.chat.template
+    if template is None:
         raise DataError(
-            f"the tokenizer has no token {' and no token '.join(missing)}, which the {name} chat "
-            "format needs; add them to the tokenizer, or use one that has them"
+            f"{tokenizer.directory} has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json), and not the tokens of an ERNIE format; name a template file "
+            "by chat.template in the recipe"
         )
+    template.check()
+    return template
 
 
 def drop_thinking(messages: Sequence[Message]) -> list[Message]:
-    """Return the conversation without the assistant's reasoning.
-
-    Raises:
-        DataError: an assistant turn has unclosed reasoning, or has reasoning twice.
-    """
-    return [_split_thinking(m)[1] if m.get("role") == "assistant" else m for m in messages]
+    """Return the conversation without the assistant's reasoning."""
+    return [_without_reasoning(m) if m.get("role") == "assistant" else m for m in messages]
 
 
-def _generation_prompt(thinking: bool) -> str:
-    return GENERATION_PROMPT if thinking else PLAIN_GENERATION_PROMPT
+@dataclass(frozen=True)
+class _Turn:
+    """One assistant turn: the conversation up to it, and where its own words stand in that."""
+
+    text: str
+    start: int
+    end: int
+    weight: int
+    message: Message
+
+    @property
+    def written(self) -> str:
+        return self.text[self.start : self.end]
+
+    def stands_in(self, text: str) -> bool:
+        """Return True if `text` shows the turn, and all before it, as the model saw and wrote."""
+        return text.startswith(self.text[: self.end])
 
 
-def _merge_prompts(pieces: Sequence[_Piece] | Iterator[_Piece]) -> list[_Piece]:
-    """Join adjacent pieces that the model does not write, to call the tokenizer less often."""
-    merged: list[_Piece] = []
-    for piece in pieces:
-        if merged and not piece.written_by_model and not merged[-1].written_by_model:
-            merged[-1] = _Piece(merged[-1].text + piece.text, False, False)
-        else:
-            merged.append(piece)
-    return merged
+class _Conversation:
+    """A conversation in the form that templates expect, and its renderings by one template."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        messages: Sequence[Message],
+        tools: Tools,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template or require_chat_template(_given(tokenizer))
+        self.history = tokenizer.chat.history_reasoning if tokenizer else "template"
+        self.tools = None if not tools else self._marked(_canonical_tools(tools), "a tool")
+        self.messages = [self._message(at, m) for at, m in enumerate(messages)]
+        if not messages:
+            raise DataError("a conversation has no messages")
+
+    @property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return _given(self.tokenizer).control_pattern
+
+    @property
+    def text(self) -> str:
+        """Return the whole conversation as text.
+
+        Raises:
+            DataError: the template leaves a message out.
+        """
+        text = self.render(self.messages)
+        for at, message in enumerate(self.messages):
+            shown = message["role"] in ("assistant", "tool") or message["content"].strip() in text
+            if not shown:
+                raise DataError(
+                    f"message {at + 1} is a {message['role']} message that {self.template.origin} "
+                    "leaves out"
+                )
+        return text
+
+    def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+        """Return the text of messages, with their history as the recipe wants it."""
+        if self.history == "keep":
+            return self._with_all_reasoning(messages, ask)
+        if self.history == "drop":
+            messages = _without_earlier_reasoning(messages, ask)
+        return self._plain_render(messages, ask)
+
+    def _plain_render(self, messages: Sequence[Message], ask: bool = False) -> str:
+        return self.template.render(messages, self.tools, add_generation_prompt=ask)
+
+    def _with_all_reasoning(self, messages: Sequence[Message], ask: bool) -> str:
+        """Render every assistant turn as the template renders the last one.
+
+        What the template writes behind a turn's last words is found by changing them: both texts
+        end alike from there on. So each turn is cut there and goes on as it does in a history.
+        """
+        bare = [_without_reasoning(m) if m["role"] == "assistant" else m for m in messages]
+        text, before = "", None
+        for at, message in enumerate(messages):
+            if message["role"] == "assistant":
+                text = self._joined(text, before, [*bare[:at], message])
+                before = at
+        if before != len(messages) - 1 or ask:
+            text = self._joined(text, before, bare, ask)
+        return text
+
+    def _joined(
+        self, text: str, before: int | None, messages: Sequence[Message], ask: bool = False
+    ) -> str:
+        """Return `text`, which ends with turn `before`, and what `messages` show behind it."""
+        whole = self._plain_render(messages, ask)
+        if before is None:
+            return whole
+        others = [*messages[:before], _changed(messages[before]), *messages[before + 1 :]]
+        rest = _common_end(whole, self._plain_render(others, ask))
+        own = self._plain_render(messages[: before + 1])
+        tail = _common_end(own, self._plain_render(others[: before + 1]))
+        if not text.endswith(tail) or not rest.startswith(tail.rstrip()):
+            raise DataError(
+                f"history_reasoning: keep needs a template that ends every turn alike, and "
+                f"{self.template.origin} does not"
+            )
+        return text[: len(text) - len(tail)] + rest
+
+    def turns(self) -> list[_Turn]:
+        """Return the assistant turns."""
+        if self.template.marks_generation and self.history == "template":
+            marked = self._marked_turns()
+            if marked is not None:
+                return marked
+        found = []
+        for at, message in enumerate(self.messages):
+            if message["role"] == "assistant":
+                text = self.render(self.messages[: at + 1])
+                start = self._prompt_end(self.render(self.messages[:at], ask=True), text)
+                found.append(self._turn(at, text, start, len(text)))
+        return found
+
+    def _marked_turns(self) -> list[_Turn] | None:
+        """Return the turns by the template's own marks; None if it does not mark each once."""
+        text, spans = self.template.render_spans(self.messages, self.tools)
+        places = [at for at, m in enumerate(self.messages) if m["role"] == "assistant"]
+        if len(spans) != len(places):
+            return None
+        return [self._turn(at, text, *span) for at, span in zip(places, spans, strict=True)]
+
+    def _prompt_end(self, prompt: str, text: str) -> int:
+        """Return where a turn's own words begin in `text`, the conversation up to the turn.
+
+        That is behind the generation prompt, or where the template gives up on it (an open
+        thinking part in front of an answer without reasoning): at the last line or control token
+        that both share.
+        """
+        if text.startswith(prompt):
+            return len(prompt)
+        pairs = zip(prompt, text, strict=False)
+        shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        ends = [match.end() for match in self._control_pattern.finditer(shared)]
+        return max([shared.rfind("\n") + 1, *ends])
+
+    def _turn(self, at: int, text: str, start: int, end: int) -> _Turn:
+        """Return a turn; its end is behind the last control token, if there is one."""
+        closing = [m.end() for m in self._control_pattern.finditer(text, start, end)]
+        end = closing[-1] if closing else start + len(text[start:end].rstrip("\n"))
+        message = self.messages[at]
+        if not text[start:end].strip():
+            raise DataError(f"message {at + 1}: {self.template.origin} leaves the turn out")
+        return _Turn(text, start, end, message.get("weight", 1), message)
+
+    def encode(self, text: str, turns: Sequence[_Turn], training: ChatTraining) -> EncodedChat:
+        """Encode a text, in which `turns` are trained."""
+        tail = max([m.end() for m in self._control_pattern.finditer(text)], default=0)
+        if not text[tail:].strip():
+            text = text[:tail] or text
+        spans = [(_trained_start(turn, training), turn.end) for turn in turns]
+        ids, offsets = _given(self.tokenizer).encode_marked(text)
+        cuts = [(a - text.count(MARK, 0, a), b - text.count(MARK, 0, b)) for a, b in spans]
+        trainable = [any(s < b and e > a for a, b in cuts) for s, e in offsets]
+        return EncodedChat(ids, trainable)
+
+    def notes(self, trained: Sequence[_Turn]) -> list[str]:
+        """Return what a user should know about the trained turns."""
+        notes = []
+        for turn in trained:
+            reasoning = _split_reasoning(turn.message)[0].strip()
+            if reasoning and reasoning not in turn.written:
+                notes.append("answers whose reasoning the chat template does not show")
+            elif not reasoning and self.template.opens_thinking:
+                notes.append(
+                    "answers without reasoning, although the model is asked to think: it would "
+                    "not learn to end its thinking part"
+                )
+            if turn.message.get("tool_calls") and turn.message["content"].strip():
+                notes.append(
+                    "turns with an answer beside a tool call, of which some servers return one"
+                )
+        return notes
+
+    def _message(self, at: int, message: Message) -> Message:
+        """Return a message as templates expect it; `DataError` where it is not well-formed."""
+        role = message.get("role")
+        if role not in ROLES:
+            raise DataError(f"message {at + 1} has role {role!r}; known are {', '.join(ROLES)}")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and role == "assistant"):
+            raise DataError(f"message {at + 1} ({role}) has no text content")
+        kept = {k: v for k, v in message.items() if k in ("name", "tool_call_id")}
+        canonical: Message = {"role": role, "content": content or "", **kept}
+        if role == "assistant":
+            canonical |= self._assistant(message)
+        return self._marked(canonical, f"message {at + 1}")
+
+    def _marked(self, value: Any, where: str) -> Any:
+        if self.tokenizer is None:
+            return value
+        mark = self.tokenizer.mark_control_tokens
+        return _mapped(value, lambda text: mark(text, where))
+
+    def _assistant(self, message: Message) -> Message:
+        weight = message.get("weight", 1)
+        if weight not in (0, 1):
+            raise DataError(f"the weight of a message must be 0 or 1, not {weight!r}")
+        turn: Message = {"weight": int(weight)}
+        reasoning, content = _split_reasoning(message)
+        calls = [_canonical_call(call) for call in message.get("tool_calls") or []]
+        if not content.strip("\n") and not calls:
+            raise DataError("an assistant turn has neither an answer nor a tool call")
+        if self.template.has_response_tags:
+            _check_blocks(content.strip("\n"))
+        if reasoning and THINK_CLOSE not in (message.get("content") or ""):
+            turn |= {key: reasoning for key in REASONING_KEYS if key in self.template.source}
+        return turn | ({"tool_calls": calls} if calls else {})
 
 
-def _pieces(
-    messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, thinking: bool
-) -> Iterator[_Piece]:
-    _check(messages)
-    yield from _thinking_pieces(messages, tools) if thinking else _plain_pieces(messages, tools)
+def _given(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise DataError("a template alone can render a conversation, but not encode it")
+    return tokenizer
 
 
-def _thinking_pieces(
-    messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None
-) -> Iterator[_Piece]:
-    system = messages[0].get("content") if messages[0]["role"] == "system" else None
-    yield _Piece(_system_turn(system, tools), False, False)
-    for message in messages:
-        content = message.get("content") or ""
-        if message["role"] == "user":
-            yield _Piece(f"{IM_START}user\n{content}{IM_END}\n\n", False, False)
-        elif message["role"] == "tool":
-            result = f"{TOOL_RESPONSE_OPEN}\n{content}\n{TOOL_RESPONSE_CLOSE}"
-            yield _Piece(f"{IM_START}user\n{result}{IM_END}\n\n", False, False)
-        elif message["role"] == "assistant":
-            yield _Piece(GENERATION_PROMPT, False, False)
-            yield _Piece(_assistant_body(message) + IM_END, True, _is_trained(message))
-            yield _Piece("\n\n", False, False)
+def _trained_start(turn: _Turn, training: ChatTraining) -> int:
+    """Return where the trained part of a turn begins; an empty thinking part is never trained."""
+    empty = _EMPTY_THINKING.match(turn.text, turn.start, turn.end)
+    if empty:
+        return empty.end()
+    close = turn.text.find(THINK_CLOSE, turn.start, turn.end)
+    if training.reasoning or close < 0:
+        return turn.start
+    answer = turn.text[close + len(THINK_CLOSE) : turn.end]
+    return turn.end - len(answer.lstrip("\n"))
 
 
-def _system_turn(system: str | None, tools: Sequence[dict[str, Any]] | None) -> str:
-    parts = [f"{GLOBAL_OPEN}\n{THINK_MODE}\n{GLOBAL_CLOSE}"]
-    if system:
-        parts.insert(0, f"{SYSTEM_OPEN}\n{system}\n{SYSTEM_CLOSE}")
-    if tools:
-        listed = ", ".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        parts.append(f"{TOOLS_OPEN}\n[{listed}]\n{TOOLS_CLOSE}")
-    return f"{IM_START}system\n" + "\n\n".join(parts) + f"{IM_END}\n\n"
-
-
-def _assistant_body(message: Message) -> str:
-    r"""Return the text of a turn after `<think>\n`, without the token that ends the turn.
-
-    Raises:
-        DataError: the turn has neither an answer nor a tool call, or is not well-formed.
-    """
-    reasoning, answer = _split_thinking(message)
-    content = (answer.get("content") or "").strip("\n")
-    blocks: list[str] = []
-    if content.startswith((RESPONSE_OPEN, TOOL_CALL_OPEN)):
-        _check_blocks(content)
-        blocks.append(content + "\n")
-    elif content:
-        blocks.append(response_block(content))
-    for name, arguments in _calls(message):
-        blocks.append(tool_call_block(name, arguments))
-    if not blocks:
-        raise DataError("an assistant turn has neither an answer nor a tool call")
-    return f"{reasoning}\n{THINK_CLOSE}\n\n{''.join(blocks)}"
-
-
-def _split_thinking(message: Message) -> tuple[str, Message]:
-    """Return the reasoning of an assistant message, and the message without it.
+def _split_reasoning(message: Message) -> tuple[str, str]:
+    """Return (reasoning, content) of an assistant message.
 
     Raises:
         DataError: the reasoning is unclosed, or given twice.
     """
     content = message.get("content") or ""
-    reasoning = message.get("reasoning_content") or ""
-    rest = {k: v for k, v in message.items() if k != "reasoning_content"}
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
     if THINK_CLOSE in content:
         if reasoning:
             raise DataError(f"an assistant turn has both reasoning_content and {THINK_CLOSE}")
-        reasoning, _, rest["content"] = content.partition(THINK_CLOSE)
-        if reasoning.lstrip().startswith(THINK_OPEN):
-            reasoning = reasoning.lstrip()[len(THINK_OPEN) :]
-        rest["content"] = rest["content"].lstrip("\n")
+        reasoning, _, content = content.partition(THINK_CLOSE)
+        reasoning = reasoning.lstrip().removeprefix(THINK_OPEN)
     elif content.lstrip().startswith(THINK_OPEN):
         raise DataError(f"an assistant turn opens {THINK_OPEN} and never closes it")
-    return reasoning.strip("\n"), rest
+    return reasoning.strip("\n"), content
+
+
+def _without_reasoning(message: Message) -> Message:
+    rest = {k: v for k, v in message.items() if k not in REASONING_KEYS}
+    if THINK_CLOSE in (message.get("content") or ""):
+        rest["content"] = _split_reasoning(message)[1].lstrip("\n")
+    return rest
+
+
+def _without_earlier_reasoning(messages: Sequence[Message], ask: bool) -> list[Message]:
+    """Drop the reasoning of all turns before the last question."""
+    questions = [at for at, m in enumerate(messages) if m["role"] == "user"]
+    last = questions[-1] if questions else -1
+    return [
+        _without_reasoning(m) if m["role"] == "assistant" and at < last else m
+        for at, m in enumerate(messages)
+    ]
+
+
+def _changed(turn: Message) -> Message:
+    """Return a turn whose last words are others."""
+    if turn.get("tool_calls"):
+        other = {"type": "function", "function": {"name": MARK, "arguments": {}}}
+        return {**turn, "tool_calls": [*turn["tool_calls"][:-1], other]}
+    return {**turn, "content": turn["content"] + MARK}
+
+
+def _common_end(one: str, other: str) -> str:
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return one[len(one) - length :]
 
 
 def _check_blocks(content: str) -> None:
+    """Check the `<response>` and `<tool_call>` markup that a row itself has written."""
+    if not content.startswith((RESPONSE_OPEN, TOOL_CALL_OPEN)):
+        return
     parsed = parse_completion(THINK_CLOSE + content)
     if parsed.stray:
         raise DataError(
@@ -273,89 +472,67 @@ def _check_blocks(content: str) -> None:
         raise DataError("an assistant turn has a tool call that is not valid JSON")
 
 
-def _calls(message: Message) -> Iterator[tuple[str, Any]]:
-    for call in message.get("tool_calls") or []:
-        function = call.get("function") or call
-        name, arguments = function.get("name"), function.get("arguments")
-        if not isinstance(name, str) or not isinstance(arguments, dict | str):
-            raise DataError("a tool call needs a name and arguments")
-        yield name, arguments
+def _canonical_call(call: Any) -> Message:
+    """Return a call as OpenAI's API writes it, with its arguments as a dict."""
+    function = call.get("function") or call if isinstance(call, dict) else {}
+    name, arguments = function.get("name"), function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise DataError(f"the arguments of a call of {name} are not JSON") from None
+    arguments = arguments or {}
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        raise DataError("a tool call needs a name, and arguments that are a JSON object")
+    known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    arguments = _without_nulls(arguments)
+    return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _plain_pieces(
-    messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None
-) -> Iterator[_Piece]:
-    if tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
-        raise DataError("tools need the Thinking chat format")
-    yield _Piece(SENTENCE_START, False, False)
-    for index, message in enumerate(messages):
-        content = message.get("content") or ""
-        if message["role"] == "system":
-            yield _Piece(f"{content}\n", False, False)
-        elif message["role"] == "user":
-            yield _Piece(f"User: {content}\n", False, False)
-        else:
-            end = EOS if index == len(messages) - 1 else SENTENCE_END
-            yield _Piece(PLAIN_GENERATION_PROMPT, False, False)
-            yield _Piece(_plain_answer(message) + end, True, _is_trained(message))
+def _canonical_tools(tools: Sequence[Any]) -> list[Message]:
+    """Return tools as OpenAI's API writes them: wrapped, in one order of keys, without nulls.
 
-
-def _plain_answer(message: Message) -> str:
-    """Return the answer without reasoning and markup, which a model of the plain format lacks.
-
-    Raises:
-        DataError: the turn has no answer, or is not well-formed.
+    Parameters in short, {"place": "string"}, become the JSON schema that they stand for.
     """
-    content = str(_split_thinking(message)[1].get("content") or "")
-    if content.startswith(RESPONSE_OPEN):
-        _check_blocks(content)
-        content = parse_completion(THINK_CLOSE + content).response or ""
-    if not content:
-        raise DataError("an assistant turn has no answer")
-    return content
+    found = []
+    for tool in tools:
+        if isinstance(tool, str):
+            try:
+                tool = json.loads(tool)
+            except (ValueError, RecursionError):
+                raise DataError("a tool is text that is not JSON") from None
+        function = (tool.get("function") or tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError("a tool needs a name: {name, description, parameters}")
+        function = _without_nulls(function)
+        kept: Message = {"name": function["name"]}
+        if isinstance(function.get("description"), str):
+            kept["description"] = function["description"]
+        if isinstance(function.get("parameters"), dict):
+            kept["parameters"] = _schema(function["parameters"])
+        found.append({"type": "function", "function": kept})
+    return found
 
 
-def _is_trained(message: Message) -> bool:
-    weight = message.get("weight", 1)
-    if weight not in (0, 1):
-        raise DataError(f"the weight of a message must be 0 or 1, not {weight!r}")
-    return bool(weight)
+def _schema(parameters: Message) -> Message:
+    short = parameters and all(isinstance(kind, str) for kind in parameters.values())
+    if not short or _BARE_SCHEMA_KEYS & parameters.keys():
+        return parameters
+    properties = {name: {"type": kind} for name, kind in parameters.items()}
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _check(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise DataError("a conversation has no messages")
-    for index, message in enumerate(messages):
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"message {index + 1} has role {role!r}; known are {', '.join(ROLES)}")
-        if role == "system" and index > 0:
-            raise DataError(f"message {index + 1} is a system message; only the first may be one")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and role == "assistant"):
-            raise DataError(f"message {index + 1} ({role}) has no text content")
+def _without_nulls(value: Any) -> Any:
+    """Drop the keys whose value is null, at every depth: Arrow and Parquet write absent keys so."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _refuse_control_tokens(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None,
-) -> None:
-    """Check that messages and tools contain no control token: it could end or forge a turn.
-
-    Raises:
-        DataError: there is one; the message names it.
-    """
-    for index, message in enumerate(messages):
-        for key in ("content", "reasoning_content", "tool_calls"):
-            value = message.get(key)
-            if not value:
-                continue
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            found = tokenizer.control_pattern.search(text)
-            if found:
-                raise DataError(f"message {index + 1} contains the control token {found.group()}")
-    if tools:
-        found = tokenizer.control_pattern.search(json.dumps(tools, ensure_ascii=False))
-        if found:
-            raise DataError(f"the tools contain the control token {found.group()}")
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Apply `change` to every text in messages or tools."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value

@@ -1,11 +1,26 @@
-"""Define the two chat formats as Jinja templates, for other programs that load the model.
+"""Render conversations with a model's own chat template, as `transformers` renders them.
 
-`chat.py` renders the same strings in Python; a test renders both and compares. Source: the
-Thinking and the plain chat format of the released ERNIE-4.5 text models. Where the released
-template leaves it open: an earlier assistant turn keeps its reasoning, and a turn without
-reasoning gets an empty thinking part, so that every turn continues the same generation prompt.
+A template is Jinja text from a model's directory, so it is foreign code: it runs in Jinja's
+sandbox, and what it may compute and write is bounded.
 """
 
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ernie_train.core.errors import DataError
 from ernie_train.data.completion_format import (
     IM_END,
     IM_START,
@@ -21,13 +36,10 @@ from ernie_train.data.completion_format import (
     TOOL_RESPONSE_OPEN,
 )
 
-SYSTEM_OPEN, SYSTEM_CLOSE = "<system_setting>", "</system_setting>"
-GLOBAL_OPEN, GLOBAL_CLOSE = "<global_setting>", "</global_setting>"
-TOOLS_OPEN, TOOLS_CLOSE = "<tool_list>", "</tool_list>"
-THINK_MODE = "think_mode=True"
+ERNIE_THINKING, ERNIE_PLAIN = "ernie_thinking", "ernie_plain"
+SHIPPED_TEMPLATES = (ERNIE_THINKING, ERNIE_PLAIN)
 
-# Tokens that structure a conversation. The content of a row must not contain one: it would end
-# its turn or forge another turn.
+# Tokens that structure a conversation in the ERNIE formats.
 CONTROL_TOKENS = (SENTENCE_START, SENTENCE_END, IM_START, IM_END)
 
 # The markup inside turns, which a model writes or reads; each is one token in tokenizers that
@@ -41,81 +53,230 @@ MARKUP_TOKENS = (
     TOOL_CALL_CLOSE,
     TOOL_RESPONSE_OPEN,
     TOOL_RESPONSE_CLOSE,
-    SYSTEM_OPEN,
-    SYSTEM_CLOSE,
-    GLOBAL_OPEN,
-    GLOBAL_CLOSE,
-    TOOLS_OPEN,
-    TOOLS_CLOSE,
-    THINK_MODE,
+    "<system_setting>",
+    "</system_setting>",
+    "<global_setting>",
+    "</global_setting>",
+    "<tool_list>",
+    "</tool_list>",
+    "think_mode=True",
 )
 
-CHAT_TEMPLATE = r"""{%- set first = messages[0] if messages else {} -%}
-{{- '<|im_start|>system\n' -}}
-{%- if first.role == 'system' and first.content -%}
-    {{- '<system_setting>\n' + first.content + '\n</system_setting>\n\n' -}}
-{%- endif -%}
-{{- '<global_setting>\nthink_mode=True\n</global_setting>' -}}
-{%- if tools -%}
-    {{- '\n\n<tool_list>\n[' -}}
-    {%- for tool in tools -%}
-        {{- tool | tojson -}}{{- ', ' if not loop.last else '' -}}
-    {%- endfor -%}
-    {{- ']\n</tool_list>' -}}
-{%- endif -%}
-{{- '<|im_end|>\n\n' -}}
-{%- for message in messages -%}
-    {%- set content = message.content if message.content else '' -%}
-    {%- if message.role == 'user' -%}
-        {{- '<|im_start|>user\n' + content + '<|im_end|>\n\n' -}}
-    {%- elif message.role == 'tool' -%}
-        {{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response>' -}}
-        {{- '<|im_end|>\n\n' -}}
-    {%- elif message.role == 'assistant' -%}
-        {%- set reasoning = message.reasoning_content if message.reasoning_content else '' -%}
-        {%- if '</think>' in content -%}
-            {%- set parts = content.split('</think>', 1) -%}
-            {%- set reasoning = parts[0].lstrip() -%}
-            {%- if reasoning.startswith('<think>') -%}
-                {%- set reasoning = reasoning[7:] -%}
-            {%- else -%}
-                {%- set reasoning = parts[0] -%}
-            {%- endif -%}
-            {%- set content = parts[1] -%}
-        {%- endif -%}
-        {%- set content = content.strip('\n') -%}
-        {{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' -}}
-        {%- if content.startswith('<response>') or content.startswith('<tool_call>') -%}
-            {{- content + '\n' -}}
-        {%- elif content -%}
-            {{- '<response>\n' + content + '\n</response>\n' -}}
-        {%- endif -%}
-        {%- for call in message.tool_calls or [] -%}
-            {%- set call = call.function if call.function else call -%}
-            {{- '<tool_call>\n{"name": ' + call.name | tojson + ', "arguments": ' -}}
-            {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
-            {{- '}\n</tool_call>\n' -}}
-        {%- endfor -%}
-        {{- '<|im_end|>\n\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n<think>\n' -}}
-{%- endif -%}
-"""
+# Names under which templates read the reasoning of a turn; `transformers` 5 fills them alike.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 
-PLAIN_CHAT_TEMPLATE = r"""{{- '<|begin_of_sentence|>' -}}
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {{- message.content + '\n' -}}
-    {%- elif message.role == 'user' -%}
-        {{- 'User: ' + message.content + '\n' -}}
-    {%- elif message.role == 'assistant' -%}
-        {{- 'Assistant: ' + message.content -}}
-        {{- '</s>' if loop.last else '<|end_of_sentence|>' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- 'Assistant: ' -}}
-{%- endif -%}
-"""
+_MAX_TEXT = 16_000_000  # characters that one rendering may write
+_MAX_LOOP = 10_000_000  # numbers that `range` may yield in one rendering
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Hold a chat template and render conversations with it.
+
+    source: the Jinja text.
+    special_tokens: what the template may name: bos_token, eos_token and the like.
+    origin: where it comes from, for messages.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    origin: str = "chat template"
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Return the text of a conversation.
+
+        Raises:
+            DataError: the template refuses the conversation, fails, or writes without end.
+        """
+        return self.render_spans(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+
+    def render_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and the (start, end) characters of its `{% generation %}` blocks.
+
+        Raises:
+            DataError: as for `render`.
+        """
+        spans = _Spans()
+        variables = {
+            **self.special_tokens,
+            "messages": messages,
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "range": _counted_range(),
+            _SPANS: spans,
+        }
+        try:
+            for chunk in self._compiled.generate(variables):
+                spans.add(chunk)
+        except DataError:
+            raise
+        except jinja2.TemplateError as error:
+            raise DataError(f"{self.origin}: {error}") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+            reason = "it calls itself without end" if isinstance(error, RecursionError) else error
+            raise DataError(
+                f"{self.origin}: it cannot render this conversation: {reason}"
+            ) from error
+        return "".join(spans.chunks), spans.found
+
+    @functools.cached_property
+    def _compiled(self) -> jinja2.Template:
+        try:
+            return _compile(self.source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            line = getattr(error, "lineno", None)
+            where = f", line {line}" if line else ""
+            raise DataError(f"{self.origin}{where}: not a Jinja template: {error}") from error
+
+    def check(self) -> None:
+        """Compile the template.
+
+        Raises:
+            DataError: it is no Jinja template.
+        """
+        _ = self._compiled
+
+    @property
+    def marks_generation(self) -> bool:
+        """Return True if the template marks what the model writes by `{% generation %}`."""
+        return "endgeneration" in self.source
+
+    @property
+    def has_response_tags(self) -> bool:
+        """Return True if answers stand between `<response>` tags, as in ERNIE's Thinking format."""
+        return RESPONSE_OPEN in self.source
+
+    @functools.cached_property
+    def opens_thinking(self) -> bool:
+        """Return True if a generation prompt ends in an open thinking part."""
+        question = [{"role": "user", "content": "?"}]
+        prompt = self.render(question, add_generation_prompt=True)
+        return prompt.rfind(THINK_OPEN) > prompt.rfind(THINK_CLOSE)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash that changes with the text of the template and its special tokens."""
+        content = json.dumps([self.source, sorted(self.special_tokens.items())])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def shipped_template(name: str, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
+    """Return one of the `SHIPPED_TEMPLATES` by its name."""
+    source = files("ernie_train.data").joinpath("templates", f"{name}.jinja")
+    return ChatTemplate(source.read_text(encoding="utf-8"), special_tokens or {}, f"{name}.jinja")
+
+
+_SPANS = "__generation_spans__"
+
+
+class _Spans:
+    """Collect what a template writes, and where its generation blocks begin and end."""
+
+    def __init__(self) -> None:
+        self.chunks: list[str] = []
+        self.length = 0
+        self.found: list[tuple[int, int]] = []
+
+    def add(self, chunk: str) -> None:
+        self.chunks.append(chunk)
+        self.length += len(chunk)
+        if self.length > _MAX_TEXT:
+            raise DataError(f"a chat template wrote more than {_MAX_TEXT} characters")
+
+
+class _Generation(Extension):
+    """Let a template mark what the model writes, and note where that stands in the text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        spans = nodes.Name(_SPANS, "load")
+        call = self.call_method("_record", [spans])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _record(self, spans: _Spans, caller: Callable[[], str]) -> str:
+        text = caller()
+        spans.found.append((spans.length, spans.length + len(text)))
+        return text
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which multiplication cannot fill the memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        for value, times in ((left, right), (right, left)):
+            size = len(value) if isinstance(value, str | list | tuple) else 1
+            if isinstance(times, int) and times * size > _MAX_TEXT:
+                raise DataError(f"a chat template computes with {operator} beyond all bounds")
+        return super().call_binop(context, operator, left, right)
+
+
+@functools.cache
+def _environment() -> _Sandbox:
+    """Return the environment, with the settings, filters and globals that `transformers` gives."""
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _counted_range() -> Callable[..., range]:
+    """Return a `range` whose calls together yield at most `_MAX_LOOP` numbers."""
+    left = _MAX_LOOP
+
+    def counted(*arguments: int) -> range:
+        nonlocal left
+        numbers = range(*arguments)
+        left -= len(numbers)
+        if left < 0:
+            raise DataError("a chat template loops beyond all bounds")
+        return numbers
+
+    return counted

@@ -63,24 +63,43 @@ class ParsedCompletion:
     stray: list[str] = field(default_factory=list)
 
 
-def parse_completion(text: str, *, thinking: bool = True) -> ParsedCompletion:
-    """Parse a completion, up to the first end-of-turn token. Never raises.
+def parse_completion(
+    text: str, *, thinking: bool = True, tagged: bool | None = None
+) -> ParsedCompletion:
+    """Parse a completion. Never raises.
 
-    `thinking=False` is for models without a thinking part: text without `</think>` is then the
-    response as it is, unless it contains tool calls, and not reasoning.
+    A token that ends the turn ended the sampling; its text at the end is left out here, and
+    anywhere else it is text as any other.
+
+    Args:
+        text: what the model wrote behind the generation prompt.
+        thinking: True if the generation prompt opened a thinking part. Otherwise text without
+            `</think>` is no reasoning, unless it opens a thinking part itself.
+        tagged: True if an answer counts in `<response>` tags alone; by default as `thinking`.
     """
-    for stop in _STOPS:
-        text = text.partition(stop)[0]
+    text = _without_stops(text)
+    tagged = thinking if tagged is None else tagged
     head, close, rest = text.partition(THINK_CLOSE)
     if not close:
-        if thinking:
+        if thinking or text.lstrip().startswith(THINK_OPEN):
             return ParsedCompletion(thinking=_reasoning(text), response=None)
-        response, calls, stray = _parse_blocks(text)
-        if not calls:
-            return ParsedCompletion(thinking=None, response=text.strip("\n"))
-        return ParsedCompletion(None, response, calls, False, stray)
+        rest = text
     response, calls, stray = _parse_blocks(rest)
-    return ParsedCompletion(_reasoning(head), response, calls, True, stray)
+    if not tagged:
+        if not calls:
+            response, stray = rest.strip(), []
+        elif response is None and stray:
+            response, stray = "\n".join(stray), []
+    return ParsedCompletion(
+        _reasoning(head) if close else None, response, calls, bool(close), stray
+    )
+
+
+def _without_stops(text: str) -> str:
+    end = len(text)
+    while stop := next((s for s in _STOPS if text[:end].rstrip("\n").endswith(s)), None):
+        end = text.rindex(stop, 0, end)
+    return text[:end]
 
 
 def format_completion(

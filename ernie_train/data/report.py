@@ -1,5 +1,6 @@
 """Report on the data of a stage: rows, lengths, packing fill, and a preview of a document."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -28,6 +29,7 @@ class SourceReport:
     seq_len and were handled as `overlong` says; `truncated` counts those of them that were cut.
     `left_out` names the first rows that were dropped. `unread` counts the rows with a key that
     nothing reads; `passed_over` names what lies beside the data files, `splits` those of the files.
+    `notes` counts what a user should know about kept rows.
     """
 
     path: str
@@ -42,6 +44,7 @@ class SourceReport:
     unread: dict[str, int] = field(default_factory=dict)
     passed_over: str = ""
     splits: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
     documents: int = 0
     tokens: int = 0
     trainable_tokens: int = 0
@@ -54,6 +57,10 @@ class SourceReport:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         if len(self.left_out) < LISTED_ROWS:
             self.left_out.append(BadRow(source, reason))
+
+    def note(self, notes: Iterable[str]) -> None:
+        for note in notes:
+            self.notes[note] = self.notes.get(note, 0) + 1
 
     @property
     def share_truncated(self) -> float:
@@ -81,6 +88,7 @@ class SourceReport:
             "unread": dict(self.unread),
             "passed_over": self.passed_over,
             "splits": list(self.splits),
+            "notes": dict(self.notes),
             "documents": self.documents,
             "tokens": self.tokens,
             "trainable_tokens": self.trainable_tokens,
@@ -113,6 +121,8 @@ class DataReport:
             total.trainable_tokens += source.trainable_tokens
             total.over_seq_len += source.over_seq_len
             total.truncated += source.truncated
+            for note, count in source.notes.items():
+                total.notes[note] = total.notes.get(note, 0) + count
         if self.sources:
             total.lengths = np.concatenate([source.lengths for source in self.sources])
         return total
@@ -174,6 +184,7 @@ class DataReport:
                 lines.append(f"keys of {source.path} that nothing reads: {keys}")
             if source.passed_over:
                 lines.append(f"passed over in {source.path}: {source.passed_over}")
+            lines += [f"{source.path}: {count} {note}" for note, count in source.notes.items()]
         return lines
 
 

@@ -4,6 +4,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ernie_train.core.errors import DataError
 from ernie_train.core.terminal import Terminal
 from ernie_train.data.cache import DocumentStore, cache_directory, exclusive
-from ernie_train.data.chat import drop_thinking, encode_chat, require_chat_tokens
+from ernie_train.data.chat import (
+    ChatTraining,
+    drop_thinking,
+    encode_chat,
+    encode_conversation,
+    require_chat_template,
+)
 from ernie_train.data.documents import DocumentBuilder, Documents
 from ernie_train.data.files import find_files
 from ernie_train.data.formats import MappedRows, Record
@@ -84,7 +91,7 @@ def load_sources(
     kind: Kind,
     seq_len: int,
     base_dir: str | Path,
-    thinking: bool = True,
+    training: ChatTraining | None = None,
     max_bad_fraction: float = 0.01,
     seed: int = 0,
 ) -> tuple[list[Documents], DataReport]:
@@ -97,7 +104,7 @@ def load_sources(
             followed by eos, or conversations, trained on every token.
         seq_len: the maximum length of a document, in tokens.
         base_dir: the directory that relative paths start from.
-        thinking: True for the Thinking chat format, False for the plain one.
+        training: the parts of conversations that are trained.
         max_bad_fraction: the share of bad rows of a source above which it is refused, 0..1.
         seed: of the shuffle that the report's `packing_fill` is computed for.
 
@@ -111,9 +118,15 @@ def load_sources(
     if seq_len < 2:
         raise DataError(f"seq_len {seq_len} leaves no token to predict; it must be at least 2")
     if kind == "sft":
-        require_chat_tokens(tokenizer, thinking)
-    encode = _encoder(tokenizer, kind, thinking)
-    identity = {"tokenizer": tokenizer.fingerprint(), "kind": kind, "thinking": thinking}
+        require_chat_template(tokenizer)
+    training = training or ChatTraining()
+    encode = _encoder(tokenizer, kind, training)
+    identity = {
+        "tokenizer": tokenizer.fingerprint(),
+        "chat": tokenizer.chat.fingerprint,
+        "kind": kind,
+        "training": asdict(training),
+    }
     documents: list[Documents] = []
     reports: list[SourceReport] = []
     for source in sources:
@@ -138,11 +151,11 @@ def encode_records(
     *,
     kind: Kind,
     seq_len: int,
-    thinking: bool = True,
+    training: ChatTraining | None = None,
 ) -> tuple[Documents, DataReport]:
     """Encode records that were read before, with the counts in `read`; keep nothing on disk."""
     source = DataSource(path=read.path, overlong=DEFAULT_OVERLONG[kind])
-    encode = _encoder(tokenizer, kind, thinking)
+    encode = _encoder(tokenizer, kind, training or ChatTraining())
     work = _Encoding(Path(read.path), source, encode, seq_len)
     work.read = read
     for record in records:
@@ -155,30 +168,31 @@ def encode_records(
     return documents, report
 
 
-Encode = Callable[[Record, bool], tuple[list[int], list[bool]]]
+Sample = tuple[list[int], list[bool]]
+Encode = Callable[[Record, bool], tuple[list[Sample], list[str]]]
 
 
-def _encoder(tokenizer: Tokenizer, kind: Kind, thinking: bool) -> Encode:
-    def encode(record: Record, include_thinking: bool) -> tuple[list[int], list[bool]]:
+def _encoder(tokenizer: Tokenizer, kind: Kind, training: ChatTraining) -> Encode:
+    def encode(record: Record, include_thinking: bool) -> tuple[list[Sample], list[str]]:
         if record.kind == "text":
             if kind == "sft":
                 raise _Dropped("plain text, which SFT cannot use")
             ids = _encode_text(tokenizer, record.text or "")
-            return ids, [True] * len(ids)
+            return [(ids, [True] * len(ids))], []
         if record.kind == "preference":
             raise _Dropped("a preference pair, which this stage cannot use")
         messages = record.messages if include_thinking else drop_thinking(record.messages)
-        ids, trainable = encode_chat(tokenizer, messages, record.tools, thinking)
-        return (ids, [True] * len(ids)) if kind == "pretrain" else (ids, trainable)
+        if kind == "pretrain":
+            ids, _ = encode_chat(tokenizer, messages, record.tools)
+            return [(ids, [True] * len(ids))], []
+        encoded = encode_conversation(tokenizer, messages, record.tools, training)
+        return [(sample.ids, sample.trainable) for sample in encoded.samples], encoded.notes
 
     return encode
 
 
 def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    found = tokenizer.control_pattern.search(text)
-    if found:
-        raise DataError(f"the text contains the control token {found.group()}")
-    return [*tokenizer.encode(text), tokenizer.eos_token_id]
+    return [*tokenizer.encode_plain(text, "the text"), tokenizer.eos_token_id]
 
 
 def _load(
@@ -275,9 +289,9 @@ class _Encoding:
     def add(self, record: Record) -> None:
         """Encode a record, or count why it is left out."""
         try:
-            ids, trainable = self.encode(record, self.source.include_thinking)
-            self.lengths.append(len(ids))
-            pieces = _fit(ids, trainable, self.seq_len, self.source.overlong, self.counts)
+            samples, notes = self.encode(record, self.source.include_thinking)
+            self.lengths.extend(len(ids) for ids, _ in samples)
+            pieces = _fit_all(samples, self.seq_len, self.source.overlong, self.counts)
         except DataError as error:
             self.read.bad.append(BadRow(record.source, str(error)))
         except _Dropped as reason:
@@ -285,6 +299,7 @@ class _Encoding:
         else:
             self.counts.kept += 1
             self.read.unread.update(record.fields.keys() - FOR_VERIFIERS)
+            self.counts.note(notes)
             for piece_ids, piece_trainable in pieces:
                 self.builder.add(piece_ids, piece_trainable, record.source)
                 self.counts.trainable_tokens += sum(piece_trainable[1:])
@@ -300,6 +315,22 @@ def _plain(report: ReadReport | SourceReport) -> dict[str, Any]:
     for name in ("bad", "left_out"):
         values[name] = [[row.source, row.reason] for row in values[name]]
     return values
+
+
+def _fit_all(
+    samples: list[Sample], seq_len: int, overlong: Overlong | None, report: SourceReport
+) -> list[Sample]:
+    """Return the documents of all samples of a row; raises `_Dropped` if none is left."""
+    fitted: list[Sample] = []
+    reasons: list[_Dropped] = []
+    for ids, trainable in samples:
+        try:
+            fitted += _fit(ids, trainable, seq_len, overlong, report)
+        except _Dropped as reason:
+            reasons.append(reason)
+    if not fitted:
+        raise reasons[0]
+    return fitted
 
 
 def _fit(

@@ -14,7 +14,7 @@ from rich.console import Console
 from ernie_train.core.config import describe
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.progress import progress_bar
-from ernie_train.data import Columns, Record, Tokenizer, read_records
+from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
 from ernie_train.data.completion_format import parse_completion
 from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row, user_prompt
 from ernie_train.generate.engine import Completion
@@ -39,7 +39,6 @@ class EvalConfig:
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
-    thinking: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def evaluate(
     With a `console` a progress display called `label` is shown on it. Every rank must call it; each
     does a share of the work and returns the whole result. Raises `Interrupted` when asked to stop.
     """
-    prompts = [encode_prompt(tokenizer, record, thinking=config.thinking) for record in problems]
+    prompts = [encode_prompt(tokenizer, record) for record in problems]
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
     with progress_bar(console, label, len(repeated)) if console else nullcontext(_ignore) as update:
         completions = generate_sharded(
@@ -222,7 +221,7 @@ def evaluate(
     texts = [completion_text(tokenizer, completion) for completion in completions]
     scores = score_sharded(
         [
-            (str(r.fields["reward"]), problem_row(r, config.thinking), t)
+            (str(r.fields["reward"]), problem_row(r, tokenizer), t)
             for r, t in zip(owners, texts, strict=True)
         ],
         lambda items: score_batch(items, stop_requested=stop_requested),
@@ -232,7 +231,8 @@ def evaluate(
     tasks: dict[tuple[str, str], list[Any]] = {}
     for row in rows:
         tasks.setdefault((row[0].fields["domain"], row[0].fields["task"]), []).append(row)
-    results = [_task_result(*key, tasks[key], config) for key in sorted(tasks)]
+    thinking = require_chat_template(tokenizer).opens_thinking
+    results = [_task_result(*key, tasks[key], config.samples, thinking) for key in sorted(tasks)]
     return Evaluation(results, [_sample(*row) for row in rows])
 
 
@@ -240,8 +240,9 @@ def _ignore(done: int) -> None:
     """Show no progress."""
 
 
-def _task_result(domain: str, task: str, rows: list[Any], config: EvalConfig) -> TaskResult:
-    samples = config.samples
+def _task_result(
+    domain: str, task: str, rows: list[Any], samples: int, thinking: bool
+) -> TaskResult:
     scores: list[Score] = [score for _, _, _, score in rows]
     valid = [score for score in scores if score.status in ("correct", "wrong")]
     excluded = Counter(s.status for s in scores if s.status not in ("correct", "wrong"))
@@ -257,8 +258,7 @@ def _task_result(domain: str, task: str, rows: list[Any], config: EvalConfig) ->
         truncated=sum(not c.finished for _, _, c, _ in rows) / len(rows),
         excluded={str(status): count for status, count in excluded.items()},
         unclosed=sum(
-            config.thinking and not parse_completion(text).finished_thinking
-            for _, text, _, _ in rows
+            thinking and not parse_completion(text).finished_thinking for _, text, _, _ in rows
         ),
         completions=len(rows),
     )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ernie_train.data import Record, Tokenizer, prompt_ids
+from ernie_train.data import Record, Tokenizer, prompt_ids, require_chat_template
 from ernie_train.generate.engine import Completion
 
 
-def encode_prompt(tokenizer: Tokenizer, record: Record, *, thinking: bool) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, record: Record) -> list[int]:
     """Return the ids of a problem, without its reference answer, and of the generation prompt."""
     messages = list(record.messages)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return prompt_ids(tokenizer, messages, record.tools, thinking=thinking)
+    return prompt_ids(tokenizer, messages, record.tools)
 
 
 def user_prompt(record: Record) -> str:
@@ -24,17 +24,18 @@ def user_prompt(record: Record) -> str:
 
 
 def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
-    """Return the text of a completion without its stop token.
-
-    A model's vocabulary may be larger than the tokenizer's; ids beyond it decode as padding.
-    """
+    """Return the text of a completion without its stop token."""
     ids = completion.ids[:-1] if completion.finished else completion.ids
-    return tokenizer.decode(
-        [i if i < tokenizer.vocab_size else tokenizer.pad_token_id for i in ids]
-    )
+    return tokenizer.decode(ids)
 
 
-def problem_row(record: Record, thinking: bool) -> dict[str, Any]:
-    """Return the row that a verifier gets for a problem."""
-    facts = {"messages": record.messages, "tools": record.tools, "thinking": thinking}
+def problem_row(record: Record, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the row that a verifier gets for a problem, with the form that answers have."""
+    template = require_chat_template(tokenizer)
+    facts = {
+        "messages": record.messages,
+        "tools": record.tools,
+        "thinking": template.opens_thinking,
+        "response_tags": template.has_response_tags,
+    }
     return {**facts, **record.fields}

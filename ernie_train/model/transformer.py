@@ -156,6 +156,15 @@ def _real_tokens(ids: Tensor, layout: BatchLayout) -> Tensor:
     return paddle.gather(flat, paddle.to_tensor(layout.token_index))
 
 
+def _with_mean_rows(weight: Tensor, size: int) -> Tensor:
+    """Return a parameter of `size` rows: those of `weight` [V,...], then their mean."""
+    mean = weight.astype("float32").mean(axis=0, keepdim=True)
+    new = paddle.concat([mean] * (size - weight.shape[0])).astype(weight.dtype)
+    grown = paddle.create_parameter([size, *weight.shape[1:]], str(weight.dtype).split(".")[-1])
+    grown.set_value(paddle.concat([weight, new]))
+    return grown
+
+
 class LMHead(nn.Layer):
     """Output projection [V,H], of the shape of the embedding, to which it may be tied."""
 
@@ -241,6 +250,21 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         )
         self.model.config = self.config
         self.model.rope_theta = rope_theta
+
+    def grow_vocabulary(self, size: int) -> None:
+        """Give embedding and head rows for `size` tokens; new rows are the mean of the others."""
+        old = self.config.vocab_size
+        if size <= old:
+            return
+        self.config = self.config.with_overrides({"vocab_size": size})
+        self.model.config = self.config
+        embedding = nn.Embedding(size, self.config.hidden_size)
+        embedding.weight = _with_mean_rows(self.model.embed_tokens.weight, size)
+        self.model.embed_tokens = embedding
+        if self.lm_head.weight is not None:
+            self.lm_head.weight = _with_mean_rows(self.lm_head.weight, size)
+        if self.lm_head.bias is not None:
+            self.lm_head.bias = _with_mean_rows(self.lm_head.bias, size)
 
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty key/value cache for `batch` sequences under the present RoPE base."""

@@ -61,9 +61,12 @@ class Score:
 def read_completion(row: dict[str, Any], completion: str) -> ParsedCompletion | Score:
     """Return the parts of a completion; Score.wrong if its thinking part never ends.
 
-    `row["thinking"]` False marks a problem for models without a thinking part.
+    `row["thinking"]` False marks a problem for models that are not asked to think,
+    `row["response_tags"]` False one for models that write their answer without `<response>` tags.
     """
-    parsed = parse_completion(completion, thinking=row.get("thinking", True))
+    thinking = row.get("thinking", True)
+    tagged = row.get("response_tags", thinking)
+    parsed = parse_completion(completion, thinking=thinking, tagged=tagged)
     if parsed.thinking is not None and not parsed.finished_thinking:
         return Score.wrong("the thinking part is not finished")
     return parsed

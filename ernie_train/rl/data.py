@@ -20,8 +20,7 @@ from ernie_train.data import (
     ReadReport,
     Record,
     Tokenizer,
-    encode_chat,
-    prompt_ids,
+    encode_conversation,
     read_records,
 )
 from ernie_train.data.report import too_long_warning
@@ -179,7 +178,7 @@ def encode_prompts(
     report = ReadReport("the prompts", rows=len(records))
     for record in records:
         try:
-            ids = encode_prompt(tokenizer, record, thinking=True)
+            ids = encode_prompt(tokenizer, record)
         except DataError as error:
             report.bad.append(BadRow(record.source, str(error)))
             continue
@@ -360,15 +359,17 @@ def read_pairs(
 def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:
     if record.kind != "preference" or not record.chosen or not record.rejected:
         return None
-    prompt = prompt_ids(tokenizer, record.messages, record.tools, thinking=True)
+    context = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in record.messages]
 
     def tokenized(turns: list[dict[str, Any]]) -> TokenizedCompletion:
-        ids, _ = encode_chat(tokenizer, [*record.messages, *turns], record.tools, True)
-        if ids[: len(prompt)] != prompt:
-            raise DataError(f"{record.source}: the completion does not continue its prompt")
-        completion = ids[len(prompt) :]
-        stops = set(tokenizer.stop_token_ids)
-        end = next((i + 1 for i, token in enumerate(completion) if token in stops), len(completion))
-        return TokenizedCompletion(prompt, completion[:end])
+        if len(turns) > 1:
+            raise DataError(
+                "a completion of several turns cannot be compared as one; put the earlier turns "
+                "into the prompt"
+            )
+        sample = encode_conversation(tokenizer, [*context, *turns], record.tools).samples[-1]
+        start = sample.trainable.index(True)
+        end = len(sample.ids) - sample.trainable[::-1].index(True)
+        return TokenizedCompletion(sample.ids[:start], sample.ids[start:end])
 
     return TokenizedPair(tokenized(record.chosen), tokenized(record.rejected))

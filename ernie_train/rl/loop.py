@@ -61,7 +61,7 @@ def _try_reward(
     config: UpoConfig, stage: StageRun, prepared: PreparedPrompts, reward: ComposedReward
 ) -> None:
     check_reward_on_reference_answers(
-        [problem_row(p.record, thinking=True) for p in prepared.prompts],
+        [problem_row(p.record, stage.data.tokenizer) for p in prepared.prompts],
         reward,
         sample=config.canaries,
         seed=stage.data.seed,

@@ -256,7 +256,7 @@ class RolloutSampler:
     ) -> Sequence[ComposedScore]:
         prompts: list[Prompt] = [self.prepared.prompts[index] for (index, _), _ in items]
         return self.reward.score_batch(
-            [problem_row(prompt.record, thinking=True) for prompt in prompts],
+            [problem_row(prompt.record, self.stage.data.tokenizer) for prompt in prompts],
             [text for _, text in items],
             [len(completion.ids) for (_, completion), _ in items],
             whole=False,

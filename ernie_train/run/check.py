@@ -11,7 +11,7 @@ from rich.syntax import Syntax
 
 from ernie_train.core import devices
 from ernie_train.core.errors import ConfigError
-from ernie_train.data import Record, Tokenizer, load_tokenizer
+from ernie_train.data import Record, Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.model import Ernie4_5_MoeConfig
@@ -38,6 +38,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         devices.select_device(recipe.device)
     tokenizer = _tokenizer_or_fallback(recipe, base_dir, console)
     config = recipe.model.build()
+    config = config.with_overrides({"vocab_size": recipe.vocabulary(config, tokenizer)})
     if recipe.model.is_absent:
         console.print(recipe.model.missing_model_message(), highlight=False)
     check_fit(recipe, config, tokenizer)
@@ -62,13 +63,13 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
 def _tokenizer_or_fallback(recipe: Recipe, base_dir: Path, console: Console) -> Tokenizer:
     source = recipe.tokenizer
     if not source.is_absent(base_dir):
-        return load_tokenizer(base_dir / source.path)
+        return recipe.load_tokenizer(base_dir)
     console.print(
         f"tokenizer: nothing at {source.path}; {source.stand_in} stands in for it, so the token "
         "counts below differ from a run's. A run needs the model's own: tokenizer.path=...",
         highlight=False,
     )
-    return load_tokenizer(base_dir / str(source.stand_in))
+    return recipe.load_tokenizer(base_dir, stand_in=True)
 
 
 def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +41,6 @@ def export(
     card: str,
     max_shard_size: int | str = "5GB",
     referee: str | None = None,
-    thinking: bool = True,
     seed: int = 0,
 ) -> Receipt:
     """Write `directory`, read it back, compare, and leave the receipt and model card in it.
@@ -54,13 +53,11 @@ def export(
         card: the text of README.md.
         referee: a Python interpreter with torch and transformers that reads the directory back;
             by default this one if it has them, else this toolkit's own reader does.
-        thinking: picks the chat template that is written beside the model.
 
     Raises:
         WeightsError: the comparison fails; directory and failed receipt are kept.
     """
-    files = _TokenizerFiles(tokenizer, thinking)
-    save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
+    save_pretrained(model, directory, tokenizer, dtype=dtype, max_shard_size=max_shard_size)
     consensus.run_on_main(lambda: write_text(directory / "README.md", card))
     prompts = comparison_prompts(tokenizer, seed)
     expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
@@ -121,25 +118,6 @@ def require_change(weights: Path, dtype: str) -> None:
 def default_referee() -> str | None:
     """Return this interpreter if it has torch and transformers."""
     return sys.executable if find_spec("torch") and find_spec("transformers") else None
-
-
-@dataclass(frozen=True)
-class _TokenizerFiles:
-    """A tokenizer that is saved with the chat template that its model was trained with."""
-
-    tokenizer: Tokenizer
-    thinking: bool
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        return self.tokenizer.stop_token_ids
-
-    def save_pretrained(self, directory: Path, /) -> None:
-        self.tokenizer.save_pretrained(directory, thinking=self.thinking)
 
 
 def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForCausalLM:

@@ -99,7 +99,6 @@ class Finalizer:
                 dtype=settings.dtype,
                 max_shard_size=settings.max_shard_size,
                 referee=referee,
-                thinking=self.recipe.thinking,
                 seed=self.recipe.seed,
             )
             _write_on_main(record, {"identity": identity, "receipt": asdict(receipt)})
@@ -139,7 +138,6 @@ class Finalizer:
         config = EvalConfig(
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
-            thinking=self.recipe.thinking,
         )
         return evaluate(
             model,

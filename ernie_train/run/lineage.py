@@ -32,7 +32,12 @@ class Lineage:
         source = recipe.model
         settings = fingerprint(source.model_dump(mode="json"))
         weights = hash_files([find_model(source.path).weights]) if source.path else None
-        return cls(str(recipe.seed), settings, tokenizer.fingerprint(), weights)
+        return cls(
+            str(recipe.seed),
+            settings,
+            f"{tokenizer.fingerprint()} {tokenizer.chat.fingerprint}",
+            weights,
+        )
 
     def with_data(self, paths: list[Path]) -> Lineage:
         """Return the lineage of a model that is trained on these files next."""

@@ -27,7 +27,7 @@ from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
 from ernie_train.core.process_group import Grid
 from ernie_train.core.signals import StopFlag
 from ernie_train.core.terminal import Terminal
-from ernie_train.data import Tokenizer, load_tokenizer
+from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.io.files import fingerprint, write_json, write_text
 from ernie_train.io.outputs import check_run_directory
@@ -118,7 +118,7 @@ class Pipeline:
 
     def _check_inputs(self) -> Tokenizer:
         """Check that the recipe's problems can be scored; return its tokenizer."""
-        tokenizer = load_tokenizer(self.base_dir / self.recipe.tokenizer.path)
+        tokenizer = self.recipe.load_tokenizer(self.base_dir)
         if (asked := self.recipe.evaluation) is not None:
             problems = load_problems(self.base_dir / asked.path, columns=asked.columns)
             require_verifiers(problems)
@@ -185,6 +185,7 @@ class Pipeline:
             model = load_pretrained(weights, dtype=dtype)
         else:
             model = parallel.new_model(source.build(), dtype)
+        model.grow_vocabulary(self.recipe.vocabulary(model.config, tokenizer))
         check_fit(self.recipe, model.config, tokenizer)
         parallel.enable_recompute(model, self.recipe.parallel.recompute)
         return model
@@ -196,7 +197,7 @@ class Pipeline:
             write_json(self.run_dir / ENVIRONMENT, environment.describe_environment())
             write_text(self.run_dir / RECIPE, dump_yaml(self.recipe.model_dump(mode="json")))
             if not (self.run_dir / "tokenizer").exists():
-                tokenizer.save_pretrained(self.run_dir / "tokenizer", thinking=self.recipe.thinking)
+                tokenizer.save_pretrained(self.run_dir / "tokenizer")
 
     def _set_aside(self, first: str | None) -> None:
         """Rename the directories of the stages to be repeated; nothing is deleted."""

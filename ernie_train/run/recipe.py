@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +17,10 @@ from ernie_train.core.config import (
 )
 from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.core.foreign_files import read_json
-from ernie_train.data import MappedRows
+from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_tokenizer
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
-from ernie_train.run.stages import AnyStageConfig, SftConfig
+from ernie_train.run.stages import AnyStageConfig
 from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.hf import load_config
 from ernie_train.weights.model_directory import find_model
@@ -92,18 +93,35 @@ class ModelSource(StrictConfig):
 
 
 class TokenizerSource(StrictConfig):
-    """A directory with a SentencePiece model, or a tokenizer that PaddleNLP can read.
+    """A directory with a tokenizer.json, a SentencePiece model, or what PaddleNLP can read.
 
+    `add`: tokens to add to the vocabulary, each encoded as one id; the model grows with it.
     `stand_in`: a tokenizer that `check` uses while `path` does not exist. A run never uses it:
     a wrong vocabulary would train without an error.
     """
 
     path: str
+    add: list[Annotated[str, Field(min_length=1)]] = []
     stand_in: str | None = None
 
     def is_absent(self, base_dir: Path) -> bool:
         """Return True if `path` does not exist and `stand_in` names a fallback."""
         return self.stand_in is not None and not (base_dir / self.path).exists()
+
+
+class ChatConfig(StrictConfig):
+    """The format of conversations, in every stage, evaluation and export.
+
+    template: the chat template to use instead of the one of the tokenizer's directory:
+        ernie_thinking, ernie_plain, or a file.
+    history_reasoning: show the reasoning of earlier turns as the template does, or keep or drop it.
+    control_tokens: encode a text in the data that looks like a control token as plain text, or
+        refuse the row.
+    """
+
+    template: str | None = None
+    history_reasoning: Literal["template", "keep", "drop"] = "template"
+    control_tokens: Literal["text", "refuse"] = "text"
 
 
 class ParallelConfig(StrictConfig):
@@ -157,6 +175,7 @@ class Recipe(StrictConfig):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: ModelSource
     tokenizer: TokenizerSource
+    chat: ChatConfig = ChatConfig()
     device: Literal["auto", "cpu", "gpu"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
     sandbox: Literal["strict"] = "strict"  # programs of a model never run without a sandbox
@@ -210,11 +229,26 @@ class Recipe(StrictConfig):
             raise ValueError("; ".join(wrong))
         return self
 
-    @property
-    def thinking(self) -> bool:
-        """Return True if the final chat format is the Thinking one: the last SFT stage decides."""
-        formats = [stage.thinking for stage in self.stages if isinstance(stage, SftConfig)]
-        return formats[-1] if formats else True
+    def load_tokenizer(self, base_dir: Path, *, stand_in: bool = False) -> Tokenizer:
+        """Load the tokenizer, or its stand-in, with the recipe's chat format.
+
+        Raises `DataError` for damaged files, and for a format that the tokenizer cannot write.
+        """
+        path = self.tokenizer.stand_in if stand_in else self.tokenizer.path
+        template = self.chat.template
+        if template is not None and template not in SHIPPED_TEMPLATES:
+            template = str(base_dir / template)
+        tokenizer = load_tokenizer(base_dir / str(path), template=template, add=self.tokenizer.add)
+        tokenizer.chat = replace(
+            tokenizer.chat,
+            history_reasoning=self.chat.history_reasoning,
+            control_tokens=self.chat.control_tokens,
+        )
+        return tokenizer
+
+    def vocabulary(self, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> int:
+        """Return the size of the model's vocabulary, with the tokens of `tokenizer.add`."""
+        return max(config.vocab_size, tokenizer.vocab_size if self.tokenizer.add else 0)
 
     def stage_seed(self, index: int) -> int:
         """Return the seed of a stage; they differ, so that no two stages shuffle alike."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from rich.console import Console
 from ernie_train.core.config import PositiveInt
 from ernie_train.core.errors import DataError
 from ernie_train.data import (
+    ChatTraining,
     ConsecutiveLoaders,
     DataReport,
     DataSource,
@@ -125,12 +126,28 @@ class SftConfig(SupervisedConfig):
     """Settings of an SFT stage: loss on the assistant's tokens; its data rows are conversations.
 
     normalization: weigh every trained token alike (tokens) or every sample (token_balanced).
-    thinking: use the Thinking chat format instead of the plain one.
+    train_turns: train every turn of the assistant, or the last one alone.
+    train_reasoning: False trains the answers alone, with the reasoning in their context.
     """
 
     kind: Literal["sft"]
     normalization: Literal["tokens", "token_balanced"] = "tokens"
-    thinking: bool = True
+    train_turns: Literal["all", "last"] = "all"
+    train_reasoning: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_thinking(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "thinking" in data:
+            raise ValueError(
+                "thinking: the chat format is the model's now; delete the line, or for thinking: "
+                "false write chat: {template: ernie_plain} beside model and tokenizer"
+            )
+        return data
+
+    @property
+    def chat_training(self) -> ChatTraining:
+        return ChatTraining(self.train_turns, self.train_reasoning)
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,7 @@ def prepare(config: PretrainConfig | SftConfig, data: StageData) -> SupervisedDa
             kind=config.kind,
             seq_len=config.longest_seq_len,
             base_dir=data.base_dir,
-            thinking=isinstance(config, SftConfig) and config.thinking,
+            training=config.chat_training if isinstance(config, SftConfig) else None,
             max_bad_fraction=config.max_bad_fraction,
             seed=data.seed,
         )

@@ -2,13 +2,14 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ernie_train.data.tokenizer.sentencepiece import Tokenizer, train_tokenizer
+from ernie_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 VOCABULARY = (
     "the answer is sum of apples and oranges user assistant system who what if then else Liar "
@@ -46,9 +47,21 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    from ernie_train.data.tokenizer.sentencepiece import load_tokenizer
-
     return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def plain(tokenizer_dir: Path) -> Tokenizer:
+    """The same tokenizer with the plain chat format."""
+    return load_tokenizer(tokenizer_dir, template="ernie_plain")
+
+
+@pytest.fixture(scope="session")
+def bare(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The same tokenizer from its `tokenizer.model` alone."""
+    directory = tmp_path_factory.mktemp("bare")
+    shutil.copy(tokenizer_dir / "tokenizer.model", directory)
+    return load_tokenizer(directory)
 
 
 WriteRows = Callable[[str, Sequence[Any]], Path]

@@ -1,4 +1,4 @@
-"""The chat formats: hand-written strings, what transformers renders, and the mask."""
+"""The two ERNIE formats: hand-written strings, what a server renders, masks and refusals."""
 
 import json
 import random
@@ -12,12 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat import drop_thinking, encode_chat, prompt_ids, render_chat
-from ernie_train.data.tokenizer.sentencepiece import Tokenizer
+from ernie_train.data import (
+    drop_thinking,
+    encode_chat,
+    encode_conversation,
+    prompt_ids,
+    render_chat,
+    shipped_template,
+)
+from ernie_train.data.tokenizer import ChatFormat, Tokenizer, load_tokenizer
 
 Message = dict[str, Any]
+THINKING = shipped_template("ernie_thinking")
 SYSTEM = "<|im_start|>system\n<global_setting>\nthink_mode=True\n</global_setting><|im_end|>\n\n"
-TOOL = {"name": "add", "description": "a < b & 'é'", "parameters": {"type": "object"}}
+FUNCTION = {"name": "add", "description": "a < b & 'é'", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
 
 
@@ -31,7 +40,7 @@ def assistant(content: str | None, **more: Any) -> Message:
 
 def test_a_turn_with_thinking() -> None:
     content = "<think>\n1+1\n</think>\n\n<response>\n2\n</response>"
-    assert render_chat([user("1+1?"), assistant(content)]) == (
+    assert render_chat(THINKING, [user("1+1?"), assistant(content)]) == (
         SYSTEM + "<|im_start|>user\n1+1?<|im_end|>\n\n"
         "<|im_start|>assistant\n<think>\n1+1\n</think>\n\n"
         "<response>\n2\n</response>\n<|im_end|>\n\n"
@@ -50,7 +59,7 @@ def test_a_turn_with_thinking() -> None:
 )
 def test_every_way_to_give_the_reasoning_renders_alike(message: Message) -> None:
     wanted = assistant("<think>\n1+1\n</think>\n\n<response>\n2\n</response>")
-    assert render_chat([user("q"), message]) == render_chat([user("q"), wanted])
+    assert render_chat(THINKING, [user("q"), message]) == render_chat(THINKING, [user("q"), wanted])
 
 
 def test_system_tools_calls_and_results() -> None:
@@ -63,29 +72,103 @@ def test_system_tools_calls_and_results() -> None:
     ]
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é"}}\n</tool_call>\n'
     listed = '{"name": "add", "description": "a < b & \'é\'", "parameters": {"type": "object"}}'
-    assert render_chat(messages, [TOOL, TOOL], add_generation_prompt=True) == (
+    listed = f'{{"type": "function", "function": {listed}}}'
+    assert render_chat(THINKING, messages, [TOOL, FUNCTION], add_generation_prompt=True) == (
         "<|im_start|>system\n<system_setting>\nBe brief.\n</system_setting>\n\n"
         "<global_setting>\nthink_mode=True\n</global_setting>\n\n"
         f"<tool_list>\n[{listed}, {listed}]\n</tool_list><|im_end|>\n\n"
         "<|im_start|>user\nadd<|im_end|>\n\n"
         f"<|im_start|>assistant\n<think>\nuse it\n</think>\n\n{call}{call}<|im_end|>\n\n"
         "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n<response>\ndone\n</response>\n<|im_end|>\n\n"
+        "<|im_start|>assistant\n<response>\ndone\n</response>\n<|im_end|>\n\n"
         "<|im_start|>assistant\n<think>\n"
     )
 
 
-def test_the_plain_format() -> None:
+def test_earlier_turns_show_their_answer_alone() -> None:
+    messages = [
+        user("a"),
+        assistant("b", reasoning_content="r1"),
+        user("c"),
+        assistant("", reasoning_content="r2", tool_calls=[CALL]),
+        {"role": "tool", "content": "3"},
+        assistant("d", reasoning_content="r3"),
+    ]
+    text = render_chat(THINKING, messages)
+    assert "assistant\n<response>\nb\n</response>" in text and "r1" not in text
+    assert "<think>\nr2\n</think>\n\n<tool_call>" in text and "<think>\nr3\n</think>" in text
+
+
+def test_the_plain_format(plain: Tokenizer) -> None:
     messages = [
         {"role": "system", "content": "S"},
         user("a"),
         assistant("<think>x</think><response>\nb\n</response>"),
         user("c"),
     ]
-    prompt = "<|begin_of_sentence|>S\nUser: a\nAssistant: b<|end_of_sentence|>User: c\nAssistant: "
-    assert render_chat(messages, thinking=False, add_generation_prompt=True) == prompt
-    whole = render_chat([*messages, assistant("d")], thinking=False)
-    assert whole == prompt + "d</s>"
+    prompt = "<|begin_of_sentence|>S\nUser: a\nAssistant: b<|end_of_sentence|>User: c\nAssistant:"
+    assert render_chat(plain, messages, add_generation_prompt=True) == prompt
+    assert render_chat(plain, [*messages, assistant("d")]) == prompt + " d<|end_of_sentence|>"
+
+
+def test_plain_ids_are_those_of_the_whole_text(plain: Tokenizer) -> None:
+    messages = [user("the sum"), assistant("the answer is"), user("knight"), assistant("true")]
+    ids, trainable = encode_chat(plain, messages)
+    assert ids == plain.encode(render_chat(plain, messages))
+    assert ids[: len(prompt_ids(plain, messages[:3]))] == prompt_ids(plain, messages[:3])
+    trained = [token for token, mark in zip(ids, trainable, strict=True) if mark]
+    answers = " the answer is<|end_of_sentence|> true<|end_of_sentence|>"
+    assert plain.decode(trained) == answers
+
+
+def as_a_server_gets_it(tool: Message) -> Message:
+    """A tool as an OpenAI client sends it and a server hands it to the template."""
+    function = tool.get("function", tool)
+    return {
+        "function": {"parameters": function["parameters"], "description": None, "strict": None}
+        | {k: v for k, v in function.items() if k != "parameters"},
+        "type": "function",
+    }
+
+
+def test_tools_reach_the_model_alike_from_rows_and_from_clients() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"x": {"type": "string", "enum": ["a", None], "description": None}},
+        "required": ["x"],
+    }
+    row_tools = [FUNCTION, {"name": "f", "parameters": schema}, {"name": "g", "parameters": {}}]
+    question = [user("q")]
+    trained = render_chat(THINKING, question, row_tools, add_generation_prompt=True)
+    served = THINKING.render(
+        question, [as_a_server_gets_it(t) for t in row_tools], add_generation_prompt=True
+    )
+    assert trained == served
+    assert '"enum": ["a", null]' in trained and '"description": null' not in trained
+
+
+def test_short_parameters_become_the_schema_that_they_stand_for() -> None:
+    short = render_chat(THINKING, [user("q")], [{"name": "f", "parameters": {"place": "string"}}])
+    schema = {
+        "type": "object",
+        "properties": {"place": {"type": "string"}},
+        "required": ["place"],
+    }
+    assert short == render_chat(THINKING, [user("q")], [{"name": "f", "parameters": schema}])
+
+
+def test_content_of_every_form_that_servers_pass_on() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    listed = THINKING.render([user(parts), {"role": "tool", "content": [{"k": 1, "n": None}]}])  # type: ignore[arg-type]
+    assert "<|im_start|>user\nab<|im_end|>" in listed
+    assert '<tool_response>\n{"k": 1}\n</tool_response>' in listed
+    developer = THINKING.render([{"role": "developer", "content": "S"}, user("q")])
+    assert developer == THINKING.render([{"role": "system", "content": "S"}, user("q")])
+    for key in ("reasoning", "thoughts"):
+        turn = THINKING.render([user("q"), {"role": "assistant", "content": "a", key: "why"}])
+        assert "<think>\nwhy\n</think>" in turn
+    with pytest.raises(DataError, match="message 2 is a system message; only the first"):
+        THINKING.render([user("q"), {"role": "system", "content": "S"}])
 
 
 def random_message_text(rng: random.Random) -> str:
@@ -111,12 +194,13 @@ def random_conversation(rng: random.Random) -> tuple[list[Message], list[Message
     messages: list[Message] = []
     if rng.random() < 0.4:
         messages.append({"role": "system", "content": text()})
-    tools = [{"name": text(), "parameters": {"x": text()}}] * rng.randint(1, 3)
+    schema = {"type": "object", "properties": {text(): {"enum": [text(), None, 1.5]}}}
+    tools = [{"name": text(), "parameters": schema}] * rng.randint(1, 3)
     for _ in range(rng.randint(1, 3)):
         messages.append(user(text()))
         if rng.random() < 0.4:
             calls = [{"name": text(), "arguments": {text(): [1, None, {"y": text()}]}}]
-            calls.append({"type": "function", "function": {"name": "f", "arguments": '{"a":1}'}})
+            calls.append({"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}})
             content = rng.choice([None, "", f"<think>\n{text()}\n</think>\n\n", text()])
             messages.append(assistant(content, tool_calls=calls[: rng.randint(1, 2)]))
             messages.append({"role": "tool", "content": text()})
@@ -153,107 +237,161 @@ def template_cases(thinking: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("transformers", ["newest", "4.57"])
-def test_the_templates_render_the_same_strings(
-    tokenizer: Tokenizer, tmp_path: Path, referee: Callable[..., Any], transformers: str
+def test_transformers_renders_and_encodes_alike(
+    tokenizer: Tokenizer,
+    plain: Tokenizer,
+    tmp_path: Path,
+    referee: Callable[..., Any],
+    transformers: str,
 ) -> None:
     arguments: list[Path] = []
-    for thinking in (True, False):
+    for saved, thinking in ((tokenizer, True), (plain, False)):
         directory, cases_path = tmp_path / f"{thinking}", tmp_path / f"{thinking}.json"
-        tokenizer.save_pretrained(directory, thinking=thinking)
+        saved.save_pretrained(directory)
         cases_path.write_text(json.dumps(template_cases(thinking)))
         arguments += [directory, cases_path]
     out = tmp_path / "out.json"
     referee("chat_render.py", out, *arguments, transformers=transformers)
     answers = json.loads(out.read_text())
-    asked = 0
-    for thinking, theirs in zip((True, False), answers, strict=True):
+    for own, thinking, theirs in zip((tokenizer, plain), (True, False), answers, strict=True):
         cases = template_cases(thinking)
+        asked = 0
         for case, text, ids in zip(cases, theirs["text"], theirs["ids"], strict=True):
             messages, tools, ask = case.values()
-            assert render_chat(messages, tools, thinking, ask) == text
-            if thinking and ask:
+            assert render_chat(own, messages, tools, add_generation_prompt=ask) == text
+            if ask:
                 asked += 1
-                assert prompt_ids(tokenizer, messages, tools) == ids
-            elif thinking:
-                ours = encode_chat(tokenizer, messages, tools)[0]
-                assert tokenizer.decode(ids[len(ours) :]) == "\n\n"
+                assert prompt_ids(own, messages, tools) == ids
+            else:
+                ours = encode_chat(own, messages, tools)[0]
+                assert own.decode(ids[len(ours) :]).strip() == ""
                 assert ids[: len(ours)] == ours
-    assert asked > 30
+        assert asked > 30
 
 
 def spans_of(text: str) -> str:
-    """What must be trained, found by a pattern instead of by building it."""
-    return "".join(re.findall(r"<\|im_start\|>assistant\n<think>\n(.*?<\|im_end\|>)", text, re.S))
+    """What must be trained in the whole conversation, found by a pattern."""
+    turns = re.findall(r"<\|im_start\|>assistant\n(?:<think>\n)?(.*?<\|im_end\|>)", text, re.S)
+    return "".join(turns)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_exactly_the_assistants_words_are_trained(tokenizer: Tokenizer, seed: int) -> None:
     messages, tools = random_conversation(random.Random(seed))
-    ids, trainable = encode_chat(tokenizer, messages, tools)
-    text = render_chat(messages, tools)
-    assert tokenizer.decode(ids) == text.removesuffix("\n\n") or messages[-1]["role"] != "assistant"
-    trained = [token for token, mark in zip(ids, trainable, strict=True) if mark]
-    assert tokenizer.decode(trained) == spans_of(text)
+    samples = encode_conversation(tokenizer, messages, tools).samples
+    text = render_chat(tokenizer, messages, tools)
+    whole = samples[-1]
+    if messages[-1]["role"] == "assistant":
+        assert tokenizer.decode(whole.ids) == text.removesuffix("\n\n")
+    trained = [
+        [token for token, mark in zip(s.ids, s.trainable, strict=True) if mark] for s in samples
+    ]
+    turns = sum(m["role"] == "assistant" for m in messages)
     ends = tokenizer.token_id("<|im_end|>")
-    assert trained.count(ends) == sum(m["role"] == "assistant" for m in messages)
+    assert sum(part.count(ends) for part in trained) == turns
+    if len(samples) == 1 and messages[-1]["role"] == "assistant":
+        assert tokenizer.decode(trained[0]) == spans_of(text)
 
 
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("format", ["tokenizer", "plain"])
 @settings(max_examples=150, deadline=None)
 @given(
     turns=st.lists(st.tuples(st.text(min_size=1), st.text(), st.text(min_size=1)), min_size=1),
     system=st.text(),
 )
-def test_a_prompts_ids_are_a_prefix_of_the_conversations(
-    tokenizer: Tokenizer, thinking: bool, turns: list[tuple[str, str, str]], system: str
+def test_a_prompts_ids_are_a_prefix_of_its_sample(
+    request: pytest.FixtureRequest,
+    format: str,
+    turns: list[tuple[str, str, str]],
+    system: str,
 ) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(format)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for question, reasoning, answer in turns:
         messages += [user(question), assistant(answer, reasoning_content=reasoning)]
     try:
-        ids, trainable = encode_chat(tokenizer, messages, None, thinking)
+        samples = encode_conversation(tokenizer, messages).samples
     except DataError:
-        return  # control tokens, surrogates, answers of newlines alone
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = prompt_ids(tokenizer, messages[:index], None, thinking)
-            assert ids[: len(prompt)] == prompt
-            assert not trainable[len(prompt) - 1] and trainable[len(prompt)]
-    assert trainable[-1]
-    assert ids[-1] == (tokenizer.token_id("<|im_end|>") if thinking else tokenizer.eos_token_id)
-
-
-def test_the_plain_mask(tokenizer: Tokenizer) -> None:
-    messages = [user("a"), assistant("true"), user("b"), assistant("false")]
-    ids, trainable = encode_chat(tokenizer, messages, None, thinking=False)
-    trained = [token for token, mark in zip(ids, trainable, strict=True) if mark]
-    assert tokenizer.decode(trained) == "true<|end_of_sentence|>false</s>"
+        return  # surrogates, answers of newlines alone
+    last = samples[-1]
+    prompt = prompt_ids(tokenizer, messages[:-1])
+    first = len(last.trainable) - last.trainable[::-1].index(False)
+    if format == "plain" or turns[-1][1].strip():
+        assert last.ids[:first] == prompt
+    assert last.trainable[-1] and last.ids[-1] in tokenizer.stop_token_ids
+    assert sum(s.ids.count(s.ids[-1]) for s in samples) >= len(turns)
 
 
 def test_a_turn_of_weight_0_is_not_trained(tokenizer: Tokenizer) -> None:
     messages = [user("a"), assistant("true", weight=0), user("b"), assistant("false", weight=1)]
     ids, trainable = encode_chat(tokenizer, messages)
     trained = [token for token, mark in zip(ids, trainable, strict=True) if mark]
-    assert tokenizer.decode(trained) == "\n</think>\n\n<response>\nfalse\n</response>\n<|im_end|>"
+    assert tokenizer.decode(trained) == "<response>\nfalse\n</response>\n<|im_end|>"
 
 
-@pytest.mark.parametrize("thinking", [True, False])
-def test_an_untrained_turn_does_not_merge_with_its_prompt(
-    tokenizer: Tokenizer, thinking: bool
+def test_an_earlier_turn_is_trained_with_its_reasoning_in_a_sample_of_its_own(
+    tokenizer: Tokenizer,
 ) -> None:
-    messages = [user("a"), assistant("true", weight=0), user("b"), assistant("false")]
-    ids, _ = encode_chat(tokenizer, messages, None, thinking)
-    for end in (1, 3):
-        prompt = prompt_ids(tokenizer, messages[:end], None, thinking)
-        assert ids[: len(prompt)] == prompt
+    first, second = assistant("b", reasoning_content="r1"), assistant("d", reasoning_content="r2")
+    messages = [user("a"), first, user("c"), second]
+    samples = encode_conversation(tokenizer, messages).samples
+    assert [encode_chat(tokenizer, part) for part in (messages[:2], messages)] == [
+        (sample.ids, sample.trainable) for sample in samples
+    ]
+    trained = [
+        tokenizer.decode([t for t, mark in zip(s.ids, s.trainable, strict=True) if mark])
+        for s in samples
+    ]
+    assert ["r1" in trained[0], "r2" in trained[1], "r1" in tokenizer.decode(samples[1].ids)] == [
+        True, True, False,
+    ]  # fmt: skip
 
 
-def test_dropping_the_thinking_leaves_the_answer(tokenizer: Tokenizer) -> None:
+def test_notes_say_what_is_lost(tokenizer: Tokenizer, plain: Tokenizer) -> None:
+    def notes(own: Tokenizer, turn: Message) -> str:
+        return " ".join(encode_conversation(own, [user("a"), turn]).notes)
+
+    assert "does not show" in notes(plain, assistant("b", reasoning_content="why"))
+    assert "end its thinking part" in notes(tokenizer, assistant("b"))
+    assert "beside a tool call" in notes(
+        tokenizer, assistant("b", reasoning_content="r", tool_calls=[CALL])
+    )
+    assert notes(tokenizer, assistant("b", reasoning_content="r")) == notes(plain, assistant("b"))
+
+
+def test_dropping_the_thinking_leaves_the_answer() -> None:
     full = [user("q"), assistant("<think>\nlong\n</think>\n\n<response>\n2\n</response>")]
     short = drop_thinking(full)
-    assert render_chat(short) == render_chat([user("q"), assistant("2")])
+    assert render_chat(THINKING, short) == render_chat(THINKING, [user("q"), assistant("2")])
     assert "long" in full[1]["content"]
     assert drop_thinking([assistant("2", reasoning_content="x")]) == [assistant("2")]
+
+
+def test_control_tokens_in_texts_are_text_or_refused(
+    tokenizer: Tokenizer, tokenizer_dir: Path
+) -> None:
+    messages = [user("a <|im_end|> b"), assistant("<s>old</s>", reasoning_content="<|im_start|>")]
+    tools = [{"name": "f", "description": "</s>", "parameters": {"type": "object"}}]
+    sample = encode_conversation(tokenizer, messages, tools).samples[0]
+    assert tokenizer.decode(sample.ids) == render_chat(tokenizer, messages, tools).rstrip("\n")
+    counts = [sample.ids.count(tokenizer.token_id(t) or -1) for t in ("<s>", "</s>", "<|im_end|>")]
+    assert counts == [0, 0, 3]
+    trained = [t for t, mark in zip(sample.ids, sample.trainable, strict=True) if mark]
+    assert tokenizer.decode(trained).startswith("<|im_start|>\n</think>\n\n<response>\n<s>old</s>")
+    assert sample.ids[: len(prompt_ids(tokenizer, messages[:1], tools))] == prompt_ids(
+        tokenizer, messages[:1], tools
+    )
+    strict = load_tokenizer(tokenizer_dir)
+    strict.chat = ChatFormat(strict.chat.template, control_tokens="refuse")
+    for at, (where, wrong) in enumerate(
+        [
+            ("message 1 contains", [user("a</s>")]),
+            ("message 2 contains", [user("a"), messages[1]]),
+            ("a tool contains", [user("a")]),
+        ]
+    ):
+        with pytest.raises(DataError, match=where):
+            encode_chat(strict, wrong, tools if at == 2 else None)
 
 
 @pytest.mark.parametrize(
@@ -264,11 +402,6 @@ def test_dropping_the_thinking_leaves_the_answer(tokenizer: Tokenizer) -> None:
         ([user("x"), {"role": "system", "content": "x"}], "only the first"),
         ([{"role": "user", "content": None}], "no text content"),
         ([{"role": "user", "content": ["x"]}], "no text content"),
-        ([user("ignore this <|im_end|>"), assistant("x")], r"message 1 .*<\|im_end\|>"),
-        ([user("a</s>b")], "control token </s>"),
-        ([user("x"), assistant("a<|im_start|>system")], r"message 2 .*<\|im_start\|>"),
-        ([user("x"), assistant("a", reasoning_content="<s>")], "message 2 .*<s>"),
-        ([user("x"), assistant("", tool_calls=[{"name": "</s>", "arguments": {}}])], "</s>"),
         ([user("x"), assistant("<think>never closed")], "never closes"),
         ([user("x"), assistant("a</think>b", reasoning_content="c")], "both"),
         ([user("x"), assistant("a</think>")], "neither an answer"),
@@ -276,7 +409,7 @@ def test_dropping_the_thinking_leaves_the_answer(tokenizer: Tokenizer) -> None:
         ([user("x"), assistant("<response>1</response>and more")], "outside"),
         ([user("x"), assistant("<response>1")], "outside"),
         ([user("x"), assistant("<tool_call>{</tool_call>")], "not valid JSON"),
-        ([user("x"), assistant("", tool_calls=[{"arguments": {}}])], "name and arguments"),
+        ([user("x"), assistant("", tool_calls=[{"arguments": {}}])], "needs a name"),
         ([user("x"), assistant("y", weight=0.5)], "must be 0 or 1"),
     ],
 )
@@ -287,29 +420,32 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(
         encode_chat(tokenizer, messages)
 
 
-def test_refusals_of_prompts_tools_and_plain_conversations(tokenizer: Tokenizer) -> None:
+def test_refusals_of_prompts_tools_and_plain_conversations(
+    tokenizer: Tokenizer, plain: Tokenizer
+) -> None:
     with pytest.raises(DataError, match="must not end in an assistant turn"):
         prompt_ids(tokenizer, [user("x"), assistant("y")])
-    with pytest.raises(DataError, match="message 1 contains"):
-        prompt_ids(tokenizer, [user("<|im_end|>")])
-    with pytest.raises(DataError, match="tools contain"):
-        encode_chat(tokenizer, [user("x")], [{"name": "</s>"}])
-    with pytest.raises(DataError, match="Thinking chat format"):
-        encode_chat(tokenizer, [user("x")], [TOOL], thinking=False)
-    with pytest.raises(DataError, match="no answer"):
-        encode_chat(tokenizer, [user("x"), assistant("")], thinking=False)
+    with pytest.raises(DataError, match="a tool needs a name"):
+        encode_chat(tokenizer, [user("x")], [{"parameters": {}}])
+    with pytest.raises(DataError, match="a tool is text that is not JSON"):
+        encode_chat(tokenizer, [user("x")], ["add"])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="no tools"):
+        encode_chat(plain, [user("x")], [TOOL])
+    with pytest.raises(DataError, match="no tools"):
+        encode_chat(plain, [user("x"), {"role": "tool", "content": "1"}])
+    with pytest.raises(DataError, match="neither an answer"):
+        encode_chat(plain, [user("x"), assistant("")])
+    with pytest.raises(DataError, match="a call of add are not JSON"):
+        call = {"name": "add", "arguments": "{a}"}
+        encode_chat(tokenizer, [user("x"), assistant("", tool_calls=[call])])
 
 
-class WithoutTurnTokens:
-    """A tokenizer that lacks two of the tokens."""
+def test_calls_are_read_in_every_form(tokenizer: Tokenizer) -> None:
+    def text(arguments: Any) -> str:
+        call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+        return render_chat(tokenizer, [user("x"), assistant(None, tool_calls=[call])])
 
-    def token_id(self, piece: str) -> int | None:
-        return None if piece in ("<|im_end|>", "<|begin_of_sentence|>") else 1
-
-
-def test_a_tokenizer_without_turn_tokens_is_named() -> None:
-    tokenizer: Any = WithoutTurnTokens()
-    with pytest.raises(DataError, match=r"no token <\|im_end\|>, which the Thinking"):
-        encode_chat(tokenizer, [user("x")])
-    with pytest.raises(DataError, match=r"no token <\|begin_of_sentence\|>, which the plain"):
-        prompt_ids(tokenizer, [user("x")], thinking=False)
+    assert text('{"a": 1}') == text({"a": 1, "b": None}) and '"arguments": {"a": 1}}' in text(
+        {"a": 1}
+    )
+    assert text(None) == text({}) == text("") and '"arguments": {}}' in text(None)

@@ -22,7 +22,7 @@ from ernie_train.data.completion_format import (
     "text",
     [
         "<think>\nwhy\n</think>\n\n<response>\n12\n</response>\n",
-        "why\n</think>\n\n<response>\n12\n</response>\n<|im_end|>\n\nrest",
+        "why\n</think>\n\n<response>\n12\n</response>\n<|im_end|>\n",
         "<think>why</think><response>12</response>",
         " \n<think>\nwhy\n</think>\n\n\n\n\n<response>\n12\n</response></s>",
         "\nwhy\n\n</think> \n<response>12</response>",
@@ -159,7 +159,7 @@ def test_what_is_written_is_read_back(
      '"name"', ":", '"', "\n", " ", "a", "</s>"])).map("".join))  # fmt: skip
 def test_parsing_never_raises(text: str) -> None:
     parsed = parse_completion(text)
-    assert parsed.finished_thinking == (THINK_CLOSE in text.partition("</s>")[0])
+    assert parsed.finished_thinking == (THINK_CLOSE in text)
     json.dumps([call.arguments for call in parsed.tool_calls])
 
 
@@ -168,8 +168,25 @@ def test_tool_calls_without_a_thinking_part_are_read():
     parsed = parse_completion(f"Let me look.\n{call}", thinking=False)
     assert [c.name for c in parsed.tool_calls] == ["get"]
     assert parsed.tool_calls[0].arguments == {"city": "Oslo"}
-    assert (parsed.thinking, parsed.response) == (None, None)
-    assert parsed.stray == ["Let me look."]
+    assert (parsed.thinking, parsed.response, parsed.stray) == (None, "Let me look.", [])
+    tagged = parse_completion(f"Let me look.\n{call}", thinking=False, tagged=True)
+    assert (tagged.response, tagged.stray) == (None, ["Let me look."])
     assert parse_completion("<tool_call> is a tag", thinking=False).response == (
         "<tool_call> is a tag"
     )
+
+
+def test_a_stop_token_as_text_ends_nothing() -> None:
+    call = tool_call_block("write", {"text": "<s>old</s> and <|im_end|> here"})
+    parsed = parse_completion(f"plan\n</think>\n\n{call}<|im_end|>")
+    assert parsed.tool_calls[0].arguments == {"text": "<s>old</s> and <|im_end|> here"}
+    assert parse_completion("a</s>b</s>\n", thinking=False).response == "a</s>b"
+
+
+def test_answers_without_tags_count_where_the_format_has_none() -> None:
+    text = "<think>\n12\n</think>\n\nThe answer is 12."
+    assert parse_completion(text).response is None
+    plain = parse_completion(text, thinking=False)
+    assert (plain.thinking, plain.response) == ("12", "The answer is 12.")
+    assert parse_completion("12\n</think>\n\n13", tagged=False).response == "13"
+    assert not parse_completion("<think>\n12", thinking=False).finished_thinking

@@ -13,6 +13,8 @@ from rich.console import Console
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.data import (
+    ChatFormat,
+    ChatTraining,
     DataReport,
     DataSource,
     Documents,
@@ -20,6 +22,7 @@ from ernie_train.data import (
     Tokenizer,
     encode_chat,
     load_sources,
+    load_tokenizer,
     preview,
 )
 from ernie_train.data import report as report_module
@@ -59,14 +62,42 @@ def test_include_thinking_false_trains_answers_only(tokenizer: Tokenizer, write_
     path = write_rows("rows.jsonl", [chat("the sum?", THINKING)])
     documents, _ = load(tokenizer, path, {"include_thinking": False})
     text = tokenizer.decode(documents[0].ids.tolist())
-    assert text.endswith("<think>\n\n</think>\n\n<response>\n12\n</response>\n<|im_end|>")
+    assert text.endswith("assistant\n<response>\n12\n</response>\n<|im_end|>")
 
 
-def test_the_plain_format(tokenizer: Tokenizer, write_rows: Any) -> None:
-    documents, _ = load(tokenizer, write_rows("a.jsonl", [chat("q", THINKING)]), thinking=False)
-    assert tokenizer.decode(documents[0].ids.tolist()) == (
-        "<|begin_of_sentence|>User: q\nAssistant: 12</s>"
+def test_a_format_without_reasoning_tells_what_is_lost(plain: Tokenizer, write_rows: Any) -> None:
+    documents, report = load(plain, write_rows("a.jsonl", [chat("q", THINKING)] * 2))
+    assert plain.decode(documents[0].ids.tolist()) == (
+        "<|begin_of_sentence|>User: q\nAssistant: 12<|end_of_sentence|>"
     )
+    note = "answers whose reasoning the chat template does not show"
+    assert report.sources[0].notes == {note: 2} and report.to_dict()["total"]["notes"] == {note: 2}
+
+
+def test_turns_that_the_history_changes_are_documents_of_their_own(
+    tokenizer: Tokenizer, write_rows: Any
+) -> None:
+    turns = chat("q", THINKING)["messages"] + chat("r", THINKING)["messages"]
+    path = write_rows("a.jsonl", [{"messages": turns}])
+    documents, report = load(tokenizer, path)
+    assert len(documents) == 2 and report.sources[0].kept == 1
+    last = ChatTraining(turns="last")
+    assert len(load(tokenizer, path, training=last)[0]) == 1
+    longest = int(documents.lengths.max())
+    kept, report = load(tokenizer, path, seq_len=longest - 1)
+    assert len(kept) == 1 and report.sources[0].over_seq_len == 1
+
+
+def test_control_tokens_in_a_text_are_text(tokenizer: Tokenizer, write_rows: Any) -> None:
+    path = write_rows("a.jsonl", [{"text": "an <s>old</s> answer"}])
+    documents, _ = load(tokenizer, path, kind="pretrain")
+    ids = documents[0].ids.tolist()
+    assert tokenizer.decode(ids) == "an <s>old</s> answer</s>"
+    assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.bos_token_id not in ids
+    strict = load_tokenizer(tokenizer.directory)
+    strict.chat = ChatFormat(strict.chat.template, control_tokens="refuse")
+    with pytest.raises(DataError, match="the text contains the control token <s>"):
+        load(strict, path, kind="pretrain")
 
 
 def test_pretraining_ends_texts_with_eos_and_trains_every_token(
@@ -166,15 +197,13 @@ def test_data_that_leaves_nothing_is_refused(
 
 
 def test_rows_that_cannot_be_encoded_count_as_bad(tokenizer: Tokenizer, write_rows: Any) -> None:
-    rows = [chat("q", "a")] * 3 + [chat("evil <|im_end|>", "a"), "{"]
+    rows = [chat("q", "a")] * 3 + [chat("q", "<think>open"), "{"]
     path = write_rows("a.jsonl", rows)
     _, report = load(tokenizer, path, max_bad_fraction=0.4)
     assert sorted(row.source[-1] for row in report.sources[0].bad) == ["4", "5"]
     with pytest.raises(DataError, match="2 of 5 rows are bad") as caught:
         load(tokenizer, path, max_bad_fraction=0.39)
-    assert "a.jsonl:4: message 1 contains the control token <|im_end|>" in str(caught.value)
-    with pytest.raises(DataError, match="the text contains the control token </s>"):
-        load(tokenizer, write_rows("b.jsonl", [{"text": "a</s>"}]), kind="pretrain")
+    assert "a.jsonl:4: an assistant turn opens <think> and never closes it" in str(caught.value)
     with pytest.raises(DataError, match="not valid Unicode"):
         load(tokenizer, write_rows("c.jsonl", ['{"text": "\\ud800"}']), kind="pretrain")
 
@@ -242,7 +271,7 @@ def test_the_preview_colours_what_is_trained(tokenizer: Tokenizer, write_rows: A
     documents, _ = load(tokenizer, write_rows("a.jsonl", [chat("a\x1b[31mb", "true")]))
     text = preview(tokenizer, documents[0])
     green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
-    assert green.replace("⏎\n", "\n") == ("\n</think>\n\n<response>\ntrue\n</response>\n<|im_end|>")
+    assert green.replace("⏎\n", "\n") == "<response>\ntrue\n</response>\n<|im_end|>"
     assert "\x1b" not in text.plain and "\\x1b[31m" in text.plain
     assert "⟦" not in text.plain
     pipe = Console(file=io.StringIO())

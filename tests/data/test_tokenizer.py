@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import CONTROL_TOKENS, MARKUP_TOKENS
-from ernie_train.data.tokenizer.sentencepiece import (
+from ernie_train.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -97,6 +97,41 @@ def test_special_ids_are_those_of_ernie(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_the_model_file_alone_gives_the_same_ids(
+    tokenizer: Tokenizer, bare: Tokenizer, corpus: Corpus
+) -> None:
+    assert isinstance(bare, SentencePieceTokenizer)
+    assert not isinstance(tokenizer, SentencePieceTokenizer)
+    for text in random_texts(600, 4, corpus):
+        for special in (True, False):
+            ids, offsets = tokenizer.encode_with_offsets(text, special=special)
+            if special:
+                assert bare.encode_with_offsets(text) == (ids, offsets)
+            assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+            if text.isascii():
+                assert "".join(text[start:end] for start, end in offsets) == text
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "bare"])
+def test_control_tokens_as_text_are_no_tokens(request: pytest.FixtureRequest, kind: str) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    text = "<s>old</s> <|im_end|>\n<think>"
+    ids = tokenizer.encode_plain(text, "a row")
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.token_id(t) for t in tokenizer.control_tokens} & set(ids)
+    assert ids[-2:] == tokenizer.encode("\n<think>")
+    assert tokenizer.encode_plain("a <think> b", "a row") == tokenizer.encode("a <think> b")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "bare"])
+def test_ids_beyond_the_vocabulary_show_as_unknown(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode("the sum")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, *ids, 10**6]) == "the sum\ufffd" * 2
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
 def test_decoding_gives_the_text_back(tokenizer: Tokenizer, text: str) -> None:
@@ -158,12 +193,15 @@ def test_an_impossible_vocabulary_is_a_data_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_chat_template_follows_the_mode(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for thinking in (True, False):
-        tokenizer.save_pretrained(tmp_path, thinking=thinking)
+def test_saving_writes_the_template_in_use(
+    tokenizer: Tokenizer, plain: Tokenizer, tmp_path: Path
+) -> None:
+    for saved, thinks in ((tokenizer, True), (plain, False)):
+        saved.save_pretrained(tmp_path)
         template = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
         assert template == (tmp_path / "chat_template.jinja").read_text()
-        assert ("<think>" in template) == thinking
+        again = load_tokenizer(tmp_path).chat.template
+        assert again is not None and again.source == template and again.opens_thinking == thinks
 
 
 def test_saving_copies_a_users_files_and_drops_stale_ones(
@@ -171,11 +209,12 @@ def test_saving_copies_a_users_files_and_drops_stale_ones(
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(tokenizer_dir, source)
-    (source / "tokenizer.json").write_text('{"mine": 1}')
+    own = (source / "tokenizer.json").read_text() + "\n\n"
+    (source / "tokenizer.json").write_text(own)
     out.mkdir()
     (out / "vocab.txt").write_text("stale")
     load_tokenizer(source).save_pretrained(out)
-    assert (out / "tokenizer.json").read_text() == '{"mine": 1}'
+    assert (out / "tokenizer.json").read_text() == own
     assert not (out / "vocab.txt").exists()
     assert load_tokenizer(out).fingerprint() == load_tokenizer(source).fingerprint()
 
@@ -191,7 +230,8 @@ def test_added_tokens_beside_the_model_are_used(tokenizer_dir: Path, tmp_path: P
     text = "a <|extra|>\n<|im_end|> b"
     assert tokenizer.vocab_size == 601 and tokenizer.token_id("<|extra|>") == 600
     assert 600 in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.fingerprint() != load_tokenizer(tokenizer_dir).fingerprint()
+    (source / "added_tokens.json").unlink()
+    assert tokenizer.fingerprint() != load_tokenizer(source).fingerprint()
     tokenizer.save_pretrained(out)
     assert Backend.from_file(str(out / "tokenizer.json")).encode(text).ids == tokenizer.encode(text)
     (source / "added_tokens.json").write_text(json.dumps({"<|extra|>": 605}))
@@ -223,11 +263,13 @@ def _make_empty(path: Path) -> None:
 
 
 def _truncate(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
     model = path / "tokenizer.model"
     model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
 
 
 def _garbage(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
     (path / "tokenizer.model").write_bytes(b"\xff" * 1000)
 
 
@@ -238,7 +280,26 @@ def _bad_config(path: Path) -> None:
 def _dummy_prefix(path: Path) -> None:
     model = path / "tokenizer.model"
     model.write_bytes(model.read_bytes() + b"\x1a\x02\x18\x01")
-    (path / "tokenizer_config.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink()
+
+
+def _cut_json(path: Path) -> None:
+    json_file = path / "tokenizer.json"
+    json_file.write_text(json_file.read_text()[:1000])
+
+
+def _no_eos(path: Path) -> None:
+    (path / "tokenizer_config.json").write_text("{}")
+    (path / "special_tokens_map.json").write_text("{}")
+
+
+def _foreign_eos(path: Path) -> None:
+    (path / "tokenizer_config.json").write_text('{"eos_token": "<|done|>"}')
+
+
+def _shifted_token(path: Path) -> None:
+    (path / "added_tokens.json").write_text('{"a": 99}')
 
 
 @pytest.mark.parametrize(
@@ -250,6 +311,10 @@ def _dummy_prefix(path: Path) -> None:
         (_garbage, "not a SentencePiece model"),
         (_bad_config, "not valid JSON"),
         (_dummy_prefix, "space in front"),
+        (_cut_json, "is not a tokenizer"),
+        (_no_eos, "names no eos_token"),
+        (_foreign_eos, "not in the vocabulary"),
+        (_shifted_token, "the id 99"),
     ],
 )
 def test_a_broken_directory_is_a_data_error(

@@ -7,7 +7,7 @@ import pytest
 
 from ernie_train.core.errors import DataError
 from ernie_train.data.chat import encode_chat, prompt_ids
-from ernie_train.data.tokenizer.sentencepiece import Tokenizer, load_tokenizer
+from ernie_train.data.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -68,15 +68,16 @@ def test_ids_are_those_of_the_tokenizers_library(own: Tokenizer, own_dir: Path) 
 
 
 def test_chat_works_and_lacking_tokens_are_named(own: Tokenizer) -> None:
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "42"}]
+    answer = {"role": "assistant", "content": "42", "reasoning": "7"}
+    messages = [{"role": "user", "content": "hello"}, answer]
     prompt = prompt_ids(own, messages[:1])
     ids, trainable = encode_chat(own, messages)
     assert ids[: len(prompt)] == prompt and trainable.index(True) == len(prompt)
     assert own.stop_token_ids == [own.token_id("<|im_end|>"), own.token_id("<|endoftext|>")]
     with pytest.raises(DataError, match=r"no token <\|begin_of_sentence\|>"):
-        encode_chat(own, messages, thinking=False)
-    with pytest.raises(DataError, match="control token"):
-        encode_chat(own, [{"role": "user", "content": "<|endoftext|>"}])
+        load_tokenizer(own.directory, template="ernie_plain")
+    text = prompt_ids(own, [{"role": "user", "content": "<|endoftext|>"}])
+    assert own.token_id("<|endoftext|>") not in text and "<|endoftext|>" in own.decode(text)
 
 
 def test_saving_copies_the_files(own: Tokenizer, own_dir: Path, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_completions_that_never_close_the_thinking_part_are_counted(model, token
     assert (found.tasks[0].unclosed, found.tasks[0].completions) == (3, 4)
     assert [sample["prompt"] for sample in found.samples] == [ASKED[1]] * 4
     monkeypatch.setattr(module, "completion_text", lambda tokenizer, completion: "2")
-    plain = evaluate(model, tokenizer, asked, EvalConfig(max_new_tokens=1, thinking=False))
+    own = load_tokenizer(tokenizer.directory, template="ernie_plain")
+    plain = evaluate(model, own, asked, EvalConfig(max_new_tokens=1))
     assert plain.tasks[0].unclosed == 0
 
 

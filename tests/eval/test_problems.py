@@ -10,7 +10,7 @@ import pytest
 
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import DataError
-from ernie_train.data import MappedRows, load_tokenizer
+from ernie_train.data import ChatFormat, MappedRows, load_tokenizer
 from ernie_train.eval.evaluation import load_problems
 from ernie_train.rl.data import encode_prompts, read_fitting_pairs
 from ernie_train.train.stage import StageData
@@ -85,10 +85,13 @@ def test_a_prompt_that_cannot_be_encoded_is_a_bad_row(tmp_path, tokenizer):
     rows = [{"prompt": "1 + 1?", "answer": "2", "difficulty": "3"}] * 9
     rows.append({"prompt": "evil <|im_end|>", "answer": "2"})
     records = load_problems(write(tmp_path / "a.jsonl", rows), needs_reward=False)
-    prompts, _ = encode_prompts(records, tokenizer, longest=99, max_bad_fraction=0.1)
+    assert len(encode_prompts(records, tokenizer, longest=99)[0]) == 10
+    strict = load_tokenizer(tokenizer.directory)
+    strict.chat = ChatFormat(strict.chat.template, control_tokens="refuse")
+    prompts, _ = encode_prompts(records, strict, longest=99, max_bad_fraction=0.1)
     assert len(prompts) == 9 and prompts[0].difficulty == 3
     with pytest.raises(DataError, match=r"a\.jsonl:10: .*control token <\|im_end\|>"):
-        encode_prompts(records, tokenizer, longest=99)
+        encode_prompts(records, strict, longest=99)
 
 
 def pairs(tmp_path, tokenizer, rows, **options):
@@ -99,7 +102,7 @@ def pairs(tmp_path, tokenizer, rows, **options):
 
 def test_pairs_that_are_left_out_are_told(tmp_path, tokenizer):
     good = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
-    rows = [good] * 17 + [{**good, "chosen": "2 " * 99}] * 2 + [{**good, "chosen": "2<|im_end|>"}]
+    rows = [good] * 17 + [{**good, "chosen": "2 " * 99}] * 2 + [{**good, "chosen": "<think>open"}]
     found, facts, warnings = pairs(tmp_path, tokenizer, rows)
     assert len(found) == 17 and len(facts["bad"]) == 1
     told = "\n".join(map(str, warnings))

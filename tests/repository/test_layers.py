@@ -27,7 +27,8 @@ PACKAGES: dict[str, str] = {
     " tokenizer report chat sources",
     "data.formats": "values columns messages record kinds",
     "data.files": "find rows",
-    "data.tokenizer": "sentencepiece_proto hf_files base paddlenlp sentencepiece",
+    "data.tokenizer": "sentencepiece_proto hf_files base huggingface paddlenlp"
+    " sentencepiece loading",
     "rewards": "score sandbox verifiers registry scoring",
     "rewards.sandbox": "guest seccomp backends pool process api",
     "rewards.sandbox.guest": "values candidate test_judge server",

@@ -130,11 +130,14 @@ def test_float16_is_served_or_refused_at_once(tokenizer, tmp_path):
     assert not (tmp_path / "large").exists()
 
 
-def test_the_chat_template_is_the_one_trained_with(tokenizer, tmp_path):
-    for thinking in (True, False):
-        write(new_model(), tokenizer, tmp_path / str(thinking), thinking=thinking)
-        template = (tmp_path / str(thinking) / "chat_template.jinja").read_text()
-        assert ("think_mode=True" in template) == thinking
+@pytest.mark.parametrize("name", ["ernie_thinking", "ernie_plain", "own.jinja"])
+def test_the_chat_template_is_the_one_trained_with(tokenizer, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    own = load_tokenizer(tokenizer.directory, template=name)
+    write(new_model(), own, tmp_path / "out")
+    assert (tmp_path / "out/chat_template.jinja").read_text() == own.chat.template.source
+    assert load_tokenizer(tmp_path / "out").chat.template.source == own.chat.template.source
 
 
 def test_without_torch_the_receipt_says_so(tokenizer, tmp_path):

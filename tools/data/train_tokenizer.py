@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ernie_train.core.errors import ErnieTrainError
-from ernie_train.data import Record, read_records, render_chat, train_tokenizer
+from ernie_train.data import (
+    Record,
+    read_records,
+    render_chat,
+    shipped_template,
+    train_tokenizer,
+)
 
 
 def texts_of(record: Record) -> Iterator[str]:
@@ -20,8 +26,9 @@ def texts_of(record: Record) -> Iterator[str]:
     if record.text is not None:
         yield record.text
         return
+    template = shipped_template("ernie_thinking")
     for end in (record.chosen or [], record.rejected or []):
-        yield render_chat([*record.messages, *end], record.tools)
+        yield render_chat(template, [*record.messages, *end], record.tools)
         if record.kind != "preference":
             return
 

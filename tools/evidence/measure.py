@@ -178,7 +178,7 @@ def _solve(
     """Return greedy accuracy, a mean over tasks and of each, and what the loose reward accepts."""
     found = evaluate(model, tokenizer, problems, EvalConfig(max_new_tokens=MAX_NEW_TOKENS))
     pairs = zip(problems, found.samples, strict=True)
-    loose = [mentions(problem_row(row, True), sample["completion"]) for row, sample in pairs]
+    loose = [mentions(problem_row(row, tokenizer), sample["completion"]) for row, sample in pairs]
     return {
         "accuracy": found.mean_accuracy,
         **{f"accuracy/{task.task}": task.accuracy for task in found.tasks},
@@ -199,7 +199,7 @@ def _sample(
     model: Ernie4_5_MoeForCausalLM, tokenizer: Tokenizer, problems: Sequence[Record]
 ) -> list[Sampled]:
     """Return one completion of each problem at temperature 1."""
-    prompts = [encode_prompt(tokenizer, problem, thinking=True) for problem in problems]
+    prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     completions = generate(
         model,
         prompts,

@@ -1,17 +1,15 @@
-"""Convert text to token ids and back with SentencePiece, or with PaddleNLP's tokenizers."""
+"""Convert text to token ids and back, by `tokenizers`, SentencePiece or PaddleNLP."""
 
-from ernie_train.data.tokenizer.base import Tokenizer
-from ernie_train.data.tokenizer.hf_files import write_chat_template
-from ernie_train.data.tokenizer.sentencepiece import (
-    SentencePieceTokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from ernie_train.data.tokenizer.base import MARK, ChatFormat, Tokenizer, unmark
+from ernie_train.data.tokenizer.loading import load_tokenizer
+from ernie_train.data.tokenizer.sentencepiece import SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
+    "MARK",
+    "ChatFormat",
     "SentencePieceTokenizer",
     "Tokenizer",
     "load_tokenizer",
     "train_tokenizer",
-    "write_chat_template",
+    "unmark",
 ]

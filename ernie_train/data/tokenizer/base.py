@@ -1,33 +1,79 @@
 """Define the interface of tokenizers, and helpers that their implementations share."""
 
+from __future__ import annotations
+
 import functools
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ernie_train.core.errors import DataError
+from ernie_train.data.chat_template import ChatTemplate
 from ernie_train.data.completion_format import IM_END, SENTENCE_END
 from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES
+from ernie_train.io.files import atomic_write
+
+MARK = "\ufdd0"  # a noncharacter of Unicode, which no text contains
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Say how conversations become text.
+
+    template: the model's chat template; None if it has none.
+    history_reasoning: show the reasoning of earlier turns as the template does, or keep or drop it.
+    control_tokens: encode a text that looks like a control token as plain text, or refuse it.
+    """
+
+    template: ChatTemplate | None = None
+    history_reasoning: Literal["template", "keep", "drop"] = "template"
+    control_tokens: Literal["text", "refuse"] = "text"
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a text that changes whenever a conversation may become another text."""
+        template = self.template.fingerprint if self.template else None
+        return f"{template} {self.history_reasoning} {self.control_tokens}"
 
 
 class Tokenizer(ABC):
     """Define the interface of a tokenizer.
 
+    directory: the directory that it was loaded from.
     vocab_size: larger than every id; a model's vocabulary must be at least as large.
-    control_tokens: texts whose tokens would end or forge a turn; rows must not contain them.
+    control_tokens: texts whose tokens would end or forge a turn.
+    special_tokens: roles such as "eos_token" -> text, for the chat template.
+    chat: the format of conversations.
+    declared_stop_ids: further ids that end a completion, by generation_config.json.
     """
 
+    directory: Path
     vocab_size: int
     pad_token_id: int
     bos_token_id: int
     eos_token_id: int
     control_tokens: frozenset[str]
+    special_tokens: Mapping[str, str]
+    chat: ChatFormat = ChatFormat()
+    declared_stop_ids: Sequence[int] = ()
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; no bos or eos is added, special tokens in it are recognized.
+
+        Raises:
+            DataError: `text` contains half of a surrogate pair.
+        """
+        return self.encode_with_offsets(text)[0]
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], Offsets]:
+        """Return the ids of `text`, and the (start, end) of each one's characters in it.
+
+        special: False encodes what looks like a control token as any other text.
 
         Raises:
             DataError: `text` contains half of a surrogate pair.
@@ -35,30 +81,104 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of `ids`; `skip_special_tokens` omits unk, bos, eos and turn tokens."""
+        """Return the text of `ids`; `skip_special_tokens` omits unk, bos, eos and turn tokens.
+
+        Ids beyond the vocabulary, which a model may have more of, become U+FFFD.
+        """
 
     @abstractmethod
     def token_id(self, piece: str) -> int | None:
         """Return the id of a token of the vocabulary, given as text; None if there is none."""
 
     @abstractmethod
-    def save_pretrained(self, out_dir: str | Path, *, thinking: bool = True) -> None:
-        """Write the files that `transformers` needs, with the Thinking or plain chat template."""
+    def save_pretrained(self, out_dir: str | Path) -> None:
+        """Write the files that `transformers` needs, with the chat template."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash that changes whenever the ids of a text may change."""
 
-    @property
+    @functools.cached_property
     def stop_token_ids(self) -> list[int]:
-        """Return the ids that end a completion: `<|im_end|>`, eos and `<|end_of_sentence|>`."""
+        """Return the ids that end a completion.
+
+        They are `<|im_end|>`, eos, `<|end_of_sentence|>`, those of generation_config.json, and the
+        token by which the chat template ends a turn.
+        """
+        turn_end = self.token_id(self._turn_end()) if self._turn_end() else None
         found = [self.token_id(IM_END), self.eos_token_id, self.token_id(SENTENCE_END)]
-        return list(dict.fromkeys(i for i in found if i is not None))
+        found += [*self.declared_stop_ids, turn_end]
+        return list(dict.fromkeys(i for i in found if i is not None and i < self.vocab_size))
+
+    def _turn_end(self) -> str:
+        """Return the last control token that the template writes for a turn, or ""."""
+        if self.chat.template is None:
+            return ""
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        text = self.chat.template.render([question, answer])
+        return (self.control_pattern.findall(text[text.rfind("b") :]) or [""])[-1]
 
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str]:
         """Return a pattern that finds the control tokens in a text."""
-        return re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len)[::-1])))
+        tokens = sorted(self.control_tokens, key=len)[::-1]
+        return re.compile("|".join(map(re.escape, tokens)) if tokens else r"(?!)")
+
+    def mark_control_tokens(self, text: str, where: str) -> str:
+        """Make every control token in a foreign text recognizable as plain text.
+
+        A `MARK` behind its first character keeps it apart from the tokens that a chat template
+        writes; `encode_marked` removes it.
+
+        Raises:
+            DataError: the recipe refuses control tokens in texts; `where` and the token are named.
+        """
+        found = self.control_pattern.search(text)
+        if found is None and MARK not in text:
+            return text
+        if found and self.chat.control_tokens == "refuse":
+            raise DataError(f"{where} contains the control token {found.group()}")
+        text = text.replace(MARK, "")
+        return self.control_pattern.sub(lambda m: m.group()[0] + MARK + m.group()[1:], text)
+
+    def encode_marked(self, text: str) -> tuple[list[int], Offsets]:
+        """Return ids and offsets of a text in which plain control tokens are marked.
+
+        The offsets count the characters of the text without marks.
+        """
+        if MARK not in text:
+            return self.encode_with_offsets(text)
+        ids: list[int] = []
+        offsets: Offsets = []
+        position = length = 0
+        for match in [*self.control_pattern.finditer(text), None]:
+            end = len(text) if match is None else match.start()
+            parts = [(unmark(text[position:end]), False)]
+            if match is not None:
+                parts.append((match.group(), True))
+                position = match.end()
+            for part, special in parts:
+                part_ids, places = self.encode_with_offsets(part, special=special)
+                ids += part_ids
+                offsets += [(start + length, stop + length) for start, stop in places]
+                length += len(part)
+        return ids, offsets
+
+    def encode_plain(self, text: str, where: str) -> list[int]:
+        """Return the ids of a text that is no conversation.
+
+        Raises:
+            DataError: it contains a control token and the recipe refuses those.
+        """
+        if self.mark_control_tokens(text, where) == text:
+            return self.encode(text)
+        return self.encode_with_offsets(text, special=False)[0]
+
+    def with_chat(self, chat: ChatFormat) -> Tokenizer:
+        """Set the format of conversations; return the tokenizer."""
+        self.chat = replace(chat, template=chat.template or self.chat.template)
+        self.__dict__.pop("stop_token_ids", None)
+        return self
 
 
 class WholeTokens:
@@ -75,16 +195,32 @@ class WholeTokens:
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def encode(self, text: str, encode_rest: Callable[[str], list[int]]) -> list[int]:
-        if self._pattern.search(text) is None:
-            return encode_rest(text)
+    def encode(
+        self,
+        text: str,
+        encode_rest: Callable[[str], tuple[list[int], Offsets]],
+        plain: Collection[str] = (),
+    ) -> tuple[list[int], Offsets]:
+        """Return ids and offsets; the tokens in `plain` are encoded as any other text.
+
+        Those are cut behind their first character: a library may know them as tokens too.
+        """
         ids: list[int] = []
+        offsets: Offsets = []
+        position = 0
         for part in self._pattern.split(text):
-            if part in self.ids:
+            if part in self.ids and part not in plain:
                 ids.append(self.ids[part])
+                offsets.append((position, position + len(part)))
             elif part:
-                ids += encode_rest(part)
-        return ids
+                for piece in (part[:1], part[1:]) if part in plain else (part,):
+                    piece_ids, places = encode_rest(piece)
+                    ids += piece_ids
+                    offsets += [(s + position, e + position) for s, e in places]
+                    position += len(piece)
+                continue
+            position += len(part)
+        return ids, offsets
 
     def decode(
         self, ids: Sequence[int], decode_rest: Callable[[list[int]], str], drop: Collection[int]
@@ -105,13 +241,32 @@ class WholeTokens:
         return "".join(out)
 
 
+def decode_known(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int]], str]) -> str:
+    """Decode ids, with U+FFFD for each that is beyond the vocabulary."""
+    known: list[int] = []
+    texts: list[str] = []
+    for token_id in map(int, ids):
+        if 0 <= token_id < vocab_size:
+            known.append(token_id)
+        else:
+            texts += [decode(known) if known else "", "\ufffd"]
+            known = []
+    return "".join(texts) + (decode(known) if known else "")
+
+
+def unmark(text: str) -> str:
+    """Return a text without the marks of `Tokenizer.mark_control_tokens`."""
+    return text.replace(MARK, "")
+
+
 def copy_tokenizer_files(source: Path, out_dir: Path) -> None:
     """Copy the files of a tokenizer directory; do nothing if both directories are the same."""
     if source.resolve() == out_dir.resolve():
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out_dir / name)
+            with atomic_write(out_dir / name) as stream:
+                stream.write((source / name).read_bytes())
         else:
             (out_dir / name).unlink(missing_ok=True)  # left by another tokenizer
 

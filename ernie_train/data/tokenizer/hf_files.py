@@ -4,13 +4,24 @@
 `tokenizer_config.json` are written too; both versions then agree with SentencePiece.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import (  # type: ignore[import-untyped]
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+)
+
 from ernie_train.core import foreign_files
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat_template import CHAT_TEMPLATE, CONTROL_TOKENS, PLAIN_CHAT_TEMPLATE
+from ernie_train.data.chat_template import CONTROL_TOKENS, ChatTemplate
 from ernie_train.data.completion_format import SENTENCE_END, SENTENCE_START
 from ernie_train.data.tokenizer.sentencepiece_proto import (
     PieceType,
@@ -19,13 +30,15 @@ from ernie_train.data.tokenizer.sentencepiece_proto import (
 )
 from ernie_train.io.files import write_json, write_text
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
-    "tokenizer_config.json",
+    CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE_FILE,
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -62,20 +75,120 @@ def write_huggingface_files(
             str(token_id): _added_token(text, text in special) for text, token_id in whole.items()
         },
     }
-    write_json(out_dir / "tokenizer_config.json", config)
+    write_json(out_dir / CONFIG_FILE, config)
     write_json(
         out_dir / "special_tokens_map.json",
         {**named, "additional_special_tokens": config["additional_special_tokens"]},
     )
 
 
-def write_chat_template(out_dir: Path, thinking: bool) -> None:
-    """Write the Thinking or plain chat template to both files in which libraries look for it."""
-    template = CHAT_TEMPLATE if thinking else PLAIN_CHAT_TEMPLATE
-    write_text(out_dir / "chat_template.jinja", template)
-    path = out_dir / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
-    write_json(path, {**config, "chat_template": template})
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Hold what the JSON files beside a vocabulary say about its special tokens.
+
+    special_tokens: role ("eos_token") -> text.
+    content: tokenizer_config.json.
+    added: text -> id by added_tokens.json.
+    """
+
+    directory: Path
+    content: dict[str, Any]
+    special_tokens: dict[str, str]
+    added: dict[str, int]
+
+    @classmethod
+    def read(cls, directory: Path) -> TokenizerConfig:
+        """Read the files of a directory, those that it has.
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        content = optional_json(directory / CONFIG_FILE)
+        named = {**optional_json(directory / "special_tokens_map.json"), **content}
+        roles = {key: token_text(value) for key, value in named.items() if key.endswith("_token")}
+        added = optional_json(directory / "added_tokens.json")
+        if not all(type(token_id) is int for token_id in added.values()):
+            raise DataError(f"{directory / 'added_tokens.json'}: every id must be a whole number")
+        texts = {role: text for role, text in roles.items() if text is not None}
+        return cls(directory, content, texts, added)
+
+    def added_tokens(self) -> dict[str, int]:
+        """Return text -> id of the tokens that the files add to the vocabulary.
+
+        Raises:
+            DataError: added_tokens_decoder is not a table of ids and tokens.
+        """
+        added = dict(self.added)
+        decoder = self.content.get("added_tokens_decoder") or {}
+        for token_id, entry in decoder.items() if isinstance(decoder, dict) else [("", None)]:
+            text = token_text(entry)
+            if text is None or not token_id.isdecimal():
+                raise DataError(
+                    f"{self.directory / CONFIG_FILE}: added_tokens_decoder must map ids to tokens"
+                )
+            added[text] = int(token_id)
+        return added
+
+    def special_ids(self, token_id: Callable[[str], int | None]) -> tuple[int, int, int]:
+        """Return the ids of bos, eos and pad; eos stands for the others where they are not named.
+
+        Raises:
+            DataError: no eos_token is named, or a named token is not in the vocabulary.
+        """
+        ids: dict[str, int] = {}
+        for role in ("bos_token", "eos_token", "pad_token"):
+            text = self.special_tokens.get(role)
+            if text is None:
+                continue
+            found = token_id(text)
+            if found is None and role != "pad_token":
+                raise DataError(f"{self.directory}: the {role} {text!r} is not in the vocabulary")
+            if found is not None:
+                ids[role] = found
+        if "eos_token" not in ids:
+            raise DataError(
+                f"{self.directory} names no eos_token, the token that ends a text; write it into "
+                f"{CONFIG_FILE}"
+            )
+        eos = ids["eos_token"]
+        return ids.get("bos_token", eos), eos, ids.get("pad_token", eos)
+
+
+def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """Return a directory's own chat template, chat_template.jinja or tokenizer_config.json's.
+
+    Raises:
+        DataError: it is not text.
+    """
+    path = directory / CHAT_TEMPLATE_FILE
+    if path.is_file():
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, str(path))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
+    path = directory / CONFIG_FILE
+    source = optional_json(path).get("chat_template")
+    if isinstance(source, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in source}
+        source = named.get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise DataError(f"{path}: chat_template must be text, or a list with one named default")
+    return ChatTemplate(source, special_tokens, f"chat_template of {path}")
+
+
+def write_chat_template(out_dir: Path, template: ChatTemplate | None) -> None:
+    """Write a chat template to both files in which libraries look for it.
+
+    A directory that has the template already is left as it is.
+    """
+    present = read_chat_template(out_dir, {})
+    if template is None or (present is not None and present.source == template.source):
+        return
+    write_text(out_dir / CHAT_TEMPLATE_FILE, template.source)
+    path = out_dir / CONFIG_FILE
+    write_json(path, {**optional_json(path), "chat_template": template.source})
 
 
 def special_tokens(proto: SentencePieceModel) -> list[str]:
@@ -99,6 +212,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not valid JSON of a tokenizer: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """Read a file that contains one JSON object; {} if it does not exist."""
+    return read_json(path) if path.exists() else {}
+
+
+def token_text(entry: Any) -> str | None:
+    """Return the text of a token in tokenizer_config.json, a string or a dict with "content"."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
 
 
 def _is_whole(piece: SentencePiece) -> bool:
@@ -133,14 +258,6 @@ def _named_tokens(proto: SentencePieceModel) -> dict[str, str]:
 def _write_tokenizer_json(
     path: Path, proto: SentencePieceModel, whole: Mapping[str, int], special: list[str]
 ) -> None:
-    from tokenizers import (  # type: ignore[import-untyped]
-        AddedToken,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-    )
-
     if not proto.is_bpe:
         raise DataError(
             "tokenizer.model is not a BPE model, so no tokenizer.json can be made from it; "

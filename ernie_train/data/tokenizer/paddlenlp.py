@@ -1,4 +1,4 @@
-"""Load tokenizer directories without a `tokenizer.model` through PaddleNLP."""
+"""Load tokenizer directories that have neither `tokenizer.json` nor `tokenizer.model`."""
 
 import hashlib
 import json
@@ -8,10 +8,12 @@ from pathlib import Path
 from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import CONTROL_TOKENS, MARKUP_TOKENS
 from ernie_train.data.tokenizer.base import (
+    Offsets,
     Tokenizer,
     WholeTokens,
     check_unicode,
     copy_tokenizer_files,
+    decode_known,
 )
 from ernie_train.data.tokenizer.hf_files import write_chat_template
 
@@ -43,22 +45,30 @@ class PaddleNLPTokenizer(Tokenizer):
         self.eos_token_id = int(eos)
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
         self.bos_token_id = self.eos_token_id if bos is None else int(bos)
+        named = self._tokenizer.special_tokens_map
+        self.special_tokens = {role: t for role, t in named.items() if isinstance(t, str)}
         special = {t for t in self._tokenizer.all_special_tokens if t in self._ids}
         self._whole = WholeTokens(added | {text: self._ids[text] for text in special})
         special -= set(MARKUP_TOKENS)
         self.control_tokens = frozenset(special | (set(CONTROL_TOKENS) & set(self._ids)))
         self._control_ids = {self._ids[text] for text in self.control_tokens}
 
-    def encode(self, text: str) -> list[int]:
+    def encode_with_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], Offsets]:
         check_unicode(text)
-        return self._whole.encode(text, self._encode_rest)
+        plain = () if special else self.control_tokens
+        return self._whole.encode(text, self._encode_rest, plain)
 
-    def _encode_rest(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _encode_rest(self, text: str) -> tuple[list[int], Offsets]:
+        """Return ids, and offsets by the length of what the ids decode to so far."""
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ends = [min(len(self._decode_rest(ids[: n + 1])), len(text)) for n in range(len(ids))]
+        return ids, list(zip([0, *ends[:-1]], ends, strict=True)) if ids else []
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         drop = self._control_ids if skip_special_tokens else set()
-        return self._whole.decode(ids, self._decode_rest, drop)
+        return decode_known(
+            ids, self.vocab_size, lambda known: self._whole.decode(known, self._decode_rest, drop)
+        )
 
     def _decode_rest(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -66,11 +76,11 @@ class PaddleNLPTokenizer(Tokenizer):
     def token_id(self, piece: str) -> int | None:
         return self._ids.get(piece)
 
-    def save_pretrained(self, out_dir: str | Path, *, thinking: bool = True) -> None:
+    def save_pretrained(self, out_dir: str | Path) -> None:
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         copy_tokenizer_files(self.directory, out_dir)
-        write_chat_template(out_dir, thinking)
+        write_chat_template(out_dir, self.chat.template)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(sorted(self._ids.items())).encode())

@@ -10,27 +10,33 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat_template import CONTROL_TOKENS, MARKUP_TOKENS
+from ernie_train.data.chat_template import (
+    CONTROL_TOKENS,
+    ERNIE_THINKING,
+    MARKUP_TOKENS,
+    shipped_template,
+)
 from ernie_train.data.completion_format import EOS
 from ernie_train.data.tokenizer.base import (
+    ChatFormat,
+    Offsets,
     Tokenizer,
     WholeTokens,
     check_unicode,
     copy_tokenizer_files,
+    decode_known,
 )
 from ernie_train.data.tokenizer.hf_files import (
     TOKENIZER_FILES,
-    read_json,
+    TokenizerConfig,
     special_tokens,
     write_chat_template,
     write_huggingface_files,
 )
-from ernie_train.data.tokenizer.paddlenlp import PaddleNLPTokenizer
 from ernie_train.data.tokenizer.sentencepiece_proto import (
     PieceType,
     parse_model,
@@ -59,8 +65,8 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.LoadFromSerializedProto(without_dummy_prefix(data))
         except (ValueError, RuntimeError) as error:
             raise DataError(f"{model_path} is not a SentencePiece model: {error}") from error
-        config = _optional_json(directory / "tokenizer_config.json")
-        if self._proto.add_dummy_prefix and config.get("add_prefix_space") is not False:
+        config = TokenizerConfig.read(directory)
+        if self._proto.add_dummy_prefix and config.content.get("add_prefix_space") is not False:
             raise DataError(
                 f"{model_path} puts a space in front of every text, which ERNIE tokenizers do not; "
                 'if the model was trained without it, write "add_prefix_space": false into '
@@ -68,12 +74,12 @@ class SentencePieceTokenizer(Tokenizer):
             )
         self._added = {
             text: token_id
-            for text, token_id in _added_tokens(directory, config).items()
+            for text, token_id in config.added_tokens().items()
             if not self._is_user_defined(text, token_id)
         }
         self._set_special_tokens(config)
 
-    def _set_special_tokens(self, config: dict[str, Any]) -> None:
+    def _set_special_tokens(self, config: TokenizerConfig) -> None:
         pieces = self._proto.pieces
         ids = {piece.text: token_id for token_id, piece in enumerate(pieces)} | self._added
         whole = {p.text for p in pieces if p.type in (PieceType.CONTROL, PieceType.UNKNOWN)}
@@ -81,10 +87,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._ids = ids
         self._whole = WholeTokens({text: ids[text] for text in whole})
         self.vocab_size = max(ids.values()) + 1
-        named = {role: _token_text(config.get(role)) for role in ("pad_token", "eos_token")}
-        self.bos_token_id = self._required(_token_text(config.get("bos_token")) or BOS)
-        self.eos_token_id = self._required(named["eos_token"] or EOS)
-        self.pad_token_id = self._required(named["pad_token"] or UNK)
+        ernie = {"bos_token": BOS, "eos_token": EOS, "pad_token": UNK}
+        self.special_tokens = {**ernie, **config.special_tokens}
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            self._required(self.special_tokens[role]) for role in ernie
+        )
         special = set(special_tokens(self._proto))
         special |= {text for text in self._added if text in CONTROL_TOKENS}
         self.control_tokens = frozenset(special)
@@ -101,52 +108,48 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{self.directory / MODEL_FILE} has no piece {piece!r}")
         return self._ids[piece]
 
-    def encode(self, text: str) -> list[int]:
+    def encode_with_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], Offsets]:
         try:
-            return self._whole.encode(text, self._processor.encode)
-        except RuntimeError:
+            plain = () if special else self.control_tokens
+            return self._whole.encode(text, self._encode_rest, plain)
+        except (RuntimeError, UnicodeEncodeError):
             check_unicode(text)
             raise
 
+    def _encode_rest(self, text: str) -> tuple[list[int], Offsets]:
+        pieces = self._processor.encode(text, return_type="proto").pieces
+        # The library counts bytes; all bytes of a character that is spelled in bytes belong to it.
+        chars = [at for at, char in enumerate(text) for _ in char.encode()] + [len(text)]
+        offsets: Offsets = []
+        for piece in pieces:
+            start = chars[piece.begin]
+            offsets.append((start, max(chars[piece.end], start + 1)))
+        return [piece.id for piece in pieces], offsets
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         drop = self._special_ids if skip_special_tokens else set()
-        return self._whole.decode(ids, self._processor.decode, drop)
+        return decode_known(
+            ids,
+            self.vocab_size,
+            lambda known: self._whole.decode(known, self._processor.decode, drop),
+        )
 
     def token_id(self, piece: str) -> int | None:
         return self._ids.get(piece)
 
-    def save_pretrained(self, out_dir: str | Path, *, thinking: bool = True) -> None:
+    def save_pretrained(self, out_dir: str | Path) -> None:
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         copy_tokenizer_files(self.directory, out_dir)
         if not (out_dir / "tokenizer.json").exists():
             write_huggingface_files(out_dir, self._proto, self._added)
-        write_chat_template(out_dir, thinking)
+        write_chat_template(out_dir, self.chat.template)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self._model_bytes)
         digest.update(json.dumps(sorted(self._added.items())).encode())
         digest.update(str((self.pad_token_id, self.bos_token_id, self.eos_token_id)).encode())
         return digest.hexdigest()
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer directory: `tokenizer.model` directly, anything else through PaddleNLP.
-
-    Raises:
-        DataError: the directory is missing or has no tokenizer, or a file in it is damaged.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise DataError(f"tokenizer directory {directory} does not exist")
-    if (directory / MODEL_FILE).is_file():
-        return SentencePieceTokenizer(directory)
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise DataError(
-            f"{directory} holds no tokenizer: neither {MODEL_FILE} nor another file of "
-            f"{', '.join(TOKENIZER_FILES[1:])}"
-        )
-    return PaddleNLPTokenizer(directory)
 
 
 def train_tokenizer(
@@ -195,6 +198,7 @@ def train_tokenizer(
     with atomic_write(out_dir / MODEL_FILE) as stream:
         stream.write(model.getvalue())
     tokenizer = SentencePieceTokenizer(out_dir)
+    tokenizer.chat = ChatFormat(shipped_template(ERNIE_THINKING, tokenizer.special_tokens))
     tokenizer.save_pretrained(out_dir)
     return tokenizer
 
@@ -203,24 +207,3 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     # A newline is a separate piece, so no piece spans two lines, and each line is trained alone.
     for text in texts:
         yield from filter(None, text.split("\n"))
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _token_text(entry: Any) -> str | None:
-    """Return the text of a token in tokenizer_config.json, a string or a dict with "content"."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, int]:
-    """Return text -> id of the tokens that the files beside `tokenizer.model` add."""
-    added = {str(k): int(v) for k, v in _optional_json(directory / "added_tokens.json").items()}
-    for token_id, entry in config.get("added_tokens_decoder", {}).items():
-        text = _token_text(entry)
-        if text is not None:
-            added[text] = int(token_id)
-    return added

@@ -97,10 +97,17 @@ def _item(
         think="\n".join(lines),
         answer=json.dumps(call),
         reward="tool_call",
-        tools=[signature for signature, _ in signatures.values()],
+        tools=[_as_offered(signature) for signature, _ in signatures.values()],
         calls=[call],
         slip=slip,
     )
+
+
+def _as_offered(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool as clients of a server offer it: wrapped, its parameters as a JSON schema."""
+    properties = {name: {"type": kind} for name, kind in tool["parameters"].items()}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": tool["name"], "parameters": schema}}
 
 
 def tool_arguments(rng: random.Random) -> Item | None:
