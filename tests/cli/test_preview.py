@@ -85,7 +85,7 @@ def test_rows_are_shown_as_they_are_read(preview, data):
 
 
 def test_text_mask_and_lengths_with_a_tokenizer(preview, data, root):
-    out = preview(data, "--tokenizer", root / "tokenizer", "--rows", 9, "--seq-len", 120)
+    out = preview(data, "--tokenizer", root / "tokenizer", "--rows", 9, "--seq-len", 130)
     assert "count" in out and "⟦" in out
     five = out[out.index("rows.jsonl:5") : out.index("rows.jsonl:6")]
     trained = five[five.index("⟦") : five.rindex("⟧")]
