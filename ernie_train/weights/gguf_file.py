@@ -52,16 +52,14 @@ class GgufFile(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.path = path
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise WeightsError(f"{path}: not a GGUF file")
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _bounded_reader(path)
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
-        # It checks nothing: what it raises depends on where the file ends.
+        # What else the library raises depends on where in its structures the file is damaged.
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
             raise WeightsError(f"{path}: truncated or damaged ({error}); fetch it anew") from None
         if int(self._fields.get("split.count") or 0) > 1:
@@ -148,6 +146,24 @@ class GgufFile(Mapping[str, np.ndarray]):
         for role, name in _SPECIAL_IDS.items():
             values[name] = known.get(f"tokenizer.ggml.{role}_token_id")
         return values
+
+
+def _bounded_reader(path: Path) -> Any:
+    """Open the file with a reader that stops where the file ends.
+
+    The library's own reads on: a file that is cut off gives empty values, and a length in it that
+    is damaged keeps it busy for ever.
+    """
+    import gguf
+
+    class BoundedReader(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            end = offset + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, before byte {end}")
+            return super()._get(offset, dtype, count, override_order)
+
+    return BoundedReader(path)
 
 
 def _huggingface_name(name: str) -> str:

@@ -213,6 +213,49 @@ def test_harmless_foreign_keys_are_tolerated() -> None:
     assert "transformers_version" not in written
 
 
+RELEASED: dict[str, dict[str, Any]] = {
+    "21B-A3B": {
+        "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe",
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "silu",
+        "hidden_size": 2560, "intermediate_size": 12288, "max_position_embeddings": 131072,
+        "num_attention_heads": 20, "num_key_value_heads": 4, "num_hidden_layers": 28,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000, "rope_scaling": None, "vocab_size": 103424,
+        "tie_word_embeddings": True, "use_bias": False, "use_cache": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.54.0",
+        "moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 1536, "moe_capacity": [64, 64, 64], "moe_layer_start_index": 1,
+        "moe_layer_end_index": 27, "moe_layer_interval": 1, "moe_norm_min": 1e-12,
+        "moe_gate": "topk", "moe_use_aux_free": True, "moe_aux_loss_lambda": 1e-2,
+        "moe_multimodal_dispatch_use_allgather": "v2-alltoall-unpad-text",
+        "num_nextn_predict_layers": 1, "multi_token_pred_lambda": 0.3, "compression_ratio": 1.0,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001, "use_rmsnorm": True,
+        "fuse_rope": False, "use_flash_attention": True, "rope_3d": False,
+        "auto_map": {"AutoConfig": "configuration_ernie4_5_moe.Ernie4_5_MoeConfig"},
+    },
+    "0.3B": {
+        "architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 131072,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "num_hidden_layers": 18,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "rope_scaling": None,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_bias": False,
+        "use_cache": False, "vocab_size": 103424, "transformers_version": "4.54.0",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_keys_of_released_models_all_load(name: str) -> None:
+    config = Ernie4_5_MoeConfig.from_dict(RELEASED[name])
+    assert config.unknown_keys == []
+    assert config == Ernie4_5_MoeConfig.preset({"21B-A3B": "21b-a3b"}.get(name, "0.3b"))
+    written = config.to_dict("bfloat16")
+    new = {"architectures", "transformers_version", "auto_map", "use_cache", "rope_scaling"}
+    for key, value in RELEASED[name].items():
+        assert key in new or written[key] == value, key
+    assert "auto_map" not in written  # it names files that an export does not have
+
+
 def test_missing_or_damaged_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         Ernie4_5_MoeConfig.from_pretrained(tmp_path)

