@@ -203,9 +203,20 @@ def _surroundings() -> list[Finding]:
         value = f"{memory['available'] / 1e9:.1f} of {memory['total'] / 1e9:.1f} GB available"
         findings.append(Finding("memory", value))
     git = shutil.which("git")
-    advice = "" if git else "apt-get install git; runs then record the code's version"
+    advice = "" if git else "apt-get install git; runs then record the code's commit"
     findings.append(Finding("git", git or "not found", advice))
+    findings.append(_code())
     return findings
+
+
+def _code() -> Finding:
+    """Report the code's version as each start of a run records it in environment.json."""
+    code = environment.code_version()
+    value = f"ernie_train {cpu.__version__}"
+    if code["commit"] is None:
+        return Finding("code", f"{value}, no commit known: runs record this version alone")
+    state = ", with changes" if code["dirty"] else ""
+    return Finding("code", f"{value} at commit {code['commit'][:12]}{state}")
 
 
 def doctor_report() -> list[Finding]:

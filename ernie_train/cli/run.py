@@ -10,17 +10,23 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ernie_train.core import consensus
 from ernie_train.core.config import apply_overrides, load_yaml
-from ernie_train.core.errors import CheckpointError
+from ernie_train.core.errors import CheckpointError, GateError
 from ernie_train.io.metrics_log import FILE_NAME, read_metrics
 from ernie_train.io.run_dir import read_done, refuse_if_in_use
 from ernie_train.launch import LaunchSettings, last_launch, supervise
 
+_GATE_MISSED, _NOT_JUDGED = "gate missed", "gate not judged"
+_OUTSTANDING = {
+    _GATE_MISSED: "stage {0} missed its gate: change the gate, or other settings and --from {0}",
+    _NOT_JUDGED: "the gate of stage {0}",
+}
 _HEADLINE = ("loss", "validation_loss", "reward", "accuracy", "kl", "grad_norm", "lr")
 
 
@@ -82,6 +88,8 @@ class RunCommand:
 
 def print_status(run_dir: Path, console: Console) -> None:
     """Print a line for each stage and what comes next; `CheckpointError` if it is no run."""
+    from ernie_train.run.export import is_whole_export
+    from ernie_train.run.finalize import read_result
     from ernie_train.run.recipe import recorded_recipe
 
     recipe = recorded_recipe(run_dir)
@@ -91,18 +99,39 @@ def print_status(run_dir: Path, console: Console) -> None:
     for column in ("stage", "kind", "state", "step", "checkpoints", "latest metrics"):
         table.add_column(column)
     missing = []
+    before = None
     for index, stage in enumerate(recipe.stages):
-        state, *cells = _stage_cells(run_dir / recipe.stage_directory(index))
+        directory = run_dir / recipe.stage_directory(index)
+        state, *cells = _stage_cells(directory)
+        if state == "done":
+            result = read_result(directory / "evaluation.json")
+            state, before = _state_at_gate(stage, result, before), result
         table.add_row(stage.name, stage.kind, state, *cells)
-        missing += [f"stage {stage.name}"] if state != "done" else []
+        if state != "done":
+            missing.append(_OUTSTANDING.get(state, "stage {0}").format(stage.name))
     if recipe.evaluation and not (run_dir / "evaluation.json").exists():
         missing.append("evaluation")
-    if recipe.export and not (run_dir / "export").exists():
+    if recipe.export and not is_whole_export(run_dir / "export", hashes=False):
         missing.append("export")
     console.print(table)
     if (launched := last_launch(run_dir)) is not None:
         console.print(f"last launch: {launched}", markup=False, highlight=False)
     console.print(f"next: {missing[0] if missing else 'nothing, the run is complete'}")
+
+
+def _state_at_gate(stage: Any, result: dict[str, Any] | None, before: dict[str, Any] | None) -> str:
+    """Return the state of a finished stage: its gate may be missed, or not be judged yet."""
+    from ernie_train.eval.gates import check_gate
+
+    if stage.gate is None:
+        return "done"
+    if result is None:
+        return _NOT_JUDGED
+    try:
+        check_gate(stage.gate, stage.name, result["trained"], before and before["trained"])
+    except GateError:
+        return _GATE_MISSED
+    return "done"
 
 
 def _stage_cells(directory: Path) -> tuple[str, str, str, str]:
@@ -113,5 +142,10 @@ def _stage_cells(directory: Path) -> tuple[str, str, str, str]:
     last = rows[0] if rows else {}
     steps = CheckpointStore(directory / "checkpoints").steps()
     state = "done" if read_done(directory) else "begun" if last or steps else "waiting"
-    shown = ", ".join(f"{name} {last[name]:.4g}" for name in _HEADLINE if name in last)
-    return state, str(last.get("step", "-")), ", ".join(map(str, steps)) or "-", shown
+    shown = [f"{name} {last[name]:.4g}" for name in _HEADLINE if name in last]
+    times = last.get("time", {})
+    if "tokens_per_second" in times:
+        shown.append(f"{times['tokens_per_second']:,.0f} tokens/s")
+    elif "seconds" in times:
+        shown.append(f"{times['seconds']:.1f} s a step")
+    return state, str(last.get("step", "-")), ", ".join(map(str, steps)) or "-", ", ".join(shown)

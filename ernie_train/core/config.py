@@ -6,7 +6,7 @@ with the settings at once, each problem with its dotted path as it stands in the
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
@@ -22,6 +22,17 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Harmless:
+    """Marks a setting, in its `Annotated`, that may change between two starts of a run.
+
+    What is trained does not depend on it: it sets what is kept, shown or judged, or it is a path
+    whose content is compared in its place.
+    """
+
+
+HARMLESS = Harmless()
 
 KeyPath = tuple[str | int, ...]
 
@@ -44,6 +55,29 @@ class StrictConfig(pydantic.BaseModel):
 
 
 Config = TypeVar("Config", bound=StrictConfig)
+
+
+def decisive_settings(config: StrictConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that results depend on: `values` without the `HARMLESS` ones.
+
+    `values` are plain: those of `config`, or others of the same schema such as a run recorded.
+    """
+    kept = dict(values)
+    for name, field in type(config).model_fields.items():
+        if HARMLESS in field.metadata:
+            kept.pop(name, None)
+        elif name in kept:
+            kept[name] = _decisive(getattr(config, name), kept[name])
+    return kept
+
+
+def _decisive(setting: Any, value: Any) -> Any:
+    if isinstance(setting, StrictConfig) and isinstance(value, dict):
+        return decisive_settings(setting, value)
+    if isinstance(setting, list | tuple) and isinstance(value, list):
+        pairs = zip(setting, value, strict=False)
+        return [*(_decisive(one, other) for one, other in pairs), *value[len(setting) :]]
+    return value
 
 
 def parse_config(cls: type[Config], data: dict[str, Any], source: str) -> Config:

@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ernie_train.core.config import NonNegative, Positive, PositiveInt, Share, StrictConfig
+from ernie_train.core.config import (
+    HARMLESS,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Share,
+    StrictConfig,
+)
 from ernie_train.data import MappedRows
 from ernie_train.losses import KL_IN_LOSS_KINDS
 from ernie_train.rewards.scoring import RewardConfig
@@ -22,7 +29,7 @@ class PromptSource(MappedRows):
     max_examples: uses the first of each task only.
     """
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(min_length=1), HARMLESS]
     weight: Positive = 1.0
     tasks: list[str] = []
     max_examples: PositiveInt | None = None
@@ -53,9 +60,9 @@ class RolloutConfig(StrictConfig):
     refill_rounds: Annotated[int, Field(ge=0)] = 0
     truncated: Literal["keep", "mask", "punish"] = "keep"
     truncation_penalty: NonNegative = 0.0
-    max_logprob_mismatch: Positive = 0.05
-    dump: bool = False
-    replay: str | None = None
+    max_logprob_mismatch: Annotated[Positive, HARMLESS] = 0.05
+    dump: Annotated[bool, HARMLESS] = False
+    replay: Annotated[str | None, HARMLESS] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
@@ -126,7 +133,7 @@ class CriticConfig(StrictConfig):
     optim: OptimConfig
     gamma: Share = 1.0
     lam: Share = 0.95
-    path: str | None = None
+    path: Annotated[str | None, HARMLESS] = None
     clip_range: Positive | None = 0.2
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
 
@@ -141,7 +148,7 @@ class OfflinePairs(MappedRows):
     per_iteration: pairs in each iteration's updates.
     """
 
-    path: str | None = None
+    path: Annotated[str | None, HARMLESS] = None
     prompts: PositiveInt | None = None
     per_iteration: PositiveInt
 
@@ -197,8 +204,8 @@ class Curriculum(StrictConfig):
 class StageEvaluation(MappedRows):
     """Held-out problems solved during training; greedy, unless `samples` asks for pass@k."""
 
-    path: str
-    every_iterations: PositiveInt
+    path: Annotated[str, HARMLESS]
+    every_iterations: Annotated[PositiveInt, HARMLESS]
     max_examples: PositiveInt | None = None
     tasks: list[str] = []
     samples: PositiveInt = 1
@@ -269,9 +276,9 @@ class UpoConfig(StageConfig):
     critic: CriticConfig | None = None
     curriculum: Curriculum | None = None
     evaluation: StageEvaluation | None = None
-    canaries: Annotated[int, Field(ge=0)] = 16
-    samples_per_iteration: Annotated[int, Field(ge=0)] = 8
-    term_norms_every: PositiveInt | None = None
+    canaries: Annotated[int, Field(ge=0), HARMLESS] = 16
+    samples_per_iteration: Annotated[int, Field(ge=0), HARMLESS] = 8
+    term_norms_every: Annotated[PositiveInt | None, HARMLESS] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ernie_train import parallel
 from ernie_train.core import consensus
-from ernie_train.core.config import PositiveInt
+from ernie_train.core.config import HARMLESS, PositiveInt
 from ernie_train.core.errors import CheckpointError, Interrupted
 from ernie_train.data import MappedRows
 from ernie_train.io.metrics_log import StageMetrics
@@ -41,7 +41,7 @@ class DpoConfig(StageConfig, MappedRows):
     """
 
     kind: Literal["dpo"]
-    data: Annotated[str, Field(min_length=1)]
+    data: Annotated[str, Field(min_length=1), HARMLESS]
     seq_len: PositiveInt
     steps: PositiveInt
     pairs_per_step: PositiveInt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import WeightsError
+from ernie_train.core.errors import CheckpointError, WeightsError
 from ernie_train.data import Tokenizer
-from ernie_train.io.files import write_json, write_text
+from ernie_train.io.files import verify_manifest, write_json, write_text
 from ernie_train.io.safetensors import convert, from_bfloat16
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.proof import (
@@ -57,8 +57,8 @@ def export(
     Raises:
         WeightsError: the comparison fails; directory and failed receipt are kept.
     """
-    save_pretrained(model, directory, tokenizer, dtype=dtype, max_shard_size=max_shard_size)
-    consensus.run_on_main(lambda: write_text(directory / "README.md", card))
+    files = _FilesBeside(tokenizer, card)
+    save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
     prompts = comparison_prompts(tokenizer, seed)
     expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
     python = referee or default_referee()
@@ -115,9 +115,38 @@ def require_change(weights: Path, dtype: str) -> None:
     )
 
 
+def is_whole_export(directory: Path, *, hashes: bool = True) -> bool:
+    """Return whether every file of a proven export is still there; with `hashes`, unchanged."""
+    try:
+        verify_manifest(directory, hashes=hashes)
+    except CheckpointError:
+        return False
+    return (directory / RECEIPT).exists()
+
+
 def default_referee() -> str | None:
     """Return this interpreter if it has torch and transformers."""
     return sys.executable if find_spec("torch") and find_spec("transformers") else None
+
+
+@dataclass(frozen=True)
+class _FilesBeside:
+    """The files beside the weights: model card, tokenizer."""
+
+    tokenizer: Tokenizer
+    card: str
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        return self.tokenizer.stop_token_ids
+
+    def save_pretrained(self, directory: Path, /) -> None:
+        self.tokenizer.save_pretrained(directory)
+        write_text(directory / "README.md", self.card)
 
 
 def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForCausalLM:

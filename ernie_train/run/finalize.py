@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_p
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import export
+from ernie_train.run.export import export, is_whole_export
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import EvaluationConfig, Recipe
@@ -41,6 +41,7 @@ class Finalizer:
     stop: StopFlag
     model: Ernie4_5_MoeForCausalLM
     tokenizer: Tokenizer
+    load_weights: Callable[[], None] = lambda: None  # into `model`, before it is used
 
     def after_stage(self, index: int, lineage: Lineage) -> None:
         """Solve the problems after stage `index`, if the recipe says so; `GateError` at its gate.
@@ -86,11 +87,12 @@ class Finalizer:
         card = model_card(self.recipe, evaluation)
         identity = _identity(settings, lineage, card, referee)
         kept = consensus.run_on_main(
-            lambda: _read_if_same(record, identity) if directory.exists() else None
+            lambda: _read_if_same(record, identity) if is_whole_export(directory) else None
         )
         if kept is not None:
             receipt = Receipt(**kept["receipt"])
         else:
+            self.load_weights()
             receipt = export(
                 self.model,
                 self.tokenizer,
@@ -122,6 +124,7 @@ class Finalizer:
         last_stage = self._stage_file(len(self.recipe.stages) - 1)
         if kept := consensus.run_on_main(lambda: _read_kept((path, last_stage), identity)):
             return kept
+        self.load_weights()
         solved = self._solve(settings, self.model, settings.max_examples, title)
         result = {"identity": identity, "trained": solved.to_dict()}
         consensus.run_on_main(lambda: write_jsonl(path.with_name(SAMPLES), solved.samples))

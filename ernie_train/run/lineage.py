@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from ernie_train.core.config import decisive_settings
 from ernie_train.core.errors import DataError
+from ernie_train.core.foreign_files import read_json
 from ernie_train.data import Tokenizer, find_files
-from ernie_train.io.files import digest_file, fingerprint
+from ernie_train.io.files import digest_file, fingerprint, write_json
+from ernie_train.io.run_dir import differences
 from ernie_train.run.recipe import Recipe
+from ernie_train.run.stages import AnyStageConfig
 from ernie_train.weights.model_directory import find_model
+
+_SETTLED_NS = 50_000_000  # file systems keep times in steps of up to 10 ms
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,26 @@ class Lineage:
     finished: tuple[tuple[str, str], ...] = ()  # (stage, hash of its result), in order
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, tokenizer: Tokenizer) -> Lineage:
-        """Return the lineage of the model before the first stage."""
+    def of_recipe(
+        cls,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        hashes: HashMemory | None = None,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> Lineage:
+        """Return the lineage of the model before the first stage.
+
+        `recorded`: what the finished first stage recorded; its hash stands for weights that are no
+        longer there, since nothing reads them any more.
+        """
         source = recipe.model
-        settings = fingerprint(source.model_dump(mode="json"))
-        weights = hash_files([find_model(source.path).weights]) if source.path else None
+        # The path is not: the content of what lies there is hashed in its place.
+        settings = fingerprint(source.model_dump(mode="json") | {"path": None})
+        weights = None
+        if source.path is not None:
+            known = (recorded or {}).get("weights")
+            gone = known is not None and not Path(source.path).exists()
+            weights = known if gone else hash_files([find_model(source.path).weights], hashes)
         return cls(
             str(recipe.seed),
             settings,
@@ -39,9 +63,9 @@ class Lineage:
             weights,
         )
 
-    def with_data(self, paths: list[Path]) -> Lineage:
+    def with_data(self, paths: list[Path], hashes: HashMemory | None = None) -> Lineage:
         """Return the lineage of a model that is trained on these files next."""
-        return replace(self, data=hash_files(paths))
+        return replace(self, data=hash_files(paths, hashes))
 
     def after(self, stage: str, result: dict[str, Any]) -> Lineage:
         """Return the lineage of what follows a finished stage."""
@@ -55,17 +79,74 @@ class Lineage:
         return hashes | {f"after {stage}": value for stage, value in self.finished}
 
 
-def hash_files(paths: list[Path]) -> str:
-    """Return one hash of the contents of files and of those in directories, in a fixed order."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(found for found in path.rglob("*") if found.is_file())
-        elif path.exists():
-            files.append(path)
-        elif has_magic(str(path)):
-            files += find_files(path).files
-        else:
-            raise DataError(f"{path}: no such file or directory")
-    digests = [digest_file(path).sha256 for path in files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+class HashMemory:
+    """Hashes of files, kept in a file and taken from it while size and time of change are equal."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = {}
+        with suppress(OSError, ValueError):  # none yet, or damaged: then files are hashed again
+            self._known = read_json(path)
+
+    def sha256(self, file: Path) -> str:
+        """Return the SHA-256 of a file."""
+        stat, name = file.stat(), str(file.resolve())
+        facts = [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(name)
+        if isinstance(known, list) and known[:2] == facts:
+            return str(known[2])
+        found = digest_file(file).sha256
+        # A file that is just being written may change again without a new time.
+        if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
+            self._known[name] = [*facts, found]
+        return found
+
+    def save(self) -> None:
+        """Write what is known, for the next start of the run."""
+        write_json(self._path, self._known)
+
+
+def hash_files(paths: list[Path], hashes: HashMemory | None = None) -> str:
+    """Return one hash of the contents of files and of those in directories, in a fixed order.
+
+    Among several paths a directory counts as one, so that no file passes from one path to another
+    unnoticed.
+    """
+    sha256 = hashes.sha256 if hashes is not None else lambda file: digest_file(file).sha256
+    parts = [[sha256(file) for file in _files_of(path)] for path in paths]
+    if len(parts) == 1:
+        return _joined(parts[0])
+    pairs = zip(paths, parts, strict=True)
+    return _joined(part[0] if path.is_file() else _joined(part) for path, part in pairs)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(found for found in path.rglob("*") if found.is_file())
+    if path.exists():
+        return [path]
+    if has_magic(str(path)):
+        return find_files(path).files
+    raise DataError(f"{path}: no such file or directory")
+
+
+def _joined(hashes: Iterable[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+# ---- records of stages ---------------------------------------------------------------------------
+
+
+def stage_record(stage: AnyStageConfig, lineage: Lineage) -> dict[str, Any]:
+    """Return the settings and inputs of a stage, as `stage.json` holds them."""
+    return {"settings": stage.model_dump(mode="json"), "input": lineage.to_dict()}
+
+
+def stage_changes(
+    stage: AnyStageConfig, lineage: Lineage, recorded: Mapping[str, Any]
+) -> list[str]:
+    """Return how settings and inputs that a stage's result depends on differ from a record."""
+    now = stage_record(stage, lineage)
+    pairs = (recorded.get("settings"), now["settings"])
+    before, after = (decisive_settings(stage, s if isinstance(s, dict) else {}) for s in pairs)
+    return differences(before, after) + differences(recorded.get("input"), now["input"], "input")

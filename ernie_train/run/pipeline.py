@@ -12,6 +12,8 @@ models. Steps that can fail on one rank only run in `consensus.fail_together`.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +31,16 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.core.terminal import Terminal
 from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
-from ernie_train.io.files import fingerprint, write_json, write_text
+from ernie_train.io.files import fingerprint, verify_manifest, write_json, write_text
 from ernie_train.io.outputs import check_run_directory
-from ernie_train.io.run_dir import RunLock, StageDone, differences, read_done, write_done
+from ernie_train.io.run_dir import RunLock, StageDone, read_done, write_done
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.run.check import check_fit, check_gates, describe_training
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
-from ernie_train.run.lineage import Lineage
+from ernie_train.run.lineage import HashMemory, Lineage, stage_changes, stage_record
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, Prepared, StageData, StageRun
 from ernie_train.weights.adapters import describe_base
@@ -50,6 +52,8 @@ from ernie_train.weights.saving import save_pretrained
 
 INITIAL = "initial"  # the random weights that a first stage trains a part of
 # What a run writes beside its stages.
+CHECKPOINTS = "checkpoints"  # in a stage's directory
+HASHES = "hashes.json"  # of what the run reads
 WRITTEN = (RECIPE, EVALUATION, INITIAL, "tokenizer", "export")
 
 
@@ -70,7 +74,9 @@ class Pipeline:
         self.console = console if process_group.is_main() else Terminal(quiet=True)
         self.referee = referee
         self.base_dir = Path.cwd()
+        self.hashes = HashMemory(run_dir / HASHES)
         self.weights: Path | None = None  # where the model's present weights are; None: nowhere
+        self.loaded: Path | None = None  # those of `weights` that are in memory
 
     def run(self, selection: Selection = Selection()) -> None:
         """Run what is not done yet. Raises `Interrupted` after saving, on SIGTERM or SIGINT."""
@@ -87,18 +93,30 @@ class Pipeline:
                 if process_group.is_main():
                     check_run_directory(self.run_dir, ENVIRONMENT, WRITTEN)
                     held.enter_context(RunLock(self.run_dir))
-                lineage = Lineage.of_recipe(self.recipe, tokenizer)
+            done = consensus.run_on_main(lambda: self._read_finished(selection.first))
+            with consensus.fail_together():
+                recorded = done[0].inputs if done else None
+                lineage = Lineage.of_recipe(self.recipe, tokenizer, self.hashes, recorded)
+                repeated = selection.first
                 if process_group.is_main():
-                    self._refuse_other_recipe(selection.first, lineage)
-                model = self._initial_model(tokenizer)
+                    repeated = self._refuse_other_recipe(selection.first, lineage) or repeated
+                model = self._starting_model(tokenizer, done)
             hashes = lineage.to_dict()
             consensus.require_same({f"the {name}": found for name, found in hashes.items()})
             with consensus.fail_together():
                 if process_group.is_main():
                     self._record_run(tokenizer)
-                    self._set_aside(selection.first)
+                    self._set_aside(repeated)
                     rank_files.write_marker(rank_files.STAGES_SET_ASIDE)
-            finalizer = Finalizer(self.recipe, self.run_dir, self.console, stop, model, tokenizer)
+            finalizer = Finalizer(
+                self.recipe,
+                self.run_dir,
+                self.console,
+                stop,
+                model,
+                tokenizer,
+                load_weights=lambda: self._load_weights(model),
+            )
             for index, stage in enumerate(self.recipe.stages):
                 data = StageData(self.base_dir, tokenizer, self.recipe.stage_seed(index))
                 directory = self._stage_dir(index)
@@ -139,14 +157,31 @@ class Pipeline:
     def _stage_dir(self, index: int) -> Path:
         return self.run_dir / self.recipe.stage_directory(index)
 
+    def _has_trained(self, index: int) -> bool:
+        return bool(CheckpointStore(self._stage_dir(index) / CHECKPOINTS).steps())
+
     def _check_selection(self, selection: Selection) -> None:
         names = [stage.name for stage in self.recipe.stages]
         for option, name in (("--from", selection.first), ("--until", selection.last)):
             if name is not None and name not in names:
                 raise ConfigError(f"{option}: no stage {name!r}; the recipe has {', '.join(names)}")
 
-    def _refuse_other_recipe(self, first: str | None, lineage: Lineage) -> None:
-        """Raise `CheckpointError` if the directory holds another run, before writing anything."""
+    def _read_finished(self, first: str | None) -> list[StageDone]:
+        """Return the results of the stages that are finished and not repeated, from the first."""
+        found: list[StageDone] = []
+        for index, stage in enumerate(self.recipe.stages):
+            done = read_done(self._stage_dir(index)) if stage.name != first else None
+            if done is None:
+                break
+            found.append(done)
+        return found
+
+    def _refuse_other_recipe(self, first: str | None, lineage: Lineage) -> str | None:
+        """Raise `CheckpointError` if the directory holds another run, before writing anything.
+
+        Returns the stage that was begun with something else and has trained nothing yet, if there
+        is one: it begins anew.
+        """
         expected = {self._stage_dir(i).name for i in range(len(self.recipe.stages))}
         found = {path.parent.name for path in self.run_dir.glob("[0-9][0-9]-*/stage.json")}
         found = {name for name in found if ".before-" not in name}
@@ -158,31 +193,44 @@ class Pipeline:
         for index, stage in enumerate(self.recipe.stages):
             record = self._stage_dir(index) / "stage.json"
             if stage.name == first or not record.exists():
-                return
+                return None
             lineage = self._with_data(lineage, stage)
-            before = read_result(record) or {}
-            now = {"settings": stage.identity(), "input": lineage.to_dict()}
-            if changes := differences(before, now):
+            changes = stage_changes(stage, lineage, read_result(record) or {})
+            done = read_done(record.parent)
+            if changes and done is None and not self._has_trained(index):
+                return stage.name
+            if changes:
                 raise CheckpointError(
                     f"stage {stage.name} in {self.run_dir} was run with something else: "
                     + "; ".join(changes)
                     + f". Give another --run-dir, or --from {stage.name} to repeat it"
                 )
-            done = read_done(record.parent)
             if done is None:
-                return
+                return None
             lineage = lineage.after(stage.name, done.result)
+        return None
 
-    def _initial_model(self, tokenizer: Tokenizer) -> Ernie4_5_MoeForCausalLM:
+    def _starting_model(
+        self, tokenizer: Tokenizer, done: Sequence[StageDone]
+    ) -> Ernie4_5_MoeForCausalLM:
+        """Return the model as the last finished stage left it, or that of the recipe.
+
+        Nothing else is read: weights of earlier stages may have been deleted.
+        """
         device = devices.select_device(self.recipe.device)
         process_group.require_backend(device)
         devices.seed_everything(self.recipe.seed)
         source = self.recipe.model
         dtype = "bfloat16" if device == "gpu" else "float32"
-        if source.path is not None:
-            weights = self.weights = find_model(source.path).weights
+        if done:
+            last = self._stage_dir(len(done) - 1) / CHECKPOINTS / done[-1].result["checkpoint"]
+            verify_manifest(last, hashes=process_group.is_main())
+            self.weights = self.loaded = last
+            model = load_pretrained(last, dtype=dtype)
+        elif source.path is not None:
+            self.weights = self.loaded = find_model(source.path).weights
             source.build()  # refuses sizes that differ from the preset's, before building the model
-            model = load_pretrained(weights, dtype=dtype)
+            model = load_pretrained(self.weights, dtype=dtype)
         else:
             model = parallel.new_model(source.build(), dtype)
         model.grow_vocabulary(self.recipe.vocabulary(model.config, tokenizer))
@@ -194,10 +242,10 @@ class Pipeline:
         """Write the resolved recipe, the tokenizer and a description of the environment."""
         with storage_errors("cannot write to the run directory", self.run_dir):
             # First, since `check_run_directory` knows a run by it.
-            write_json(self.run_dir / ENVIRONMENT, environment.describe_environment())
+            path = self.run_dir / ENVIRONMENT
+            write_json(path, _with_history(environment.describe_environment(), read_result(path)))
             write_text(self.run_dir / RECIPE, dump_yaml(self.recipe.model_dump(mode="json")))
-            if not (self.run_dir / "tokenizer").exists():
-                tokenizer.save_pretrained(self.run_dir / "tokenizer")
+            tokenizer.save_pretrained(self.run_dir / "tokenizer")
 
     def _set_aside(self, first: str | None) -> None:
         """Rename the directories of the stages to be repeated; nothing is deleted."""
@@ -225,23 +273,24 @@ class Pipeline:
         done = consensus.run_on_main(lambda: read_done(run.directory))
         if done is not None:
             self.console.print(f"stage {stage.name}: done before, {done.result['steps']} steps")
-            checkpoint = run.directory / "checkpoints" / done.result["checkpoint"]
-            store, self.weights = CheckpointStore(checkpoint.parent), checkpoint
-            with consensus.fail_together():
-                store.load(checkpoint, verify=process_group.is_main()).load_model(run.model)
+            self.weights = run.directory / CHECKPOINTS / done.result["checkpoint"]
             return lineage.after(stage.name, done.result)
         kind = STAGES[stage.kind]
         with consensus.fail_together():
             if process_group.is_main():
-                _record_stage(run.directory, stage, lineage)
+                self.hashes.save()
             prepared = kind.prepare(stage, run.data)
             self.console.print(prepared.report.as_table())
             if process_group.is_main():
+                # Only now: a recipe that fails at its data leaves nothing that holds the next one.
+                _record_stage(run.directory, stage, lineage)
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
+        self._load_weights(run.model)
         result = self._train(stage, run, prepared)
         with consensus.fail_together():
             if process_group.is_main():
-                write_done(run.directory, StageDone(stage.identity(), lineage.to_dict(), result))
+                record = stage_record(stage, lineage)
+                write_done(run.directory, StageDone(record["settings"], record["input"], result))
         return lineage.after(stage.name, result)
 
     def _train(self, stage: AnyStageConfig, run: StageRun, prepared: Prepared) -> dict[str, Any]:
@@ -258,7 +307,7 @@ class Pipeline:
                 result = kind.run(stage, run, prepared)
             finally:
                 end_partial_training(model)
-        self.weights = run.directory / "checkpoints" / result["checkpoint"]
+        self.weights = self.loaded = run.directory / CHECKPOINTS / result["checkpoint"]
         if selection is not None:
             # Read, not merged in memory: a run that was interrupted here computes on with these.
             with consensus.fail_together():
@@ -271,16 +320,34 @@ class Pipeline:
             self.weights = self.run_dir / INITIAL
             if not consensus.run_on_main(self.weights.exists):
                 save_pretrained(model, self.weights)
+            self.loaded = self.weights
         weights = self.weights
         return consensus.run_on_main(lambda: describe_base(weights))
 
+    def _load_weights(self, model: Ernie4_5_MoeForCausalLM) -> None:
+        """Load what the last finished stage left, unless the model has it."""
+        if self.weights is not None and self.weights != self.loaded:
+            store, main = CheckpointStore(self.weights.parent), process_group.is_main()
+            with consensus.fail_together():
+                store.load(self.weights, verify=main).load_model(model)
+            self.loaded = self.weights
+
     def _with_data(self, lineage: Lineage, stage: AnyStageConfig) -> Lineage:
-        return lineage.with_data([self.base_dir / path for path in stage.paths()])
+        return lineage.with_data([self.base_dir / path for path in stage.paths()], self.hashes)
+
+
+def _with_history(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return an environment with the code's version at each start of the run, the last one now."""
+    facts = {"ernie_train": now["ernie_train"], "code": now["code"]}
+    start = {"unix_s": time.time(), "ranks": process_group.world_size(), **facts}
+    earlier: list[Any] = []
+    if before is not None:  # version 0.2.0 recorded the last start alone
+        earlier = before.get("starts") or [{name: before.get(name) for name in facts}]
+    return {**now, "starts": [*earlier, start]}
 
 
 def _record_stage(directory: Path, stage: AnyStageConfig, lineage: Lineage) -> None:
     """Write the settings and inputs of a stage before it starts; see `_refuse_other_recipe`."""
     with storage_errors("cannot write to the run directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
-    facts = {"settings": stage.identity(), "input": lineage.to_dict()}
-    write_json(directory / "stage.json", facts)
+    write_json(directory / "stage.json", stage_record(stage, lineage))

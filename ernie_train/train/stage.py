@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from ernie_train.core.config import PositiveInt, StrictConfig
+from ernie_train.core.config import HARMLESS, PositiveInt, StrictConfig
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -48,10 +48,10 @@ class StageConfig(StrictConfig):
     train: list[str] = []
     freeze: list[str] = []
     balance: BalanceConfig = BalanceConfig()
-    moe_health: MoeHealthConfig = MoeHealthConfig()
+    moe_health: Annotated[MoeHealthConfig, HARMLESS] = MoeHealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    gate: Gate | None = None
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1), HARMLESS] = 0.01
+    gate: Annotated[Gate | None, HARMLESS] = None
 
     @field_validator("train", "freeze", mode="before")
     @classmethod
@@ -66,10 +66,6 @@ class StageConfig(StrictConfig):
         if self.lora is None and not self.train and not self.freeze:
             return None
         return select(shapes, self.lora, self.train, self.freeze)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings on which the stage's result depends; a gate only judges it."""
-        return self.model_dump(mode="json", exclude={"gate"})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from ernie_train.core.config import PositiveInt
+from ernie_train.core.config import HARMLESS, PositiveInt
 from ernie_train.core.errors import DataError
 from ernie_train.data import (
     ChatTraining,
@@ -45,7 +45,7 @@ class SupervisedConfig(StageConfig):
     data: Annotated[list[DataSource], Field(min_length=1)]
     validation: list[DataSource] = []
     grad_accum_steps: PositiveInt = 1
-    validate_every_steps: PositiveInt | None = None
+    validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
     seq_len: PositiveInt | None = None
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None

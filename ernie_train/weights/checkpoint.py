@@ -18,13 +18,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.config import StrictConfig
+from ernie_train.core.config import HARMLESS, StrictConfig
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError, storage_errors
 from ernie_train.core.foreign_files import read_text
 from ernie_train.io.files import (
@@ -61,12 +61,12 @@ class CheckpointConfig(StrictConfig):
         export, instead of its last one.
     """
 
-    every_steps: int = Field(200, ge=1)
-    keep_last: int = Field(2, ge=1)
+    every_steps: Annotated[int, HARMLESS] = Field(200, ge=1)
+    keep_last: Annotated[int, HARMLESS] = Field(2, ge=1)
     best_metric: str | None = None
     best_is: Literal["higher", "lower"] | None = None
     load_best_at_end: bool = False
-    max_shard_size: int | str = "5GB"
+    max_shard_size: Annotated[int | str, HARMLESS] = "5GB"
 
     @model_validator(mode="after")
     def _best_of_something(self) -> CheckpointConfig:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from ernie_train.core.errors import DataError
-from ernie_train.run.lineage import Lineage, hash_files
+from ernie_train.run import lineage
+from ernie_train.run.lineage import (
+    HashMemory,
+    Lineage,
+    hash_files,
+    stage_changes,
+    stage_record,
+)
+from ernie_train.run.stages import AnyStageConfig
 
 
 def sha256(text: str) -> str:
@@ -33,7 +44,7 @@ def test_the_hash_covers_every_file_below_a_directory(tmp_path: Path) -> None:
     (tmp_path / "d" / "b").write_text("2")
     (tmp_path / "d" / "sub" / "c").write_text("3")
     (tmp_path / "a").write_text("1")
-    expected = sha256(sha256("1") + sha256("2") + sha256("3"))
+    expected = sha256(sha256("1") + sha256(sha256("2") + sha256("3")))
     assert hash_files([tmp_path / "a", tmp_path / "d"]) == expected
     with pytest.raises(DataError, match="nowhere: no such file"):
         hash_files([tmp_path / "nowhere"])
@@ -43,3 +54,80 @@ def test_the_hash_of_a_pattern_is_that_of_its_files(tmp_path: Path) -> None:
     for name, text in (("b.jsonl", "2"), ("a.jsonl", "1"), ("c.csv", "3")):
         (tmp_path / name).write_text(text)
     assert hash_files([tmp_path / "*.jsonl"]) == sha256(sha256("1") + sha256("2"))
+
+
+def test_no_file_passes_from_one_path_to_another_unnoticed(tmp_path: Path) -> None:
+    for name in ("one/a", "one/b", "two/c", "short/a", "long/b", "long/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name[-1])
+    together = hash_files([tmp_path / "one", tmp_path / "two"])
+    assert together != hash_files([tmp_path / "short", tmp_path / "long"])
+
+
+def test_a_hash_is_remembered_until_size_or_time_changes(tmp_path, monkeypatch) -> None:
+    file, kept = tmp_path / "a", tmp_path / "hashes.json"
+    file.write_text("1")
+    os.utime(file, (1, 1))
+    first = HashMemory(kept)
+    assert first.sha256(file) == sha256("1")
+    first.save()
+    with monkeypatch.context() as patch:
+        patch.delattr(lineage, "digest_file")
+        assert HashMemory(kept).sha256(file) == sha256("1")
+    file.write_text("2")
+    assert HashMemory(kept).sha256(file) == sha256("2")
+    file.write_text("33")
+    os.utime(file, (1, 1))
+    assert HashMemory(kept).sha256(file) == sha256("33")
+    kept.write_text("[1, 2")
+    assert HashMemory(kept).sha256(file) == sha256("33")
+
+
+STAGES = {
+    "sft": {"data": [{"path": "a.jsonl"}], "seq_len": 32, "steps": 4},
+    "dpo": {"data": "a.jsonl", "seq_len": 32, "steps": 4, "pairs_per_step": 2},
+    "upo": {
+        "data": [{"path": "a.jsonl"}], "reward": "exact", "iterations": 4,
+        "rollout": {"max_new_tokens": 4, "prompts_per_iteration": 2},
+        "evaluation": {"path": "a.jsonl", "every_iterations": 2},
+    },
+}  # fmt: skip
+COMMON = [
+    {"checkpoint": {"every_steps": 7, "keep_last": 5}}, {"moe_health": {"probe_tokens": 9}},
+    {"gate": {"metric": "eval/mean", "at_least": 0.5}}, {"max_bad_fraction": 0.5},
+]  # fmt: skip
+HARMLESS = {
+    "sft": [*COMMON, {"data": [{"path": "moved/a.jsonl"}]}],
+    "dpo": [*COMMON, {"data": "moved/a.jsonl"}],
+    "upo": [
+        *COMMON, {"samples_per_iteration": 1}, {"canaries": 0}, {"term_norms_every": 2},
+        {"rollout": {**STAGES["upo"]["rollout"], "dump": True}},
+        {"evaluation": {"path": "moved/a.jsonl", "every_iterations": 4}},
+    ],
+}  # fmt: skip
+DECISIVE = {
+    "sft": [{"seq_len": 64}, {"optim": {"lr": 2.0}}, {"data": [{"path": "a.jsonl", "weight": 2}]}],
+    "dpo": [{"beta": 0.2}, {"seq_len": 64}, {"pairs_per_step": 4}],
+    "upo": [
+        {"policy": {"clip_ratio": 0.1}}, {"rollout": {**STAGES["upo"]["rollout"], "top_k": 3}},
+        {"reward": {"name": "exact", "weight": 2.0}}, {"curriculum": {"start": 1}},
+    ],
+}  # fmt: skip
+
+
+def changes(kind: str, change: dict[str, Any]) -> list[str]:
+    parse = TypeAdapter(AnyStageConfig).validate_python
+    common = {"name": "x", "kind": kind, "micro_batch_size": 2, "optim": {"lr": 1.0}}
+    before, now = (parse({**common, **STAGES[kind], **more}) for more in ({}, change))
+    made_from = Lineage("7", "m", "t")
+    return stage_changes(now, made_from, stage_record(before, made_from))
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_settings_that_change_no_result_may_change(kind: str) -> None:
+    assert [changes(kind, change) for change in HARMLESS[kind]] == [[]] * len(HARMLESS[kind])
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_settings_that_change_results_may_not(kind: str) -> None:
+    assert all(changes(kind, change) for change in DECISIVE[kind])

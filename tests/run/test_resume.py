@@ -1,0 +1,141 @@
+"""What a run needs to continue, what may change in between, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ernie_train.cli.main import main
+from tests.workspace import final_files, make_workspace, write_rows
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+    make_workspace(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _own_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
+
+
+def write_recipe(root: Path, name: str, stages: list[dict[str, Any]], **changes: Any) -> Path:
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    recipe |= {"stages": stages, "evaluation": None, "export": None, **changes}
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def stage(root: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name, "kind": "sft", "data": [{"path": str(root / "train.jsonl")}],
+        "seq_len": 128, "micro_batch_size": 2, "steps": 2, "optim": {"lr": 3e-3}, **changes,
+    }  # fmt: skip
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    return int(stopped.value.code or 0)
+
+
+def start_over(root: Path, name: str, first: dict[str, Any], second: dict[str, Any]) -> int:
+    """Return the status of a second recipe in the directory of a first that must fail."""
+    directory = root / name
+    assert run("run", write_recipe(root, f"{name}-1", [first]), "--run-dir", directory) == 2
+    return run("run", write_recipe(root, f"{name}-2", [second]), "--run-dir", directory)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_recipe_that_fails_at_its_data_binds_nothing(root, renamed):
+    write_rows(root / "bad.jsonl", [{"nothing": "known"}])
+    broken = stage(root, "sft", data=[{"path": str(root / "bad.jsonl")}])
+    mended = stage(root, "other" if renamed else "sft", optim={"lr": 1e-3})
+    assert start_over(root, f"failed-{renamed}", broken, mended) == 0
+
+
+def test_a_stage_without_a_checkpoint_begins_anew_under_another_recipe(root, capsys):
+    directory = root / "begun"
+    assert (
+        run("run", write_recipe(root, "begun", [stage(root, "sft")]), "--run-dir", directory) == 0
+    )
+    (directory / "01-sft/DONE").unlink()
+    shutil.rmtree(directory / "01-sft/checkpoints")
+    other = write_recipe(root, "begun-2", [stage(root, "sft", steps=1)])
+    assert run("run", other, "--run-dir", directory) == 0
+    assert (directory / "01-sft.before-1/stage.json").exists()
+    assert "set aside" in capsys.readouterr().out
+
+
+def test_harmless_changes_continue_a_run(root, capsys):
+    directory, data = root / "harmless", root / "harmless.jsonl"
+    shutil.copy(root / "train.jsonl", data)
+    stages = [stage(root, "sft", data=[{"path": str(data)}])]
+    assert run("run", write_recipe(root, "harmless", stages), "--run-dir", directory) == 0
+    moved = data.rename(root / "moved.jsonl")
+    stages = [
+        stage(root, "sft", data=[{"path": str(moved)}], checkpoint={"every_steps": 1}),
+        stage(root, "more"),
+    ]
+    assert run("run", write_recipe(root, "harmless", stages), "--run-dir", directory) == 0
+    assert (directory / "02-more/DONE").exists()
+    moved.write_bytes(moved.read_bytes().replace(b"What is", b"Tell me", 1))
+    assert run("run", write_recipe(root, "harmless", stages), "--run-dir", directory) == 2
+    assert "input.data" in capsys.readouterr().err
+
+
+def test_a_later_stage_needs_the_last_finished_one_alone(root):
+    given = [stage(root, "given", steps=1)]
+    source = root / "source"
+    assert run("run", write_recipe(root, "given", given), "--run-dir", source) == 0
+    stages = [stage(root, name) for name in ("one", "two", "three")]
+    recipe = write_recipe(root, "three", stages, model={"path": str(source)})
+    assert run("run", recipe, "--run-dir", root / "whole") == 0
+    cut = root / "cut"
+    assert run("run", recipe, "--run-dir", cut, "--until", "two") == 0
+    shutil.rmtree(cut / "01-one/checkpoints")
+    source.rename(root / "elsewhere")
+    try:
+        assert run("run", recipe, "--run-dir", cut) == 0
+    finally:
+        (root / "elsewhere").rename(source)
+    assert final_files(cut, "03-three") == final_files(root / "whole", "03-three")
+
+
+def test_an_emptied_export_is_made_again_and_starts_are_recorded(root, capsys):
+    recipe = write_recipe(root, "exported", [stage(root, "sft")], export={"dtype": "float32"})
+    directory = root / "exported"
+    assert run("run", recipe, "--run-dir", directory) == 0
+    (directory / "export/model.safetensors").unlink()
+    assert run("status", directory) == 0
+    assert "next: export" in capsys.readouterr().out
+    assert run("run", recipe, "--run-dir", directory) == 0
+    assert (directory / "export/model.safetensors").exists()
+    weights = bytearray((directory / "export/model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (directory / "export/model.safetensors").write_bytes(weights)
+    assert run("run", recipe, "--run-dir", directory) == 0
+    assert (directory / "export/model.safetensors").read_bytes() != bytes(weights)
+    starts = json.loads((directory / "environment.json").read_text())["starts"]
+    assert len(starts) == 3 and all({"commit", "dirty"} <= set(s["code"]) for s in starts)
+
+
+def test_status_tells_of_a_missed_gate_and_of_speed(root, capsys):
+    gate = {"metric": "eval/mean", "at_least": 0.99}
+    test = {"path": str(root / "test.jsonl"), "max_new_tokens": 2, "after_each_stage": True,
+            "max_examples": 2}  # fmt: skip
+    recipe = write_recipe(root, "gated", [stage(root, "sft", gate=gate)], evaluation=test)
+    assert run("run", recipe, "--run-dir", root / "gated") == 5
+    capsys.readouterr()
+    assert run("status", root / "gated") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "gate missed" in out and "the run is complete" not in out
+    assert "missed its gate" in out and "tokens/s" in out.replace(" ", "")
