@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from rich.console import Console
 
 from ernie_train.core.errors import DataError
 from ernie_train.data import Tokenizer, load_tokenizer
+from ernie_train.io.run_dir import read_done
 from ernie_train.rl import data as rl_data
-from ernie_train.rl import dpo
+from ernie_train.rl import dpo, loop
 from ernie_train.rl.config import RolloutConfig, UpoConfig
 from ernie_train.rl.dpo import DpoConfig
 from ernie_train.rl.report import HealthWarnings
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.train.stage import StageData
+from ernie_train.weights.model_directory import find_model
+from tests.rl.test_upo import run_stage
 from tests.rl.test_upo import stage as upo_stage
 from tests.workspace import make_workspace, rows, write_rows
 
@@ -111,3 +115,44 @@ def test_recipes_that_an_earlier_version_resolved_still_open(root, tmp_path):
     found = recorded_recipe(tmp_path)
     assert found is not None and isinstance(found.stages[0], UpoConfig)
     assert found.stages[0].rollout.truncated == "keep"
+
+
+HELD_OUT = {"path": "test.jsonl", "every_iterations": 2}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "samples", "says"),
+    [
+        (
+            {"best_metric": "eval/maths"},
+            1,
+            "'eval/maths' is not measured in stage rl, only",
+        ),
+        ({"best_metric": "eval/sum/pass@4"}, 1, "not measured"),
+        ({"best_metric": "eval/sum/pass@4", "every_steps": 3}, 4, "a multiple of evaluation.every"),
+        ({"best_metric": "eval/sum/pass@4"}, 4, None),
+        ({"best_metric": "eval/math"}, 1, None),
+    ],
+)
+def test_a_best_metric_must_be_measured_at_checkpoints(root, checkpoint, samples, says):
+    evaluation = {**HELD_OUT, "samples": samples, "temperature": float(samples > 1)}
+    settings = {"every_steps": 2, **checkpoint}
+    found = nullcontext() if says is None else pytest.raises(Exception, match=says)
+    with found:
+        config = UpoConfig(**upo_stage(root, checkpoint=settings, evaluation=evaluation))
+        rl_data.prepare(config, stage_data(root))
+
+
+def test_the_best_iteration_is_handed_on(root, tmp_path, monkeypatch):
+    accuracy = iter([0.1, 0.5, 0.3])
+    monkeypatch.setattr(loop, "evaluate_held_out", lambda *given: {"eval/math": next(accuracy)})
+    (root / "reward.py").write_text(
+        "def score(row, completion):\n    return float(len(completion) % 2)\n"
+    )
+    best = {"best_metric": "eval/math", "load_best_at_end": True, "every_steps": 2, "keep_last": 1}
+    evaluation = {**HELD_OUT, "path": str(root / "test.jsonl")}
+    changes = {"iterations": 6, "checkpoint": best, "evaluation": evaluation}
+    assert run_stage(root, tmp_path / "run", **changes) == 0
+    done = read_done(tmp_path / "run/01-rl")
+    assert done is not None and done.result == {"steps": 6, "checkpoint": "step_000004"}
+    assert find_model(tmp_path / "run").weights.name == "step_000004"

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -14,9 +13,9 @@ from ernie_train.cli.main import main
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.io.run_dir import read_done
-from ernie_train.io.safetensors import TensorFiles
 from ernie_train.train import supervised
 from ernie_train.train.supervised_data import SftConfig
+from ernie_train.weights.hf import load_pretrained
 from ernie_train.weights.model_directory import find_model
 from tests.workspace import make_workspace, metrics_without_time
 
@@ -70,16 +69,19 @@ def test_validation_is_measured_without_being_asked(workspace, tmp_path, capsys,
 
 
 def weights(directory: Path) -> dict[str, bytes]:
-    files = TensorFiles(directory, "model")
-    return {name: np.asarray(files[name]).tobytes() for name in files}
+    """The weights of a model directory or checkpoint, that of an adapter with its base."""
+    model = load_pretrained(directory)
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("load_best", [True, False])
-def test_the_best_checkpoint_is_handed_on(workspace, tmp_path, monkeypatch, load_best):
+@pytest.mark.parametrize(
+    ("load_best", "part"), [(True, {}), (False, {}), (True, {"lora": {"rank": 4}})], ids=str
+)
+def test_the_best_checkpoint_is_handed_on(workspace, tmp_path, monkeypatch, load_best, part):
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
     directory = tmp_path / "run"
-    first = stage(workspace, checkpoint={**BEST, "load_best_at_end": load_best})
+    first = stage(workspace, **part, checkpoint={**BEST, "load_best_at_end": load_best})
     with monkeypatch.context() as patch:
         patch.setattr(supervised, "validation_loss", lambda *arguments: next(losses))
         assert run(workspace, directory, first, export={"dtype": "float32"}) == 0
@@ -97,9 +99,9 @@ def test_the_best_checkpoint_is_handed_on(workspace, tmp_path, monkeypatch, load
     # A later stage starts from it, also when the first one is found done.
     more = stage(workspace, name="more", steps=1, optim={"lr": 1e-12}, validation=None)
     assert run(workspace, directory, first, more) == 0
-    after = TensorFiles(directory / "02-more/checkpoints/step_000001", "model")
-    before = TensorFiles(checkpoint, "model")
-    assert all(np.abs(after[name] - before[name]).max() < 1e-6 for name in before)
+    after = load_pretrained(directory / "02-more/checkpoints/step_000001").state_dict()
+    before = load_pretrained(checkpoint).state_dict()
+    assert all(float((after[name] - before[name]).abs().max()) < 1e-6 for name in before)
 
 
 def test_the_best_one_of_verbs(workspace, tmp_path, monkeypatch, capsys):
