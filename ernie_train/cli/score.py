@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ernie_train.core.config import StrictConfig, load_yaml, parse_config
 from ernie_train.core.errors import DataError, Interrupted
+from ernie_train.core.foreign_files import open_regular
 from ernie_train.core.signals import StopFlag
 from ernie_train.io.files import write_jsonl
 from ernie_train.rewards.score import Status
@@ -92,11 +93,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a .jsonl file; `DataError` names the line of a mistake."""
     rows = []
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with open_regular(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number}: it is no JSON object")
                 rows.append(row)

@@ -21,6 +21,7 @@ from ernie_train.core.yaml import parse_yaml
 PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+SampleWeight = Annotated[float, Field(gt=0, le=10_000)]  # how often a source is used in an epoch
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -89,7 +90,11 @@ def parse_config(cls: type[Config], data: dict[str, Any], source: str) -> Config
     try:
         # By way of JSON a list is accepted for a tuple and text for a path or an enumeration, as
         # a recipe needs it, while everything else stays strict.
-        text = json.dumps(data)
+        text = json.dumps(data, ensure_ascii=False)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 30) : error.end + 10]
+        raise ConfigError(f"half of a surrogate pair is no text: {near}", source) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"settings must be plain values: {error}", source) from None
     try:

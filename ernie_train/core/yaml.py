@@ -18,7 +18,7 @@ from ernie_train.core.errors import ConfigError
 from ernie_train.core.foreign_files import read_text
 from ernie_train.core.terminal import one_line
 
-MOST_BYTES = 2**19  # of a file of settings; PyYAML takes seconds for it
+MOST_BYTES = 2**17  # of a file of settings; PyYAML takes seconds for it
 MOST_DEPTH = 100  # of lists and sections within each other
 MOST_VALUES = 100_000  # in a file of settings, each alias counted with all that it stands for
 
@@ -46,7 +46,14 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node).replace("_", ""))
 
 
+def _construct_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    # JSON, which is YAML, may write one character as two escapes, a surrogate pair.
+    text = str(loader.construct_scalar(node))
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ernie_train.core.config import HARMLESS
+from ernie_train.core.config import HARMLESS, SampleWeight
 from ernie_train.core.errors import DataError
 from ernie_train.core.terminal import Terminal
 from ernie_train.data.cache import DocumentStore, cache_directory, exclusive
@@ -74,7 +74,7 @@ class DataSource(MappedRows):
     """
 
     path: Annotated[str, Field(min_length=1), HARMLESS]
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: SampleWeight = 1.0
     format: FormatName = "auto"
     max_examples: Annotated[int, Field(ge=1)] | None = None
     include_thinking: bool = True

@@ -32,6 +32,14 @@ _SIZES = (
     "moe_layer_end_index", "moe_layer_interval",
 )  # fmt: skip
 
+# Far beyond any model, and few enough for arithmetic over each of them.
+_MOST = {
+    "num_hidden_layers": 1024, "moe_num_experts": 2**14, "hidden_size": 2**20,
+    "intermediate_size": 2**24, "moe_intermediate_size": 2**24, "vocab_size": 2**28,
+    "moe_num_shared_experts": 2**10, "num_attention_heads": 2**14, "head_dim": 2**14,
+    "max_position_embeddings": 2**31,
+}  # fmt: skip
+
 # Other names in Hugging Face's attribute map. Not pydantic's AliasChoices: a preset and its
 # overrides are merged before they are validated, so both must have the same name by then.
 _ALIASES = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
@@ -144,7 +152,11 @@ class Ernie4_5_MoeConfig(StrictConfig):
 
     def _misfits(self) -> list[str]:
         """Return what is wrong with values that are possible each by itself."""
-        problems = []
+        problems = [
+            f"{name}={getattr(self, name)} is no size of a model: at most {most}"
+            for name, most in _MOST.items()
+            if (getattr(self, name) or 0) > most
+        ]
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             problems.append(

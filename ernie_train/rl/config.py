@@ -11,6 +11,7 @@ from ernie_train.core.config import (
     NonNegative,
     Positive,
     PositiveInt,
+    SampleWeight,
     Share,
     StrictConfig,
 )
@@ -30,7 +31,7 @@ class PromptSource(MappedRows):
     """
 
     path: Annotated[str, Field(min_length=1), HARMLESS]
-    weight: Positive = 1.0
+    weight: SampleWeight = 1.0
     tasks: list[str] = []
     max_examples: PositiveInt | None = None
 

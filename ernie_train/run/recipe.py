@@ -171,7 +171,7 @@ class ExportConfig(StrictConfig):
 class Recipe(StrictConfig):
     """A model, its training stages, its evaluation and its export."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: ModelSource
     tokenizer: TokenizerSource

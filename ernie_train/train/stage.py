@@ -41,7 +41,7 @@ class StageConfig(StrictConfig):
     freeze: those that do not.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
     micro_batch_size: PositiveInt
     optim: OptimConfig
     lora: LoraConfig | None = None

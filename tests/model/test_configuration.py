@@ -284,3 +284,10 @@ def test_a_message_names_the_key_what_it_must_be_and_what_it_is() -> None:
 def test_a_configuration_cannot_be_changed_afterwards() -> None:
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         Ernie4_5_MoeConfig().moe_k = 2
+
+
+@pytest.mark.parametrize("size", [2**31, 10**9, 10**30])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "moe_num_experts", "hidden_size"])
+def test_sizes_beyond_any_model_are_refused_at_once(name: str, size: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={size} is no size of a model"):
+        Ernie4_5_MoeConfig.preset("tiny", **{name: size})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ernie_train.core.errors import DataError
+from ernie_train.core.foreign_files import read_bytes
 from ernie_train.data.chat_template import CONTROL_TOKENS, MARKUP_TOKENS
 from ernie_train.data.tokenizer.base import (
     Offsets,
@@ -86,5 +87,5 @@ class PaddleNLPTokenizer(Tokenizer):
         digest = hashlib.sha256(json.dumps(sorted(self._ids.items())).encode())
         merges = self.directory / "merges.txt"
         if merges.exists():
-            digest.update(merges.read_bytes())
+            digest.update(read_bytes(merges))
         return digest.hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 from ernie_train.core.errors import DataError
+from ernie_train.core.foreign_files import read_bytes
 from ernie_train.data.chat_template import (
     CONTROL_TOKENS,
     ERNIE_THINKING,
@@ -58,12 +59,12 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         model_path = directory / MODEL_FILE
-        data = self._model_bytes = model_path.read_bytes()
         try:
+            data = self._model_bytes = read_bytes(model_path)
             self._proto = parse_model(data)
             self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(without_dummy_prefix(data))
-        except (ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{model_path} is not a SentencePiece model: {error}") from error
         config = TokenizerConfig.read(directory)
         if self._proto.add_dummy_prefix and config.content.get("add_prefix_space") is not False:
