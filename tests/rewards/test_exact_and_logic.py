@@ -218,6 +218,69 @@ def test_a_label_that_is_denied_is_not_named(response):
     assert graded("logic", {"answer": "True"}, response).status == "wrong"
 
 
+@pytest.mark.parametrize(
+    "response",
+    ["I refuse to say True", "Somebody said True", "He claims that it is true.", "It is said to be "
+     "true", "Some say the statement is true", "True or whatever", "I was told that it is true.",
+     "If it is true", "\u4e0d\u662f\u771f", "\u6709\u4eba\u8bf4\u662f\u771f\u7684", "a true story",
+     "It cannot be false. It is true or so.", "true \\boxed{}",
+     "The statement is false. It is true."],
+)  # fmt: skip
+def test_talk_about_a_label_is_no_answer(response):
+    assert graded("logic", {"answer": "True"}, response).status == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("gold", "response"),
+    [
+        ("True", "Therefore, the statement is true."),
+        ("True", "Every cat is an animal. Tom is a cat. So the conclusion is **True**."),
+        ("False", "Thus the conclusion must be false."),
+        ("False", "It is false."),
+        ("Unknown", "Hence, the claim is uncertain."),
+        ("True", "\u7b54\u6848\u662f\uff1a\u771f"),
+        ("False", "\u6240\u4ee5\u8fd9\u4e2a\u7ed3\u8bba\u662f\u9519\u8bef\u7684\u3002"),
+        ("Unknown", "\u65e0\u6cd5\u786e\u5b9a"),
+    ],
+)
+def test_sentences_that_state_a_label(gold, response):
+    assert graded("logic", {"answer": gold}, response).status == "correct"
+
+
+FOUR = {"answer": "D", "choices": ["thermal", "classical", "mixed", "quantum"]}
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "D", "(D)", "D.", "D) quantum", "**Answer: D**", "Answer: D. quantum", "quantum",
+        r"It is \boxed{a \ll b}.\n\n**Answer: D**".replace(r"\n", "\n"), r"\boxed{\text{D}}",
+        "I choose D.", "So D is correct.", "D is the best answer",
+        "The right choice is (D) quantum.",
+        "\u9009D", "\u6545\u9009\uff1aD\u3002", "\u7b54\u6848\u9009D", "\u7b54\u6848\u662fD\u3002",
+        "D\u9009\u9879\u6b63\u786e", "\u6b63\u786e\u7b54\u6848\uff1aD\u3001quantum",
+        "The answer is D, because A is thermal.",
+    ],
+)  # fmt: skip
+def test_choices_in_the_styles_of_models(response):
+    assert graded("logic", FOUR, response).status == "correct"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "I refuse to say option D", "Somebody said option D", "Option D or option A",
+        "\u4e0d\u9009D", r"\boxed{D} \boxed{A}", "I choose A. Not D.", "D is wrong",
+        "Option D is thermal", r"\boxed{D} \boxed{}",
+        "He says D is correct", "The correct option is D or A", "\u9009D\u6216A",
+        "\u9009D\u662f\u9519\u7684",
+        r"\boxed{A}.\n\n**Answer: D**".replace(r"\n", "\n"), "The answer is not D.",
+    ],
+)  # fmt: skip
+def test_choices_that_are_denied_doubled_or_quoted(response):
+    assert graded("logic", FOUR, response).status == "wrong"
+
+
 def test_a_label_may_be_followed_by_its_reason():
     said = "The answer is True because it cannot be false."
     assert graded("logic", {"answer": "True"}, said).status == "correct"
@@ -236,6 +299,14 @@ PAIR = {"Zoey": "knight", "Ethan": "knave"}
         (PAIR, "Zoey -> knight, Ethan -> knave"),
         (PAIR, "Therefore, Zoey is a knight, and Ethan is a knave."),
         (PAIR, "Zoey must be a knight, Ethan must be a knave."),
+        (PAIR, "Knights: Zoey\nKnaves: Ethan"),
+        (PAIR, "The knight is Zoey, and the knave is Ethan."),
+        ({**PAIR, "Bo": "knight"}, "Knights: Zoey, Bo. Knaves: Ethan."),
+        ({**PAIR, "Bo": "knight"}, "The knights are Zoey and Bo, and the knave is Ethan."),
+        (
+            {**PAIR, "Bo": "knight"},
+            "The answer is:\n- **Knights:** Bo and Zoey\n- **Knaves:** Ethan",
+        ),
         ({"House 1": "red", "House 2": "green"}, "House 1: red\nHouse 2: green"),
         ({"Al": "doctor", "Bo": "software engineer"}, "Al is a doctor, Bo is a software engineer"),
         ({"Mary Ann": "knight", "O'Neil": "knave"}, "Mary Ann is a knight, O'Neil is a knave."),
@@ -256,6 +327,10 @@ def test_ways_to_write_an_assignment(people, response):
         "Zoey is a knight/knave, Ethan is a knave",
         "Zoey is a knight-knave, Ethan is a knave",
         "Zoey Ann is a knight, Ethan is a software knave",
+        "Knights: Zoey, Ethan. Knaves: Ethan",
+        "Knights: Ethan. Knaves: Zoey",
+        "Knights: Zoey or Bo. Knaves: Ethan",
+        "Knights: Zoey. Knaves: Ethan. Knights: Bo",
     ],
 )
 def test_an_assignment_that_says_more_is_wrong(response):

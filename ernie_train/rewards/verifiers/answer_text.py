@@ -210,17 +210,18 @@ def talks(text: str) -> bool:
     return any(word in _TALK for word in _words(text)) or _CHINESE_TALK.search(text) is not None
 
 
-def without_reason(text: str) -> str:
+def without_reason(text: str, *, besides: Collection[str] = ()) -> str:
     """Return an answer without the reason behind it ("18, because ..", "B since ..").
 
-    A reason that names alternatives or denies stays: the answer is then left open.
+    A reason that names alternatives, or denies by a word outside `besides`, stays: the answer is
+    then left open.
     """
     match = _REASONED.match(text)
     if match is None:
         return text
     words = set(_words(match["reason"]))
     opened = words & {"or", "maybe", "perhaps", "possibly", "either", "neither", "nor", "unless"}
-    if opened or denies(match["reason"]) or talks(match["reason"]):
+    if opened or denies(match["reason"], besides=besides) or talks(match["reason"]):
         return text
     return match["answer"].rstrip()
 

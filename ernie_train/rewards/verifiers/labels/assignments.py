@@ -1,8 +1,9 @@
 """Read and grade truth assignments such as those of knights and knaves, in any order.
 
 An assignment is written as sentences ("Zoey is a knight, and Ethan is a knave.", "(1) Zoey is a
-knight", "Zoey: knight", "Zoey and Ethan are knights"). Each person must be named exactly once, and
-nobody else may be named; a sentence that leaves a role open or denies one makes the answer wrong.
+knight", "Zoey: knight", "Zoey and Ethan are knights", "Knights: Zoey, Ethan"). Each person must be
+named exactly once, and nobody else may be named; a sentence that leaves a role open or
+denies one makes the answer wrong.
 """
 
 import functools
@@ -34,11 +35,15 @@ def parse_assignment(
     Any word with a capital may be a name; `people` are names of other forms. If a role is
     mentioned outside of such a statement, the text is unclear: None.
     """
-    name_word, names, role_said, role_word = _patterns(frozenset(roles), frozenset(people))
+    name_word, names, role_said, role_word, listed_by_role = _patterns(
+        frozenset(roles), frozenset(people)
+    )
     text = _NUMBERS.sub("; ", text.replace("**", ""))
     text = re.sub(r'\\(?:text|\\|newline)|[{}$"]', " ", text)
     if hedges(text) or denies(text, besides=roles):
         return None
+    # "Knights: Zoey, Ethan" says "Zoey, Ethan are knights".
+    text = listed_by_role.sub(r" ; \g<people> are \g<role> ; ", text)
     found: dict[str, str] = {}
     rest, position, read = [], 0, 0
     while listed := names.search(text, position):
@@ -65,8 +70,12 @@ def _patterns(roles: frozenset[str], people: frozenset[str]) -> tuple[re.Pattern
     name = rf"(?<!\w)(?:{'|'.join([*known, _NAME])})(?!\w)"
     names = rf"{name}(?:(?:\s?,\s(?:and\s)?|\sand\s){name}){{0,20}}"
     role = "|".join(re.escape(r) for r in sorted(roles, key=lambda role: (-len(role), role)))
+    by_role = (
+        rf"(?:^|(?<=[.;\n])|(?<=\band))\s*(?:[Tt]he\s|[Oo]nly\s)?(?i:(?P<role>{role})s?)\s?"
+        rf"(?::|are:?|is:?)\s*(?P<people>{names})(?=\s*(?:[.;\n]|$|,?\sand\s(?:the|only)\s))"
+    )
     role = rf"(?i:({role})s?)(?!\w)"
-    patterns = name, names, _IS + role, rf"(?<!\w){role}"
+    patterns = name, names, _IS + role, rf"(?<!\w){role}", by_role
     return tuple(map(re.compile, patterns))
 
 
@@ -81,7 +90,9 @@ def grade_assignment(gold: Mapping[str, str], response: str) -> Score:
     if len(texts) > 1 and len(set(map(squeeze, texts))) > 1:
         return Score.wrong("the response names several answers")
     # "The answer is:" may be on a line of its own, above the list.
-    found = parse_assignment(texts[0], roles, gold) or parse_assignment(response, roles, gold)
+    found = parse_assignment(texts[0], roles, gold)
+    if not found or found.keys() < gold.keys():
+        found = parse_assignment(response, roles, gold)
     if found is None:
         return Score.wrong("the response contradicts itself, repeats a person or leaves it open")
     if found == {name: fold(role) for name, role in gold.items()}:

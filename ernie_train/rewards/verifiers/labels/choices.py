@@ -2,34 +2,71 @@
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.verifiers.answer_text import (
     MAX_RESPONSE_CHARACTERS,
+    announced_behind_boxes,
     denies,
     fold,
     hedges,
     named_answers,
+    talks,
+    without_reason,
 )
 
 TRUTH_LABELS = ("true", "false", "unknown")
-# Names of data sets for the same label.
-_SYNONYMS = {"uncertain": "unknown", "undetermined": "unknown"}
-_PREFIX = re.compile(r"\(?([A-Z])\s?(?:[).:]|[-\u2013]\s)\s*(.*)", re.DOTALL)
-_LETTER = re.compile(r"\(?([A-Z])\)?[.:]?", re.IGNORECASE)
-_SPOKEN_LETTER = re.compile(
-    r"\(([A-Z])\)|\b(?i:option|choice)\s+(?:\(?([A-Z])\b|is\s+([A-Z])(?=[.,:;]|\s*$))"
+# Other words for the same label.
+_SYNONYMS = {
+    "uncertain": "unknown", "undetermined": "unknown", "correct": "true", "incorrect": "false",
+    "真": "true", "对": "true", "正确": "true", "是": "true", "假": "false", "错": "false",
+    "错误": "false", "否": "false", "未知": "unknown", "不确定": "unknown", "无法确定": "unknown",
+    "不能确定": "unknown", "无法判断": "unknown",
+}  # fmt: skip
+_LABEL = rf"(?P<label>{'|'.join((*TRUTH_LABELS, *sorted(_SYNONYMS, key=len, reverse=True)))})"
+_SO = (
+    r"(?:(?:therefore|thus|hence|so|then|finally|in conclusion|overall|所以|因此|故|综上)"
+    r"[,\uff0c]?\s*)*"
 )
-# "B because ..", "True since ..": a label and its reason.
-_REASONED = re.compile(
-    r"(\(?[A-Z]\)?|true|false|unknown|uncertain|undetermined),?\s+(?:because|since)\s.*",
+# "The statement is therefore true.", "It must be false", "这个结论是错误的。"
+_TRUTH_SENTENCE = re.compile(
+    rf"{_SO}(?:(?:(?:the|this|that|given)\s+)*(?:\w+\s)?(?:statement|conclusion|claim|hypothesis|"
+    r"sentence|proposition|result|value|expression|assertion|final label|label)"
+    r"(?:\s+[\"\u201c'][^\"\u201d']{0,300}[\"\u201d'])?|it|this|that|\(?[A-Z]\)?)\s+"
+    r"(?:is|must be|evaluates to|has to be|remains)\s+(?:therefore\s|thus\s|logically\s"
+    rf"|definitely\s|necessarily\s)?[\"'*\s]*{_LABEL}[\"'*\s]*"
+    r"|"
+    + _SO
+    + r"(?:该|这个|此|这一|上述)?(?:陈述|结论|说法|命题|判断|句子|它|这)(?:应该?|就|必然)?(?:是|为)"
+    rf"{_LABEL.replace('label', 'chinese')}的?",
+    re.IGNORECASE,
+)
+_PREFIX = re.compile(r"\(?([A-Z])\s?(?:[).:\u3001\uff1a]|[-\u2013]\s)\s*(.*)", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Z])\)?[.:\u3002]?", re.IGNORECASE)
+# "So option B is right.", "The correct choice is (B) 21.5", "I choose B", "B is correct", "故选B。"
+_OPTION = r"(?:\(\s?([A-Z])\s?\)|([A-Z])(?![A-Za-z]))"
+_SPOKEN = re.compile(
+    rf"{_SO}(?:(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|letter)\s*"
+    rf"(?:is|would be|must be|:)?\s*(?:option\s)?{_OPTION}"
+    rf"|(?:I|we)\s+(?:choose|pick|select|go with)\s+(?:option\s|choice\s)?{_OPTION}"
+    rf"|(?:应该?)?选项?(?:是|为)?[:\uff1a]?\s*{_OPTION}"
+    rf"|{_OPTION}\s*(?=(?:is|must be)\s+(?:the\s+)?(?:correct|right|best|answer)"
+    r"|选?项?(?:是)?正确))"
+    r"(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
 )
-_WORDS = re.compile(r"[a-z]+(?:'[a-z]+)?")
+_RIGHT = re.compile(
+    r"\s*(?:(?:is|must be)\s+(?:the\s+)?(?:correct|right|best|answer)"
+    r"(?:\s+(?:one|answer|choice|option))?"
+    r"|选?项?(?:是)?正确(?:的|答案)?)\s*",
+    re.IGNORECASE,
+)
 # Neither a program that mentions a label nor a question is an answer.
-_CODE = re.compile(r"[=_{}`;?]")
+_CODE = re.compile(r"[=_{}`;?\uff1f]")
+_WORDS = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\u4e00-\u9fff])|(?<=[\u3002\uff01\uff1f])\s*|\n+")
 
 
 def grade_truth(gold: str, response: str) -> Score:
@@ -37,20 +74,37 @@ def grade_truth(gold: str, response: str) -> Score:
     wanted = truth_label(gold)
     if wanted is None:
         return Score.bad_gold(f"{gold[:80]!r} is none of {', '.join(TRUTH_LABELS)}")
-    texts = _texts(response)
     found: set[str] = set()
-    for text in texts:
-        text = _REASONED.sub(r"\1", text)
-        words = [_SYNONYMS.get(word, word) for word in _WORDS.findall(fold(text))]
-        found |= {word for word in words if word in TRUTH_LABELS}
-        if hedges(text) or denies(text, besides=TRUTH_LABELS) or _CODE.search(text):
-            return Score.wrong("the response takes its answer back, leaves it open or is code")
+    for text in _texts(response, lambda text: _truth_said(text) is not None):
+        said = _truth_said(text)
+        if said is None:
+            return Score.wrong("the response takes its answer back, leaves it open or is talk")
+        found.add(said)
     return _one_of(found, wanted)
+
+
+def _truth_said(text: str) -> str | None:
+    """Return the label of a text that is one, or whose last sentence says that something is."""
+    text = without_reason(text, besides=TRUTH_LABELS).strip()
+    if (label := truth_label(text.strip("*\"' "))) is not None:
+        return label
+    if _CODE.search(text):
+        return None
+    *before, last = [part for part in _SENTENCE.split(text) if part.strip()] or [""]
+    # "I refuse to say True" and "Somebody said True" name a label and say nothing.
+    match = _TRUTH_SENTENCE.fullmatch(last.strip(" *.\u3002!"))
+    if match is None:
+        return None
+    said = truth_label(match["label"] or match["chinese"])
+    earlier = [word for part in before for word in _WORDS.findall(fold(part))]
+    others = {_SYNONYMS.get(word, word) for word in earlier} & set(TRUTH_LABELS)
+    open_ended = any(hedges(part) or denies(part, besides=TRUTH_LABELS) for part in before)
+    return None if open_ended or others - {said} else said
 
 
 def truth_label(text: str) -> str | None:
     """Return the truth label that a text consists of."""
-    label = fold(text).removesuffix(".")
+    label = fold(text).rstrip(".\u3002")
     label = _SYNONYMS.get(label, label)
     return label if label in TRUTH_LABELS else None
 
@@ -68,13 +122,17 @@ def grade_choice(gold: str, choices: Sequence[str], response: str) -> Score:
     if wanted is None:
         return Score.bad_gold(f"the answer {gold[:80]!r} is none of the choices")
     found: set[str] = set()
-    for text in _texts(response):
-        read = _read_choice(text, texts)
-        spoken = {read} if read is not None else _spoken_choices(text, texts)
-        if not spoken:
+    for text in _texts(response, lambda text: bool(_choices_said(text, texts))):
+        said = _choices_said(text, texts)
+        if not said:
             return Score.wrong(f"{text[:80]!r} names no choice")
-        found |= spoken
+        found |= said
     return _one_of(found, wanted)
+
+
+def _choices_said(text: str, choices: Sequence[str]) -> set[str]:
+    read = _read_choice(text, choices)
+    return {read} if read is not None else _spoken_choices(text, choices)
 
 
 def _one_of(found: set[str], wanted: str) -> Score:
@@ -84,12 +142,18 @@ def _one_of(found: set[str], wanted: str) -> Score:
     return Score.correct() if wanted in found else Score.wrong(f"{found.pop()} is not {wanted}")
 
 
-def _texts(response: str) -> list[str]:
-    """Return the answers that the response names, or else all of it."""
+def _texts(response: str, is_answer: Callable[[str], bool]) -> list[str]:
+    """Return the answers that the response names, or else all of it.
+
+    Boxes that hold no answer are formulas, if one is announced behind them.
+    """
     if len(response) > MAX_RESPONSE_CHARACTERS:
         return []
-    texts = named_answers(response) or [response]
-    return [_plain(text) for text in texts]
+    texts = [_plain(text) for text in named_answers(response) or [response]]
+    if not any(map(is_answer, texts)):
+        behind = [_plain(text) for text in announced_behind_boxes(response)]
+        return behind if behind and texts[-1] else texts
+    return texts
 
 
 def _plain(text: str) -> str:
@@ -108,7 +172,7 @@ def _read_choice(text: str, choices: Sequence[str]) -> str | None:
     text = text.strip()
     if (letter := by_text.get(_key(text))) is not None:
         return letter
-    text = _REASONED.sub(r"\1", text)
+    text = without_reason(text).strip()
     letters = set(by_text.values())
     if (match := _LETTER.fullmatch(text)) and match[1].upper() in letters:
         return match[1].upper()
@@ -123,8 +187,19 @@ def _key(text: str) -> str:
 
 
 def _spoken_choices(text: str, choices: Sequence[str]) -> set[str]:
-    """Return the letters that a sentence names, as in "option B"; none in hedging, denial, code."""
-    if hedges(text) or denies(text) or _CODE.search(text):
+    """Return the letter that the last sentence names, as in "option B"; none in hedging or talk."""
+    if hedges(text) or denies(text) or talks(text) or _CODE.search(text):
         return set()
-    letters = set(string.ascii_uppercase[: len(choices)])
-    return {"".join(groups) for groups in _SPOKEN_LETTER.findall(text)} & letters
+    last = [part for part in _SENTENCE.split(text) if part.strip()][-1:]
+    match = _SPOKEN.fullmatch(last[0].strip(" *\u3002")) if last else None
+    if match is None:
+        return set()
+    *found, rest = match.groups()
+    letter = next(group for group in found if group)
+    rest = rest.strip(" .*")
+    place = string.ascii_uppercase.find(letter)
+    if not 0 <= place < len(choices):
+        return set()
+    told = _key(rest.lstrip(").:,-\u2013\u3001\uff1a "))
+    fits = not rest or _RIGHT.fullmatch(rest) is not None or told == _key(choices[place])
+    return {letter} if fits else set()
