@@ -114,6 +114,10 @@ CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         tool_row({"port": "Emden", "day": None, "at": {"hour": None}}, "noon"),
         [ASK, calls(call("tide", {"port": "Emden", "at": {}})), result("noon"), ANSWER],
     ),
+    "arguments as text with nulls": (
+        tool_row('{"port": "Emden", "day": null, "on": [null]}', "noon"),
+        [ASK, calls(call("tide", {"port": "Emden", "on": [None]})), result("noon"), ANSWER],
+    ),
     **{
         f"arguments {arguments!r}": (
             tool_row(arguments, "noon"),

@@ -233,5 +233,5 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise RowError(f"message {number}: the arguments of a tool call must be an object")
-    function = {"name": function["name"], "arguments": arguments}
+    function = {"name": function["name"], "arguments": without_nulls(arguments)}
     return {"type": "function", "function": function}
