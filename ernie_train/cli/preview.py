@@ -73,7 +73,8 @@ def preview_data(
     console.rule("the data")
     _print_counts(records, read, settings, console)
     if tokenizer is None:
-        _print_unused(read, console)
+        lines = read.remarks() + ([splits_warning(data, read.splits)] if read.splits else [])
+        console.print("\n".join(lines), highlight=False)
     else:
         kind: Any = "pretrain" if all(r.kind == "text" for r in records) else "sft"
         _, report = encode_records(records, read, tokenizer, kind=kind, seq_len=settings.seq_len)
@@ -208,16 +209,6 @@ def _print_counts(
     )
     if settings.most_rows and len(records) == settings.most_rows:
         console.print(f"only the first {read.rows} rows were read; --max-rows 0 reads all")
-
-
-def _print_unused(read: ReadReport, console: Console) -> None:
-    if read.unread:
-        keys = ", ".join(f"{key} ({count})" for key, count in sorted(read.unread.items()))
-        console.print(f"keys that nothing reads: {keys}", highlight=False)
-    if read.passed_over:
-        console.print(f"passed over: {read.passed_over}", highlight=False)
-    if read.splits:
-        console.print(splits_warning(read.path, read.splits), highlight=False)
 
 
 def _print_left_out(rows: list[BadRow], console: Console) -> None:

@@ -1,7 +1,7 @@
 """Read data files of every known container and format, and report bad rows."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ __all__ = ["BadRow", "ReadReport", "Record", "iter_records", "read_records"]
 
 SHOWN_BAD_ROWS = 10
 LISTED_ROWS = 100
+# Keys of rows that verifiers read, or that name the row: no surprise that training reads none.
+FOR_VERIFIERS = {
+    *("id", "task", "domain", "reward", "answer", "tests", "hidden_tests", "entry_point"),
+    *("expected_calls", "difficulty", "tools", "source", "data_source"),
+}
 # A file of which no row has a known format is given up after so many.
 MOST_UNKNOWN_ROWS = 1000
 
@@ -37,6 +42,25 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
+
+
+def remarks(
+    path: str,
+    dropped: Mapping[str, int],
+    bad: Sequence[BadRow],
+    unread: Mapping[str, int],
+    passed_over: str,
+) -> list[str]:
+    """Return a line for everything of a path that was left out or is not read."""
+    reasons = [f"{count} {reason}" for reason, count in dropped.items()]
+    reasons += [f"{len(bad)} bad, first {bad[0]}"] if bad else []
+    keys = ", ".join(f"{key} ({count})" for key, count in sorted(unread.items()))
+    told = {
+        f"left out of {path}": "; ".join(reasons),
+        f"keys of {path} that nothing reads": keys,
+        f"passed over in {path}": passed_over,
+    }
+    return [f"{what}: {text}" for what, text in told.items() if text]
 
 
 @dataclass
@@ -72,6 +96,14 @@ class ReadReport:
         self.dropped[reason] += 1
         if len(self.left_out) < LISTED_ROWS:
             self.left_out.append(BadRow(source, reason))
+
+    def note_unread_fields(self, record: Record) -> None:
+        """Count the keys of a row that training does not read."""
+        self.unread.update(record.fields.keys() - FOR_VERIFIERS)
+
+    def remarks(self) -> list[str]:
+        """Return a line for everything that was left out or is not read."""
+        return remarks(self.path, self.dropped, self.bad, self.unread, self.passed_over)
 
     def check(self, max_bad_fraction: float) -> None:
         """Check that there are rows and that few of them are bad.

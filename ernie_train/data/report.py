@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ernie_train.data.documents import EncodedDocument
-from ernie_train.data.reader import LISTED_ROWS, BadRow
+from ernie_train.data.reader import LISTED_ROWS, BadRow, remarks
 from ernie_train.data.tokenizer import Tokenizer
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -174,16 +174,9 @@ class DataReport:
     def _left_out(self) -> list[str]:
         lines = []
         for source in self.sources:
-            reasons = [f"{count} {reason}" for reason, count in source.dropped.items()]
-            if source.bad:
-                reasons.append(f"{len(source.bad)} bad, first {source.bad[0]}")
-            if reasons:
-                lines.append(f"left out of {source.path}: {'; '.join(reasons)}")
-            if source.unread:
-                keys = ", ".join(f"{key} ({count})" for key, count in source.unread.items())
-                lines.append(f"keys of {source.path} that nothing reads: {keys}")
-            if source.passed_over:
-                lines.append(f"passed over in {source.path}: {source.passed_over}")
+            lines += remarks(
+                source.path, source.dropped, source.bad, source.unread, source.passed_over
+            )
             lines += [f"{source.path}: {count} {note}" for note, count in source.notes.items()]
         return lines
 

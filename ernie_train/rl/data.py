@@ -211,7 +211,7 @@ def read_fitting_pairs(
     max_tokens: of a prompt with its completion; None: the sum of the other two.
     Raises `DataError` where none fits.
     """
-    pairs, bad = read_pairs(data.base_dir / path, data.tokenizer, max_bad_fraction, columns)
+    pairs, read = read_pairs(data.base_dir / path, data.tokenizer, max_bad_fraction, columns)
     longest = max_tokens or max_prompt_tokens + max_new_tokens
     fitting = [
         pair
@@ -244,10 +244,8 @@ def read_fitting_pairs(
         what = f"{too_long} of {len(pairs)} pairs of {path}"
         longest_pair = max(c.length for pair in pairs for c in pair)
         warnings = [too_long_warning(what, bound, longest_pair, "raise it, or shorten them")]
-    if bad:
-        text = f"warning: {len(bad)} bad rows of {path} were left out, first {bad[0]}"
-        warnings.append(Text(text, "yellow"))
-    return fitting, facts | {"bad": list(map(str, bad))}, warnings
+    warnings += [Text(line, "yellow") for line in read.remarks()]
+    return fitting, facts | {"bad": list(map(str, read.bad))}, warnings
 
 
 def describe(
@@ -329,8 +327,8 @@ def _source_report(path: str, prompts: list[Prompt], too_long: int) -> dict[str,
 
 def read_pairs(
     path: Any, tokenizer: Tokenizer, max_bad_fraction: float, columns: Columns | None = None
-) -> tuple[list[TokenizedPair], list[BadRow]]:
-    """Return the pairs of a file of preferences, and its bad rows.
+) -> tuple[list[TokenizedPair], ReadReport]:
+    """Return the pairs of a file of preferences, and the report on its rows.
 
     Raises `DataError` where it holds none, other rows, or too many bad ones.
     """
@@ -347,13 +345,14 @@ def read_pairs(
             others += 1
         else:
             pairs.append(pair)
+            report.note_unread_fields(record)
     report.check(max_bad_fraction)
     if others or not pairs:
         raise DataError(
             f"{path}: {others} of {len(records)} rows are no preferences: each needs a prompt, a "
             "chosen and a rejected completion"
         )
-    return pairs, report.bad
+    return pairs, report
 
 
 def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:

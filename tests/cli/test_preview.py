@@ -75,8 +75,8 @@ def test_rows_are_shown_as_they_are_read(preview, data):
         'fields: {"answer": "7"}',
         'assistant: calls count({"to": 8})',
         "8 rows of the format messages+preference+prompt in 1 file: 4 chat, 1 preference, 1 prompt",
-        "keys that nothing reads: messages.rating (1)",
-        "passed over: README.md",
+        "that nothing reads: messages.rating (1)",
+        "passed over in ",
         "rows.jsonl:4: it is not valid JSON",
         "rows.jsonl:2: with a blank answer",
     ):

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_train.data import DataReport, DataSource, Documents, Tokenizer, load_sources
+from ernie_train.data import DataReport, DataSource, Documents, Tokenizer, encoding, load_sources
 from ernie_train.data import cache as module
-from ernie_train.data import sources as sources_module
 
 
 def row(number: int) -> dict[str, Any]:
@@ -31,7 +30,8 @@ def data(write_rows: Any) -> Path:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ERNIE_TRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "LEAST_BYTES", 0)
-    monkeypatch.setattr(sources_module, "COMMIT_TOKENS", 1000)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # takes most of the time
+    monkeypatch.setattr(encoding, "COMMIT_TOKENS", 1000)
     return tmp_path / "cache"
 
 
@@ -52,7 +52,7 @@ def facts(documents: Documents, report: DataReport) -> tuple[Any, ...]:
 def count_encoded(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
     """Count the rows that are encoded; the one at `stop_at` raises KeyboardInterrupt."""
     encoded: list[int] = []
-    original = sources_module._Encoding.add
+    original = encoding.SourceEncoding.add
 
     def add(self: Any, record: Any) -> None:
         encoded.append(1)
@@ -60,7 +60,7 @@ def count_encoded(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -
             raise KeyboardInterrupt
         original(self, record)
 
-    monkeypatch.setattr(sources_module._Encoding, "add", add)
+    monkeypatch.setattr(encoding.SourceEncoding, "add", add)
     return encoded
 
 
@@ -103,7 +103,7 @@ def test_encoding_goes_on_where_it_was_interrupted(
 def test_everything_that_matters_is_in_the_key(
     tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources_module, "COMMIT_TOKENS", 2**22)
+    monkeypatch.setattr(encoding, "COMMIT_TOKENS", 2**22)
 
     def keys() -> int:
         return len(list(home.glob("*")))

@@ -101,13 +101,13 @@ def pairs(tmp_path, tokenizer, rows, **options):
 
 
 def test_pairs_that_are_left_out_are_told(tmp_path, tokenizer):
-    good = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    good = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3", "margin": 2}
     rows = [good] * 17 + [{**good, "chosen": "2 " * 99}] * 2 + [{**good, "chosen": "<think>open"}]
     found, facts, warnings = pairs(tmp_path, tokenizer, rows)
     assert len(found) == 17 and len(facts["bad"]) == 1
     told = "\n".join(map(str, warnings))
-    assert "2 of 19 pairs" in told
-    assert re.search(r"1 bad rows .* first .*pairs\.jsonl:20: ", told)
+    assert "2 of 19 pairs" in told and "that nothing reads: margin (19)" in told
+    assert re.search(r"1 bad, first .*pairs\.jsonl:20: ", told)
     with pytest.raises(DataError, match=r"pairs\.jsonl:20: "):
         pairs(tmp_path, tokenizer, rows, max_bad_fraction=0.01)
 
