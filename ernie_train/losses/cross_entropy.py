@@ -36,21 +36,22 @@ class _LinearCrossEntropy(PyLayer):
             loss, (dh, dw, db) = _chunk(h, weight, bias, y, w)
             losses.append(loss)
             grad_hidden.append(dh)
-            grad_weight = dw if grad_weight is None else grad_weight.add_(dw)
+            if dw is not None:
+                grad_weight = dw if grad_weight is None else grad_weight.add_(dw)
             if bias is not None:
                 grad_bias = db if grad_bias is None else grad_bias.add_(db)
         token_losses = paddle.concat(losses)
-        ctx.save_for_backward(paddle.concat(grad_hidden), grad_weight)
-        ctx.grad_bias = grad_bias
+        ctx.save_for_backward(paddle.concat(grad_hidden))
+        ctx.grad_weight, ctx.grad_bias = grad_weight, grad_bias
         inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
         ctx.frozen = tuple(tensor.stop_gradient for tensor in inputs)
         return (token_losses * token_weights).sum(), token_losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensor()
+        (grad_hidden,) = ctx.saved_tensor()
         scale = grads[0].astype(grad_hidden.dtype)
-        grads_by_input = [grad_hidden, grad_weight]
+        grads_by_input = [grad_hidden, ctx.grad_weight]
         if ctx.grad_bias is not None:
             grads_by_input.append(ctx.grad_bias)
         frozen = zip(grads_by_input, ctx.frozen, strict=True)
@@ -60,7 +61,7 @@ class _LinearCrossEntropy(PyLayer):
 
 def _chunk(
     h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, w: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor]]:
     """Return the losses and gradients of a chunk, whose logits are freed on return."""
     logits = paddle.matmul(h, weight, transpose_y=True)
     if bias is not None:
@@ -94,15 +95,19 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunk_gradients(
     probs: Tensor, h: Tensor, weight: Tensor, labels: Tensor, w: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of sum_n w_n * loss_n; the one-hot part of p - onehot is gathered."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the gradients of sum_n w_n * loss_n; the one-hot part of p - onehot is gathered.
+
+    A frozen weight has none: its product would be a third of the head's work.
+    """
     p = probs if probs.dtype == weight.dtype else probs.astype(weight.dtype)
     w = w.astype(weight.dtype)
     weighted = h * paddle.expand(w, h.shape)
     dh = paddle.matmul(p, weight).subtract_(paddle.gather(weight, labels))
     dh = dh.multiply_(paddle.expand(w, dh.shape))
-    dw = paddle.matmul(p, weighted, transpose_x=True)
-    dw = paddle.index_add(dw, labels, 0, -weighted)
+    dw = None
+    if not weight.stop_gradient:
+        dw = paddle.index_add(paddle.matmul(p, weighted, transpose_x=True), labels, 0, -weighted)
     db = paddle.matmul(p, w, transpose_x=True).squeeze(1)
     return dh, dw, paddle.index_add(db, labels, 0, -w.squeeze(1))
 

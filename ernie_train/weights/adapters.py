@@ -351,6 +351,9 @@ def _adapter_settings(directory: Path) -> dict[str, Any]:
         for key, plain in _PLAIN.items()
         if settings.get(key) not in (None, plain)
     ]
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        odd.append(f"init_lora_weights: {start}, which changes the base")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if odd:
         raise WeightsError(f"{path}: cannot be read here: {', '.join(odd)}")
@@ -384,5 +387,10 @@ def _check_pairs(
     other = {"_A": "_B", "_B": "_A"}
     partners = {re.sub(r"_[AB](?=\.weight$|$)", lambda end: other[end[0]], name) for name in found}
     missing = [name for name in partners if name not in found]
+    if any(".experts.lora_" in name or ".experts.base_layer." in name for name in unknown):
+        raise WeightsError(
+            f"{directory}: its pairs are of fused experts, as peft saves them on transformers 5; "
+            "only one pair an expert is read, as saved on transformers 4.57"
+        )
     if problems := describe_names(missing, unknown, wrong):
         raise WeightsError(f"{directory}: an adapter of another base: {'; '.join(problems)}")

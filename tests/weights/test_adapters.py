@@ -154,6 +154,15 @@ def test_an_adapter_of_peft_alone_reads_as_a_model(adapter: Path) -> None:
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+def test_what_peft_saves_whole_is_read_too(adapter: Path) -> None:
+    """modules_to_save of PEFT, such as an embedding that was resized."""
+    embedding = np.full((96, 32), 0.25, np.float32)
+    name = "base_model.model.model.embed_tokens.weight"
+    rewrite(adapter, lambda arrays: arrays.update({name: embedding}))
+    found = state(load_pretrained(adapter))["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(found, embedding)
+
+
 def rewrite(adapter: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
     arrays = dict(TensorFiles(adapter, "adapter_model"))
     change(arrays)
@@ -166,10 +175,18 @@ def settings(adapter: Path, **changes: Any) -> None:
 
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+E_A = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank": (lambda d: settings(d, r=4), "have rank 3, adapter_config.json says r: 4"),
     "dora": (lambda d: settings(d, use_dora=True), "cannot be read here: use_dora: True"),
     "patterns": (lambda d: settings(d, rank_pattern={"q_proj": 8}), "rank_pattern"),
+    "pissa": (lambda d: settings(d, init_lora_weights="pissa_niter_4"), "changes the base"),
+    "fused": (
+        lambda d: rewrite(
+            d, lambda a: a.update({E_A.replace("0.gate_proj.", "base_layer."): np.ones((3, 2))})
+        ),
+        "fused experts, as peft saves them on transformers 5",
+    ),
     "no rank": (lambda d: settings(d, r=None), "r and lora_alpha must be numbers"),
     "damaged": (lambda d: (d / "adapter_config.json").write_text("{"), "cannot be read"),
     "zero": (
