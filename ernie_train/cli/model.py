@@ -13,13 +13,12 @@ from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.io.files import write_jsonl
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import RECEIPT, export, require_change
+from ernie_train.run.export import RECEIPT, export, export_adapter, require_change
 from ernie_train.run.finalize import EVALUATION, read_result
 from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
 from ernie_train.run.import_model import import_model
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line
-from ernie_train.weights.adapters import export_adapter
 from ernie_train.weights.hf import check_dtype, load_pretrained
 from ernie_train.weights.model_directory import find_model
 from ernie_train.weights.upcycle import Upcycling

@@ -6,15 +6,28 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import CheckpointError, WeightsError
+from ernie_train.core.errors import CheckpointError, UserError, WeightsError
 from ernie_train.data import Tokenizer
-from ernie_train.io.files import verify_manifest, write_json, write_text
-from ernie_train.io.safetensors import convert, from_bfloat16
+from ernie_train.io.files import (
+    FileDigest,
+    verify_manifest,
+    write_directory,
+    write_json,
+    write_text,
+)
+from ernie_train.io.safetensors import (
+    TensorFiles,
+    array_entries,
+    convert,
+    from_bfloat16,
+    write_tensor_files,
+)
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.proof import (
     Receipt,
@@ -25,7 +38,15 @@ from ernie_train.run.proof import (
     random_prompts,
     trace,
 )
-from ernie_train.weights.adapters import find_base, is_partial
+from ernie_train.weights.adapters import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BASE,
+    describe_base,
+    find_base,
+    is_partial,
+    read_json_object,
+)
 from ernie_train.weights.hf import DTYPES, load_pretrained, read_parameters
 from ernie_train.weights.saving import save_pretrained, tensor_entries
 
@@ -122,6 +143,47 @@ def is_whole_export(directory: Path, *, hashes: bool = True) -> bool:
     except CheckpointError:
         return False
     return (directory / RECEIPT).exists()
+
+
+def export_adapter(source: Path, directory: Path) -> dict[str, Any]:
+    """Write the adapter in `source`, a checkpoint of a LoRA stage, alone; return its settings.
+
+    Raises:
+        UserError: there is none, or it is not all that makes the model of its base.
+    """
+    if not (source / ADAPTER_CONFIG).exists():
+        raise UserError(f"{source}: no stage with lora made it, so it holds no adapter")
+    base = find_base(source, verify=True)
+    if is_partial(base):
+        raise UserError(
+            f"{source}: its base {base} is an adapter's result too, which no loader of adapters "
+            "merges: export without --adapter holds both"
+        )
+    if list(source.glob("model*.safetensors*")):
+        raise UserError(
+            f"{source}: the stage trained parameters as well (train:), which an adapter does not "
+            "hold: export without --adapter"
+        )
+    if (source / "config.json").exists():
+        one, other = (read_json_object(place / "config.json") for place in (source, base))
+        keys = ("rope_theta", "max_position_embeddings")
+        if changed := [key for key in keys if one.get(key) != other.get(key)]:
+            raise UserError(
+                f"{source}: the stage changed {' and '.join(changed)}, which an adapter does not "
+                "hold: export without --adapter"
+            )
+    settings = {**read_json_object(source / ADAPTER_CONFIG), "base_model_name_or_path": str(base)}
+    files = TensorFiles(source, ADAPTER)
+
+    def write(temporary: Path) -> dict[str, FileDigest]:
+        # In one file, however large: PEFT reads no other.
+        digests = write_tensor_files(temporary, ADAPTER, array_entries(files), "1000000GB")
+        write_json(temporary / ADAPTER_CONFIG, settings)
+        write_json(temporary / BASE, describe_base(base))
+        return digests
+
+    write_directory(directory, write, manifest_all=False)
+    return settings
 
 
 def default_referee() -> str | None:

@@ -318,8 +318,7 @@ class Pipeline:
         """Return where the model's present weights are on disk; random ones are written first."""
         if self.weights is None:
             self.weights = self.run_dir / INITIAL
-            if not consensus.run_on_main(self.weights.exists):
-                save_pretrained(model, self.weights)
+            save_pretrained(model, self.weights)  # the same bits, unless the recipe has changed
             self.loaded = self.weights
         weights = self.weights
         return consensus.run_on_main(lambda: describe_base(weights))

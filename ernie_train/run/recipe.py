@@ -48,6 +48,8 @@ class ModelSource(StrictConfig):
     def _check_source(self) -> ModelSource:
         if self.preset is None and self.path is None:
             raise ValueError("preset or path must be given")
+        if "lora" in (self.model_extra or {}):
+            raise ValueError("lora belongs to a stage, which it trains: stages[].lora")
         if self.path is not None and self.model_extra:
             names = ", ".join(self.model_extra)
             raise ValueError(

@@ -24,8 +24,8 @@ import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import UserError, WeightsError
-from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_directory, write_json
+from ernie_train.core.errors import WeightsError
+from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_json
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.lora import EMBEDDING, HEAD, pair_names, pair_shapes
@@ -77,7 +77,7 @@ def hash_weights(directory: Path) -> str:
         for path in files
     }
     if (directory / BASE).exists():
-        hashes[BASE] = str(_read_json(directory / BASE).get("sha256"))
+        hashes[BASE] = str(read_json_object(directory / BASE).get("sha256"))
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
@@ -90,13 +90,13 @@ def find_base(directory: Path, *, verify: bool = False) -> Path:
     """
     file, key, record = directory / BASE, "path", {}
     if file.exists():
-        record = _read_json(file)
+        record = read_json_object(file)
         base = Path(str(record.get("path")))
         if not base.is_dir() and "relative" in record:  # the run directory was moved
             base = Path(os.path.normpath(directory / str(record["relative"])))
     else:
         file, key = directory / ADAPTER_CONFIG, "base_model_name_or_path"
-        base = Path(str(_read_json(file).get(key)))
+        base = Path(str(read_json_object(file).get(key)))
     where = f"{file}: {key}"
     if not base.is_dir():
         raise WeightsError(
@@ -109,7 +109,8 @@ def find_base(directory: Path, *, verify: bool = False) -> Path:
     return base
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; `WeightsError` if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -220,39 +221,6 @@ def write_part(model: Ernie4_5_MoeForCausalLM, directory: Path) -> dict[str, Fil
     return digests
 
 
-def export_adapter(source: Path, directory: Path) -> dict[str, Any]:
-    """Write the adapter in `source`, a checkpoint of a LoRA stage, alone; return its settings.
-
-    Raises:
-        UserError: there is none, or it is not all that makes the model of its base.
-    """
-    if not (source / ADAPTER_CONFIG).exists():
-        raise UserError(f"{source}: no stage with lora made it, so it holds no adapter")
-    base = find_base(source, verify=True)
-    if is_partial(base):
-        raise UserError(
-            f"{source}: its base {base} is an adapter's result too, which no loader of adapters "
-            "merges: export without --adapter holds both"
-        )
-    if list(source.glob("model*.safetensors*")):
-        raise UserError(
-            f"{source}: the stage trained parameters as well (train:), which an adapter does not "
-            "hold: export without --adapter"
-        )
-    settings = {**_read_json(source / ADAPTER_CONFIG), "base_model_name_or_path": str(base)}
-    files = TensorFiles(source, ADAPTER)
-
-    def write(temporary: Path) -> dict[str, FileDigest]:
-        # In one file, however large: PEFT reads no other.
-        digests = write_tensor_files(temporary, ADAPTER, array_entries(files), "1000000GB")
-        write_json(temporary / ADAPTER_CONFIG, settings)
-        write_json(temporary / BASE, describe_base(base))
-        return digests
-
-    write_directory(directory, write, manifest_all=False)
-    return settings
-
-
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -345,7 +313,7 @@ def load_pairs(model: Ernie4_5_MoeForCausalLM, directory: Path) -> None:
 
 def _adapter_settings(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
-    settings = _read_json(path)
+    settings = read_json_object(path)
     odd = [
         f"{key}: {settings[key]}"
         for key, plain in _PLAIN.items()
