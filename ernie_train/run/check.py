@@ -123,7 +123,8 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
             limit = max(limit, *stage.lengths().values())
         problems += _length_problems(stage, f"stages.{index}", limit)
         problems += _balance_problems(stage, f"stages.{index}", config)
-        problems += _training_problems(stage, f"stages.{index}", config)
+        added = index == 0 and bool(recipe.tokenizer.add)
+        problems += _training_problems(stage, f"stages.{index}", config, new_tokens=added)
         if isinstance(stage, SupervisedConfig) and stage.rope_schedule:
             first = stage.rope_schedule[0].rope_theta
             if first < theta:
@@ -156,7 +157,9 @@ def _balance_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConf
     ]
 
 
-def _training_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
+def _training_problems(
+    stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig, *, new_tokens: bool
+) -> list[str]:
     """Return what is wrong with `lora`, `train` and `freeze` for a model of `config`."""
     try:
         selection = stage.selection(parameter_shapes(config))
@@ -169,6 +172,11 @@ def _training_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeCon
         problems.append(
             f"{path}.lora.dropout={stage.lora.dropout:g}: policy and reference must compute alike; "
             "only pretrain and sft may drop"
+        )
+    if new_tokens and not any("embed_tokens" in n for n in selection.whole + selection.adapted):
+        problems.append(
+            f"{path}: the embedding is frozen, so that tokens of tokenizer.add would stay the mean "
+            "of the others; train: [embed_tokens] trains it"
         )
     routers = any(name.endswith(".mlp.gate.weight") for name in parameter_shapes(config))
     for name in ("orthogonal_coef", "bias_update_rate"):

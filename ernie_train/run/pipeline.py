@@ -233,7 +233,10 @@ class Pipeline:
             model = load_pretrained(self.weights, dtype=dtype)
         else:
             model = parallel.new_model(source.build(), dtype)
-        model.grow_vocabulary(self.recipe.vocabulary(model.config, tokenizer))
+        vocabulary = self.recipe.vocabulary(model.config, tokenizer)
+        if vocabulary > model.config.vocab_size:
+            model.grow_vocabulary(vocabulary)
+            self.weights = self.loaded = None  # with the new rows they are nowhere yet
         check_fit(self.recipe, model.config, tokenizer)
         parallel.enable_recompute(model, self.recipe.parallel.recompute)
         return model

@@ -304,6 +304,20 @@ def test_what_cannot_train_is_one_message(
     assert not (tmp_path / "run/01-sft").exists()
 
 
+def test_new_tokens_need_a_trained_embedding_which_a_checkpoint_then_holds(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = {"path": str(workspace / "tokenizer"), "add": [f"<|new_{n}|>" for n in range(80)]}
+    for train, status in (([], 2), (["embed_tokens"], 0)):
+        stage = sft(workspace, lora={"rank": 2}, train=train, steps=1)
+        path = recipe(workspace, tmp_path / "recipe.yaml", stage, tokenizer=tokenizer)
+        assert run("run", path, "--run-dir", tmp_path / "run") == status
+    assert "tokens of tokenizer.add" in " ".join(capsys.readouterr().err.split())
+    directory = checkpoint(tmp_path / "run", "01-sft")
+    rows = len(TensorFiles(directory)["model.embed_tokens.weight"])
+    assert rows == len(state(load_pretrained(directory))["model.embed_tokens.weight"]) > 384
+
+
 def test_a_stage_that_freezes_keeps_what_it_trained(workspace: Path, tmp_path: Path) -> None:
     """Frozen parameters keep their bits, and checkpoints hold the others alone."""
     stages = [sft(workspace, freeze=["mlp", "embed_tokens"]), sft(workspace, name="more")]
