@@ -391,7 +391,7 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
     except typer.Exit as stop:
         return stop.exit_code, ""
     except KeyboardInterrupt:
-        return 1, "interrupted before anything was saved since the last checkpoint"
+        return 1, "stopped at once: only what was saved before, if anything, is kept"
     except Exception as error:  # anything else is a defect: one line, unless --debug asks for more
         if hasattr(error, "exit_code") and hasattr(error, "ctx"):  # a mistake in the arguments
             return error.exit_code, usage_message(error)

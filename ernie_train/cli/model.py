@@ -49,7 +49,7 @@ def evaluate_model(
     """Solve the problems in `data`, print the table and write samples to `output`, if given."""
     problems = load_problems(data, tasks=tasks, max_examples=max_examples, columns=columns)
     model, tokenizer = open_model(path)
-    with StopFlag() as stop:
+    with StopFlag("stopping; nothing is written") as stop:
         result = evaluate(
             model,
             tokenizer,
@@ -79,7 +79,7 @@ def complete(
         ids = tokenizer.encode(prompt)
     else:
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], None)
-    with StopFlag() as stop:
+    with StopFlag("stopping; nothing is written") as stop:
         completions = generate(
             model,
             [ids],

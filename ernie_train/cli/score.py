@@ -56,7 +56,7 @@ def score_file(
     texts = [_text_of(completion, completions) for _, completion in pairs]
     composed = build_reward(config, base_directory)
     try:
-        with StopFlag() as stop:
+        with StopFlag("stopping; nothing is written") as stop:
             batch = composed.score_batch(
                 [row for row, _ in pairs], texts, stop_requested=lambda: stop.requested
             )

@@ -337,6 +337,8 @@ def _summary(values: Mapping[str, float]) -> list[str]:
         parts.append(f"loss {values['loss']:.4f}")
     if "validation_loss" in values:
         parts.append(f"validation loss {values['validation_loss']:.4f}")
+    if "rewards/accuracies" in values and "loss" in values:
+        parts.append(f"pairs right {values['rewards/accuracies']:.3f}")
     if "reward" in values:
         parts.append(f"reward {values['reward']:.3f}  accuracy {values.get('accuracy', 0):.3f}")
     if "kl" in values:

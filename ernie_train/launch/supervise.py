@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ernie_train.core import processes
 from ernie_train.core.errors import ConfigError
-from ernie_train.core.signals import StopFlag
+from ernie_train.core.signals import NOTICE, StopFlag
 from ernie_train.launch.console import SafeConsole
 from ernie_train.launch.launcher import LaunchSettings
 from ernie_train.launch.logs import LOGS, RankLogs
@@ -40,7 +40,7 @@ def supervise(
     check_settings(settings)
     processes.adopt_orphans()
     restarts, stages_set_aside, safe_console = 0, False, SafeConsole(console)
-    with StopFlag() as stop:
+    with StopFlag(NOTICE) as stop:
         while True:
             title = f"{settings.nproc} ranks" + (f", restart {restarts}" if restarts else "")
             logs = RankLogs(run_dir, title, safe_console)

@@ -157,8 +157,9 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
         health = _moe_health(config, stage, prepared, saved, writer)
 
         def log(result: StepResult) -> None:
-            result.metrics.update(health.observe(result.step, result.load))
-            writer.log(result.step, result.metrics, throughput.timings(result))
+            metrics = result.metrics | health.observe(result.step, result.load)
+            metrics["loss"] = metrics["preference"]  # by the name that it has in every stage
+            writer.log(result.step, metrics, throughput.timings(result))
 
         saved_step = trainer.step
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +32,7 @@ from ernie_train.io.safetensors import (
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.proof import (
+    Comparison,
     Receipt,
     Referee,
     compare,
@@ -63,6 +66,7 @@ def export(
     max_shard_size: int | str = "5GB",
     referee: str | None = None,
     seed: int = 0,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Receipt:
     """Write `directory`, read it back, compare, and leave the receipt and model card in it.
 
@@ -75,6 +79,9 @@ def export(
         referee: a Python interpreter with torch and transformers that reads the directory back;
             by default this one if it has them, else this toolkit's own reader does.
 
+        interruptible: makes the context of what a stop may cut off; `Interrupted` leaves an export
+            without a receipt.
+
     Raises:
         WeightsError: the comparison fails; directory and failed receipt are kept.
     """
@@ -82,7 +89,8 @@ def export(
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
     prompts = comparison_prompts(tokenizer, seed)
     expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
-    python = referee or default_referee()
+    with consensus.fail_together(), interruptible():
+        python = referee or default_referee()
     if python is None:
         found = load_pretrained(directory, dtype="float32")
         result = compare(expected, own_logits(found, expected.sequences))
@@ -93,9 +101,12 @@ def export(
         )
     else:
         judge = Referee(python)
-        result, reader = consensus.run_on_main(
-            lambda: (compare(expected, judge.logits(directory, expected.sequences)), judge.reader)
-        )
+
+        def judged() -> tuple[Comparison, str]:
+            with interruptible():
+                return compare(expected, judge.logits(directory, expected.sequences)), judge.reader
+
+        result, reader = consensus.run_on_main(judged)
         note = "the export was loaded by transformers from the directory alone"
     entries = tensor_entries(model, dtype)
     with consensus.fail_together():

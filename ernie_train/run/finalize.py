@@ -102,6 +102,7 @@ class Finalizer:
                 max_shard_size=settings.max_shard_size,
                 referee=referee,
                 seed=self.recipe.seed,
+                interruptible=self.stop.at_once,
             )
             _write_on_main(record, {"identity": identity, "receipt": asdict(receipt)})
         self.console.print(receipt_line(directory, receipt), highlight=False)

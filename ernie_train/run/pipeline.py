@@ -25,9 +25,15 @@ from ernie_train import parallel
 from ernie_train.core import blas, consensus, devices, environment, process_group
 from ernie_train.core.config import dump_yaml
 from ernie_train.core.cpu import cpu_setup
-from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
+from ernie_train.core.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    NonFiniteError,
+    storage_errors,
+)
 from ernie_train.core.process_group import Grid
-from ernie_train.core.signals import StopFlag
+from ernie_train.core.signals import NOTICE, StopFlag
 from ernie_train.core.terminal import Terminal
 from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
@@ -76,11 +82,33 @@ class Pipeline:
         self.base_dir = Path.cwd()
         self.hashes = HashMemory(run_dir / HASHES)
         self.weights: Path | None = None  # where the model's present weights are; None: nowhere
+        self.has_begun = False  # what it replaces is set aside, and its recipe is written
         self.loaded: Path | None = None  # those of `weights` that are in memory
 
     def run(self, selection: Selection = Selection()) -> None:
         """Run what is not done yet. Raises `Interrupted` after saving, on SIGTERM or SIGINT."""
-        with consensus.fail_together():
+        speaks = process_group.is_main() and not rank_files.is_supervised()
+        with StopFlag(NOTICE if speaks else "") as stop:
+            try:
+                self._run(selection, stop)
+            except Interrupted as ended:
+                again = " without --from" if selection.first and self.has_begun else ""
+                raise Interrupted(
+                    f"{ended}; {self._kept()}. The same command{again} goes on from there"
+                ) from None
+            except NonFiniteError as ended:
+                raise NonFiniteError(f"{ended} What is kept: {self._kept()}.") from None
+
+    def _kept(self) -> str:
+        """Say what of the training is on the disk."""
+        for index in reversed(range(len(self.recipe.stages))):
+            store = CheckpointStore(self._stage_dir(index) / CHECKPOINTS)
+            if steps := store.steps():
+                return f"{store.path_of(steps[-1])} is saved"
+        return "nothing was to be saved yet"
+
+    def _run(self, selection: Selection, stop: StopFlag) -> None:
+        with consensus.fail_together(), stop.at_once():
             layout = self.recipe.parallel
             process_group.set_grid(Grid(layout.expert, layout.data, layout.sharding))
             self._check_selection(selection)
@@ -88,13 +116,13 @@ class Pipeline:
             if warning := blas.require_sound_products(cpu_setup().processor):
                 self.console.print(warning, style="yellow", highlight=False)
         self._require_same_on_all_ranks(selection)
-        with ExitStack() as held, StopFlag() as stop:
+        with ExitStack() as held:
             with consensus.fail_together():
                 if process_group.is_main():
                     check_run_directory(self.run_dir, ENVIRONMENT, WRITTEN)
                     held.enter_context(RunLock(self.run_dir))
             done = consensus.run_on_main(lambda: self._read_finished(selection.first))
-            with consensus.fail_together():
+            with consensus.fail_together(), stop.at_once():
                 recorded = done[0].inputs if done else None
                 lineage = Lineage.of_recipe(self.recipe, tokenizer, self.hashes, recorded)
                 repeated = selection.first
@@ -108,6 +136,7 @@ class Pipeline:
                     self._record_run(tokenizer)
                     self._set_aside(repeated)
                     rank_files.write_marker(rank_files.STAGES_SET_ASIDE)
+            self.has_begun = True
             finalizer = Finalizer(
                 self.recipe,
                 self.run_dir,
@@ -131,6 +160,13 @@ class Pipeline:
                 with consensus.fail_together():
                     require_change(self.weights, self.recipe.export.dtype)
             finalizer.export(lineage, evaluation, self.referee)
+            if self.recipe.export is None and self.weights is not None:
+                self.console.print(
+                    f"the model is {self.weights}\n"
+                    f"try it: ernie-train generate {self.run_dir} --prompt ...\n"
+                    f"for transformers: ernie-train export {self.run_dir} DIRECTORY",
+                    highlight=False,
+                )
 
     # ---- before the stages -----------------------------------------------------------------------
 
@@ -270,7 +306,7 @@ class Pipeline:
 
     def _finish_stage(self, stage: AnyStageConfig, run: StageRun, lineage: Lineage) -> Lineage:
         """Run a stage, or load its result from disk; return the lineage of what follows."""
-        with consensus.fail_together():
+        with consensus.fail_together(), run.stop.at_once():
             lineage = self._with_data(lineage, stage)
         consensus.require_same({f"the data of stage {stage.name}": str(lineage.data)})
         done = consensus.run_on_main(lambda: read_done(run.directory))
@@ -279,7 +315,7 @@ class Pipeline:
             self.weights = run.directory / CHECKPOINTS / done.result["checkpoint"]
             return lineage.after(stage.name, done.result)
         kind = STAGES[stage.kind]
-        with consensus.fail_together():
+        with consensus.fail_together(), run.stop.at_once():
             if process_group.is_main():
                 self.hashes.save()
             prepared = kind.prepare(stage, run.data)

@@ -185,6 +185,7 @@ class Referee:
             done = subprocess.run(
                 [self.python, str(script)],
                 input=json.dumps(request), capture_output=True, text=True, check=False,
+                start_new_session=True,  # Ctrl-C must not look like a model that cannot be loaded
             )  # fmt: skip
         except OSError as error:
             raise WeightsError(f"{self.python}: cannot be started: {error.strerror}") from None

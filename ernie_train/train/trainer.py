@@ -197,7 +197,7 @@ class Trainer(Generic[ModelT, BatchT]):
             listed = ", ".join(f"{name} = {value}" for name, value in bad.items()) or "another rank"
             raise NonFiniteError(
                 f"step {self.step + 1} would not be finite ({listed}); nothing was updated. "
-                "The last checkpoint is intact: lower optim.lr or look at this step's batch."
+                "Lower optim.lr or look at this step's batch."
             )
 
 

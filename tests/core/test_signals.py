@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from ernie_train.core.errors import Interrupted
 from ernie_train.core.signals import StopFlag
 
 
@@ -58,3 +59,20 @@ def test_a_stop_without_a_signal() -> None:
     with StopFlag() as stop:
         stop.request("rank 3")
         assert stop.requested and stop.signal_name == "rank 3"
+
+
+def test_the_first_signal_is_acknowledged_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopFlag("stopping soon"), StopFlag():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == "\nSIGTERM: stopping soon\n"
+
+
+def test_work_with_nothing_to_save_ends_at_once() -> None:
+    with StopFlag() as stop:
+        with pytest.raises(Interrupted, match="SIGINT"), stop.at_once():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it went on")
+        with pytest.raises(Interrupted), stop.at_once():  # asked for before
+            raise AssertionError("it began")
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of the block it is noted again

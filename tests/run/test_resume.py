@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import pytest
 import yaml
 
 from ernie_train.cli.main import main
+from ernie_train.eval import evaluation
+from ernie_train.run import export
+from ernie_train.train import supervised_data
+from ernie_train.train.trainer import Trainer
 from tests.workspace import final_files, make_workspace, write_rows
 
 
@@ -139,3 +145,53 @@ def test_status_tells_of_a_missed_gate_and_of_speed(root, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "gate missed" in out and "the run is complete" not in out
     assert "missed its gate" in out and "tokens/s" in out.replace(" ", "")
+
+
+# ---- stops ---------------------------------------------------------------------------------------
+
+
+MOMENTS = {
+    "data": (supervised_data, "load_sources", "nothing was to be saved yet"),
+    "training": (Trainer, "train_step", "step_000001 is saved"),
+    "evaluation": (evaluation, "encode_prompt", "step_000002 is saved"),
+    "proof": (export, "trace", "step_000002 is saved"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_stop_says_what_is_saved_and_how_to_go_on(root, monkeypatch, capfd, moment):
+    test = {"path": str(root / "test.jsonl"), "max_new_tokens": 2, "max_examples": 2}
+    recipe = write_recipe(
+        root, moment, [stage(root, "sft")], evaluation=test, export={"dtype": "float32"}
+    )
+    owner, name, kept = MOMENTS[moment]
+    original = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, name, original)
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert run("run", recipe, "--run-dir", root / moment) == 3
+    err = " ".join(capfd.readouterr().err.split())
+    assert "SIGINT: stopping" in err
+    assert "stopped on a signal" in err and kept in err
+    assert "The same command goes on from there" in err
+    assert not (root / moment / "export.json").exists()
+    assert run("run", recipe, "--run-dir", root / moment) == 0
+    assert (root / moment / "export/export_receipt.json").exists()
+
+
+def test_a_run_without_an_export_ends_with_where_the_model_is(root, capsys):
+    recipe = write_recipe(root, "plain", [stage(root, "sft")])
+    assert run("run", recipe, "--run-dir", root / "plain") == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "01-sft/checkpoints/step_000002" in out
+    assert "ernie-train generate" in out and "ernie-train export" in out
+
+
+def test_a_loss_that_is_not_finite_says_what_is_kept(root, capsys):
+    broken = stage(root, "sft", optim={"lr": 1e18, "clip_grad_norm": None})
+    assert run("run", write_recipe(root, "nan", [broken]), "--run-dir", root / "nan") == 4
+    assert "nothing was to be saved yet" in " ".join(capsys.readouterr().err.split())
