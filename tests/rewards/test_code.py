@@ -1,5 +1,7 @@
 """The verifier of programs: forms of tests, what counts, whose fault it is."""
 
+from dataclasses import replace
+
 import pytest
 
 from ernie_train.data.completion_format import format_completion
@@ -254,6 +256,31 @@ def test_a_program_that_takes_seconds_and_one_that_writes_megabytes_are_right():
     lines = "\n".join(map(str, range(300_000)))
     long = {"tests": [{"input": "", "output": lines}]}
     assert graded("for i in range(300_000):\n    print(i)", long).status == "correct"
+
+
+NUMPY = "import numpy as np\ndef f(x):\n    return np.array([x, 1]).sum()\nprint(f(int(input())))"
+
+
+@pytest.mark.skipif(api.current_layer().numpy is None, reason="the sandbox cannot read numpy")
+def test_programs_and_tests_may_use_numpy(layer):
+    function = NUMPY.rpartition("\n")[0]
+    assert graded(NUMPY, SCRIPTS).status == "correct"
+    assert graded(function).status == "correct"
+    assert graded(function.replace("1]", "2]")).status == "wrong"
+    assert graded(function, ASSERTS).status == "correct"
+    row = {"tests": ["assert np.allclose(f(1), np.array([2.0]))"], "entry_point": "f"}
+    assert graded(function, row).status == "correct"
+    forged = "class np:\n    allclose = array = lambda *values: True\ndef f(x):\n    return 0"
+    assert graded(forged, row).status == "wrong"
+
+
+def test_where_the_sandbox_cannot_read_numpy_no_program_is_blamed_for_it(monkeypatch):
+    layer = replace(api.current_layer(), numpy=None)
+    monkeypatch.setattr(api, "current_layer", lambda: layer)
+    for row in (ROW, ASSERTS, SCRIPTS, ROW | {"pass_rate": True}):
+        score = graded(NUMPY, row)
+        assert score.status == "infrastructure" and "numpy" in score.detail
+        assert graded("import no_such_library\n" + NUMPY, row).status == "wrong"
 
 
 def test_no_sandbox_is_no_verdict(monkeypatch):

@@ -11,6 +11,8 @@ exit status, output or patched library of the program's process decides whether 
 own tests run in a judge: another process in another sandbox, which calls the program's functions
 through proxies (`guest/test_judge.py`).
 
+Programs have Python's own library, and numpy where the sandbox can read it.
+
 Layers, best first; `layer_in_force` names the one in use:
 
 bubblewrap    Own file system, process, network, IPC and user namespaces: of the machine's files it
@@ -107,7 +109,8 @@ def trial(layer: Layer) -> str:
 
 
 def _known_failure(pair: SandboxPair) -> str:
-    request = {"kind": "calls", "source": "f = abs", "entry_point": "f", "calls": [[-3]]}
+    source = "f = abs" if pair.layer.numpy is None else "from numpy import abs as f"
+    request = {"kind": "calls", "source": source, "entry_point": "f", "calls": [[-3]]}
     outcome = exchange(pair, request, Limits(cpu_s=10, wall_s=30))
     return "" if outcome.values == [["value", 3]] else outcome.detail or "it gives a wrong value"
 

@@ -4,6 +4,8 @@ Both run the same code inside (`guest/`), with the system-call filter of `seccom
 limits and a fresh process per program. `api.py` lists what each layer stops and what it does not.
 """
 
+import glob
+import importlib.util
 import os
 import shutil
 import sys
@@ -17,6 +19,8 @@ from ernie_train.rewards.sandbox import seccomp
 LayerName = Literal["bubblewrap", "Landlock"]
 
 _NOBODY = 65534
+# Where bubblewrap shows numpy: at its own place it would show the names of the folders above it.
+_LIBRARIES = "/libraries"
 # Size of the temporary /tmp of bubblewrap, which is in memory.
 _DIRECTORY_BYTES = 16 << 20
 
@@ -32,7 +36,8 @@ class Layer:
     `command` precedes the interpreter. `readable` are the paths that Landlock leaves readable,
     None without Landlock. `own_directory`: the layer has a writable /tmp of its own; otherwise a
     directory is made for each sandbox, owned by `user`. `counts_threads`: threads are counted for
-    this sandbox alone, so that a limit on them can be set.
+    this sandbox alone, so that a limit on them can be set. `numpy` is the directory, as
+    programs see it, of the one library that they have beside Python's own; None without it.
     """
 
     name: LayerName
@@ -42,6 +47,7 @@ class Layer:
     own_directory: bool
     counts_threads: bool
     user: int | None
+    numpy: str | None = None
 
 
 def possible_layers() -> tuple[list[Layer], list[str]]:
@@ -60,18 +66,27 @@ def possible_layers() -> tuple[list[Layer], list[str]]:
         except SandboxUnavailable as unavailable:
             reasons.append(str(unavailable))
             continue
-        layers += [_layer(name, command, interpreter, user) for interpreter in _interpreters()]
+        for interpreter in _interpreters():
+            for numpy in dict.fromkeys([_numpy(interpreter), None]):
+                layers.append(_layer(name, command, interpreter, user, numpy))
     return layers, list(dict.fromkeys(reasons))
 
 
-def _layer(name: LayerName, command: list[str], interpreter: str, user: int | None) -> Layer:
+def _layer(
+    name: LayerName, command: list[str], interpreter: str, user: int | None, numpy: str | None
+) -> Layer:
+    folders = [numpy, *glob.glob(f"{numpy}.libs")] if numpy else []
     inner = name == "bubblewrap"
+    if inner and numpy:
+        for path in folders:
+            command = [*command, "--ro-bind", path, f"{_LIBRARIES}/{Path(path).name}"]
+        numpy = f"{_LIBRARIES}/{Path(numpy).name}"
     if inner:
         if not interpreter.startswith("/usr/"):
             command = [*command, "--ro-bind", sys.base_prefix, sys.base_prefix]
         # After every mount, so that it applies to all of them.
         command = [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
-    readable = ("/usr", "/lib", "/lib64", "/lib32", "/bin", sys.base_prefix)
+    readable = ("/usr", "/lib", "/lib64", "/lib32", "/bin", sys.base_prefix, *folders)
     return Layer(
         name=name,
         command=tuple(command),
@@ -80,7 +95,17 @@ def _layer(name: LayerName, command: list[str], interpreter: str, user: int | No
         own_directory=inner,
         counts_threads=inner,
         user=user,
+        numpy=numpy,
     )
+
+
+def _numpy(interpreter: str) -> str | None:
+    """Return this environment's numpy, if it fits the interpreter."""
+    found = importlib.util.find_spec("numpy")
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if found is None or found.origin is None or Path(interpreter).name != version:
+        return None
+    return str(Path(found.origin).parent)
 
 
 def _interpreters() -> list[str]:

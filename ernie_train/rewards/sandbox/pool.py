@@ -83,6 +83,7 @@ class Sandbox:
             "filter": seccomp.build_filter(landlock=layer.readable is not None).hex(),
             "directory": self._scratch.path if self._scratch else "/tmp",
             "readable": layer.readable,
+            "numpy": layer.numpy,
         }
         command = [*layer.command, layer.interpreter, "-s", "-S", "-B", "-c", _BOOT]
         command += [json.dumps(_sources()), json.dumps(settings)]
@@ -194,18 +195,18 @@ class SandboxPair:
     """Hold the sandboxes for one program at a time: its own, and one for the judge of its tests."""
 
     def __init__(self, layer: Layer) -> None:
-        self._layer = layer
+        self.layer = layer
         self._programs: Sandbox | None = None
         self._judges: Sandbox | None = None
 
     @property
     def programs(self) -> Sandbox:
-        self._programs = _usable(self._programs, self._layer)
+        self._programs = _usable(self._programs, self.layer)
         return self._programs
 
     @property
     def judges(self) -> Sandbox:
-        self._judges = _usable(self._judges, self._layer)
+        self._judges = _usable(self._judges, self.layer)
         return self._judges
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import sys
 import types
 from typing import Any
 
-from ernie_train.rewards.sandbox.guest.values import Reader, decode, encode, send
+from ernie_train.rewards.sandbox.guest.values import Reader, decode, encode, plain_scalar, send
 
 _MAX_REQUEST_BYTES = 64 << 20
 _SHOWN = 200
@@ -59,12 +59,19 @@ def _answer_calls(channel: int, request: dict[str, Any]) -> None:
         try:
             if failure:
                 raise RuntimeError(failure)
-            value = ["value", function(*json.loads(call))]
-            json.dumps(value, allow_nan=False)
+            text = json.dumps(function(*json.loads(call)), allow_nan=False, default=_as_plain)
+            value = ["value", json.loads(text)]
         except BaseException as error:
             value = ["error", described(error)]
         values.append(value)
     send(channel, values)
+
+
+def _as_plain(value: Any) -> Any:
+    plain = plain_scalar(value)
+    if plain is value:
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return plain
 
 
 def _function(space: dict[str, Any], name: str) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gc
+import importlib.util
 import json
 import os
 import resource
@@ -57,12 +58,14 @@ def _checked(result: int, what: str) -> int:
 def serve(settings: dict[str, Any]) -> None:
     """Fork programs until the other end closes or a program leaves something behind.
 
-    `settings`: `filter` (hex), `directory` that programs may write to, and `readable`: the paths
-    below which Landlock lets them read files, null without Landlock.
+    `settings`: `filter` (hex), `directory` that programs may write to, `readable`: the paths below
+    which Landlock lets them read files, null without Landlock, and `numpy`: its directory or null.
     """
     control = socket.socket(fileno=0)
     os.environ.clear()
     _warm()
+    if settings["numpy"] is not None:
+        sys.meta_path.append(_NumpyFinder(settings["numpy"]))
     os.chdir(settings["directory"])
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     # Else a program of the same user could open this process's memory, if it sees /proc.
@@ -96,6 +99,21 @@ def serve(settings: dict[str, Any]) -> None:
             control.send(json.dumps(report).encode())
         if not clean or not command:
             return
+
+
+class _NumpyFinder:
+    """Find numpy in a directory whose parent may not be read, and let it start no threads."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "numpy":
+            return None
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read by the library when it is loaded
+        return importlib.util.spec_from_file_location(
+            name, f"{self._directory}/__init__.py", submodule_search_locations=[self._directory]
+        )
 
 
 def _end(child: int, patience_s: float) -> tuple[int | None, float]:

@@ -44,12 +44,19 @@ _ATOMS: dict[str, tuple[type[Any], Callable[[Any], Any], Callable[[Any], Any]]] 
 }  # fmt: skip
 
 
+def plain_scalar(value: Any) -> Any:
+    """Return the plain value of a numpy scalar, and any other value as it is."""
+    scalar = type(value).__module__ == "numpy" and not hasattr(value, "__len__")
+    return value.item() if scalar and hasattr(value, "item") else value
+
+
 def encode(value: Any, number_of: Callable[[Any], int]) -> Any:
     """Return JSON for `value`; `number_of` returns the number of an object that is no plain value.
 
     A subclass of a plain type becomes that type. Raises RecursionError for a value that contains
     itself.
     """
+    value = plain_scalar(value)
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
