@@ -35,7 +35,7 @@ PACKAGES: dict[str, str] = {
     "rewards.verifiers": "answer_text math_worker math_process labels quantities expressions"
     " exact format math_answer logic tool_call tested_names programs code llm_judge user",
     "rewards.verifiers.labels": "assignments choices",
-    "rewards.verifiers.expressions": "arithmetic notation real_sets",
+    "rewards.verifiers.expressions": "arithmetic notation real_sets structure stated",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"

@@ -25,7 +25,8 @@ _BOX = re.compile(
 )
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = re.compile(
-    r"\banswer[ *]{0,4}(?:is\b|:|=)[ *:]*|^[#*\s]{0,8}(?:final )?answer[#*\s]{0,8}$"
+    r"\banswers?[ *]{0,4}(?:is\b|are\b|:|=)[ *:]*|^[#*\s]{0,8}(?:final )?answer[#*\s]{0,8}$"
+    r"|\b(?:solutions|roots) are[ *:]+(?=[-$\\\d(]|x\b)"
     r"|(?:正确|最终|最后)?(?:答案|结果)[ *]{0,4}(?:应该?)?[是为选:=\uff1a][ *:\uff1a]*"
     r"|^[*\s]{0,4}答[:\uff1a][ *]*",
     re.IGNORECASE | re.MULTILINE,
@@ -37,7 +38,7 @@ _ANNOUNCES_AGAIN = re.compile(
 # Characters read after a marker: more than any answer has, few enough for many markers.
 _MARKED_CHARACTERS = 1000
 _MAX_MARKERS = 64
-_SENTENCE_END = re.compile(r"\.(?=\s+[A-Z\u3400-\u9fff]|\s*$)|。")
+_SENTENCE_END = re.compile(r"\.(?=\s+[A-Z\u3400-\u9fff]|\s*$)|[。\uff0e]")
 _FOLDED = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 # Words by which a text withdraws a statement or leaves it open.

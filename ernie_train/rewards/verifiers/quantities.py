@@ -24,6 +24,7 @@ _NUMBER = re.compile(
     | (?P<start>\d{{0,50}}\.\d{{0,50}})
       (?:\\(?:overline|bar|dot)\s*(?:\{{(?P<cycle>\d{{1,50}})\}}|(?P<digit>\d))
         |\((?P<round>\d{{1,50}})\)|(?P<dots>\.\.\.|\\[lc]?dots|\u2026))
+    | 10\s*\^\s*(?:\{{(?P<ten>[+-]?\d{{1,3}})\}}|(?P<bare_ten>[+-]?\d{{1,3}}))(?![\d^])
     | (?P<decimal>{_DECIMAL})
       (?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?(?P<power>[+-]?\d{{1,3}})\}}?
         |[eE](?P<e>[+-]?\d{{1,3}})(?!\w))?
@@ -35,6 +36,14 @@ _DOTTED_CYCLE = re.compile(r"\\dot\s*\{?(\d)\}?(\d{0,20})\\dot\s*\{?(\d)\}?", re
 # 0.333..., 0.1666..., 0.142857142857...: a cycle that is seen often enough.
 _SEEN_CYCLE = re.compile(r"(\d*?)(?:(\d)\2{2,}|(\d{2,20}?)\3+)", re.ASCII)
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?:\s*(?P<scale>[CF])(?![A-Za-z]))?")
+_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "twenty",
+)  # fmt: skip
+_SAID = re.compile(
+    rf"^(?:(negative|minus)\s+)?(?:({'|'.join(_WORDS)})(?![\w-])|(?=\d))", re.IGNORECASE
+)
 _PERCENT = re.compile(r"\s*(?:\\?%|per ?cent|\uff05)")
 _PER_HUNDRED = re.compile(r"百分之\s*(\d+(?:\.\d+)?)", re.ASCII)
 _SCALES = {
@@ -103,9 +112,8 @@ _NO_COUNTS = _NO_UNITS | set(_SCALES) | {
 _PLURALS_WITHOUT_S = re.compile(
     r"people|children|(?:wo)?men|feet|teeth|mice|sheep|fish|deer|geese|oxen|dice|data|\w+ices"
 )
-_BEHIND_COUNTS = re.compile(
-    r"\s+(?:in total|in all|altogether|total|left|remaining|each|old|long|tall|wide|high|deep)$"
-)
+_IN_TOTAL = re.compile(r"\s+(?:in total|in all|altogether|total|left|remaining)$")
+_BEHIND_COUNTS = re.compile(r"\s+(?:each|old|long|tall|wide|high|deep)$")
 _COUNTER = re.compile(
     r"[个只本支人名岁辆条张棵头次种件块页枚朵匹架艘台把位间层家座盒袋箱瓶杯双对倍组份题步颗粒根束片枝串筐"
     r"包卷套副排行列队圈场局轮站段句字道幅][\u4e00-\u9fff]{0,6}"
@@ -176,6 +184,8 @@ def parse_quantity(text: str) -> Quantity | None:
     """Return a number and its unit; None if the text is anything else, or more than that."""
     text = text.strip().removesuffix(".") if not text.rstrip().endswith("..") else text
     text = _PER_HUNDRED.sub(r"\1%", text.strip())
+    if text[:1].isalpha():
+        text = _SAID.sub(_in_digits, text)
     money = re.match(r"([+-]?)\s*\\?([$\u20ac\u00a3\u00a5\uffe5])\s*(?=[\d.])", text)
     if money:
         text = (money.group(1) + text[money.end() :]).removesuffix("$")
@@ -187,7 +197,7 @@ def parse_quantity(text: str) -> Quantity | None:
     value = _value(number) if number else None
     if number is None or value is None:
         return None
-    rest = text[number.end() :]
+    rest = _IN_TOTAL.sub("", text[number.end() :])
     if scale := _SCALE.match(rest):
         for name in [scale[1]] if scale[1] else scale[2]:
             value *= _SCALES[name]
@@ -198,6 +208,11 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(value, _known_unit(_CURRENCIES[money[2]]) if money else None)
     unit = _read_unit(_DEGREES.sub(r" circ\g<scale>", rest) if "^" in rest else rest, value)
     return None if unit is None else Quantity(value, unit)
+
+
+def _in_digits(said: re.Match[str]) -> str:
+    """Return the digits of a number that is said in words, or the sign before digits."""
+    return "-" * bool(said[1]) + (str(_WORDS.index(said[2].lower())) if said[2] else "")
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
@@ -216,6 +231,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if part["decimal"] is not None:
         power = int(part["power"] or part["e"] or 0)
         return sign * Fraction(part["decimal"]) * Fraction(10) ** power
+    if (ten := part["ten"] or part["bare_ten"]) is not None:
+        return sign * Fraction(10) ** int(ten)
     if part["start"] is not None:
         value = _repeating(part)
         return None if value is None else sign * value
@@ -243,6 +260,8 @@ def _repeating(part: dict[str, str | None]) -> Fraction | None:
 def _read_unit(text: str, value: Fraction) -> Unit | None:
     """Return the unit that follows a number; a thing that is counted is a kind of its own."""
     apart, text = text[0].isspace(), text.strip()
+    if apart and text[0] == "(" and text[-1] == ")":
+        text = text[1:-1].strip()
     if not _UNIT_TEXT.fullmatch(text):
         return None
     known = _known_unit(text)
@@ -276,6 +295,7 @@ def _known_unit(text: str) -> Unit | None:
     """Return a known unit such as cm, m/s, m^2, km per hour, square meters, 平方米, or None."""
     kinds: dict[str, int] = {}
     factor, text = Fraction(1), re.sub(r"\s+\^", "^", text)
+    text = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}.get(text, text)
     for place, side in enumerate(re.split(r"/|\bper\b|每", text)):
         side = re.sub(
             r"\b(square|sq|cubic) (\w+)|(平方|立方)([\u4e00-\u9fff]+)",

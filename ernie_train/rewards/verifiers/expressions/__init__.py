@@ -1,4 +1,4 @@
-"""Read mathematical notation: one spelling of signs, exact arithmetic, sets of real numbers."""
+"""Read mathematical answers: where they stand, one notation, exact arithmetic, real sets."""
 
 from ernie_train.rewards.verifiers.expressions.arithmetic import (
     Expression,
@@ -8,14 +8,36 @@ from ernie_train.rewards.verifiers.expressions.arithmetic import (
 )
 from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
 from ernie_train.rewards.verifiers.expressions.real_sets import RealSet, read_real_set
+from ernie_train.rewards.verifiers.expressions.stated import (
+    MAX_ANSWER_CHARACTERS,
+    answer_of,
+    spellings,
+)
+from ernie_train.rewards.verifiers.expressions.structure import (
+    bracketed,
+    elements_of,
+    matrix_rows,
+    members_of,
+    name_and_value,
+    tuple_members,
+)
 
 __all__ = [
+    "MAX_ANSWER_CHARACTERS",
     "Expression",
     "RealSet",
     "TooLargeError",
+    "answer_of",
+    "bracketed",
     "compact",
+    "elements_of",
     "is_final",
+    "matrix_rows",
+    "members_of",
+    "name_and_value",
     "normalize",
     "read_expression",
     "read_real_set",
+    "spellings",
+    "tuple_members",
 ]

@@ -13,8 +13,9 @@ _SIGNS = str.maketrans({
     "\u00b1": "\\pm ", "\u211d": "\\mathbb{R}", "\u2220": "\\angle ", "\u00bd": "\\frac12 ",
     "\u00bc": "\\frac14 ", "\u00be": "\\frac34 ",
     "\u2009": "\\,", "\u202f": "\\,", "\u00a0": "\\,", "~": "\\,",
-    "\uff0c": ", ", "\u3001": ", ", "\uff1b": "; ", "\uff1a": ":", "\u3002": ".", "\uff08": "(",
-    "\uff09": ")", "\uff05": "%", "\uff1d": "=", "\uff1c": "<", "\uff1e": ">",
+    "\uff0e": ".", "\uff0c": ", ", "\u3001": ", ", "\uff1b": "; ", "\uff1a": ":",
+    "\u3002": ".", "\uff08": "(", "\uff09": ")", "\uff05": "%", "\uff1d": "=", "\uff1c": "<",
+    "\uff1e": ">",
     "\u201c": '"', "\u201d": '"',
 })  # fmt: skip
 _ROOT_SIGN = re.compile("\u221a\\s*(\\d+|\\([^()]*\\)|[a-z])?", re.ASCII)
@@ -58,6 +59,9 @@ _COMMANDS = (
      r"\\mathbb{R}"),
     (re.compile(r"\\(?:dotsc|dotsb|cdots|ldots|dots)(?![A-Za-z])"), r"\\ldots"),
 )  # fmt: skip
+_PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
+_PLAIN = re.compile(r"(?<![\\A-Za-z])(pi|ln|log|sin|cos|tan)(?![A-Za-z])")
+_BOLD = re.compile(r"\*\*(?=[\s.,]|$)|(?<=\s)\*\*(?=\S)|^\*\*")
 _REWRITES = (("{,}", ","), ("\\%", "%"), ("\\$", "$"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"))
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _DIGIT_INDEX = re.compile(r"_\{(\w)\}")
@@ -78,6 +82,8 @@ def normalize(text: str) -> str:
         text = _TEXT.sub(r" \1 ", _SPACING.sub(" ", _ROW_SPACING.sub(r"\\\\ ", text)))
     for pattern, new in _COMMANDS:
         text = pattern.sub(new, text)
+    if text[:1].isascii() and not text.isdigit():
+        text = _PLAIN.sub(r"\\\1 ", _PLAIN_ROOT.sub(r"\\sqrt{\1}", _BOLD.sub("", text)))
     for old, new_text in _REWRITES:
         text = text.replace(old, new_text)
     text = squeeze(_DIGIT_INDEX.sub(r"_\1", text))

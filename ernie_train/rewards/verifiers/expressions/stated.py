@@ -1,0 +1,148 @@
+r"""Find the mathematical answer that a response states, and the ways in which it is spelled."""
+
+import re
+from fractions import Fraction
+
+from ernie_train.rewards.verifiers.answer_text import (
+    announced_behind_boxes,
+    denies,
+    hedges,
+    named_answers,
+    talks,
+    without_reason,
+)
+from ernie_train.rewards.verifiers.expressions.arithmetic import TooLargeError, read_expression
+from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
+from ernie_train.rewards.verifiers.expressions.structure import name_and_value
+from ernie_train.rewards.verifiers.quantities import parse_quantity
+
+MAX_ANSWER_CHARACTERS = 1000
+
+_MATH_SPAN = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\*\*([^*]+)\*\*")
+_SPAN_NUMBER = re.compile(
+    r"(?<![\w.])[+-]?[$\u00a5\u20ac]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?"
+    r"(?: (?:hundred|thousand|million|billion|dozen)\b)?(?![A-Za-z0-9_])",
+    re.ASCII,
+)
+_HAN = re.compile(r"[\u4e00-\u9fff]")
+_SENTENCE_START = re.compile(r"(?<=[.!?])\s+(?=[A-Z\u4e00-\u9fff])|(?<=[。\uff01\uff1f])")
+# Words around a number that make a bound or an estimate of it.
+_INEXACT = re.compile(
+    r"\b(?:at (?:least|most)|up to|about|around|approximately|roughly|nearly|almost|between|minus"
+    r"|(?:more|less|fewer|greater|larger|smaller|other|rather) than|exceeds?|over|under)\b"
+    r"|至少|至多|最多|最少|以上|以下|左右|超过|多于|少于|大约|不到|约",
+    re.IGNORECASE,
+)
+_APPROXIMATION = re.compile(
+    r"^(?P<exact>.*?)[,\s$]*(?:\b(?:or|i\.e\.|which is)\s|或)?\s*\(?\s*"
+    r"(?:(?:\\approx|\\simeq|\\doteq)(?![A-Za-z])"
+    r"|\b(?:about|approximately|approx\.?|roughly|around)\s|大?约(?:等于|为|是)?)"
+    r"\s*\$?(?P<about>[^=$()]+?)\$?\)?\.?$"
+)
+_ARITHMETIC = re.compile(r"\d\s*[-+*/^\u00d7\u00f7\u2212]\s*\(?\d")
+_LEAD = re.compile(
+    r"(?:(?:thus|therefore|hence|so|then|finally|and|we (?:get|have|find|obtain)|it follows that"
+    r"|\u6240\u4ee5|\u56e0\u6b64|\u6545)(?![a-z])[,:\uff0c]?\s*)+"
+    r"|[A-Z][a-z]+(?: [a-z]+){0,2}: ?(?=[-$\\\d(])",
+    re.IGNORECASE,
+)
+_PEOPLE = re.compile(r"[A-Z][\w'-]*(?:(?:, (?:and )?| and )[A-Z][\w'-]*)*")
+
+
+def answer_of(response: str) -> str | None:
+    """Return the answer of a response, normalized; a list if it names several; None for none."""
+    named = [normalize(without_reason(text)) for text in named_answers(response)]
+    if any(len(text) > MAX_ANSWER_CHARACTERS for text in named):
+        return None
+    if named:
+        if not named[-1]:
+            return None
+        different = {_key(text): text for text in named}
+        for text in map(normalize, announced_behind_boxes(response)):
+            later, told = parse_quantity(text), list(map(parse_quantity, different.values()))
+            if later and not any(quantity and quantity.value == later.value for quantity in told):
+                different[_key(text)] = text
+        only = next(iter(different.values()))
+        if len(different) == 1 and _is_chinese_sentence(only):
+            return _only_answer_of(only)
+        return " ; ".join(different.values())
+    last = next((line for line in reversed(response.splitlines()) if line.strip()), "")
+    alone = last.strip() == response.strip() and len(last) <= MAX_ANSWER_CHARACTERS
+    if alone and not _is_prose(answer := _without_lead(without_reason(last))):
+        return normalize(answer) or None
+    sentence = ([part for part in _SENTENCE_START.split(last) if part.strip()] or [""])[-1]
+    return _only_answer_of(sentence) if len(sentence) <= MAX_ANSWER_CHARACTERS else None
+
+
+def _without_lead(line: str) -> str:
+    """Return a line without "Thus," and "Total:" before its answer."""
+    lead = _LEAD.match(line)
+    if lead and not (hedges(lead[0]) or denies(lead[0]) or talks(lead[0])):
+        line = line[lead.end() :]
+    return re.sub(r"(?<=\w)\s+equals\s+(?=[-$\\\d(])", " = ", line)
+
+
+def _key(text: str) -> object:
+    """Return a key that is equal for two spellings of the same quantity or of the same text."""
+    quantity = parse_quantity(text)
+    return compact(text) if quantity is None or quantity.unit else quantity.value
+
+
+def _is_prose(line: str) -> bool:
+    if parse_quantity(normalize(line)) is not None or _PEOPLE.fullmatch(line.strip(" .")):
+        return False
+    return len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", line)) > 2 or _is_chinese_sentence(line)
+
+
+def _is_chinese_sentence(text: str) -> bool:
+    """Return True for Chinese words before a number: a unit stands behind it."""
+    first = re.search(r"\d", text)
+    return first is not None and _HAN.search(text, 0, first.start()) is not None
+
+
+def _only_answer_of(sentence: str) -> str | None:
+    """Return the only formula of a sentence, or else its only number; None if it hedges."""
+    open_ended = sentence.rstrip("*\"' ").endswith(("?", "\uff1f", "="))
+    if open_ended or any(test(sentence) for test in (hedges, denies, talks, _INEXACT.search)):
+        return None
+    spans = {normalize(a or b or c) for a, b, c in _MATH_SPAN.findall(sentence)}
+    spans = {span for span in spans if not re.fullmatch(r"[A-Za-z]?", span)} or spans
+    if not any(re.search(r"\d|\\", span) for span in spans):
+        if _ARITHMETIC.search(sentence):
+            return None
+        spans = {normalize(text.rstrip(",")) for text in _SPAN_NUMBER.findall(sentence)}
+    if len({_key(span) for span in spans}) != 1:
+        return None
+    return next(iter(spans))
+
+
+def spellings(gold: str, answer: str) -> list[str]:
+    """Return an answer without its approximation; that too if the gold answer is a decimal."""
+    match = _APPROXIMATION.match(answer)
+    about = parse_quantity(match["about"]) if match else None
+    if match is None or about is None:
+        return [answer]
+    decimal = re.fullmatch(r"[+-]?\d*\.\d+.*", gold) is not None
+    exact = match["exact"].strip(" ,$(")
+    if not exact or name_and_value(f"{exact} = 0")[0]:
+        return [match["about"]] if decimal else []
+    place = _value_of(exact.rpartition("=")[2].strip())
+    digits = re.search(r"\.(\d+)", match["about"])
+    step = Fraction(1, 10 ** (len(digits[1]) if digits else 0))
+    near = place is not None and abs(Fraction(place) - about.value) <= step * Fraction(501, 1000)
+    if not near:
+        return []
+    return [exact, match["about"]] if decimal else [exact]
+
+
+def _value_of(text: str) -> Fraction | float | None:
+    quantity = parse_quantity(text)
+    if quantity is not None:
+        return quantity.value
+    try:
+        expression = read_expression(text)
+    except TooLargeError:
+        return None
+    if expression is None:
+        return None
+    return expression.approximation if expression.value is None else expression.value
