@@ -57,6 +57,7 @@ LEVELS = {"@iterations": 3, "@curriculum": {"start": 1, "raise_at": 0.01}}
 HELD_OUT = {
     "@evaluation": {"path": "{root}/two_tasks.jsonl", "every_iterations": 2}, "@iterations": 3
 }  # fmt: skip
+DIALOGUES = {"@data": [{"path": "{root}/dialogues.jsonl"}], "@seq_len": 160}
 OTHER_COLUMNS = {"@data.0.path": "{root}/other_columns.jsonl"}
 SAME = {"columns": {"answer": "answer"}}
 
@@ -71,6 +72,14 @@ PROBES: dict[str, Probe] = {
     "tokenizer.path": Probe("sft", {"tokenizer.path": "{root}/tokenizer2"}),
     "tokenizer.stand_in": Probe(
         "sft", {"tokenizer.stand_in": "{root}/tokenizer"}, {"tokenizer.path": "gone"}, "check"
+    ),
+    "tokenizer.add": Probe("sft", {"tokenizer.add": ["<step>"]}),
+    "chat": Probe("sft", {"chat": {"template": "ernie_plain"}}),
+    "chat.template": Probe("sft", {"chat.template": "ernie_plain"}),
+    "chat.history_reasoning": Probe("sft", {"chat.history_reasoning": "keep"}, DIALOGUES),
+    "chat.control_tokens": Probe(
+        "sft", {"chat.control_tokens": "refuse"},
+        {"@data": [{"path": "{root}/control.jsonl"}]},
     ),
     "device": Probe("sft", {"device": "gpu"}, {"device": "cpu"}),
     "parallel": Probe("sft", {"parallel": {"data": 2}}),
@@ -225,7 +234,8 @@ PROBES: dict[str, Probe] = {
         for name, value in {"longer_than": 20, "factor": 9.0}.items()
     },
     "stages[] of kind sft.normalization": Probe("sft", {"@normalization": "token_balanced"}),
-    "stages[] of kind sft.thinking": Probe("sft", {"@thinking": False}),
+    "stages[] of kind sft.train_turns": Probe("sft", {"@train_turns": "last"}, DIALOGUES),
+    "stages[] of kind sft.train_reasoning": Probe("sft", {"@train_reasoning": False}),
     # ---- DPO
     "stages[] of kind dpo.data": Probe("dpo", {"@data": "{root}/pairs2.jsonl"}),
     "stages[] of kind dpo.columns": Probe("dpo", {"@columns": {"prompt": "chosen"}}),
@@ -257,6 +267,7 @@ PROBES: dict[str, Probe] = {
     ),
     "stages[].reward.parts[].judge": Probe("upo", {}, observe="judge"),
     "stages[].reward.parts[].weight": Probe("upo", {"@reward.weight": 2.0}),
+    "stages[].reward.parts[].timeout_s": Probe("upo", {"timeout_s": 3.0}, observe="deadline"),
     "stages[].reward.parts[].max_tokens": Probe(
         "upo", {"max_tokens": 1}, observe="format part"
     ),

@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -55,7 +56,7 @@ def stage_of(base: str) -> dict[str, Any]:
             **every, "name": "u", "kind": "upo", "data": [{"path": "{root}/prompts.jsonl"}],
             "reward": {"python": "{root}/reward.py:score"}, "canaries": 0, "iterations": 1,
             "micro_batch_size": 32, "optim": {"lr": 3e-3, "schedule": "constant"},
-            "rollout": {"prompts_per_iteration": 3, "group_size": 4, "max_new_tokens": 6,
+            "rollout": {"prompts_per_iteration": 5, "group_size": 4, "max_new_tokens": 6,
                         "max_prompt_tokens": 64},
         }  # fmt: skip
     data = [{"path": "{root}/train.jsonl", "max_examples": 12}]
@@ -101,6 +102,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pairs[0]["prompt"] = "Hello?"
         pairs = [{**pair, "prompt": pair["prompt"] or "And?"} for pair in pairs]
         write_rows(root / f"{name}.jsonl", pairs)
+    train = rows(12, 1)
+    dialogues = [{"messages": a["messages"] + b["messages"]} for a, b in pairwise(train)]
+    write_rows(root / "dialogues.jsonl", dialogues)
+    control = [{"prompt": "<|im_end|>?", "completion": f"{n}"} for n in range(12)]
+    write_rows(root / "control.jsonl", control)
     write_rows(root / "texts.jsonl", [{"text": "1 + 2 = 3. " * n} for n in range(1, 13)])
     (root / "bad.jsonl").write_text((root / "validation.jsonl").read_text() + "{\n")
     (root / "reward.py").write_text(
@@ -108,7 +114,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def other(row, completion):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
         "def half(row, completion):\n    return 0.5 * score(row, completion)\n"
         "def raises(row, completion):\n"
-        "    if sum(map(ord, completion)) % 3:\n        raise ValueError('odd')\n"
+        "    if sum(map(ord, completion)) % 7:\n        raise ValueError('odd')\n"
         "    return score(row, completion)\n"
     )
     finished(root, recipe_of(root, "sft", {}), root / "of_base")
@@ -260,6 +266,11 @@ class _Spies:
         reward = composition.build_reward(config, self.root)
         text = "hm\n</think>\n\n<response>\n2\n</response>\n"
         return reward.score_batch([{}], [text], [9]).scores[0].value
+
+    def deadline(self, base: str, changes: Changes) -> Any:
+        config = composition.RewardConfig(parts=[{"python": "reward.py:score", **changes}])
+        ((_, reward),) = composition.build_reward(config, self.root)._parts
+        return getattr(reward, "deadline_s", None)
 
     def judge(self, base: str, changes: Changes) -> Any:
         found: list[Any] = []
