@@ -181,6 +181,49 @@ def test_a_reply_that_drips_is_bounded_as_a_whole(head):
         thread.join()
 
 
+RUBRIC = [
+    {"criterion": "Names the animal", "marks": 3}, {"criterion": "Says why"},
+    {"criterion": "Insults the reader", "marks": -2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "value"),
+    [
+        ('{"met": [true, true, false]}', "correct", 1.0),
+        ('Well.\n{"met": [true, false, false]}', "wrong", 0.75),
+        ('{"met": [true, true, true]}', "wrong", 0.5),
+        ('{"met": [false, false, true]}', "wrong", 0.0),
+        ('{"met": [true, true]}', "infrastructure", 0.0),
+        ('{"met": [1, 1, 0]}', "infrastructure", 0.0),
+        ('{"met": [true, true, false], "met": [true, true, false]}', "infrastructure", 0.0),
+        ('{"met": [true, true, false], "verdict": "correct"}', "infrastructure", 0.0),
+        (CORRECT, "infrastructure", 0.0),
+    ],
+)
+def test_a_rubric_gives_the_share_of_its_marks(endpoint, reply, status, value):
+    endpoint.replies = [reply]
+    score = judge(endpoint)(ROW | {"rubric": RUBRIC}, completion("A cat."))
+    assert (score.status, score.value) == (status, value)
+    asked = endpoint.seen[0][2]["messages"]
+    assert "1. Names the animal\n2. Says why\n3. Insults the reader" in asked[1]["content"]
+    assert '{"met": [true, false, true]}' in asked[0]["content"] and "a cat" in asked[1]["content"]
+
+
+@pytest.mark.parametrize(
+    "rubric",
+    ["be good", [], ["be good"], [{"criterion": ""}], [{"criterion": "x", "marks": 0}],
+     [{"criterion": "x", "marks": True}], [{"criterion": "x", "marks": float("nan")}],
+     [{"criterion": "x", "marks": -1}]],
+)  # fmt: skip
+def test_a_rubric_that_cannot_be_used_is_the_rows_fault(endpoint, rubric):
+    score = judge(endpoint)(ROW | {"rubric": rubric}, completion("A cat."))
+    assert score.status == "bad_gold" and "rubric" in score.detail
+    assert endpoint.seen == []
+    endpoint.replies = ['{"met": [true]}']  # is no verdict without a rubric
+    assert judge(endpoint)(ROW, completion("A cat.")).status == "infrastructure"
+
+
 def test_nobody_there_is_infrastructure():
     nobody = LlmJudge("http://127.0.0.1:9/v1", "m", None, 1.0, 0)
     assert nobody(ROW, completion("A cat.")).status == "infrastructure"

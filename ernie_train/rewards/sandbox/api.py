@@ -102,7 +102,7 @@ def trial(layer: Layer) -> str:
     try:
         with POOL.borrow(layer) as pair:
             return _known_failure(pair)
-    except (SandboxLost, SandboxLostDuringProgram) as lost:
+    except (SandboxLost, SandboxLostDuringProgram, OSError) as lost:
         return str(lost)
     except NoAnswerInTime:
         return "a known program does not end"
