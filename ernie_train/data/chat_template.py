@@ -124,7 +124,7 @@ class ChatTemplate:
         except DataError:
             raise
         except jinja2.TemplateError as error:
-            raise DataError(f"{self.origin}: {error}") from error
+            raise DataError(f"{error} ({self.origin})") from error
         except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
             reason = "it calls itself without end" if isinstance(error, RecursionError) else error
             raise DataError(
