@@ -304,6 +304,19 @@ def test_what_cannot_train_is_one_message(
     assert not (tmp_path / "run/01-sft").exists()
 
 
+def test_lora_out_of_place_is_told_where_it_belongs(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(workspace, tmp_path / "recipe.yaml", dpo(workspace))
+    for override, message in {
+        "model.lora={rank: 4}": "lora belongs to a stage",
+        "lora={rank: 4}": "did you mean 'stages[].lora'",
+        "stages.dpo.lora={rank: 4, dropout: 0.1}": "policy and reference must compute alike",
+    }.items():
+        assert run("run", path, override, "--run-dir", tmp_path / "run") == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_new_tokens_need_a_trained_embedding_which_a_checkpoint_then_holds(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
