@@ -95,6 +95,12 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode("utf-8"))
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file with `atomic_write`."""
+    with source.open("rb") as stream, atomic_write(target) as out:
+        shutil.copyfileobj(stream, out)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with `atomic_write`."""
     with atomic_write(path) as stream:

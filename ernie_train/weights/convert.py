@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
 from ernie_train.core.errors import DataError, UserError
-from ernie_train.io.files import FileDigest, write_directory, write_json, write_text
+from ernie_train.io.files import FileDigest, copy_file, write_directory, write_json, write_text
 from ernie_train.io.safetensors import TensorEntry, write_tensor_files
 from ernie_train.weights.gguf_file import GgufFile
 from ernie_train.weights.gguf_tokenizer import write_gguf_tokenizer
@@ -90,7 +89,7 @@ def _write_tokenizer(source: Source, directory: Path) -> None:
         for pattern in _CARRIED:
             for file in sorted(source.path.glob(pattern)):
                 if file.is_file():
-                    shutil.copyfile(file, directory / file.name)
+                    copy_file(file, directory / file.name)
     if not (directory / "generation_config.json").exists():
         write_json(directory / "generation_config.json", generation_config(source.config))
     largest = _largest_id(directory / "tokenizer.json")

@@ -85,7 +85,7 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], directory: Path, source: s
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1",
             special_tokens=[(bos, roles["bos"])],
         )  # fmt: skip
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"], **named,

@@ -14,7 +14,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import ChatTemplate
 from ernie_train.data.completion_format import IM_END, SENTENCE_END
 from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES
-from ernie_train.io.files import atomic_write
+from ernie_train.io.files import copy_file
 
 MARK = "\ufdd0"  # a noncharacter of Unicode, which no text contains
 Offsets = list[tuple[int, int]]
@@ -265,8 +265,7 @@ def copy_tokenizer_files(source: Path, out_dir: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            with atomic_write(out_dir / name) as stream:
-                stream.write((source / name).read_bytes())
+            copy_file(source / name, out_dir / name)
         else:
             (out_dir / name).unlink(missing_ok=True)  # left by another tokenizer
 

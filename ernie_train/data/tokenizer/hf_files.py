@@ -289,7 +289,7 @@ def _write_tokenizer_json(
                 f"the added token {text!r} has id {token_id}, but the ids before it leave a gap, "
                 "which tokenizer.json cannot express; put your own tokenizer.json beside it"
             )
-    tokenizer.save(str(path))
+    write_text(path, tokenizer.to_str(pretty=True))
 
 
 def _merges(proto: SentencePieceModel) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from ernie_train.data.tokenizer.base import (
     decode_known,
 )
 from ernie_train.data.tokenizer.hf_files import TokenizerConfig, write_chat_template
+from ernie_train.io.files import write_text
 
 TOKENIZER_JSON = "tokenizer.json"
 
@@ -108,7 +109,7 @@ class HuggingFaceTokenizer(Tokenizer):
         out_dir.mkdir(parents=True, exist_ok=True)
         copy_tokenizer_files(self.directory, out_dir)
         if self._added:
-            self._backend.save(str(out_dir / TOKENIZER_JSON))
+            write_text(out_dir / TOKENIZER_JSON, self._backend.to_str(pretty=True))
         write_chat_template(out_dir, self.chat.template)
 
     def fingerprint(self) -> str:
