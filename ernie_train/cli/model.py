@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ernie_train.core.errors import UserError
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Columns, Tokenizer, load_tokenizer, prompt_ids
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
@@ -63,6 +64,16 @@ def evaluate_model(
         write_jsonl(output, result.samples)
 
 
+def _check_room(ids: list[int], max_new_tokens: int, positions: int) -> None:
+    if not ids:
+        raise UserError("--prompt: with --raw it must not be empty")
+    if len(ids) + max_new_tokens > positions:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens and the model max_position_embeddings={positions}: "
+            f"--max-new-tokens must be at most {max(0, positions - len(ids))}, got {max_new_tokens}"
+        )
+
+
 def complete(
     path: Path,
     prompt: str,
@@ -79,6 +90,7 @@ def complete(
         ids = tokenizer.encode(prompt)
     else:
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], None)
+    _check_room(ids, max_new_tokens, model.config.max_position_embeddings)
     with StopFlag("stopping; nothing is written") as stop:
         completions = generate(
             model,

@@ -7,7 +7,7 @@ with the settings at once, each problem with its dotted path as it stands in the
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 from pydantic import Field
@@ -44,6 +44,9 @@ class StrictConfig(pydantic.BaseModel):
     Types are strict: no text for a number, no boolean for an integer; an integer is accepted where
     a number with a fraction is wanted. NaN and infinity are refused. Defaults are checked too.
     """
+
+    # Keys that others use, of the outermost section: a path in it, or advice in several words.
+    foreign_keys: ClassVar[Mapping[str, str]] = {}
 
     model_config = pydantic.ConfigDict(
         extra="forbid",
@@ -223,6 +226,12 @@ def _unknown_key_hint(cls: type[pydantic.BaseModel], loc: KeyPath) -> str:
         elif fields := [s.model_fields[element] for s in schemas if element in s.model_fields]:
             schemas = [s for field in fields for s in _schemas_in(field.annotation)]
     word = str(loc[-1])
+    foreign = getattr(cls, "foreign_keys", {}).get(word.lower().replace("-", "_"))
+    if foreign is not None and " " in foreign:
+        return f"; {foreign}"
+    if foreign is not None:
+        here = foreign.removeprefix("stages[].") if loc[0] == "stages" else foreign
+        return f"; did you mean '{here}'?"
     # The right key one section too high: `lr` for `optim.lr`.
     inside = next((path for schema in schemas for path in _paths_to(word, schema)), None)
     if inside:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,9 +106,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(dict.fromkeys(known))
     parts = word.lower().replace("-", "_").split("_")
     initials = "".join(part[:1] for part in parts)  # `learning_rate` for `lr`
-    near = [initials] if initials in known else []
-    near += difflib.get_close_matches("_".join(parts), known, n=1, cutoff=0.5)
+    near = [initials] if len(parts) > 1 and initials in known else []
+    near += difflib.get_close_matches("_".join(parts), known, n=1, cutoff=0.65)
     return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def hub_hint(path: str | Path) -> str:
+    """Return the remedy for a path that may be a model's name on a hub, else ""."""
+    if Path(path).exists() or not _HUB_NAME.fullmatch(str(path)):
+        return ""
+    return (
+        f"; if it is a name on a hub, download it first: hf download {path} --local-dir DIR, and "
+        "give DIR"
+    )
 
 
 # Reasons that lie in a path itself, or in what is there; not in a full disk or a broken one.

@@ -16,7 +16,7 @@ from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.progress import progress_bar
 from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
 from ernie_train.data.completion_format import parse_completion
-from ernie_train.eval.prompts import completion_text, encode_prompt, problem_row, user_prompt
+from ernie_train.eval.prompts import completion_text, encode_problems, problem_row, user_prompt
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.sharded import generate_sharded, score_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -203,7 +203,8 @@ def evaluate(
     With a `console` a progress display called `label` is shown on it. Every rank must call it; each
     does a share of the work and returns the whole result. Raises `Interrupted` when asked to stop.
     """
-    prompts = [encode_prompt(tokenizer, record) for record in problems]
+    room = model.config.max_position_embeddings - config.max_new_tokens
+    prompts = encode_problems(tokenizer, problems, room)
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
     with progress_bar(console, label, len(repeated)) if console else nullcontext(_ignore) as update:
         completions = generate_sharded(

@@ -14,9 +14,11 @@ from ernie_train.core.errors import ConfigError
 from ernie_train.data import Record, Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
+from ernie_train.eval.prompts import encode_problems
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.partial import trained_sizes
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
+from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData
 from ernie_train.train.supervised_data import SupervisedConfig
@@ -37,6 +39,8 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     else:
         devices.select_device(recipe.device)
     tokenizer = _tokenizer_or_fallback(recipe, base_dir, console)
+    for line in recipe_warnings(recipe, tokenizer):
+        console.print(line, highlight=False)
     config = recipe.model.build()
     config = config.with_overrides({"vocab_size": recipe.vocabulary(config, tokenizer)})
     if recipe.model.is_absent:
@@ -56,6 +60,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         problems = load_problems(base_dir / asked.path, columns=asked.columns)
         require_verifiers(problems)
         check_gates(recipe, problems)
+        encode_problems(tokenizer, problems, config.max_position_embeddings - asked.max_new_tokens)
         tasks = {record.fields["task"] for record in problems}
         console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
 

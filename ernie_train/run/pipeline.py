@@ -37,12 +37,14 @@ from ernie_train.core.signals import NOTICE, StopFlag
 from ernie_train.core.terminal import Terminal
 from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
+from ernie_train.eval.prompts import encode_problems
 from ernie_train.io.files import fingerprint, verify_manifest, write_json, write_text
 from ernie_train.io.outputs import check_run_directory
 from ernie_train.io.run_dir import RunLock, StageDone, read_done, write_done
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
+from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.check import check_fit, check_gates, describe_training
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
@@ -177,6 +179,10 @@ class Pipeline:
             problems = load_problems(self.base_dir / asked.path, columns=asked.columns)
             require_verifiers(problems)
             check_gates(self.recipe, problems)
+            room = self.recipe.model.build().max_position_embeddings - asked.max_new_tokens
+            encode_problems(tokenizer, problems, room)
+        for line in recipe_warnings(self.recipe, tokenizer):
+            self.console.print(line, style="yellow", highlight=False)
         return tokenizer
 
     def _require_same_on_all_ranks(self, selection: Selection) -> None:

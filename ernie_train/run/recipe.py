@@ -15,11 +15,12 @@ from ernie_train.core.config import (
     load_yaml,
     parse_config,
 )
-from ernie_train.core.errors import CheckpointError, ConfigError
+from ernie_train.core.errors import CheckpointError, ConfigError, DataError, hub_hint
 from ernie_train.core.foreign_files import read_json
 from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_tokenizer
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
+from ernie_train.run.foreign_keys import FOREIGN_KEYS
 from ernie_train.run.stages import AnyStageConfig
 from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.hf import load_config
@@ -173,6 +174,8 @@ class ExportConfig(StrictConfig):
 class Recipe(StrictConfig):
     """A model, its training stages, its evaluation and its export."""
 
+    foreign_keys = FOREIGN_KEYS
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: ModelSource
@@ -240,7 +243,11 @@ class Recipe(StrictConfig):
         template = self.chat.template
         if template is not None and template not in SHIPPED_TEMPLATES:
             template = str(base_dir / template)
-        tokenizer = load_tokenizer(base_dir / str(path), template=template, add=self.tokenizer.add)
+        directory = base_dir / str(path)
+        if not directory.exists() and (hint := hub_hint(str(path))):
+            raise DataError(f"tokenizer directory {path} does not exist{hint}")
+        directory = tokenizer_directory(directory)
+        tokenizer = load_tokenizer(directory, template=template, add=self.tokenizer.add)
         tokenizer.chat = replace(
             tokenizer.chat,
             history_reasoning=self.chat.history_reasoning,
@@ -259,6 +266,14 @@ class Recipe(StrictConfig):
     def stage_directory(self, index: int) -> str:
         """Return the name of a stage's directory in a run directory, such as `01-sft`."""
         return f"{index + 1:02d}-{self.stages[index].name}"
+
+
+def tokenizer_directory(path: Path) -> Path:
+    """Return the directory of the tokenizer of a run, a stage or a checkpoint, else `path`."""
+    for mark, inner in (("recipe.yaml", "."), ("stage.json", ".."), ("state.json", "../../..")):
+        if (path / mark).is_file():
+            return path / inner / "tokenizer"
+    return path
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -20,7 +20,7 @@ from ernie_train.weights import save_pretrained
 from tests.core.test_terminal import HOSTILE, controls
 from tests.workspace import make_workspace, rows, write_rows
 
-LIMIT_S = 10
+LIMIT_S = 60  # a hang has none; a loaded machine takes a while
 LONG = "x" * 100_000
 COMMANDS = HOSTILE.replace("\ud800", "")  # all of them text that can be encoded
 
@@ -240,8 +240,8 @@ def hostile_rows(count):
 
 def test_text_of_rows_in_tables_and_previews(place, cli, tmp_path):
     data, completions = tmp_path / "rows.jsonl", tmp_path / "completions.jsonl"
-    write_rows(data, hostile_rows(30))
-    write_rows(completions, [{"completion": COMMANDS}] * 30)
+    write_rows(data, hostile_rows(4))
+    write_rows(completions, [{"completion": COMMANDS}] * 4)
     recipe = place / "recipe.yaml"
     assert "\\x1b" in cli("check", recipe, f"stages.sft.data.0.path={data}")[1]
     cli("score", "--reward", "exact", "--data", data, "--completions", completions)
@@ -287,3 +287,15 @@ def test_aliases_that_multiply(cli, tmp_path):
     started = time.monotonic()
     assert "multiply" in cli("check", tmp_path / "recipe.yaml")[2]
     assert time.monotonic() - started < 2
+
+
+def test_lengths_beyond_the_models_positions(place, cli):
+    for length in (257, 10**9):
+        _, _, err = cli("generate", *arguments_of("generate", place), "--max-new-tokens", length)
+        assert "max_position_embeddings=256: --max-new-tokens must be at most" in err
+        _, _, err = cli("eval", *arguments_of("eval", place), "--max-new-tokens", length)
+        assert "test.jsonl:1: the prompt has" in err
+        assert "and 10 more" in err
+        _, _, err = cli("check", place / "recipe.yaml", f"evaluation.max_new_tokens={length}")
+        assert "test.jsonl:1: the prompt has" in err
+    assert "empty" in cli("generate", place / "model", "--prompt", "", "--raw")[2]

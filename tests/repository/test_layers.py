@@ -46,8 +46,8 @@ PACKAGES: dict[str, str] = {
     "eval": "prompts evaluation gates",
     "rl": "config batch critic data estimators rollout pairs loss report learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
-    "run": "stages recipe lineage check referee_script proof export llama_reference import_model"
-    " render finalize pipeline",
+    "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
+    " llama_reference import_model render finalize pipeline",
     "plan": "layout workload memory cost search tables command",
     "cli": "arguments doctor model preview score run main",
 }

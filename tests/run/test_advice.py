@@ -1,0 +1,121 @@
+"""Advice to the author of a recipe: other kits' keys, names of hubs, settings not meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pydantic
+import pytest
+
+from ernie_train.core.errors import ConfigError, UserError, did_you_mean
+from ernie_train.data import load_tokenizer, train_tokenizer
+from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.run.advice import recipe_warnings
+from ernie_train.run.foreign_keys import FOREIGN_KEYS
+from ernie_train.run.recipe import Recipe, load_recipe, tokenizer_directory
+from ernie_train.weights import save_pretrained
+from ernie_train.weights.model_directory import find_model
+from tests.workspace import make_workspace
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("advice"))
+
+
+def schemas_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from schemas_in(argument)
+
+
+def test_every_path_in_the_table_of_foreign_keys_exists():
+    for key, target in FOREIGN_KEYS.items():
+        schemas = [Recipe]
+        for name in target.replace("[]", "").split(".") if " " not in target else ():
+            fields = [s.model_fields[name] for s in schemas if name in s.model_fields]
+            assert fields, f"{key}: {target} has no {name}"
+            schemas = [found for field in fields for found in schemas_in(field.annotation)]
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("stages.sft.learning_rate=1e-4", "learning_rate: unknown key; did you mean 'optim.lr'?"),
+        ("learning_rate=1e-4", "did you mean 'stages[].optim.lr'?"),
+        ("stages.sft.per_device_train_batch_size=4", "did you mean 'micro_batch_size'?"),
+        ("stages.sft.optim.learning_rate=1", "did you mean 'optim.lr'?"),
+        ("report_to=wandb", "metrics.jsonl"),
+        ("output_dir=x", "--run-dir"),
+        ("model_name_or_path=x", "did you mean 'model.path'?"),
+        ("lora={}", "did you mean 'stages[].lora'?"),
+        ("stages.sft.weight_decay=0", "did you mean 'optim.weight_decay'?"),
+        ("stages.sft.micro_batch_sise=2", "did you mean 'micro_batch_size'?"),
+        ("zzz=1", "known are name, seed"),
+    ],
+)  # fmt: skip
+def test_the_key_that_was_meant(recipe, override, hint):
+    with pytest.raises(ConfigError) as failed:
+        load_recipe(recipe, [override])
+    assert hint in str(failed.value)
+
+
+def test_words_that_are_not_near_are_not_suggested():
+    assert "did you mean" not in did_you_mean("lora", ["balance", "gate", "optim"])
+    assert "did you mean" not in did_you_mean("learn", ["gate", "balance", "lr"])
+
+
+def test_a_name_of_a_hub_is_told_to_be_downloaded(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="hf download someone/Some-Model --local-dir"):
+        find_model("someone/Some-Model")
+    with pytest.raises(UserError, match="hf download someone/some"):
+        load_recipe(recipe, ["tokenizer.path=someone/some"]).load_tokenizer(tmp_path)
+    with pytest.raises(UserError) as failed:
+        find_model("/nowhere/at/all")
+    assert "download" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        ([], None),
+        (["stages.sft.optim.lr=0.5"], r"stages\.0\.optim\.lr=0\.5 is far above"),
+        (["stages.sft.optim.warmup_steps=99"], "warmup_steps=99 does not end within"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_unlikely_to_be_meant(recipe, overrides, warning):
+    loaded = load_recipe(recipe, overrides)
+    lines = recipe_warnings(loaded, loaded.load_tokenizer(recipe.parent))
+    assert len(lines) == (warning is not None)
+    assert warning is None or re.search(warning, lines[0])
+
+
+def test_a_tokenizer_of_another_vocabulary_than_the_models(recipe, tmp_path):
+    tokenizer = load_tokenizer(recipe.parent / "tokenizer")
+    config = Ernie4_5_MoeConfig.preset(
+        "tiny", vocab_size=384, hidden_size=32, num_hidden_layers=1, head_dim=8,
+        moe_num_experts=2, moe_k=1,
+    )  # fmt: skip
+    save_pretrained(Ernie4_5_MoeForCausalLM(config), tmp_path / "model", tokenizer)
+    loaded = load_recipe(recipe, [f"model={{path: {tmp_path / 'model'}}}"])
+    assert recipe_warnings(loaded, tokenizer) == []
+    other = train_tokenizer(["something else entirely 2024 1724"] * 9, 300, tmp_path / "other")
+    (line,) = recipe_warnings(loaded, other)
+    assert "has another vocabulary" in line
+    assert f"tokenizer.path={tmp_path / 'model'}" in line
+
+
+def test_the_tokenizer_of_a_run_is_found(tmp_path):
+    checkpoint = tmp_path / "01-sft/checkpoints/step_000001"
+    checkpoint.mkdir(parents=True)
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    for place, mark in ((tmp_path, "recipe.yaml"), (checkpoint, "state.json"),
+                        (tmp_path / "01-sft", "stage.json")):  # fmt: skip
+        (place / mark).touch()
+        assert tokenizer_directory(place).resolve() == own
+    assert tokenizer_directory(own) == own
