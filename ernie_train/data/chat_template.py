@@ -65,6 +65,23 @@ MARKUP_TOKENS = (
 # Names under which templates read the reasoning of a turn; `transformers` 5 fills them alike.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 
+# How `transformers` 5 reads a completion of ERNIE's Thinking format back into a message.
+RESPONSE_TEMPLATE: dict[str, Any] = {
+    "start_anchor": f"{IM_START}assistant\n",
+    "defaults": {"role": "assistant"},
+    "fields": {
+        "reasoning_content": {"open": THINK_OPEN, "close": THINK_CLOSE},
+        "content": {"open": RESPONSE_OPEN, "close": RESPONSE_CLOSE},
+        "tool_calls": {
+            "open": TOOL_CALL_OPEN,
+            "close": TOOL_CALL_CLOSE,
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
+
 _MAX_TEXT = 16_000_000  # characters that one rendering may write
 _MAX_LOOP = 10_000_000  # numbers that `range` may yield in one rendering
 

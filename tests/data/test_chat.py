@@ -269,6 +269,32 @@ def test_transformers_renders_and_encodes_alike(
         assert asked > 30
 
 
+def test_transformers_parses_completions(
+    tokenizer: Tokenizer, plain: Tokenizer, tmp_path: Path, referee: Callable[..., Any]
+) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+    completions = [
+        "why\n</think>\n\n<response>\n12\n</response>\n<|im_end|>",
+        f"why\n</think>\n\n{call}{call}<|im_end|>",
+        "never closed",
+    ]
+    case = {"messages": [user("q")], "tools": None, "add_generation_prompt": True}
+    (tmp_path / "cases.json").write_text(json.dumps([{**case, "parse": completions}]))
+    arguments: list[Path] = []
+    for name, saved in (("thinking", tokenizer), ("plain", plain)):
+        saved.save_pretrained(tmp_path / name)
+        arguments += [tmp_path / name, tmp_path / "cases.json"]
+    referee("chat_render.py", tmp_path / "out.json", *arguments)
+    parsed, none = (answer["parsed"] for answer in json.loads((tmp_path / "out.json").read_text()))
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}] * 2
+    assert parsed == [
+        {"role": "assistant", "reasoning_content": "why", "content": "12"},
+        {"role": "assistant", "reasoning_content": "why", "tool_calls": calls},
+        {"role": "assistant", "reasoning_content": "never closed"},
+    ]
+    assert none == []
+
+
 def spans_of(text: str) -> str:
     """What must be trained in the whole conversation, found by a pattern."""
     turns = re.findall(r"<\|im_start\|>assistant\n(?:<think>\n)?(.*?<\|im_end\|>)", text, re.S)

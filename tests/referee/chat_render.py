@@ -1,5 +1,6 @@
 """Render conversations with a tokenizer's own template: OUT.json, then DIRECTORY CASES.json pairs.
 
+The completions under "parse" of a first case are parsed by the tokenizer's response_template.
 A case is {"messages": [...], "tools": [...] or null, "add_generation_prompt": bool}.
 """
 
@@ -23,7 +24,13 @@ def render(directory, cases_path):
         for case in cases
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return {"text": texts, "ids": ids}
+    parsed = []
+    if getattr(tokenizer, "response_template", None):  # since transformers 5
+        prompt = tokenizer.apply_chat_template(
+            cases[0]["messages"][:1], add_generation_prompt=True, tokenize=False
+        )
+        parsed = [tokenizer.parse_response(c, prefix=prompt) for c in cases[0].get("parse", [])]
+    return {"text": texts, "ids": ids, "parsed": parsed}
 
 
 out_path, *pairs = sys.argv[1:]

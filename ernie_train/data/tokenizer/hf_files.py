@@ -21,7 +21,13 @@ from tokenizers import (  # type: ignore[import-untyped]
 
 from ernie_train.core import foreign_files
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat_template import CONTROL_TOKENS, ChatTemplate
+from ernie_train.data.chat_template import (
+    CONTROL_TOKENS,
+    ERNIE_THINKING,
+    RESPONSE_TEMPLATE,
+    ChatTemplate,
+    shipped_template,
+)
 from ernie_train.data.completion_format import SENTENCE_END, SENTENCE_START
 from ernie_train.data.tokenizer.sentencepiece_proto import (
     PieceType,
@@ -181,14 +187,19 @@ def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> Ch
 def write_chat_template(out_dir: Path, template: ChatTemplate | None) -> None:
     """Write a chat template to both files in which libraries look for it.
 
-    A directory that has the template already is left as it is.
+    A directory that has the template already is left as it is. For ERNIE's Thinking format the
+    `response_template` is written too, by which `transformers` 5 parses completions.
     """
     present = read_chat_template(out_dir, {})
     if template is None or (present is not None and present.source == template.source):
         return
     write_text(out_dir / CHAT_TEMPLATE_FILE, template.source)
     path = out_dir / CONFIG_FILE
-    write_json(path, {**optional_json(path), "chat_template": template.source})
+    config = {**optional_json(path), "chat_template": template.source}
+    config.pop("response_template", None)  # of another format
+    if template.source == shipped_template(ERNIE_THINKING).source:
+        config["response_template"] = RESPONSE_TEMPLATE
+    write_json(path, config)
 
 
 def special_tokens(proto: SentencePieceModel) -> list[str]:
