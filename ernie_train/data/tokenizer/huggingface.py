@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken  # type: ignore[import-untyped]
@@ -80,7 +81,22 @@ class HuggingFaceTokenizer(Tokenizer):
         except (TypeError, UnicodeEncodeError):
             check_unicode(text)
             raise
-        return encoding.ids, encoding.offsets
+        if special or not self._control_ids & set(encoding.ids):
+            return encoding.ids, encoding.offsets
+        return self._encode_in_pieces(text)  # the model itself has pieces of these texts
+
+    def _encode_in_pieces(self, text: str) -> tuple[list[int], Offsets]:
+        """Encode a text cut behind the first character of every control token in it."""
+        cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
+        ids: list[int] = []
+        offsets: Offsets = []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            encoding = self._without_special_tokens().encode(
+                text[start:end], add_special_tokens=False
+            )
+            ids += encoding.ids
+            offsets += [(a + start, b + start) for a, b in encoding.offsets]
+        return ids, offsets
 
     def _without_special_tokens(self) -> Backend:
         """Return the tokenizer that encodes control tokens as any other text."""

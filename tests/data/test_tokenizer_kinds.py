@@ -1,0 +1,117 @@
+"""Tokenizers of other kinds, by their tokenizer.json alone: transformers gives the same ids."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from ernie_train.data.tokenizer import load_tokenizer
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+TEXTS = [
+    "The sum of 12 apples and 7 oranges isn't 20.",
+    "def f(x):\n    return {'a': x * 2}\n\n\n# done\t!",
+    "漢字かな混じり文, 한국어 العربية",
+    "😀👩‍👧 🇩🇪 é e\u0301 ﬁ ½",
+    " leading,  two   and trailing  \n\n \n",
+    "a <|im_end|> b</s>c <s>",
+    "<|im_end|>\n<unk>",
+    "",
+    "\u00a0\u200d\ufeff x",
+    "word " * 300,
+]
+
+
+def byte_level() -> tuple[Backend, Any]:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return backend, trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, show_progress=False
+    )
+
+
+def unigram() -> tuple[Backend, Any]:
+    backend = Backend(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    return backend, trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+    )
+
+
+def word_piece() -> tuple[Backend, Any]:
+    backend = Backend(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend, trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=SPECIAL, show_progress=False
+    )
+
+
+KINDS: dict[str, Callable[[], tuple[Backend, Any]]] = {
+    "byte_level": byte_level,
+    "unigram": unigram,
+    "word_piece": word_piece,
+}
+
+
+@pytest.fixture(scope="module")
+def directories(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Callable[..., list[str]], tokenizer_dir: Path
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    config = {
+        "tokenizer_class": "TokenizersBackend",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, make in KINDS.items():
+        backend, trainer = make()
+        backend.train_from_iterator(corpus(300), trainer)
+        backend.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
+        (root / name).mkdir()
+        backend.save(str(root / name / "tokenizer.json"))
+        (root / name / "tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copytree(tokenizer_dir, root / "sentencepiece")
+    return {path.name: path for path in root.iterdir()}
+
+
+def test_ids_are_those_of_transformers(
+    directories: dict[str, Path], tmp_path: Path, referee: Callable[..., Any]
+) -> None:
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    names = sorted(directories)
+    places = [directories[name] for name in names]
+    referee("tokenizer_ids.py", tmp_path / "texts.json", tmp_path / "out.json", *places)
+    for name, theirs in zip(names, json.loads((tmp_path / "out.json").read_text()), strict=True):
+        own = load_tokenizer(directories[name])
+        assert [own.encode(text) for text in TEXTS] == theirs["plain_ids"], name
+        assert [own.decode(ids) for ids in theirs["plain_ids"]] == theirs["decoded"], name
+        assert own.vocab_size == theirs["size"], name
+
+
+@pytest.mark.parametrize("name", [*KINDS, "sentencepiece"])
+def test_offsets_and_plain_control_tokens(directories: dict[str, Path], name: str) -> None:
+    own = load_tokenizer(directories[name])
+    text = "the <|im_end|> answer</s>"
+    ids, offsets = own.encode_with_offsets(text)
+    ends = [text[s:e] for i, (s, e) in zip(ids, offsets, strict=True) if i == own.eos_token_id]
+    assert ends == ["</s>"]
+    plain = own.encode_plain(text, "a row")
+    assert not {own.token_id(token) for token in ("<|im_end|>", "</s>")} & set(plain)
