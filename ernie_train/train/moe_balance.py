@@ -199,7 +199,9 @@ class MoeBalance:
                 steps = selection_bias_step(load.tokens_per_expert, self.config.bias_update_rate)
                 for moe, step in zip(self.layers.values(), steps, strict=True):
                     bias = moe.moe_statics.e_score_correction_bias
-                    bias.add_(paddle.to_tensor(step).reshape(bias.shape))
+                    moved = bias.numpy() + step.reshape(bias.shape)
+                    # Without the mean, which changes no choice and would only drift.
+                    bias.set_value(moved - moved.mean(dtype=np.float64).astype(np.float32))
         return metrics
 
 

@@ -25,6 +25,7 @@ _OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
     "dead_experts": sum,
     "router_entropy": lambda values: sum(values) / len(values),
     "bias_range": max,
+    "bias_mean": lambda values: max(values, key=abs),
     "router_cosine": lambda values: sum(values) / len(values),
     "drop_rate": lambda values: sum(values) / len(values),
     "routing_changed": lambda values: sum(values) / len(values),
@@ -56,7 +57,8 @@ def layer_health(
 
     load_max: busiest expert's tokens over the mean; load_cv: standard deviation over the mean;
     dead_experts: how many got no token; router_entropy: mean over tokens in nats; bias_range:
-    largest less smallest selection bias; router_cosine: mean |cosine| between two experts' router
+    largest less smallest selection bias; bias_mean: its mean, which choices do not depend on and
+    updates keep at 0; router_cosine: mean |cosine| between two experts' router
     columns; drop_rate: share of choices dropped, where the model has a capacity factor.
     """
     figures = {}
@@ -69,6 +71,7 @@ def layer_health(
             "dead_experts": float((tokens == 0).sum()),
             "router_entropy": float(load.entropy[at] / max(load.tokens[at], 1.0)),
             "bias_range": float(np.ptp(moe.moe_statics.e_score_correction_bias.numpy())),
+            "bias_mean": float(moe.moe_statics.e_score_correction_bias.numpy().mean()),
             "router_cosine": mean_absolute_cosine(moe.gate.weight),
         }
         if model.config.moe_capacity_factor is not None:

@@ -173,7 +173,40 @@ def test_the_selection_bias_moves_once_a_step_from_the_counts_of_all_micro_batch
         counts = result.load.tokens_per_expert[at]
         assert counts.sum() == 2 * sum(rows(seed=s).num_tokens for s in range(3))
         bias = model.model.layers[layer].mlp.moe_statics.e_score_correction_bias.numpy()[0]
-        np.testing.assert_allclose(bias, 0.01 * np.sign(counts.mean() - counts), atol=1e-9)
+        step = 0.01 * np.sign(counts.mean() - counts)
+        np.testing.assert_allclose(bias, step - step.mean(), atol=1e-9)
+
+
+def test_the_mean_of_the_selection_bias_does_not_drift():
+    model = small_model()
+    balance = MoeBalance(model, BalanceConfig(bias_update_rate=0.01))
+    load = balance.new_load()
+    load.tokens_per_expert[:] = [30, 1, 1, 1]  # every step raises three of four
+    for _ in range(50):
+        balance.after_step(load)
+    for moe in balance.layers.values():
+        bias = moe.moe_statics.e_score_correction_bias.numpy()[0].astype(np.float64)
+        assert abs(bias.mean()) < 1e-6
+        np.testing.assert_allclose(bias[1:] - bias[0], 50 * 0.02, rtol=1e-4)
+
+
+def test_padding_counts_in_no_balance_term():
+    """One document in rows of two lengths: the same terms, load and entropy."""
+    model = small_model()
+    balance = MoeBalance(model, BalanceConfig(load_balance_coef=0.1, z_loss_coef=0.1))
+    found = []
+    for length in (6, 24):
+        ids = np.zeros((2, length), np.int64)
+        documents = np.zeros((2, length), np.int64)
+        ids[0, :5], documents[0, :5] = [3, 7, 1, 9, 4], 1
+        stats = model(paddle.to_tensor(ids), document_ids=paddle.to_tensor(documents)).router_stats
+        load = balance.new_load()
+        load.add(stats)
+        terms = balance.terms(stats)
+        found.append([float(t.sum) for t in terms] + [t.count for t in terms])
+        found[-1] += [*load.tokens_per_expert.ravel(), *load.entropy, *load.tokens]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+    assert load.tokens.max() == 5
 
 
 def test_without_a_rate_the_selection_bias_is_frozen():

@@ -103,9 +103,11 @@ def test_every_figure_of_health_by_definition():
     figures = layer_health(model, load)
     expected = {
         1: {"load_max": 2.0, "load_cv": np.std(counts[1]) / 3, "dead_experts": 1,
-            "router_entropy": 0.0, "bias_range": 0.3, "router_cosine": cosines[1]},
+            "router_entropy": 0.0, "bias_range": 0.3, "bias_mean": -0.0125,
+            "router_cosine": cosines[1]},
         2: {"load_max": 4.0, "load_cv": np.std(counts[2]) / 3, "dead_experts": 3,
-            "router_entropy": 1.0, "bias_range": 0.4, "router_cosine": cosines[2]},
+            "router_entropy": 1.0, "bias_range": 0.4, "bias_mean": 0.1,
+            "router_cosine": cosines[2]},
     }  # fmt: skip
     assert figures.keys() == expected.keys()
     for layer, values in expected.items():
@@ -114,4 +116,5 @@ def test_every_figure_of_health_by_definition():
     means = ("load_cv", "router_entropy", "router_cosine")
     by_hand = {f"moe/{n}": np.mean([expected[1][n], expected[2][n]]) for n in means}
     worst = {"moe/load_max": 4.0, "moe/dead_experts": 4.0, "moe/bias_range": 0.4}
+    worst["moe/bias_mean"] = 0.1
     assert merged == pytest.approx({**by_hand, **worst}, 1e-5)
