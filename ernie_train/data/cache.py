@@ -53,10 +53,8 @@ def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None
 
     facts: everything else that the encoded documents depend on, as JSON values.
     """
-    asked = os.environ.get(VARIABLE)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie_train"
-    root = Path(asked) if asked else home
-    if asked == "off" or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+    root = _root()
+    if root is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
         return None
     contents = [[str(file), digest_file(file).sha256] for file in files]
     directory = root / fingerprint([_code(), contents, facts])[:32]
@@ -68,6 +66,17 @@ def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None
         )
         return None
     return directory
+
+
+def _root() -> Path | None:
+    asked = os.environ.get(VARIABLE)
+    if asked:
+        return None if asked == "off" else Path(asked)
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home directory, as containers have them
+        return None
+    return Path(caches) / "ernie_train"
 
 
 @functools.cache
