@@ -40,6 +40,7 @@ class _LinearCrossEntropy(PyLayer):
                 grad_weight = dw if grad_weight is None else grad_weight.add_(dw)
             if bias is not None:
                 grad_bias = db if grad_bias is None else grad_bias.add_(db)
+            del dw  # [V,H], before the next one is made
         token_losses = paddle.concat(losses)
         ctx.save_for_backward(paddle.concat(grad_hidden))
         ctx.grad_weight, ctx.grad_bias = grad_weight, grad_bias
@@ -107,7 +108,7 @@ def _chunk_gradients(
     dh = dh.multiply_(paddle.expand(w, dh.shape))
     dw = None
     if not weight.stop_gradient:
-        dw = paddle.index_add(paddle.matmul(p, weighted, transpose_x=True), labels, 0, -weighted)
+        dw = paddle.index_add_(paddle.matmul(p, weighted, transpose_x=True), labels, 0, -weighted)
     db = paddle.matmul(p, w, transpose_x=True).squeeze(1)
     return dh, dw, paddle.index_add(db, labels, 0, -w.squeeze(1))
 

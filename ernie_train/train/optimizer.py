@@ -18,6 +18,7 @@ from ernie_train.core.config import NonNegative, Positive, StrictConfig
 from ernie_train.core.errors import CheckpointError
 from ernie_train.io.safetensors import ArraysByOtherNames
 from ernie_train.model.partial import trained_parameters
+from ernie_train.model.pylayer import cast
 from ernie_train.weights.adapters import Rename
 
 # Paddle's names of AdamW's state: `<parameter>_<slot>_0` in `state_dict`.
@@ -176,9 +177,9 @@ class Optimizer:
             parallel.broadcast_updated(self.parameters, self.owners)
 
     def clear_gradients(self) -> None:
-        """Set gradients to zero; free them where they are sharded."""
+        """Free the gradients: the next forward pass needs the memory for its activations."""
         for parameter in self.parameters.values():
-            parameter.clear_gradient(not self.shards_gradients)
+            parameter.clear_gradient(False)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Return `{"moment1"|"moment2"|"master": {name: tensor}}` of this rank's own parameters.
@@ -237,7 +238,7 @@ def _square_sums(parameters: Iterable[Tensor]) -> list[float]:
     found = []
     for parameter in parameters:
         if parameter.grad is not None:
-            flat = parameter.grad.reshape([-1]).astype("float32")
+            flat = cast(parameter.grad.reshape([-1]), paddle.float32)
             found.append(paddle.dot(flat, flat).reshape([1]))
     return [float(value) for value in paddle.concat(found).numpy()] if found else []
 
