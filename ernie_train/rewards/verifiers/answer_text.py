@@ -58,12 +58,15 @@ _CHINESE_DENIAL = re.compile(r"错|相反|除了|除外")
 _TALK = frozenset({
     "said", "say", "says", "saying", "tell", "tells", "told", "refuse", "refuses", "refused",
     "claim", "claims", "claimed", "asked", "pretend", "guess", "wonder", "whether", "heard",
+    "according",
 })  # fmt: skip
 _CHINESE_TALK = re.compile(r"说|声称|猜|听闻|拒绝|假装|吗")
 # Around an answer: "is not \boxed{7}", "I doubt that the answer is 7"; "7 is wrong", "7?".
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|never|isn't|cannot be|can't be|neither)|不(?:是|等于|为)|并?非|\\neq?|\\not\s*="
     r"|\u2260)\s*(?:equal to|be)?[\s$*:\uff1a(]*$"
+    r"|(?:~~|\\(?:cancel|sout|xcancel|bcancel|st)\s*\{|\b(?:false|wrong|incorrect|untrue):)[\s$*]*$"
+    r"|(?:如果|假设|假如|若|说|声称|猜|怀疑|否认)[^,\uff0c。;\n]*$"
     r"|(?:\b(?:wrong|false|incorrect|untrue|doubt|deny|denies|nobody|if|unless|assume|suppose|"
     rf"{'|'.join(sorted(_TALK))})|n't|\bnot (?:think|believe|mean|sure))\b[^,.;:\n]*$",
     re.IGNORECASE,
@@ -72,6 +75,9 @@ _DENIED_AFTER = re.compile(
     r"[\s$*)]*(?:(?:[.,;]?\s*(?:which|this|that|it|and that)\s+|,?\s*)"
     r"(?:is|was|isn't|seems|looks|would be|cannot be)\s+(?:the |a |an )?"
     r"(?:not|wrong|incorrect|false|untrue|lie|impossible)\b|isn't"
+    r"|[.,;]?\s*(?:or (?!about|approx|roughly|around|equivalently)"
+    r"|no\b|wait\b|actually\b|but\b|rather\b)"
+    r"[^.\n\\]{0,20}\d"
     r"|,?\s*or\s+(?:maybe|perhaps|possibly|not|else|\$?-?\d)|,?\s*not\b|\?|\uff1f"
     r"|[,\uff0c.\u3002]?\s*(?:这|那)?是?(?:不对|不正确|错|不是))",
     re.IGNORECASE,

@@ -86,7 +86,7 @@ def _compare(question: str, gold: str, response: str) -> Score:
     wanted = normalize((named_answers(gold) or [gold])[-1])
     if not wanted:
         return Score.bad_gold(f"no answer in {gold[:80]!r}")
-    if fold(normalize(response)) == fold(wanted):
+    if fold(response) == fold(gold) or fold(normalize(response)) == fold(wanted):
         return Score.correct()
     given = answer_of(response)
     if given is None:

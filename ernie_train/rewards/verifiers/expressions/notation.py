@@ -12,7 +12,7 @@ _SIGNS = str.maketrans({
     "\u2248": "\\approx ", "\u222a": "\\cup ", "\u2208": "\\in ", "\u2205": "\\emptyset ",
     "\u00b1": "\\pm ", "\u211d": "\\mathbb{R}", "\u2220": "\\angle ", "\u00bd": "\\frac12 ",
     "\u00bc": "\\frac14 ", "\u00be": "\\frac34 ",
-    "\u2009": "\\,", "\u202f": "\\,", "\u00a0": "\\,", "~": "\\,",
+    "\u2009": "\\,", "\u202f": "\\,", "\u00a0": "\\,",
     "\uff0e": ".", "\uff0c": ", ", "\u3001": ", ", "\uff1b": "; ", "\uff1a": ":",
     "\u3002": ".", "\uff08": "(", "\uff09": ")", "\uff05": "%", "\uff1d": "=", "\uff1c": "<",
     "\uff1e": ">",
@@ -23,6 +23,7 @@ _ROOT_SIGN = re.compile("\u221a\\s*(\\d+|\\([^()]*\\)|[a-z])?", re.ASCII)
 _THIN_GROUPS = re.compile(
     r"(?<![\d.\\])\d{1,3}(?:(?:\\[,;: ]|\{,\}|\{\\,\})\d{3})+(?!\d)", re.ASCII
 )
+_TIE = re.compile(r"(?<=[\w}])~(?=[\w\\])")
 _THIN = re.compile(r"\\[,;: ]|\{,\}|\{\\,\}")
 _SCRIPTS = {
     "^": str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b"
@@ -46,11 +47,9 @@ _TEXT = re.compile(
 _COMMANDS = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(le|ge)(?:q?slant|qq?)(?![A-Za-z])"), r"\\\1"),
-    (re.compile(r"\\neq(?![A-Za-z])|!="), r"\\ne "),
+    (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne "),
     (re.compile(r"\\lt(?![A-Za-z])"), "<"),
     (re.compile(r"\\gt(?![A-Za-z])"), ">"),
-    (re.compile(r"<=|=<"), r"\\le "),
-    (re.compile(r">="), r"\\ge "),
     (re.compile(r"\\(?:varnothing)(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"\\lor(?![A-Za-z])"), r"\\vee"),
     (re.compile(r"\\land(?![A-Za-z])"), r"\\wedge"),
@@ -60,8 +59,13 @@ _COMMANDS = (
     (re.compile(r"\\(?:dotsc|dotsb|cdots|ldots|dots)(?![A-Za-z])"), r"\\ldots"),
 )  # fmt: skip
 _PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
-_PLAIN = re.compile(r"(?<![\\A-Za-z])(pi|ln|log|sin|cos|tan)(?![A-Za-z])")
+_PLAIN_NAME = re.compile(r"(?<![\\A-Za-z])(pi|ln|log|sin|cos|tan)(?![A-Za-z])")
+_PLAIN = re.compile(r"(?<![\\A-Za-z])(?:sqrt|pi|ln|log|sin|cos|tan)(?![A-Za-z])")
+_RELATIONS = re.compile(r"<=|=<|>=|!=")
+_RELATION_SIGNS = {"<=": "\\le ", "=<": "\\le ", ">=": "\\ge ", "!=": "\\ne "}
+_NUMERALS = re.compile(r"[0-9 .,/+-]*", re.ASCII)
 _BOLD = re.compile(r"\*\*(?=[\s.,]|$)|(?<=\s)\*\*(?=\S)|^\*\*")
+_COMMAND = re.compile("|".join(pattern.pattern for pattern, _ in _COMMANDS))
 _REWRITES = (("{,}", ","), ("\\%", "%"), ("\\$", "$"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"))
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _DIGIT_INDEX = re.compile(r"_\{(\w)\}")
@@ -70,26 +74,47 @@ _LONE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s|\s(?![0-9A-Za-z])", re.ASCII)
 
 def normalize(text: str) -> str:
     """Unify the spelling of signs, spaces, delimiters and text commands; keep the meaning."""
+    if _NUMERALS.fullmatch(text):  # the usual answer: nothing to unify, and time counts
+        text = squeeze(text)
+        return text.removesuffix(".") if not text.endswith("..") else text
+    if "~" in text:
+        text = _TIE.sub(r"\\,", text)
     if not text.isascii():
-        for sign, run in _SCRIPT_RUNS.items():
-            text = run.sub(partial(_script, sign), text)
-        text = _ROOT_SIGN.sub(
-            lambda m: f"\\sqrt{{{m[1].strip('()')}}}" if m[1] else "\\sqrt ", text
-        )
-    text = text.translate(_SIGNS).replace("\\!", "")
+        text = _ascii_signs(text)
     if "\\" in text or "{,}" in text:
-        text = _THIN_GROUPS.sub(lambda match: _THIN.sub("", match.group()), text)
-        text = _TEXT.sub(r" \1 ", _SPACING.sub(" ", _ROW_SPACING.sub(r"\\\\ ", text)))
-    for pattern, new in _COMMANDS:
-        text = pattern.sub(new, text)
-    if text[:1].isascii() and not text.isdigit():
-        text = _PLAIN.sub(r"\\\1 ", _PLAIN_ROOT.sub(r"\\sqrt{\1}", _BOLD.sub("", text)))
-    for old, new_text in _REWRITES:
-        text = text.replace(old, new_text)
-    text = squeeze(_DIGIT_INDEX.sub(r"_\1", text))
-    text = _unwrapped(_unwrapped(text))
+        text = _plain_commands(text)
+    if "=" in text:
+        text = _RELATIONS.sub(lambda match: _RELATION_SIGNS[match.group()], text)
+    if "**" in text:
+        text = _BOLD.sub("", text)
+    if _PLAIN.search(text):
+        text = _PLAIN_NAME.sub(r"\\\1 ", _PLAIN_ROOT.sub(r"\\sqrt{\1}", text))
+    text = squeeze(_DIGIT_INDEX.sub(r"_\1", text) if "_" in text else text)
+    if text[:1] in ("$", "\\", "*", "`"):
+        text = _unwrapped(_unwrapped(text))
     text = _unboxed(text)
     return text.removesuffix(".") if not text.endswith("..") else text
+
+
+def _plain_commands(text: str) -> str:
+    """Return a text with one command for each sign, without commands for spacing and fonts."""
+    text = text.replace("\\!", "")
+    text = _THIN_GROUPS.sub(lambda match: _THIN.sub("", match.group()), text)
+    text = _TEXT.sub(r" \1 ", _SPACING.sub(" ", _ROW_SPACING.sub(r"\\\\ ", text)))
+    if _COMMAND.search(text):
+        for pattern, new in _COMMANDS:
+            text = pattern.sub(new, text)
+    for old, new in _REWRITES:
+        text = text.replace(old, new)
+    return text
+
+
+def _ascii_signs(text: str) -> str:
+    """Return a text with commands for signs, scripts and roots that are not ASCII."""
+    for sign, run in _SCRIPT_RUNS.items():
+        text = run.sub(partial(_script, sign), text)
+    text = _ROOT_SIGN.sub(lambda m: f"\\sqrt{{{m[1].strip('()')}}}" if m[1] else "\\sqrt ", text)
+    return text.translate(_SIGNS)
 
 
 def _unboxed(text: str) -> str:

@@ -30,7 +30,7 @@ _SENTENCE_START = re.compile(r"(?<=[.!?])\s+(?=[A-Z\u4e00-\u9fff])|(?<=[。\uff0
 _INEXACT = re.compile(
     r"\b(?:at (?:least|most)|up to|about|around|approximately|roughly|nearly|almost|between|minus"
     r"|(?:more|less|fewer|greater|larger|smaller|other|rather) than|exceeds?|over|under)\b"
-    r"|至少|至多|最多|最少|以上|以下|左右|超过|多于|少于|大约|不到|约",
+    r"|至少|大于|小于|至多|最多|最少|以上|以下|左右|超过|多于|少于|大约|不到|约",
     re.IGNORECASE,
 )
 _APPROXIMATION = re.compile(
