@@ -212,8 +212,9 @@ def _attempt(run: _Run, pair: SandboxPair, limits: Limits) -> tuple[ProgramResul
 
 
 _MORE_TIME = 2
-# The share of its processor time that a program uses if it works and does not sleep.
-_WORKED = 0.25
+# The share of its processor time that a program uses if it works and does not sleep: little, since
+# other processes may have the rest.
+_WORKED = 0.05
 # Seconds for a known program to start.
 _START_S = 0.1
 _BUSY_S = 0.2
