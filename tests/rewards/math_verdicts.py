@@ -139,6 +139,7 @@ RIGHT = [
     ("7", r"So $x = \boxed 7$."),
     ("1/2", r"So $\boxed\frac12$."),
     ("7", r"\fbox{7}"),
+    (r"So it is \boxed{7}, but no 8.", "7"),
     ("12", r"**Final answer:** \(12\)"),
     ("12", "Answer:\n\\[\n12\n\\]"),
     ("12", "**Answer**\n\n12"),

@@ -83,7 +83,8 @@ def score(row: dict[str, Any], completion: str) -> Score:
 def _compare(question: str, gold: str, response: str) -> Score:
     if len(response) > MAX_RESPONSE_CHARACTERS:
         return Score.wrong(f"a response of {len(response)} characters")
-    wanted = normalize((named_answers(gold) or [gold])[-1])
+    # A solution does not take its answer back, whatever stands around it.
+    wanted = normalize((named_answers(gold) or [gold])[-1].removeprefix("not "))
     if not wanted:
         return Score.bad_gold(f"no answer in {gold[:80]!r}")
     if fold(response) == fold(gold) or fold(normalize(response)) == fold(wanted):
