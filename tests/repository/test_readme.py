@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from ernie_train.core.config import load_yaml, parse_config
-from ernie_train.run.recipe import Recipe
+from ernie_train.run.recipe import Recipe, load_recipe
 from ernie_train.train.moe_balance import BalanceConfig
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -43,6 +44,14 @@ def test_recipes_and_parts_of_recipes_are_valid(number, tmp_path):
         text = FRAME + text
     recipe = parse_config(Recipe, parsed(text, path), "README.md")
     assert recipe.stages
+
+
+def test_the_recipe_for_a_model_of_ones_own_is_valid():
+    recipe = load_recipe(ROOT / "recipes/own_model.yaml")
+    (stage,) = recipe.stages
+    assert recipe.model.path == recipe.tokenizer.path == "my-model"
+    assert stage.lora.rank == 16 and stage.data[0].path == "my-data.jsonl"
+    assert "recipes/own_model.yaml" in README
 
 
 def test_the_reward_of_ones_own_works():
