@@ -9,6 +9,7 @@ from ernie_train.train.moe_balance import BalanceConfig, MoeBalance
 from ernie_train.train.moe_health import MoeHealth, MoeHealthConfig
 from ernie_train.train.optimizer import OptimConfig, Optimizer, learning_rate
 from ernie_train.train.stage import Gate, StageConfig, StageData, StageRun
+from ernie_train.train.supervised import PackedLoss
 from ernie_train.train.trainer import StepResult, Trainer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "MoeHealthConfig",
     "OptimConfig",
     "Optimizer",
+    "PackedLoss",
     "StageConfig",
     "StageData",
     "StageRun",

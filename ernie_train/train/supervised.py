@@ -42,7 +42,7 @@ class PackedLoss:
     trained tokens in both; `objective` is what is minimized.
     """
 
-    def __init__(self, normalization: Literal["tokens", "token_balanced"]) -> None:
+    def __init__(self, normalization: Literal["tokens", "token_balanced"] = "tokens") -> None:
         self.normalization = normalization
 
     def counts(self, batch: Batch) -> dict[str, float]:
