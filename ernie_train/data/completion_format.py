@@ -68,8 +68,8 @@ def parse_completion(
 ) -> ParsedCompletion:
     """Parse a completion. Never raises.
 
-    A token that ends the turn ended the sampling; its text at the end is left out here, and
-    anywhere else it is text as any other.
+    A token that ends the turn ended the sampling. Its text ends the completion between blocks and
+    at the end; in a block or in reasoning it is text as any other.
 
     Args:
         text: what the model wrote behind the generation prompt.
@@ -141,6 +141,8 @@ def _parse_blocks(text: str) -> tuple[str | None, list[ToolCall], list[str]]:
     position = 0
     while position < len(text):
         opening, start = _next_opening(text, position)
+        if any(stop in text[position:start] for stop in _STOPS):
+            break  # between blocks nothing but the end of the turn is written so
         if text[position:start].strip():
             stray.append(text[position:start].strip())
         if opening == RESPONSE_OPEN:

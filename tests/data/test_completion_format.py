@@ -181,6 +181,8 @@ def test_a_stop_token_as_text_ends_nothing() -> None:
     parsed = parse_completion(f"plan\n</think>\n\n{call}<|im_end|>")
     assert parsed.tool_calls[0].arguments == {"text": "<s>old</s> and <|im_end|> here"}
     assert parse_completion("a</s>b</s>\n", thinking=False).response == "a</s>b"
+    after = parse_completion("why\n</think>\n<|im_end|>\n<response>\n12\n</response>")
+    assert (after.response, after.stray) == (None, [])
 
 
 def test_answers_without_tags_count_where_the_format_has_none() -> None:

@@ -10,6 +10,7 @@ Responses are hostile: everything here takes time linear in their length. Letter
 only look like ASCII ones are left as they are, so that they equal nothing but themselves.
 """
 
+import functools
 import itertools
 import re
 import string
@@ -110,8 +111,13 @@ def boxes(text: str) -> list[str]:
     return [content for content, _ in _boxes(text)]
 
 
-def _boxes(text: str) -> Iterator[tuple[str, int]]:
-    """Yield the content of each box and the position behind it."""
+@functools.lru_cache(maxsize=4)  # several readings of one response ask for them
+def _boxes(text: str) -> tuple[tuple[str, int], ...]:
+    """Return the content of each box and the position behind it."""
+    return tuple(_find_boxes(text))
+
+
+def _find_boxes(text: str) -> Iterator[tuple[str, int]]:
     position = 0
     while opening := _BOX.search(text, position):
         start, position = opening.span()
