@@ -14,30 +14,29 @@ A message is a dict: role, content (text), and for assistants `reasoning_content
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat_template import REASONING_KEYS, ChatTemplate
-from ernie_train.data.completion_format import (
-    RESPONSE_OPEN,
-    THINK_CLOSE,
-    THINK_OPEN,
-    TOOL_CALL_OPEN,
-    parse_completion,
+from ernie_train.data.chat_messages import (
+    Message,
+    canonical_message,
+    canonical_tools,
+    map_texts,
+    split_reasoning,
+    without_earlier_reasoning,
+    without_reasoning,
 )
+from ernie_train.data.chat_template import ChatTemplate
+from ernie_train.data.completion_format import THINK_CLOSE, THINK_OPEN
 from ernie_train.data.tokenizer import MARK, Tokenizer, unmark
 
-Message = dict[str, Any]
 Tools = Sequence[dict[str, Any]] | None
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _EMPTY_THINKING = re.compile(rf"\s*(?:{THINK_OPEN})?\s*{THINK_CLOSE}\s*")
-_BARE_SCHEMA_KEYS = frozenset(("type", "properties", "$ref", "$defs", "anyOf", "oneOf", "allOf"))
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def require_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 def drop_thinking(messages: Sequence[Message]) -> list[Message]:
     """Return the conversation without the assistant's reasoning."""
-    return [_without_reasoning(m) if m.get("role") == "assistant" else m for m in messages]
+    return [without_reasoning(m) if m.get("role") == "assistant" else m for m in messages]
 
 
 @dataclass(frozen=True)
@@ -210,8 +209,11 @@ class _Conversation:
         self.tokenizer = tokenizer
         self.template = template or require_chat_template(_given(tokenizer))
         self.history = tokenizer.chat.history_reasoning if tokenizer else "template"
-        self.tools = None if not tools else self._marked(_canonical_tools(tools), "a tool")
-        self.messages = [self._message(at, m) for at, m in enumerate(messages)]
+        self.tools = None if not tools else self._marked(canonical_tools(tools), "a tool")
+        self.messages = [
+            self._marked(canonical_message(m, at, self.template), f"message {at + 1}")
+            for at, m in enumerate(messages)
+        ]
         if not messages:
             raise DataError("a conversation has no messages")
 
@@ -241,7 +243,7 @@ class _Conversation:
         if self.history == "keep":
             return self._with_all_reasoning(messages, ask)
         if self.history == "drop":
-            messages = _without_earlier_reasoning(messages, ask)
+            messages = without_earlier_reasoning(messages, ask)
         return self._plain_render(messages, ask)
 
     def _plain_render(self, messages: Sequence[Message], ask: bool = False) -> str:
@@ -253,7 +255,7 @@ class _Conversation:
         What the template writes behind a turn's last words is found by changing them: both texts
         end alike from there on. So each turn is cut there and goes on as it does in a history.
         """
-        bare = [_without_reasoning(m) if m["role"] == "assistant" else m for m in messages]
+        bare = [without_reasoning(m) if m["role"] == "assistant" else m for m in messages]
         text, before = "", None
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -341,7 +343,7 @@ class _Conversation:
         """Return what a user should know about the trained turns."""
         notes = []
         for turn in trained:
-            reasoning = _split_reasoning(turn.message)[0].strip()
+            reasoning = split_reasoning(turn.message)[0].strip()
             if reasoning and reasoning not in turn.written:
                 notes.append("answers whose reasoning the chat template does not show")
             elif not reasoning and self.template.opens_thinking:
@@ -355,40 +357,11 @@ class _Conversation:
                 )
         return notes
 
-    def _message(self, at: int, message: Message) -> Message:
-        """Return a message as templates expect it; `DataError` where it is not well-formed."""
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"message {at + 1} has role {role!r}; known are {', '.join(ROLES)}")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and role == "assistant"):
-            raise DataError(f"message {at + 1} ({role}) has no text content")
-        kept = {k: v for k, v in message.items() if k in ("name", "tool_call_id")}
-        canonical: Message = {"role": role, "content": content or "", **kept}
-        if role == "assistant":
-            canonical |= self._assistant(message)
-        return self._marked(canonical, f"message {at + 1}")
-
     def _marked(self, value: Any, where: str) -> Any:
         if self.tokenizer is None:
             return value
         mark = self.tokenizer.mark_control_tokens
-        return _mapped(value, lambda text: mark(text, where))
-
-    def _assistant(self, message: Message) -> Message:
-        weight = message.get("weight", 1)
-        if weight not in (0, 1):
-            raise DataError(f"the weight of a message must be 0 or 1, not {weight!r}")
-        turn: Message = {"weight": int(weight)}
-        reasoning, content = _split_reasoning(message)
-        calls = [_canonical_call(call) for call in message.get("tool_calls") or []]
-        if not content.strip("\n") and not calls:
-            raise DataError("an assistant turn has neither an answer nor a tool call")
-        if self.template.has_response_tags:
-            _check_blocks(content.strip("\n"))
-        if reasoning and THINK_CLOSE not in (message.get("content") or ""):
-            turn |= {key: reasoning for key in REASONING_KEYS if key in self.template.source}
-        return turn | ({"tool_calls": calls} if calls else {})
+        return map_texts(value, lambda text: mark(text, where))
 
 
 def _given(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -409,41 +382,6 @@ def _trained_start(turn: _Turn, training: ChatTraining) -> int:
     return turn.end - len(answer.lstrip("\n"))
 
 
-def _split_reasoning(message: Message) -> tuple[str, str]:
-    """Return (reasoning, content) of an assistant message.
-
-    Raises:
-        DataError: the reasoning is unclosed, or given twice.
-    """
-    content = message.get("content") or ""
-    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
-    if THINK_CLOSE in content:
-        if reasoning:
-            raise DataError(f"an assistant turn has both reasoning_content and {THINK_CLOSE}")
-        reasoning, _, content = content.partition(THINK_CLOSE)
-        reasoning = reasoning.lstrip().removeprefix(THINK_OPEN)
-    elif content.lstrip().startswith(THINK_OPEN):
-        raise DataError(f"an assistant turn opens {THINK_OPEN} and never closes it")
-    return reasoning.strip("\n"), content
-
-
-def _without_reasoning(message: Message) -> Message:
-    rest = {k: v for k, v in message.items() if k not in REASONING_KEYS}
-    if THINK_CLOSE in (message.get("content") or ""):
-        rest["content"] = _split_reasoning(message)[1].lstrip("\n")
-    return rest
-
-
-def _without_earlier_reasoning(messages: Sequence[Message], ask: bool) -> list[Message]:
-    """Drop the reasoning of all turns before the last question."""
-    questions = [at for at, m in enumerate(messages) if m["role"] == "user"]
-    last = questions[-1] if questions else -1
-    return [
-        _without_reasoning(m) if m["role"] == "assistant" and at < last else m
-        for at, m in enumerate(messages)
-    ]
-
-
 def _changed(turn: Message) -> Message:
     """Return a turn whose last words are others."""
     if turn.get("tool_calls"):
@@ -456,83 +394,3 @@ def _common_end(one: str, other: str) -> str:
     pairs = zip(reversed(one), reversed(other), strict=False)
     length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return one[len(one) - length :]
-
-
-def _check_blocks(content: str) -> None:
-    """Check the `<response>` and `<tool_call>` markup that a row itself has written."""
-    if not content.startswith((RESPONSE_OPEN, TOOL_CALL_OPEN)):
-        return
-    parsed = parse_completion(THINK_CLOSE + content)
-    if parsed.stray:
-        raise DataError(
-            f"an assistant turn has text outside of its response and tool calls: "
-            f"{parsed.stray[0][:60]!r}"
-        )
-    if any(call.arguments is None for call in parsed.tool_calls):
-        raise DataError("an assistant turn has a tool call that is not valid JSON")
-
-
-def _canonical_call(call: Any) -> Message:
-    """Return a call as OpenAI's API writes it, with its arguments as a dict."""
-    function = call.get("function") or call if isinstance(call, dict) else {}
-    name, arguments = function.get("name"), function.get("arguments")
-    if isinstance(arguments, str) and arguments.strip():
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise DataError(f"the arguments of a call of {name} are not JSON") from None
-    arguments = arguments or {}
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        raise DataError("a tool call needs a name, and arguments that are a JSON object")
-    known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    arguments = _without_nulls(arguments)
-    return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _canonical_tools(tools: Sequence[Any]) -> list[Message]:
-    """Return tools as OpenAI's API writes them: wrapped, in one order of keys, without nulls.
-
-    Parameters in short, {"place": "string"}, become the JSON schema that they stand for.
-    """
-    found = []
-    for tool in tools:
-        if isinstance(tool, str):
-            try:
-                tool = json.loads(tool)
-            except (ValueError, RecursionError):
-                raise DataError("a tool is text that is not JSON") from None
-        function = (tool.get("function") or tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError("a tool needs a name: {name, description, parameters}")
-        function = _without_nulls(function)
-        kept: Message = {"name": function["name"]}
-        if isinstance(function.get("description"), str):
-            kept["description"] = function["description"]
-        if isinstance(function.get("parameters"), dict):
-            kept["parameters"] = _schema(function["parameters"])
-        found.append({"type": "function", "function": kept})
-    return found
-
-
-def _schema(parameters: Message) -> Message:
-    short = parameters and all(isinstance(kind, str) for kind in parameters.values())
-    if not short or _BARE_SCHEMA_KEYS & parameters.keys():
-        return parameters
-    properties = {name: {"type": kind} for name, kind in parameters.items()}
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop the keys whose value is null, at every depth: Arrow and Parquet write absent keys so."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to every text in messages or tools."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
