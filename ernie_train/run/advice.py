@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ernie_train.core.errors import UserError
 from ernie_train.data import Tokenizer, load_tokenizer
+from ernie_train.rl.config import UpoConfig
 from ernie_train.run.recipe import Recipe
 from ernie_train.weights.model_directory import find_model
 
@@ -29,6 +30,13 @@ def recipe_warnings(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
             lines.append(
                 f"warning: {path}.warmup_steps={optim.warmup_steps} does not end within the "
                 f"stage's {steps} steps: the rate never reaches lr"
+            )
+        if isinstance(stage, UpoConfig) and stage.balance.bias_update_rate:
+            lines.append(
+                f"warning: stages.{index}.balance.bias_update_rate="
+                f"{stage.balance.bias_update_rate:g} moves the choice of experts after each step: "
+                "ratios and KL of an iteration's later steps measure that as well as learning; 0 "
+                "freezes it in RL"
             )
     return lines + _other_vocabulary(recipe, tokenizer)
 

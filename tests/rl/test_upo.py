@@ -263,6 +263,23 @@ def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path):
     assert (first / weights).read_bytes() == (second / weights).read_bytes()
 
 
+def test_micro_batches_of_any_size_train_the_same_rollout(workspace, tmp_path):
+    """Sums over the step are divided by counts over the step: sizes differ by rounding alone."""
+    assert run_stage(workspace, tmp_path / "dumped", rollout={"dump": True}, iterations=1) == 0
+    replay = {"replay": str(tmp_path / "dumped/01-rl/rollouts")}
+    lines = []
+    for size in (2, 8, 32):
+        run_dir = tmp_path / f"of-{size}"
+        changes = {"iterations": 1, "rollout": replay, "micro_batch_size": size}
+        assert run_stage(workspace, run_dir, **changes) == 0
+        (line,) = metrics_without_time(run_dir, "01-rl")
+        lines.append({k: v for k, v in line.items() if "moe/" not in k and "experts" not in k})
+    assert lines[0]["grad_norm"] > 0 and len(lines[0]) > 10
+    for other in lines[1:]:
+        assert other == pytest.approx(lines[0], rel=1e-4, abs=1e-6)
+        assert other["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-5)
+
+
 def test_dpo_raises_its_margin_and_continues_to_the_same_bits(workspace, tmp_path, monkeypatch):
     dpo = {
         "name": "rl", "kind": "dpo", "data": str(workspace / "preferences.jsonl"), "seq_len": 64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
@@ -119,3 +120,14 @@ def test_the_tokenizer_of_a_run_is_found(tmp_path):
         (place / mark).touch()
         assert tokenizer_directory(place).resolve() == own
     assert tokenizer_directory(own) == own
+
+
+def test_a_selection_bias_that_moves_in_rl_is_told():
+    root = Path(__file__).resolve().parents[2]
+    tokenizer = load_tokenizer(root / "data/tokenizer")
+    moved = load_recipe(
+        root / "recipes/tiny.yaml", ["stages.rl-logic.balance.bias_update_rate=0.01"]
+    )
+    (warning,) = recipe_warnings(moved, tokenizer)
+    assert "stages.1.balance.bias_update_rate=0.01" in warning and "freezes it" in warning
+    assert recipe_warnings(load_recipe(root / "recipes/tiny.yaml"), tokenizer) == []
