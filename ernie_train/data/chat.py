@@ -14,10 +14,10 @@ A message is a dict: role, content (text), and for assistants `reasoning_content
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Literal
 
 from ernie_train.core.errors import DataError
@@ -27,12 +27,13 @@ from ernie_train.data.chat_messages import (
     canonical_tools,
     map_texts,
     split_reasoning,
+    with_text_arguments,
     without_earlier_reasoning,
     without_reasoning,
 )
 from ernie_train.data.chat_template import ChatTemplate
 from ernie_train.data.completion_format import THINK_CLOSE, THINK_OPEN
-from ernie_train.data.tokenizer import MARK, Tokenizer, unmark
+from ernie_train.data.tokenizer import MARK, Tokenizer, common_start, unmark
 
 Tools = Sequence[dict[str, Any]] | None
 
@@ -186,6 +187,7 @@ class _Turn:
     end: int
     weight: int
     message: Message
+    closed: bool  # by a token
 
     @property
     def written(self) -> str:
@@ -216,6 +218,16 @@ class _Conversation:
         ]
         if not messages:
             raise DataError("a conversation has no messages")
+        if any("tool_calls" in message for message in self.messages):
+            self._settle_arguments()
+
+    def _settle_arguments(self) -> None:
+        """Give arguments of calls as JSON text to a template that cannot write objects."""
+        try:
+            self._plain_render(self.messages)
+        except DataError as error:
+            if isinstance(error.__cause__, TypeError):
+                self.messages = [with_text_arguments(message) for message in self.messages]
 
     @property
     def _control_pattern(self) -> re.Pattern[str]:
@@ -230,8 +242,11 @@ class _Conversation:
         """
         text = self.render(self.messages)
         for at, message in enumerate(self.messages):
-            shown = message["role"] in ("assistant", "tool") or message["content"].strip() in text
-            if not shown:
+            if message["role"] == "assistant" or message["content"].strip() in text:
+                continue
+            # The template may write it otherwise; one that leaves it out writes others alike.
+            other = [*self.messages[:at], _changed(message), *self.messages[at + 1 :]]
+            if self.render(other) == text:
                 raise DataError(
                     f"message {at + 1} is a {message['role']} message that {self.template.origin} "
                     "leaves out"
@@ -293,8 +308,7 @@ class _Conversation:
         for at, message in enumerate(self.messages):
             if message["role"] == "assistant":
                 text = self.render(self.messages[: at + 1])
-                start = self._prompt_end(self.render(self.messages[:at], ask=True), text)
-                found.append(self._turn(at, text, start, len(text)))
+                found.append(self._turn(at, text, self._prompt_end(at, text), len(text)))
         return found
 
     def _marked_turns(self) -> list[_Turn] | None:
@@ -303,30 +317,72 @@ class _Conversation:
         places = [at for at, m in enumerate(self.messages) if m["role"] == "assistant"]
         if len(spans) != len(places):
             return None
-        return [self._turn(at, text, *span) for at, span in zip(places, spans, strict=True)]
+        return [
+            self._turn(at, text, max(start, self._prompt_end(at, text)), end)
+            for at, (start, end) in zip(places, spans, strict=True)
+        ]
 
-    def _prompt_end(self, prompt: str, text: str) -> int:
-        """Return where a turn's own words begin in `text`, the conversation up to the turn.
+    def _prompt_end(self, at: int, text: str) -> int:
+        """Return where the words of turn `at` begin in `text`, the conversation up to the turn.
 
         That is behind the generation prompt, or where the template gives up on it (an open
         thinking part in front of an answer without reasoning): at the last line or control token
         that both share.
         """
+        prompt = self.render(self.messages[:at], ask=True)
         if text.startswith(prompt):
             return len(prompt)
-        pairs = zip(prompt, text, strict=False)
-        shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        ends = [match.end() for match in self._control_pattern.finditer(shared)]
-        return max([shared.rfind("\n") + 1, *ends])
+        end = self._last_boundary(common_start(prompt, text))
+        before = self.render(self.messages[:at]) if at else ""
+        shared = common_start(before, text)
+        lost = self._control_pattern.sub("", before[len(shared) :]).strip()
+        if lost or end < self._last_boundary(shared):
+            raise DataError(
+                f"message {at + 1}: {self.template.origin} shows what stands before the turn "
+                "otherwise than when the turn is asked for"
+            )
+        return end
+
+    def _last_boundary(self, text: str) -> int:
+        """Return the position behind the last line break or control token."""
+        ends = [match.end() for match in self._control_pattern.finditer(text)]
+        return max([text.rfind("\n") + 1, *ends])
 
     def _turn(self, at: int, text: str, start: int, end: int) -> _Turn:
-        """Return a turn; its end is behind the last control token, if there is one."""
-        closing = [m.end() for m in self._control_pattern.finditer(text, start, end)]
-        end = closing[-1] if closing else start + len(text[start:end].rstrip("\n"))
+        """Return a turn; its end is behind the control token that closes it, if one does."""
+        closing = self._closing(at, text, start, end)
+        end = closing or start + len(text[start:end].rstrip("\n"))
         message = self.messages[at]
-        if not text[start:end].strip():
-            raise DataError(f"message {at + 1}: {self.template.origin} leaves the turn out")
-        return _Turn(text, start, end, message.get("weight", 1), message)
+        written = text[start:end]
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        shown = [
+            name in written or json.dumps(name, ensure_ascii=False)[1:-1] in written
+            for name in names
+        ]
+        if not written.strip() or not all(shown):
+            raise DataError(
+                f"message {at + 1}: {self.template.origin} leaves the turn or its tool call out"
+            )
+        return _Turn(text, start, end, message.get("weight", 1), message, closing > 0)
+
+    def _closing(self, at: int, text: str, start: int, end: int) -> int:
+        """Return the end of the control token that closes the turn at text[start:end]; 0 for none.
+
+        Behind it stands nothing; a template may end a whole conversation by a further token, which
+        is none of the turn's: a next question takes its place.
+        """
+        pattern = self._control_pattern
+        found = [match.end() for match in pattern.finditer(text, start, end)]
+        found = [place for place in found if not pattern.sub("", text[place:end]).strip()]
+        if len(found) > 1:
+            question = {"role": "user", "content": "?"}
+            try:
+                longer = self.render([*self.messages[: at + 1], question])
+            except DataError:
+                return found[-1]
+            shared = len(common_start(text, longer))
+            found = [place for place in found if place <= shared] or found
+        return found[-1] if found else 0
 
     def encode(self, text: str, turns: Sequence[_Turn], training: ChatTraining) -> EncodedChat:
         """Encode a text, in which `turns` are trained."""
@@ -351,6 +407,8 @@ class _Conversation:
                     "answers without reasoning, although the model is asked to think: it would "
                     "not learn to end its thinking part"
                 )
+            if not turn.closed:
+                notes.append("turns that the chat template ends by no token of their own")
             if turn.message.get("tool_calls") and turn.message["content"].strip():
                 notes.append(
                     "turns with an answer beside a tool call, of which some servers return one"
@@ -391,6 +449,4 @@ def _changed(turn: Message) -> Message:
 
 
 def _common_end(one: str, other: str) -> str:
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return one[len(one) - length :]
+    return common_start(one[::-1], other[::-1])[::-1]

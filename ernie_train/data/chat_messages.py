@@ -97,6 +97,18 @@ def without_earlier_reasoning(messages: Sequence[Message], ask: bool) -> list[Me
     ]
 
 
+def with_text_arguments(message: Message) -> Message:
+    """Return a message whose calls have their arguments as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
 def canonical_tools(tools: Sequence[Any]) -> list[Message]:
     """Return tools as OpenAI's API writes them: wrapped, in one order of keys, without nulls.
 
@@ -173,5 +185,5 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: map_texts(item, change) for key, item in value.items()}
+        return {change(key): map_texts(item, change) for key, item in value.items()}
     return [map_texts(item, change) for item in value] if isinstance(value, list) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.resources import files
@@ -83,7 +83,7 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
 }
 
 _MAX_TEXT = 16_000_000  # characters that one rendering may write
-_MAX_LOOP = 10_000_000  # numbers that `range` may yield in one rendering
+_MAX_LOOP = 10_000_000  # items that all loops of one rendering may go over
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,13 @@ class ChatTemplate:
     source: the Jinja text.
     special_tokens: what the template may name: bos_token, eos_token and the like.
     origin: where it comes from, for messages.
+    tool_source: the text to use instead where there are tools, of directories that name one.
     """
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     origin: str = "chat template"
+    tool_source: str | None = None
 
     def render(
         self,
@@ -125,35 +127,38 @@ class ChatTemplate:
         Raises:
             DataError: as for `render`.
         """
-        spans = _Spans()
+        spans, budget = _Spans(), _Budget()
         variables = {
             **self.special_tokens,
             "messages": messages,
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "range": _counted_range(),
+            "range": lambda *bounds: budget.counted(range(*bounds)),
             _SPANS: spans,
+            _COUNTED: budget.counted,
         }
         try:
-            for chunk in self._compiled.generate(variables):
+            for chunk in self._compiled(bool(tools)).generate(variables):
                 spans.add(chunk)
         except DataError:
             raise
         except jinja2.TemplateError as error:
             raise DataError(f"{error} ({self.origin})") from error
-        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (
+            ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+            ValueError,
+        ) as error:  # fmt: skip
             reason = "it calls itself without end" if isinstance(error, RecursionError) else error
             raise DataError(
                 f"{self.origin}: it cannot render this conversation: {reason}"
             ) from error
         return "".join(spans.chunks), spans.found
 
-    @functools.cached_property
-    def _compiled(self) -> jinja2.Template:
+    def _compiled(self, tools: bool = False) -> jinja2.Template:
         try:
-            return _compile(self.source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            return _compile(self.tool_source if tools and self.tool_source else self.source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             line = getattr(error, "lineno", None)
             where = f", line {line}" if line else ""
             raise DataError(f"{self.origin}{where}: not a Jinja template: {error}") from error
@@ -164,7 +169,8 @@ class ChatTemplate:
         Raises:
             DataError: it is no Jinja template.
         """
-        _ = self._compiled
+        self._compiled()
+        self._compiled(tools=True)
 
     @property
     def marks_generation(self) -> bool:
@@ -186,7 +192,8 @@ class ChatTemplate:
     @property
     def fingerprint(self) -> str:
         """Return a hash that changes with the text of the template and its special tokens."""
-        content = json.dumps([self.source, sorted(self.special_tokens.items())])
+        texts = [self.source, self.tool_source] if self.tool_source else [self.source]
+        content = json.dumps([*texts, sorted(self.special_tokens.items())])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -196,7 +203,7 @@ def shipped_template(name: str, special_tokens: Mapping[str, str] | None = None)
     return ChatTemplate(source.read_text(encoding="utf-8"), special_tokens or {}, f"{name}.jinja")
 
 
-_SPANS = "__generation_spans__"
+_SPANS, _COUNTED = "__generation_spans__", "__counted__"
 
 
 class _Spans:
@@ -233,9 +240,16 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which multiplication cannot fill the memory."""
+    """Jinja's sandbox, in which loops are counted and multiplication cannot fill the memory."""
 
     intercepted_binops = frozenset(("*", "**"))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            counted = nodes.Name(_COUNTED, "load", lineno=loop.lineno)
+            loop.iter = nodes.Call(counted, [loop.iter], [], None, None, lineno=loop.lineno)
+        return tree
 
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
@@ -254,6 +268,7 @@ def _environment() -> _Sandbox:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
+    del environment.globals["lipsum"]  # writes as much as it is asked for
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
@@ -284,16 +299,16 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _counted_range() -> Callable[..., range]:
-    """Return a `range` whose calls together yield at most `_MAX_LOOP` numbers."""
-    left = _MAX_LOOP
+class _Budget:
+    """Bound what all loops of one rendering go over."""
 
-    def counted(*arguments: int) -> range:
-        nonlocal left
-        numbers = range(*arguments)
-        left -= len(numbers)
-        if left < 0:
+    def __init__(self) -> None:
+        self.left = _MAX_LOOP
+
+    def counted(self, items: Iterable[Any]) -> Sequence[Any]:
+        """Return the items, as often as loops may still go over so many."""
+        found = items if isinstance(items, range | list | tuple) else list(items)
+        self.left -= len(found)
+        if self.left < 0:
             raise DataError("a chat template loops beyond all bounds")
-        return numbers
-
-    return counted
+        return found

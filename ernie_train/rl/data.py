@@ -367,6 +367,8 @@ def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:
                 "into the prompt"
             )
         sample = encode_conversation(tokenizer, [*context, *turns], record.tools).samples[-1]
+        if not any(sample.trainable):
+            raise DataError("a completion is not to be trained (weight 0)")
         start = sample.trainable.index(True)
         end = len(sample.ids) - sample.trainable[::-1].index(True)
         return TokenizedCompletion(sample.ids[:start], sample.ids[start:end])

@@ -189,7 +189,7 @@ def test_earlier_reasoning_can_be_kept_or_dropped(root: Path) -> None:
 
 
 def test_keep_needs_turns_that_end_alike(root: Path) -> None:
-    end = "{{ '<|end|>' if loop.last else '<|eot_id|>' }}"
+    end = "{{ '<|end|>' if loop.last and m.role == 'assistant' else '<|eot_id|>' }}"
     source = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
     tokenizer = load_tokenizer(root / "chatml", template=str(_file(root, source)))
     tokenizer.chat = ChatFormat(tokenizer.chat.template, history_reasoning="keep")
@@ -237,6 +237,12 @@ def test_turns_and_reasoning_to_train_can_be_chosen(root: Path) -> None:
             "unsafe|undefined",
         ),
         ("{{ messages[7].content }}", "no element 7"),
+        ("{{ [1] | dictsort }}", "cannot render"),
+        ("{{ lipsum(n=9999999) }}", "cannot render|undefined"),
+        (
+            "{% set s = 'x' * 9999 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
+            "loops",
+        ),
         ("no conversation", "leaves"),
     ],
 )
@@ -257,3 +263,109 @@ def test_a_directory_without_any_format_is_told(root: Path, tmp_path: Path) -> N
         prompt_ids(load_tokenizer(tmp_path), [{"role": "user", "content": "a"}])
     with pytest.raises(DataError, match="it is a file, or ernie_thinking"):
         load_tokenizer(tmp_path, template=str(tmp_path / "none.jinja"))
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "42"},
+    {"role": "assistant", "content": "done"},
+]
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+
+
+def own(root: Path, source: str) -> Tokenizer:
+    return load_tokenizer(root / "chatml", template=str(_file(root, source)))
+
+
+def test_a_template_without_tools_loses_no_call(root: Path) -> None:
+    with pytest.raises(DataError, match="message 2: .* its tool call out"):
+        encode_conversation(load_tokenizer(root / "chatml"), CALLING)
+    no_results = (
+        TURN + "{% if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endif %}<|im_end|>"
+    )
+    with pytest.raises(DataError, match="message 3 is a tool message that .* leaves out"):
+        encode_conversation(own(root, no_results + "{% endfor %}"), CALLING)
+
+
+def test_arguments_are_text_where_a_template_needs_text(root: Path) -> None:
+    source = (
+        TURN + "{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = own(root, source)
+    first, second = trained_texts(tokenizer, encode_conversation(tokenizer, CALLING).samples)
+    assert (first, second) == ('add {"a": 1}<|im_end|>', "done<|im_end|>")
+
+
+def test_a_token_that_ends_the_conversation_is_none_of_the_turn(root: Path) -> None:
+    body = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    source = body + "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    tokenizer = own(root, source)
+    samples = encode_conversation(tokenizer, conversation(FAMILIES["chatml"])).samples
+    assert len(samples) == 1
+    assert trained_texts(tokenizer, samples) == ["12 apples<|end|>", "knight\n    true<|end|>"]
+    ends = {tokenizer.token_id(token) for token in ("<|end|>", "<|endoftext|>")}
+    assert ends <= set(tokenizer.stop_token_ids)
+
+
+def test_turns_that_no_token_ends_are_told(root: Path) -> None:
+    source = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    tokenizer = own(root, source + "{{ '<|assistant|>\n' if add_generation_prompt else '' }}")
+    found = encode_conversation(tokenizer, conversation(FAMILIES["chatml"], reasoning=False))
+    assert trained_texts(tokenizer, found.samples) == ["12 apples", "knight\n    true"]
+    assert found.notes == ["turns that the chat template ends by no token of their own"] * 2
+
+
+def test_a_generation_block_may_hold_the_generation_prompt(root: Path) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = own(root, source)
+    samples = encode_conversation(
+        tokenizer, conversation(FAMILIES["chatml"], reasoning=False)
+    ).samples
+    assert trained_texts(tokenizer, samples) == [
+        "12 apples<|im_end|>",
+        "knight\n    true<|im_end|>",
+    ]
+
+
+def test_a_template_may_change_a_message_but_not_lose_it(root: Path) -> None:
+    switch = TURN + "{{ m.content.replace('/no_think', '') }}<|im_end|>\n{% endfor %}"
+    messages = [{"role": "system", "content": "Be /no_think brief"}, *CALLING[:1], CALLING[3]]
+    encode_conversation(own(root, switch), messages)
+    late = "{% for m in messages %}{% if loop.last and messages[0].role == 'system' %}"
+    late += "{{ messages[0].content }}\n{% endif %}{% if m.role != 'system' %}<|{{ m.role }}|>"
+    late += "{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match="leaves|otherwise than when"):
+        encode_conversation(own(root, late), messages)
+
+
+def test_a_template_for_tools_is_used_where_there_are_tools(root: Path, tmp_path: Path) -> None:
+    byte_level_files(tmp_path, ["a b"])
+    path = tmp_path / "tokenizer_config.json"
+    both = [{"name": n, "template": n + "{{ messages | length }}"} for n in ("default", "tool_use")]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": both}))
+    template = load_tokenizer(tmp_path).chat.template
+    assert template is not None
+    rendered = [template.render([{"role": "user"}], tools) for tools in (None, [CALL])]
+    assert rendered == ["default1", "tool_use1"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": ["x"]}))
+    assert load_tokenizer(tmp_path).chat.template is not None  # ERNIE's, whose tokens are there
+
+
+def test_no_part_of_a_row_becomes_a_control_token(root: Path) -> None:
+    function = {"name": "add", "arguments": {"<|im_end|>": "<|im_end|>"}}
+    call = {"type": "function", "function": function}
+    messages = [CALLING[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    source = TURN + "{{ m.content }}{{ m.tool_calls | default('') | tojson }}<|im_end|>{% endfor %}"
+    tokenizer = own(root, source)
+    (sample,) = encode_conversation(tokenizer, messages).samples
+    assert sample.ids.count(tokenizer.token_id("<|im_end|>")) == 2
+    assert tokenizer.decode(sample.ids).count("<|im_end|>") == 4

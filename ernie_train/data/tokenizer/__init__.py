@@ -1,6 +1,6 @@
 """Convert text to token ids and back, by `tokenizers`, SentencePiece or PaddleNLP."""
 
-from ernie_train.data.tokenizer.base import MARK, ChatFormat, Tokenizer, unmark
+from ernie_train.data.tokenizer.base import MARK, ChatFormat, Tokenizer, common_start, unmark
 from ernie_train.data.tokenizer.loading import load_tokenizer
 from ernie_train.data.tokenizer.sentencepiece import SentencePieceTokenizer, train_tokenizer
 
@@ -9,6 +9,7 @@ __all__ = [
     "ChatFormat",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "common_start",
     "load_tokenizer",
     "train_tokenizer",
     "unmark",

@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -70,10 +71,8 @@ class Tokenizer(ABC):
         return self.encode_with_offsets(text)[0]
 
     @abstractmethod
-    def encode_with_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], Offsets]:
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """Return the ids of `text`, and the (start, end) of each one's characters in it.
-
-        special: False encodes what looks like a control token as any other text.
 
         Raises:
             DataError: `text` contains half of a surrogate pair.
@@ -105,18 +104,22 @@ class Tokenizer(ABC):
         They are `<|im_end|>`, eos, `<|end_of_sentence|>`, those of generation_config.json, and the
         token by which the chat template ends a turn.
         """
-        turn_end = self.token_id(self._turn_end()) if self._turn_end() else None
         found = [self.token_id(IM_END), self.eos_token_id, self.token_id(SENTENCE_END)]
-        found += [*self.declared_stop_ids, turn_end]
+        found += [*self.declared_stop_ids, *map(self.token_id, self._turn_ends())]
         return list(dict.fromkeys(i for i in found if i is not None and i < self.vocab_size))
 
-    def _turn_end(self) -> str:
-        """Return the last control token that the template writes for a turn, or ""."""
+    def _turn_ends(self) -> list[str]:
+        """Return the control tokens by which the template ends a last turn and an earlier one."""
         if self.chat.template is None:
-            return ""
-        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        text = self.chat.template.render([question, answer])
-        return (self.control_pattern.findall(text[text.rfind("b") :]) or [""])[-1]
+            return []
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!!!"}
+        try:
+            last = self.chat.template.render([question, answer])
+            earlier = self.chat.template.render([question, answer, question])
+        except DataError:
+            return []  # it is told where a conversation is rendered
+        answers = [text[text.rfind("!!!") :] for text in (last, common_start(last, earlier))]
+        return [found[-1] for text in answers if (found := self.control_pattern.findall(text))]
 
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -150,18 +153,12 @@ class Tokenizer(ABC):
             return self.encode_with_offsets(text)
         ids: list[int] = []
         offsets: Offsets = []
-        position = length = 0
-        for match in [*self.control_pattern.finditer(text), None]:
-            end = len(text) if match is None else match.start()
-            parts = [(unmark(text[position:end]), False)]
-            if match is not None:
-                parts.append((match.group(), True))
-                position = match.end()
-            for part, special in parts:
-                part_ids, places = self.encode_with_offsets(part, special=special)
-                ids += part_ids
-                offsets += [(start + length, stop + length) for start, stop in places]
-                length += len(part)
+        length = 0
+        for part in text.split(MARK):  # behind a token's first character: neither half is a token
+            part_ids, places = self.encode_with_offsets(part)
+            ids += part_ids
+            offsets += [(start + length, stop + length) for start, stop in places]
+            length += len(part)
         return ids, offsets
 
     def encode_plain(self, text: str, where: str) -> list[int]:
@@ -170,9 +167,7 @@ class Tokenizer(ABC):
         Raises:
             DataError: it contains a control token and the recipe refuses those.
         """
-        if self.mark_control_tokens(text, where) == text:
-            return self.encode(text)
-        return self.encode_with_offsets(text, special=False)[0]
+        return self.encode_marked(self.mark_control_tokens(text, where))[0]
 
     def with_chat(self, chat: ChatFormat) -> Tokenizer:
         """Set the format of conversations; return the tokenizer."""
@@ -196,29 +191,20 @@ class WholeTokens:
         self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode(
-        self,
-        text: str,
-        encode_rest: Callable[[str], tuple[list[int], Offsets]],
-        plain: Collection[str] = (),
+        self, text: str, encode_rest: Callable[[str], tuple[list[int], Offsets]]
     ) -> tuple[list[int], Offsets]:
-        """Return ids and offsets; the tokens in `plain` are encoded as any other text.
-
-        Those are cut behind their first character: a library may know them as tokens too.
-        """
+        """Return ids and offsets."""
         ids: list[int] = []
         offsets: Offsets = []
         position = 0
         for part in self._pattern.split(text):
-            if part in self.ids and part not in plain:
+            if part in self.ids:
                 ids.append(self.ids[part])
                 offsets.append((position, position + len(part)))
             elif part:
-                for piece in (part[:1], part[1:]) if part in plain else (part,):
-                    piece_ids, places = encode_rest(piece)
-                    ids += piece_ids
-                    offsets += [(s + position, e + position) for s, e in places]
-                    position += len(piece)
-                continue
+                piece_ids, places = encode_rest(part)
+                ids += piece_ids
+                offsets += [(start + position, stop + position) for start, stop in places]
             position += len(part)
         return ids, offsets
 
@@ -252,6 +238,12 @@ def decode_known(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int
             texts += [decode(known) if known else "", "\ufffd"]
             known = []
     return "".join(texts) + (decode(known) if known else "")
+
+
+def common_start(one: str, other: str) -> str:
+    """Return the longest text with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return one[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
 
 
 def unmark(text: str) -> str:

@@ -135,6 +135,13 @@ class TokenizerConfig:
             added[text] = int(token_id)
         return added
 
+    def special_added(self) -> set[str]:
+        """Return the texts that have a role or that added_tokens_decoder calls special."""
+        decoder = self.content.get("added_tokens_decoder") or {}
+        entries = decoder.values() if isinstance(decoder, dict) else ()
+        marked = {token_text(e) for e in entries if isinstance(e, dict) and e.get("special")}
+        return {*self.special_tokens.values(), *(text for text in marked if text)}
+
     def special_ids(self, token_id: Callable[[str], int | None]) -> tuple[int, int, int]:
         """Return the ids of bos, eos and pad; eos stands for the others where they are not named.
 
@@ -174,14 +181,15 @@ def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> Ch
             raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
     path = directory / CONFIG_FILE
     source = optional_json(path).get("chat_template")
+    with_tools = None
     if isinstance(source, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
+        named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
+        source, with_tools = named.get("default"), named.get("tool_use")
     if source is None:
         return None
-    if not isinstance(source, str):
+    if not isinstance(source, str) or not isinstance(with_tools, str | None):
         raise DataError(f"{path}: chat_template must be text, or a list with one named default")
-    return ChatTemplate(source, special_tokens, f"chat_template of {path}")
+    return ChatTemplate(source, special_tokens, f"chat_template of {path}", with_tools)
 
 
 def write_chat_template(out_dir: Path, template: ChatTemplate | None) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken  # type: ignore[import-untyped]
@@ -60,7 +58,6 @@ class HuggingFaceTokenizer(Tokenizer):
         special |= set(CONTROL_TOKENS) & names.keys()
         self.control_tokens = frozenset(special - set(MARKUP_TOKENS))
         self._control_ids = {names[text] for text in self.control_tokens}
-        self._plain_backend: Backend | None = None
 
     def _add(self, tokens: Mapping[str, int | None], *, special: bool) -> None:
         for text, token_id in tokens.items():
@@ -74,39 +71,13 @@ class HuggingFaceTokenizer(Tokenizer):
                     f"{token_id}, tokenizer.json the id {known}"
                 )
 
-    def encode_with_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], Offsets]:
-        backend = self._backend if special else self._without_special_tokens()
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         try:
-            encoding = backend.encode(text, add_special_tokens=False)
+            encoding = self._backend.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             check_unicode(text)
             raise
-        if special or not self._control_ids & set(encoding.ids):
-            return encoding.ids, encoding.offsets
-        return self._encode_in_pieces(text)  # the model itself has pieces of these texts
-
-    def _encode_in_pieces(self, text: str) -> tuple[list[int], Offsets]:
-        """Encode a text cut behind the first character of every control token in it."""
-        cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
-        ids: list[int] = []
-        offsets: Offsets = []
-        for start, end in pairwise([0, *cuts, len(text)]):
-            encoding = self._without_special_tokens().encode(
-                text[start:end], add_special_tokens=False
-            )
-            ids += encoding.ids
-            offsets += [(a + start, b + start) for a, b in encoding.offsets]
-        return ids, offsets
-
-    def _without_special_tokens(self) -> Backend:
-        """Return the tokenizer that encodes control tokens as any other text."""
-        if self._plain_backend is None:
-            content = json.loads(self._backend.to_str())
-            for token in content.get("added_tokens", []):
-                token["special"] = token["content"] in self.control_tokens
-            self._plain_backend = Backend.from_str(json.dumps(content))
-            self._plain_backend.encode_special_tokens = True
-        return self._plain_backend
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         def decode(known: list[int]) -> str:

@@ -54,10 +54,9 @@ class PaddleNLPTokenizer(Tokenizer):
         self.control_tokens = frozenset(special | (set(CONTROL_TOKENS) & set(self._ids)))
         self._control_ids = {self._ids[text] for text in self.control_tokens}
 
-    def encode_with_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], Offsets]:
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         check_unicode(text)
-        plain = () if special else self.control_tokens
-        return self._whole.encode(text, self._encode_rest, plain)
+        return self._whole.encode(text, self._encode_rest)
 
     def _encode_rest(self, text: str) -> tuple[list[int], Offsets]:
         """Return ids, and offsets by the length of what the ids decode to so far."""

@@ -95,6 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
         )
         special = set(special_tokens(self._proto))
         special |= {text for text in self._added if text in CONTROL_TOKENS}
+        special |= config.special_added() & ids.keys() - set(MARKUP_TOKENS)
         self.control_tokens = frozenset(special)
         self._special_ids = {ids[text] for text in special}
 
@@ -109,10 +110,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{self.directory / MODEL_FILE} has no piece {piece!r}")
         return self._ids[piece]
 
-    def encode_with_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], Offsets]:
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         try:
-            plain = () if special else self.control_tokens
-            return self._whole.encode(text, self._encode_rest, plain)
+            return self._whole.encode(text, self._encode_rest)
         except (RuntimeError, UnicodeEncodeError):
             check_unicode(text)
             raise
