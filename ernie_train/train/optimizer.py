@@ -177,9 +177,9 @@ class Optimizer:
             parallel.broadcast_updated(self.parameters, self.owners)
 
     def clear_gradients(self) -> None:
-        """Free the gradients: the next forward pass needs the memory for its activations."""
+        """Set gradients to zero; free them where they are sharded."""
         for parameter in self.parameters.values():
-            parameter.clear_gradient(False)
+            parameter.clear_gradient(not self.shards_gradients)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Return `{"moment1"|"moment2"|"master": {name: tensor}}` of this rank's own parameters.

@@ -280,12 +280,12 @@ def own(root: Path, source: str) -> Tokenizer:
 
 
 def test_a_template_without_tools_loses_no_call(root: Path) -> None:
-    with pytest.raises(DataError, match="message 2: .* its tool call out"):
+    with pytest.raises(DataError, match=r"message 2: .* its tool call out"):
         encode_conversation(load_tokenizer(root / "chatml"), CALLING)
     no_results = (
         TURN + "{% if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endif %}<|im_end|>"
     )
-    with pytest.raises(DataError, match="message 3 is a tool message that .* leaves out"):
+    with pytest.raises(DataError, match=r"message 3 is a tool message that .* leaves out"):
         encode_conversation(own(root, no_results + "{% endfor %}"), CALLING)
 
 
@@ -322,7 +322,8 @@ def test_turns_that_no_token_ends_are_told(root: Path) -> None:
 def test_a_generation_block_may_hold_the_generation_prompt(root: Path) -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'assistant' %}"
-        "{% generation %}<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}"
+        "{% generation %}<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content }}"
+        "<|im_end|>{% endgeneration %}\n{% else %}"
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -343,7 +344,7 @@ def test_a_template_may_change_a_message_but_not_lose_it(root: Path) -> None:
     late = "{% for m in messages %}{% if loop.last and messages[0].role == 'system' %}"
     late += "{{ messages[0].content }}\n{% endif %}{% if m.role != 'system' %}<|{{ m.role }}|>"
     late += "{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    with pytest.raises(DataError, match="leaves|otherwise than when"):
+    with pytest.raises(DataError, match=r"leaves|otherwise than when"):
         encode_conversation(own(root, late), messages)
 
 
