@@ -175,7 +175,8 @@ def test_rows_without_a_trainable_token_are_dropped_and_counted(
 def test_a_text_of_one_token_has_nothing_to_predict(
     tokenizer: Tokenizer, write_rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "encode", lambda text: [])  # as one that strips spaces may do
+    # As one that strips spaces may do.
+    monkeypatch.setattr(tokenizer, "encode_with_offsets", lambda text: ([], []))
     with pytest.raises(DataError, match="1 without a trainable token"):
         load(tokenizer, write_rows("a.jsonl", [{"text": "x"}]), kind="pretrain")
 
