@@ -153,7 +153,7 @@ def test_status_tells_of_a_missed_gate_and_of_speed(root, capsys):
 MOMENTS = {
     "data": (supervised_data, "load_sources", "nothing was to be saved yet"),
     "training": (Trainer, "train_step", "step_000001 is saved"),
-    "evaluation": (evaluation, "encode_prompt", "step_000002 is saved"),
+    "evaluation": (evaluation, "generate_sharded", "step_000002 is saved"),
     "proof": (export, "trace", "step_000002 is saved"),
 }
 
