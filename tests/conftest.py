@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # One thread, before Paddle is imported: runs are compared bit by bit with runs in other processes,
@@ -18,6 +19,10 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 # Encoded rows of tests are kept nowhere, but for those of tests on it.
 os.environ["ERNIE_TRAIN_CACHE"] = "off"
+
+# A busy machine makes no example wrong.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # Sets the processor up; it must come before any test module imports Paddle.
 import ernie_train  # noqa: E402, F401
