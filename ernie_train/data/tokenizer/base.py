@@ -6,7 +6,7 @@ import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -168,12 +168,6 @@ class Tokenizer(ABC):
             DataError: it contains a control token and the recipe refuses those.
         """
         return self.encode_marked(self.mark_control_tokens(text, where))[0]
-
-    def with_chat(self, chat: ChatFormat) -> Tokenizer:
-        """Set the format of conversations; return the tokenizer."""
-        self.chat = replace(chat, template=chat.template or self.chat.template)
-        self.__dict__.pop("stop_token_ids", None)
-        return self
 
 
 class WholeTokens:
