@@ -44,6 +44,7 @@ PACKAGES: dict[str, str] = {
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",
     "eval": "prompts evaluation gates",
+    "rl.config": "rollout policy preference upo",
     "rl": "config batch critic data estimators rollout pairs loss report learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages foreign_keys recipe lineage advice check referee_script proof export"

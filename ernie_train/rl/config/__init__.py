@@ -1,0 +1,28 @@
+"""Settings of an RL stage: rollouts, policy, critic, preference pairs.
+
+Each module holds the settings of one part; `upo` joins them and checks them against each other.
+"""
+
+from ernie_train.rl.config.policy import CriticConfig, KlConfig, PolicyConfig
+from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig
+from ernie_train.rl.config.rollout import (
+    Curriculum,
+    PromptSource,
+    RolloutConfig,
+    StageEvaluation,
+)
+from ernie_train.rl.config.upo import MOVED_KEYS, UpoConfig
+
+__all__ = [
+    "MOVED_KEYS",
+    "CriticConfig",
+    "Curriculum",
+    "KlConfig",
+    "OfflinePairs",
+    "PolicyConfig",
+    "PreferenceConfig",
+    "PromptSource",
+    "RolloutConfig",
+    "StageEvaluation",
+    "UpoConfig",
+]

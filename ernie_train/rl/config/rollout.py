@@ -1,0 +1,99 @@
+"""Settings of an RL stage's problems and of the completions that are sampled for them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ernie_train.core.config import (
+    HARMLESS,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    SampleWeight,
+    StrictConfig,
+)
+from ernie_train.data import MappedRows
+
+
+class PromptSource(MappedRows):
+    """Problems with a verifier: a file of rows, a directory or a pattern of them.
+
+    weight: an epoch holds round(weight * problems) of them.
+    tasks: keeps those of the named tasks or domains; empty keeps all.
+    max_examples: uses the first of each task only.
+    """
+
+    path: Annotated[str, Field(min_length=1), HARMLESS]
+    weight: SampleWeight = 1.0
+    tasks: list[str] = []
+    max_examples: PositiveInt | None = None
+
+
+class RolloutConfig(StrictConfig):
+    """Sampling of an iteration: `prompts_per_iteration` groups of `group_size` completions.
+
+    max_prompt_tokens: longer prompts are left out.
+    batch_size: sequences that are sampled at once.
+    refill_rounds: further rounds of prompts that replace groups without a difference in reward.
+    truncated: completions cut at max_new_tokens are kept with what they earned ("keep"), left out
+        ("mask"), or kept with their reward less `truncation_penalty` ("punish").
+    max_logprob_mismatch: bound of mean exp|recomputed - sampled logprob| - 1; above it the stage
+        stops.
+    dump: writes each iteration's rollout to `rollouts/` in the stage's directory.
+    replay: a directory of such rollouts, which are used instead of sampling.
+    """
+
+    prompts_per_iteration: PositiveInt | None = None
+    group_size: PositiveInt = 8
+    max_prompt_tokens: PositiveInt = 512
+    max_new_tokens: PositiveInt
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    batch_size: PositiveInt = 256
+    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    truncated: Literal["keep", "mask", "punish"] = "keep"
+    truncation_penalty: NonNegative = 0.0
+    max_logprob_mismatch: Annotated[Positive, HARMLESS] = 0.05
+    dump: Annotated[bool, HARMLESS] = False
+    replay: Annotated[str | None, HARMLESS] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutConfig:
+        if self.truncated != "punish" and self.truncation_penalty:
+            raise ValueError(f"truncation_penalty has no effect with truncated: {self.truncated}")
+        if self.truncated == "punish" and not self.truncation_penalty:
+            raise ValueError(
+                "truncated: punish takes truncation_penalty off the reward, which is 0: give a "
+                "penalty, such as 0.5, or say truncated: keep"
+            )
+        return self
+
+
+class Curriculum(StrictConfig):
+    """Prompts up to a difficulty, which rises when the policy solves enough of an iteration's.
+
+    Rows have an integer field `difficulty` (1 where it is missing).
+    """
+
+    start: PositiveInt = 1
+    raise_at: Annotated[float, Field(gt=0, le=1)] = 0.8
+
+
+class StageEvaluation(MappedRows):
+    """Held-out problems solved during training; greedy, unless `samples` asks for pass@k."""
+
+    path: Annotated[str, HARMLESS]
+    every_iterations: Annotated[PositiveInt, HARMLESS]
+    max_examples: PositiveInt | None = None
+    tasks: list[str] = []
+    samples: PositiveInt = 1
+    temperature: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _sampled(self) -> StageEvaluation:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 need a temperature: greedy completions are all equal")
+        return self

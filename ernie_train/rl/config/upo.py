@@ -1,0 +1,182 @@
+"""Settings of an RL stage as a whole, and the checks between its parts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ernie_train.core.config import HARMLESS, PositiveInt
+from ernie_train.rewards.scoring import RewardConfig
+from ernie_train.rl.config.policy import CriticConfig, PolicyConfig
+from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig
+from ernie_train.rl.config.rollout import (
+    Curriculum,
+    PromptSource,
+    RolloutConfig,
+    StageEvaluation,
+)
+from ernie_train.train.stage import StageConfig
+
+# Keys of version 0.1.0, which had all settings at the top level of the stage.
+MOVED_KEYS = {
+    "prompts_per_iteration": "rollout.prompts_per_iteration",
+    "group_size": "rollout.group_size",
+    "max_prompt_tokens": "rollout.max_prompt_tokens",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "temperature": "rollout.temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "rollout_batch_size": "rollout.batch_size",
+    "refill_rounds": "rollout.refill_rounds",
+    "truncated": "rollout.truncated",
+    "truncation_penalty": "rollout.truncation_penalty",
+    "max_logprob_mismatch": "rollout.max_logprob_mismatch",
+    "dump_rollouts": "rollout.dump",
+    "replay_rollouts": "rollout.replay",
+    "policy_coef": "policy.coef",
+    "clip_ratio": "policy.clip_ratio",
+    "clip_ratio_high": "policy.clip_ratio_high",
+    "entropy_coef": "policy.entropy_coef",
+    "kl": "policy.kl",
+    "update_epochs": "policy.update_epochs",
+    "minibatches": "policy.minibatches",
+    "group_scale": "policy.group_scale",
+    "normalize_rewards": "policy.normalize_rewards",
+    "gamma": "critic.gamma",
+    "lam": "critic.lam",
+    "preference_coef": "preference.coef",
+    "pairs": "preference.pairs",
+    "pair_margin": "preference.margin",
+    "beta": "preference.beta",
+    "offline": "preference.offline",
+}
+_REMOVED_KEYS = {
+    "advantage": "left out: a `critic` makes advantages generalized, without one they are "
+    "group-relative",
+    "max_pair_tokens": "left out: pairs are bound by rollout.max_prompt_tokens and max_new_tokens",
+}
+
+
+class UpoConfig(StageConfig):
+    """Unified preference optimization: PPO joined with DPO on pairs of completions.
+
+    canaries: rows on which the reward is tried before the first iteration.
+    samples_per_iteration: rows that an iteration adds to samples.jsonl.
+    term_norms_every: iterations between measurements of each term's gradient norm.
+    """
+
+    kind: Literal["upo"]
+    data: Annotated[list[PromptSource], Field(min_length=1)]
+    reward: RewardConfig
+    iterations: PositiveInt
+    rollout: RolloutConfig
+    policy: PolicyConfig = PolicyConfig()
+    preference: PreferenceConfig | None = None
+    critic: CriticConfig | None = None
+    curriculum: Curriculum | None = None
+    evaluation: StageEvaluation | None = None
+    canaries: Annotated[int, Field(ge=0), HARMLESS] = 16
+    samples_per_iteration: Annotated[int, Field(ge=0), HARMLESS] = 8
+    term_norms_every: Annotated[PositiveInt | None, HARMLESS] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        old = [f"{key} is now {MOVED_KEYS[key]}" for key in values if key in MOVED_KEYS]
+        old += [f"{key} is {_REMOVED_KEYS[key]}" for key in values if key in _REMOVED_KEYS]
+        if old:
+            raise ValueError("; ".join(old))
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> UpoConfig:
+        problems = []
+        group_size, preference = self.rollout.group_size, self.preference
+        problems += self._best_metric_problems()
+        if self.critic is not None and self.policy.coef == 0:
+            problems.append("a critic has no effect with policy.coef=0")
+        if self.critic is not None and self.policy.group_scale is not None:
+            problems.append("policy.group_scale has no effect beside a critic")
+        if self.critic is None and self.policy.coef and group_size < 2:
+            problems.append("without a critic rollout.group_size must be at least 2")
+        if self.policy.coef == 0 and preference is None:
+            problems.append("policy.coef is 0 and there is no preference: nothing would be learnt")
+        if self.samples_each_iteration != (self.rollout.prompts_per_iteration is not None):
+            problems.append(
+                "rollout.prompts_per_iteration must be given"
+                if self.samples_each_iteration
+                else "rollout.prompts_per_iteration has no effect: iterations sample nothing"
+            )
+        if preference is not None:
+            problems += self._pair_problems(preference)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _best_metric_problems(self) -> list[str]:
+        if self.checkpoint.best_metric is None:
+            return []
+        if self.evaluation is None:
+            return ["checkpoint.best_metric needs an evaluation"]
+        try:
+            every = self.evaluation.every_iterations
+            self.checkpoint.require_scores("evaluation.every_iterations", every)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def _pair_problems(self, preference: PreferenceConfig) -> list[str]:
+        problems = []
+        makes_pairs = preference.uses_online or (preference.offline and preference.offline.prompts)
+        if makes_pairs and self.rollout.group_size < 2:
+            problems.append("pairs of own completions need a rollout.group_size of at least 2")
+        if self.micro_batch_size < 2:
+            problems.append("pairs need a micro_batch_size of at least 2: both go through together")
+        if not makes_pairs and self.policy.coef == 0:
+            problems.append("policy.coef is 0 and pairs come from a file: that is kind: dpo")
+        highest = sum(abs(part.weight) for part in self.reward.parts)
+        highest += self.rollout.truncation_penalty
+        if preference.margin > highest:
+            problems.append(
+                f"preference.margin={preference.margin:g} is never met: rewards differ by "
+                f"{highest:g} at most"
+            )
+        return problems
+
+    @property
+    def samples_each_iteration(self) -> bool:
+        """Return whether iterations need rollouts; on offline pairs alone they do not."""
+        online = self.preference is not None and self.preference.uses_online
+        return self.policy.coef > 0 or online
+
+    @property
+    def offline(self) -> OfflinePairs | None:
+        return self.preference.offline if self.preference is not None else None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the stage's starting policy is kept beside the policy."""
+        kl = self.policy.kl
+        return self.preference is not None or (kl is not None and kl.coef > 0)
+
+    def lengths(self) -> dict[str, int]:
+        """Return the sequence lengths that the model must be able to hold, by setting."""
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+        return {"rollout.max_prompt_tokens + rollout.max_new_tokens": longest}
+
+    def paths(self) -> list[str]:
+        """Return every file or directory that the stage reads."""
+        found = [source.path for source in self.data]
+        for path in (
+            self.offline.path if self.offline else None,
+            self.evaluation.path if self.evaluation else None,
+            self.critic.path if self.critic else None,
+            self.rollout.replay,
+            *(part.python and part.python.rpartition(":")[0] for part in self.reward.parts),
+        ):
+            if path is not None:
+                found.append(path)
+        return found
