@@ -1,13 +1,13 @@
 """Sequences and preference pairs of an update, and micro-batches of them.
 
-Shapes: M sequences of an iteration; B sequences of a micro-batch, S positions, N completion tokens
-of all its sequences.
+Shapes: M sequences of an iteration; B sequences of a micro-batch, S positions, N tokens of all its
+completions that the policy sampled. Tool outputs between them are context: no array has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,20 +15,48 @@ import numpy as np
 
 from ernie_train.data.packing import permutation
 
-# An array of [tokens of the completion] for each sequence; None where a sequence has none.
+# An array of [sampled tokens of the completion] for each sequence; None where a sequence has none.
 TokenArrays = Sequence[np.ndarray | None]
 
 
 @dataclass(frozen=True)
 class TokenizedCompletion:
-    """A prompt and a completion of it, as token ids; they are never tokenized again."""
+    """A prompt and a completion of it, as token ids; they are never tokenized again.
+
+    sampled_mask: which tokens of the completion the policy sampled, where others stand between
+        them, such as tool outputs. Only those have logprobs, values and advantages, and are
+        learnt from. None: all of them.
+
+    Raises `ValueError` where the mask has another length than the completion, or no token.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    sampled_mask: list[bool] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        mask = self.sampled_mask
+        if mask is not None and (len(mask) != len(self.completion_ids) or not any(mask)):
+            raise ValueError(
+                f"a sampled_mask of {len(mask)} tokens, {sum(mask)} of them sampled, does not fit "
+                f"a completion of {len(self.completion_ids)}"
+            )
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def sampled_places(self) -> np.ndarray:
+        """Indices into `completion_ids` of the tokens that the policy sampled."""
+        if self.sampled_mask is None:
+            return np.arange(len(self.completion_ids))
+        return np.flatnonzero(self.sampled_mask)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(self.completion_ids) if self.sampled_mask is None else sum(self.sampled_mask)
 
 
 class PreferencePair(NamedTuple):
@@ -119,27 +147,28 @@ class MicroBatch:
 
     @cached_property
     def predictors(self) -> np.ndarray:
-        """The index among the real tokens of what predicts each completion token, [N]."""
+        """The index among the real tokens of what predicts each sampled token, [N]."""
         found, start = [], 0
         for s in self.sequences:
-            prompt, completion = len(s.prompt_ids), len(s.completion_ids)
-            found.append(start + prompt - 1 + np.arange(completion))
-            start += prompt + completion - 1
+            found.append(start + len(s.prompt_ids) - 1 + s.sampled_places)
+            start += s.length - 1
         return np.concatenate(found)
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """The completion tokens [N], sequence after sequence."""
-        return np.concatenate([np.array(s.completion_ids, np.int64) for s in self.sequences])
+        """The sampled tokens [N], sequence after sequence."""
+        return np.concatenate(
+            [np.array(s.completion_ids, np.int64)[s.sampled_places] for s in self.sequences]
+        )
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Completion tokens of each sequence [B]."""
-        return [len(s.completion_ids) for s in self.sequences]
+        """Sampled tokens of each sequence [B]."""
+        return [s.num_sampled for s in self.sequences]
 
     @cached_property
     def sequence_ids(self) -> np.ndarray:
-        """The sequence of each completion token [N]."""
+        """The sequence of each sampled token [N]."""
         return np.repeat(np.arange(len(self.sequences)), self.lengths)
 
     @cached_property
@@ -193,7 +222,7 @@ def _micro_batch(
     batch: RolloutBatch, members: Sequence[_Member], pairs: Sequence[PreferencePair]
 ) -> MicroBatch:
     sequences = tuple(batch.sequences[m.sequence] for m in members)
-    lengths = [len(s.completion_ids) for s in sequences]
+    lengths = [s.num_sampled for s in sequences]
 
     def gather(arrays: TokenArrays, *, for_copies: bool = False) -> np.ndarray | None:
         if not arrays:

@@ -1,7 +1,8 @@
 """Per-token estimates of an iteration: logprobs, values, KL penalties, advantages and returns.
 
-Every function returns a list with one array [tokens of the completion] for each sequence.
-Shapes: N completion tokens of a micro-batch, P prompts, G completions of a prompt.
+Every function returns a list with one array [tokens of the completion] for each sequence. Tokens
+are those that the policy sampled: tool outputs between them are context, which GAE goes across.
+Shapes: N sampled tokens of a micro-batch, P prompts, G completions of a prompt.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def policy_logprobs(
     temperature: float,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
-    """Return logprobs [N] of completion tokens at the sampling temperature, entropy, routing."""
+    """Return logprobs [N] of sampled tokens at the sampling temperature, entropy, routing."""
     ids, documents = batch.inputs
     output = model.model(paddle.to_tensor(ids), document_ids=documents)
     hidden = paddle.gather(output.hidden, paddle.to_tensor(batch.predictors))
@@ -50,7 +51,7 @@ def policy_logprobs(
 
 
 def critic_values(critic: Critic, batch: MicroBatch) -> tuple[Tensor, list[RouterStats]]:
-    """Return values [N] of the states in which the completion tokens are chosen."""
+    """Return values [N] of the states in which the sampled tokens are chosen."""
     ids, documents = batch.inputs
     values, output = critic(paddle.to_tensor(ids), documents)
     return paddle.gather(values, paddle.to_tensor(batch.predictors)), output.router_stats
@@ -79,7 +80,7 @@ def _evaluate(
     found = process_group.gather_shards(own)
     arrays: dict[int, np.ndarray] = {}
     for chunk, (joined, _) in zip(chunks, found, strict=True):
-        ends = np.cumsum([len(sequences[index].completion_ids) for index in chunk])[:-1]
+        ends = np.cumsum([sequences[index].num_sampled for index in chunk])[:-1]
         arrays |= dict(zip(chunk, np.split(joined, ends), strict=True))
     return [arrays[index] for index in range(len(sequences))], [rest for _, rest in found]
 
@@ -118,7 +119,7 @@ def _changed_experts(
     sampled: Sequence[np.ndarray | None],
     router_stats: Sequence[RouterStats],
 ) -> np.ndarray | None:
-    """Return for each completion token [N] whether any layer routes it to other experts now."""
+    """Return for each sampled token [N] whether any layer routes it to other experts now."""
     before = [experts for experts in sampled if experts is not None]
     if not router_stats or len(before) < len(batch.sequences):
         return None

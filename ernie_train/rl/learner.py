@@ -142,7 +142,7 @@ class Learner:
         if config.policy.normalize_rewards == "domain":
             domains = np.array([c.domain for c in completions]).reshape(rewards.shape)
             rewards = normalize_by_domain(rewards, kept.valid, domains)
-        lengths = [len(c.completion_ids) for c in completions]
+        lengths = [c.num_sampled for c in completions]
         penalties = self._kl_penalties(batch)
         if self.critic is None or config.critic is None:
             advantages = group_relative_advantages(

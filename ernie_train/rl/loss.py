@@ -36,7 +36,7 @@ def preference_term(
 ) -> tuple[LossTerm, dict[str, Mean]]:
     """Return DPO on the pairs of a micro-batch, and the implicit rewards (arXiv:2305.18290).
 
-    logprobs [N] of the completion tokens under the policy.
+    logprobs [N] of the sampled tokens under the policy.
     """
     ratios = completion_logratios(
         logprobs,

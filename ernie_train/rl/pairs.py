@@ -26,7 +26,7 @@ def best_worst_pairs(rollout: Rollout, margin: float) -> tuple[list[PreferencePa
     """
     if not rollout.groups:
         return [], PairCounts()
-    lengths = np.array([[len(c.completion_ids) for c in group] for group in rollout.groups])
+    lengths = np.array([[c.num_sampled for c in group] for group in rollout.groups])
     found, counts = choose_pairs(rollout.rewards, rollout.valid, lengths, margin=margin)
     size = lengths.shape[1]
     pairs = [

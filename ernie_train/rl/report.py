@@ -85,7 +85,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         return {}
     kept = int(rollout.informative.sum())
     metrics: dict[str, float] = {
-        "completions/mean_length": float(np.mean([len(c.completion_ids) for c in completions])),
+        "completions/mean_length": float(np.mean([c.num_sampled for c in completions])),
         "completions/truncated": float(np.mean([not c.finished for c in completions])),
         "frac_reward_zero_std": 1.0 - kept / len(rollout.groups),
         "groups_trained": kept,
@@ -153,7 +153,7 @@ def append_samples(
             "task": c.task,
             "prompt": user_prompt(prompts[c.prompt].record),
             "completion": c.text,
-            "tokens": len(c.completion_ids),
+            "tokens": c.num_sampled,
             "finished": c.finished,
             "reward": float(rewards[at]),
             "parts": c.reward_parts,

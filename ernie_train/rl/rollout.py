@@ -48,8 +48,8 @@ class ScoredCompletion(TokenizedCompletion):
     score: Score
     raw_reward: float
     reward_parts: dict[str, float]
-    sampled_logprobs: np.ndarray | None = None  # float32 [tokens]
-    expert_ids: np.ndarray | None = None  # [tokens, MoE layers, K], as sampled
+    sampled_logprobs: np.ndarray | None = None  # float32 [sampled tokens]
+    expert_ids: np.ndarray | None = None  # [sampled tokens, MoE layers, K]
 
 
 PromptGroup = Sequence[ScoredCompletion]
@@ -301,7 +301,8 @@ def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
         for c in group:
             row = {
                 "group": number, "prompt": c.prompt, "prompt_ids": c.prompt_ids,
-                "completion_ids": c.completion_ids, "domain": c.domain, "task": c.task,
+                "completion_ids": c.completion_ids, "sampled_mask": c.sampled_mask,
+                "domain": c.domain, "task": c.task,
                 "text": c.text, "finished": c.finished, "raw_reward": c.raw_reward,
                 "reward_parts": c.reward_parts,
                 "score": [c.score.value, c.score.status, c.score.detail],
@@ -335,6 +336,7 @@ def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
     )  # fmt: skip
     return ScoredCompletion(
         **{name: row[name] for name in names},
+        sampled_mask=row.get("sampled_mask"),  # version 0.1.0 writes none
         score=Score(*row["score"]),
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )
