@@ -1,7 +1,8 @@
 """Errors and warnings that a user sees, and the exit status that each error gives.
 
-Exit status: 0 done; 1 anything else (such as a full disk); 2 a mistake in a recipe, in data or in
-arguments; 3 stopped on a signal after saving; 4 training became non-finite; 5 a gate was not met.
+Exit status: 0 done; 1 anything else (a full disk, an engine that died); 2 a mistake in a recipe, in
+data or in arguments; 3 stopped on a signal after saving; 4 training became non-finite; 5 a gate was
+not met.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class CheckpointError(UserError):
 
 class StorageError(ErnieTrainError):
     """The disk is full or a path cannot be written: exit status 1."""
+
+
+class EngineError(ErnieTrainError):
+    """An engine that samples is dead, slow or answers wrongly: exit status 1."""
 
 
 class Interrupted(ErnieTrainError):

@@ -75,6 +75,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     batch_size: int = 256,
     record_experts: bool = False,
     sequence_ids: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
@@ -86,6 +87,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     `batch_size` sequences are sampled at once, over all processes.
 
     record_experts: fill `Completion.expert_ids`.
+    limits: the most tokens of each completion; by default, and at most, `max_new_tokens`.
     on_progress: called with the number of finished prompts.
     stop_requested: polled before each forward pass and while waiting for other processes; when it
         returns true, `Interrupted` is raised.
@@ -100,7 +102,10 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
             raise ValueError(f"prompt {i} is empty")
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
-    request = _Request(prompts, ids, config, np.array(stops, np.int64))
+    most = np.full(len(prompts), max_new_tokens) if limits is None else np.array(limits, np.int64)
+    if len(most) and not 1 <= most.min() <= most.max() <= max_new_tokens:
+        raise ValueError(f"limits must lie between 1 and max_new_tokens={max_new_tokens}")
+    request = _Request(prompts, ids, config, np.array(stops, np.int64), most)
     outputs = _Outputs(len(prompts), max_new_tokens, _moe_shape(model) if record_experts else None)
     was_training = model.training
     model.eval()
@@ -125,6 +130,7 @@ class _Request:
     sequence_ids: Sequence[int]  # with the seed, they determine the random numbers
     config: SamplingConfig
     stop_tokens: np.ndarray
+    limits: np.ndarray  # [prompts] the most tokens of each
 
 
 class _Outputs:
@@ -137,6 +143,7 @@ class _Outputs:
         self.logprobs = shared_zeros(shape, np.float32)
         self.lengths = shared_zeros(count, np.int64)
         self.finished = shared_zeros(count, bool)
+        self.ended = shared_zeros(count, bool)  # finished or at its limit
         self.experts = None if moe_shape is None else shared_zeros((*shape, *moe_shape), np.int16)
 
     def completion(self, i: int) -> Completion:
@@ -265,7 +272,7 @@ class _BatchSampler:
         self, decoder: _Decoder, request: _Request, outputs: _Outputs, batch: list[int]
     ) -> None:
         """`batch`: prompt indices."""
-        self.decoder, self.config, self.stop_tokens = decoder, request.config, request.stop_tokens
+        self.decoder, self.config, self.request = decoder, request.config, request
         self.prompts = [request.prompts[i] for i in batch]
         self.sampler = Sampler(request.config, [request.sequence_ids[i] for i in batch])
         self.outputs, self.prompt_index = outputs, np.array(batch)
@@ -277,8 +284,8 @@ class _BatchSampler:
         rows = np.arange(len(self.prompts))  # [B] sequences of the batch still in the cache
         for step in range(self.config.max_new_tokens):
             tokens = self._sample(prediction, rows, step)
-            running = ~self.outputs.finished[self.prompt_index[rows]]
-            if not running.any() or step + 1 == self.config.max_new_tokens:
+            running = ~self.outputs.ended[self.prompt_index[rows]]
+            if not running.any():
                 return
             if running.mean() <= 1 - _COMPACT_SHARE:
                 keep = _compaction(running)
@@ -296,10 +303,12 @@ class _BatchSampler:
         outputs.logprobs[prompts, step] = logprobs
         if outputs.experts is not None:
             outputs.experts[prompts, step] = np.stack(experts, 1)  # [B,L,K]
-        # Sequences that finished earlier are computed until the next compaction, and ignored.
-        running = prompts[~outputs.finished[prompts]]
+        # Sequences that ended earlier are computed until the next compaction, and ignored.
+        running = prompts[~outputs.ended[prompts]]
         outputs.lengths[running] = step + 1
-        outputs.finished[running] = np.isin(outputs.ids[running, step], self.stop_tokens)
+        stopped = np.isin(outputs.ids[running, step], self.request.stop_tokens)
+        outputs.finished[running] = stopped
+        outputs.ended[running] = stopped | (step + 1 == self.request.limits[running])
         return tokens
 
 

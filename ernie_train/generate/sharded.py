@@ -21,6 +21,8 @@ def generate_sharded(
     *,
     stop_requested: Callable[[], bool],
     on_progress: Callable[[int], None] = lambda done: None,
+    sequence_ids: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
     **settings: Any,
 ) -> list[Completion]:
     """Run `generate` with `settings` on all ranks, each for a part of the prompts.
@@ -31,14 +33,21 @@ def generate_sharded(
     ranks = process_group.world_size()
     if ranks == 1:
         return generate(
-            model, prompts, stop_requested=stop_requested, on_progress=on_progress, **settings
+            model,
+            prompts,
+            sequence_ids=sequence_ids,
+            limits=limits,
+            stop_requested=stop_requested,
+            on_progress=on_progress,
+            **settings,
         )
     mine = _partition(prompts, ranks)[process_group.rank()]
     with Lockstep(model, stop_requested) as lockstep:
         completions = generate(
             model,
             [prompts[i] for i in mine],
-            sequence_ids=mine,
+            sequence_ids=mine if sequence_ids is None else [sequence_ids[i] for i in mine],
+            limits=None if limits is None else [limits[i] for i in mine],
             stop_requested=lockstep.next_pass,  # called once before each forward pass
             on_progress=lambda done: on_progress(min(len(prompts), done * ranks)),
             **settings,

@@ -15,6 +15,7 @@ from typing import Any
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import Interrupted
 from ernie_train.eval.prompts import problem_row
+from ernie_train.generate.engines import Engine, OwnEngine
 from ernie_train.io.metrics_log import PendingLine, StageMetrics, cut_after
 from ernie_train.rewards.scoring import (
     ComposedReward,
@@ -49,12 +50,13 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
     """
     with consensus.fail_together():
         built = build_reward(config.reward, stage.data.base_dir)
-    with closing(built) as reward:
+    engine = OwnEngine(stage.data.tokenizer.stop_token_ids, config.rollout.batch_size)
+    with closing(built) as reward, closing(engine):
         if config.canaries:
             with consensus.fail_together():
                 if process_group.is_main():
                     _try_reward(config, stage, prepared, reward)
-        return _UpoLoop(config, stage, prepared, reward).run()
+        return _UpoLoop(config, stage, prepared, reward, engine).run()
 
 
 def _try_reward(
@@ -90,10 +92,11 @@ class _UpoLoop:
         stage: StageRun,
         prepared: PreparedPrompts,
         reward: ComposedReward,
+        engine: Engine,
     ) -> None:
         self.config, self.stage, self.prepared = config, stage, prepared
         self.learner = Learner(config, stage)
-        self.sampler = RolloutSampler(config, stage, prepared, reward)
+        self.sampler = RolloutSampler(config, stage, prepared, reward, engine)
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
         self.state = IterationState()
         saved = self.store.load_latest()

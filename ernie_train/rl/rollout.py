@@ -19,8 +19,8 @@ from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
 from ernie_train.core.foreign_files import open_regular, parse_json
 from ernie_train.data.packing import epoch_order
 from ernie_train.eval.prompts import completion_text, problem_row
-from ernie_train.generate.engine import Completion
-from ernie_train.generate.sharded import generate_sharded, score_sharded
+from ernie_train.generate import Completion, SamplingConfig, score_sharded
+from ernie_train.generate.engines import Engine
 from ernie_train.io.files import write_jsonl
 from ernie_train.losses import varied_groups
 from ernie_train.rewards.score import Score
@@ -145,6 +145,7 @@ class RolloutSampler:
     stage: StageRun
     prepared: PreparedPrompts
     reward: ComposedReward
+    engine: Engine
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -195,25 +196,23 @@ class RolloutSampler:
     def sample(self, chosen: Sequence[int], *key: int) -> list[PromptGroup]:
         """Sample and score `group_size` completions of each chosen prompt.
 
-        The random numbers depend on the stage's seed and on `key` alone. Every rank must call it;
-        each samples and scores a share, and all have the same groups then. Raises `Interrupted`
-        when a stop is asked for.
+        key: the iteration, whose weights sample, and the round within it. The random numbers depend
+            on it and on the stage's seed alone.
+
+        Every rank must call it; each samples and scores a share, and all have the same groups then.
+        Raises `Interrupted` when a stop is asked for.
         """
         started = time.perf_counter()
         config, data = self.config.rollout, self.stage.data
         prompts = [index for index in chosen for _ in range(config.group_size)]
-        completions = generate_sharded(
-            self.stage.model,
+        seed = int(np.random.SeedSequence([data.seed, *key]).generate_state(1)[0])
+        self.engine.load_weights(self.stage.model, version=key[0])
+        completions = self.engine.sample(
             [self.prepared.prompts[index].prompt_ids for index in prompts],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            seed=int(np.random.SeedSequence([data.seed, *key]).generate_state(1)[0]),
-            eos_token_id=data.tokenizer.stop_token_ids,
-            batch_size=config.batch_size,
+            SamplingConfig(
+                config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
+            ),
             stop_requested=lambda: self.stage.stop.requested,
-            record_experts=True,
         )
         sampled = time.perf_counter()
         scored = self._scored(list(zip(prompts, completions, strict=True)))

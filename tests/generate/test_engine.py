@@ -9,6 +9,8 @@ import pytest
 from ernie_train.core.errors import Interrupted
 from ernie_train.generate import engine as generate_engine
 from ernie_train.generate.engine import generate
+from ernie_train.generate.engines import OwnEngine
+from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from tests.small_models import make_model
 
@@ -71,6 +73,33 @@ def test_a_sequence_alone_is_the_one_in_the_batch(model, prompts):
     together = generate(model, prompts, **settings)
     alone = generate(model, prompts[:1], **settings)
     assert alone[0].ids == together[0].ids
+
+
+def test_limits_cut_single_sequences_and_leave_the_others_as_they_are(model, prompts):
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
+    whole = generate(model, prompts, **settings)
+    limits = [25, 1, 7, 2, 25]
+    cut = generate(model, prompts, limits=limits, batch_size=3, **settings)
+    for limit, full, found in zip(limits, whole, cut, strict=True):
+        assert found.ids == full.ids[:limit]
+        assert found.finished == (full.finished and len(full.ids) <= limit)
+    for limits in ([0, 1, 1, 1, 1], [26, 1, 1, 1, 1]):
+        with pytest.raises(ValueError, match="limits must lie between 1 and max_new_tokens=25"):
+            generate(model, prompts, limits=limits, **settings)
+
+
+def test_episodes_that_still_run_keep_their_random_numbers(model, prompts):
+    """A later turn has fewer prompts: the id, not the place in the call, says what is drawn."""
+    engine = OwnEngine([5, 6, 7], batch_size=3)
+    engine.load_weights(model, version=1)
+    settings = SamplingConfig(25, temperature=1.0, seed=11)
+    whole = engine.sample(prompts, settings)
+    ids = [4, 1, 3]
+    some = engine.sample([prompts[i] for i in ids], settings, sequence_ids=ids, limits=[25, 25, 4])
+    assert [c.ids for c in some[:2]] == [whole[i].ids for i in ids[:2]]
+    assert some[2].ids == whole[3].ids[:4]
+    assert all(c.expert_ids.shape == (len(c.ids), 2, 2) for c in some)
+    assert engine.sample([], settings) == []
 
 
 def test_recomputed_logprobs_are_the_sampled_ones(model, prompts):

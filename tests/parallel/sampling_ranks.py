@@ -26,7 +26,12 @@ def prompts() -> list[list[int]]:
 
 def sampled() -> list[list[int]]:
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
-    found = generate_sharded(make_model(), prompts(), stop_requested=lambda: False, **settings)
+    numbers = [7 * i for i in range(40)]
+    limits = [1 + i % 12 for i in range(40)]
+    found = generate_sharded(
+        make_model(), prompts(), sequence_ids=numbers, limits=limits,
+        stop_requested=lambda: False, **settings,
+    )  # fmt: skip
     return [completion.ids for completion in found]
 
 

@@ -40,7 +40,8 @@ PACKAGES: dict[str, str] = {
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"
     " convert checkpoint model_directory",
-    "generate": "sampler engine sharded",
+    "generate": "sampler engine sharded engines",
+    "generate.engines": "protocol own",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",
     "eval": "prompts evaluation gates",

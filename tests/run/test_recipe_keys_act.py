@@ -28,11 +28,11 @@ from ernie_train.core.errors import GateError
 from ernie_train.data import DataSource, read_records, train_tokenizer
 from ernie_train.eval import evaluation
 from ernie_train.eval.gates import check_gate
+from ernie_train.generate.engines import own
 from ernie_train.model.transformer import DecoderLayer
 from ernie_train.rewards.scoring import composition
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService
 from ernie_train.rewards.scoring.worker import _graded
-from ernie_train.rl import rollout
 from ernie_train.run.recipe import ModelSource, Recipe
 from ernie_train.train.stage import Gate
 from tests.recipe_keys import Key, recipe_keys
@@ -182,7 +182,7 @@ def observe(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr(composition, "ScoringService", _ScoringHere)
     monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
     calls: list[Any] = []
-    for module in (evaluation, rollout):
+    for module in (evaluation, own):
         original = module.generate_sharded
 
         def sampled(model: Any, prompts: Any, _original: Any = original, **options: Any) -> Any:

@@ -1,0 +1,10 @@
+"""Engines: who samples the completions of a rollout.
+
+All have the interface `Engine`: token ids in; token ids, log-probabilities and, if known, experts
+out. `OwnEngine` samples with the model that is trained, on the learner's own ranks.
+"""
+
+from ernie_train.generate.engines.own import OwnEngine
+from ernie_train.generate.engines.protocol import Engine
+
+__all__ = ["Engine", "OwnEngine"]

@@ -1,0 +1,59 @@
+"""The sampler of this toolkit as an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ernie_train.generate.engine import Completion
+from ernie_train.generate.sampler import SamplingConfig
+from ernie_train.generate.sharded import generate_sharded
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+
+
+@dataclass
+class OwnEngine:
+    """Samples with the model that is trained, each rank a share of the prompts.
+
+    Completions are the same bits on any number of ranks and in any batch. Weights are shared with
+    the learner, not copied. `batch_size`: sequences that are sampled at once.
+    """
+
+    stop_token_ids: Iterable[int]
+    batch_size: int = 256
+    _model: Ernie4_5_MoeForCausalLM | None = field(default=None, init=False, repr=False)
+
+    def load_weights(self, model: Ernie4_5_MoeForCausalLM, version: int) -> None:
+        """Sample from now on with `model` as it then is; it has the weights of every version."""
+        self._model = model
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingConfig,
+        *,
+        sequence_ids: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> list[Completion]:
+        """Return a completion of every prompt, with the experts that were chosen."""
+        if self._model is None:
+            raise ValueError("load_weights comes before sample")
+        return generate_sharded(
+            self._model,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            seed=settings.seed,
+            eos_token_id=self.stop_token_ids,
+            batch_size=self.batch_size,
+            sequence_ids=sequence_ids,
+            limits=limits,
+            stop_requested=stop_requested,
+            record_experts=True,
+        )
+
+    def close(self) -> None:
+        """Do nothing: the model belongs to the learner."""

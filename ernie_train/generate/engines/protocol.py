@@ -1,0 +1,57 @@
+"""The interface of everything that samples completions for a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ernie_train.generate.engine import Completion
+from ernie_train.generate.sampler import SamplingConfig
+from ernie_train.model import Ernie4_5_MoeForCausalLM
+
+
+class Engine(Protocol):
+    """Samples completions with the weights that it was last given.
+
+    An engine is made for one tokenizer: its stop tokens end every completion. On several ranks
+    every rank makes the same calls with the same arguments and gets the same completions.
+
+    A conversation of several turns calls `sample` once per turn, for all episodes that still run:
+    `prompts` are the token ids so far (prompt, sampled ids as they were returned, token ids of the
+    tools' results), `sequence_ids` the numbers of the episodes, `limits` the tokens that each may
+    still sample, and `settings.seed` differs from turn to turn, as a sequence draws the same random
+    numbers wherever seed and sequence id are the same. Weights stay as they are between the turns.
+    """
+
+    def load_weights(self, model: Ernie4_5_MoeForCausalLM, version: int) -> None:
+        """Sample from now on with the weights of `model`; the same version again does nothing.
+
+        version: grows with every update of the weights.
+        Raises `EngineError` where the engine cannot be brought to sample with them.
+        """
+        ...
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingConfig,
+        *,
+        sequence_ids: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> list[Completion]:
+        """Return a completion of every prompt, in prompt order, with its log-probabilities.
+
+        sequence_ids: with the seed they determine a completion's random numbers; by default the
+            index of its prompt.
+        limits: the most tokens of each completion, at most `settings.max_new_tokens`, the default.
+
+        `Completion.expert_ids` is None where the engine does not tell. Raises `Interrupted` when a
+        stop is requested, and `EngineError` where the engine fails or its answer is not what was
+        asked for.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what the engine started; may be called more than once."""
+        ...
