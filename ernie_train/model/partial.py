@@ -235,7 +235,7 @@ def set_dropout_key(model: nn.Layer, *key: int) -> None:
         adapter.step_key = zlib.crc32(repr(key).encode())
 
 
-def adapter_of(model: nn.Layer) -> Adapter | None:
+def adapter_of(model: object) -> Adapter | None:
     """Return the adapter of a model that has one."""
     part: PartialTraining | None = getattr(model, "partial", None)
     return None if part is None else part.adapter

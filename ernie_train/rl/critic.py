@@ -1,4 +1,4 @@
-"""The critic of PPO: a model of its own that predicts the return at every position.
+"""Decoders with a scalar head; of them the critic of PPO, which predicts returns.
 
 Shapes: B rows, S positions, T real tokens, H hidden size.
 """
@@ -23,34 +23,30 @@ from ernie_train.model import (
 )
 from ernie_train.model.pylayer import default_dtype, dtype_name
 from ernie_train.parallel import owned_names
-from ernie_train.weights import layout
+from ernie_train.weights.adapters import from_disk, to_disk
 
 _HEAD = "value_head."
 
 
-class Critic(nn.Layer):
-    """The decoder of a policy with a scalar head [H] instead of its vocabulary.
+class ScalarModel(nn.Layer):
+    """A decoder with a scalar head [H] instead of its vocabulary.
 
-    It starts from the policy's weights and a head of zeros, so that its first values are 0.
+    The head starts at zeros, so that the first values are 0.
     """
 
-    def __init__(self, policy: Ernie4_5_MoeForCausalLM) -> None:
+    def __init__(
+        self, config: Ernie4_5_MoeConfig, decoder: Ernie4_5_MoeModel, *, bias: bool
+    ) -> None:
         super().__init__()
-        self.config: Ernie4_5_MoeConfig = policy.config
-        with default_dtype(dtype_name(policy.head()[0])):
-            self.model = Ernie4_5_MoeModel(policy.config, policy.model.placement)
-            self.value_head = nn.Linear(policy.config.hidden_size, 1)
-        self.model.rope_theta = policy.model.rope_theta
-        self.model.run_layer = policy.model.run_layer
-        self.model.set_state_dict(policy.model.state_dict())
+        self.config = config
+        self.model = decoder
+        with default_dtype(dtype_name(decoder.norm.weight)):
+            self.value_head = nn.Linear(config.hidden_size, 1, bias_attr=None if bias else False)
         for parameter in self.value_head.parameters():
             parameter.set_value(paddle.zeros_like(parameter))
 
     def forward(self, input_ids: Tensor, document_ids: Any) -> tuple[Tensor, HiddenOutput]:
-        """input_ids, document_ids [B,S] -> values [T] of the real tokens, and the hidden states.
-
-        The value at a token is the return that is expected after it.
-        """
+        """input_ids, document_ids [B,S] -> values [T] of the real tokens, and the hidden states."""
         output = self.model(input_ids, document_ids=document_ids)
         return self.value_head(output.hidden).astype("float32").squeeze(-1), output
 
@@ -58,14 +54,25 @@ class Critic(nn.Layer):
         """Parameters, or their moments, under the names that a model directory has for them."""
         body = {n: a for n, a in named.items() if not n.startswith(_HEAD)}
         head = {n: a for n, a in named.items() if n.startswith(_HEAD)}
-        return {**dict(layout.to_hf(self.config, body, self.model.placement.experts)), **head}
+        return {**to_disk(self, body), **head}
 
     def from_disk(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inverse of `to_disk`; `WeightsError` for arrays of another model."""
         head = {n: stored[n] for n in stored if n.startswith(_HEAD)}
         names = {n: n for n in stored if not n.startswith(_HEAD)}
-        body = ArraysByOtherNames(stored, names)
-        return {**dict(layout.from_hf(self.config, body, self.model.placement.experts)), **head}
+        return {**from_disk(self, ArraysByOtherNames(stored, names)), **head}
+
+
+class Critic(ScalarModel):
+    """A copy of a policy's decoder; its value at a token is the return expected after it."""
+
+    def __init__(self, policy: Ernie4_5_MoeForCausalLM) -> None:
+        with default_dtype(dtype_name(policy.head()[0])):
+            decoder = Ernie4_5_MoeModel(policy.config, policy.model.placement)
+        super().__init__(policy.config, decoder, bias=True)
+        decoder.rope_theta = policy.model.rope_theta
+        decoder.run_layer = policy.model.run_layer
+        decoder.set_state_dict(policy.model.state_dict())
 
     def load_directory(self, directory: Path) -> None:
         """Starts from the `critic/` directory of a checkpoint; `WeightsError` for a misfit."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -14,22 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ernie_train.core.errors import ConfigError, DataError
-from ernie_train.data import (
-    BadRow,
-    Columns,
-    ReadReport,
-    Record,
-    Tokenizer,
-    encode_conversation,
-    read_records,
-)
+from ernie_train.data import BadRow, ReadReport, Record, Tokenizer
 from ernie_train.data.report import too_long_warning
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.eval.prompts import encode_prompt
 from ernie_train.rewards.scoring import build_reward
-from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.config import PromptSource, UpoConfig
+from ernie_train.rl.preference_data import TokenizedPair, read_fitting_pairs
 from ernie_train.train.stage import StageData
 
 
@@ -42,13 +34,6 @@ class Prompt:
     domain: str
     task: str
     difficulty: int
-
-
-class TokenizedPair(NamedTuple):
-    """A chosen and a rejected completion of one prompt."""
-
-    chosen: TokenizedCompletion
-    rejected: TokenizedCompletion
 
 
 @dataclass(frozen=True)
@@ -196,58 +181,6 @@ def encode_prompts(
     return prompts, too_long
 
 
-def read_fitting_pairs(
-    path: str,
-    data: StageData,
-    *,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    max_bad_fraction: float,
-    max_tokens: int | None = None,
-    columns: Columns | None = None,
-) -> tuple[list[TokenizedPair], dict[str, Any], list[Text]]:
-    """Return the pairs of a file of preferences that fit, a report on them, and warnings.
-
-    max_tokens: of a prompt with its completion; None: the sum of the other two.
-    Raises `DataError` where none fits.
-    """
-    pairs, read = read_pairs(data.base_dir / path, data.tokenizer, max_bad_fraction, columns)
-    longest = max_tokens or max_prompt_tokens + max_new_tokens
-    fitting = [
-        pair
-        for pair in pairs
-        if all(
-            len(c.prompt_ids) <= max_prompt_tokens
-            and len(c.completion_ids) <= max_new_tokens
-            and c.length <= longest
-            for c in pair
-        )
-    ]
-    if not fitting:
-        shortest = min(max(c.length for c in pair) for pair in pairs)
-        raise DataError(
-            f"{path}: none of {len(pairs)} pairs fits the stage's lengths ({longest} tokens of a "
-            f"prompt with its completion; the shortest pair needs {shortest})"
-        )
-    tokens = float(np.mean([c.length for pair in fitting for c in pair]))
-    too_long = len(pairs) - len(fitting)
-    facts = {"path": path, "pairs": len(fitting), "mean_tokens": tokens, "too_long": too_long}
-    warnings = []
-    if too_long:
-        bound = (
-            f"seq_len={max_tokens}"
-            if max_tokens
-            else (
-                f"rollout.max_prompt_tokens={max_prompt_tokens} or max_new_tokens={max_new_tokens}"
-            )
-        )
-        what = f"{too_long} of {len(pairs)} pairs of {path}"
-        longest_pair = max(c.length for pair in pairs for c in pair)
-        warnings = [too_long_warning(what, bound, longest_pair, "raise it, or shorten them")]
-    warnings += [Text(line, "yellow") for line in read.remarks()]
-    return fitting, facts | {"bad": list(map(str, read.bad))}, warnings
-
-
 def describe(
     config: UpoConfig, data: StageData, prepared: PreparedPrompts, console: Console
 ) -> None:
@@ -323,54 +256,3 @@ def _source_report(path: str, prompts: list[Prompt], too_long: int) -> dict[str,
             "difficulties": {str(level): levels[level] for level in sorted(levels)},
         }
     return {"path": path, "too_long": too_long, "tasks": tasks}
-
-
-def read_pairs(
-    path: Any, tokenizer: Tokenizer, max_bad_fraction: float, columns: Columns | None = None
-) -> tuple[list[TokenizedPair], ReadReport]:
-    """Return the pairs of a file of preferences, and the report on its rows.
-
-    Raises `DataError` where it holds none, other rows, or too many bad ones.
-    """
-    records, report = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
-    pairs: list[TokenizedPair] = []
-    others = 0
-    for record in records:
-        try:
-            pair = _pair(record, tokenizer)
-        except DataError as error:
-            report.bad.append(BadRow(record.source, str(error)))
-            continue
-        if pair is None:
-            others += 1
-        else:
-            pairs.append(pair)
-            report.note_unread_fields(record)
-    report.check(max_bad_fraction)
-    if others or not pairs:
-        raise DataError(
-            f"{path}: {others} of {len(records)} rows are no preferences: each needs a prompt, a "
-            "chosen and a rejected completion"
-        )
-    return pairs, report
-
-
-def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:
-    if record.kind != "preference" or not record.chosen or not record.rejected:
-        return None
-    context = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in record.messages]
-
-    def tokenized(turns: list[dict[str, Any]]) -> TokenizedCompletion:
-        if len(turns) > 1:
-            raise DataError(
-                "a completion of several turns cannot be compared as one; put the earlier turns "
-                "into the prompt"
-            )
-        sample = encode_conversation(tokenizer, [*context, *turns], record.tools).samples[-1]
-        if not any(sample.trainable):
-            raise DataError("a completion is not to be trained (weight 0)")
-        start = sample.trainable.index(True)
-        end = len(sample.ids) - sample.trainable[::-1].index(True)
-        return TokenizedCompletion(sample.ids[:start], sample.ids[start:end])
-
-    return TokenizedPair(tokenized(record.chosen), tokenized(record.rejected))

@@ -21,10 +21,11 @@ from ernie_train.io.metrics_log import StageMetrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import MicroBatch, PreferencePair, RolloutBatch, micro_batches
-from ernie_train.rl.data import PromptReport, TokenizedPair, read_fitting_pairs
+from ernie_train.rl.data import PromptReport
 from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.loss import DpoLoss
 from ernie_train.rl.pairs import OfflinePairSource
+from ernie_train.rl.preference_data import TokenizedPair, read_fitting_pairs
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
@@ -118,7 +119,7 @@ def pair_batches(
     for step in range(done + 1, config.steps + 1):
         taken = source.take(step)
         numbers = list(dict.fromkeys(number for number, _ in taken))
-        sequences = [completion for number in numbers for completion in pairs[number]]
+        sequences = [completion for number in numbers for completion in pairs[number].completions]
         with adapter_off(reference):
             logprobs, _ = sequence_logprobs(
                 reference, sequences, temperature=1.0, batch_size=config.micro_batch_size

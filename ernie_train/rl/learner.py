@@ -275,7 +275,7 @@ def _assemble(
     for number, pair in offline:
         if number not in place:
             place[number] = PreferencePair(len(sequences), len(sequences) + 1)
-            sequences += pair
+            sequences += pair.completions
         pairs.append(place[number])
     num_groups, group_size = kept.rewards.shape
     return RolloutBatch(

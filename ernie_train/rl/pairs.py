@@ -12,7 +12,7 @@ from ernie_train.data.packing import permutation
 from ernie_train.losses import PairCounts, choose_pairs
 from ernie_train.rl.batch import PreferencePair
 from ernie_train.rl.config import PreferenceConfig
-from ernie_train.rl.data import TokenizedPair
+from ernie_train.rl.preference_data import TokenizedPair
 from ernie_train.rl.rollout import Rollout, RolloutSampler, read_rollout, write_rollout
 
 OFFLINE_PAIRS = "offline_pairs.jsonl"

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -27,7 +27,7 @@ from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import WeightsError
 from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_json
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
-from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5_MoeModel
 from ernie_train.model.lora import EMBEDDING, HEAD, pair_names, pair_shapes
 from ernie_train.model.partial import adapter_of
 from ernie_train.parallel import owned_names
@@ -151,16 +151,19 @@ def pair_mappings(
 Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
-def to_disk(
-    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
-) -> Mapping[str, np.ndarray]:
+class _AroundDecoder(Protocol):
+    """A model around a decoder, with any head."""
+
+    config: Ernie4_5_MoeConfig
+    model: Ernie4_5_MoeModel
+
+
+def to_disk(model: _AroundDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Return trained parameters of a model, or their Adam moments, by their names on disk."""
     return dict(to_stored(_trained_mappings(model, model.model.placement.experts), named))
 
 
-def from_disk(
-    model: Ernie4_5_MoeForCausalLM, named: Mapping[str, np.ndarray]
-) -> Mapping[str, np.ndarray]:
+def from_disk(model: _AroundDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Return the parameters, or Adam moments, that this rank holds, by their names in memory.
 
     `named` holds those of all ranks by their names on disk.
@@ -169,7 +172,7 @@ def from_disk(
     return dict(from_stored(_trained_mappings(model, None), named, here))
 
 
-def _trained_mappings(model: Ernie4_5_MoeForCausalLM, experts: range | None) -> list[TensorMapping]:
+def _trained_mappings(model: _AroundDecoder, experts: range | None) -> list[TensorMapping]:
     """Return the mappings of a model's parameters, and of its pairs if it has some."""
     result, adapter = tensor_mappings(model.config, experts=experts), adapter_of(model)
     if adapter is not None:

@@ -12,7 +12,8 @@ from ernie_train.core.config import parse_config
 from ernie_train.core.errors import DataError
 from ernie_train.data import ChatFormat, MappedRows, load_tokenizer
 from ernie_train.eval.evaluation import load_problems
-from ernie_train.rl.data import encode_prompts, read_fitting_pairs
+from ernie_train.rl.data import encode_prompts
+from ernie_train.rl.preference_data import read_fitting_pairs
 from ernie_train.train.stage import StageData
 from tests.workspace import make_workspace
 
@@ -119,3 +120,14 @@ def test_pairs_through_columns(tmp_path, tokenizer):
     rows = [{"q": "1 + 1?", "best": "2", "worst": ["3", "4"]}]
     found, _, _ = pairs(tmp_path, tokenizer, rows, columns=columns)
     assert "3" in tokenizer.decode(found[0].rejected.completion_ids)
+
+
+def test_a_margin_is_read_where_it_is_asked_for(tmp_path, tokenizer):
+    good = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    margins = [{}, {"margin": 2}, {"margin": "0.5"}]
+    rows = [{**good, **margin} for margin in margins]
+    found, _, warnings = pairs(tmp_path, tokenizer, rows, with_margin=True)
+    assert [pair.margin for pair in found] == [0.0, 2.0, 0.5] and not warnings
+    for wrong in ("much", True, float("nan"), [1]):
+        with pytest.raises(DataError, match=r"pairs\.jsonl:4: margin must be a finite number"):
+            pairs(tmp_path, tokenizer, [*rows, {**good, "margin": wrong}], with_margin=True)

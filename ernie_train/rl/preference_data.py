@@ -1,0 +1,167 @@
+"""The pairs of an RL, DPO or reward stage: preferences in files, as token ids."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from ernie_train.core.errors import DataError
+from ernie_train.data import (
+    BadRow,
+    Columns,
+    ReadReport,
+    Record,
+    Tokenizer,
+    encode_conversation,
+    read_records,
+)
+from ernie_train.data.report import too_long_warning
+from ernie_train.rl.batch import TokenizedCompletion
+from ernie_train.train.stage import StageData
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A chosen and a rejected completion of one prompt.
+
+    margin: how much better the chosen one is, where the row says it; a reward model heeds it.
+    """
+
+    chosen: TokenizedCompletion
+    rejected: TokenizedCompletion
+    margin: float = 0.0
+
+    @property
+    def completions(self) -> tuple[TokenizedCompletion, TokenizedCompletion]:
+        return self.chosen, self.rejected
+
+
+def read_fitting_pairs(
+    path: str,
+    data: StageData,
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    max_bad_fraction: float,
+    max_tokens: int | None = None,
+    columns: Columns | None = None,
+    with_margin: bool = False,
+) -> tuple[list[TokenizedPair], dict[str, Any], list[Text]]:
+    """Return the pairs of a file of preferences that fit, a report on them, and warnings.
+
+    max_tokens: of a prompt with its completion; None: the sum of the other two.
+    with_margin: read the rows' `margin` too.
+    Raises `DataError` where none fits.
+    """
+    pairs, read = read_pairs(
+        data.base_dir / path, data.tokenizer, max_bad_fraction, columns, with_margin=with_margin
+    )
+    longest = max_tokens or max_prompt_tokens + max_new_tokens
+    fitting = [
+        pair
+        for pair in pairs
+        if all(
+            len(c.prompt_ids) <= max_prompt_tokens
+            and len(c.completion_ids) <= max_new_tokens
+            and c.length <= longest
+            for c in pair.completions
+        )
+    ]
+    if not fitting:
+        shortest = min(max(c.length for c in pair.completions) for pair in pairs)
+        raise DataError(
+            f"{path}: none of {len(pairs)} pairs fits the stage's lengths ({longest} tokens of a "
+            f"prompt with its completion; the shortest pair needs {shortest})"
+        )
+    tokens = float(np.mean([c.length for pair in fitting for c in pair.completions]))
+    too_long = len(pairs) - len(fitting)
+    facts = {"path": path, "pairs": len(fitting), "mean_tokens": tokens, "too_long": too_long}
+    warnings = []
+    if too_long:
+        bound = (
+            f"seq_len={max_tokens}"
+            if max_tokens
+            else (
+                f"rollout.max_prompt_tokens={max_prompt_tokens} or max_new_tokens={max_new_tokens}"
+            )
+        )
+        what = f"{too_long} of {len(pairs)} pairs of {path}"
+        longest_pair = max(c.length for pair in pairs for c in pair.completions)
+        warnings = [too_long_warning(what, bound, longest_pair, "raise it, or shorten them")]
+    warnings += [Text(line, "yellow") for line in read.remarks()]
+    return fitting, facts | {"bad": list(map(str, read.bad))}, warnings
+
+
+def read_pairs(
+    path: Any,
+    tokenizer: Tokenizer,
+    max_bad_fraction: float,
+    columns: Columns | None = None,
+    *,
+    with_margin: bool = False,
+) -> tuple[list[TokenizedPair], ReadReport]:
+    """Return the pairs of a file of preferences, and the report on its rows.
+
+    Raises `DataError` where it holds none, other rows, or too many bad ones.
+    """
+    records, report = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
+    pairs: list[TokenizedPair] = []
+    others = 0
+    for record in records:
+        try:
+            pair = _pair(record, tokenizer)
+            if pair is not None and with_margin:
+                pair = replace(pair, margin=_margin(record.fields))
+                record.fields.pop("margin", None)
+        except DataError as error:
+            report.bad.append(BadRow(record.source, str(error)))
+            continue
+        if pair is None:
+            others += 1
+        else:
+            pairs.append(pair)
+            report.note_unread_fields(record)
+    report.check(max_bad_fraction)
+    if others or not pairs:
+        raise DataError(
+            f"{path}: {others} of {len(records)} rows are no preferences: each needs a prompt, a "
+            "chosen and a rejected completion"
+        )
+    return pairs, report
+
+
+def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:
+    if record.kind != "preference" or not record.chosen or not record.rejected:
+        return None
+    context = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in record.messages]
+
+    def tokenized(turns: list[dict[str, Any]]) -> TokenizedCompletion:
+        if len(turns) > 1:
+            raise DataError(
+                "a completion of several turns cannot be compared as one; put the earlier turns "
+                "into the prompt"
+            )
+        sample = encode_conversation(tokenizer, [*context, *turns], record.tools).samples[-1]
+        if not any(sample.trainable):
+            raise DataError("a completion is not to be trained (weight 0)")
+        start = sample.trainable.index(True)
+        end = len(sample.ids) - sample.trainable[::-1].index(True)
+        return TokenizedCompletion(sample.ids[:start], sample.ids[start:end])
+
+    return TokenizedPair(tokenized(record.chosen), tokenized(record.rejected))
+
+
+def _margin(fields: dict[str, Any]) -> float:
+    """Return a row's `margin`, which CSV has as text; 0 without one."""
+    given = fields.get("margin", 0.0)
+    try:
+        margin = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise DataError(f"margin must be a finite number, not {given!r}")
+    return margin
