@@ -8,7 +8,6 @@ Shapes: N sampled tokens of a micro-batch, P prompts, G completions of a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -16,7 +15,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_train.core import process_group
-from ernie_train.losses import gae, group_advantages, kl_estimate, token_logprobs, whiten
+from ernie_train.losses import gae, group_advantages, token_logprobs, whiten
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.parallel import HasDecoder, Lockstep
 from ernie_train.rl.batch import MicroBatch, TokenizedCompletion
@@ -157,20 +156,6 @@ def normalize_by_domain(rewards: np.ndarray, valid: np.ndarray, domains: np.ndar
     return scaled
 
 
-@dataclass(frozen=True)
-class KlInReward:
-    """Subtracts coef * KL estimate from the reward of each token."""
-
-    coef: float
-    kind: Literal["k1", "k2", "k3"]
-
-    def penalties(
-        self, old_logprobs: Sequence[np.ndarray], ref_logprobs: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
-        pairs = zip(old_logprobs, ref_logprobs, strict=True)
-        return [self.coef * kl_estimate(old, ref, self.kind) for old, ref in pairs]
-
-
 def group_relative_advantages(
     rewards: np.ndarray,
     valid: np.ndarray,
@@ -200,9 +185,12 @@ def gae_advantages(
     *,
     gamma: float,
     lam: float,
+    policy_lam: float | None = None,
     penalties: Sequence[np.ndarray] = (),
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return advantages over the critic, whitened over all valid tokens, and its returns.
+
+    Returns have the trace decay `lam`, advantages `policy_lam` or, unless given, the same.
 
     rewards, valid [P,G]; values and penalties per sequence, group after group. The reward stands
     at the last token; KL penalties, if any, at each.
@@ -218,6 +206,8 @@ def gae_advantages(
         value_table[row, :length] = values[row]
         mask[row, :length] = flat_valid[row]
     advantages, returns = gae(reward_table, value_table, mask, gamma=gamma, lam=lam)
+    if policy_lam is not None:
+        advantages, _ = gae(reward_table, value_table, mask, gamma=gamma, lam=policy_lam)
     advantages = whiten(advantages, mask)
 
     def cut(table: np.ndarray) -> list[np.ndarray]:

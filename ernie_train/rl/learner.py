@@ -11,7 +11,7 @@ import numpy as np
 from ernie_train import parallel
 from ernie_train.core import consensus
 from ernie_train.core.errors import ErnieTrainError
-from ernie_train.losses import explained_variance
+from ernie_train.losses import explained_variance, kl_estimate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
@@ -26,7 +26,6 @@ from ernie_train.rl.batch import (
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import (
-    KlInReward,
     gae_advantages,
     group_relative_advantages,
     normalize_by_domain,
@@ -160,6 +159,7 @@ class Learner:
             values,
             gamma=config.critic.gamma,
             lam=config.critic.lam,
+            policy_lam=config.critic.policy_lam,
             penalties=penalties,
         )
         mask = np.repeat(kept.valid.reshape(-1).astype(np.float32), lengths)
@@ -170,11 +170,11 @@ class Learner:
     def _kl_penalties(self, batch: RolloutBatch) -> list[np.ndarray]:
         """Return the KL penalty of each token of the groups; empty without KL in the reward."""
         kl = self.config.policy.kl
-        if kl is None or not kl.coef or kl.place != "reward":
+        if kl is None or not kl.coef_in_reward:
             return []
         old = [array for array in batch.old_logprobs if array is not None]
         reference = [array for array in batch.ref_logprobs[: len(old)] if array is not None]
-        return KlInReward(kl.coef, kl.kind).penalties(old, reference)
+        return [kl.coef * kl_estimate(o, r, "k1") for o, r in zip(old, reference, strict=True)]
 
     # ---- the update ------------------------------------------------------------------------------
 
@@ -285,14 +285,14 @@ def _assemble(
 
 def _policy_loss(config: UpoConfig) -> UpoLoss:
     policy, preference = config.policy, config.preference
-    kl = policy.kl if policy.kl is not None and policy.kl.place == "loss" else None
+    kl = policy.kl
     return UpoLoss(
         temperature=config.rollout.temperature,
         clip_ratio=(policy.clip_ratio, policy.clip_ratio_high or policy.clip_ratio),
         policy_coef=policy.coef,
         entropy_coef=policy.entropy_coef,
         kl_coef=kl.coef if kl else 0.0,
-        kl_kind=kl.kind if kl and kl.kind != "k1" else None,
+        kl_kind=kl.kind_in_loss if kl else None,
         preference_coef=preference.coef if preference else 0.0,
         beta=preference.beta if preference else 0.1,
         has_reference=config.needs_reference,

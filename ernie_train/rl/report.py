@@ -59,6 +59,7 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 _REMEDIES_OF_TRUNCATION = {
     "keep": ", or punish truncation (rollout.truncated: punish with a truncation_penalty)",
     "punish": " or rollout.truncation_penalty",
+    "ramp": ", rollout.overlong_tokens or rollout.truncation_penalty",
     "mask": "; they are left out (rollout.truncated: mask) and teach nothing",
 }
 

@@ -59,7 +59,7 @@ PromptGroup = Sequence[ScoredCompletion]
 class Rollout:
     """An iteration's groups with their rewards, and which of them the policy may learn from.
 
-    rewards [P,G] is the raw reward less the penalty for truncation; valid [P,G] says which
+    rewards [P,G] is the raw reward less the penalty for length; valid [P,G] says which
     completions have a verdict and are not masked; informative [P] which groups teach something,
     since their rewards differ.
     """
@@ -73,9 +73,12 @@ class Rollout:
     def of(cls, groups: Sequence[PromptGroup], config: RolloutConfig) -> Rollout:
         """Judge groups once: penalties, masks, and which groups are worth an update."""
         shape = (len(groups), len(groups[0]) if groups else config.group_size)
-        penalty, masks = config.truncation_penalty, config.truncated == "mask"
+        masks = config.truncated == "mask"
         flat = [c for group in groups for c in group]
-        rewards = [c.raw_reward - (0.0 if c.finished else penalty) for c in flat]
+        rewards = [
+            c.raw_reward - config.length_penalty(len(c.completion_ids), finished=c.finished)
+            for c in flat
+        ]
         valid = [c.score.trains and not (masks and not c.finished) for c in flat]
         reward_table = np.array(rewards, np.float64).reshape(shape)
         valid_table = np.array(valid, bool).reshape(shape)

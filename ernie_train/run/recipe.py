@@ -305,7 +305,7 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
 
 
 def _as_written_today(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a resolved recipe with what 0.2.0 called `punish` without a penalty under its name."""
+    """Return a resolved recipe of 0.2.0 with what is refused today under its name of today."""
     for stage in data.get("stages") or []:
         rollout = stage.get("rollout") or {}
         if rollout.get("truncated") == "punish" and not rollout.get("truncation_penalty"):

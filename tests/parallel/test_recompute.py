@@ -227,7 +227,7 @@ def workspace(tmp_path_factory) -> Path:
          "rollout": {"prompts_per_iteration": 4, "group_size": 4, "max_new_tokens": 10,
                      "max_prompt_tokens": 64},
          "policy": {"minibatches": 2, "kl": {"coef": 0.01, "kind": "k1", "place": "reward"}},
-         "critic": {"optim": constant}, "term_norms_every": 1,
+         "critic": {"optim": constant, "warmup_iterations": 0}, "term_norms_every": 1,
          "preference": {"coef": 0.2, "pairs": "online"}},
     ]}  # fmt: skip
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))

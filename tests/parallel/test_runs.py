@@ -50,7 +50,7 @@ def root(tmp_path_factory) -> Path:
             "kl": {"coef": 0.01, "kind": "k1", "place": "reward"},
         },
         "optim": {"lr": 1e-3, "schedule": "constant"},
-        "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
+        "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}, "warmup_iterations": 0},
         "preference": {"coef": 0.2, "pairs": "online"},
         "balance": {"bias_update_rate": 0.001, "z_loss_coef": 1e-3, "orthogonal_coef": 1e-3},
     }  # fmt: skip

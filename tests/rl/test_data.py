@@ -93,6 +93,10 @@ def test_prompts_and_pairs_of_an_rl_stage_too(root):
         ({}, "or punish truncation (rollout.truncated: punish with a truncation_penalty)"),
         ({"truncated": "punish", "truncation_penalty": 0.5}, "or rollout.truncation_penalty"),
         ({"truncated": "mask"}, "they are left out (rollout.truncated: mask)"),
+        (
+            {"truncated": "ramp", "truncation_penalty": 0.5, "overlong_tokens": 2},
+            ", rollout.overlong_tokens or rollout.truncation_penalty",
+        ),
     ],
 )
 def test_the_remedy_for_cut_completions_fits_the_setting(settings, remedy):

@@ -8,9 +8,9 @@ import pytest
 
 from ernie_train.losses import gae, whiten
 from ernie_train.rl.batch import MicroBatch
+from ernie_train.rl.config import CriticConfig
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import (
-    KlInReward,
     critic_values,
     gae_advantages,
     group_relative_advantages,
@@ -101,6 +101,26 @@ def test_a_new_critic_values_everything_at_zero_and_survives_the_disk():
         np.testing.assert_allclose(found, expected[:, 0], atol=1e-4)
 
 
+def test_by_default_a_reward_at_the_end_reaches_the_first_token_whole():
+    """0.95 leaves 1 % of it 90 tokens before, over a critic of zeros."""
+    critic = CriticConfig(optim={"lr": 1e-3})
+    assert critic.warmup_iterations > 0
+    table = np.ones((1, 2)) * [1.0, 0.0]
+    values = [np.zeros(91, np.float32), np.zeros(91, np.float32)]
+    valid = np.ones((1, 2), bool)
+
+    def advantages(**lams):
+        return gae_advantages(table, valid, values, gamma=critic.gamma, **lams)
+
+    found, returns = advantages(lam=critic.lam, policy_lam=critic.policy_lam)
+    np.testing.assert_array_equal(returns[0], np.ones(91))
+    np.testing.assert_allclose(found[0], found[0][-1])
+    decayed, returns = advantages(lam=1.0, policy_lam=0.95)
+    np.testing.assert_array_equal(returns[0], np.ones(91))
+    gap = (decayed[0] - decayed[1]) / (decayed[0] - decayed[1])[-1]
+    assert gap[0] == pytest.approx(0.95**90, rel=1e-3)
+
+
 # ---- advantages ----------------------------------------------------------------------------------
 
 
@@ -149,14 +169,15 @@ def test_kl_in_the_reward_lowers_a_completion_by_the_sum_over_its_tokens(table):
 
 
 @pytest.mark.parametrize("with_kl", [False, True])
-def test_gae_puts_the_reward_at_the_last_token_and_kl_at_each(table, with_kl):
+@pytest.mark.parametrize("policy_lam", [None, 0.7])
+def test_gae_puts_the_reward_at_the_last_token_and_kl_at_each(table, with_kl, policy_lam):
     rewards, valid, _ = table
     rng = np.random.default_rng(2)
     lengths = rng.integers(1, 12, 20)
     values, old, ref = ([rng.normal(size=n).astype(np.float32) for n in lengths] for _ in range(3))
-    penalties = KlInReward(0.1, "k1").penalties(old, ref) if with_kl else []
+    penalties = [0.1 * (a - b) for a, b in zip(old, ref, strict=True)] if with_kl else []
     advantages, returns = gae_advantages(
-        rewards, valid, values, gamma=0.99, lam=0.9, penalties=penalties
+        rewards, valid, values, gamma=0.99, lam=0.9, policy_lam=policy_lam, penalties=penalties
     )
     raw, masks = [], []
     for at, n in enumerate(lengths):
@@ -168,6 +189,9 @@ def test_gae_puts_the_reward_at_the_last_token_and_kl_at_each(table, with_kl):
         expected, returned = gae(token_rewards, values[at][None].astype(np.float64), mask,
                                  gamma=0.99, lam=0.9)  # fmt: skip
         np.testing.assert_allclose(returns[at], returned[0], atol=1e-5)
+        if policy_lam is not None:
+            expected, _ = gae(token_rewards, values[at][None].astype(np.float64), mask,
+                              gamma=0.99, lam=policy_lam)  # fmt: skip
         raw.append(expected[0])
         masks.append(mask[0])
     white = whiten(np.concatenate(raw), np.concatenate(masks))

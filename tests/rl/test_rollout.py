@@ -55,6 +55,22 @@ def test_truncated_completions_are_masked_or_punished():
     assert groups()[2][1].raw_reward == 0.0
 
 
+@pytest.mark.parametrize(
+    ("tokens", "finished", "penalty"),
+    [(1, True, 0.0), (6, True, 0.0), (7, True, 0.2), (9, True, 0.6), (10, True, 0.8),
+     (10, False, 0.8), (3, False, 0.8)],
+)  # fmt: skip
+def test_the_ramp_rises_over_the_last_tokens_to_the_whole_penalty(tokens, finished, penalty):
+    """DAPO's soft overlong punishment: (n - (limit - buffer)) / buffer of the penalty."""
+    settings = RolloutConfig(
+        max_new_tokens=10, truncated="ramp", overlong_tokens=4, truncation_penalty=0.8
+    )
+    completion = make_scored(completion_ids=[3] * tokens, finished=finished)
+    rollout = Rollout.of([[completion, make_scored()]], settings)
+    assert rollout.rewards[0, 0] == pytest.approx(1.0 - penalty)
+    assert rollout.valid.all()
+
+
 def test_what_could_not_be_scored_teaches_nothing():
     unknown = make_scored(score=Score.timeout("slow machine"), raw_reward=0.0)
     rollout = Rollout.of([[make_scored(), unknown]], config())

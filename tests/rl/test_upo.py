@@ -86,8 +86,10 @@ def stage(root: Path, **changes: Any) -> dict[str, Any]:
 
 
 GAE = {
-    "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
-    "policy": {"kl": {"coef": 0.01, "kind": "k1", "place": "reward"}, "update_epochs": 2},
+    "critic": {
+        "optim": {"lr": 1e-3, "schedule": "constant"}, "lam": 0.95, "warmup_iterations": 0,
+    },
+    "policy": {"kl": {"coef": 0.01, "place": "reward"}, "update_epochs": 2},
     "preference": {
         "coef": 0.2, "pairs": "both", "offline": {"prompts": 20, "per_iteration": 2}
     },
@@ -346,7 +348,7 @@ def test_masked_truncation_keeps_cut_completions_out(workspace, tmp_path):
 
 
 ONLINE = {"coef": 0.1, "pairs": "online"}
-CRITIC = {"optim": {"lr": 1e-3}}
+CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
 
 
 @pytest.mark.parametrize(
@@ -360,6 +362,9 @@ CRITIC = {"optim": {"lr": 1e-3}}
         ({"critic": CRITIC, "policy": {"group_scale": "none"}}, "no effect beside a critic"),
         ({"critic": CRITIC, "policy": {"coef": 0.0}, "preference": ONLINE}, "critic has no effect"),
         ({"policy": {"kl": {"coef": 0.1, "kind": "k1"}}}, "no useful gradient in the loss"),
+        *(({"policy": {"kl": {"coef": 0.1, "kind": kind, "place": "reward"}}},
+           f"kind='{kind}' in the reward hardly pulls") for kind in ("k2", "k3")),
+        ({"critic": {"optim": {"lr": 1e-3}}}, "warmup_iterations=5 leaves none of iterations=4"),
         ({"reward": None}, "reward\n  Field required"),
         ({"data": None}, "data\n  Field required"),
         ({"rollout": {"prompts_per_iteration": None}}, "prompts_per_iteration must be given"),
@@ -369,6 +374,11 @@ CRITIC = {"optim": {"lr": 1e-3}}
          "no effect with truncated: mask"),
         ({"rollout": {"truncation_penalty": 0.5}}, "no effect with truncated: keep"),
         ({"rollout": {"truncated": "punish"}}, "give a penalty, such as 0.5, or say truncated: k"),
+        ({"rollout": {"truncated": "ramp", "overlong_tokens": 2}}, "ramp takes .* which is 0"),
+        ({"rollout": {"truncated": "ramp", "truncation_penalty": 1}}, "give how many, such as 1"),
+        ({"rollout": {"truncated": "ramp", "truncation_penalty": 1, "overlong_tokens": 11}},
+         "the last overlong_tokens of max_new_tokens=10"),
+        ({"rollout": {"overlong_tokens": 2}}, "overlong_tokens has no effect with truncated: keep"),
         ({"preference": {**ONLINE, "margin": 0}}, "greater than 0"),
         ({"preference": {**ONLINE, "offline": {"prompts": 4, "per_iteration": 1}}},
          "no effect without pairs"),

@@ -52,7 +52,10 @@ FILE_OF_PAIRS = {
         "offline": {"path": "{root}/pairs.jsonl", "per_iteration": 1},
     }
 }  # fmt: skip
-CRITIC = {**TWO_STEPS, "@critic": {"optim": {"lr": 0.05, "schedule": "constant"}}}
+CRITIC = {
+    **TWO_STEPS,
+    "@critic": {"optim": {"lr": 0.05, "schedule": "constant"}, "warmup_iterations": 0},
+}
 LEVELS = {"@iterations": 3, "@curriculum": {"start": 1, "raise_at": 0.01}}
 HELD_OUT = {
     "@evaluation": {"path": "{root}/two_tasks.jsonl", "every_iterations": 2}, "@iterations": 3
@@ -289,6 +292,11 @@ PROBES: dict[str, Probe] = {
             "replay": "{root}/rollouts",
         }.items()
     },
+    "stages[].rollout.overlong_tokens": Probe(
+        "upo", {"@rollout.overlong_tokens": 5},
+        {"@rollout.truncated": "ramp", "@rollout.truncation_penalty": 0.3,
+         "@rollout.overlong_tokens": 2},
+    ),
     "stages[].rollout.batch_size": Probe("upo", {"@rollout.batch_size": 2}, observe="batches"),
     "stages[].rollout.refill_rounds": Probe(
         "upo", {"@rollout.refill_rounds": 2}, {"@rollout.group_size": 2}
@@ -333,15 +341,18 @@ PROBES: dict[str, Probe] = {
     "stages[].preference.offline.per_iteration": Probe(
         "upo", {"@preference.offline.per_iteration": 2}, FILE_OF_PAIRS
     ),
-    "stages[] of kind upo.critic": Probe("upo", {"@critic": {"optim": {"lr": 0.05}}}),
+    "stages[] of kind upo.critic": Probe("upo", {"@critic": CRITIC["@critic"]}),
     "stages[].critic.optim": Probe("upo", {"@critic.optim": {"lr": 0.01}}, CRITIC),
     "stages[].critic.gamma": Probe("upo", {"@critic.gamma": 0.5}, CRITIC),
     "stages[].critic.lam": Probe("upo", {"@critic.lam": 0.1}, {**CRITIC, "@iterations": 2}),
+    "stages[].critic.policy_lam": Probe("upo", {"@critic.policy_lam": 0.1}, CRITIC),
     "stages[].critic.path": Probe(
         "upo", {"@critic.path": "{root}/with_critic/01-u/checkpoints/step_000001"}, CRITIC
     ),
     "stages[].critic.clip_range": Probe("upo", {"@critic.clip_range": 1e-4}, CRITIC),
-    "stages[].critic.warmup_iterations": Probe("upo", {"@critic.warmup_iterations": 1}, CRITIC),
+    "stages[].critic.warmup_iterations": Probe(
+        "upo", {"@critic.warmup_iterations": 1}, {**CRITIC, "@iterations": 2}
+    ),
     "stages[] of kind upo.curriculum": Probe("upo", {"@curriculum": {"start": 2}}),
     "stages[].curriculum.start": Probe("upo", {"@curriculum.start": 2}, LEVELS),
     "stages[].curriculum.raise_at": Probe("upo", {"@curriculum.raise_at": 1.0}, LEVELS),

@@ -14,25 +14,47 @@ from ernie_train.core.config import (
     Share,
     StrictConfig,
 )
-from ernie_train.losses import KL_IN_LOSS_KINDS
+from ernie_train.losses import KL_IN_LOSS_KINDS, KlInLossKind, KlKind
 from ernie_train.train.optimizer import OptimConfig
 
 
 class KlConfig(StrictConfig):
-    """Distance to the stage's starting policy, per token, in the loss or in the reward."""
+    """Distance to the stage's starting policy, per token, in the loss or in the reward.
+
+    kind: the estimator; None takes k1 in the reward and k3 in the loss.
+    """
 
     coef: NonNegative
-    kind: Literal["k1", "k2", "k3"] = "k3"
+    kind: KlKind | None = None
     place: Literal["loss", "reward"] = "loss"
 
     @model_validator(mode="after")
     def _useful(self) -> KlConfig:
-        if self.place == "loss" and self.kind not in KL_IN_LOSS_KINDS:
+        if self.place == "loss" and self.kind == "k1":
             raise ValueError(
                 f"kind={self.kind!r} has no useful gradient in the loss: use "
                 f"{' or '.join(KL_IN_LOSS_KINDS)}, or place: reward"
             )
+        # The policy gradient of a reward of -k1 is that of -KL(policy | reference); that of -k3 is
+        # nearly orthogonal to it while the policy is near the reference (arXiv:2506.09477).
+        if self.place == "reward" and self.kind not in (None, "k1"):
+            raise ValueError(
+                f"kind={self.kind!r} in the reward hardly pulls towards the reference: the policy "
+                "gradient of k1 alone is that of KL(policy | reference). Use k1, or place: loss"
+            )
         return self
+
+    @property
+    def kind_in_loss(self) -> KlInLossKind | None:
+        """Return the estimator of the term of the loss; None where there is no such term."""
+        if self.place == "reward" or self.coef == 0:
+            return None
+        return "k2" if self.kind == "k2" else "k3"
+
+    @property
+    def coef_in_reward(self) -> float:
+        """Return what the k1 of each token is taken off its reward with; 0 in the loss."""
+        return self.coef if self.place == "reward" else 0.0
 
 
 class PolicyConfig(StrictConfig):
@@ -67,14 +89,18 @@ class CriticConfig(StrictConfig):
 
     It is a model of its own that starts from the stage's policy.
 
-    gamma, lam: discount and trace decay of GAE (arXiv:1506.02438).
+    gamma: discount of GAE (arXiv:1506.02438).
+    lam: trace decay of the returns that the critic learns, and of the policy's advantages unless
+        `policy_lam` has one for these (decoupled GAE, arXiv:2504.05118). Below 1 a reward at the
+        last token is lost on tokens far from it for as long as values are near 0.
     path: starts it from the `critic/` directory of a checkpoint instead.
     warmup_iterations: iterations in which the critic learns alone.
     """
 
     optim: OptimConfig
     gamma: Share = 1.0
-    lam: Share = 0.95
+    lam: Share = 1.0
+    policy_lam: Share | None = None
     path: Annotated[str | None, HARMLESS] = None
     clip_range: Positive | None = 0.2
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_iterations: Annotated[int, Field(ge=0)] = 5

@@ -38,7 +38,9 @@ class RolloutConfig(StrictConfig):
     batch_size: sequences that are sampled at once.
     refill_rounds: further rounds of prompts that replace groups without a difference in reward.
     truncated: completions cut at max_new_tokens are kept with what they earned ("keep"), left out
-        ("mask"), or kept with their reward less `truncation_penalty` ("punish").
+        ("mask"), or kept with their reward less `truncation_penalty` ("punish"). "ramp" takes it
+        off in part already from completions that end within the last `overlong_tokens` before
+        max_new_tokens (soft overlong punishment, arXiv:2503.14476).
     max_logprob_mismatch: bound of mean exp|recomputed - sampled logprob| - 1; above it the stage
         stops.
     dump: writes each iteration's rollout to `rollouts/` in the stage's directory.
@@ -54,22 +56,41 @@ class RolloutConfig(StrictConfig):
     top_k: Annotated[int, Field(ge=0)] = 0
     batch_size: PositiveInt = 256
     refill_rounds: Annotated[int, Field(ge=0)] = 0
-    truncated: Literal["keep", "mask", "punish"] = "keep"
+    truncated: Literal["keep", "mask", "punish", "ramp"] = "keep"
     truncation_penalty: NonNegative = 0.0
+    overlong_tokens: PositiveInt | None = None
     max_logprob_mismatch: Annotated[Positive, HARMLESS] = 0.05
     dump: Annotated[bool, HARMLESS] = False
     replay: Annotated[str | None, HARMLESS] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
-        if self.truncated != "punish" and self.truncation_penalty:
+        punishes, penalty = self.truncated in ("punish", "ramp"), self.truncation_penalty
+        if penalty and not punishes:
             raise ValueError(f"truncation_penalty has no effect with truncated: {self.truncated}")
-        if self.truncated == "punish" and not self.truncation_penalty:
+        if punishes and not penalty:
             raise ValueError(
-                "truncated: punish takes truncation_penalty off the reward, which is 0: give a "
-                "penalty, such as 0.5, or say truncated: keep"
+                f"truncated: {self.truncated} takes truncation_penalty off the reward, which is 0: "
+                "give a penalty, such as 0.5, or say truncated: keep"
+            )
+        tokens = self.overlong_tokens
+        if tokens is not None and self.truncated != "ramp":
+            raise ValueError(f"overlong_tokens has no effect with truncated: {self.truncated}")
+        if self.truncated == "ramp" and (tokens is None or tokens > self.max_new_tokens):
+            raise ValueError(
+                "truncated: ramp punishes the last overlong_tokens of max_new_tokens="
+                f"{self.max_new_tokens}: give how many, such as {max(1, self.max_new_tokens // 7)}"
             )
         return self
+
+    def length_penalty(self, tokens: int, *, finished: bool) -> float:
+        """Return what the length of a completion of `tokens` tokens takes off its reward."""
+        if not finished:
+            return self.truncation_penalty
+        if self.overlong_tokens is None:
+            return 0.0
+        beyond = tokens - (self.max_new_tokens - self.overlong_tokens)
+        return self.truncation_penalty * max(0, beyond) / self.overlong_tokens
 
 
 class Curriculum(StrictConfig):

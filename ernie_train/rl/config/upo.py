@@ -100,6 +100,11 @@ class UpoConfig(StageConfig):
             problems.append("a critic has no effect with policy.coef=0")
         if self.critic is not None and self.policy.group_scale is not None:
             problems.append("policy.group_scale has no effect beside a critic")
+        if self.critic is not None and self.critic.warmup_iterations >= self.iterations:
+            problems.append(
+                f"critic.warmup_iterations={self.critic.warmup_iterations} leaves none of "
+                f"iterations={self.iterations} to the policy"
+            )
         if self.critic is None and self.policy.coef and group_size < 2:
             problems.append("without a critic rollout.group_size must be at least 2")
         if self.policy.coef == 0 and preference is None:
