@@ -1,6 +1,7 @@
 """Compute losses by pure functions of tensors; the trainer divides by counts."""
 
 from ernie_train.losses.advantages import (
+    AdvantageBaseline,
     AdvantageScale,
     explained_variance,
     gae,
@@ -28,9 +29,11 @@ from ernie_train.losses.policy import (
     KL_IN_LOSS_KINDS,
     KlInLossKind,
     KlKind,
+    PolicyObjective,
     kl_estimate,
     kl_loss,
     policy_loss,
+    sequence_logratios,
     value_loss,
 )
 from ernie_train.losses.preference import (
@@ -45,12 +48,14 @@ from ernie_train.losses.preference import (
 
 __all__ = [
     "KL_IN_LOSS_KINDS",
+    "AdvantageBaseline",
     "AdvantageScale",
     "ImplicitRewards",
     "KlInLossKind",
     "KlKind",
     "Pair",
     "PairCounts",
+    "PolicyObjective",
     "choose_pairs",
     "completion_logratios",
     "cross_entropy_rows",
@@ -69,6 +74,7 @@ __all__ = [
     "router_orthogonal_loss",
     "router_z_loss",
     "selection_bias_step",
+    "sequence_logratios",
     "token_balanced_loss",
     "token_balanced_weights",
     "token_logprobs",

@@ -16,6 +16,7 @@ from paddle import Tensor
 ArrayT = TypeVar("ArrayT")  # np.ndarray or Tensor
 
 AdvantageScale = Literal["std", "none"]
+AdvantageBaseline = Literal["mean", "leave_one_out"]
 _SCALE_EPSILON = 1e-4  # in rewards; keeps a group of nearly equal rewards from exploding
 _WHITEN_EPSILON = 1e-8  # a variance
 
@@ -61,26 +62,39 @@ def varied_groups(rewards: Any, valid: Any) -> np.ndarray:
     return best > worst  # fewer than two valid ones: -inf > inf, or a reward above itself
 
 
-def group_advantages(rewards: ArrayT, valid: Any, *, scale: AdvantageScale = "std") -> ArrayT:
+def group_advantages(
+    rewards: ArrayT,
+    valid: Any,
+    *,
+    scale: AdvantageScale = "std",
+    baseline: AdvantageBaseline = "mean",
+) -> ArrayT:
     """Return rewards relative to the other completions of a prompt (GRPO, arXiv:2402.03300).
 
-    rewards, valid [P,G] -> [P,G]: reward - mean over the prompt's valid completions; "std" divides
+    rewards, valid [P,G] -> [P,G]: reward - baseline, over the prompt's valid completions; the
+    baseline is their "mean" or, "leave_one_out", the mean of the others (RLOO, arXiv:2402.14740),
+    which is n / (n - 1) times as far from the reward. "std" divides
     it by their standard deviation + 1e-4 (the sample's, with n - 1, as TRL's GRPO does), "none"
     leaves it in rewards (arXiv:2503.20783). Exactly 0 where a completion is not valid, and for
     prompts with fewer than 2 valid completions or with equal rewards. Raises `ValueError`
-    when shapes differ or `scale` is neither.
+    when shapes differ, or `scale` or `baseline` is none of these.
     """
     if scale not in ("std", "none"):
         raise ValueError(f'scale={scale!r} must be "std" or "none"')
+    if baseline not in ("mean", "leave_one_out"):
+        raise ValueError(f'baseline={baseline!r} must be "mean" or "leave_one_out"')
     r, keep = _float64(rewards), _bool(valid)
     keep = keep & varied_groups(r, keep)[:, None]
     count = keep.sum(-1, keepdims=True)
     total = np.where(keep, r, 0.0).sum(-1, keepdims=True)
-    centred = np.where(keep, r - total / np.maximum(count, 1), 0.0)
+    relative = np.where(keep, r - total / np.maximum(count, 1), 0.0)
+    others = np.maximum(count - 1, 1)
+    std = np.sqrt((relative**2).sum(-1, keepdims=True) / others)
+    if baseline == "leave_one_out":
+        relative *= count / others
     if scale == "std":
-        std = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
-        centred /= std + _SCALE_EPSILON
-    return _as_given(centred, rewards)
+        relative /= std + _SCALE_EPSILON
+    return _as_given(relative, rewards)
 
 
 def whiten(advantages: ArrayT, mask: Any) -> ArrayT:

@@ -1,4 +1,4 @@
-"""Compute the losses of PPO: clipped surrogate, value loss, KL to the reference.
+"""Compute the losses of PPO and its kin: clipped surrogates, value loss, KL to the reference.
 
 Tensors have one shape, [B,S] with a mask or [T] for the kept tokens alone. Losses are sums, which
 the trainer divides. Values where the mask is 0 have no influence, not even NaN.
@@ -14,6 +14,7 @@ from paddle import Tensor
 
 ArrayT = TypeVar("ArrayT")  # np.ndarray or Tensor
 
+PolicyObjective = Literal["ppo", "cispo"]
 KlKind = Literal["k1", "k2", "k3"]
 KlInLossKind = Literal["k2", "k3"]
 KL_IN_LOSS_KINDS: tuple[str, ...] = get_args(KlInLossKind)
@@ -26,24 +27,58 @@ def policy_loss(
     mask: Tensor,
     *,
     clip_ratio: float | tuple[float, float],
+    objective: PolicyObjective = "ppo",
+    sequence_ids: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the negative clipped objective of PPO, per token (arXiv:1707.06347).
+    """Return the negative clipped objective of PPO or CISPO, summed over tokens.
 
-    logprobs, old_logprobs, advantages, mask of one shape ->
-    (-sum of min(ratio A, clip(ratio, 1 - low, 1 + high) A), number of clipped tokens), with
-    ratio = exp(logprobs - old_logprobs). `clip_ratio` is one number for both sides or (low, high);
-    a high above low leaves rare tokens room to grow (arXiv:2503.14476). A token is clipped when
-    its ratio has left the range in the direction of its advantage: it then has no gradient.
-    `old_logprobs` and `advantages` take no gradient. Raises `ValueError` unless both are positive.
+    logprobs, old_logprobs, advantages, mask of one shape -> (loss, number of clipped tokens). With
+    ratio = exp(logprobs - old_logprobs) and range = [1 - low, 1 + high]:
+        ppo (arXiv:1707.06347): -sum of min(ratio A, clip(ratio, range) A). A token is clipped when
+            its ratio has left the range in the direction of its advantage: it then has no gradient.
+        cispo (arXiv:2506.13585): -sum of clip(ratio, range) A logprobs, the ratio without gradient.
+            A token is clipped when its ratio is outside the range: it keeps a gradient.
+    clip_ratio: one number for both sides or (low, high); a high above low leaves rare tokens room
+        to grow (arXiv:2503.14476).
+    sequence_ids: the sequence of each token, counted from 0, of one-dimensional tensors: the ratio
+        is then that of the sequence (`sequence_logratios`).
+    weights: factors of the tokens' terms, not negative, of the same shape.
+    `old_logprobs`, `advantages` and `weights` take no gradient. Raises `ValueError` unless both
+    bounds are positive.
     """
     low, high = (clip_ratio,) * 2 if isinstance(clip_ratio, int | float) else clip_ratio
     if not (low > 0 and high > 0):
         raise ValueError(f"clip_ratio={clip_ratio} must be positive")
-    ratio = paddle.exp(_masked(logprobs - old_logprobs.detach(), mask))
+    logratios = _masked(logprobs - old_logprobs.detach(), mask)
+    if sequence_ids is not None:
+        logratios = sequence_logratios(logratios, mask, sequence_ids)
+    ratio = paddle.exp(logratios)
     gain = _masked(advantages.detach(), mask)
+    if weights is not None:
+        gain = gain * weights.detach()
+    if objective == "cispo":
+        ratio = ratio.detach()
+        held = paddle.clip(ratio, 1 - low, 1 + high)
+        return -(held * gain * _masked(logprobs, mask)).sum(), (held != ratio).sum()
     plain = ratio * gain
     clipped = paddle.clip(ratio, 1 - low, 1 + high) * gain
     return -paddle.minimum(plain, clipped).sum(), (clipped < plain).sum()
+
+
+def sequence_logratios(logratios: Tensor, mask: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Return log-ratios of sequences at their tokens (GSPO-token, arXiv:2507.18071, equation 14).
+
+    logratios, mask, sequence_ids [T] -> [T]: the mean of `logratios` over the kept tokens of the
+    sequence, with the gradient of the token's own; 0 where the mask is 0. With one advantage for
+    all its tokens a sequence has the value and the gradient of GSPO, times its number of tokens.
+    """
+    kept = mask.astype(logratios.dtype)
+    zeros = paddle.zeros([int(sequence_ids.max()) + 1], logratios.dtype)
+    total = paddle.index_add(zeros, sequence_ids, 0, (logratios * kept).detach())
+    count = paddle.index_add(zeros, sequence_ids, 0, kept)
+    means = paddle.gather(total / paddle.clip(count, min=1.0), sequence_ids)
+    return _masked(means + (logratios - logratios.detach()), mask)
 
 
 def value_loss(
@@ -86,10 +121,18 @@ def kl_estimate(logprobs: ArrayT, ref_logprobs: ArrayT, kind: KlKind = "k3") -> 
     raise ValueError(f"kind={kind!r} must be one of {', '.join(get_args(KlKind))}")
 
 
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kind: KlInLossKind) -> Tensor:
+def kl_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kind: KlInLossKind,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Return the sum of `kl_estimate` where the mask is set, as a term of the loss.
 
-    logprobs, ref_logprobs, mask of one shape -> scalar; `ref_logprobs` takes no gradient. On the
+    logprobs, ref_logprobs, mask of one shape -> scalar; `weights` of the same shape are factors of
+    the tokens' estimates. `ref_logprobs` takes no gradient. On the
     policy's own samples the gradient of k2, d grad(logprob), is on average that of
     KL(policy | reference); that of k3, (1 - exp(-d)) grad(logprob), is that of
     KL(reference | policy). Raises `ValueError` for k1: the gradient of d is grad(logprob), which is
@@ -101,7 +144,8 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kind: KlInL
             f"use {' or '.join(KL_IN_LOSS_KINDS)}, or put it in the reward"
         )
     difference = _masked(logprobs - ref_logprobs.detach(), mask)
-    return kl_estimate(difference, paddle.zeros_like(difference), kind).sum()
+    estimates = kl_estimate(difference, paddle.zeros_like(difference), kind)
+    return (estimates if weights is None else estimates * weights).sum()
 
 
 def _masked(tensor: Tensor, mask: Tensor) -> Tensor:

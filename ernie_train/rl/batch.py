@@ -176,6 +176,12 @@ class MicroBatch:
         """1 for the tokens that the policy learns from, else 0, float32 [N]."""
         return np.repeat(np.array(self.trained, np.float32), self.lengths)
 
+    @cached_property
+    def trained_tokens(self) -> np.ndarray:
+        """Tokens of each sequence that the policy learns from, [B]."""
+        count = len(self.sequences)
+        return np.bincount(self.sequence_ids, self.loss_mask, minlength=count)
+
 
 class _Member(NamedTuple):
     """A sequence on its way into a micro-batch; a copy is compared, not trained again."""

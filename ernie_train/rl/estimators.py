@@ -8,14 +8,21 @@ Shapes: N sampled tokens of a micro-batch, P prompts, G completions of a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
 from ernie_train.core import process_group
-from ernie_train.losses import gae, group_advantages, token_logprobs, whiten
+from ernie_train.losses import (
+    AdvantageBaseline,
+    AdvantageScale,
+    gae,
+    group_advantages,
+    token_logprobs,
+    whiten,
+)
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.parallel import HasDecoder, Lockstep
 from ernie_train.rl.batch import MicroBatch, TokenizedCompletion
@@ -161,7 +168,8 @@ def group_relative_advantages(
     valid: np.ndarray,
     lengths: Sequence[int],
     *,
-    scale: Literal["std", "none"],
+    scale: AdvantageScale,
+    baseline: AdvantageBaseline = "mean",
     penalties: Sequence[np.ndarray] = (),
 ) -> list[np.ndarray]:
     """Give every token of a completion the same advantage: its reward against its group's.
@@ -171,10 +179,10 @@ def group_relative_advantages(
     if penalties:
         sums = [array.sum() for array in penalties]
         rewards = rewards - np.array(sums).reshape(rewards.shape)
-    advantages = group_advantages(rewards, valid, scale=scale).reshape(-1)
+    table = group_advantages(rewards, valid, scale=scale, baseline=baseline)
     return [
         np.full(length, advantage, np.float32)
-        for length, advantage in zip(lengths, advantages, strict=True)
+        for length, advantage in zip(lengths, table.reshape(-1), strict=True)
     ]
 
 

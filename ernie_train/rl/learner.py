@@ -148,7 +148,8 @@ class Learner:
                 rewards,
                 kept.valid,
                 lengths,
-                scale=config.policy.group_scale or "std",
+                scale=config.policy.advantage_scale,
+                baseline=config.policy.baseline or "mean",
                 penalties=penalties,
             )
             return replace(batch, advantages=advantages), {}
@@ -288,7 +289,11 @@ def _policy_loss(config: UpoConfig) -> UpoLoss:
     kl = policy.kl
     return UpoLoss(
         temperature=config.rollout.temperature,
-        clip_ratio=(policy.clip_ratio, policy.clip_ratio_high or policy.clip_ratio),
+        clip_ratio=policy.clip_range,
+        objective=policy.objective,
+        sequence_ratio=policy.ratio == "sequence",
+        aggregation=policy.aggregation,
+        max_new_tokens=config.rollout.max_new_tokens,
         policy_coef=policy.coef,
         entropy_coef=policy.entropy_coef,
         kl_coef=kl.coef if kl else 0.0,

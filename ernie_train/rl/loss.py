@@ -10,6 +10,7 @@ from paddle import Tensor
 
 from ernie_train.losses import (
     KlInLossKind,
+    PolicyObjective,
     completion_logratios,
     dpo_loss,
     implicit_rewards,
@@ -20,6 +21,7 @@ from ernie_train.losses import (
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.batch import MicroBatch
+from ernie_train.rl.config import Aggregation
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import critic_values, policy_logprobs
 from ernie_train.train.loss_terms import LossOutput, LossTerm, Mean
@@ -77,12 +79,17 @@ class DpoLoss:
 class UpoLoss:
     """policy_coef * PPO + kl_coef * KL - entropy_coef * entropy + preference_coef * DPO.
 
-    The first three are means over the trained tokens of the step, the last over its pairs. Terms
-    with a coefficient of 0 are absent. `kl_kind` None leaves KL out of the loss.
+    The first three are means over the step as `aggregation` says (`max_new_tokens` is the constant
+    of "constant"), the last over its pairs. Terms with a coefficient of 0 are absent. `kl_kind`
+    None leaves KL out of the loss. Metrics are means over tokens, however terms are aggregated.
     """
 
     temperature: float
     clip_ratio: tuple[float, float]
+    objective: PolicyObjective = "ppo"
+    sequence_ratio: bool = False
+    aggregation: Aggregation = "token"
+    max_new_tokens: int = 1
     policy_coef: float = 1.0
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
@@ -92,14 +99,29 @@ class UpoLoss:
     has_reference: bool = False
 
     def counts(self, batch: MicroBatch) -> dict[str, float]:
-        tokens = float(batch.loss_mask.sum())
         coefs = {"policy": self.policy_coef, "entropy": self.entropy_coef}
         if self.kl_kind is not None:
             coefs["kl_loss"] = self.kl_coef
-        counts = {name: tokens for name, coef in coefs.items() if coef}
+        count = self._count(batch)
+        counts = {name: count for name, coef in coefs.items() if coef}
         if self.preference_coef:
             counts["preference"] = float(len(batch.pairs))
         return counts
+
+    def _count(self, batch: MicroBatch) -> float:
+        """Return the share of a micro-batch in what the terms of tokens are divided by."""
+        tokens = batch.trained_tokens
+        if self.aggregation == "token":
+            return float(tokens.sum())
+        sequences = float(np.count_nonzero(tokens))
+        return sequences * (self.max_new_tokens if self.aggregation == "constant" else 1)
+
+    def _weights(self, batch: MicroBatch) -> Tensor | None:
+        """Return the factors [N] of the terms of tokens; None: all 1."""
+        if self.aggregation != "sequence":
+            return None
+        per_sequence = 1 / np.maximum(batch.trained_tokens, 1)
+        return paddle.to_tensor(per_sequence[batch.sequence_ids].astype(np.float32))
 
     def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: MicroBatch) -> LossOutput:
         logprobs, entropy, router_stats = policy_logprobs(
@@ -119,7 +141,7 @@ class UpoLoss:
     def _token_terms(
         self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch, counts: dict[str, float]
     ) -> tuple[list[LossTerm], dict[str, Mean]]:
-        mask = paddle.to_tensor(batch.loss_mask)
+        mask, weights = paddle.to_tensor(batch.loss_mask), self._weights(batch)
         tokens = float(batch.loss_mask.sum())
         terms = []
         metrics: dict[str, Mean] = {}
@@ -130,21 +152,25 @@ class UpoLoss:
                 _tensor(batch.advantages),
                 mask,
                 clip_ratio=self.clip_ratio,
+                objective=self.objective,
+                sequence_ids=_tensor(batch.sequence_ids) if self.sequence_ratio else None,
+                weights=weights,
             )
-            terms.append(LossTerm("policy", total, tokens, self.policy_coef))
+            terms.append(LossTerm("policy", total, counts["policy"], self.policy_coef))
             metrics["clip_ratio"] = Mean(float(clipped), tokens)
         if entropy is not None:
-            summed = (entropy * mask).sum()
-            metrics["entropy"] = Mean(float(summed), tokens)
+            kept = entropy * mask
+            metrics["entropy"] = Mean(float(kept.sum()), tokens)
             if "entropy" in counts:
-                terms.append(LossTerm("entropy", summed, tokens, -self.entropy_coef))
+                total = (kept if weights is None else kept * weights).sum()
+                terms.append(LossTerm("entropy", total, counts["entropy"], -self.entropy_coef))
         if self.has_reference:
             reference = _tensor(batch.ref_logprobs)
             estimate = kl_estimate(logprobs.detach(), reference, "k3") * mask
             metrics["kl"] = Mean(float(estimate.sum()), tokens)
             if "kl_loss" in counts and self.kl_kind is not None:
-                summed = kl_loss(logprobs, reference, mask, kind=self.kl_kind)
-                terms.append(LossTerm("kl_loss", summed, tokens, self.kl_coef))
+                total = kl_loss(logprobs, reference, mask, kind=self.kl_kind, weights=weights)
+                terms.append(LossTerm("kl_loss", total, counts["kl_loss"], self.kl_coef))
         return terms, metrics
 
 

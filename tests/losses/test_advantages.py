@@ -108,6 +108,20 @@ def test_group_advantages_closed_form():
     )
 
 
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_the_baseline_of_leave_one_out_is_the_mean_of_the_others(scale):
+    rng = np.random.default_rng(8)
+    rewards = rng.normal(size=(9, 5))
+    valid = rng.permuted(np.arange(5) < 2 + np.arange(9)[:, None] % 4, axis=1)
+    found = group_advantages(rewards, valid, scale=scale, baseline="leave_one_out")
+    for p, g in np.ndindex(rewards.shape):
+        own = rewards[p][valid[p]]
+        others = [rewards[p, h] for h in range(5) if valid[p, h] and h != g]
+        expected = rewards[p, g] - np.mean(others) if valid[p, g] else 0.0
+        expected /= own.std(ddof=1) + 1e-4 if scale == "std" else 1.0
+        assert found[p, g] == pytest.approx(expected, abs=1e-12)
+
+
 def test_groups_without_a_difference_give_exactly_nothing():
     rewards = np.array(
         [[0.1] * 7, [1.0, 2, 3, 4, 5, 6, 7], [np.nan] * 7, [0.3, 0.3, 9, 9, 9, 9, 9]]
@@ -194,6 +208,7 @@ def test_half_precision_and_whole_numbers():
         (lambda x: gae(x, x, x[:, :1], gamma=1.0, lam=1.0), r"mask \[2, 1\]"),
         (lambda x: group_advantages(x, x[:1]), r"valid \[1, 3\]"),
         (lambda x: group_advantages(x, x, scale="var"), "scale='var'"),
+        (lambda x: group_advantages(x, x, baseline="median"), "baseline='median'"),
         (lambda x: whiten(x, x[0]), r"mask \[3\]"),
         (lambda x: explained_variance(x, x[0], x), r"returns \[3\]"),
     ],

@@ -6,7 +6,14 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_train.losses import KL_IN_LOSS_KINDS, kl_estimate, kl_loss, policy_loss, value_loss
+from ernie_train.losses import (
+    KL_IN_LOSS_KINDS,
+    kl_estimate,
+    kl_loss,
+    policy_loss,
+    sequence_logratios,
+    value_loss,
+)
 from tests.losses.finite_differences import gradient
 
 SHAPE = (5, 8)
@@ -52,6 +59,82 @@ def test_policy_loss_and_gradient(clip_ratio):
     slopes = gradient(lambda z: surrogate(z, old, advantages, mask, low, high)[0], logprobs)
     np.testing.assert_allclose(x.grad.numpy(), slopes, atol=1e-8)
     assert (x.grad.numpy() == 0).sum() == (~mask).sum() + flat
+
+
+LENGTHS = (3, 1, 6)
+IDS = np.repeat(range(3), LENGTHS)
+
+
+def gspo(logprobs, old, per_sequence, mask, low, high):
+    """The mean over sequences of min(s A, clip(s) A), s the geometric mean of the ratios."""
+    gains = []
+    for i, gain in enumerate(per_sequence):
+        own = (i == IDS) & mask
+        s = np.exp((logprobs - old)[own].mean())
+        gains.append(min(s * gain, np.clip(s, 1 - low, 1 + high) * gain))
+    return -np.mean(gains)
+
+
+@pytest.mark.parametrize("bounds", [(0.05, 0.04), (0.9, 5.0)])
+def test_ratios_of_sequences_are_gspo(bounds):
+    """Value and gradient, the gradient by finite differences, where some are clipped or none."""
+    rng = np.random.default_rng(4)
+    old, mask = -rng.random(10) - 0.1, np.arange(10) != 7
+    logprobs, per_sequence = old + rng.normal(0, 0.3, 10), np.array([0.7, -1.2, 0.4])
+    x, lengths = leaf(logprobs), np.bincount(IDS, mask)
+    total, clipped = policy_loss(
+        x, *map(paddle.to_tensor, (old, per_sequence[IDS], mask)), clip_ratio=bounds,
+        sequence_ids=paddle.to_tensor(IDS), weights=paddle.to_tensor(1 / lengths[IDS]),
+    )  # fmt: skip
+    total.backward()
+    assert float(total) / 3 == pytest.approx(gspo(logprobs, old, per_sequence, mask, *bounds))
+    slopes = gradient(lambda z: gspo(z, old, per_sequence, mask, *bounds), logprobs)
+    np.testing.assert_allclose(x.grad.numpy() / 3, slopes, atol=1e-9)
+    assert x.grad.numpy()[7] == 0
+    flat = [i for i in range(3) if (slopes[i == IDS] == 0).all()]
+    assert int(clipped) == sum(lengths[i] for i in flat)
+    assert bool(flat) == (bounds[1] < 1)
+
+
+def test_log_ratios_of_sequences_are_means_of_their_kept_tokens():
+    logratios, mask = np.array([1.0, 3.0, 9.0, 2.0]), np.array([1.0, 1.0, 0.0, 1.0])
+    found = sequence_logratios(*map(paddle.to_tensor, (logratios, mask, np.array([0, 0, 0, 2]))))
+    np.testing.assert_array_equal(found.numpy(), [2.0, 2.0, 0.0, 2.0])
+
+
+def test_cispo_weighs_logprobs_by_clipped_ratios_and_every_token_keeps_its_gradient():
+    logprobs, old, advantages, mask = policy_case(5)
+    x, low, high = leaf(logprobs), 0.3, 0.2
+    total, clipped = policy_loss(
+        x, *map(paddle.to_tensor, (old, advantages, mask)), clip_ratio=(low, high),
+        objective="cispo",
+    )  # fmt: skip
+    total.backward()
+    ratio = np.exp(logprobs - old)
+    weight = np.clip(ratio, 1 - low, 1 + high) * advantages * mask
+    assert float(total) == pytest.approx(-(weight * logprobs).sum())
+    np.testing.assert_allclose(x.grad.numpy(), -weight, rtol=1e-12)
+    assert (x.grad.numpy() != 0).sum() == mask.sum()
+    outside = ((ratio < 1 - low) | (ratio > 1 + high)) & mask
+    assert 0 < int(clipped) == outside.sum() < mask.sum()
+
+
+@pytest.mark.parametrize("objective", ["ppo", "cispo"])
+def test_weights_multiply_the_terms_of_tokens(objective):
+    logprobs, old, advantages, mask = policy_case(6)
+    weights = np.random.default_rng(7).random(SHAPE)
+    constant = map(paddle.to_tensor, (old, advantages, mask))
+    x, y = leaf(logprobs), leaf(logprobs)
+    weighted, _ = policy_loss(
+        x, *constant, clip_ratio=0.2, objective=objective, weights=paddle.to_tensor(weights)
+    )
+    as_gains, _ = policy_loss(
+        y, *map(paddle.to_tensor, (old, advantages * weights, mask)), clip_ratio=0.2,
+        objective=objective,
+    )  # fmt: skip
+    assert float(weighted) == float(as_gains)
+    (weighted + as_gains).backward()
+    np.testing.assert_array_equal(x.grad.numpy(), y.grad.numpy())
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce():

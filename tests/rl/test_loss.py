@@ -81,6 +81,15 @@ def by_definition(model, batch):
     return policy / tokens, entropy_sum / tokens, kl / tokens, preference / len(batch.pairs)
 
 
+def aggregated(sums, lengths, aggregation, max_new_tokens):
+    """Per sequence: the sum of its tokens' terms, its number of tokens -> the term of the step."""
+    if aggregation == "token":
+        return sum(sums) / sum(lengths)
+    if aggregation == "sequence":
+        return np.mean([total / length for total, length in zip(sums, lengths, strict=True)])
+    return sum(sums) / (max_new_tokens * len(sums))
+
+
 def new_trainer(model=None, **optim):
     model = model or make_model()
     model.train()
@@ -97,6 +106,36 @@ def test_every_term_by_definition_whatever_the_micro_batches(size):
     assert metrics["kl_loss"] == pytest.approx(kl, rel=2e-5)
     assert metrics["kl"] == pytest.approx(kl, rel=2e-5)
     assert metrics["preference"] == pytest.approx(preference, rel=2e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("size", [2, 50])
+def test_aggregation_by_definition_whatever_the_micro_batches(aggregation, size):
+    batch, model = filled(), make_model()
+    found = {"policy": [], "entropy": [], "kl_loss": []}
+    for at in [at for at in range(6) if batch.is_trained(at)]:
+        one = replace(batch, pairs=[PreferencePair(at, at)])
+        one = replace(one, policy_mask=np.arange(6) == at)
+        for name, mean in zip(found, by_definition(model, one), strict=False):
+            found[name].append(mean * len(batch.sequences[at].completion_ids))
+    lengths = [len(s.completion_ids) for at, s in enumerate(batch.sequences) if at != 4]
+    assert len(set(lengths)) > 2
+    loss = replace(FULL, aggregation=aggregation, max_new_tokens=13)
+    micro = split(batch, size)
+    terms = [term for part in micro for term in loss(model, part).terms]
+    for name, sums in found.items():
+        count = sum(loss.counts(part)[name] for part in micro)
+        value = sum(float(term.sum) for term in terms if term.name == name) / count
+        assert value == pytest.approx(aggregated(sums, lengths, aggregation, 13), rel=2e-5), name
+
+
+def test_aggregated_gradients_do_not_depend_on_micro_batches():
+    norms = []
+    for size in (2, 3, 50):
+        loss = replace(FULL, aggregation="sequence", sequence_ratio=True)
+        norms.append(new_trainer().term_gradient_norms(split(filled(), size), loss))
+    for name, norm in norms[0].items():
+        assert [other[name] for other in norms[1:]] == [pytest.approx(norm, rel=1e-4)] * 2
 
 
 def test_micro_batches_do_not_change_the_update():

@@ -360,6 +360,7 @@ CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
         ({"preference": {"coef": 0.1, "pairs": "offline"}}, "needs offline: where they come from"),
         ({"preference": ONLINE, "micro_batch_size": 1}, "micro_batch_size of at least 2"),
         ({"critic": CRITIC, "policy": {"group_scale": "none"}}, "no effect beside a critic"),
+        ({"critic": CRITIC, "policy": {"baseline": "mean"}}, "policy.baseline has no effect"),
         ({"critic": CRITIC, "policy": {"coef": 0.0}, "preference": ONLINE}, "critic has no effect"),
         ({"policy": {"kl": {"coef": 0.1, "kind": "k1"}}}, "no useful gradient in the loss"),
         *(({"policy": {"kl": {"coef": 0.1, "kind": kind, "place": "reward"}}},

@@ -3,7 +3,7 @@
 Each module holds the settings of one part; `upo` joins them and checks them against each other.
 """
 
-from ernie_train.rl.config.policy import CriticConfig, KlConfig, PolicyConfig
+from ernie_train.rl.config.policy import Aggregation, CriticConfig, KlConfig, PolicyConfig
 from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig
 from ernie_train.rl.config.rollout import (
     Curriculum,
@@ -15,6 +15,7 @@ from ernie_train.rl.config.upo import MOVED_KEYS, UpoConfig
 
 __all__ = [
     "MOVED_KEYS",
+    "Aggregation",
     "CriticConfig",
     "Curriculum",
     "KlConfig",

@@ -14,8 +14,17 @@ from ernie_train.core.config import (
     Share,
     StrictConfig,
 )
-from ernie_train.losses import KL_IN_LOSS_KINDS, KlInLossKind, KlKind
+from ernie_train.losses import (
+    KL_IN_LOSS_KINDS,
+    AdvantageBaseline,
+    KlInLossKind,
+    KlKind,
+    PolicyObjective,
+)
 from ernie_train.train.optimizer import OptimConfig
+
+# What the terms of tokens are means over.
+Aggregation = Literal["token", "sequence", "constant"]
 
 
 class KlConfig(StrictConfig):
@@ -57,31 +66,68 @@ class KlConfig(StrictConfig):
         return self.coef if self.place == "reward" else 0.0
 
 
+# (low, high) where a recipe gives none. A sequence's ratio is a mean over its tokens and moves far
+# less (arXiv:2507.18071); CISPO only bounds large weights, at 5 (arXiv:2510.13786): a ratio is
+# positive, so that a low of 1 bounds nothing.
+_CLIP_RANGES = {
+    ("ppo", "token"): (0.2, None),
+    ("ppo", "sequence"): (3e-4, 4e-4),
+    ("cispo", "token"): (1.0, 4.0),
+    ("cispo", "sequence"): (1.0, 4.0),
+}
+
+
 class PolicyConfig(StrictConfig):
     """The policy's objective, coef * PPO + kl - entropy_coef * entropy, and its updates.
 
     An iteration updates the policy `update_epochs` times over its rollout, in `minibatches`
     optimizer steps each. A coefficient of 0 leaves its term out of the objective.
 
+    objective: clipped surrogate ("ppo"), or clipped weights of the logprobs ("cispo").
+    ratio: of each token, or the geometric mean over its sequence (GSPO).
+    clip_ratio, clip_ratio_high: None takes those of `objective` and `ratio`.
+    aggregation: terms of tokens are means over the step's tokens, means over its sequences of the
+        mean of each (GRPO), or sums divided by max_new_tokens * sequences (Dr. GRPO).
+    baseline: of a group's rewards: their mean, or that of the other completions (RLOO).
     group_scale: group-relative advantages are divided by the group's standard deviation, or not.
     normalize_rewards: "domain" centres and scales the rewards of each domain in an iteration.
     """
 
     coef: NonNegative = 1.0
-    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    objective: PolicyObjective = "ppo"
+    ratio: Literal["token", "sequence"] = "token"
+    clip_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_ratio_high: Positive | None = None
+    aggregation: Aggregation = "token"
     entropy_coef: NonNegative = 0.0
     kl: KlConfig | None = None
     update_epochs: PositiveInt = 1
     minibatches: PositiveInt = 1
-    group_scale: Literal["std", "none"] | None = None  # None: std
+    baseline: AdvantageBaseline | None = None  # None: mean
+    group_scale: Literal["std", "none"] | None = None  # None: std; none with leave_one_out
     normalize_rewards: Literal["domain", "none"] = "domain"
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicyConfig:
         if self.coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
             raise ValueError("entropy_coef and kl act on the policy term's tokens: coef is 0")
+        acting = ("objective", "ratio", "clip_ratio", "clip_ratio_high", "aggregation", "baseline")
+        if self.coef == 0 and (idle := [key for key in acting if key in self.model_fields_set]):
+            raise ValueError(f"{', '.join(idle)}: no effect with coef: 0")
         return self
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Return how far a ratio may fall below 1 and rise above it."""
+        low, high = _CLIP_RANGES[self.objective, self.ratio]
+        if self.clip_ratio is not None:
+            low, high = self.clip_ratio, high if self.objective == "cispo" else None
+        return low, self.clip_ratio_high or high or low
+
+    @property
+    def advantage_scale(self) -> Literal["std", "none"]:
+        """Return what group-relative advantages are divided by; RLOO divides by nothing."""
+        return self.group_scale or ("none" if self.baseline == "leave_one_out" else "std")
 
 
 class CriticConfig(StrictConfig):

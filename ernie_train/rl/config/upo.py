@@ -98,8 +98,9 @@ class UpoConfig(StageConfig):
         problems += self._best_metric_problems()
         if self.critic is not None and self.policy.coef == 0:
             problems.append("a critic has no effect with policy.coef=0")
-        if self.critic is not None and self.policy.group_scale is not None:
-            problems.append("policy.group_scale has no effect beside a critic")
+        for key in ("group_scale", "baseline"):
+            if self.critic is not None and getattr(self.policy, key) is not None:
+                problems.append(f"policy.{key} has no effect beside a critic")
         if self.critic is not None and self.critic.warmup_iterations >= self.iterations:
             problems.append(
                 f"critic.warmup_iterations={self.critic.warmup_iterations} leaves none of "
