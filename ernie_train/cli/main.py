@@ -210,7 +210,14 @@ def evaluate(
     ] = Path("data/test"),
     columns: ColumnsText = None,
     tasks: Annotated[str | None, typer.Option(help="only these tasks or domains: math,aiw")] = None,
-    n: Annotated[int, whole_number(min=1, help="completions a problem, for pass@n")] = 1,
+    n: Annotated[int, whole_number(min=1, help="completions a problem")] = 1,
+    k: Annotated[str | None, typer.Option(help="sizes of pass@k: 1,8; default 1 and n")] = None,
+    few_shot: Annotated[
+        Path | None, typer.Option(help="worked examples for --shots: a file of rows like --data")
+    ] = None,
+    shots: Annotated[
+        int | None, whole_number(min=1, help="examples before each problem; default 4")
+    ] = None,
     max_examples: Annotated[int | None, whole_number(min=1, help="problems of each task")] = None,
     max_new_tokens: Annotated[int, whole_number(min=1)] = 128,
     batch_size: Annotated[int, whole_number(min=1)] = 256,
@@ -218,25 +225,39 @@ def evaluate(
         float | None, temperature_option(help="default 0 for n=1, else 1")
     ] = None,
     seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option(help="write samples here, as JSONL")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory for results.json and samples.jsonl")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print results as JSON")] = False,
     force: Force = False,
     best: Best = False,
 ) -> None:
-    """Solve held-out problems and print accuracy by task."""
-    from ernie_train.cli.model import best_checkpoint, evaluate_model
+    """Solve held-out problems; print accuracy, pass@k and majority vote by task."""
+    from ernie_train.cli.evaluate import EvalCommand, as_text, parse_ks
     from ernie_train.data import parse_columns
-    from ernie_train.eval.evaluation import SAMPLE_KEYS, EvalConfig
+    from ernie_train.eval.evaluation import EvalConfig
 
+    if shots is not None and few_shot is None:
+        raise UserError("--shots needs --few-shot, the file of the examples")
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
-    if n > 1 and chosen == 0:
-        raise UserError(f"--n {n} with --temperature 0 would draw the same completion {n} times")
-    config = EvalConfig(max_new_tokens, batch_size, n, chosen, seed)
-    chosen_tasks = [name.strip() for name in tasks.split(",")] if tasks else []
-    if output is not None:
-        check_output_file(output, SAMPLE_KEYS, inputs=[data, model], force=force)
-    model = best_checkpoint(model) if best else model
-    mapped = None if columns is None else parse_columns(columns, "--columns")
-    evaluate_model(model, data, chosen_tasks, max_examples, config, output, _console(), mapped)
+    command = EvalCommand(
+        model=model,
+        best=best,
+        data=data,
+        columns=None if columns is None else parse_columns(columns, "--columns"),
+        tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
+        max_examples=max_examples,
+        few_shot=few_shot,
+        shots=(shots or 4) if few_shot is not None else None,
+        config=EvalConfig(
+            max_new_tokens, batch_size, n, chosen, seed, () if k is None else parse_ks(k)
+        ),
+        out=out,
+        force=force,
+    )
+    results = command.run(_console(quiet=as_json), _console(stderr=as_json))
+    if as_json:
+        print(printable(as_text(results)))
 
 
 @app.command()

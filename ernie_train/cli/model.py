@@ -1,4 +1,4 @@
-"""The verbs that use a trained model: eval, generate, export and import."""
+"""The verbs that use a trained model: generate, export and import."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from rich.console import Console
 
 from ernie_train.core.errors import UserError
 from ernie_train.core.signals import StopFlag
-from ernie_train.data import Columns, Tokenizer, load_tokenizer, prompt_ids
-from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
-from ernie_train.io.files import write_jsonl
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import RECEIPT, export, export_adapter, require_change
 from ernie_train.run.finalize import EVALUATION, read_result
 from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
 from ernie_train.run.import_model import import_model
 from ernie_train.run.recipe import recorded_recipe
-from ernie_train.run.render import evaluation_table, model_card, receipt_line
+from ernie_train.run.render import model_card, receipt_line
 from ernie_train.weights.hf import check_dtype, load_pretrained
 from ernie_train.weights.model_directory import find_model
 from ernie_train.weights.upcycle import Upcycling
@@ -35,33 +33,6 @@ def open_model(path: Path) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
 def best_checkpoint(path: Path) -> Path:
     """Return the checkpoint of a run, or of a stage's directory, with the best `best_metric`."""
     return find_model(path, best=True).weights
-
-
-def evaluate_model(
-    path: Path,
-    data: Path,
-    tasks: list[str],
-    max_examples: int | None,
-    config: EvalConfig,
-    output: Path | None,
-    console: Console,
-    columns: Columns | None = None,
-) -> None:
-    """Solve the problems in `data`, print the table and write samples to `output`, if given."""
-    problems = load_problems(data, tasks=tasks, max_examples=max_examples, columns=columns)
-    model, tokenizer = open_model(path)
-    with StopFlag("stopping; nothing is written") as stop:
-        result = evaluate(
-            model,
-            tokenizer,
-            problems,
-            config,
-            console=console,
-            stop_requested=lambda: stop.requested,
-        )
-    console.print(evaluation_table({"trained": result.to_dict()}, config.samples))
-    if output is not None:
-        write_jsonl(output, result.samples)
 
 
 def _check_room(ids: list[int], max_new_tokens: int, positions: int) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -16,11 +16,19 @@ from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.progress import progress_bar
 from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
 from ernie_train.data.completion_format import parse_completion
-from ernie_train.eval.prompts import completion_text, encode_problems, problem_row, user_prompt
+from ernie_train.eval.estimates import Estimate, estimates
+from ernie_train.eval.prompts import (
+    FewShot,
+    completion_text,
+    encode_problems,
+    problem_row,
+    user_prompt,
+)
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.sharded import generate_sharded, score_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
+from ernie_train.rewards.answers import ANSWER_FORMS, answer_form
 from ernie_train.rewards.sandbox import layer_in_force
 
 LONGEST_NAME = 200  # characters of a task, a domain or a verifier
@@ -32,13 +40,21 @@ SAMPLE_KEYS = ("task", "prompt", "completion", "status")  # of each sample, and 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Settings of an evaluation: `samples` completions per problem, greedy at temperature 0."""
+    """Settings of an evaluation: `samples` completions per problem, greedy at temperature 0.
+
+    k: the sizes for which pass@k is estimated; 1 and `samples` if it is empty.
+    """
 
     max_new_tokens: int = 128
     batch_size: int = 256
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
+    k: tuple[int, ...] = ()
+
+    @property
+    def ks(self) -> list[int]:
+        return sorted(set(self.k or (1, self.samples)))
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class TaskResult:
     """Result of one task.
 
     `accuracy` is over the completions that could be scored; `excluded` counts the others by status.
+    `estimates` holds pass@k and maj@n over all problems, in which those others count as wrong.
     """
 
     domain: str
@@ -58,6 +75,7 @@ class TaskResult:
     excluded: dict[str, int]
     completions: int = 0
     unclosed: int = 0  # completions without an end of the thinking part: they are never right
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,15 +214,17 @@ def evaluate(
     *,
     console: Console | None = None,
     label: str = "problems",
+    few_shot: FewShot | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Complete every problem and score the completions with the problems' own verifiers.
 
-    With a `console` a progress display called `label` is shown on it. Every rank must call it; each
-    does a share of the work and returns the whole result. Raises `Interrupted` when asked to stop.
+    With `few_shot` worked examples stand before each problem. With a `console` a progress display
+    called `label` is shown on it. Every rank must call it; each does a share of the work and
+    returns the whole result. Raises `Interrupted` when asked to stop.
     """
     room = model.config.max_position_embeddings - config.max_new_tokens
-    prompts = encode_problems(tokenizer, problems, room)
+    prompts = encode_problems(tokenizer, problems, room, few_shot)
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
     with progress_bar(console, label, len(repeated)) if console else nullcontext(_ignore) as update:
         completions = generate_sharded(
@@ -220,21 +240,37 @@ def evaluate(
         )
     owners = [record for record in problems for _ in range(config.samples)]
     texts = [completion_text(tokenizer, completion) for completion in completions]
+    graded = [
+        (str(r.fields["reward"]), problem_row(r, tokenizer), t)
+        for r, t in zip(owners, texts, strict=True)
+    ]
     scores = score_sharded(
-        [
-            (str(r.fields["reward"]), problem_row(r, tokenizer), t)
-            for r, t in zip(owners, texts, strict=True)
-        ],
+        graded,
         lambda items: score_batch(items, stop_requested=stop_requested),
         stop_requested=stop_requested,
     )
-    rows = list(zip(owners, texts, completions, scores, strict=True))
-    tasks: dict[tuple[str, str], list[Any]] = {}
+    answers = [answer_form(*one) if one[0] in ANSWER_FORMS else None for one in graded]
+    rows = list(map(_Row, owners, texts, completions, scores, answers))
+    tasks: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
-        tasks.setdefault((row[0].fields["domain"], row[0].fields["task"]), []).append(row)
+        tasks.setdefault((row.record.fields["domain"], row.record.fields["task"]), []).append(row)
     thinking = require_chat_template(tokenizer).opens_thinking
-    results = [_task_result(*key, tasks[key], config.samples, thinking) for key in sorted(tasks)]
-    return Evaluation(results, [_sample(*row) for row in rows])
+    results = [_task_result(*key, tasks[key], config, thinking) for key in sorted(tasks)]
+    return Evaluation(results, list(map(_sample, rows)))
+
+
+class _Row(NamedTuple):
+    """One completion of a problem, and what its verifier found."""
+
+    record: Record
+    text: str
+    completion: Completion
+    score: Score
+    answer: str | None
+
+    @property
+    def correct(self) -> bool:
+        return self.score.status == "correct"
 
 
 def _ignore(done: int) -> None:
@@ -242,37 +278,39 @@ def _ignore(done: int) -> None:
 
 
 def _task_result(
-    domain: str, task: str, rows: list[Any], samples: int, thinking: bool
+    domain: str, task: str, rows: list[_Row], config: EvalConfig, thinking: bool
 ) -> TaskResult:
-    scores: list[Score] = [score for _, _, _, score in rows]
-    valid = [score for score in scores if score.status in ("correct", "wrong")]
-    excluded = Counter(s.status for s in scores if s.status not in ("correct", "wrong"))
-    groups = [scores[i : i + samples] for i in range(0, len(scores), samples)]
-    answers = Counter(str(row[0].fields.get("answer")) for row in rows[::samples])
+    valid = [row for row in rows if row.score.trains]
+    excluded = Counter(row.score.status for row in rows if not row.score.trains)
+    groups = [rows[i : i + config.samples] for i in range(0, len(rows), config.samples)]
+    correct = [[row.correct for row in group] for group in groups]
+    votes = config.samples > 1 and all(row.record.fields["reward"] in ANSWER_FORMS for row in rows)
+    answers = [[row.answer for row in group] for group in groups] if votes else None
+    most_frequent = Counter(str(group[0].record.fields.get("answer")) for group in groups)
     return TaskResult(
         domain=domain,
         task=task,
         problems=len(groups),
-        accuracy=sum(s.status == "correct" for s in valid) / max(1, len(valid)),
-        pass_at_k=sum(any(s.status == "correct" for s in g) for g in groups) / len(groups),
-        baseline=answers.most_common(1)[0][1] / len(groups),
-        truncated=sum(not c.finished for _, _, c, _ in rows) / len(rows),
+        accuracy=sum(row.correct for row in valid) / max(1, len(valid)),
+        pass_at_k=sum(map(any, correct)) / len(groups),
+        baseline=most_frequent.most_common(1)[0][1] / len(groups),
+        truncated=sum(not row.completion.finished for row in rows) / len(rows),
         excluded={str(status): count for status, count in excluded.items()},
-        unclosed=sum(
-            thinking and not parse_completion(text).finished_thinking for _, text, _, _ in rows
-        ),
+        unclosed=sum(thinking and not parse_completion(row.text).finished_thinking for row in rows),
         completions=len(rows),
+        estimates=estimates(correct, answers, config.ks),
     )
 
 
-def _sample(record: Record, text: str, completion: Completion, score: Score) -> dict[str, Any]:
+def _sample(row: _Row) -> dict[str, Any]:
     return {
-        "task": record.fields["task"],
-        "source": record.source,
-        "prompt": user_prompt(record),
-        "completion": text,
-        "tokens": len(completion.ids),
-        "status": score.status,
-        "value": score.value,
-        "detail": score.detail,
+        "task": row.record.fields["task"],
+        "source": row.record.source,
+        "prompt": user_prompt(row.record),
+        "completion": row.text,
+        "tokens": len(row.completion.ids),
+        "status": row.score.status,
+        "value": row.score.value,
+        "detail": row.score.detail,
+        "answer": row.answer,
     }

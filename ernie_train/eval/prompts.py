@@ -3,25 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ernie_train.core.errors import DataError
-from ernie_train.data import Record, Tokenizer, prompt_ids, require_chat_template
+from ernie_train.data import (
+    Columns,
+    Record,
+    Tokenizer,
+    prompt_ids,
+    read_records,
+    require_chat_template,
+)
 from ernie_train.generate.engine import Completion
 
 _SHOWN = 10  # wrong problems in a message
 
 
-def encode_prompt(tokenizer: Tokenizer, record: Record) -> list[int]:
+@dataclass(frozen=True)
+class FewShot:
+    """Worked examples that stand before each problem as earlier turns.
+
+    examples: rows in their fixed order, each with an answer of the assistant at its end.
+    shots: how many of them a problem gets.
+    """
+
+    examples: Sequence[Record]
+    shots: int
+
+    def before(self, problem: Record) -> list[dict[str, Any]]:
+        """Return the turns of the first examples that do not ask the problem itself.
+
+        Raises:
+            DataError: there are fewer than `shots` of them.
+        """
+        asked = _asked(problem)
+        others = [example for example in self.examples if _asked(example) != asked]
+        if len(others) < self.shots:
+            raise DataError(f"{self.shots} shots need as many other rows; there are {len(others)}")
+        return [turn for example in others[: self.shots] for turn in _turns(example.messages)]
+
+
+def load_few_shot(
+    path: str | Path, shots: int, seed: int, columns: Columns | None = None
+) -> FewShot:
+    """Read worked examples from a file of rows, in an order that the seed decides.
+
+    The answer is the assistant's turn at the end of a row, or else its field `answer`.
+
+    Raises:
+        DataError: the path cannot be read, rows have no answer, or there are fewer than `shots`.
+    """
+    records, _ = read_records(path, columns=columns)
+    examples = []
+    for record in records:
+        if record.messages and record.messages[-1]["role"] != "assistant":
+            answer = record.fields.get("answer")
+            if not isinstance(answer, str) or not answer.strip():
+                raise DataError(f"{record.source}: an example needs an answer of the assistant")
+            turn = {"role": "assistant", "content": answer}
+            record = replace(record, messages=[*record.messages, turn])
+        examples.append(record)
+    if len(examples) < shots:
+        raise DataError(f"{path}: {shots} shots need as many rows; it has {len(examples)}")
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(examples))
+    return FewShot([examples[at] for at in order], shots)
+
+
+def _turns(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages but for system texts: that of a conversation is the problem's own."""
+    return [message for message in messages if message["role"] != "system"]
+
+
+def _asked(record: Record) -> list[tuple[str, str]]:
+    return [
+        (m["role"], " ".join(str(m["content"]).split())) for m in _turns(record.prompt_messages)
+    ]
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, record: Record, few_shot: FewShot | None = None
+) -> list[int]:
     """Return the ids of a problem, without its reference answer, and of the generation prompt."""
-    messages = list(record.messages)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
+    messages = record.prompt_messages
+    if few_shot is not None:
+        start = len(messages) - len(_turns(messages))  # behind its system text
+        messages = [*messages[:start], *few_shot.before(record), *messages[start:]]
     return prompt_ids(tokenizer, messages, record.tools)
 
 
 def encode_problems(
-    tokenizer: Tokenizer, problems: Sequence[Record], most_tokens: int
+    tokenizer: Tokenizer,
+    problems: Sequence[Record],
+    most_tokens: int,
+    few_shot: FewShot | None = None,
 ) -> list[list[int]]:
     """Return the ids of all prompts, each of at most `most_tokens`.
 
@@ -32,7 +110,7 @@ def encode_problems(
     wrong = []
     for record in problems:
         try:
-            encoded.append(encode_prompt(tokenizer, record))
+            encoded.append(encode_prompt(tokenizer, record, few_shot))
         except DataError as error:
             wrong.append(f"{record.source}: {error}")
             continue

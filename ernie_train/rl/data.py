@@ -210,7 +210,7 @@ def _check_best_metric(config: UpoConfig, held_out: Sequence[Record]) -> None:
     known = known_metrics(held_out)
     if settings.samples > 1:
         tasks = {f"eval/{record.fields['task']}" for record in held_out}
-        known |= {f"{task}/pass@{settings.samples}" for task in tasks}
+        known |= {f"{task}/pass@{k}" for task in tasks for k in (1, settings.samples)}
     if metric not in known:
         raise ConfigError(
             f"checkpoint.best_metric={metric!r} is not measured in stage {config.name}, only "

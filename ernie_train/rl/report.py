@@ -180,7 +180,10 @@ def mean_advantages(rollout: Rollout, batch: RolloutBatch | None) -> dict[int, f
 def evaluate_held_out(
     config: UpoConfig, stage: StageRun, problems: Sequence[Record]
 ) -> dict[str, float]:
-    """Return accuracy on held-out problems as eval/<task>, eval/<domain>, eval/mean; and pass@k."""
+    """Return accuracy on held-out problems as eval/<task>, eval/<domain>, eval/mean.
+
+    With several samples: pass@k and maj@n, with the ends of their intervals, by task.
+    """
     settings = config.evaluation
     if settings is None:
         return {}
@@ -202,5 +205,8 @@ def evaluate_held_out(
     metrics["eval/mean"] = found.mean_accuracy
     if settings.samples > 1:
         for task in found.tasks:
-            metrics[f"eval/{task.task}/pass@{settings.samples}"] = task.pass_at_k
+            for name, estimate in task.estimates.items():
+                place = f"eval/{task.task}/{name}"
+                metrics[place] = estimate.value
+                metrics |= {f"{place}/low": estimate.low, f"{place}/high": estimate.high}
     return metrics

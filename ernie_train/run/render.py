@@ -16,24 +16,25 @@ from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import Recipe
 
 
-def evaluation_table(result: dict[str, Any], samples: int = 1) -> Group:
+def evaluation_table(result: dict[str, Any]) -> Group:
     """Return accuracy by task and domain, beside baseline and untrained model, for printing.
 
-    With several samples per problem a column shows pass@samples.
+    pass@k and maj@n stand with their intervals, where the result has them.
     """
     trained = result["trained"]
     untrained = {t["task"]: t for t in result.get("untrained", {}).get("tasks", [])}
     tasks = _table("held-out problems", "domain", "task", "n", "accuracy", "baseline")
-    if samples > 1:
-        tasks.add_column(f"pass@{samples}", justify="right")
+    several = len({name for task in trained["tasks"] for name in _estimates(task)}) > 1
+    if not several:
+        tasks.add_column("95 %", justify="right")
     if untrained:
         tasks.add_column("untrained", justify="right")
     tasks.add_column("cut off", justify="right")
     for task in trained["tasks"]:
         cells = [task["domain"], task["task"], str(task["problems"])]
         cells += [_percent(task["accuracy"]), _percent(task["baseline"])]
-        if samples > 1:
-            cells.append(_percent(task["pass_at_k"]))
+        if not several:
+            cells.append(_interval(_estimates(task).get("pass@1")))
         if untrained:
             cells.append(_percent(untrained[task["task"]]["accuracy"]))
         tasks.add_row(*cells, _percent(task["truncated"]))
@@ -44,6 +45,7 @@ def evaluation_table(result: dict[str, Any], samples: int = 1) -> Group:
         domains.add_row(domain, _percent(accuracy), _percent(baseline), gain)
     lines = [f"mean over tasks: {_percent(trained['mean_accuracy'])} %"]
     lines.append("in %; baseline: always the task's most frequent answer")
+    lines.append("95 %: interval over problems, where a completion that cannot be scored is wrong")
     if untrained:
         count = next(iter(untrained.values()))["problems"]
         lines.append(f"untrained: the model before its first step, on {count} problems of a task")
@@ -52,7 +54,24 @@ def evaluation_table(result: dict[str, Any], samples: int = 1) -> Group:
         for task in trained["tasks"]
         for status, n in task["excluded"].items()
     ]
-    return Group(tasks, domains, *lines, *_unclosed_lines(trained))
+    more = [_estimate_table(trained["tasks"])] if several else []
+    return Group(tasks, *more, domains, *lines, *_unclosed_lines(trained))
+
+
+def _estimates(task: dict[str, Any]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = task.get("estimates", {})  # earlier versions have none
+    return found
+
+
+def _estimate_table(tasks: Sequence[dict[str, Any]]) -> Table:
+    """Return pass@k and majority votes of each task, their intervals below them."""
+    names = list(dict.fromkeys(name for task in tasks for name in _estimates(task)))
+    table = _table("pass@k, majority vote and 95 % intervals", "task", *names)
+    for task in tasks:
+        found = [_estimates(task).get(name) for name in names]
+        cells = [f"{_percent(one['value'])}\n{_interval(one)}" if one else "-" for one in found]
+        table.add_row(task["task"], *cells)
+    return table
 
 
 def _unclosed_lines(evaluation: dict[str, Any]) -> list[Text]:
@@ -102,6 +121,12 @@ def _table(title: str, *columns: str) -> Table:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def _interval(estimate: dict[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{_percent(estimate['low'])}-{_percent(estimate['high'])}"
 
 
 def receipt_line(

@@ -294,25 +294,44 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path, cli):
     assert "model.safetensors" in err
 
 
-def test_eval_prints_a_table_and_writes_samples(trained, workspace, tmp_path, cli):
-    output = tmp_path / "samples.jsonl"
-    status, out, _ = cli(
-        "eval", trained, "--data", workspace / "test.jsonl", "--max-examples", 6, "--n", 2,
-        "--max-new-tokens", 8, "--output", output,
-    )  # fmt: skip
+def test_eval_prints_a_table_and_writes_results(trained, workspace, tmp_path, cli):
+    out = tmp_path / "out"
+    arguments = ("eval", trained, "--data", workspace / "test.jsonl", "--max-examples", 6, "--n", 2,
+                 "--max-new-tokens", 8, "--few-shot", workspace / "train.jsonl", "--shots", 1,
+                 "--out", out)  # fmt: skip
+    status, printed, _ = cli(*arguments)
     assert status == 0
-    assert "problems  12/12" in out
-    assert "sum" in out
-    samples = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "problems  12/12" in printed
+    for name in ("sum", "pass@1", "pass@2", "maj@2"):
+        assert name in printed
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 12
     assert {sample["status"] for sample in samples} <= {"correct", "wrong"}
-    assert "pass@2" in out
-    status, _, err = cli("eval", trained, "--data", workspace / "test.jsonl", "--tasks", "addition")
-    assert status == 2
-    assert "addition" in err
-    status, _, err = cli("eval", trained, "--n", 4, "--temperature", 0)
-    assert status == 2
-    assert "4 times" in err
+    results = json.loads((out / "results.json").read_text())
+    assert results["format"] == "ernie_train.evaluation/1"
+    assert results["settings"]["k"] == [1, 2] and results["settings"]["shots"] == 1
+    (task,) = results["trained"]["tasks"]
+    assert task["completions"] == 12 and set(task["estimates"]) == {"pass@1", "pass@2", "maj@2"}
+    assert set(task["estimates"]["pass@2"]) == {"value", "low", "high"}
+    status, printed, _ = cli(*arguments, "--json")
+    assert status == 0 and json.loads(printed) == results, "nothing else is on the output"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--tasks", "addition"), "addition"),
+        (("--n", 4, "--temperature", 0), "4 times"),
+        (("--n", 4, "--k", "1,8"), "--k 8: pass@k needs 1 to --n completions, here 4"),
+        (("--k", "0"), "--k 0"),
+        (("--k", "many"), "sizes such as 1,8"),
+        (("--shots", 2), "--few-shot"),
+        (("--few-shot", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_in_the_options_of_eval(trained, workspace, cli, wrong, told):
+    status, _, err = cli("eval", trained, "--data", workspace / "test.jsonl", *wrong)
+    assert status == 2 and told in err
 
 
 def test_doctor_runs(cli):
@@ -351,13 +370,13 @@ def test_export_replaces_neither_a_checkpoint_nor_what_it_reads(trained, tmp_pat
     assert cli("export", out, out, "--dtype", "float32", "--force")[0] == 0
 
 
-def test_eval_writes_over_its_own_samples_only(trained, workspace, tmp_path, cli):
+def test_eval_writes_over_its_own_results_only(trained, workspace, tmp_path, cli):
     arguments = ("eval", trained, "--data", workspace / "test.jsonl", "--max-examples", 1,
-                 "--max-new-tokens", 1, "--output")  # fmt: skip
-    out = tmp_path / "samples.jsonl"
+                 "--max-new-tokens", 1, "--out")  # fmt: skip
+    out = tmp_path / "out"
     assert cli(*arguments, out)[0] == 0
     assert cli(*arguments, out)[0] == 0
-    for place in (workspace / "test.jsonl", tmp_path, tmp_path / "none/x.jsonl"):
+    for place in (workspace / "test.jsonl", workspace, out / "results.json"):
         before = place.read_bytes() if place.is_file() else None
         assert cli(*arguments, place)[0] == 2
         assert before is None or place.read_bytes() == before

@@ -81,11 +81,19 @@ def cli(capsys):
 
 NUMBERS = ["nan", "inf", "-1", "1e400", "9" * 30, "x", "", LONG, HOSTILE.replace("\x00", "")]
 # Files and lists, for which a word may be right.
-TEXTS = ["--output", "--out", "--tasks", "--max-shard-size", "--data", "--completions", "--reward"]
+TEXTS = [
+    "--out",
+    "--few-shot",
+    "--tasks",
+    "--max-shard-size",
+    "--data",
+    "--completions",
+    "--reward",
+]
 OPTIONS = {
     "generate": ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--nosuch"],
     "eval": ["--n", "--max-examples", "--max-new-tokens", "--batch-size", "--temperature",
-             "--seed", "--tasks", "--data", "--output"],
+             "--seed", "--tasks", "--data", "--out", "--k", "--shots", "--few-shot"],
     "plan": ["--gpus", "--gpu-memory-gb", "--expert", "--gradients", "--document-tokens",
              "--tflops", "--interconnect-gbps", "--between-gbps", "--memory-gb-per-s"],
     "run": ["--nproc", "--max-restarts", "--hang-timeout-s", "--nnodes", "--from",

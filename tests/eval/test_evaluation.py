@@ -10,6 +10,7 @@ from ernie_train.eval import evaluation as module
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import user_prompt
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.rewards import Score
 from tests.workspace import make_workspace, rows, write_rows
 
 
@@ -63,6 +64,35 @@ def test_completions_that_never_close_the_thinking_part_are_counted(model, token
     own = load_tokenizer(tokenizer.directory, template="ernie_plain")
     plain = evaluate(model, own, asked, EvalConfig(max_new_tokens=1))
     assert plain.tasks[0].unclosed == 0
+
+
+def test_what_cannot_be_scored_stays_in_the_denominator(model, tokenizer, monkeypatch):
+    """Of 4 completions each: 2 right and 2 not scored; 1 right, 1 wrong and 2 not scored."""
+    right, wrong = Score.correct(), Score.wrong("")
+    lost = Score.timeout("")
+    scores = [right, right, lost, lost, right, wrong, lost, lost]
+    monkeypatch.setattr(module, "score_sharded", lambda *_, **__: scores)
+    texts = iter(
+        ["</think>\n<response>2</response>"] * 4 + ["</think>\n<response>3</response>"] * 4
+    )
+    monkeypatch.setattr(module, "completion_text", lambda tokenizer, completion: next(texts))
+    config = EvalConfig(max_new_tokens=1, samples=4, temperature=1.0, k=(2,))
+    task = evaluate(model, tokenizer, [problem(ASKED)] * 2, config).tasks[0]
+    assert task.accuracy == pytest.approx(3 / 4), "of those that were scored"
+    assert task.excluded == {"timeout": 4}
+    assert task.estimates["pass@2"].value == pytest.approx((5 / 6 + 1 / 2) / 2)
+    assert task.estimates["maj@4"].value == pytest.approx((2 / 4 + 1 / 4) / 2)
+    assert task.pass_at_k == 1.0
+
+
+def test_programs_have_no_majority(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "score_sharded", lambda items, *_, **__: [Score.wrong("")] * 2)
+    asked = problem(ASKED)
+    asked.fields["reward"] = "code"
+    config = EvalConfig(max_new_tokens=1, samples=2, temperature=1.0)
+    assert list(evaluate(model, tokenizer, [asked], config).tasks[0].estimates) == [
+        "pass@1", "pass@2",
+    ]  # fmt: skip
 
 
 def test_a_stop_while_scoring_gives_no_result(model, tokenizer, monkeypatch):

@@ -29,7 +29,7 @@ PACKAGES: dict[str, str] = {
     "data.files": "find rows",
     "data.tokenizer": "sentencepiece_proto hf_files base huggingface paddlenlp"
     " sentencepiece loading",
-    "rewards": "score sandbox verifiers registry scoring",
+    "rewards": "score sandbox verifiers registry answers scoring",
     "rewards.sandbox": "guest seccomp backends pool process api",
     "rewards.sandbox.guest": "values candidate test_judge server",
     "rewards.verifiers": "answer_text math_worker math_process labels quantities expressions"
@@ -44,7 +44,7 @@ PACKAGES: dict[str, str] = {
     "generate.engines": "protocol own",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",
-    "eval": "prompts evaluation gates",
+    "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference upo",
     "rl": "config batch critic preference_data data estimators rollout pairs loss report learner"
     " loop dpo",
@@ -52,7 +52,7 @@ PACKAGES: dict[str, str] = {
     "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
     " llama_reference import_model render finalize pipeline",
     "plan": "layout workload memory cost search tables command",
-    "cli": "arguments doctor model preview score run main",
+    "cli": "arguments doctor model evaluate preview score run main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16

@@ -10,14 +10,14 @@ from rich.console import Console
 from ernie_train.run.render import evaluation_table, stage_table
 
 
-def printed(result: dict[str, Any], **options: int) -> list[list[str]]:
-    console = Console(file=io.StringIO(), width=100)
-    console.print(evaluation_table(result, **options))
+def printed(result: dict[str, Any]) -> list[list[str]]:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(evaluation_table(result))
     assert isinstance(console.file, io.StringIO)
     return [line.split() for line in console.file.getvalue().splitlines()]
 
 
-def result(**changes: float) -> dict[str, Any]:
+def result(**changes: Any) -> dict[str, Any]:
     task = {
         "domain": "math", "task": "sum", "problems": 8, "accuracy": 0.25, "pass_at_k": 0.5,
         "baseline": 0.125, "truncated": 1.0, "excluded": {"timeout": 3},
@@ -26,17 +26,25 @@ def result(**changes: float) -> dict[str, Any]:
     return {"mean_accuracy": 0.25, "domains": domains, "tasks": [{**task, **changes}]}
 
 
-def test_several_samples_show_pass_at_k() -> None:
-    rows = printed({"trained": result()}, samples=4)
-    assert ["domain", "task", "n", "accuracy", "baseline", "pass@4", "cut", "off"] in rows
-    assert ["math", "sum", "8", "25.0", "12.5", "50.0", "100.0"] in rows
+def test_several_estimates_have_a_table_of_their_own() -> None:
+    names = ("pass@1", "pass@8", "pass@64", "maj@64")
+    estimates = {name: {"value": 0.5, "low": 0.25, "high": 1.0} for name in names}
+    rows = printed({"trained": result(estimates=estimates)})
+    assert ["domain", "task", "n", "accuracy", "baseline", "cut", "off"] in rows
+    assert ["math", "sum", "8", "25.0", "12.5", "100.0"] in rows
+    assert ["task", *names] in rows
+    assert ["sum", "50.0", "50.0", "50.0", "50.0"] in rows
+    assert ["25.0-100.0"] * 4 in rows
     assert ["math", "25.0", "12.5", "+12.5"] in rows
     assert ["sum:", "3", "completions", "could", "not", "be", "scored", "(timeout)"] in rows
 
 
 def test_one_sample_shows_the_untrained_model_beside_it() -> None:
     rows = printed({"trained": result(), "untrained": result(accuracy=0.0)})
-    assert ["math", "sum", "8", "25.0", "12.5", "0.0", "100.0"] in rows
+    assert ["math", "sum", "8", "25.0", "12.5", "-", "0.0", "100.0"] in rows
+    one = {"pass@1": {"value": 0.25, "low": 0.1, "high": 0.4}}
+    rows = printed({"trained": result(estimates=one)})
+    assert ["math", "sum", "8", "25.0", "12.5", "10.0-40.0", "100.0"] in rows
 
 
 def test_completions_that_never_close_the_thinking_part_are_told() -> None:

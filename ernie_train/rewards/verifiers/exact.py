@@ -14,3 +14,8 @@ def score(row: dict[str, Any], completion: str) -> Score:
 def _compare(gold: str, response: str) -> Score:
     equal = squeeze(response) == squeeze(gold)
     return Score.correct() if equal else mismatch(gold, response)
+
+
+def answer_form(row: dict[str, Any], response: str) -> str | None:
+    """Return the response without needless white space; None if it is empty."""
+    return squeeze(response) or None

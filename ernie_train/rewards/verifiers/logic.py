@@ -10,6 +10,8 @@ from typing import Any
 from ernie_train.rewards.score import Score, grade_response, mismatch, read_response
 from ernie_train.rewards.verifiers.answer_text import boxes, fold, named_answers, tagged
 from ernie_train.rewards.verifiers.labels import (
+    assignment_said,
+    chosen_label,
     grade_assignment,
     grade_choice,
     grade_truth,
@@ -92,21 +94,45 @@ def _compare(row: dict[str, Any], gold: str, response: str) -> Score:
     return mismatch(gold, answer)
 
 
+def answer_form(row: dict[str, Any], response: str) -> str | None:
+    """Return the roles, the label, the choice or the words that a response gives; None for none."""
+    gold, choices = str(row.get("answer")), row.get("choices")
+    people = _people(row["assignment"]) if "assignment" in row else None
+    if people or (people := parse_assignment(gold, ("knight", "knave"))):
+        said = assignment_said(people, response)
+        return str(sorted(said.items())) if isinstance(said, dict) else None
+    if isinstance(choices, list) and choices and all(isinstance(text, str) for text in choices):
+        labels = all(truth_label(text) is not None for text in choices)
+        return chosen_label(response, () if labels else choices)
+    if truth_label(gold) is not None:
+        return chosen_label(response)
+    named = boxes(response) or tagged(response) or named_answers(response)
+    return " ; ".join(sorted({_key(text) for text in named or [response]})) or None
+
+
 def _key(text: str) -> str:
     return fold(text).removesuffix(".")
 
 
 def _assignment_score(row: dict[str, Any], completion: str) -> Score:
-    people = row["assignment"]
-    values = list(people.values()) if isinstance(people, dict) else []
-    if values and all(isinstance(value, bool) for value in values):
-        people = {name: "knight" if value else "knave" for name, value in people.items()}
-    elif not values or not all(isinstance(value, str) and value for value in values):
-        return Score.bad_gold(f"assignment must be {{person: role}}, not {str(people)[:80]}")
+    people = _people(row["assignment"])
+    if people is None:
+        shown = str(row["assignment"])[:80]
+        return Score.bad_gold(f"assignment must be {{person: role}}, not {shown}")
     response = read_response(row, completion)
     if isinstance(response, Score):
         return response
     return grade_assignment(people, response)
+
+
+def _people(assignment: Any) -> dict[str, str] | None:
+    """Return {person: role}; truth values are those of knights. None if it is no assignment."""
+    values = list(assignment.values()) if isinstance(assignment, dict) else []
+    if values and all(isinstance(value, bool) for value in values):
+        return {name: "knight" if value else "knave" for name, value in assignment.items()}
+    if not values or not all(isinstance(value, str) and value for value in values):
+        return None
+    return dict(assignment)
 
 
 def _choice_score(choices: Any, gold: str, response: str) -> Score:

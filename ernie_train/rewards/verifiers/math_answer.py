@@ -103,6 +103,19 @@ def _compare(question: str, gold: str, response: str) -> Score:
     return Score.correct() if equal else mismatch(wanted, given)
 
 
+def answer_form(row: dict[str, Any], response: str) -> str | None:
+    """Return the value of the answer that a response names, or else its normalized text."""
+    if len(response) > MAX_RESPONSE_CHARACTERS:
+        return None
+    answer = answer_of(response)
+    if answer is None or len(answer) > MAX_ANSWER_CHARACTERS:
+        return None
+    # The side of "8 + 9 = 17" or "x = 17" that is the answer; lists keep their equations.
+    single = len(members_of(answer)) == 1
+    value = _exact(answer.rpartition("=")[2].strip() if single else answer)
+    return compact(answer) if value is None else str(value)
+
+
 class _ScoreSettled(Exception):
     """Signal that one of several members decides the score of all."""
 

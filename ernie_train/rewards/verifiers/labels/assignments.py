@@ -81,21 +81,32 @@ def _patterns(roles: frozenset[str], people: frozenset[str]) -> tuple[re.Pattern
 
 def grade_assignment(gold: Mapping[str, str], response: str) -> Score:
     """Accept exactly the people of `gold`, each with the role that it gives them."""
-    roles = {fold(role) for role in gold.values()}
-    if roles <= {"knight", "knave"}:
-        roles = {"knight", "knave"}
-    if len(response) > MAX_RESPONSE_CHARACTERS:
-        return Score.wrong(f"a response of {len(response)} characters")
-    texts = named_answers(response) or [response]
-    if len(texts) > 1 and len(set(map(squeeze, texts))) > 1:
-        return Score.wrong("the response names several answers")
-    # "The answer is:" may be on a line of its own, above the list.
-    found = parse_assignment(texts[0], roles, gold)
-    if not found or found.keys() < gold.keys():
-        found = parse_assignment(response, roles, gold)
-    if found is None:
-        return Score.wrong("the response contradicts itself, repeats a person or leaves it open")
+    found = assignment_said(gold, response)
+    if isinstance(found, str):
+        return Score.wrong(found)
     if found == {name: fold(role) for name, role in gold.items()}:
         return Score.correct()
     told = ", ".join(f"{name} {role}" for name, role in sorted(found.items())) or "nobody"
     return Score.wrong(f"not the assignment: {told[:200]}")
+
+
+def assignment_said(people: Mapping[str, str], response: str) -> dict[str, str] | str:
+    """Return {person: role} as a response says it, or the reason why it says none.
+
+    `people` are those that are asked for, with roles that may be given.
+    """
+    roles = {fold(role) for role in people.values()}
+    if roles <= {"knight", "knave"}:
+        roles = {"knight", "knave"}
+    if len(response) > MAX_RESPONSE_CHARACTERS:
+        return f"a response of {len(response)} characters"
+    texts = named_answers(response) or [response]
+    if len(texts) > 1 and len(set(map(squeeze, texts))) > 1:
+        return "the response names several answers"
+    # "The answer is:" may be on a line of its own, above the list.
+    found = parse_assignment(texts[0], roles, people)
+    if not found or found.keys() < people.keys():
+        found = parse_assignment(response, roles, people)
+    if found is None:
+        return "the response contradicts itself, repeats a person or leaves it open"
+    return found

@@ -130,6 +130,21 @@ def grade_choice(gold: str, choices: Sequence[str], response: str) -> Score:
     return _one_of(found, wanted)
 
 
+def chosen_label(response: str, choices: Sequence[str] = ()) -> str | None:
+    """Return the truth label, or the letter of one of `choices`, that a response gives.
+
+    None if it gives none, or several.
+    """
+    texts = [_without_letter(choice, place) for place, choice in enumerate(choices)]
+
+    def said(text: str) -> set[str]:
+        return _choices_said(text, texts) if texts else {_truth_said(text) or ""} - {""}
+
+    found = [said(text) for text in _texts(response, lambda text: bool(said(text)))]
+    labels = set().union(*found)
+    return labels.pop() if all(found) and len(labels) == 1 else None
+
+
 def _choices_said(text: str, choices: Sequence[str]) -> set[str]:
     read = _read_choice(text, choices)
     return {read} if read is not None else _spoken_choices(text, choices)
