@@ -40,10 +40,13 @@ from ernie_train.losses.preference import (
     ImplicitRewards,
     Pair,
     PairCounts,
+    PreferenceKind,
     choose_pairs,
     completion_logratios,
     dpo_loss,
     implicit_rewards,
+    ipo_loss,
+    simpo_loss,
 )
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "Pair",
     "PairCounts",
     "PolicyObjective",
+    "PreferenceKind",
     "choose_pairs",
     "completion_logratios",
     "cross_entropy_rows",
@@ -64,6 +68,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "implicit_rewards",
+    "ipo_loss",
     "kl_estimate",
     "kl_loss",
     "linear_cross_entropy",
@@ -75,6 +80,7 @@ __all__ = [
     "router_z_loss",
     "selection_bias_step",
     "sequence_logratios",
+    "simpo_loss",
     "token_balanced_loss",
     "token_balanced_weights",
     "token_logprobs",

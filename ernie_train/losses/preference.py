@@ -1,33 +1,46 @@
-"""Compute the DPO loss and implicit rewards of preferences, and choose pairs of completions.
+"""Compute losses and implicit rewards of preferences, and choose pairs of completions.
 
-A log-ratio is log policy(completion | prompt) - log reference(completion | prompt) in nats, summed
-over the tokens of the completion. Shapes: P pairs or prompts, G completions of a prompt, T tokens.
+A log-ratio is log policy(completion | prompt) - log reference(completion | prompt) in nats, a sum
+or a mean over the tokens of the completion. Shapes: P pairs or prompts, G completions of a prompt,
+T tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+PreferenceKind = Literal["sigmoid", "ipo", "simpo"]
 _REWARD_TOLERANCE = 1e-6  # rewards are sums of decimal fractions: 1.0 - 0.9 is a little under 0.1
 
 
 def completion_logratios(
-    logprobs: Tensor, ref_logprobs: Tensor, completion_ids: Tensor, num_completions: int
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    completion_ids: Tensor,
+    num_completions: int,
+    *,
+    length_normalize: bool = False,
 ) -> Tensor:
     """Return the log-ratio of each completion: the sum of logprobs - ref_logprobs over its tokens.
 
     logprobs, ref_logprobs, completion_ids [T] (the completions' tokens alone, each with the number
-    of its completion, from 0) -> [num_completions]. `ref_logprobs` takes no gradient.
+    of its completion, from 0) -> [num_completions]. `ref_logprobs` takes no gradient; without it
+    the ratio is the log-probability itself. `length_normalize` divides by the number of tokens: the
+    gradient of a sum beside a mean over tokens grows with their number.
     """
-    difference = logprobs - ref_logprobs.detach()
+    difference = logprobs if ref_logprobs is None else logprobs - ref_logprobs.detach()
     zeros = paddle.zeros([num_completions], difference.dtype)
-    return paddle.index_add(zeros, completion_ids, 0, difference)
+    sums = paddle.index_add(zeros, completion_ids, 0, difference)
+    if not length_normalize:
+        return sums
+    lengths = paddle.index_add(zeros, completion_ids, 0, paddle.ones_like(difference))
+    return sums / paddle.clip(lengths, min=1.0)
 
 
 def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float) -> Tensor:
@@ -36,9 +49,39 @@ def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float)
     chosen_logratio, rejected_logratio [P] -> [P]; ln 2 while the policy is the reference. Raises
     `ValueError` unless beta is positive.
     """
+    _require_positive(beta)
+    return -F.log_sigmoid(beta * (chosen_logratio - rejected_logratio))
+
+
+def ipo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float) -> Tensor:
+    """Return (chosen - rejected - 1 / (2 beta))^2 (arXiv:2310.12036, equation 17).
+
+    chosen_logratio, rejected_logratio [P] -> [P]. The margin has a target, beyond which it is
+    pulled back: a pair that is never contradicted does not drive the policy without end. Raises
+    `ValueError` unless beta is positive.
+    """
+    _require_positive(beta)
+    return (chosen_logratio - rejected_logratio - 1 / (2 * beta)).square()
+
+
+def simpo_loss(
+    chosen_logprob: Tensor, rejected_logprob: Tensor, *, beta: float, gamma: float
+) -> Tensor:
+    """Return -log sigmoid(beta (chosen - rejected) - gamma) in nats (arXiv:2405.14734, equation 6).
+
+    chosen_logprob, rejected_logprob [P], means over the completion's tokens -> [P]. There is no
+    reference; gamma is the margin of implicit rewards that is aimed at. Raises `ValueError` unless
+    beta is positive and gamma at least 0.
+    """
+    _require_positive(beta)
+    if not gamma >= 0:
+        raise ValueError(f"gamma={gamma} must be at least 0")
+    return -F.log_sigmoid(beta * (chosen_logprob - rejected_logprob) - gamma)
+
+
+def _require_positive(beta: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta={beta} must be positive")
-    return -F.log_sigmoid(beta * (chosen_logratio - rejected_logratio))
 
 
 class ImplicitRewards(NamedTuple):

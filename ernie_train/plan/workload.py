@@ -114,9 +114,9 @@ def _preference(stage: DpoConfig) -> Workload:
         micro_batches=-(-trained // rows),
         steps=stage.steps,
         loss="logprobs",
-        reference=True,
+        reference=stage.needs_reference,
         scored=trained,
-        scoring_models=1,
+        scoring_models=int(stage.needs_reference),
     )
 
 

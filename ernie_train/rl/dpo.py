@@ -1,4 +1,4 @@
-"""Direct preference optimization on given pairs (arXiv:2305.18290).
+"""Preference optimization on given pairs: DPO (arXiv:2305.18290), IPO or SimPO.
 
 A stage of its own: no sampling, no rewards, the trainer's loop over micro-batches of pairs.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 from rich.console import Console
 
@@ -20,10 +21,17 @@ from ernie_train.data import MappedRows
 from ernie_train.io.metrics_log import StageMetrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
-from ernie_train.rl.batch import MicroBatch, PreferencePair, RolloutBatch, micro_batches
+from ernie_train.rl.batch import (
+    MicroBatch,
+    PreferencePair,
+    RolloutBatch,
+    TokenizedCompletion,
+    micro_batches,
+)
+from ernie_train.rl.config import PairLoss
 from ernie_train.rl.data import PromptReport
 from ernie_train.rl.estimators import sequence_logprobs
-from ernie_train.rl.loss import DpoLoss
+from ernie_train.rl.loss import DpoLoss, PairTerm
 from ernie_train.rl.pairs import OfflinePairSource
 from ernie_train.rl.preference_data import TokenizedPair, read_fitting_pairs
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
@@ -34,19 +42,20 @@ from ernie_train.weights.adapters import from_disk, to_disk
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
 
 
-class DpoConfig(StageConfig, MappedRows):
-    """DPO; the reference is the policy at the stage's start.
+class DpoConfig(StageConfig, MappedRows, PairLoss):
+    """DPO and its kin; the reference is the policy at the stage's start.
 
     data: a path of rows with a prompt, a chosen and a rejected completion, and their columns.
     seq_len: longest prompt with its completion; pairs beyond it are left out.
     """
+
+    sums_by_default: ClassVar[bool] = True
 
     kind: Literal["dpo"]
     data: Annotated[str, Field(min_length=1), HARMLESS]
     seq_len: PositiveInt
     steps: PositiveInt
     pairs_per_step: PositiveInt
-    beta: Annotated[float, Field(gt=0)] = 0.1
 
     @model_validator(mode="after")
     def _consistent(self) -> DpoConfig:
@@ -65,6 +74,11 @@ class DpoConfig(StageConfig, MappedRows):
     def paths(self) -> list[str]:
         """Return every file or directory that the stage reads."""
         return [self.data]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the stage's starting policy is kept beside the policy."""
+        return self.loss != "simpo"
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -106,7 +120,7 @@ def describe(config: DpoConfig, data: StageData, prepared: PreparedPairs, consol
 def pair_batches(
     config: DpoConfig,
     pairs: list[TokenizedPair],
-    reference: Ernie4_5_MoeForCausalLM,
+    reference: Ernie4_5_MoeForCausalLM | None,
     *,
     seed: int,
     done: int,
@@ -120,14 +134,26 @@ def pair_batches(
         taken = source.take(step)
         numbers = list(dict.fromkeys(number for number, _ in taken))
         sequences = [completion for number in numbers for completion in pairs[number].completions]
-        with adapter_off(reference):
-            logprobs, _ = sequence_logprobs(
-                reference, sequences, temperature=1.0, batch_size=config.micro_batch_size
-            )
+        logprobs = _reference_logprobs(config, reference, sequences)
         place = {number: PreferencePair(2 * at, 2 * at + 1) for at, number in enumerate(numbers)}
         batch = replace(RolloutBatch(sequences), ref_logprobs=logprobs)
         step_pairs = [place[number] for number, _ in taken]
         yield from micro_batches(batch, [], step_pairs, config.micro_batch_size)
+
+
+def _reference_logprobs(
+    config: DpoConfig,
+    reference: Ernie4_5_MoeForCausalLM | None,
+    sequences: list[TokenizedCompletion],
+) -> list[np.ndarray]:
+    """Return the reference's logprobs of completions; empty where the loss needs none."""
+    if reference is None:
+        return []
+    with adapter_off(reference):
+        logprobs, _ = sequence_logprobs(
+            reference, sequences, temperature=1.0, batch_size=config.micro_batch_size
+        )
+    return logprobs
 
 
 def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str, Any]:
@@ -136,7 +162,7 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
     Returns what `DONE` records. Raises `Interrupted` after saving.
     """
     # A resumed run is given the starting policy too, before its own checkpoint.
-    reference = parallel.reference_model(stage.model)
+    reference = parallel.reference_model(stage.model) if config.needs_reference else None
     trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
         stage.model,
         Optimizer(stage.model, config.optim),
@@ -159,7 +185,8 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
 
         def log(result: StepResult) -> None:
             metrics = result.metrics | health.observe(result.step, result.load)
-            metrics["loss"] = metrics["preference"]  # by the name that it has in every stage
+            alpha = config.rpo_alpha  # by the name that the objective has in every stage
+            metrics["loss"] = metrics["preference"] + alpha * metrics.get("nll_loss", 0.0)
             writer.log(result.step, metrics, throughput.timings(result))
 
         saved_step = trainer.step
@@ -178,7 +205,7 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
         )
         hooks = [(1, log), (config.checkpoint.every_steps, lambda result: save())]
         try:
-            loss, stop = DpoLoss(config.beta), stage.stop
+            loss, stop = DpoLoss(PairTerm.of(config, 1.0)), stage.stop
             trainer.fit(
                 batches, loss, config.steps, hooks=hooks, stop_requested=lambda: stop.requested
             )

@@ -32,7 +32,7 @@ from ernie_train.rl.estimators import (
     sequence_logprobs,
     sequence_values,
 )
-from ernie_train.rl.loss import UpoLoss, ValueLoss
+from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss
 from ernie_train.rl.pairs import NumberedPair
 from ernie_train.rl.report import mean_metrics
 from ernie_train.rl.rollout import Rollout
@@ -212,11 +212,11 @@ class Learner:
     ) -> StepResult:
         micro = micro_batches(batch, part.trained, part.pairs, self.config.micro_batch_size)
         norms: dict[str, float] = {}
-        every = self.config.term_norms_every
-        if is_first and every is not None and iteration % every == 0:
-            norms = self.trainer.term_gradient_norms(micro, self.loss)
+        every = self.config.measures_term_norms_every
+        if every and is_first and (self.trainer.step == 0 or iteration % every == 0):
+            norms = term_norms(self.trainer, micro, self.loss)
         result = self.trainer.train_step(micro, self.loss, total)
-        result.metrics.update({f"grad_norm/{name}": norm for name, norm in norms.items()})
+        result.metrics.update(norms)
         return result
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -284,6 +284,32 @@ def _assemble(
     )
 
 
+def term_norms(
+    trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch],
+    micro: Sequence[MicroBatch],
+    loss: UpoLoss,
+) -> dict[str, float]:
+    """Return each term's gradient norm, and how the pairs' gradient stands to the policy term's.
+
+    `preference/norm_ratio` is the norm of the pairs' terms over that of the policy term,
+    `preference/cosine` that of the angle between them; both are missing where either has no
+    gradient. Nothing is updated.
+    """
+    norms = trainer.term_gradient_norms(micro, loss)
+    metrics = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+    policy, of_pairs = norms.get("policy", 0.0), {"preference", "nll_loss"} & norms.keys()
+    if not (policy and norms.get("preference")):
+        return metrics
+    pairs = norms["preference"]
+    if len(of_pairs) > 1:
+        pairs = trainer.gradient_norm_of(of_pairs, micro, loss)
+    # |a + b|^2 = |a|^2 + |b|^2 + 2 a.b: a pass more, and no gradient is kept beside another.
+    both = trainer.gradient_norm_of({"policy", *of_pairs}, micro, loss)
+    metrics["preference/norm_ratio"] = pairs / policy
+    metrics["preference/cosine"] = (both**2 - policy**2 - pairs**2) / (2 * policy * pairs)
+    return metrics
+
+
 def _policy_loss(config: UpoConfig) -> UpoLoss:
     policy, preference = config.policy, config.preference
     kl = policy.kl
@@ -298,7 +324,6 @@ def _policy_loss(config: UpoConfig) -> UpoLoss:
         entropy_coef=policy.entropy_coef,
         kl_coef=kl.coef if kl else 0.0,
         kl_kind=kl.kind_in_loss if kl else None,
-        preference_coef=preference.coef if preference else 0.0,
-        beta=preference.beta if preference else 0.1,
+        pairs=PairTerm.of(preference, preference.coef) if preference else None,
         has_reference=config.needs_reference,
     )

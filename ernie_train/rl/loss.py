@@ -11,17 +11,20 @@ from paddle import Tensor
 from ernie_train.losses import (
     KlInLossKind,
     PolicyObjective,
+    PreferenceKind,
     completion_logratios,
     dpo_loss,
     implicit_rewards,
+    ipo_loss,
     kl_estimate,
     kl_loss,
     policy_loss,
+    simpo_loss,
     value_loss,
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.batch import MicroBatch
-from ernie_train.rl.config import Aggregation
+from ernie_train.rl.config import Aggregation, PairLoss
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import critic_values, policy_logprobs
 from ernie_train.train.loss_terms import LossOutput, LossTerm, Mean
@@ -33,51 +36,100 @@ def _tensor(array: np.ndarray | None) -> Tensor:
     return paddle.to_tensor(array)
 
 
-def preference_term(
-    logprobs: Tensor, batch: MicroBatch, *, beta: float, coef: float
-) -> tuple[LossTerm, dict[str, Mean]]:
-    """Return DPO on the pairs of a micro-batch, and the implicit rewards (arXiv:2305.18290).
+@dataclass(frozen=True)
+class PairTerm:
+    """The loss of pairs of completions as terms of an objective, means over the step's pairs.
 
-    logprobs [N] of the sampled tokens under the policy.
+    Both terms, the loss and rpo_alpha times the chosen completions' negative log-likelihood per
+    token, have the coefficient `coef`.
     """
-    ratios = completion_logratios(
-        logprobs,
-        _tensor(batch.ref_logprobs),
-        paddle.to_tensor(batch.sequence_ids),
-        len(batch.sequences),
-    )
-    places = np.array(batch.pairs, np.int64)
-    chosen, rejected = (paddle.gather(ratios, paddle.to_tensor(places[:, i])) for i in (0, 1))
-    total = dpo_loss(chosen, rejected, beta=beta).sum()
-    seen = implicit_rewards(chosen, rejected, beta=beta)
-    pairs = float(len(batch.pairs))
-    metrics = {
-        "rewards/accuracies": Mean(float(seen.accuracies.sum()), pairs),
-        "rewards/margins": Mean(float(seen.margins.sum()), pairs),
-        "rewards/chosen": Mean(float(seen.chosen.sum()), pairs),
-        "rewards/rejected": Mean(float(seen.rejected.sum()), pairs),
-    }
-    return LossTerm("preference", total, pairs, coef), metrics
+
+    loss: PreferenceKind = "sigmoid"
+    beta: float = 0.1
+    length_normalize: bool = False
+    gamma: float = 0.5
+    rpo_alpha: float = 0.0
+    coef: float = 1.0
+
+    @classmethod
+    def of(cls, settings: PairLoss, coef: float) -> PairTerm:
+        return cls(
+            settings.loss,
+            settings.beta_of_loss,
+            settings.is_length_normalized,
+            settings.gamma_of_loss,
+            settings.rpo_alpha,
+            coef,
+        )
+
+    def counts(self, batch: MicroBatch) -> dict[str, float]:
+        names = ("preference", "nll_loss") if self.rpo_alpha else ("preference",)
+        return dict.fromkeys(names, float(len(batch.pairs)))
+
+    def __call__(
+        self, logprobs: Tensor, batch: MicroBatch
+    ) -> tuple[list[LossTerm], dict[str, Mean]]:
+        """Return the terms of a micro-batch, and its pairs' implicit rewards.
+
+        logprobs [N] of the sampled tokens under the policy.
+        """
+        reference = None if self.loss == "simpo" else _tensor(batch.ref_logprobs)
+        normalize = self.length_normalize
+        chosen, rejected = self._of_pairs(logprobs, reference, batch, normalize)
+        pairs = float(len(batch.pairs))
+        terms = [LossTerm("preference", self._losses(chosen, rejected).sum(), pairs, self.coef)]
+        if self.rpo_alpha:
+            likelihoods, _ = self._of_pairs(logprobs, None, batch, True)
+            terms.append(
+                LossTerm("nll_loss", -likelihoods.sum(), pairs, self.coef * self.rpo_alpha)
+            )
+        seen = implicit_rewards(chosen, rejected, beta=self.beta)
+        metrics = {
+            f"rewards/{name}": Mean(float(values.sum()), pairs)
+            for name, values in seen._asdict().items()
+        }
+        return terms, metrics
+
+    def _of_pairs(
+        self, logprobs: Tensor, reference: Tensor | None, batch: MicroBatch, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the log-ratios of the pairs' chosen and rejected completions, each [P]."""
+        ratios = completion_logratios(
+            logprobs,
+            reference,
+            paddle.to_tensor(batch.sequence_ids),
+            len(batch.sequences),
+            length_normalize=normalize,
+        )
+        places = paddle.to_tensor(np.array(batch.pairs, np.int64))
+        return paddle.gather(ratios, places[:, 0]), paddle.gather(ratios, places[:, 1])
+
+    def _losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        if self.loss == "simpo":
+            return simpo_loss(chosen, rejected, beta=self.beta, gamma=self.gamma)
+        if self.loss == "ipo":
+            return ipo_loss(chosen, rejected, beta=self.beta)
+        return dpo_loss(chosen, rejected, beta=self.beta)
 
 
 @dataclass(frozen=True)
 class DpoLoss:
-    """-log sigmoid(beta * margin of the log-ratios), a mean over the pairs of the step."""
+    """A loss of pairs alone; its reference is the policy at the stage's start."""
 
-    beta: float
+    pairs: PairTerm
 
     def counts(self, batch: MicroBatch) -> dict[str, float]:
-        return {"preference": float(len(batch.pairs))}
+        return self.pairs.counts(batch)
 
     def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: MicroBatch) -> LossOutput:
         logprobs, _, router_stats = policy_logprobs(model, batch, temperature=1.0)
-        term, metrics = preference_term(logprobs, batch, beta=self.beta, coef=1.0)
-        return LossOutput([term], metrics, router_stats, logprobs)
+        terms, metrics = self.pairs(logprobs, batch)
+        return LossOutput(terms, metrics, router_stats, logprobs)
 
 
 @dataclass(frozen=True)
 class UpoLoss:
-    """policy_coef * PPO + kl_coef * KL - entropy_coef * entropy + preference_coef * DPO.
+    """policy_coef * PPO + kl_coef * KL - entropy_coef * entropy + the terms of `pairs`.
 
     The first three are means over the step as `aggregation` says (`max_new_tokens` is the constant
     of "constant"), the last over its pairs. Terms with a coefficient of 0 are absent. `kl_kind`
@@ -94,8 +146,7 @@ class UpoLoss:
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl_kind: KlInLossKind | None = None
-    preference_coef: float = 0.0
-    beta: float = 0.1
+    pairs: PairTerm | None = None
     has_reference: bool = False
 
     def counts(self, batch: MicroBatch) -> dict[str, float]:
@@ -104,9 +155,7 @@ class UpoLoss:
             coefs["kl_loss"] = self.kl_coef
         count = self._count(batch)
         counts = {name: count for name, coef in coefs.items() if coef}
-        if self.preference_coef:
-            counts["preference"] = float(len(batch.pairs))
-        return counts
+        return counts | (self.pairs.counts(batch) if self.pairs is not None else {})
 
     def _count(self, batch: MicroBatch) -> float:
         """Return the share of a micro-batch in what the terms of tokens are divided by."""
@@ -132,9 +181,9 @@ class UpoLoss:
         metrics: dict[str, Mean] = {}
         if float(batch.loss_mask.sum()) > 0:
             terms, metrics = self._token_terms(logprobs, entropy, batch, counts)
-        if self.preference_coef and batch.pairs:
-            term, seen = preference_term(logprobs, batch, beta=self.beta, coef=self.preference_coef)
-            terms.append(term)
+        if self.pairs is not None and batch.pairs:
+            of_pairs, seen = self.pairs(logprobs, batch)
+            terms += of_pairs
             metrics |= seen
         return LossOutput(terms, metrics, router_stats, logprobs)
 

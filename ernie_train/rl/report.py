@@ -42,6 +42,13 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "optim.lr",
     ),
     (
+        "preference/norm_ratio",
+        lambda value: value > 1.0,
+        "the gradient of the pairs is {:.1f} times that of the policy term, which hardly counts "
+        "then: lower preference.coef or preference.rpo_alpha, or leave preference.length_normalize "
+        "true",
+    ),
+    (
         "entropy",
         lambda value: value < 0.01,
         "entropy fell to {:.4f} nats: completions are nearly all alike; raise policy.entropy_coef, "

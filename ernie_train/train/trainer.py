@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -157,19 +157,27 @@ class Trainer(Generic[ModelT, BatchT]):
 
         It costs as many forward and backward passes as there are terms.
         """
+        names = self._counts(micro_batches, loss_fn)
+        return {name: self.gradient_norm_of({name}, micro_batches, loss_fn) for name in names}
+
+    def gradient_norm_of(
+        self,
+        names: Container[str],
+        micro_batches: Sequence[BatchT],
+        loss_fn: LossFn[ModelT, BatchT],
+    ) -> float:
+        """Return the gradient norm of the sum of the named terms; update nothing."""
         counts = self._counts(micro_batches, loss_fn)
-        norms = {}
-        for name in counts:
-            for batch in process_group.shard(micro_batches):
-                output = loss_fn(self.model, batch)
-                terms = [*output.terms, *self.balancer.terms(output.router_stats)]
-                wanted = [term for term in terms if term.name == name]
-                _backward(wanted, counts, output.grad_anchor)
-            self._run_dummy_backward(micro_batches, last_of_step=False)
-            self.optimizer.reduce_gradients()
-            norms[name] = self.optimizer.gradient_norm()
-            self.optimizer.clear_gradients()
-        return norms
+        for batch in process_group.shard(micro_batches):
+            output = loss_fn(self.model, batch)
+            terms = [*output.terms, *self.balancer.terms(output.router_stats)]
+            wanted = [term for term in terms if term.name in names]
+            _backward(wanted, counts, output.grad_anchor)
+        self._run_dummy_backward(micro_batches, last_of_step=False)
+        self.optimizer.reduce_gradients()
+        norm = self.optimizer.gradient_norm()
+        self.optimizer.clear_gradients()
+        return norm
 
     def _counts(
         self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT]

@@ -16,6 +16,8 @@ from ernie_train.losses import (
     completion_logratios,
     dpo_loss,
     implicit_rewards,
+    ipo_loss,
+    simpo_loss,
 )
 from tests.losses.finite_differences import gradient
 
@@ -50,6 +52,40 @@ def test_dpo_loss_and_gradients():
     assert (x.grad.numpy() < 0).all(), "a step makes the chosen ones likelier"
 
 
+@pytest.mark.parametrize(
+    ("loss", "by_definition", "slope"),
+    [
+        (lambda c, r: ipo_loss(c, r, beta=0.3), lambda m: (m - 1 / 0.6) ** 2, -1 / 0.3),
+        (
+            lambda c, r: simpo_loss(c, r, beta=2.0, gamma=0.7),
+            lambda m: np.log(1 + np.exp(0.7 - 2 * m)),
+            -2 / (1 + math.exp(-0.7)),
+        ),
+    ],
+    ids=["ipo", "simpo"],
+)
+def test_ipo_and_simpo_by_definition_with_their_gradients(loss, by_definition, slope):
+    rng = np.random.default_rng(4)
+    chosen, rejected = rng.normal(0, 2, (2, 6))
+    x, y = leaf(chosen), leaf(rejected)
+    losses = loss(x, y)
+    losses.sum().backward()
+    np.testing.assert_allclose(losses.numpy(), by_definition(chosen - rejected), rtol=1e-12)
+    expected = gradient(lambda z: by_definition(z - rejected).sum(), chosen)
+    np.testing.assert_allclose(x.grad.numpy(), expected, atol=1e-7)
+    np.testing.assert_allclose(y.grad.numpy(), -expected, atol=1e-7)
+    same = leaf(np.zeros(1))
+    loss(same, paddle.zeros([1], "float64")).sum().backward()
+    assert same.grad.item() == pytest.approx(slope)
+
+
+def test_ipo_pulls_a_margin_back_to_its_target():
+    target = paddle.to_tensor([1 / (2 * 0.25)], "float64")
+    zero = paddle.zeros([1], "float64")
+    assert ipo_loss(target, zero, beta=0.25).item() == 0
+    assert ipo_loss(target * 2, zero, beta=0.25).item() == ipo_loss(zero, zero, beta=0.25).item()
+
+
 def test_dpo_stays_finite_far_from_the_reference():
     x = leaf(np.array([-1e6, 1e6], np.float32))
     losses = dpo_loss(x, paddle.zeros([2]), beta=1.0)
@@ -70,6 +106,23 @@ def test_logratios_are_sums_over_the_tokens_of_a_completion():
     (ratios * paddle.to_tensor(weights)).sum().backward()
     np.testing.assert_array_equal(x.grad.numpy(), weights[ids])
     assert y.grad is None
+
+
+def test_length_normalized_logratios_are_means_with_or_without_a_reference():
+    rng = np.random.default_rng(1)
+    logprobs, ref = rng.normal(size=(2, 12))
+    ids = np.array([0, 0, 2, 2, 2, 0, 1, 4, 4, 4, 4, 4])
+    counts = np.array([3, 1, 3, 1, 5])  # completion 3 has no token: its ratio is 0
+    for reference in (ref, None):
+        x = leaf(logprobs)
+        given = None if reference is None else leaf(reference)
+        ratios = completion_logratios(x, given, paddle.to_tensor(ids), 5, length_normalize=True)
+        difference = logprobs - (0 if reference is None else reference)
+        expected = [difference[ids == i].sum() / counts[i] for i in range(5)]
+        np.testing.assert_allclose(ratios.numpy(), expected, atol=1e-14)
+        weights = rng.normal(size=5)
+        (ratios * paddle.to_tensor(weights)).sum().backward()
+        np.testing.assert_allclose(x.grad.numpy(), (weights / counts)[ids], atol=1e-15)
 
 
 def test_implicit_rewards():
@@ -172,6 +225,11 @@ def test_pairs_equal_a_search_over_all_of_them():
         (lambda: pairs_of([1.0, 0.0]), "share one shape"),
         (lambda: pairs_of([[np.nan, 0.0]]), "not finite"),
         (lambda: dpo_loss(paddle.ones([1]), paddle.ones([1]), beta=0.0), "beta=0.0"),
+        (lambda: ipo_loss(paddle.ones([1]), paddle.ones([1]), beta=-1.0), "beta=-1.0"),
+        (
+            lambda: simpo_loss(paddle.ones([1]), paddle.ones([1]), beta=1.0, gamma=-0.1),
+            "gamma=-0.1 must be at least 0",
+        ),
     ],
 )
 def test_mistakes_are_refused(call, message):

@@ -160,3 +160,13 @@ def test_the_best_iteration_is_handed_on(root, tmp_path, monkeypatch):
     done = read_done(tmp_path / "run/01-rl")
     assert done is not None and done.result == {"steps": 6, "checkpoint": "step_000004"}
     assert find_model(tmp_path / "run").weights.name == "step_000004"
+
+
+def test_pairs_that_outweigh_the_policy_are_told_with_the_remedy():
+    told: list[str] = []
+    warnings = HealthWarnings(RolloutConfig(max_new_tokens=4), told.append)
+    warnings.check({"preference/norm_ratio": 0.9})
+    assert not told
+    warnings.check({"preference/norm_ratio": 12.0})
+    (line,) = told
+    assert "12.0 times that of the policy term" in line and "lower preference.coef" in line

@@ -10,9 +10,16 @@ import paddle
 import pytest
 
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rl.batch import MicroBatch, PreferencePair, RolloutBatch, micro_batches
+from ernie_train.rl.batch import (
+    MicroBatch,
+    PreferencePair,
+    RolloutBatch,
+    TokenizedCompletion,
+    micro_batches,
+)
 from ernie_train.rl.estimators import policy_logprobs
-from ernie_train.rl.loss import DpoLoss, UpoLoss
+from ernie_train.rl.learner import term_norms
+from ernie_train.rl.loss import DpoLoss, PairTerm, UpoLoss
 from ernie_train.train.optimizer import OptimConfig, Optimizer
 from ernie_train.train.trainer import Trainer
 from tests.rl.records import make_sequences
@@ -51,18 +58,36 @@ def split(batch, size, *, trained=None, pairs=None):
 
 
 LOSS = {"temperature": 1.0, "clip_ratio": (0.2, 0.3)}
-FULL = UpoLoss(**LOSS, entropy_coef=0.01, kl_coef=0.05, kl_kind="k3", preference_coef=0.5,
-               beta=0.3, has_reference=True)  # fmt: skip
+SUMS = PairTerm("sigmoid", beta=0.3, coef=0.5)
+FULL = UpoLoss(**LOSS, entropy_coef=0.01, kl_coef=0.05, kl_kind="k3", pairs=SUMS,
+               has_reference=True)  # fmt: skip
 
 
-def by_definition(model, batch):
+def pairs_by_definition(term, batch, logprobs):
+    """The mean over the pairs of the loss with its likelihood term, in float64."""
+    total = 0.0
+    for pair in batch.pairs:
+        margin = 0.0
+        for at, sign in zip(pair, (1, -1), strict=True):
+            ratios = logprobs[at] - (0.0 if term.loss == "simpo" else batch.ref_logprobs[at])
+            margin += sign * (ratios.mean() if term.length_normalize else ratios.sum())
+        if term.loss == "ipo":
+            total += (margin - 1 / (2 * term.beta)) ** 2
+        else:
+            gamma = term.gamma if term.loss == "simpo" else 0.0
+            total += math.log1p(math.exp(gamma - term.beta * margin))
+        total -= term.rpo_alpha * logprobs[pair[0]].mean()
+    return total / len(batch.pairs)
+
+
+def by_definition(model, batch, term=SUMS):
     """(policy, entropy, kl, preference) sums over counts, in float64."""
     policy = entropy_sum = kl = 0.0
     tokens = 0
-    ratios = []
+    found = []
     for at, s in enumerate(batch.sequences):
         lp, entropy = (array.astype(np.float64) for array in logprobs_of(model, s))
-        ratios.append((lp - batch.ref_logprobs[at]).sum())
+        found.append(lp)
         if not batch.is_trained(at):
             continue
         tokens += len(lp)
@@ -74,11 +99,8 @@ def by_definition(model, batch):
             entropy_sum += entropy[t]
             d = lp[t] - batch.ref_logprobs[at][t]
             kl += math.exp(-d) - 1 + d
-    preference = sum(
-        math.log1p(math.exp(-0.3 * (ratios[chosen] - ratios[rejected])))
-        for chosen, rejected in batch.pairs
-    )
-    return policy / tokens, entropy_sum / tokens, kl / tokens, preference / len(batch.pairs)
+    preference = pairs_by_definition(term, batch, found)
+    return policy / tokens, entropy_sum / tokens, kl / tokens, preference
 
 
 def aggregated(sums, lengths, aggregation, max_new_tokens):
@@ -155,9 +177,13 @@ def test_micro_batches_do_not_change_the_update():
         ({}, (1.0, 0.0, 0.0, 0.0)),
         ({"policy_coef": 0.0, "entropy_coef": 1.0}, (0.0, -1.0, 0.0, 0.0)),
         ({"policy_coef": 0.0, "kl_coef": 1.0, "kl_kind": "k3"}, (0.0, 0.0, 1.0, 0.0)),
-        ({"policy_coef": 0.0, "preference_coef": 1.0}, (0.0, 0.0, 0.0, 1.0)),
+        ({"policy_coef": 0.0, "pairs": PairTerm(beta=0.3)}, (0.0, 0.0, 0.0, 1.0)),
+        ({"policy_coef": 0.0, "pairs": PairTerm("sigmoid", 2.0, True, rpo_alpha=0.3)},
+         (0.0, 0.0, 0.0, 1.0)),
+        ({"policy_coef": 0.0, "pairs": PairTerm("ipo", 2.0, True)}, (0.0, 0.0, 0.0, 1.0)),
+        ({"policy_coef": 0.0, "pairs": PairTerm("simpo", 2.0, True, 0.7)}, (0.0, 0.0, 0.0, 1.0)),
         ({"policy_coef": 0.7, "entropy_coef": 0.5, "kl_coef": 0.3, "kl_kind": "k3",
-          "preference_coef": 0.4}, (0.7, -0.5, 0.3, 0.4)),
+          "pairs": PairTerm(beta=0.3, coef=0.4)}, (0.7, -0.5, 0.3, 0.4)),
     ],
 )  # fmt: skip
 def test_the_gradient_is_that_of_the_objective(coefs, weights):
@@ -170,7 +196,7 @@ def test_the_gradient_is_that_of_the_objective(coefs, weights):
     trainer.optimizer.step = lambda lr, norm: kept.update(
         {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
     )
-    loss = UpoLoss(**LOSS, **coefs, beta=0.3, has_reference=True)
+    loss = UpoLoss(**LOSS, **coefs, has_reference=True)
     trainer.train_step(split(batch, 3), loss, 9)
     # Along the gradient, so that a term is not lost among the others.
     length = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in kept.values()))
@@ -181,7 +207,7 @@ def test_the_gradient_is_that_of_the_objective(coefs, weights):
         for n, p in model.named_parameters():
             if n in direction:
                 p.set_value(held[n] + np.float32(step) * direction[n])
-        parts = by_definition(model, batch)
+        parts = by_definition(model, batch, coefs.get("pairs", SUMS))
         for n, p in model.named_parameters():
             p.set_value(held[n])
         return float(np.dot(weights, parts))
@@ -195,7 +221,7 @@ def test_without_the_preference_it_is_plain_ppo_to_the_bit():
     ends, seen = [], []
     for loss in (
         UpoLoss(**LOSS),
-        UpoLoss(**LOSS, preference_coef=0.0, beta=0.7, has_reference=True),
+        UpoLoss(**LOSS, pairs=PairTerm(beta=0.7), has_reference=True),
         UpoLoss(**LOSS, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0),
     ):
         trainer = new_trainer()
@@ -212,10 +238,11 @@ def test_with_the_preference_alone_it_is_dpo_and_ln_2_at_the_reference():
     batch = filled()
     reference = [logprobs_of(model, s)[0] for s in batch.sequences]
     batches = split(replace(batch, ref_logprobs=reference), 2, trained=[])
-    loss = UpoLoss(**LOSS, policy_coef=0.0, preference_coef=1.0, beta=0.1, has_reference=True)
+    term = PairTerm(beta=0.1)
+    loss = UpoLoss(**LOSS, policy_coef=0.0, pairs=term, has_reference=True)
     as_dpo = new_trainer()
     for _ in range(2):
-        as_dpo.train_step(batches, DpoLoss(0.1), 9)
+        as_dpo.train_step(batches, DpoLoss(term), 9)
     trainer = new_trainer(model)
     before = trainer.train_step(batches, loss, 9).metrics
     assert set(before) >= {"preference", "rewards/margins"}
@@ -240,6 +267,88 @@ def test_no_gradient_flows_from_samples_that_are_only_compared():
         ends.append(state(trainer.model))
     for name, array in ends[0].items():
         np.testing.assert_allclose(ends[1][name], array, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [2, 50])
+@pytest.mark.parametrize(
+    "term",
+    [
+        PairTerm("sigmoid", 2.0, True, rpo_alpha=0.2),
+        PairTerm("ipo", 0.5, False),
+        PairTerm("ipo", 2.0, True, rpo_alpha=1.0),
+        PairTerm("simpo", 2.0, True, 0.7),
+    ],
+    ids=lambda term: f"{term.loss}-{term.rpo_alpha}",
+)
+def test_every_loss_of_pairs_by_definition(term, size):
+    batch = filled()
+    if term.loss == "simpo":
+        batch = replace(batch, ref_logprobs=[])
+    logprobs = [logprobs_of(make_model(), s)[0].astype(np.float64) for s in batch.sequences]
+    metrics = new_trainer().train_step(split(batch, size, trained=[]), DpoLoss(term), 9).metrics
+    found = metrics["preference"] + term.rpo_alpha * metrics.get("nll_loss", 0.0)
+    assert found == pytest.approx(pairs_by_definition(term, batch, logprobs), rel=2e-5)
+    assert ("nll_loss" in metrics) == bool(term.rpo_alpha)
+    margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    assert metrics["rewards/margins"] == pytest.approx(margins, abs=1e-5)
+
+
+def at_the_reference(length, groups=6, size=4):
+    """Groups of random completions of one length, best against worst, as an iteration begins."""
+    rng, model = np.random.default_rng(length), make_model()
+    prompts = [[5 + g, 7] for g in range(groups) for _ in range(size)]
+    sequences = [TokenizedCompletion(p, rng.integers(3, 90, length).tolist()) for p in prompts]
+    logprobs = [logprobs_of(model, s)[0] for s in sequences]
+    rewards = np.tile(np.arange(size) / (size - 1), groups)
+    advantages = [np.full(length, (r - 0.5) / 0.43, np.float32) for r in rewards]
+    pairs = [PreferencePair(g * size + size - 1, g * size) for g in range(groups)]
+    batch = RolloutBatch(
+        sequences, pairs, groups, size, None, logprobs, logprobs, advantages=advantages
+    )
+    return model, split(batch, 8)
+
+
+def test_per_token_pairs_weigh_the_same_at_every_length_and_sums_grow_with_it():
+    """Sums beside a mean over tokens made UPO nearly DPO alone at long completions."""
+    ratios = {True: [], False: []}
+    for length in (6, 24, 96):
+        model, batches = at_the_reference(length)
+        trainer = new_trainer(model)
+        for normalize, beta in ((True, 2.0), (False, 0.1)):
+            term = PairTerm("sigmoid", beta, normalize, coef=0.1)
+            loss = UpoLoss(**LOSS, pairs=term, has_reference=True)
+            found = term_norms(trainer, batches, loss)
+            ratios[normalize].append(found["preference/norm_ratio"])
+            assert 0 < found["preference/cosine"] < 1
+    assert max(ratios[True]) < 1.25 * min(ratios[True])
+    assert 0.1 < min(ratios[True]) < max(ratios[True]) < 1
+    assert ratios[False][2] > 10 * ratios[False][0]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_ratio_and_cosine_of_pairs_and_policy_are_those_of_their_gradients(alpha):
+    model = make_model()
+    batches = split(filled(), 3)
+    term = PairTerm("sigmoid", 2.0, True, rpo_alpha=alpha, coef=0.3)
+    gradients = []
+    for loss in (UpoLoss(**LOSS), UpoLoss(**LOSS, policy_coef=0.0, pairs=term)):
+        trainer = new_trainer(model)
+        kept = {}
+        trainer.optimizer.step = lambda lr, norm, kept=kept: kept.update(
+            {n: p.grad.numpy().astype(np.float64) for n, p in model.named_parameters()
+             if p.grad is not None}
+        )  # fmt: skip
+        trainer.train_step(batches, loss, 9)
+        names = [n for n, _ in model.named_parameters()]
+        gradients.append(np.concatenate([kept[n].ravel() for n in names if n in kept]))
+    policy, pairs = gradients
+    found = term_norms(new_trainer(model), batches, UpoLoss(**LOSS, pairs=term))
+    lengths = np.linalg.norm(policy), np.linalg.norm(pairs)
+    assert found["preference/norm_ratio"] == pytest.approx(lengths[1] / lengths[0], rel=1e-4)
+    cosine = policy @ pairs / (lengths[0] * lengths[1])
+    assert found["preference/cosine"] == pytest.approx(cosine, abs=1e-3)
+    alone = term_norms(new_trainer(model), split(filled(), 3, pairs=[]), UpoLoss(**LOSS))
+    assert set(alone) == {"grad_norm/policy"}
 
 
 def test_term_norms_leave_everything_as_it_was():

@@ -26,7 +26,7 @@ from ernie_train.rl.estimators import (
     sequence_logprobs,
     sequence_values,
 )
-from ernie_train.rl.loss import UpoLoss, ValueLoss
+from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss
 from ernie_train.rl.pairs import best_worst_pairs
 from ernie_train.rl.report import rollout_metrics
 from ernie_train.rl.rollout import Rollout, read_rollout, write_rollout
@@ -122,7 +122,7 @@ def test_every_term_by_definition_over_the_sampled_tokens(size):
     assert tokens == sum(map(sum, MASKS))
     loss = UpoLoss(
         temperature=1.0, clip_ratio=(0.2, 0.3), entropy_coef=0.01, kl_coef=0.05, kl_kind="k3",
-        preference_coef=0.5, beta=0.3, has_reference=True,
+        pairs=PairTerm(beta=0.3, coef=0.5), has_reference=True,
     )  # fmt: skip
     micro = micro_batches(batch, range(len(MASKS)), batch.pairs, size)
     assert sum(loss.counts(m)["policy"] for m in micro) == tokens

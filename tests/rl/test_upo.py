@@ -161,6 +161,8 @@ def test_everything_on_leaves_a_critic_pairs_and_metrics(whole):
         "prompts_per_trained_group", "policy", "preference", "grad_norm", "moe/load_cv",
     ):  # fmt: skip
         assert name in last, name
+    first = metrics_without_time(whole, "01-rl")[0]
+    assert 0 < first["preference/norm_ratio"] < 1 and -1 < first["preference/cosine"] < 1
 
 
 @pytest.mark.parametrize("moment", ["sample", "score", "update", "between"])
@@ -383,6 +385,10 @@ CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
         ({"preference": {**ONLINE, "margin": 0}}, "greater than 0"),
         ({"preference": {**ONLINE, "offline": {"prompts": 4, "per_iteration": 1}}},
          "no effect without pairs"),
+        ({"preference": {**ONLINE, "simpo_gamma": 0.3}}, "no effect with loss: sigmoid"),
+        ({"preference": {**ONLINE, "loss": "simpo", "length_normalize": False}},
+         "length_normalize must not be false"),
+        ({"preference": {**ONLINE, "loss": "kto"}}, "'sigmoid', 'ipo' or 'simpo'"),
         ({"policy": {"gamma": 0.9}}, "policy.gamma\n  Extra inputs"),
         ({**OFFLINE_ONLY, "rollout": {}}, "prompts_per_iteration has no effect"),
         (merged(OFFLINE_ONLY, {"policy": {"kl": {"coef": 0.1}}}), "kl act on the policy term"),
@@ -455,6 +461,8 @@ def test_check_describes_the_stage(workspace, capsys):
         ({"micro_batch_size": 1}, "micro_batch_size must be at least 2"),
         ({"checkpoint": {"best_metric": "x"}}, "best_metric has no effect"),
         ({"beta": 0}, "greater than 0"),
+        ({"loss": "ipo", "simpo_gamma": 0.5}, "no effect with loss: ipo"),
+        ({"rpo_alpha": -1}, "greater than or equal to 0"),
     ],
 )
 def test_impossible_dpo_settings_are_refused(changes, says):

@@ -245,7 +245,13 @@ PROBES: dict[str, Probe] = {
     "stages[] of kind dpo.seq_len": Probe("dpo", {"@seq_len": 50}),
     "stages[] of kind dpo.steps": Probe("dpo", {"@steps": 1}),
     "stages[] of kind dpo.pairs_per_step": Probe("dpo", {"@pairs_per_step": 3}),
-    "stages[] of kind dpo.beta": Probe("dpo", {"@beta": 0.5}),
+    **{
+        f"stages[] of kind dpo.{name}": Probe("dpo", {f"@{name}": value})
+        for name, value in {
+            "beta": 0.5, "loss": "ipo", "length_normalize": True, "rpo_alpha": 0.5,
+        }.items()
+    },
+    "stages[] of kind dpo.simpo_gamma": Probe("dpo", {"@simpo_gamma": 0.9}, {"@loss": "simpo"}),
     # ---- RL
     "stages[] of kind upo.data": Probe("upo", {"@data": [{"path": "{root}/two_tasks.jsonl"}]}),
     "stages[].data[] of kind upo.path": Probe("upo", {"@data.0.path": "{root}/two_tasks.jsonl"}),
@@ -329,7 +335,15 @@ PROBES: dict[str, Probe] = {
         "upo", {"@preference.margin": 0.6},
         {**ONLINE, "@reward": {"python": "{root}/reward.py:half"}},
     ),
-    "stages[].preference.beta": Probe("upo", {"@preference.beta": 0.5}, ONLINE),
+    **{
+        f"stages[].preference.{name}": Probe("upo", {f"@preference.{name}": value}, ONLINE)
+        for name, value in {
+            "beta": 0.5, "loss": "ipo", "length_normalize": False, "rpo_alpha": 0.5,
+        }.items()
+    },
+    "stages[].preference.simpo_gamma": Probe(
+        "upo", {"@preference.simpo_gamma": 0.9}, {**ONLINE, "@preference.loss": "simpo"}
+    ),
     "stages[].preference.offline": Probe("upo", FILE_OF_PAIRS, OFFLINE),
     "stages[].preference.offline.path": Probe(
         "upo", {"@preference.offline.path": "{root}/pairs2.jsonl"}, FILE_OF_PAIRS

@@ -4,7 +4,7 @@ Each module holds the settings of one part; `upo` joins them and checks them aga
 """
 
 from ernie_train.rl.config.policy import Aggregation, CriticConfig, KlConfig, PolicyConfig
-from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig
+from ernie_train.rl.config.preference import OfflinePairs, PairLoss, PreferenceConfig
 from ernie_train.rl.config.rollout import (
     Curriculum,
     PromptSource,
@@ -20,6 +20,7 @@ __all__ = [
     "Curriculum",
     "KlConfig",
     "OfflinePairs",
+    "PairLoss",
     "PolicyConfig",
     "PreferenceConfig",
     "PromptSource",

@@ -59,11 +59,12 @@ _REMOVED_KEYS = {
 
 
 class UpoConfig(StageConfig):
-    """Unified preference optimization: PPO joined with DPO on pairs of completions.
+    """Unified preference optimization: PPO joined with a loss of pairs of completions.
 
     canaries: rows on which the reward is tried before the first iteration.
     samples_per_iteration: rows that an iteration adds to samples.jsonl.
-    term_norms_every: iterations between measurements of each term's gradient norm.
+    term_norms_every: iterations between measurements of each term's gradient norm, besides the
+        first; unless given, 10 where a policy and a preference term are joined, else never.
     """
 
     kind: Literal["upo"]
@@ -163,10 +164,17 @@ class UpoConfig(StageConfig):
         return self.preference.offline if self.preference is not None else None
 
     @property
+    def measures_term_norms_every(self) -> int | None:
+        """Return `term_norms_every` or its default: with a preference the terms are compared."""
+        compared = self.preference is not None and self.policy.coef > 0
+        return self.term_norms_every or (10 if compared else None)
+
+    @property
     def needs_reference(self) -> bool:
         """Return whether the stage's starting policy is kept beside the policy."""
         kl = self.policy.kl
-        return self.preference is not None or (kl is not None and kl.coef > 0)
+        of_pairs = self.preference is not None and self.preference.loss != "simpo"
+        return of_pairs or (kl is not None and kl.coef > 0)
 
     def lengths(self) -> dict[str, int]:
         """Return the sequence lengths that the model must be able to hold, by setting."""
