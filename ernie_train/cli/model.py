@@ -12,7 +12,14 @@ from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import RECEIPT, export, export_adapter, require_change
+from ernie_train.run.export import (
+    RECEIPT,
+    Beside,
+    export,
+    export_adapter,
+    find_score,
+    require_change,
+)
 from ernie_train.run.finalize import EVALUATION, read_result
 from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
 from ernie_train.run.import_model import import_model
@@ -82,7 +89,8 @@ def export_model(
     """Export the model at `path` to `out` and print the outcome of the comparison."""
     check_dtype(dtype)  # before a large model is loaded
     recipe = recorded_recipe(path)
-    require_change(find_model(path).weights, dtype)
+    weights = find_model(path).weights
+    require_change(weights, dtype)
     model, tokenizer = open_model(path)
     card = f"# {path.resolve().name}\n\nExported with ernie_train.\n"
     if recipe is not None:
@@ -91,7 +99,7 @@ def export_model(
         model,
         tokenizer,
         out,
-        card=card,
+        beside=Beside(card, find_score(weights)),
         dtype=dtype,
         max_shard_size=max_shard_size,
         referee=referee,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ernie_train.core.errors import GateError
@@ -26,10 +26,7 @@ def check_gate(
     gate: Gate, stage: str, evaluation: dict[str, Any], before: dict[str, Any] | None
 ) -> None:
     """Raise `GateError` if a stage misses its gate; `before` is the evaluation before the stage."""
-    value = evaluation_metrics(evaluation)[gate.metric]
-    problems = []
-    if value < gate.at_least:
-        problems.append(f"{gate.metric} is {value:.3f}, the gate asks for {gate.at_least:g}")
+    problems = _too_low(gate, evaluation_metrics(evaluation))
     if gate.max_regression is not None and before is not None:
         for domain, now in evaluation["domains"].items():
             was = before["domains"][domain]["accuracy"]
@@ -38,6 +35,22 @@ def check_gate(
                     f"eval/{domain} fell from {was:.3f} to {now['accuracy']:.3f}, more than "
                     f"max_regression={gate.max_regression:g}"
                 )
+    _refuse(stage, problems)
+
+
+def check_metric(gate: Gate, stage: str, metrics: Mapping[str, float]) -> None:
+    """Raise `GateError` if a stage misses its gate by a metric that it measures itself."""
+    _refuse(stage, _too_low(gate, metrics))
+
+
+def _too_low(gate: Gate, metrics: Mapping[str, float]) -> list[str]:
+    value = metrics[gate.metric]
+    if value >= gate.at_least:
+        return []
+    return [f"{gate.metric} is {value:.3f}, the gate asks for {gate.at_least:g}"]
+
+
+def _refuse(stage: str, problems: list[str]) -> None:
     if problems:
         raise GateError(
             f"stage {stage} does not pass its gate: {'; '.join(problems)}. Train it longer (--from "

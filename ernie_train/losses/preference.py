@@ -84,6 +84,16 @@ def _require_positive(beta: float) -> None:
         raise ValueError(f"beta={beta} must be positive")
 
 
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None) -> Tensor:
+    """Return -log sigmoid(chosen - rejected - margin) in nats: a reward model's loss of each pair.
+
+    chosen, rejected (scores), margins [P] -> [P]; arXiv:2203.02155, equation 1, with the margin of
+    arXiv:2307.09288, equation 2.
+    """
+    gap = chosen - rejected
+    return -F.log_sigmoid(gap if margins is None else gap - margins)
+
+
 class ImplicitRewards(NamedTuple):
     """Hold rewards under which a policy trained by DPO is optimal, each [P], without gradient."""
 

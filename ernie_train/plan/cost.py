@@ -136,6 +136,7 @@ def step_cost(
     again = recomputed_flops(config, context, layout.recompute)
     # The backward pass of logprobs recomputes the logits.
     per_token = flops.training(again + flops.head * (load.loss == "logprobs"))
+    per_token -= 3 * flops.head * (load.loss == "score")
     if (
         load.part is not None
     ):  # a frozen weight takes no gradient; that of a head is made all the same

@@ -248,11 +248,13 @@ def _experts_at_once(layout: Layout, tokens: int) -> int:
 
 def _loss_bytes(config: Ernie4_5_MoeConfig, width: int, tokens: int, loss: str) -> float:
     """Return the bytes of a chunk of float32 logits, and gradients of head and hidden states."""
+    hidden = 2 * tokens * config.hidden_size * width
+    if loss == "score":
+        return hidden
     logits = tokens * config.vocab_size
     chunked = logits > CHUNK_ELEMENTS
     gradients = HEAD_GRADIENTS if chunked else HEAD_GRADIENTS / 2
     head = gradients * config.vocab_size * config.hidden_size * width
-    hidden = 2 * tokens * config.hidden_size * width
     return LOGITS_TENSORS[loss] * min(logits, CHUNK_ELEMENTS) * _FLOAT + head + hidden
 
 

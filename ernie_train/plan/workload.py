@@ -12,7 +12,7 @@ from typing import Literal
 
 from ernie_train.plan.layout import TrainedPart, count_trained
 from ernie_train.run.recipe import Recipe
-from ernie_train.run.stages import AnyStageConfig, DpoConfig, UpoConfig
+from ernie_train.run.stages import AnyStageConfig, DpoConfig, RewardModelConfig, UpoConfig
 from ernie_train.train.supervised_data import SupervisedConfig
 
 
@@ -60,7 +60,7 @@ class Workload:
     updates: int = 1  # optimizer steps of a step
     micro_batches: int = 1  # of one update
     steps: int | None = None  # None: until its epochs end
-    loss: Literal["cross_entropy", "logprobs"] = "cross_entropy"
+    loss: Literal["cross_entropy", "logprobs", "score"] = "cross_entropy"
     reference: bool = False
     critic: bool = False
     sampling: Sampling | None = None
@@ -92,6 +92,8 @@ def _stage_workloads(stage: AnyStageConfig, document_tokens: int | None) -> Iter
         yield from _supervised(stage, document_tokens)
     elif isinstance(stage, DpoConfig):
         yield _preference(stage)
+    elif isinstance(stage, RewardModelConfig):
+        yield _scored_pairs(stage)
     else:
         yield _reinforced(stage)
 
@@ -118,6 +120,13 @@ def _preference(stage: DpoConfig) -> Workload:
         scored=trained,
         scoring_models=int(stage.needs_reference),
     )
+
+
+def _scored_pairs(stage: RewardModelConfig) -> Workload:
+    rows = min(stage.micro_batch_size, 2 * stage.pairs_per_step)
+    batch = MicroBatch(rows, stage.seq_len, stage.seq_len)
+    micro_batches, steps = stage.micro_batches_per_step, stage.steps
+    return Workload(stage.name, batch, micro_batches=micro_batches, steps=steps, loss="score")
 
 
 def _reinforced(stage: UpoConfig) -> Workload:

@@ -31,7 +31,8 @@ _HEAD = "value_head."
 class ScalarModel(nn.Layer):
     """A decoder with a scalar head [H] instead of its vocabulary.
 
-    The head starts at zeros, so that the first values are 0.
+    The head starts at zeros, so that the first values are 0. It is float32 beside a bfloat16
+    decoder too: eight bits of a value would hardly tell two completions apart.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class ScalarModel(nn.Layer):
         super().__init__()
         self.config = config
         self.model = decoder
-        with default_dtype(dtype_name(decoder.norm.weight)):
+        with default_dtype("float32"):
             self.value_head = nn.Linear(config.hidden_size, 1, bias_attr=None if bias else False)
         for parameter in self.value_head.parameters():
             parameter.set_value(paddle.zeros_like(parameter))
@@ -48,7 +49,7 @@ class ScalarModel(nn.Layer):
     def forward(self, input_ids: Tensor, document_ids: Any) -> tuple[Tensor, HiddenOutput]:
         """input_ids, document_ids [B,S] -> values [T] of the real tokens, and the hidden states."""
         output = self.model(input_ids, document_ids=document_ids)
-        return self.value_head(output.hidden).astype("float32").squeeze(-1), output
+        return self.value_head(output.hidden.astype("float32")).squeeze(-1), output
 
     def to_disk(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Parameters, or their moments, under the names that a model directory has for them."""

@@ -15,6 +15,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_train.core import process_group
+from ernie_train.core.errors import Interrupted
 from ernie_train.losses import (
     AdvantageBaseline,
     AdvantageScale,
@@ -26,7 +27,7 @@ from ernie_train.losses import (
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.parallel import HasDecoder, Lockstep
 from ernie_train.rl.batch import MicroBatch, TokenizedCompletion
-from ernie_train.rl.critic import Critic
+from ernie_train.rl.critic import ScalarModel
 
 T = TypeVar("T")
 _NORMALIZE_EPSILON = 1e-4  # in rewards, as in group_advantages
@@ -56,7 +57,7 @@ def policy_logprobs(
     return logprobs, entropy, output.router_stats
 
 
-def critic_values(critic: Critic, batch: MicroBatch) -> tuple[Tensor, list[RouterStats]]:
+def critic_values(critic: ScalarModel, batch: MicroBatch) -> tuple[Tensor, list[RouterStats]]:
     """Return values [N] of the states in which the sampled tokens are chosen."""
     ids, documents = batch.inputs
     values, output = critic(paddle.to_tensor(ids), documents)
@@ -68,19 +69,22 @@ def _evaluate(
     sequences: Sequence[TokenizedCompletion],
     batch_size: int,
     compute: Callable[[MicroBatch, list[int]], tuple[np.ndarray, T]],
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[list[np.ndarray], list[T]]:
     """Run `compute` over all sequences, each rank for its share of the micro-batches.
 
     compute: a micro-batch and the indices of its sequences -> an array [N], and what else is
     wanted of every micro-batch. Returns the array of each sequence, and the rest in order.
-    Sequences of similar length go together. Every rank must call it.
+    Sequences of similar length go together. Every rank must call it. Raises `Interrupted` on all
+    ranks when a stop is requested on one.
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index].length)
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     own = []
-    with Lockstep(model) as lockstep, paddle.no_grad():
+    with Lockstep(model, stop_requested) as lockstep, paddle.no_grad():
         for chunk in process_group.shard(chunks):
-            lockstep.next_pass()
+            if lockstep.next_pass():
+                raise Interrupted("stopped on a signal in a forward pass")
             batch = MicroBatch.without_arrays([sequences[index] for index in chunk])
             own.append(compute(batch, chunk))
     found = process_group.gather_shards(own)
@@ -135,12 +139,23 @@ def _changed_experts(
 
 
 def sequence_values(
-    critic: Critic, sequences: Sequence[TokenizedCompletion], *, batch_size: int
+    critic: ScalarModel,
+    sequences: Sequence[TokenizedCompletion],
+    *,
+    batch_size: int,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[np.ndarray]:
-    """Return the critic's values of every sequence; every rank must call it."""
+    """Return the critic's values of every sequence; every rank must call it.
+
+    Raises `Interrupted` on all ranks when a stop is requested on one.
+    """
     critic.eval()
     arrays, _ = _evaluate(
-        critic, sequences, batch_size, lambda batch, _: (critic_values(critic, batch)[0].numpy(), 0)
+        critic,
+        sequences,
+        batch_size,
+        lambda batch, _: (critic_values(critic, batch)[0].numpy(), 0),
+        stop_requested,
     )
     critic.train()
     return arrays

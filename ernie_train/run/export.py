@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,7 @@ from ernie_train.io.safetensors import (
     write_tensor_files,
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.rl.reward_model import SCORE
 from ernie_train.run.proof import (
     Comparison,
     Receipt,
@@ -56,13 +58,25 @@ from ernie_train.weights.saving import save_pretrained, tensor_entries
 RECEIPT = "export_receipt.json"
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Hold what an export has beside weights and tokenizer.
+
+    card: the text of README.md.
+    score: the directory with a reward model's head, which is copied; see `find_score`.
+    """
+
+    card: str
+    score: Path | None = None
+
+
 def export(
     model: Ernie4_5_MoeForCausalLM,
     tokenizer: Tokenizer,
     directory: Path,
     *,
     dtype: str,
-    card: str,
+    beside: Beside,
     max_shard_size: int | str = "5GB",
     referee: str | None = None,
     seed: int = 0,
@@ -75,7 +89,7 @@ def export(
     rounded weights.
 
     Args:
-        card: the text of README.md.
+        beside: what lies beside weights and tokenizer.
         referee: a Python interpreter with torch and transformers that reads the directory back;
             by default this one if it has them, else this toolkit's own reader does.
 
@@ -85,7 +99,7 @@ def export(
     Raises:
         WeightsError: the comparison fails; directory and failed receipt are kept.
     """
-    files = _FilesBeside(tokenizer, card)
+    files = _FilesBeside(tokenizer, beside)
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
     prompts = comparison_prompts(tokenizer, seed)
     expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
@@ -126,6 +140,11 @@ def export(
                 f"{directory}: the exported model differs from the trained one: {receipt.complaint}"
             )
     return receipt
+
+
+def find_score(weights: Path) -> Path | None:
+    """Return the directory of the head beside a reward model's weights; None beside others."""
+    return weights / SCORE if (weights / SCORE).is_dir() else None
 
 
 def require_change(weights: Path, dtype: str) -> None:
@@ -204,10 +223,10 @@ def default_referee() -> str | None:
 
 @dataclass(frozen=True)
 class _FilesBeside:
-    """The files beside the weights: model card, tokenizer."""
+    """The files beside the weights."""
 
     tokenizer: Tokenizer
-    card: str
+    beside: Beside
 
     @property
     def vocab_size(self) -> int:
@@ -219,7 +238,9 @@ class _FilesBeside:
 
     def save_pretrained(self, directory: Path, /) -> None:
         self.tokenizer.save_pretrained(directory)
-        write_text(directory / "README.md", self.card)
+        write_text(directory / "README.md", self.beside.card)
+        if self.beside.score is not None:
+            shutil.copytree(self.beside.score, directory / SCORE)
 
 
 def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForCausalLM:

@@ -21,7 +21,7 @@ from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_p
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import export, is_whole_export
+from ernie_train.run.export import Beside, export, is_whole_export
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import EvaluationConfig, Recipe
@@ -77,9 +77,16 @@ class Finalizer:
         return result
 
     def export(
-        self, lineage: Lineage, evaluation: dict[str, Any] | None, referee: str | None
+        self,
+        lineage: Lineage,
+        evaluation: dict[str, Any] | None,
+        referee: str | None,
+        score: Path | None = None,
     ) -> None:
-        """Write `export/` with its receipt, and print what the comparison found."""
+        """Write `export/` with its receipt, and print what the comparison found.
+
+        `score` is the head's directory of a reward model.
+        """
         settings = self.recipe.export
         if settings is None:
             return
@@ -97,7 +104,7 @@ class Finalizer:
                 self.model,
                 self.tokenizer,
                 directory,
-                card=card,
+                beside=Beside(card, score),
                 dtype=settings.dtype,
                 max_shard_size=settings.max_shard_size,
                 referee=referee,

@@ -46,7 +46,7 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.check import check_fit, check_gates, describe_training
-from ernie_train.run.export import require_change
+from ernie_train.run.export import find_score, require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
 from ernie_train.run.lineage import HashMemory, Lineage, stage_changes, stage_record
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
@@ -161,7 +161,8 @@ class Pipeline:
             if self.recipe.export is not None and self.weights is not None:
                 with consensus.fail_together():
                     require_change(self.weights, self.recipe.export.dtype)
-            finalizer.export(lineage, evaluation, self.referee)
+            score = find_score(self.weights) if self.weights is not None else None
+            finalizer.export(lineage, evaluation, self.referee, score)
             if self.recipe.export is None and self.weights is not None:
                 self.console.print(
                     f"the model is {self.weights}\n"

@@ -21,7 +21,7 @@ from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_toke
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
-from ernie_train.run.stages import AnyStageConfig
+from ernie_train.run.stages import AnyStageConfig, RewardModelConfig
 from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.hf import load_config
 from ernie_train.weights.model_directory import find_model
@@ -207,9 +207,26 @@ class Recipe(StrictConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_reward_model(self) -> Recipe:
+        at = next((i for i, s in enumerate(self.stages) if isinstance(s, RewardModelConfig)), None)
+        if at is None:
+            return self
+        if len(self.stages) > 1:
+            raise ValueError(
+                f"stages.{at}: a reward model is no policy that other stages could go on from or "
+                "hand on: give it a recipe of its own, with model.path where it starts"
+            )
+        if self.evaluation is not None:
+            raise ValueError(
+                f"evaluation: the model of stages.{at} scores and solves no problems; validation "
+                "of the stage measures it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_gates(self) -> Recipe:
         for index, stage in enumerate(self.stages):
-            if stage.gate is None:
+            if stage.gate is None or isinstance(stage, RewardModelConfig):
                 continue
             if self.evaluation is None or not self.evaluation.after_each_stage:
                 raise ValueError(

@@ -216,6 +216,23 @@ def test_dpo_trains_pairs_and_samples_nothing() -> None:
     assert (load.reference, load.sampling) == (True, None)
 
 
+def test_a_reward_model_trains_pairs_without_logits_or_a_reference() -> None:
+    stage = {
+        "name": "rm", "kind": "reward", "data": "x", "seq_len": 512, "steps": 4,
+        "pairs_per_step": 6, "micro_batch_size": 4, "optim": {"lr": 1e-6},
+    }  # fmt: skip
+    (load,) = recipe_workloads(recipe(stage))
+    assert (load.micro_batch, load.micro_batches) == (MicroBatch(4, 512, 512), 3)
+    assert (load.reference, load.sampling, load.scored) == (False, None, 0)
+    config = recipe(stage).model.build()
+    scored, with_logits = (
+        step_cost(config, BF16, Layout(1, 1, False, False), RATES, replace(load, loss=loss))
+        for loss in ("score", "logprobs")
+    )
+    head = token_flops(config, 1).head
+    assert with_logits.flops_per_token - scored.flops_per_token == pytest.approx(4 * head)
+
+
 # ---- layouts -------------------------------------------------------------------------------------
 
 

@@ -252,6 +252,17 @@ PROBES: dict[str, Probe] = {
         }.items()
     },
     "stages[] of kind dpo.simpo_gamma": Probe("dpo", {"@simpo_gamma": 0.9}, {"@loss": "simpo"}),
+    # ---- reward models
+    "stages[] of kind reward.data": Probe("reward", {"@data": "{root}/pairs2.jsonl"}),
+    "stages[] of kind reward.columns": Probe("reward", {"@columns": {"prompt": "chosen"}}),
+    "stages[] of kind reward.seq_len": Probe("reward", {"@seq_len": 50}),
+    "stages[] of kind reward.steps": Probe("reward", {"@steps": 1}),
+    "stages[] of kind reward.pairs_per_step": Probe("reward", {"@pairs_per_step": 3}),
+    "stages[] of kind reward.center_coef": Probe("reward", {"@center_coef": 0.5}),
+    "stages[] of kind reward.validation": Probe("reward", {"@validation": "{root}/pairs2.jsonl"}),
+    "stages[] of kind reward.validate_every_steps": Probe(
+        "reward", {"@validate_every_steps": 2}, {"@validation": "{root}/pairs2.jsonl"}
+    ),
     # ---- RL
     "stages[] of kind upo.data": Probe("upo", {"@data": [{"path": "{root}/two_tasks.jsonl"}]}),
     "stages[].data[] of kind upo.path": Probe("upo", {"@data.0.path": "{root}/two_tasks.jsonl"}),

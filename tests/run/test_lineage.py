@@ -86,6 +86,8 @@ def test_a_hash_is_remembered_until_size_or_time_changes(tmp_path, monkeypatch) 
 STAGES = {
     "sft": {"data": [{"path": "a.jsonl"}], "seq_len": 32, "steps": 4},
     "dpo": {"data": "a.jsonl", "seq_len": 32, "steps": 4, "pairs_per_step": 2},
+    "reward": {"data": "a.jsonl", "seq_len": 32, "steps": 4, "pairs_per_step": 2,
+               "validation": "b.jsonl"},
     "upo": {
         "data": [{"path": "a.jsonl"}], "reward": "exact", "iterations": 4,
         "rollout": {"max_new_tokens": 4, "prompts_per_iteration": 2},
@@ -99,6 +101,10 @@ COMMON = [
 HARMLESS = {
     "sft": [*COMMON, {"data": [{"path": "moved/a.jsonl"}]}],
     "dpo": [*COMMON, {"data": "moved/a.jsonl"}],
+    "reward": [
+        *(change for change in COMMON if "gate" not in change), {"data": "moved/a.jsonl"},
+        {"gate": {"metric": "eval/accuracy", "at_least": 0.5}}, {"validation": "moved/b.jsonl"},
+    ],
     "upo": [
         *COMMON, {"samples_per_iteration": 1}, {"canaries": 0}, {"term_norms_every": 2},
         {"rollout": {**STAGES["upo"]["rollout"], "dump": True}},
@@ -108,6 +114,7 @@ HARMLESS = {
 DECISIVE = {
     "sft": [{"seq_len": 64}, {"optim": {"lr": 2.0}}, {"data": [{"path": "a.jsonl", "weight": 2}]}],
     "dpo": [{"beta": 0.2}, {"seq_len": 64}, {"pairs_per_step": 4}],
+    "reward": [{"center_coef": 0.2}, {"seq_len": 64}, {"pairs_per_step": 4}],
     "upo": [
         {"policy": {"clip_ratio": 0.1}}, {"rollout": {**STAGES["upo"]["rollout"], "top_k": 3}},
         {"reward": {"name": "exact", "weight": 2.0}}, {"curriculum": {"start": 1}},

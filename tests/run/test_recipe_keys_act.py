@@ -48,9 +48,9 @@ def stage_of(base: str) -> dict[str, Any]:
         "optim": {"lr": 3e-3},
         "checkpoint": {"every_steps": 1, "keep_last": 1},
     }
-    if base == "dpo":
+    if base in ("dpo", "reward"):
         own = {"data": "{root}/pairs.jsonl", "seq_len": 64, "steps": 2, "pairs_per_step": 2}
-        return {**every, "name": "d", "kind": "dpo", **own, "micro_batch_size": 4}
+        return {**every, "name": "d", "kind": base, **own, "micro_batch_size": 4}
     if base == "upo":
         return {
             **every, "name": "u", "kind": "upo", "data": [{"path": "{root}/prompts.jsonl"}],
@@ -321,7 +321,7 @@ def test_no_probe_is_of_a_key_that_is_gone() -> None:
     assert sorted(set(PROBES) - set(KEYS)) == []
 
 
-@pytest.mark.parametrize("base", ["sft", "dpo", "upo", "evaluated"])
+@pytest.mark.parametrize("base", ["sft", "dpo", "reward", "upo", "evaluated"])
 def test_the_same_settings_have_the_same_outcome(base: str, observe: Callable[..., Any]) -> None:
     """Else every probe would pass."""
     assert observe(Probe(base, {}), {}) == observe(Probe(base, {}), {})
