@@ -12,12 +12,12 @@ from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.rl.reward import find_score
 from ernie_train.run.export import (
     RECEIPT,
     Beside,
     export,
     export_adapter,
-    find_score,
     require_change,
 )
 from ernie_train.run.finalize import EVALUATION, read_result

@@ -63,6 +63,7 @@ class MemoryDemand:
     optimizer: float
     reference: float
     critic: float
+    reward_models: float
     activations: float
     rollouts: float
     reserve: float
@@ -72,7 +73,7 @@ class MemoryDemand:
     def resident(self) -> float:
         """Return the bytes that stay allocated from step to step."""
         models = self.weights + self.gradients + self.optimizer
-        return models + self.reference + self.critic + self.reserve
+        return models + self.reference + self.critic + self.reward_models + self.reserve
 
     @property
     def peak(self) -> float:
@@ -116,6 +117,10 @@ def memory_demand(
         states,
         reference=weights if load.reference and not (part and part.adapter_alone) else 0.0,
         critic=sum(critic),
+        reward_models=sum(
+            critic_parameters(own or config).on_rank(layout).total * machine.precision.width
+            for own in load.reward_models
+        ),
         activations=activation_bytes(config, machine, layout, load),
         rollouts=rollout_bytes(config, machine, layout, load.sampling) if load.sampling else 0.0,
         reserve=GPU_RESERVE_BYTES if machine.on_gpu else 0.0,

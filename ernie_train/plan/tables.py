@@ -13,8 +13,8 @@ from ernie_train.plan.search import MOST_RANKS, Candidate, PlanRequest
 from ernie_train.plan.workload import Workload
 
 _PARTS = (
-    "weights", "gradients", "optimizer", "reference", "critic", "activations", "rollouts",
-    "reserve",
+    "weights", "gradients", "optimizer", "reference", "critic", "reward_models", "activations",
+    "rollouts", "reserve",
 )  # fmt: skip
 
 _REMEDIES = {

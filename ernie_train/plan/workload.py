@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.plan.layout import TrainedPart, count_trained
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig, DpoConfig, RewardModelConfig, UpoConfig
 from ernie_train.train.supervised_data import SupervisedConfig
+from ernie_train.weights.hf import load_config
+from ernie_train.weights.model_directory import find_model
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Workload:
     sampling: Sampling | None = None
     scored: int = 0  # sequences of a step that models score without gradient
     scoring_models: int = 0  # models that score each of them
+    # Sizes of the models that score completions for their reward; None: those of the policy.
+    reward_models: tuple[Ernie4_5_MoeConfig | None, ...] = ()
     part: TrainedPart | None = None  # what trains; None: all of the model
 
     @property
@@ -138,6 +144,9 @@ def _reinforced(stage: UpoConfig) -> Workload:
     per_update = -(-trained // stage.policy.minibatches)
     rows = min(stage.micro_batch_size, per_update)
     critic = stage.critic is not None
+    reward_models = tuple(
+        _reward_model(part.model.path) for part in stage.reward.parts if part.model is not None
+    )
     sampling = Sampling(
         sampled,
         rollout.group_size,
@@ -157,8 +166,17 @@ def _reinforced(stage: UpoConfig) -> Workload:
         sampling=sampling if sampled else None,
         scored=trained,
         # The policy scores sampled completions for their old logprobs.
-        scoring_models=int(sampled > 0) + int(stage.needs_reference) + int(critic),
+        scoring_models=int(sampled > 0)
+        + int(stage.needs_reference)
+        + int(critic)
+        + len(reward_models),
+        reward_models=reward_models,
     )
+
+
+def _reward_model(path: str) -> Ernie4_5_MoeConfig | None:
+    """Return the sizes of a reward model; None where it is not there yet, as before its run."""
+    return load_config(find_model(path).weights) if Path(path).exists() else None
 
 
 def _trained_samples(stage: UpoConfig, sampled: int) -> int:

@@ -6,7 +6,7 @@ and updates the policy; docs/upo.md describes the algorithm and its settings.
 
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.dpo import DpoConfig
-from ernie_train.rl.reward_stage import RewardModelConfig
+from ernie_train.rl.reward import RewardModelConfig
 
 __all__ = [
     "DpoConfig",

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from ernie_train.core.errors import ConfigError, DataError
@@ -21,7 +20,12 @@ from ernie_train.eval.gates import known_metrics
 from ernie_train.eval.prompts import encode_prompt
 from ernie_train.rewards.scoring import build_reward
 from ernie_train.rl.config import PromptSource, UpoConfig
-from ernie_train.rl.preference_data import TokenizedPair, read_fitting_pairs
+from ernie_train.rl.preference_data import (
+    PromptReport,
+    TokenizedPair,
+    read_fitting_pairs,
+)
+from ernie_train.rl.reward import find_reward_model
 from ernie_train.train.stage import StageData
 
 
@@ -34,41 +38,6 @@ class Prompt:
     domain: str
     task: str
     difficulty: int
-
-
-@dataclass(frozen=True)
-class PromptReport:
-    """Counts and lengths by source; `too_long` counts what exceeds the stage's lengths.
-
-    `warnings` say what was left out for its length, and the fix.
-    """
-
-    sources: list[dict[str, Any]]
-    pairs: dict[str, Any] | None = None
-    warnings: Sequence[Text] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"sources": self.sources, "pairs": self.pairs}
-
-    def as_table(self) -> Group:
-        table = Table("source", "task", "prompts", "mean tokens", "difficulties", "too long")
-        for source in self.sources:
-            for task, facts in source["tasks"].items():
-                levels = ", ".join(f"{level}: {n}" for level, n in facts["difficulties"].items())
-                table.add_row(
-                    source["path"],
-                    task,
-                    str(facts["prompts"]),
-                    f"{facts['mean_tokens']:.0f}",
-                    levels,
-                    str(source["too_long"]),
-                )
-        if self.pairs is not None:
-            count, tokens = str(self.pairs["pairs"]), f"{self.pairs['mean_tokens']:.0f}"
-            table.add_row(
-                self.pairs["path"], "pairs", count, tokens, "", str(self.pairs["too_long"])
-            )
-        return Group(table, *self.warnings)
 
 
 @dataclass(frozen=True)
@@ -96,6 +65,9 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
         warnings += warned
     _check_curriculum(config, prompts)
     build_reward(config.reward, data.base_dir).close()  # starts nothing: it only must exist
+    for part in config.reward.parts:
+        if part.model is not None:
+            find_reward_model(data.base_dir / part.model.path)
     _check_replay(config, data)
     held_out: list[Record] = []
     if config.evaluation is not None:

@@ -29,11 +29,14 @@ from ernie_train.rl.batch import (
     micro_batches,
 )
 from ernie_train.rl.config import PairLoss
-from ernie_train.rl.data import PromptReport
 from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.loss import DpoLoss, PairTerm
-from ernie_train.rl.pairs import OfflinePairSource
-from ernie_train.rl.preference_data import TokenizedPair, read_fitting_pairs
+from ernie_train.rl.preference_data import (
+    OfflinePairSource,
+    PromptReport,
+    TokenizedPair,
+    read_fitting_pairs,
+)
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun

@@ -33,7 +33,7 @@ from ernie_train.rl.estimators import (
     sequence_values,
 )
 from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss
-from ernie_train.rl.pairs import NumberedPair
+from ernie_train.rl.preference_data import NumberedPair
 from ernie_train.rl.report import mean_metrics
 from ernie_train.rl.rollout import Rollout
 from ernie_train.train.moe_health import MoeHealth

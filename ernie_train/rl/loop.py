@@ -17,6 +17,7 @@ from ernie_train.core.errors import Interrupted
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate.engines import Engine, OwnEngine
 from ernie_train.io.metrics_log import PendingLine, StageMetrics, cut_after
+from ernie_train.model.pylayer import dtype_name
 from ernie_train.rewards.scoring import (
     ComposedReward,
     build_reward,
@@ -26,15 +27,18 @@ from ernie_train.rl.batch import PreferencePair, RolloutBatch
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import PreparedPrompts
 from ernie_train.rl.learner import Learner
-from ernie_train.rl.pairs import OfflinePairSource, best_worst_pairs, make_offline_pairs
+from ernie_train.rl.pairs import best_worst_pairs, make_offline_pairs
+from ernie_train.rl.preference_data import OfflinePairSource
 from ernie_train.rl.report import (
     HealthWarnings,
     append_samples,
     evaluate_held_out,
     mean_advantages,
     pair_metrics,
+    reward_model_metrics,
     rollout_metrics,
 )
+from ernie_train.rl.reward import load_scorers
 from ernie_train.rl.rollout import Rollout, RolloutSampler
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.stage import StageRun
@@ -96,7 +100,13 @@ class _UpoLoop:
     ) -> None:
         self.config, self.stage, self.prepared = config, stage, prepared
         self.learner = Learner(config, stage)
-        self.sampler = RolloutSampler(config, stage, prepared, reward, engine)
+        with consensus.fail_together():
+            scorers = load_scorers(
+                config.reward.parts,
+                stage.data.base_dir,
+                dtype_name(stage.model.model.norm.weight),
+            )
+        self.sampler = RolloutSampler(config, stage, prepared, reward, engine, scorers)
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
         self.state = IterationState()
         saved = self.store.load_latest()
@@ -202,6 +212,7 @@ class _UpoLoop:
         """Update the weights on a rollout; return the batch, if any, and metrics."""
         kept = rollout.only_informative()
         metrics = rollout_metrics(rollout)
+        metrics |= reward_model_metrics(rollout, self.config.reward.parts)
         online: list[PreferencePair] = []
         preference = self.config.preference
         if preference is not None and preference.uses_online:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ernie_train.core import consensus
 from ernie_train.core.errors import CheckpointError, UserError
-from ernie_train.data.packing import permutation
 from ernie_train.losses import PairCounts, choose_pairs
 from ernie_train.rl.batch import PreferencePair
 from ernie_train.rl.config import PreferenceConfig
@@ -16,7 +13,6 @@ from ernie_train.rl.preference_data import TokenizedPair
 from ernie_train.rl.rollout import Rollout, RolloutSampler, read_rollout, write_rollout
 
 OFFLINE_PAIRS = "offline_pairs.jsonl"
-NumberedPair = tuple[int, TokenizedPair]  # a given pair with its number among all
 
 
 def best_worst_pairs(rollout: Rollout, margin: float) -> tuple[list[PreferencePair], PairCounts]:
@@ -33,23 +29,6 @@ def best_worst_pairs(rollout: Rollout, margin: float) -> tuple[list[PreferencePa
         PreferencePair(p.prompt * size + p.chosen, p.prompt * size + p.rejected) for p in found
     ]
     return pairs, counts
-
-
-class OfflinePairSource:
-    """Deals out given pairs, each epoch over them in another order."""
-
-    def __init__(self, pairs: Sequence[TokenizedPair], per_iteration: int, seed: int) -> None:
-        self.pairs, self.per_iteration, self.seed = list(pairs), per_iteration, seed
-
-    def take(self, iteration: int) -> list[NumberedPair]:
-        """Return the pairs of an iteration, counted from 1; few pairs come more than once."""
-        chosen, size = [], len(self.pairs)
-        first = (iteration - 1) * self.per_iteration
-        for at in range(first, first + self.per_iteration):
-            order = permutation(size, self.seed, at // size, 7)
-            number = int(order[at % size])
-            chosen.append((number, self.pairs[number]))
-        return chosen
 
 
 def make_offline_pairs(

@@ -1,12 +1,15 @@
-"""The pairs of an RL, DPO or reward stage: preferences in files, as token ids."""
+"""The pairs of an RL, DPO or reward stage: preferences in files, as token ids; and its report."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from ernie_train.core.errors import DataError
@@ -19,6 +22,7 @@ from ernie_train.data import (
     encode_conversation,
     read_records,
 )
+from ernie_train.data.packing import permutation
 from ernie_train.data.report import too_long_warning
 from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.train.stage import StageData
@@ -38,6 +42,41 @@ class TokenizedPair:
     @property
     def completions(self) -> tuple[TokenizedCompletion, TokenizedCompletion]:
         return self.chosen, self.rejected
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """Counts and lengths by source; `too_long` counts what exceeds the stage's lengths.
+
+    `warnings` say what was left out for its length, and the fix.
+    """
+
+    sources: list[dict[str, Any]]
+    pairs: dict[str, Any] | None = None
+    warnings: Sequence[Text] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sources": self.sources, "pairs": self.pairs}
+
+    def as_table(self) -> Group:
+        table = Table("source", "task", "prompts", "mean tokens", "difficulties", "too long")
+        for source in self.sources:
+            for task, facts in source["tasks"].items():
+                levels = ", ".join(f"{level}: {n}" for level, n in facts["difficulties"].items())
+                table.add_row(
+                    source["path"],
+                    task,
+                    str(facts["prompts"]),
+                    f"{facts['mean_tokens']:.0f}",
+                    levels,
+                    str(source["too_long"]),
+                )
+        if self.pairs is not None:
+            count, tokens = str(self.pairs["pairs"]), f"{self.pairs['mean_tokens']:.0f}"
+            table.add_row(
+                self.pairs["path"], "pairs", count, tokens, "", str(self.pairs["too_long"])
+            )
+        return Group(table, *self.warnings)
 
 
 def read_fitting_pairs(
@@ -165,3 +204,23 @@ def _margin(fields: dict[str, Any]) -> float:
     if not math.isfinite(margin):
         raise DataError(f"margin must be a finite number, not {given!r}")
     return margin
+
+
+NumberedPair = tuple[int, TokenizedPair]  # a given pair with its number among all
+
+
+class OfflinePairSource:
+    """Deals out given pairs, each epoch over them in another order."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair], per_iteration: int, seed: int) -> None:
+        self.pairs, self.per_iteration, self.seed = list(pairs), per_iteration, seed
+
+    def take(self, iteration: int) -> list[NumberedPair]:
+        """Return the pairs of an iteration, counted from 1; few pairs come more than once."""
+        chosen, size = [], len(self.pairs)
+        first = (iteration - 1) * self.per_iteration
+        for at in range(first, first + self.per_iteration):
+            order = permutation(size, self.seed, at // size, 7)
+            number = int(order[at % size])
+            chosen.append((number, self.pairs[number]))
+        return chosen

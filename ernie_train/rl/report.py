@@ -14,6 +14,7 @@ from ernie_train.data import Record
 from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.eval.prompts import user_prompt
 from ernie_train.losses import PairCounts
+from ernie_train.rewards.scoring import RewardPart
 from ernie_train.rl.batch import RolloutBatch
 from ernie_train.rl.config import RolloutConfig, UpoConfig
 from ernie_train.rl.data import Prompt
@@ -47,6 +48,18 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "the gradient of the pairs is {:.1f} times that of the policy term, which hardly counts "
         "then: lower preference.coef or preference.rpo_alpha, or leave preference.length_normalize "
         "true",
+    ),
+    (
+        "reward_model/saturated",
+        lambda value: value > 0.5,
+        "{:.0%} of the reward model's scores lie at their bounds, where completions without an "
+        "answer are too: raise reward.model.clip if they have answers",
+    ),
+    (
+        "reward_model/length_correlation",
+        lambda value: abs(value) > 0.8,
+        "the reward model's scores go with length (correlation {:.2f}): train it on pairs whose "
+        "chosen completion is not always the longer or the shorter one, or lower its weight",
     ),
     (
         "entropy",
@@ -114,6 +127,27 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         metrics[f"reward_part/{label}"] = float(np.mean(parts))
     excluded = Counter(c.score.status for c in completions if not c.score.trains)
     metrics |= {f"excluded/{status}": excluded[status] for status in sorted(excluded)}
+    return metrics
+
+
+def reward_model_metrics(rollout: Rollout, parts: Sequence[RewardPart]) -> dict[str, float]:
+    """Return how each reward model's scores are spread, and what they go with.
+
+    saturated: the share at its bounds; length_correlation: Pearson's, with the tokens of a
+    completion, absent where either does not vary.
+    """
+    metrics: dict[str, float] = {}
+    judged = [c for c in rollout.completions() if c.score.trains]
+    for part in parts:
+        if part.model is None or not judged:
+            continue
+        name = part.label
+        scores = np.array([c.reward_parts[name] for c in judged])
+        lengths = np.array([len(c.completion_ids) for c in judged])
+        metrics[f"{name}/std"] = float(scores.std())
+        metrics[f"{name}/saturated"] = float((np.abs(scores) >= part.model.clip).mean())
+        if scores.std() > 0 and lengths.std() > 0:
+            metrics[f"{name}/length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
     return metrics
 
 

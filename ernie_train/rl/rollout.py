@@ -7,7 +7,7 @@ comparable that differ in something else only. Shapes: P prompts, G completions 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ernie_train.rewards.scoring import ComposedReward, ComposedScore
 from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.config import RolloutConfig, UpoConfig
 from ernie_train.rl.data import PreparedPrompts, Prompt, rollout_file
+from ernie_train.rl.reward import RewardModelScorer
 from ernie_train.train.stage import StageRun
 
 ROLLOUTS = "rollouts"
@@ -149,6 +150,7 @@ class RolloutSampler:
     prepared: PreparedPrompts
     reward: ComposedReward
     engine: Engine
+    scorers: Mapping[str, RewardModelScorer] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -227,7 +229,7 @@ class RolloutSampler:
     def _scored(self, sampled: Sequence[tuple[int, Completion]]) -> list[ScoredCompletion]:
         texts = [completion_text(self.stage.data.tokenizer, c) for _, c in sampled]
         scores = score_sharded(
-            list(zip(sampled, texts, strict=True)),
+            list(zip(sampled, texts, self._model_scores(sampled, texts), strict=True)),
             self._grade,
             stop_requested=lambda: self.stage.stop.requested,
         )
@@ -253,14 +255,30 @@ class RolloutSampler:
             )
         return found
 
+    def _model_scores(
+        self, sampled: Sequence[tuple[int, Completion]], texts: Sequence[str]
+    ) -> list[dict[str, Score]]:
+        """Return what reward models say of each completion, by the label of their part."""
+        records = [self.prepared.prompts[index].record for index, _ in sampled]
+        rows = [problem_row(record, self.stage.data.tokenizer) for record in records]
+        found: list[dict[str, Score]] = [{} for _ in texts]
+        for label, scorer in self.scorers.items():
+            scores = scorer.score(
+                records, rows, texts, stop_requested=lambda: self.stage.stop.requested
+            )
+            for own, score in zip(found, scores, strict=True):
+                own[label] = score
+        return found
+
     def _grade(
-        self, items: Sequence[tuple[tuple[int, Completion], str]]
+        self, items: Sequence[tuple[tuple[int, Completion], str, Mapping[str, Score]]]
     ) -> Sequence[ComposedScore]:
-        prompts: list[Prompt] = [self.prepared.prompts[index] for (index, _), _ in items]
+        prompts: list[Prompt] = [self.prepared.prompts[index] for (index, _), _, _ in items]
         return self.reward.score_batch(
             [problem_row(prompt.record, self.stage.data.tokenizer) for prompt in prompts],
-            [text for _, text in items],
-            [len(completion.ids) for (_, completion), _ in items],
+            [text for _, text, _ in items],
+            [len(completion.ids) for (_, completion), _, _ in items],
+            of_models={label: [found[label] for _, _, found in items] for label in self.scorers},
             whole=False,
             stop_requested=lambda: self.stage.stop.requested,
         ).scores

@@ -32,7 +32,7 @@ from ernie_train.io.safetensors import (
     write_tensor_files,
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rl.reward_model import SCORE
+from ernie_train.rl.reward import SCORE
 from ernie_train.run.proof import (
     Comparison,
     Receipt,
@@ -140,11 +140,6 @@ def export(
                 f"{directory}: the exported model differs from the trained one: {receipt.complaint}"
             )
     return receipt
-
-
-def find_score(weights: Path) -> Path | None:
-    """Return the directory of the head beside a reward model's weights; None beside others."""
-    return weights / SCORE if (weights / SCORE).is_dir() else None
 
 
 def require_change(weights: Path, dtype: str) -> None:

@@ -44,9 +44,10 @@ from ernie_train.io.run_dir import RunLock, StageDone, read_done, write_done
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
+from ernie_train.rl.reward import find_score
 from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.check import check_fit, check_gates, describe_training
-from ernie_train.run.export import find_score, require_change
+from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
 from ernie_train.run.lineage import HashMemory, Lineage, stage_changes, stage_record
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe

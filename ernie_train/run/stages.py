@@ -9,10 +9,10 @@ from pydantic import Field
 from rich.console import Console, RenderableType
 
 from ernie_train.rl import data as rl_data
-from ernie_train.rl import dpo, loop, reward_stage
+from ernie_train.rl import dpo, loop, reward
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.dpo import DpoConfig
-from ernie_train.rl.reward_stage import RewardModelConfig
+from ernie_train.rl.reward import RewardModelConfig
 from ernie_train.train import supervised, supervised_data
 from ernie_train.train.stage import StageData, StageRun
 from ernie_train.train.supervised_data import PretrainConfig, SftConfig
@@ -56,7 +56,7 @@ STAGES: dict[str, StageKind] = {
     "pretrain": _SUPERVISED,
     "sft": _SUPERVISED,
     "dpo": StageKind(dpo.prepare, dpo.describe, dpo.run),
-    "reward": StageKind(reward_stage.prepare, reward_stage.describe, reward_stage.run),
+    "reward": StageKind(reward.prepare, reward.describe, reward.run),
     "upo": StageKind(rl_data.prepare, rl_data.describe, loop.run),
 }
 

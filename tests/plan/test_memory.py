@@ -36,7 +36,8 @@ from ernie_train.plan.memory import (
     rollout_bytes,
     updated_parameters,
 )
-from ernie_train.plan.workload import MicroBatch, Sampling, Workload
+from ernie_train.plan.workload import MicroBatch, Sampling, Workload, recipe_workloads
+from ernie_train.run.recipe import Recipe
 from tools.bench import plan as bench
 
 BF16 = Precision("bfloat16", "bfloat16")
@@ -48,6 +49,29 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def large() -> Ernie4_5_MoeConfig:
     return Ernie4_5_MoeConfig.preset("21b-a3b")
+
+
+def test_reward_models_add_their_weights_alone(tmp_path: Path) -> None:
+    """One that is there counts with its own sizes, one that is not yet with the policy's."""
+    (tmp_path / "config.json").write_text(json.dumps(Ernie4_5_MoeConfig.preset("mini").to_dict()))
+    stage = {
+        "name": "rl", "kind": "upo", "data": [{"path": "x"}], "iterations": 1,
+        "micro_batch_size": 2, "optim": {"lr": 1e-6},
+        "rollout": {"prompts_per_iteration": 2, "max_new_tokens": 8},
+    }  # fmt: skip
+    demands = []
+    for paths in ([], [tmp_path], [tmp_path / "later"]):
+        reward = [{"name": "exact"}, *({"model": {"path": str(path)}} for path in paths)]
+        recipe = Recipe.model_validate({
+            "name": "x", "model": {"preset": "tiny"}, "tokenizer": {"path": "x"},
+            "stages": [{**stage, "reward": reward}],
+        })  # fmt: skip
+        (load,) = recipe_workloads(recipe)
+        demands.append(memory_demand(recipe.model.build(), CPU, Layout(1, 1, False, False), load))
+    plain, own, guessed = demands
+    for demand, preset in ((own, "mini"), (guessed, "tiny")):
+        size = 4 * critic_parameters(Ernie4_5_MoeConfig.preset(preset)).total
+        assert demand.reward_models == size == demand.resident - plain.resident
 
 
 # ---- parameters and states -----------------------------------------------------------------------

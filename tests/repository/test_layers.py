@@ -46,8 +46,9 @@ PACKAGES: dict[str, str] = {
     " supervised_data supervised",
     "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference upo",
-    "rl": "config batch critic preference_data data estimators reward_model rollout pairs loss"
-    " report learner loop dpo reward_stage",
+    "rl.reward": "model scoring stage",
+    "rl": "config batch critic preference_data estimators reward data rollout pairs loss report"
+    " learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
     " llama_reference import_model render finalize pipeline",

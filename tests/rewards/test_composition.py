@@ -49,8 +49,8 @@ def test_a_name_one_part_a_list_and_the_long_form_mean_the_same():
     ("value", "message"),
     [
         ("logik", "did you mean 'logic'"),
-        ({"name": "logic", "python": "a.py:f"}, "exactly one of name, python and judge"),
-        ({"weight": 1.0}, "exactly one of name, python and judge"),
+        ({"name": "logic", "python": "a.py:f"}, "exactly one of name, python, judge and model"),
+        ({"weight": 1.0}, "exactly one of name, python, judge and model"),
         ({"name": "logic", "max_tokens": 3}, "max_tokens is for the part named format"),
         ([{"name": "logic"}, {"name": "logic"}], "two parts have the name 'logic'"),
         ([], "at least 1"),

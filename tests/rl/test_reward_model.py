@@ -15,20 +15,33 @@ import yaml
 from pydantic import ValidationError
 
 from ernie_train.cli.main import main
+from ernie_train.core.errors import NonFiniteError, UserError, WeightsError
+from ernie_train.data import Record, encode_chat
 from ernie_train.io.safetensors import TensorFiles
-from ernie_train.rl import reward_stage
+from ernie_train.rewards.score import Score
+from ernie_train.rewards.scoring import (
+    RewardConfig,
+    RewardModelPart,
+    RewardPart,
+    build_reward,
+)
 from ernie_train.rl.batch import TokenizedCompletion
+from ernie_train.rl.config import RolloutConfig
 from ernie_train.rl.preference_data import TokenizedPair
-from ernie_train.rl.reward_model import (
+from ernie_train.rl.report import reward_model_metrics
+from ernie_train.rl.reward import RewardModelConfig, RewardModelScorer
+from ernie_train.rl.reward import stage as reward_stage
+from ernie_train.rl.reward.model import (
     PairBatch,
     RewardLoss,
     RewardModel,
     ScoreSpread,
     whole_conversation,
 )
-from ernie_train.rl.reward_stage import RewardModelConfig
+from ernie_train.rl.rollout import Rollout
 from ernie_train.train.trainer import Trainer
-from ernie_train.weights import load_pretrained
+from ernie_train.weights import load_pretrained, save_pretrained
+from tests.rl.records import make_scored
 from tests.small_models import make_model
 from tests.workspace import make_workspace, metrics_without_time, rows, write_rows
 
@@ -316,3 +329,121 @@ def test_the_head_is_stored_as_sequence_classifiers_have_it(whole: Path) -> None
     assert {name: stored[name].shape for name in stored} == {
         "score.weight": (1, 32), "score.mean": (1,), "score.std": (1,)
     }  # fmt: skip
+
+
+# ---- as a reward ---------------------------------------------------------------------------------
+
+
+ANSWER = "let me see\n</think>\n\n<response>\n{}\n</response>"
+
+
+def asked(text: str = "What is 2 + 3?", role: str = "user") -> Record:
+    return Record("prompt", [{"role": role, "content": text}])
+
+
+def scorer_of(run_dir: Path, **settings: Any) -> RewardModelScorer:
+    part = RewardModelPart(path=run_dir.name, **settings)
+    return RewardModelScorer(part, run_dir.parent, "float32")
+
+
+def scores_of(scorer: RewardModelScorer, *completions: str, **prompt: Any) -> list[Score]:
+    count = len(completions)
+    return scorer.score(
+        [asked(**prompt)] * count, [{}] * count, completions, stop_requested=lambda: False
+    )
+
+
+def test_a_completion_scores_as_the_conversation_that_it_makes(whole: Path) -> None:
+    """Rendered by the reward model's own template, whoever wrote it; raw, normalized, clipped."""
+    raw = scorer_of(whole, normalize=False, clip=1e6)
+    found = scores_of(raw, ANSWER.format(5), ANSWER.format("none"))
+    head = raw.model.value_head.weight.numpy()[:, 0]
+    for score, answer in zip(found, ("5", "none"), strict=True):
+        turn = {"role": "assistant", "content": answer, "reasoning_content": "let me see"}
+        ids, _ = encode_chat(raw.tokenizer, [*asked().messages, turn])
+        hidden = last_hidden(raw.model, TokenizedCompletion(ids, []))
+        assert score.value == pytest.approx(hidden @ head, rel=1e-4)
+        assert score.status == ("correct" if score.value > 0 else "wrong")
+    assert found[0].value > found[1].value
+    normal = scorer_of(whole)
+    for before, after in zip(found, scores_of(normal, ANSWER.format(5), ANSWER.format("none")),
+                             strict=True):  # fmt: skip
+        assert after.value == pytest.approx((before.value - normal.mean) / normal.std, rel=1e-4)
+    clipped = scores_of(scorer_of(whole, clip=1e-3), ANSWER.format(5), ANSWER.format("none"))
+    assert [score.value for score in clipped] == [1e-3, -1e-3]
+
+
+def test_what_cannot_be_shown_has_the_lowest_score_and_what_is_no_fault_none(whole: Path) -> None:
+    scorer = scorer_of(whole, clip=3.0)
+    call = 'x\n</think>\n\n<tool_call>\n{"name": "f", "arguments": [}\n</tool_call>'
+    found = scores_of(scorer, "never ends", "x\n</think>\n\nno tags", call, ANSWER.format(5))
+    assert [(score.value, score.status) for score in found[:3]] == [(-3.0, "wrong")] * 3
+    assert abs(found[3].value) < 3.0
+    long = ANSWER.format("1 2 3 " * 300)
+    (score,) = scores_of(scorer, long)
+    assert score.status == "infrastructure" and "more than the 256" in score.detail
+    (score,) = scores_of(scorer, ANSWER.format(5), role="narrator")
+    assert score.status == "bad_gold" and "template" in score.detail
+
+
+def test_a_score_that_is_not_finite_is_refused(whole: Path) -> None:
+    scorer = scorer_of(whole)
+    scorer.model.value_head.weight.set_value(np.full((32, 1), np.nan, np.float32))
+    with pytest.raises(NonFiniteError, match="gave a score of nan"):
+        scores_of(scorer, ANSWER.format(5))
+    with pytest.raises(WeightsError, match="must hold finite numbers"):
+        scorer.model.load_head({"score.weight": np.full((1, 32), np.inf, np.float32)})
+
+
+def upo(root: Path, reward: Any) -> dict[str, Any]:
+    return {
+        "name": "rl", "kind": "upo", "data": [{"path": str(root / "test.jsonl")}],
+        "reward": reward, "canaries": 0, "iterations": 2, "micro_batch_size": 8,
+        "rollout": {"prompts_per_iteration": 4, "group_size": 4, "max_new_tokens": 8,
+                    "max_prompt_tokens": 64},
+        "optim": {"lr": 1e-2, "schedule": "constant"}, "checkpoint": {"every_steps": 100},
+    }  # fmt: skip
+
+
+def test_a_stage_composes_it_with_a_verifier(workspace: Path, whole: Path, tmp_path: Path) -> None:
+    """Completions of an untrained policy never answer: all get the lowest score, the same."""
+    model = {"model": {"path": str(whole / "01-rm"), "clip": 2.0}, "weight": 0.5}
+    path = write_recipe(workspace, tmp_path / "rl.yaml", upo(workspace, [{"name": "exact"}, model]))
+    assert run("run", path, "--run-dir", tmp_path / "rl") == 0
+    lines = metrics_without_time(tmp_path / "rl", "01-rl")
+    assert [line["reward_part/reward_model"] for line in lines] == [-2.0, -2.0]
+    assert [(line["reward"], line["accuracy"]) for line in lines] == [(-1.0, 0.0)] * 2
+    assert lines[0]["reward_model/saturated"] == 1.0
+
+
+def test_another_model_is_no_reward_model(workspace: Path, tmp_path: Path, capsys: Any) -> None:
+    save_pretrained(make_model(), tmp_path / "other")
+    reward = {"model": {"path": str(tmp_path / "other")}}
+    path = write_recipe(workspace, tmp_path / "rl.yaml", upo(workspace, reward))
+    assert run("check", path) == 2
+    assert "is no reward model: it lacks score/" in " ".join(capsys.readouterr().err.split())
+
+
+def test_metrics_show_spread_saturation_and_the_length_that_scores_go_with() -> None:
+    part = RewardPart.model_validate({"model": {"path": "x", "clip": 2.0}})
+    values, tokens = [-2.0, -1.0, 1.0, 2.0], [1, 2, 4, 5]
+    groups = [[
+        make_scored(completion_ids=[3] * n, reward_parts={"reward_model": v}, raw_reward=v)
+        for v, n in zip(values, tokens, strict=True)
+    ]]  # fmt: skip
+    rollout = Rollout.of(groups, RolloutConfig(max_new_tokens=8))
+    assert reward_model_metrics(rollout, [RewardPart(name="exact"), part]) == {
+        "reward_model/std": pytest.approx(np.std(values)), "reward_model/saturated": 0.5,
+        "reward_model/length_correlation": pytest.approx(1.0),
+    }  # fmt: skip
+    assert reward_model_metrics(rollout, [RewardPart(name="exact")]) == {}
+
+
+def test_it_scores_in_stages_alone() -> None:
+    reward = build_reward(RewardConfig.model_validate({"model": {"path": "x"}}), Path())
+    with pytest.raises(UserError, match="in stages of kind upo alone"):
+        reward.score_batch([{}], ["x"])
+    given = {"reward_model": [Score(0.5, "correct")]}
+    (found,) = reward.score_batch([{}], ["x"], of_models=given).scores
+    assert (found.value, found.score.status) == (0.5, "correct")
+    reward.close()

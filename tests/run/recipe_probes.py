@@ -276,6 +276,20 @@ PROBES: dict[str, Probe] = {
     "stages[].data[] of kind upo.max_examples": Probe("upo", {"@data.0.max_examples": 3}),
     "stages[].data[] of kind upo.columns": Probe("upo", {"@data.0.columns": {"task": "domain"}}),
     "stages[] of kind upo.reward": Probe("upo", {"@reward": "exact"}),
+    **{
+        f"stages[].reward.parts[].model.{name}": Probe(
+            "upo", {f"@reward.model.{name}": value},
+            {"@reward": {"model": {"path": "{root}/reward_model"}}}, observe,
+        )
+        for name, value, observe in (
+            ("path", "{root}/reward_model2", "run"), ("normalize", False, "run"),
+            ("clip", 0.01, "run"), ("batch_size", 3, "scored"),
+        )
+    },
+    "stages[].reward.parts[].model": Probe(
+        "upo", {"@reward": [{"name": "exact"}, {"model": {"path": "{root}/reward_model"}}]},
+        {"@reward": [{"name": "exact"}]},
+    ),
     "stages[].reward.parts": Probe("upo", {"@reward": {"parts": [{"name": "exact"}]}}),
     "stages[].reward.max_excluded_fraction": Probe(
         "upo", {"@reward.max_excluded_fraction": 1.0},
@@ -285,6 +299,16 @@ PROBES: dict[str, Probe] = {
     "stages[].reward.parts[].python": Probe(
         "upo", {"@reward": {"python": "{root}/reward.py:other"}}
     ),
+    "stages[].reward.parts[].judge.rubric": Probe(
+        "upo", {"rubric": [{"criterion": "is kind"}]}, {"model": "n"}, "judge"
+    ),
+    **{
+        f"stages[].reward.parts[].judge.rubric[].{name}": Probe(
+            "upo", {"rubric": [{"criterion": "is kind", name: value}]},
+            {"rubric": [{"criterion": "is kind"}]}, "judge",
+        )
+        for name, value in {"criterion": "is short", "marks": 2.0, "reference": "please"}.items()
+    },
     "stages[].reward.parts[].judge": Probe("upo", {}, observe="judge"),
     "stages[].reward.parts[].weight": Probe("upo", {"@reward.weight": 2.0}),
     "stages[].reward.parts[].timeout_s": Probe("upo", {"timeout_s": 3.0}, observe="deadline"),

@@ -33,6 +33,7 @@ from ernie_train.model.transformer import DecoderLayer
 from ernie_train.rewards.scoring import composition
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService
 from ernie_train.rewards.scoring.worker import _graded
+from ernie_train.rl.reward import scoring
 from ernie_train.run.recipe import ModelSource, Recipe
 from ernie_train.train.stage import Gate
 from tests.recipe_keys import Key, recipe_keys
@@ -119,6 +120,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     finished(root, recipe_of(root, "sft", {}), root / "of_base")
     finished(root, recipe_of(root, "upo", CRITIC), root / "with_critic")
+    for name, seed in (("reward_model", 1), ("reward_model2", 2)):
+        recipe = recipe_of(root, "reward", {"seed": seed})
+        assert finished(root, recipe, root / name)[0] == "0"
     dumped = recipe_of(root, "upo", {"@rollout.dump": True, "seed": 99})
     finished(root, dumped, root / "dumped")
     (root / "dumped/01-u/rollouts").rename(root / "rollouts")
@@ -255,6 +259,19 @@ class _Spies:
         except GateError as error:
             return str(error)
         return "passed"
+
+    def scored(self, base: str, changes: Changes) -> Any:
+        """The numbers of conversations that a reward model scores at once."""
+        found: list[int] = []
+        original = scoring.sequence_values
+
+        def scored(model: Any, sequences: Any, **options: Any) -> Any:
+            found.append(options["batch_size"])
+            return original(model, sequences, **options)
+
+        self.monkeypatch.setattr(scoring, "sequence_values", scored)
+        self.run(base, changes)
+        return found
 
     def rows(self, base: str, changes: Changes) -> Any:
         source = DataSource(path=str(self.root / "other_columns.jsonl"), **changes)

@@ -5,33 +5,45 @@ reward: row                                        # the verifier that each row 
 reward: {python: my_rewards.py:score}              # a user's function
 reward:
   - {name: row, weight: 1.0}
+  - {model: {path: runs/reward-model}, weight: 0.3}  # a reward model, in stages of kind upo
   - {name: format, weight: 0.1, max_tokens: 2048}
 reward: {max_excluded_fraction: 0.05, parts: [...]}
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
 
-from ernie_train.core.config import StrictConfig
+from ernie_train.core.config import HARMLESS, StrictConfig
 from ernie_train.core.errors import UserError
 from ernie_train.rewards.registry import REWARDS, reward_named
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring.service import Reward, ScoringReport, ScoringService
 from ernie_train.rewards.verifiers.format import format_score
-from ernie_train.rewards.verifiers.llm_judge import LlmJudge
+from ernie_train.rewards.verifiers.llm_judge import Criterion, LlmJudge
 from ernie_train.rewards.verifiers.user import find_user_reward
 
 _SHOWN_EXCLUDED = 5
 
 
+class RubricItem(StrictConfig):
+    """Configure one line of a judge's checklist."""
+
+    criterion: str = Field(min_length=1, description="what the response should do, or should not")
+    marks: float = Field(default=1.0, description="for meeting it; below 0 for a fault")
+    reference: str | None = Field(default=None, description="what meets it, as the judge is told")
+
+
 class LlmJudgeConfig(StrictConfig):
-    """Configure a language model that compares responses with `answer`: verifiers/llm_judge.py."""
+    """Configure a language model that judges responses: verifiers/llm_judge.py.
+
+    It compares them with `answer`, or says which criteria of a rubric they meet.
+    """
 
     url: str = Field(
         pattern=r"^https?://[^/\s]", description="OpenAI-compatible endpoint, up to and with /v1"
@@ -43,16 +55,47 @@ class LlmJudgeConfig(StrictConfig):
     timeout_s: float = Field(default=60.0, gt=0, description="for one request")
     retries: int = Field(default=2, ge=0, le=10, description="further requests after a failure")
     parallel: int = Field(default=8, ge=1, le=256, description="requests at a time")
+    rubric: list[RubricItem] = Field(
+        default=[], description="the checklist of rows that have none of their own"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _earns_marks(self) -> "LlmJudgeConfig":
+        marks = [item.marks for item in self.rubric]
+        if 0.0 in marks:
+            raise ValueError("rubric: a criterion with 0 marks has no effect")
+        if marks and max(marks) < 0:
+            raise ValueError("rubric: no criterion has marks above 0")
+        return self
+
+
+class RewardModelPart(StrictConfig):
+    """Configure a reward model, which a stage of kind reward trained.
+
+    Its score is that of the whole conversation, rendered by its own tokenizer and template.
+    """
+
+    path: Annotated[
+        str,
+        Field(min_length=1, description="a run, stage, checkpoint or export of a reward model"),
+        HARMLESS,
+    ]
+    normalize: bool = Field(
+        default=True, description="less the mean, through the deviation, of its training scores"
+    )
+    clip: float = Field(default=5.0, gt=0, description="bound of a score's size")
+    batch_size: int = Field(default=16, ge=1, description="conversations scored at once")
 
 
 class RewardPart(StrictConfig):
-    """Configure one part: exactly one of `name`, `python` and `judge`."""
+    """Configure one part: exactly one of `name`, `python`, `judge` and `model`."""
 
     name: str | None = Field(
         default=None, description="a verifier's name, or `row`: the one in each row's `reward`"
     )
     python: str | None = Field(default=None, description="file.py:function, beside the recipe")
     judge: LlmJudgeConfig | None = None
+    model: RewardModelPart | None = None
     weight: float = Field(default=1.0, description="what its value is multiplied by")
     max_tokens: int | None = Field(
         default=None, ge=1, description="of `format` only: longer completions lose half of it"
@@ -63,9 +106,9 @@ class RewardPart(StrictConfig):
 
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> "RewardPart":
-        given = [k for k in ("name", "python", "judge") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError("exactly one of name, python and judge must be given")
+        kinds = ("name", "python", "judge", "model")
+        if sum(getattr(self, kind) is not None for kind in kinds) != 1:
+            raise ValueError("exactly one of name, python, judge and model must be given")
         if self.name is not None and self.name != "row":
             try:
                 reward_named(self.name)
@@ -82,7 +125,12 @@ class RewardPart(StrictConfig):
         """Return the name under which the part's values are logged."""
         if self.python is not None:
             return self.python.rpartition(":")[2]
-        return self.name or "judge"
+        return self.name or ("judge" if self.judge is not None else "reward_model")
+
+    @property
+    def span(self) -> float:
+        """Return by how much two values of the part may differ, before its weight."""
+        return 1.0 if self.model is None else 2.0 * self.model.clip
 
 
 class RewardConfig(StrictConfig):
@@ -120,8 +168,9 @@ class ComposedScore:
     """Hold the reward of one completion.
 
     value: the sum of weight times value over the parts. score: the score of the verifier, which is
-    the first part other than format; if some part could not grade the completion, the score of that
-    part, so that `score.trains` is valid for the whole. parts: each part's value by its label.
+    the first part other than format and reward models; if some part could not grade the completion,
+    the score of that part, so that `score.trains` is valid for the whole. parts: each part's value
+    by its label.
     """
 
     value: float
@@ -153,8 +202,11 @@ class ComposedReward:
 
     @property
     def verifier(self) -> RewardPart:
-        """Return the part that decides if a completion is correct: the first other than format."""
-        parts = self.config.parts
+        """Return the part that decides if a completion is correct.
+
+        It is the first other than format and reward models; else a reward model.
+        """
+        parts = sorted(self.config.parts, key=lambda part: part.model is not None)
         return next((part for part in parts if part.name != "format"), parts[0])
 
     def grade_verifier(
@@ -178,14 +230,18 @@ class ComposedReward:
         completions: Sequence[str],
         token_counts: Sequence[int] | None = None,
         *,
+        of_models: Mapping[str, Sequence[Score]] | None = None,
         whole: bool = True,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> ScoredBatch:
         """Grade `completions[i]` for `rows[i]`; `token_counts[i]` is its length in tokens.
 
+        `of_models`: the scores that reward models gave, by the label of their part.
+
         `whole=False`: these are a part of a batch; the caller calls `check_excluded` on all of it.
 
-        Raises UserError if a row names no known verifier, if `max_tokens` is set and `token_counts`
+        Raises UserError if a row names no known verifier, for a reward model whose scores are not
+        given, if `max_tokens` is set and `token_counts`
         are not given, and if more than `max_excluded_fraction` of the batch has no score;
         SandboxUnavailable if there are programs to run and no sandbox.
         """
@@ -199,7 +255,11 @@ class ComposedReward:
             return stopped
 
         pairs = list(zip(rows, completions, strict=True))
-        sent = [(part, reward) for part, reward in self._parts if part.name != "format"]
+        sent = [
+            (part, reward)
+            for part, reward in self._parts
+            if part.name != "format" and part.model is None
+        ]
         items = [
             (reward or _reward_of_row(row), row, text) for _, reward in sent for row, text in pairs
         ]
@@ -211,6 +271,13 @@ class ComposedReward:
         for part in self.config.parts:
             if part.name == "format":
                 columns[part.label] = _format_scores(part, pairs, token_counts)
+            elif part.model is not None:
+                if part.label not in (of_models or {}):
+                    raise UserError(
+                        "a reward model scores in stages of kind upo alone: it needs a policy's "
+                        "device and ranks"
+                    )
+                columns[part.label] = list((of_models or {})[part.label])
         scores = [
             self._compose({part.label: columns[part.label][i] for part in self.config.parts})
             for i in range(len(pairs))
@@ -254,13 +321,14 @@ def build_reward(config: RewardConfig, base_directory: Path) -> ComposedReward:
         if part.python is not None:
             rewards.append(find_user_reward(part.python, base_directory, part.timeout_s))
         elif part.judge is not None:
-            settings = part.judge.model_dump(exclude={"parallel"})
-            judge = LlmJudge(**settings)
+            settings = part.judge.model_dump(exclude={"parallel", "rubric"})
+            rubric = tuple(Criterion(**item.model_dump()) for item in part.judge.rubric)
+            judge = LlmJudge(**settings, rubric=rubric)
             judge.require_key()
             rewards.append(judge)
             workers = max(workers or 0, part.judge.parallel)
         else:
-            rewards.append(None if part.name == "row" else part.name)
+            rewards.append(None if part.name == "row" else part.name)  # None: a model's too
     return ComposedReward(config, rewards, ScoringService(workers))
 
 

@@ -47,11 +47,12 @@ def check_reward_on_reference_answers(
 ) -> int:
     """Grade the canaries of `sample` rows (all, if there are fewer); return their number.
 
-    Only the verifier's score counts, not the format reward; a reward of format alone has no
-    canaries. A user's function need not accept the reference answer: it may mark other things.
-    Raises UserError that shows the rows on which the reward fails.
+    Only the verifier's score counts, not the format reward; a reward without a verifier, of format
+    and reward models alone, has no canaries. A user's function or a rubric need not accept the
+    reference answer: they may mark other things. Raises UserError that shows the rows on which
+    it fails.
     """
-    if reward.verifier.name == "format":
+    if reward.verifier.name == "format" or reward.verifier.model is not None:
         return 0
     chosen = random.Random(f"canaries/{seed}").sample(range(len(rows)), min(sample, len(rows)))
     trials = [trial for index in sorted(chosen) for trial in _canaries(reward, index, rows[index])]
@@ -90,7 +91,7 @@ class _Canary:
 
 def _canaries(reward: ComposedReward, index: int, row: dict[str, Any]) -> Iterator[_Canary]:
     verifier = _verifier_name(reward, row)
-    if reward.verifier.python is None:
+    if reward.verifier.python is None and not _has_rubric(reward, row):
         gold = build_reference_completion(verifier, row)
         yield _Canary(index, _REFERENCE, gold)
         if gold is None:
@@ -118,6 +119,11 @@ def _verifier_name(reward: ComposedReward, row: dict[str, Any]) -> str:
     """Return the name of the verifier, which decides how a reference completion is built."""
     name = reward.verifier.name
     return str(row.get("reward")) if name == "row" else name or "judge"
+
+
+def _has_rubric(reward: ComposedReward, row: dict[str, Any]) -> bool:
+    judge = reward.verifier.judge
+    return judge is not None and bool(judge.rubric or row.get("rubric"))
 
 
 def _short(row: dict[str, Any]) -> str:

@@ -144,7 +144,7 @@ class UpoConfig(StageConfig):
             problems.append("pairs need a micro_batch_size of at least 2: both go through together")
         if not makes_pairs and self.policy.coef == 0:
             problems.append("policy.coef is 0 and pairs come from a file: that is kind: dpo")
-        highest = sum(abs(part.weight) for part in self.reward.parts)
+        highest = sum(abs(part.weight) * part.span for part in self.reward.parts)
         highest += self.rollout.truncation_penalty
         if preference.margin > highest:
             problems.append(
@@ -190,6 +190,7 @@ class UpoConfig(StageConfig):
             self.critic.path if self.critic else None,
             self.rollout.replay,
             *(part.python and part.python.rpartition(":")[0] for part in self.reward.parts),
+            *(part.model.path for part in self.reward.parts if part.model is not None),
         ):
             if path is not None:
                 found.append(path)

@@ -16,11 +16,14 @@ from ernie_train.core.errors import Interrupted
 from ernie_train.data import MappedRows
 from ernie_train.eval.gates import check_metric
 from ernie_train.io.metrics_log import PendingLine, StageMetrics
-from ernie_train.rl.data import PromptReport
 from ernie_train.rl.estimators import sequence_values
-from ernie_train.rl.pairs import OfflinePairSource
-from ernie_train.rl.preference_data import TokenizedPair, read_fitting_pairs
-from ernie_train.rl.reward_model import (
+from ernie_train.rl.preference_data import (
+    OfflinePairSource,
+    PromptReport,
+    TokenizedPair,
+    read_fitting_pairs,
+)
+from ernie_train.rl.reward.model import (
     SCORE,
     PairBatch,
     RewardLoss,
