@@ -37,6 +37,7 @@ from ernie_train.run.proof import (
     Comparison,
     Receipt,
     Referee,
+    Trace,
     compare,
     differing_tensors,
     own_logits,
@@ -92,7 +93,6 @@ def export(
         beside: what lies beside weights and tokenizer.
         referee: a Python interpreter with torch and transformers that reads the directory back;
             by default this one if it has them, else this toolkit's own reader does.
-
         interruptible: makes the context of what a stop may cut off; `Interrupted` leaves an export
             without a receipt.
 
@@ -103,25 +103,7 @@ def export(
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
     prompts = comparison_prompts(tokenizer, seed)
     expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
-    with consensus.fail_together(), interruptible():
-        python = referee or default_referee()
-    if python is None:
-        found = load_pretrained(directory, dtype="float32")
-        result = compare(expected, own_logits(found, expected.sequences))
-        reader = "ernie_train"
-        note = (
-            "torch is not installed here: the export was read back by this toolkit's own reader, "
-            "which proves the files, not that transformers computes the same"
-        )
-    else:
-        judge = Referee(python)
-
-        def judged() -> tuple[Comparison, str]:
-            with interruptible():
-                return compare(expected, judge.logits(directory, expected.sequences)), judge.reader
-
-        result, reader = consensus.run_on_main(judged)
-        note = "the export was loaded by transformers from the directory alone"
+    result, reader, note = _read_back(directory, expected, referee, interruptible)
     entries = tensor_entries(model, dtype)
     with consensus.fail_together():
         odd = differing_tensors(directory, entries)
@@ -140,6 +122,36 @@ def export(
                 f"{directory}: the exported model differs from the trained one: {receipt.complaint}"
             )
     return receipt
+
+
+def _read_back(
+    directory: Path,
+    expected: Trace,
+    referee: str | None,
+    interruptible: Callable[[], AbstractContextManager[None]],
+) -> tuple[Comparison, str, str]:
+    """Compare the logits of an export with `expected`: the comparison, who read it, what it proves.
+
+    Every rank must call it.
+    """
+    with consensus.fail_together(), interruptible():
+        python = referee or default_referee()
+    if python is None:
+        found = load_pretrained(directory, dtype="float32")
+        result = compare(expected, own_logits(found, expected.sequences))
+        note = (
+            "torch is not installed here: the export was read back by this toolkit's own reader, "
+            "which proves the files, not that transformers computes the same"
+        )
+        return result, "ernie_train", note
+    judge = Referee(python)
+
+    def judged() -> tuple[Comparison, str]:
+        with interruptible():
+            return compare(expected, judge.logits(directory, expected.sequences)), judge.reader
+
+    result, reader = consensus.run_on_main(judged)
+    return result, reader, "the export was loaded by transformers from the directory alone"
 
 
 def require_change(weights: Path, dtype: str) -> None:

@@ -36,6 +36,7 @@ from ernie_train.io.files import (
     write_text,
 )
 from ernie_train.io.safetensors import (
+    TensorEntry,
     TensorFiles,
     array_entries,
     parse_size,
@@ -164,29 +165,23 @@ class CheckpointStore:
             ConfigError: `best_metric` is not among the metrics; raised after writing.
         """
         plain, arrays = _split_state(state)
-        state_entries = array_entries(arrays)
         text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
         values = {name: float(value) for name, value in (metrics or {}).items()}
         path = self.path_of(step)
         consensus.run_on_main(self.sweep)
+        size = self.config.max_shard_size
+        named = {"optimizer": optimizer, **(parts or {}), "state": arrays}
+        entries = {name: array_entries(held) for name, held in named.items()}
+        if not process_group.is_main():
+            entries["state"] = []
 
         def write(directory: Path) -> dict[str, FileDigest]:
-            size = self.config.max_shard_size
             only = saved_parameters(model)
             digests = write_weights(model, directory, max_shard_size=size, only=only)
             digests |= write_part(model, directory)
-            if process_group.any_rank(bool(optimizer)):
-                entries = array_entries(optimizer)
-                digests |= write_tensor_files(directory, "optimizer", entries, size)
-            for name, named in (parts or {}).items():
-                folder, _, stem = name.rpartition("/")
-                with consensus.fail_together(), storage_errors("cannot write", directory):
-                    (directory / folder).mkdir(exist_ok=True)
-                written = write_tensor_files(directory / folder, stem, array_entries(named), size)
-                digests |= {f"{folder}/{file}": digest for file, digest in written.items()}
-            if process_group.any_rank(bool(arrays)):
-                mine = state_entries if process_group.is_main() else []
-                digests |= write_tensor_files(directory, "state", mine, size)
+            for name, own in entries.items():
+                if process_group.any_rank(bool(own)):
+                    digests |= _write_arrays(directory, name, own, size)
             with consensus.fail_together():
                 if process_group.is_main():
                     write_text(directory / "state.json", text + "\n")
@@ -332,6 +327,17 @@ def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.nd
 
 
 # ---- state as JSON and arrays ------------------------------------------------------------------
+
+
+def _write_arrays(
+    directory: Path, name: str, entries: list[TensorEntry], size: int | str
+) -> dict[str, FileDigest]:
+    """Write the entries of all ranks to `name`*.safetensors; a name may hold a folder."""
+    folder, _, stem = name.rpartition("/")
+    with consensus.fail_together(), storage_errors("cannot write", directory):
+        (directory / folder).mkdir(exist_ok=True)
+    written = write_tensor_files(directory / folder, stem, entries, size)
+    return {str(Path(folder, file)): digest for file, digest in written.items()}
 
 
 def _split_state(
