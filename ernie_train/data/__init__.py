@@ -7,9 +7,9 @@ from ernie_train.data.chat import (
     encode_conversation,
     prompt_ids,
     render_chat,
-    require_chat_template,
 )
 from ernie_train.data.chat_template import SHIPPED_TEMPLATES, ChatTemplate, shipped_template
+from ernie_train.data.conversation import require_chat_template
 from ernie_train.data.documents import DocumentBuilder, Documents, EncodedDocument
 from ernie_train.data.files import find_files
 from ernie_train.data.formats import Column, Columns, MappedRows, parse_columns

@@ -7,7 +7,8 @@ from typing import Any
 
 from ernie_train.core.errors import DataError
 from ernie_train.data.cache import DocumentStore, cache_directory, exclusive
-from ernie_train.data.chat import ChatTraining, require_chat_template
+from ernie_train.data.chat import ChatTraining
+from ernie_train.data.conversation import require_chat_template
 from ernie_train.data.documents import Documents
 from ernie_train.data.encoding import (
     DEFAULT_OVERLONG,

@@ -24,7 +24,7 @@ PACKAGES: dict[str, str] = {
     " attention token_dispatcher moe transformer lora partial numpy_layers numpy_decoder",
     "model.attention": "blocked online flashmask layer",
     "data": "completion_format documents cache formats files reader packing loader chat_template"
-    " tokenizer report chat_messages chat encoding sources",
+    " tokenizer report chat_messages conversation chat encoding sources",
     "data.formats": "values columns messages record kinds",
     "data.files": "find rows",
     "data.tokenizer": "sentencepiece_proto hf_files base huggingface paddlenlp"
