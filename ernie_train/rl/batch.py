@@ -262,10 +262,18 @@ def minibatches(
 ) -> list[Minibatch]:
     """Deal groups and pairs out into `count` minibatches, groups in an order that `key` gives.
 
-    A pair of a group's completions goes where its group goes; pairs of others in turn. Without
-    `train_groups` only pairs are learnt from. Empty minibatches are left out.
+    Groups without a trained completion or a pair are left out. A pair of a group's completions goes
+    where its group goes; pairs of others in turn. Without `train_groups` only pairs are learnt
+    from. Empty minibatches are left out.
     """
-    order = permutation(batch.num_groups, *key)
+    places = [
+        *filter(batch.is_trained, range(batch.num_in_groups)),
+        *(p.chosen for p in batch.pairs),
+    ]
+    groups_that_teach = np.unique(
+        [p // batch.group_size for p in places if p < batch.num_in_groups]
+    )
+    order = groups_that_teach[permutation(len(groups_that_teach), *key)]
     group_home: dict[int, int] = {}
     found = [Minibatch([], []) for _ in range(count)]
     for home, groups in enumerate(np.array_split(order, count)):

@@ -153,10 +153,9 @@ def _reference_logprobs(
     if reference is None:
         return []
     with adapter_off(reference):
-        logprobs, _ = sequence_logprobs(
+        return sequence_logprobs(
             reference, sequences, temperature=1.0, batch_size=config.micro_batch_size
-        )
-    return logprobs
+        ).logprobs
 
 
 def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str, Any]:

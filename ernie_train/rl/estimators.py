@@ -8,7 +8,7 @@ Shapes: N sampled tokens of a micro-batch, P prompts, G completions of a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import paddle
@@ -95,6 +95,17 @@ def _evaluate(
     return [arrays[index] for index in range(len(sequences))], [rest for _, rest in found]
 
 
+class SequenceLogprobs(NamedTuple):
+    """Logprobs of every sequence's completion, and means over the tokens of all.
+
+    experts_changed is the share of tokens that the model sends to other experts than sampling did.
+    """
+
+    logprobs: list[np.ndarray]
+    entropy: float | None
+    experts_changed: float | None
+
+
 def sequence_logprobs(
     model: Ernie4_5_MoeForCausalLM,
     sequences: Sequence[TokenizedCompletion],
@@ -102,26 +113,37 @@ def sequence_logprobs(
     temperature: float,
     batch_size: int,
     sampled_experts: Sequence[np.ndarray | None] = (),
-) -> tuple[list[np.ndarray], float | None]:
+    with_entropy: bool = False,
+) -> SequenceLogprobs:
     """Return logprobs of every sequence's completion; every rank must call it.
 
-    sampled_experts: the experts [tokens, MoE layers, K] that each sequence was sampled with. The
-    second result is the share of tokens that the model sends to others now; None where any is
-    unknown.
+    sampled_experts: the experts [tokens, MoE layers, K] that each sequence was sampled with; the
+    share of changed ones is None where any is unknown.
     """
 
-    def compute(batch: MicroBatch, indices: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
-        logprobs, _, router_stats = policy_logprobs(model, batch, temperature=temperature)
+    def compute(batch: MicroBatch, indices: list[int]) -> tuple[np.ndarray, _Seen]:
+        logprobs, entropy, router_stats = policy_logprobs(
+            model, batch, temperature=temperature, with_entropy=with_entropy
+        )
         sampled = [sampled_experts[index] for index in indices] if sampled_experts else []
-        return logprobs.numpy(), _changed_experts(batch, sampled, router_stats)
+        changed = _changed_experts(batch, sampled, router_stats)
+        return logprobs.numpy(), (None if entropy is None else entropy.numpy(), changed)
 
     training = model.training
     model.eval()
-    arrays, changed = _evaluate(model, sequences, batch_size, compute)
+    arrays, seen = _evaluate(model, sequences, batch_size, compute)
     if training:
         model.train()
-    known = [flags for flags in changed if flags is not None]
-    return arrays, float(np.concatenate(known).mean()) if known else None
+    entropies, changed = ([found[at] for found in seen] for at in (0, 1))
+    return SequenceLogprobs(arrays, _mean(entropies), _mean(changed))
+
+
+_Seen = tuple[np.ndarray | None, np.ndarray | None]  # entropies and changed experts [N]
+
+
+def _mean(arrays: list[np.ndarray | None]) -> float | None:
+    known = [array for array in arrays if array is not None]
+    return float(np.concatenate(known).mean(dtype=np.float64)) if known else None
 
 
 def _changed_experts(
@@ -185,16 +207,31 @@ def group_relative_advantages(
     *,
     scale: AdvantageScale,
     baseline: AdvantageBaseline = "mean",
+    verdicts: np.ndarray | None = None,
+    verdict_weight: float = 1.0,
     penalties: Sequence[np.ndarray] = (),
 ) -> list[np.ndarray]:
     """Give every token of a completion the same advantage: its reward against its group's.
 
-    rewards, valid [P,G]; lengths and penalties per sequence, group after group.
+    rewards, valid [P,G]; verdicts [P,G]: the verifier's share of the rewards, its marks times
+    `verdict_weight` (None: all of them); lengths and penalties per sequence, group after group.
+
+    "std" divides the verdicts by their deviation in the group, and what stands beside them (format,
+    length, KL) by half their range in any group, as it is where half of a group is right: divided
+    by its own deviation a small part would weigh as much as the verdict in a group that is all
+    right but for it.
     """
+    verdicts = rewards if verdicts is None else verdicts
+    beside = rewards - verdicts
     if penalties:
-        sums = [array.sum() for array in penalties]
-        rewards = rewards - np.array(sums).reshape(rewards.shape)
-    table = group_advantages(rewards, valid, scale=scale, baseline=baseline)
+        sums = [array.sum(dtype=np.float64) for array in penalties]
+        beside -= np.array(sums).reshape(rewards.shape)
+    if scale == "none":
+        table = group_advantages(verdicts + beside, valid, scale="none", baseline=baseline)
+    else:
+        apart = group_advantages(beside, valid, scale="none", baseline=baseline)
+        table = group_advantages(verdicts, valid, scale=scale, baseline=baseline)
+        table = table + apart / (abs(verdict_weight) / 2)
     return [
         np.full(length, advantage, np.float32)
         for length, advantage in zip(lengths, table.reshape(-1), strict=True)

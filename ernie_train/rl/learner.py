@@ -11,7 +11,7 @@ import numpy as np
 from ernie_train import parallel
 from ernie_train.core import consensus
 from ernie_train.core.errors import ErnieTrainError
-from ernie_train.losses import explained_variance, kl_estimate
+from ernie_train.losses import KlKind, explained_variance, kl_estimate
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
@@ -71,46 +71,52 @@ class Learner:
     # ---- before the update -----------------------------------------------------------------------
 
     def prepare(
-        self, kept: Rollout, online: Sequence[PreferencePair], offline: Sequence[NumberedPair]
+        self, rollout: Rollout, online: Sequence[PreferencePair], offline: Sequence[NumberedPair]
     ) -> tuple[RolloutBatch, dict[str, float]]:
-        """Compute logprobs, values and advantages of what the iteration learns from.
+        """Compute logprobs, values and advantages of all that was sampled, and what they say.
 
-        kept: the informative groups; online: pairs of their completions; offline: other pairs.
-        Raises `ErnieTrainError` where sampling and update disagree on logprobs.
+        online: pairs of the rollout's completions; offline: other pairs. Entropy and KL are means
+        over all of the rollout: groups without a difference are the most certain ones. Raises
+        `ErnieTrainError` where sampling and update disagree on logprobs.
         """
-        batch = _assemble(kept, online, offline)
+        trained = rollout.trained(every_group=self.config.learns_from_every_group)
+        batch = _assemble(rollout, trained, online, offline)
         metrics: dict[str, float] = {}
-        if kept.groups:
-            batch, metrics = self._with_old_logprobs(batch, kept)
-        if self.reference is not None:
+        if rollout.groups:
+            batch, metrics = self._with_old_logprobs(batch, rollout)
+        if self.reference is not None and batch.sequences:
             # Those of offline pairs are computed in each iteration, though they do not change: the
             # last bit of a logprob depends on what shares its micro-batch, and an iteration must
             # not depend on earlier ones.
             with adapter_off(self.reference):
-                reference, _ = sequence_logprobs(
+                reference = sequence_logprobs(
                     self.reference,
                     batch.sequences,
                     temperature=self.config.rollout.temperature,
                     batch_size=self.config.micro_batch_size,
-                )
+                ).logprobs
             batch = replace(batch, ref_logprobs=reference)
-        if kept.groups:
-            batch, more = self._with_advantages(batch, kept)
+        if rollout.groups:
+            if self.reference is not None:
+                metrics["kl"] = float(np.mean(np.concatenate(_kl(batch, "k3")), dtype=np.float64))
+            batch, more = self._with_advantages(batch, rollout)
             metrics |= more
         return batch, metrics
 
     def _with_old_logprobs(
-        self, batch: RolloutBatch, kept: Rollout
+        self, batch: RolloutBatch, rollout: Rollout
     ) -> tuple[RolloutBatch, dict[str, float]]:
-        completions = kept.completions()
-        logprobs, changed = sequence_logprobs(
+        completions = rollout.completions()
+        logprobs, entropy, changed = sequence_logprobs(
             self.policy,
             completions,
             temperature=self.config.rollout.temperature,
             batch_size=self.config.micro_batch_size,
             sampled_experts=[c.expert_ids for c in completions],
+            with_entropy=True,
         )
-        metrics = {} if changed is None else {"experts_changed": changed}
+        known = {"entropy": entropy, "experts_changed": changed}
+        metrics = {name: value for name, value in known.items() if value is not None}
         sampled = [c.sampled_logprobs for c in completions]
         metrics["logprob_mismatch"] = self._mismatch(logprobs, sampled)
         return replace(batch, old_logprobs=logprobs), metrics
@@ -134,36 +140,39 @@ class Learner:
         return mismatch
 
     def _with_advantages(
-        self, batch: RolloutBatch, kept: Rollout
+        self, batch: RolloutBatch, rollout: Rollout
     ) -> tuple[RolloutBatch, dict[str, float]]:
-        config, completions = self.config, kept.completions()
-        rewards = kept.rewards
-        if config.policy.normalize_rewards == "domain":
+        config, completions = self.config, rollout.completions()
+        rewards, valid = rollout.rewards, rollout.valid
+        if config.normalizes_by_domain:
             domains = np.array([c.domain for c in completions]).reshape(rewards.shape)
-            rewards = normalize_by_domain(rewards, kept.valid, domains)
+            rewards = normalize_by_domain(rewards, valid, domains)
         lengths = [c.num_sampled for c in completions]
         penalties = self._kl_penalties(batch)
         if self.critic is None or config.critic is None:
+            weight = config.reward.verifier.weight
             advantages = group_relative_advantages(
                 rewards,
-                kept.valid,
+                valid,
                 lengths,
                 scale=config.policy.advantage_scale,
                 baseline=config.policy.baseline or "mean",
+                verdicts=None if config.normalizes_by_domain else weight * rollout.marks,
+                verdict_weight=weight,
                 penalties=penalties,
             )
             return replace(batch, advantages=advantages), {}
         values = sequence_values(self.critic.model, completions, batch_size=config.micro_batch_size)
         advantages, returns = gae_advantages(
             rewards,
-            kept.valid,
+            valid,
             values,
             gamma=config.critic.gamma,
             lam=config.critic.lam,
             policy_lam=config.critic.policy_lam,
             penalties=penalties,
         )
-        mask = np.repeat(kept.valid.reshape(-1).astype(np.float32), lengths)
+        mask = np.repeat(valid.reshape(-1).astype(np.float32), lengths)
         variance = explained_variance(np.concatenate(values), np.concatenate(returns), mask)
         metrics = {} if variance is None else {"value/explained_variance": variance}
         return replace(batch, values=values, advantages=advantages, returns=returns), metrics
@@ -173,9 +182,7 @@ class Learner:
         kl = self.config.policy.kl
         if kl is None or not kl.coef_in_reward:
             return []
-        old = [array for array in batch.old_logprobs if array is not None]
-        reference = [array for array in batch.ref_logprobs[: len(old)] if array is not None]
-        return [kl.coef * kl_estimate(o, r, "k1") for o, r in zip(old, reference, strict=True)]
+        return [kl.coef_in_reward * estimate for estimate in _kl(batch, "k1")]
 
     # ---- the update ------------------------------------------------------------------------------
 
@@ -266,11 +273,22 @@ class Learner:
             self.critic.step = state["critic_step"]
 
 
+def _kl(batch: RolloutBatch, kind: KlKind) -> list[np.ndarray]:
+    """Return the KL estimate of each token of the groups, before the update."""
+    pairs = zip(batch.old_logprobs, batch.ref_logprobs, strict=False)  # those of pairs come behind
+    return [
+        kl_estimate(old, ref, kind) for old, ref in pairs if old is not None and ref is not None
+    ]
+
+
 def _assemble(
-    kept: Rollout, online: Sequence[PreferencePair], offline: Sequence[NumberedPair]
+    rollout: Rollout,
+    trained: np.ndarray,
+    online: Sequence[PreferencePair],
+    offline: Sequence[NumberedPair],
 ) -> RolloutBatch:
     """Line sequences and pairs up: completions of the groups, then each offline one once."""
-    sequences: list[TokenizedCompletion] = list(kept.completions())
+    sequences: list[TokenizedCompletion] = list(rollout.completions())
     pairs = list(online)
     place: dict[int, PreferencePair] = {}
     for number, pair in offline:
@@ -278,10 +296,8 @@ def _assemble(
             place[number] = PreferencePair(len(sequences), len(sequences) + 1)
             sequences += pair.completions
         pairs.append(place[number])
-    num_groups, group_size = kept.rewards.shape
-    return RolloutBatch(
-        sequences, pairs, num_groups, group_size, policy_mask=kept.valid.reshape(-1)
-    )
+    num_groups, group_size = trained.shape
+    return RolloutBatch(sequences, pairs, num_groups, group_size, policy_mask=trained.reshape(-1))
 
 
 def term_norms(
@@ -325,5 +341,4 @@ def _policy_loss(config: UpoConfig) -> UpoLoss:
         kl_coef=kl.coef if kl else 0.0,
         kl_kind=kl.kind_in_loss if kl else None,
         pairs=PairTerm.of(preference, preference.coef) if preference else None,
-        has_reference=config.needs_reference,
     )

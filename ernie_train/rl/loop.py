@@ -198,8 +198,8 @@ class _UpoLoop:
         if iteration % every == 0 or iteration == last:
             self._save()
 
-    def _append_samples(self, iteration: int, rollout: Rollout, batch: RolloutBatch | None) -> None:
-        advantages = mean_advantages(rollout, batch)
+    def _append_samples(self, iteration: int, rollout: Rollout, batch: RolloutBatch) -> None:
+        advantages = mean_advantages(batch)
         prompts, count = self.prepared.prompts, self.config.samples_per_iteration
         with consensus.fail_together():
             if process_group.is_main():
@@ -208,26 +208,26 @@ class _UpoLoop:
 
     def _learn(
         self, iteration: int, rollout: Rollout, offline: OfflinePairSource | None
-    ) -> tuple[RolloutBatch | None, dict[str, float]]:
-        """Update the weights on a rollout; return the batch, if any, and metrics."""
-        kept = rollout.only_informative()
-        metrics = rollout_metrics(rollout)
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        """Update the weights on a rollout, if it teaches anything; return the batch and metrics."""
+        metrics = rollout_metrics(rollout, every_group=self.config.learns_from_every_group)
         metrics |= reward_model_metrics(rollout, self.config.reward.parts)
         online: list[PreferencePair] = []
         preference = self.config.preference
         if preference is not None and preference.uses_online:
-            online, counts = best_worst_pairs(kept, preference.margin)
+            online, counts = best_worst_pairs(rollout, preference.margin)
             metrics |= pair_metrics(counts)
         given = offline.take(iteration) if offline is not None else []
-        if not (kept.groups or online or given):
+        batch, estimated = self.learner.prepare(rollout, online, given)
+        metrics |= estimated
+        if not (batch.pairs or any(map(batch.is_trained, range(batch.num_in_groups)))):
             self.writer.note(
-                f"iteration {iteration}: no group differs in reward: nothing was learnt"
+                f"iteration {iteration}: no group differs in its verdicts: nothing was learnt"
             )
-            return None, metrics
-        batch, estimated = self.learner.prepare(kept, online, given)
+            return batch, metrics
         self._leave_if_asked(f"before the update of iteration {iteration}")
         self.state.is_updating = True
-        return batch, metrics | estimated | self.learner.update(batch, iteration, self.health)
+        return batch, metrics | self.learner.update(batch, iteration, self.health)
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         settings = self.config.evaluation

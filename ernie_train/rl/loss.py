@@ -16,7 +16,6 @@ from ernie_train.losses import (
     dpo_loss,
     implicit_rewards,
     ipo_loss,
-    kl_estimate,
     kl_loss,
     policy_loss,
     simpo_loss,
@@ -147,10 +146,9 @@ class UpoLoss:
     kl_coef: float = 0.0
     kl_kind: KlInLossKind | None = None
     pairs: PairTerm | None = None
-    has_reference: bool = False
 
     def counts(self, batch: MicroBatch) -> dict[str, float]:
-        coefs = {"policy": self.policy_coef, "entropy": self.entropy_coef}
+        coefs = {"policy": self.policy_coef, "entropy_loss": self.entropy_coef}
         if self.kl_kind is not None:
             coefs["kl_loss"] = self.kl_coef
         count = self._count(batch)
@@ -174,7 +172,7 @@ class UpoLoss:
 
     def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: MicroBatch) -> LossOutput:
         logprobs, entropy, router_stats = policy_logprobs(
-            model, batch, temperature=self.temperature, with_entropy=True
+            model, batch, temperature=self.temperature, with_entropy=self.entropy_coef > 0
         )
         counts = self.counts(batch)
         terms: list[LossTerm] = []
@@ -207,19 +205,16 @@ class UpoLoss:
             )
             terms.append(LossTerm("policy", total, counts["policy"], self.policy_coef))
             metrics["clip_ratio"] = Mean(float(clipped), tokens)
-        if entropy is not None:
+        if entropy is not None and "entropy_loss" in counts:
             kept = entropy * mask
-            metrics["entropy"] = Mean(float(kept.sum()), tokens)
-            if "entropy" in counts:
-                total = (kept if weights is None else kept * weights).sum()
-                terms.append(LossTerm("entropy", total, counts["entropy"], -self.entropy_coef))
-        if self.has_reference:
+            total = (kept if weights is None else kept * weights).sum()
+            terms.append(
+                LossTerm("entropy_loss", total, counts["entropy_loss"], -self.entropy_coef)
+            )
+        if self.kl_kind is not None and "kl_loss" in counts:
             reference = _tensor(batch.ref_logprobs)
-            estimate = kl_estimate(logprobs.detach(), reference, "k3") * mask
-            metrics["kl"] = Mean(float(estimate.sum()), tokens)
-            if "kl_loss" in counts and self.kl_kind is not None:
-                total = kl_loss(logprobs, reference, mask, kind=self.kl_kind, weights=weights)
-                terms.append(LossTerm("kl_loss", total, counts["kl_loss"], self.kl_coef))
+            total = kl_loss(logprobs, reference, mask, kind=self.kl_kind, weights=weights)
+            terms.append(LossTerm("kl_loss", total, counts["kl_loss"], self.kl_coef))
         return terms, metrics
 
 

@@ -33,8 +33,8 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "frac_reward_zero_std",
         lambda value: value > 0.8,
-        "{:.0%} of the groups have one reward for all completions and teach nothing: take prompts "
-        "of middling difficulty, a larger rollout.group_size, or rollout.refill_rounds",
+        "{:.0%} of the groups have one verdict for all completions, which teaches nothing: take "
+        "prompts of middling difficulty, a larger rollout.group_size, or rollout.refill_rounds",
     ),
     (
         "kl",
@@ -99,16 +99,19 @@ class HealthWarnings:
                 self._warnings.check(number, is_wrong(value), told)
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return rewards, lengths and the number of trained groups; empty without rollouts."""
+def rollout_metrics(rollout: Rollout, *, every_group: bool = False) -> dict[str, float]:
+    """Return rewards, lengths and the number of trained groups; empty without rollouts.
+
+    every_group: the policy learns from groups of equal verdicts too.
+    """
     completions = rollout.completions()
     if not completions:
         return {}
-    kept = int(rollout.informative.sum())
+    kept = int(rollout.trained(every_group=every_group).any(-1).sum())
     metrics: dict[str, float] = {
         "completions/mean_length": float(np.mean([c.num_sampled for c in completions])),
         "completions/truncated": float(np.mean([not c.finished for c in completions])),
-        "frac_reward_zero_std": 1.0 - kept / len(rollout.groups),
+        "frac_reward_zero_std": 1.0 - float(rollout.informative.mean()),
         "groups_trained": kept,
         "prompts_per_trained_group": len(rollout.groups) / max(1, kept),
     }
@@ -208,14 +211,13 @@ def append_samples(
         file.writelines(lines)
 
 
-def mean_advantages(rollout: Rollout, batch: RolloutBatch | None) -> dict[int, float]:
-    """Return the mean advantage of each trained completion, by place in the whole rollout."""
-    if batch is None:
-        return {}
-    size = batch.group_size
-    places = [g * size + i for g in np.flatnonzero(rollout.informative) for i in range(size)]
-    pairs = zip(places, batch.advantages, strict=True)
-    return {int(at): float(array.mean()) for at, array in pairs if array is not None}
+def mean_advantages(batch: RolloutBatch) -> dict[int, float]:
+    """Return the mean advantage of each trained completion, by place in the rollout."""
+    return {
+        at: float(array.mean())
+        for at, array in enumerate(batch.advantages)
+        if array is not None and batch.is_trained(at)
+    }
 
 
 def evaluate_held_out(

@@ -60,13 +60,15 @@ PromptGroup = Sequence[ScoredCompletion]
 class Rollout:
     """An iteration's groups with their rewards, and which of them the policy may learn from.
 
-    rewards [P,G] is the raw reward less the penalty for length; valid [P,G] says which
-    completions have a verdict and are not masked; informative [P] which groups teach something,
-    since their rewards differ.
+    rewards [P,G] is the raw reward less the penalty for length; marks [P,G] what the verifier alone
+    gave; valid [P,G] says which completions have a verdict and are not masked; informative [P]
+    which groups differ in the verifier's mark: a part that stands beside it, such as format, makes
+    no group informative.
     """
 
     groups: list[PromptGroup]
     rewards: np.ndarray
+    marks: np.ndarray
     valid: np.ndarray
     informative: np.ndarray
 
@@ -77,29 +79,30 @@ class Rollout:
         masks = config.truncated == "mask"
         flat = [c for group in groups for c in group]
         rewards = [
-            c.raw_reward - config.length_penalty(len(c.completion_ids), finished=c.finished)
-            for c in flat
+            c.raw_reward - config.length_penalty(c.num_sampled, finished=c.finished) for c in flat
         ]
         valid = [c.score.trains and not (masks and not c.finished) for c in flat]
         reward_table = np.array(rewards, np.float64).reshape(shape)
+        marks = np.array([c.score.value for c in flat], np.float64).reshape(shape)
         valid_table = np.array(valid, bool).reshape(shape)
         if not groups:
             informative = np.zeros(0, bool)
         elif shape[1] == 1:
             informative = valid_table[:, 0]
         else:
-            informative = np.asarray(varied_groups(reward_table, valid_table), bool)
-        return cls(list(groups), reward_table, valid_table, informative)
+            informative = np.asarray(varied_groups(marks, valid_table), bool)
+        return cls(list(groups), reward_table, marks, valid_table, informative)
 
     def completions(self) -> list[ScoredCompletion]:
         """Return all completions, group after group."""
         return [completion for group in self.groups for completion in group]
 
-    def only_informative(self) -> Rollout:
-        """Return the rollout of the groups whose rewards differ."""
-        keep = self.informative
-        groups = [group for group, kept in zip(self.groups, keep, strict=True) if kept]
-        return Rollout(groups, self.rewards[keep], self.valid[keep], keep[keep])
+    def trained(self, *, every_group: bool) -> np.ndarray:
+        """Return which completions the policy learns from, bool [P,G].
+
+        They are the valid ones of informative groups, or of `every_group`.
+        """
+        return self.valid & (self.informative[:, None] | every_group)
 
 
 class PromptOrder:
@@ -185,7 +188,7 @@ class RolloutSampler:
         return Rollout.of(groups, config)
 
     def _sample_until_informative(self, iteration: int) -> list[PromptGroup]:
-        """Sample until enough groups differ in reward, at most `refill_rounds` rounds more."""
+        """Sample until enough groups are informative, at most `refill_rounds` rounds more."""
         config = self.config.rollout
         groups: list[PromptGroup] = []
         missing = config.prompts_per_iteration or 0

@@ -327,6 +327,9 @@ def _as_written_today(data: dict[str, Any]) -> dict[str, Any]:
         rollout = stage.get("rollout") or {}
         if rollout.get("truncated") == "punish" and not rollout.get("truncation_penalty"):
             rollout["truncated"] = "keep"
+        policy = stage.get("policy") or {}
+        if not stage.get("critic") and policy.get("group_scale") != "none":
+            policy.pop("normalize_rewards", None)  # it had no effect
     return data
 
 

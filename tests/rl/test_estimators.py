@@ -54,8 +54,12 @@ def test_logprobs_and_entropy_of_a_micro_batch_are_those_of_each_sequence_alone(
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_each_sequence_gets_its_own_logprobs_whatever_the_batches(size):
     model, sequences = make_model(), make_sequences()
-    found, changed = sequence_logprobs(model, sequences, temperature=1.0, batch_size=size)
+    found, entropy, changed = sequence_logprobs(
+        model, sequences, temperature=1.0, batch_size=size, with_entropy=True
+    )
     assert changed is None
+    expected = [expected_logprobs(model, sequence, 1.0)[1] for sequence in sequences]
+    assert entropy == pytest.approx(np.concatenate(expected).mean(), rel=1e-5)
     for array, sequence in zip(found, sequences, strict=True):
         np.testing.assert_allclose(array, expected_logprobs(model, sequence, 1.0)[0], atol=2e-5)
 
@@ -72,7 +76,7 @@ def test_the_share_of_changed_experts_is_counted_by_token():
     def share(experts):
         return sequence_logprobs(
             model, sequences, temperature=1.0, batch_size=2, sampled_experts=experts
-        )[1]
+        ).experts_changed
 
     assert share(sampled) == 0.0
     first = sampled[0].copy()
@@ -166,6 +170,52 @@ def test_kl_in_the_reward_lowers_a_completion_by_the_sum_over_its_tokens(table):
     lowered = rewards - 0.3 * np.arange(20).reshape(5, 4)
     expected = group_relative_advantages(lowered, valid, [3] * 20, scale="none")
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def advantages_of(correct, format_ok, weight=0.1, penalties=(), size=8):
+    """Of a group in which so many are right, and so many of these well formed."""
+    marks = (np.arange(size) < correct).astype(float)[None]
+    rewards = marks + weight * (np.arange(size) < format_ok)
+    valid = np.ones((1, size), bool)
+    found = group_relative_advantages(
+        rewards, valid, [1] * size, scale="std", verdicts=marks, penalties=penalties
+    )
+    return np.concatenate(found)
+
+
+def test_a_small_format_part_does_not_outweigh_correctness():
+    """Divided by the deviation of a group that is all right but for it, it had +0.35 and -2.47."""
+    right, wrong = advantages_of(4, 8)[[0, -1]]
+    assert right == -wrong == pytest.approx(0.5 / np.sqrt(8 / 4 / 7), rel=1e-3)  # 0.94
+    for correct in (0, 8):
+        formed, malformed = advantages_of(correct, 7)[[0, -1]]
+        assert formed == pytest.approx(2 * 0.1 / 8)
+        assert malformed == pytest.approx(-2 * 0.1 * 7 / 8)
+    # Beside correctness it adds to it, on the scale of a group of which half is right.
+    mixed = advantages_of(4, 3)
+    np.testing.assert_allclose(mixed[:3] - mixed[3], 2 * 0.1, rtol=1e-5)
+    assert mixed[3] > mixed[4]
+
+
+def test_kl_in_the_reward_tells_completions_of_one_verdict_apart_on_its_own_scale():
+    penalties = [np.array([0.001 * at]) for at in range(8)]
+    found = advantages_of(8, 8, penalties=penalties)
+    np.testing.assert_allclose(found, 2 * 0.001 * (3.5 - np.arange(8)), rtol=1e-4)
+    mixed = advantages_of(4, 8, penalties=penalties) - advantages_of(4, 8)
+    np.testing.assert_allclose(mixed, found, atol=1e-6)
+
+
+def test_normalizing_within_domains_does_nothing_to_advantages_divided_by_deviations(table):
+    """Why it is refused there; over undivided ones it acts."""
+    rewards, valid, domains = table
+    rewards = rewards + (domains == "a") * rewards  # another scale in one of the domains
+    normalized = normalize_by_domain(rewards, valid, domains)
+    for scale in ("std", "none"):
+        plain, scaled = (
+            np.concatenate(group_relative_advantages(r, valid, [1] * 20, scale=scale))
+            for r in (rewards, normalized)
+        )
+        assert (np.abs(plain - scaled).max() < 1e-3) == (scale == "std")
 
 
 @pytest.mark.parametrize("with_kl", [False, True])

@@ -42,8 +42,20 @@ def test_groups_that_differ_are_informative():
     rollout = Rollout.of(groups(), config())
     np.testing.assert_array_equal(rollout.rewards, [[1, 0], [1, 1], [1, 0]])
     np.testing.assert_array_equal(rollout.informative, [True, False, True])
-    kept = rollout.only_informative()
-    assert kept.groups == [groups()[0], groups()[2]] and kept.rewards.shape == (2, 2)
+    some = rollout.trained(every_group=False)
+    np.testing.assert_array_equal(some, [[True, True], [False, False], [True, True]])
+    assert rollout.trained(every_group=True).all()
+
+
+def test_a_group_is_informative_by_its_verdicts_not_by_what_stands_beside_them():
+    """Format, or a penalty for length: 1.1 and 1.0 teach nothing where both are right."""
+    malformed, cut = make_scored(raw_reward=1.0), make_scored(raw_reward=1.1, finished=False)
+    well_formed = make_scored(raw_reward=1.1)
+    settings = config(truncated="punish", truncation_penalty=0.5)
+    rollout = Rollout.of([[well_formed, malformed], [well_formed, cut]], settings)
+    assert not rollout.informative.any()
+    marked = [make_scored(score=Score.marked(m), raw_reward=m) for m in (0.25, 0.5)]
+    assert Rollout.of([marked], config()).informative.all(), "marks of a judge differ too"
 
 
 def test_truncated_completions_are_masked_or_punished():
@@ -87,9 +99,8 @@ def test_a_group_of_one_is_informative_where_it_is_valid():
 
 
 def test_pairs_are_places_among_all_completions():
-    kept = Rollout.of(groups(), config()).only_informative()
-    pairs, counts = best_worst_pairs(kept, margin=0.5)
-    assert pairs == [(0, 1), (2, 3)] and counts.pairs == 2
+    pairs, counts = best_worst_pairs(Rollout.of(groups(), config()), margin=0.5)
+    assert pairs == [(0, 1), (4, 5)] and counts.pairs == 2 and counts.below_margin == 1
     assert best_worst_pairs(Rollout.of([], config()), 0.5)[0] == []
 
 

@@ -61,7 +61,7 @@ def test_estimates_are_those_of_the_whole_sequence_at_the_sampled_tokens():
     plain = [whole(s) for s in sequences]
 
     def estimates(given):
-        logprobs, _ = sequence_logprobs(model, given, temperature=0.7, batch_size=3)
+        logprobs, _, _ = sequence_logprobs(model, given, temperature=0.7, batch_size=3)
         batch = MicroBatch.without_arrays(given)
         _, entropy, _ = policy_logprobs(model, batch, temperature=0.7, with_entropy=True)
         values = sequence_values(critic, given, batch_size=3)
@@ -78,7 +78,7 @@ def test_changed_experts_are_counted_over_the_sampled_tokens_alone():
     _, _, stats = policy_logprobs(model, batch, temperature=1.0)
     now = np.stack([s.expert_ids.numpy()[batch.predictors] for s in stats], 1)
     sampled = np.split(now, np.cumsum(batch.lengths)[:-1])
-    _, changed = sequence_logprobs(
+    _, _, changed = sequence_logprobs(
         model, sequences, temperature=1.0, batch_size=2, sampled_experts=sampled
     )
     assert changed == 0.0
@@ -100,7 +100,7 @@ def filled(sequences):
 def test_every_term_by_definition_over_the_sampled_tokens(size):
     """Each sum and each count in float64, token by token."""
     model, batch = make_model(), filled(with_tool_outputs())
-    sums = dict.fromkeys(("policy", "entropy", "kl"), 0.0)
+    sums = dict.fromkeys(("policy", "entropy_loss", "kl_loss"), 0.0)
     ratios, clipped_tokens, tokens = [], 0, 0
     for at, s in enumerate(batch.sequences):
         alone = MicroBatch.without_arrays([whole(s)])
@@ -114,15 +114,15 @@ def test_every_term_by_definition_over_the_sampled_tokens(size):
             clipped = min(max(ratio, 0.8), 1.3)
             sums["policy"] -= min(ratio * gain, clipped * gain)
             clipped_tokens += clipped * gain < ratio * gain
-            sums["entropy"] += float(entropy[place])
+            sums["entropy_loss"] += float(entropy[place])
             d = lp - batch.ref_logprobs[at][n]
-            sums["kl"] += math.exp(-d) - 1 + d
+            sums["kl_loss"] += math.exp(-d) - 1 + d
             ratios[at] += d
             tokens += 1
     assert tokens == sum(map(sum, MASKS))
     loss = UpoLoss(
         temperature=1.0, clip_ratio=(0.2, 0.3), entropy_coef=0.01, kl_coef=0.05, kl_kind="k3",
-        pairs=PairTerm(beta=0.3, coef=0.5), has_reference=True,
+        pairs=PairTerm(beta=0.3, coef=0.5),
     )  # fmt: skip
     micro = micro_batches(batch, range(len(MASKS)), batch.pairs, size)
     assert sum(loss.counts(m)["policy"] for m in micro) == tokens

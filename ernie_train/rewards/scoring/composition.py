@@ -162,6 +162,15 @@ class RewardConfig(StrictConfig):
             raise ValueError(f"two parts have the name {twice[0]!r}")
         return self
 
+    @property
+    def verifier(self) -> RewardPart:
+        """Return the part that decides if a completion is correct.
+
+        It is the first other than format and reward models; else a reward model.
+        """
+        parts = sorted(self.parts, key=lambda part: part.model is not None)
+        return next((part for part in parts if part.name != "format"), parts[0])
+
 
 @dataclass(frozen=True)
 class ComposedScore:
@@ -200,15 +209,6 @@ class ComposedReward:
     def labels(self) -> list[str]:
         return [part.label for part in self.config.parts]
 
-    @property
-    def verifier(self) -> RewardPart:
-        """Return the part that decides if a completion is correct.
-
-        It is the first other than format and reward models; else a reward model.
-        """
-        parts = sorted(self.config.parts, key=lambda part: part.model is not None)
-        return next((part for part in parts if part.name != "format"), parts[0])
-
     def grade_verifier(
         self,
         rows: Sequence[dict[str, Any]],
@@ -216,8 +216,8 @@ class ComposedReward:
         *,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> list[Score]:
-        """Return the scores of `verifier` alone, however many of them are excluded."""
-        reward = next(reward for part, reward in self._parts if part is self.verifier)
+        """Return the scores of the verifier alone, however many of them are excluded."""
+        reward = next(reward for part, reward in self._parts if part is self.config.verifier)
         items = [
             (reward or _reward_of_row(row), row, completion)
             for row, completion in zip(rows, completions, strict=True)
@@ -292,7 +292,7 @@ class ComposedReward:
     def _compose(self, scores: dict[str, Score]) -> ComposedScore:
         excluded = [score for score in scores.values() if not score.trains]
         total = sum(part.weight * scores[part.label].value for part in self.config.parts)
-        score = excluded[0] if excluded else scores[self.verifier.label]
+        score = excluded[0] if excluded else scores[self.config.verifier.label]
         return ComposedScore(total, score, {label: s.value for label, s in scores.items()})
 
     def check_excluded(self, scores: Sequence[Score]) -> None:

@@ -52,7 +52,8 @@ def check_reward_on_reference_answers(
     reference answer: they may mark other things. Raises UserError that shows the rows on which
     it fails.
     """
-    if reward.verifier.name == "format" or reward.verifier.model is not None:
+    verifier = reward.config.verifier
+    if verifier.name == "format" or verifier.model is not None:
         return 0
     chosen = random.Random(f"canaries/{seed}").sample(range(len(rows)), min(sample, len(rows)))
     trials = [trial for index in sorted(chosen) for trial in _canaries(reward, index, rows[index])]
@@ -91,7 +92,7 @@ class _Canary:
 
 def _canaries(reward: ComposedReward, index: int, row: dict[str, Any]) -> Iterator[_Canary]:
     verifier = _verifier_name(reward, row)
-    if reward.verifier.python is None and not _has_rubric(reward, row):
+    if reward.config.verifier.python is None and not _has_rubric(reward, row):
         gold = build_reference_completion(verifier, row)
         yield _Canary(index, _REFERENCE, gold)
         if gold is None:
@@ -117,12 +118,12 @@ def _complaint(canary: _Canary, score: Score) -> str:
 
 def _verifier_name(reward: ComposedReward, row: dict[str, Any]) -> str:
     """Return the name of the verifier, which decides how a reference completion is built."""
-    name = reward.verifier.name
+    name = reward.config.verifier.name
     return str(row.get("reward")) if name == "row" else name or "judge"
 
 
 def _has_rubric(reward: ComposedReward, row: dict[str, Any]) -> bool:
-    judge = reward.verifier.judge
+    judge = reward.config.verifier.judge
     return judge is not None and bool(judge.rubric or row.get("rubric"))
 
 

@@ -89,7 +89,8 @@ class PolicyConfig(StrictConfig):
     aggregation: terms of tokens are means over the step's tokens, means over its sequences of the
         mean of each (GRPO), or sums divided by max_new_tokens * sequences (Dr. GRPO).
     baseline: of a group's rewards: their mean, or that of the other completions (RLOO).
-    group_scale: group-relative advantages are divided by the group's standard deviation, or not.
+    group_scale: group-relative advantages of the verifier's marks are divided by the group's
+        standard deviation, or not.
     normalize_rewards: "domain" centres and scales the rewards of each domain in an iteration.
     """
 
@@ -105,14 +106,16 @@ class PolicyConfig(StrictConfig):
     minibatches: PositiveInt = 1
     baseline: AdvantageBaseline | None = None  # None: mean
     group_scale: Literal["std", "none"] | None = None  # None: std; none with leave_one_out
-    normalize_rewards: Literal["domain", "none"] = "domain"
+    normalize_rewards: Literal["domain", "none"] | None = None  # None: domain where it acts
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicyConfig:
         if self.coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
             raise ValueError("entropy_coef and kl act on the policy term's tokens: coef is 0")
         acting = ("objective", "ratio", "clip_ratio", "clip_ratio_high", "aggregation", "baseline")
-        if self.coef == 0 and (idle := [key for key in acting if key in self.model_fields_set]):
+        fields = type(self).model_fields
+        idle = [key for key in acting if getattr(self, key) != fields[key].default]
+        if self.coef == 0 and idle:
             raise ValueError(f"{', '.join(idle)}: no effect with coef: 0")
         return self
 

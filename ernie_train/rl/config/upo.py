@@ -102,6 +102,7 @@ class UpoConfig(StageConfig):
         for key in ("group_scale", "baseline"):
             if self.critic is not None and getattr(self.policy, key) is not None:
                 problems.append(f"policy.{key} has no effect beside a critic")
+        problems += self._reward_problems()
         if self.critic is not None and self.critic.warmup_iterations >= self.iterations:
             problems.append(
                 f"critic.warmup_iterations={self.critic.warmup_iterations} leaves none of "
@@ -122,6 +123,21 @@ class UpoConfig(StageConfig):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _reward_problems(self) -> list[str]:
+        problems = []
+        scales_groups = self.critic is None and self.policy.advantage_scale == "std"
+        if self.policy.normalize_rewards == "domain" and scales_groups:
+            problems.append(
+                "policy.normalize_rewards: domain has no effect under group_scale: std, which "
+                "divides by the deviation of each group, of one domain: leave it out"
+            )
+        if self.policy.coef and self.reward.verifier.weight == 0:
+            problems.append(
+                f"reward: {self.reward.verifier.label} decides which completions are correct and "
+                "which groups teach something, with weight 0: put the part that is learnt first"
+            )
+        return problems
 
     def _best_metric_problems(self) -> list[str]:
         if self.checkpoint.best_metric is None:
@@ -158,6 +174,26 @@ class UpoConfig(StageConfig):
         """Return whether iterations need rollouts; on offline pairs alone they do not."""
         online = self.preference is not None and self.preference.uses_online
         return self.policy.coef > 0 or online
+
+    @property
+    def learns_from_every_group(self) -> bool:
+        """Return whether groups of equal verdicts teach something too.
+
+        Over a critic each completion is compared with what was expected, and a KL in the reward
+        tells completions of one verdict apart.
+        """
+        kl = self.policy.kl
+        return self.critic is not None or (kl is not None and kl.coef_in_reward > 0)
+
+    @property
+    def normalizes_by_domain(self) -> bool:
+        """Return whether rewards are normalized within their domain, as they are by default.
+
+        Advantages that are divided by their group's deviation are the same without.
+        """
+        if self.policy.normalize_rewards is not None:
+            return self.policy.normalize_rewards == "domain"
+        return self.critic is not None or self.policy.advantage_scale == "none"
 
     @property
     def offline(self) -> OfflinePairs | None:
