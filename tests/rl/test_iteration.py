@@ -1,0 +1,92 @@
+"""Whole iterations against the referee, number by number, over a grid of settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.rl.toy_stage import expected, observed, toy_config
+
+RL_CRITIC = {
+    "optim": {"lr": 0.05, "schedule": "constant", "eps": 1e-3}, "warmup_iterations": 0,
+    "clip_range": 0.1,
+}  # fmt: skip
+ONLINE = {"coef": 0.3, "pairs": "online", "margin": 0.5}
+BOTH = {**ONLINE, "pairs": "both", "offline": {"path": "x", "per_iteration": 2}}
+FAR = {"lr": 0.3, "schedule": "constant", "eps": 1e-3}  # so that ratios leave their range
+IN_REWARD = {"kl": {"coef": 0.2, "place": "reward"}}
+RAMP = {"truncated": "ramp", "truncation_penalty": 0.5, "overlong_tokens": 4}
+
+GRID: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"optim": FAR, "policy": {"clip_ratio_high": 0.28, "update_epochs": 3}},
+    "undivided": {"policy": {"group_scale": "none"}},
+    "undivided raw": {"policy": {"group_scale": "none", "normalize_rewards": "none"}},
+    "leave one out": {"policy": {"baseline": "leave_one_out", "normalize_rewards": "none"}},
+    "kl in the loss": {"optim": FAR, "policy": {"kl": {"coef": 0.2}}},
+    "k2 in the loss": {"optim": FAR, "policy": {"kl": {"coef": 0.2, "kind": "k2"}}},
+    "kl in the reward": {"optim": FAR, "policy": IN_REWARD},
+    "kl in the undivided reward": {"optim": FAR, "policy": {**IN_REWARD, "group_scale": "none"}},
+    "entropy": {"policy": {"entropy_coef": 0.1}},
+    "sequence ratio": {"policy": {"ratio": "sequence", "aggregation": "sequence"}},
+    "cispo": {"optim": FAR, "policy": {"objective": "cispo", "clip_ratio_high": 0.1}},
+    "constant": {"policy": {"aggregation": "constant", "entropy_coef": 0.05}},
+    "masked": {"rollout": {"truncated": "mask"}},
+    "punished": {"rollout": {"truncated": "punish", "truncation_penalty": 0.7}},
+    "ramp": {"rollout": RAMP, "preference": ONLINE},
+    "pairs": {"preference": BOTH, "micro_batch_size": 2},
+    "pairs of sums": {"preference": {**ONLINE, "length_normalize": False, "rpo_alpha": 0.2}},
+    "pairs alone": {"policy": {"coef": 0.0}, "preference": BOTH},
+    "critic": {"critic": RL_CRITIC, "policy": {"update_epochs": 3}},
+    "decoupled": {
+        "critic": {**RL_CRITIC, "gamma": 0.9, "lam": 0.8, "policy_lam": 0.4, "clip_range": None},
+        "policy": {"normalize_rewards": "none"},
+    },
+    "warm-up": {"critic": {**RL_CRITIC, "warmup_iterations": 1}, "iterations": 3},
+    "everything": {
+        "critic": {**RL_CRITIC, "gamma": 0.95, "lam": 0.9}, "preference": BOTH, "rollout": RAMP,
+        "policy": {**IN_REWARD, "entropy_coef": 0.02, "minibatches": 3}, "optim": FAR,
+    },
+    "terms": {
+        "preference": {**ONLINE, "rpo_alpha": 0.3}, "term_norms_every": 2, "iterations": 3,
+        "policy": {"entropy_coef": 0.1, "kl": {"coef": 0.3}},
+    },
+    "one step": {"policy": {"minibatches": 1, "update_epochs": 1}, "micro_batch_size": 64},
+}  # fmt: skip
+UNTIMED = ("time", "seconds", "step")
+
+
+def agree(config: Any, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare everything of a stage with what the referee makes of it."""
+    ours = expected(config, directory)
+    theirs = observed(config, directory, monkeypatch)
+    for number, (want, got) in enumerate(zip(ours.lines, theirs.lines, strict=True), 1):
+        shown = {n: v for n, v in got.items() if not n.endswith(UNTIMED)}
+        assert shown.keys() == want.keys(), f"iteration {number}"
+        for name in (name for name in shown if not np.isnan(want[name])):
+            value = shown[name]
+            assert value == pytest.approx(want[name], rel=3e-4, abs=3e-6), f"{name} of {number}"
+    assert len(theirs.gradients) == len(ours.gradients)
+    for step, (want, got) in enumerate(zip(ours.gradients, theirs.gradients, strict=True), 1):
+        assert want.keys() == got.keys(), f"step {step}"
+        for name in want:
+            near(got[name], want[name], f"gradient of {name} at step {step}")
+    for want, got in zip(ours.advantages, theirs.advantages, strict=True):
+        assert [a is None for a in got] == [a is None for a in want]
+        near(np.array(got, float), np.array(want, float), "advantages")
+    for name, value in ours.weights.items():
+        near(theirs.weights[name], value, name)
+
+
+def near(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
+    found = found if found.shape == wanted.shape else found.T
+    scale = float(np.nanmax(np.abs(wanted)))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-4 * scale + 1e-7, err_msg=what)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_an_iteration_is_what_the_referee_makes_of_it(name, tmp_path, monkeypatch):
+    agree(toy_config(**GRID[name]), tmp_path, monkeypatch)
