@@ -77,6 +77,9 @@ def run(
         str | None, typer.Option("--from", help="repeat this stage and all after it")
     ] = None,
     last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
+    extend: Annotated[
+        bool, typer.Option(help="train the last stage on: longer, or at another rate")
+    ] = False,
     referee: Referee = None,
     nproc: Annotated[
         int | None, whole_number(min=1, help="start this many ranks on this machine")
@@ -97,7 +100,7 @@ def run(
 ) -> None:
     """Run a recipe's stages; run again on the same directory it continues."""
     python = referee_interpreter(referee)
-    command = RunCommand(recipe, overrides or [], run_dir, first, last, python)
+    command = RunCommand(recipe, overrides or [], run_dir, first, last, extend, python)
     settings = LaunchSettings(
         nproc=nproc or 1,
         nnodes=nnodes,

@@ -32,18 +32,20 @@ _HEADLINE = ("loss", "validation_loss", "reward", "accuracy", "kl", "grad_norm",
 
 @dataclass(frozen=True)
 class RunCommand:
-    """Arguments of the verb `run`; `first` and `last` are --from and --until."""
+    """Arguments of the verb `run`; `first`, `last` and `extend` are --from, --until, --extend."""
 
     recipe: Path
     overrides: Sequence[str]
     run_dir: Path | None
     first: str | None
     last: str | None
+    extend: bool
     referee: str | None  # an interpreter
 
     def run_here(self, console: Console) -> None:
         """Run the recipe in this process, which may be one of several ranks."""
-        from ernie_train.run.pipeline import Pipeline, Selection
+        from ernie_train.run.earlier import Selection
+        from ernie_train.run.pipeline import Pipeline
         from ernie_train.run.recipe import load_recipe
 
         with consensus.fail_together():
@@ -51,7 +53,7 @@ class RunCommand:
         directory = self._directory(loaded.name)
         console.print(f"recipe {self.recipe} -> {directory}", highlight=False)
         pipeline = Pipeline(loaded, directory, console, self.referee)
-        pipeline.run(Selection(self.first, self.last))
+        pipeline.run(Selection(self.first, self.last, self.extend))
 
     def launch(self, settings: LaunchSettings, console: Console, *, debug: bool) -> int:
         """Run the recipe as ranks; return the exit status. Loads no Paddle."""
@@ -80,6 +82,7 @@ class RunCommand:
             "--referee": self.referee,
         }
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
+        given += ["--extend"] if self.extend else []  # a second time it finds nothing to do
         return [*given, "--", str(self.recipe), *self.overrides]
 
     def _directory(self, name: str) -> Path:

@@ -29,6 +29,8 @@ from ernie_train.run.render import evaluation_table, model_card, receipt_line, s
 
 EVALUATION = "evaluation.json"
 SAMPLES = "evaluation_samples.jsonl"
+EXPORT = "export"
+EXPORT_RECORD = "export.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Finalizer:
         settings = self.recipe.export
         if settings is None:
             return
-        directory, record = self.run_dir / "export", self.run_dir / "export.json"
+        directory, record = self.run_dir / EXPORT, self.run_dir / EXPORT_RECORD
         card = model_card(self.recipe, evaluation)
         identity = _identity(settings, lineage, card, referee)
         kept = consensus.run_on_main(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from ernie_train.core import blas, consensus, devices, environment, process_grou
 from ernie_train.core.config import dump_yaml
 from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import (
-    CheckpointError,
-    ConfigError,
     Interrupted,
     NonFiniteError,
     storage_errors,
@@ -47,9 +45,10 @@ from ernie_train.model.partial import begin_partial_training, end_partial_traini
 from ernie_train.rl.reward import find_score
 from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.check import check_fit, check_gates, describe_training
+from ernie_train.run.earlier import CHECKPOINTS, EarlierStarts, Selection, record_stage
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
-from ernie_train.run.lineage import HashMemory, Lineage, stage_changes, stage_record
+from ernie_train.run.lineage import HashMemory, Lineage, stage_record
 from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, Prepared, StageData, StageRun
 from ernie_train.weights.adapters import describe_base
@@ -61,17 +60,8 @@ from ernie_train.weights.saving import save_pretrained
 
 INITIAL = "initial"  # the random weights that a first stage trains a part of
 # What a run writes beside its stages.
-CHECKPOINTS = "checkpoints"  # in a stage's directory
 HASHES = "hashes.json"  # of what the run reads
 WRITTEN = (RECIPE, EVALUATION, INITIAL, "tokenizer", "export")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The stages to run: repeat those from `first` on, stop after `last`."""
-
-    first: str | None = None
-    last: str | None = None
 
 
 class Pipeline:
@@ -88,8 +78,9 @@ class Pipeline:
         self.has_begun = False  # what it replaces is set aside, and its recipe is written
         self.loaded: Path | None = None  # those of `weights` that are in memory
 
-    def run(self, selection: Selection = Selection()) -> None:
+    def run(self, selection: Selection | None = None) -> None:
         """Run what is not done yet. Raises `Interrupted` after saving, on SIGTERM or SIGINT."""
+        selection = selection or Selection()
         speaks = process_group.is_main() and not rank_files.is_supervised()
         with StopFlag(NOTICE if speaks else "") as stop:
             try:
@@ -114,7 +105,7 @@ class Pipeline:
         with consensus.fail_together(), stop.at_once():
             layout = self.recipe.parallel
             process_group.set_grid(Grid(layout.expert, layout.data, layout.sharding))
-            self._check_selection(selection)
+            selection.check(self.recipe)
             tokenizer = self._check_inputs()
             if warning := blas.require_sound_products(cpu_setup().processor):
                 self.console.print(warning, style="yellow", highlight=False)
@@ -128,16 +119,20 @@ class Pipeline:
             with consensus.fail_together(), stop.at_once():
                 recorded = done[0].inputs if done else None
                 lineage = Lineage.of_recipe(self.recipe, tokenizer, self.hashes, recorded)
-                repeated = selection.first
-                if process_group.is_main():
-                    repeated = self._refuse_other_recipe(selection.first, lineage) or repeated
+            earlier = EarlierStarts(
+                self.recipe, self.run_dir, self.base_dir, self.hashes, self.console
+            )
+            changed = consensus.run_on_main(lambda: earlier.compare(selection, lineage))
+            if changed.extended is not None:
+                done = done[: len(self.recipe.stages) - 1]
+            with consensus.fail_together(), stop.at_once():
                 model = self._starting_model(tokenizer, done)
             hashes = lineage.to_dict()
             consensus.require_same({f"the {name}": found for name, found in hashes.items()})
             with consensus.fail_together():
                 if process_group.is_main():
                     self._record_run(tokenizer)
-                    self._set_aside(repeated)
+                    earlier.make_room(changed)
                     rank_files.write_marker(rank_files.STAGES_SET_ASIDE)
             self.has_begun = True
             finalizer = Finalizer(
@@ -194,7 +189,7 @@ class Pipeline:
                 "the seed": str(settings.pop("seed")),
                 "the recipe": fingerprint(settings),
                 "the run directory": str(self.run_dir),
-                "the choice of stages": fingerprint([selection.first, selection.last]),
+                "the choice of stages": fingerprint(astuple(selection)),
             }
         )
 
@@ -203,12 +198,6 @@ class Pipeline:
 
     def _has_trained(self, index: int) -> bool:
         return bool(CheckpointStore(self._stage_dir(index) / CHECKPOINTS).steps())
-
-    def _check_selection(self, selection: Selection) -> None:
-        names = [stage.name for stage in self.recipe.stages]
-        for option, name in (("--from", selection.first), ("--until", selection.last)):
-            if name is not None and name not in names:
-                raise ConfigError(f"{option}: no stage {name!r}; the recipe has {', '.join(names)}")
 
     def _read_finished(self, first: str | None) -> list[StageDone]:
         """Return the results of the stages that are finished and not repeated, from the first."""
@@ -219,40 +208,6 @@ class Pipeline:
                 break
             found.append(done)
         return found
-
-    def _refuse_other_recipe(self, first: str | None, lineage: Lineage) -> str | None:
-        """Raise `CheckpointError` if the directory holds another run, before writing anything.
-
-        Returns the stage that was begun with something else and has trained nothing yet, if there
-        is one: it begins anew.
-        """
-        expected = {self._stage_dir(i).name for i in range(len(self.recipe.stages))}
-        found = {path.parent.name for path in self.run_dir.glob("[0-9][0-9]-*/stage.json")}
-        found = {name for name in found if ".before-" not in name}
-        if unknown := sorted(found - expected):
-            raise CheckpointError(
-                f"{self.run_dir} belongs to another recipe: it holds stage {', '.join(unknown)}, "
-                f"this recipe has {', '.join(sorted(expected))}; give another --run-dir"
-            )
-        for index, stage in enumerate(self.recipe.stages):
-            record = self._stage_dir(index) / "stage.json"
-            if stage.name == first or not record.exists():
-                return None
-            lineage = self._with_data(lineage, stage)
-            changes = stage_changes(stage, lineage, read_result(record) or {})
-            done = read_done(record.parent)
-            if changes and done is None and not self._has_trained(index):
-                return stage.name
-            if changes:
-                raise CheckpointError(
-                    f"stage {stage.name} in {self.run_dir} was run with something else: "
-                    + "; ".join(changes)
-                    + f". Give another --run-dir, or --from {stage.name} to repeat it"
-                )
-            if done is None:
-                return None
-            lineage = lineage.after(stage.name, done.result)
-        return None
 
     def _starting_model(
         self, tokenizer: Tokenizer, done: Sequence[StageDone]
@@ -294,22 +249,6 @@ class Pipeline:
             write_text(self.run_dir / RECIPE, dump_yaml(self.recipe.model_dump(mode="json")))
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
 
-    def _set_aside(self, first: str | None) -> None:
-        """Rename the directories of the stages to be repeated; nothing is deleted."""
-        if first is None:
-            return
-        start = [stage.name for stage in self.recipe.stages].index(first)
-        for index in range(len(self.recipe.stages)):
-            directory = self._stage_dir(index)
-            if index < start and read_done(directory) is None:
-                raise CheckpointError(f"--from {first}: stage {directory.name} is not finished yet")
-            if index >= start and directory.exists():
-                number = 1
-                while (aside := directory.with_name(f"{directory.name}.before-{number}")).exists():
-                    number += 1
-                directory.rename(aside)
-                self.console.print(f"{directory.name}: set aside as {aside.name}")
-
     # ---- stages ----------------------------------------------------------------------------------
 
     def _finish_stage(self, stage: AnyStageConfig, run: StageRun, lineage: Lineage) -> Lineage:
@@ -330,7 +269,7 @@ class Pipeline:
             self.console.print(prepared.report.as_table())
             if process_group.is_main():
                 # Only now: a recipe that fails at its data leaves nothing that holds the next one.
-                _record_stage(run.directory, stage, lineage)
+                record_stage(run.directory, stage, lineage)
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
         self._load_weights(run.model)
         result = self._train(stage, run, prepared)
@@ -390,10 +329,3 @@ def _with_history(now: dict[str, Any], before: dict[str, Any] | None) -> dict[st
     if before is not None:  # version 0.2.0 recorded the last start alone
         earlier = before.get("starts") or [{name: before.get(name) for name in facts}]
     return {**now, "starts": [*earlier, start]}
-
-
-def _record_stage(directory: Path, stage: AnyStageConfig, lineage: Lineage) -> None:
-    """Write the settings and inputs of a stage before it starts; see `_refuse_other_recipe`."""
-    with storage_errors("cannot write to the run directory", directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "stage.json", stage_record(stage, lineage))

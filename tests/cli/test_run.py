@@ -17,11 +17,13 @@ from tests.workspace import REPOSITORY, make_workspace
 
 
 def test_a_restart_does_not_repeat_stages_twice():
-    wanted = RunCommand(Path("r.yaml"), ["seed=-1"], Path("d"), "sft", "rl", referee=None)
+    wanted = RunCommand(Path("r.yaml"), ["seed=-1"], Path("d"), "sft", "rl", False, None)
     assert wanted.rank_arguments(stages_set_aside=False) == [
         "--run-dir=d", "--from=sft", "--until=rl", "--", "r.yaml", "seed=-1",
     ]  # fmt: skip
     assert "--from=sft" not in wanted.rank_arguments(stages_set_aside=True)
+    longer = RunCommand(Path("r.yaml"), [], None, None, None, True, None)
+    assert longer.rank_arguments(stages_set_aside=True) == ["--extend", "--", "r.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_the_recipe_s_device_decides(tmp_path, monkeypatch, device, hidden):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: x\ndevice: cpu\n" if device == "cpu" else "name: x\n")
     overrides = [f"device={device}"] if device in ("auto", "gpu") else []
-    call = RunCommand(recipe, overrides, tmp_path / "run", None, None, None)
+    call = RunCommand(recipe, overrides, tmp_path / "run", None, None, False, None)
     call.launch(LaunchSettings(2), None, debug=False)
     assert [settings.hide_gpus for settings in seen] == [hidden]
 

@@ -51,7 +51,7 @@ PACKAGES: dict[str, str] = {
     " learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
-    " llama_reference import_model render finalize pipeline",
+    " llama_reference import_model render finalize earlier pipeline",
     "plan": "layout workload memory cost search tables command",
     "cli": "arguments doctor model evaluate preview score run main",
 }

@@ -168,7 +168,7 @@ def left_in(run_dir: Path) -> Iterator[tuple[str, str]]:
         yield str(path.relative_to(run_dir)), hashlib.sha256(content).hexdigest()
 
 
-class _ScoringHere(ScoringService):
+class ScoringHere(ScoringService):
     """Grades in this process: probes change settings, not processes."""
 
     def score(self, items: Any, **options: Any) -> Any:
@@ -183,7 +183,7 @@ class _ScoringHere(ScoringService):
 
 @pytest.fixture
 def observe(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(composition, "ScoringService", _ScoringHere)
+    monkeypatch.setattr(composition, "ScoringService", ScoringHere)
     monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
     calls: list[Any] = []
     for module in (evaluation, own):
@@ -246,7 +246,7 @@ class _Spies:
 
     def directory(self, base: str, changes: Changes) -> Any:
         recipe = Recipe(**recipe_of(self.root, base, changes))
-        return RunCommand(Path("x"), [], None, None, None, None)._directory(recipe.name)
+        return RunCommand(Path("x"), [], None, None, None, False, None)._directory(recipe.name)
 
     def model(self, base: str, changes: Changes) -> Any:
         return ModelSource(**recipe_of(self.root, base, changes)["model"]).build().to_dict()
