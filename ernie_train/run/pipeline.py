@@ -115,6 +115,8 @@ class Pipeline:
                 if process_group.is_main():
                     check_run_directory(self.run_dir, ENVIRONMENT, WRITTEN)
                     held.enter_context(RunLock(self.run_dir))
+            self.recipe = consensus.run_on_main(lambda: self.recipe.dated(tokenizer, self.run_dir))
+            tokenizer = self.recipe.load_tokenizer(self.base_dir)
             done = consensus.run_on_main(lambda: self._read_finished(selection.first))
             with consensus.fail_together(), stop.at_once():
                 recorded = done[0].inputs if done else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -120,11 +121,14 @@ class ChatConfig(StrictConfig):
     history_reasoning: show the reasoning of earlier turns as the template does, or keep or drop it.
     control_tokens: encode a text in the data that looks like a control token as plain text, or
         refuse the row.
+    date: the day that a template which asks for it writes; that of the run's first start, unless
+        given.
     """
 
     template: str | None = None
     history_reasoning: Literal["template", "keep", "drop"] = "template"
     control_tokens: Literal["text", "refuse"] = "text"
+    date: datetime.date | None = None
 
 
 class ParallelConfig(StrictConfig):
@@ -265,12 +269,26 @@ class Recipe(StrictConfig):
             raise DataError(f"tokenizer directory {path} does not exist{hint}")
         directory = tokenizer_directory(directory)
         tokenizer = load_tokenizer(directory, template=template, add=self.tokenizer.add)
+        shown = tokenizer.chat.template
         tokenizer.chat = replace(
             tokenizer.chat,
+            template=shown and replace(shown, date=self.chat.date),
             history_reasoning=self.chat.history_reasoning,
             control_tokens=self.chat.control_tokens,
         )
         return tokenizer
+
+    def dated(self, tokenizer: Tokenizer, run_dir: Path) -> Recipe:
+        """Return the recipe with the date of the run, where the chat template asks for one.
+
+        It is the recipe's own, else the one of the run's first start, else today's.
+        """
+        template = tokenizer.chat.template
+        if self.chat.date is not None or template is None or not template.asks_date:
+            return self
+        recorded = recorded_recipe(run_dir)
+        day = (recorded and recorded.chat.date) or datetime.date.today()
+        return self.model_copy(update={"chat": self.chat.model_copy(update={"date": day})})
 
     def vocabulary(self, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> int:
         """Return the size of the model's vocabulary, with the tokens of `tokenizer.add`."""

@@ -25,6 +25,7 @@ PACKAGES: dict[str, str] = {
     "model.attention": "blocked online flashmask layer",
     "data": "completion_format documents cache formats files reader packing loader chat_template"
     " tokenizer report chat_messages conversation chat encoding sources",
+    "data.chat_template": "sandbox template",
     "data.formats": "values columns messages record kinds",
     "data.files": "find rows",
     "data.tokenizer": "sentencepiece_proto hf_files base huggingface paddlenlp"

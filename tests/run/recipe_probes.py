@@ -84,6 +84,10 @@ PROBES: dict[str, Probe] = {
         "sft", {"chat.control_tokens": "refuse"},
         {"@data": [{"path": "{root}/control.jsonl"}]},
     ),
+    "chat.date": Probe(
+        "sft", {"chat.date": "2026-01-05"},
+        {"chat.template": "{root}/dated.jinja", "chat.date": "2025-12-31"},
+    ),
     "device": Probe("sft", {"device": "gpu"}, {"device": "cpu"}),
     "parallel": Probe("sft", {"parallel": {"data": 2}}),
     "parallel.expert": Probe("sft", {"parallel.expert": 2}),

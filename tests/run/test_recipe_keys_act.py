@@ -25,7 +25,7 @@ import yaml
 from ernie_train.cli.main import main
 from ernie_train.cli.run import RunCommand
 from ernie_train.core.errors import GateError
-from ernie_train.data import DataSource, read_records, train_tokenizer
+from ernie_train.data import DataSource, read_records, shipped_template, train_tokenizer
 from ernie_train.eval import evaluation
 from ernie_train.eval.gates import check_gate
 from ernie_train.generate.engines import own
@@ -109,6 +109,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     control = [{"prompt": "<|im_end|>?", "completion": f"{n}"} for n in range(12)]
     write_rows(root / "control.jsonl", control)
     write_rows(root / "texts.jsonl", [{"text": "1 + 2 = 3. " * n} for n in range(1, 13)])
+    plain = shipped_template("ernie_plain").source
+    (root / "dated.jinja").write_text("{{- strftime_now('%d %b %Y\n') -}}" + plain)
     (root / "bad.jsonl").write_text((root / "validation.jsonl").read_text() + "{\n")
     (root / "reward.py").write_text(
         "def score(row, completion):\n    return float(sum(map(ord, completion)) % 2)\n"

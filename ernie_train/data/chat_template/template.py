@@ -9,18 +9,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime, time
 from importlib.resources import files
+from types import TracebackType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ernie_train.core.errors import DataError
+from ernie_train.data.chat_template.sandbox import (
+    MOST_TEXT,
+    BoundedSandbox,
+    bounded_range,
+    bounded_rendering,
+)
 from ernie_train.data.completion_format import (
     IM_END,
     IM_START,
@@ -82,9 +88,6 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
     },
 }
 
-_MAX_TEXT = 16_000_000  # characters that one rendering may write
-_MAX_LOOP = 10_000_000  # items that all loops of one rendering may go over
-
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -94,12 +97,14 @@ class ChatTemplate:
     special_tokens: what the template may name: bos_token, eos_token and the like.
     origin: where it comes from, for messages.
     tool_source: the text to use instead where there are tools, of directories that name one.
+    date: the day that templates which ask for it write; None: the day on which they are rendered.
     """
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     origin: str = "chat template"
     tool_source: str | None = None
+    date: date | None = None
 
     def render(
         self,
@@ -127,22 +132,22 @@ class ChatTemplate:
         Raises:
             DataError: as for `render`.
         """
-        spans, budget = _Spans(), _Budget()
+        spans = _Spans()
         variables = {
             **self.special_tokens,
             "messages": messages,
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "range": lambda *bounds: budget.counted(range(*bounds)),
+            "strftime_now": self._strftime_now,
             _SPANS: spans,
-            _COUNTED: budget.counted,
         }
         try:
-            for chunk in self._compiled(bool(tools)).generate(variables):
-                spans.add(chunk)
-        except DataError:
-            raise
+            with bounded_rendering():
+                for chunk in self._compiled(bool(tools)).generate(variables):
+                    spans.add(chunk)
+        except DataError as error:
+            raise DataError(f"{error} ({self.origin}{_line_of(error)})") from None
         except jinja2.TemplateError as error:
             raise DataError(f"{error} ({self.origin})") from error
         except (
@@ -172,6 +177,15 @@ class ChatTemplate:
         self._compiled()
         self._compiled(tools=True)
 
+    def _strftime_now(self, pattern: str) -> str:
+        now = datetime.now() if self.date is None else datetime.combine(self.date, time())
+        return now.strftime(pattern)
+
+    @property
+    def asks_date(self) -> bool:
+        """Return True if the template writes the date."""
+        return "strftime_now" in f"{self.source}{self.tool_source}"
+
     @property
     def marks_generation(self) -> bool:
         """Return True if the template marks what the model writes by `{% generation %}`."""
@@ -193,7 +207,8 @@ class ChatTemplate:
     def fingerprint(self) -> str:
         """Return a hash that changes with the text of the template and its special tokens."""
         texts = [self.source, self.tool_source] if self.tool_source else [self.source]
-        content = json.dumps([*texts, sorted(self.special_tokens.items())])
+        day = [str(self.date)] if self.date and self.asks_date else []
+        content = json.dumps([*texts, sorted(self.special_tokens.items()), *day])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -203,7 +218,7 @@ def shipped_template(name: str, special_tokens: Mapping[str, str] | None = None)
     return ChatTemplate(source.read_text(encoding="utf-8"), special_tokens or {}, f"{name}.jinja")
 
 
-_SPANS, _COUNTED = "__generation_spans__", "__counted__"
+_SPANS = "__generation_spans__"
 
 
 class _Spans:
@@ -217,8 +232,8 @@ class _Spans:
     def add(self, chunk: str) -> None:
         self.chunks.append(chunk)
         self.length += len(chunk)
-        if self.length > _MAX_TEXT:
-            raise DataError(f"a chat template wrote more than {_MAX_TEXT} characters")
+        if self.length > MOST_TEXT:
+            raise DataError(f"a chat template wrote more than {MOST_TEXT} characters")
 
 
 class _Generation(Extension):
@@ -239,44 +254,39 @@ class _Generation(Extension):
         return text
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which loops are counted and multiplication cannot fill the memory."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            counted = nodes.Name(_COUNTED, "load", lineno=loop.lineno)
-            loop.iter = nodes.Call(counted, [loop.iter], [], None, None, lineno=loop.lineno)
-        return tree
-
-    def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
-    ) -> Any:
-        for value, times in ((left, right), (right, left)):
-            size = len(value) if isinstance(value, str | list | tuple) else 1
-            if isinstance(times, int) and times * size > _MAX_TEXT:
-                raise DataError(f"a chat template computes with {operator} beyond all bounds")
-        return super().call_binop(context, operator, left, right)
-
-
 @functools.cache
-def _environment() -> _Sandbox:
+def _environment() -> BoundedSandbox:
     """Return the environment, with the settings, filters and globals that `transformers` gives."""
-    environment = _Sandbox(
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
+    environment.globals["range"] = bounded_range
     del environment.globals["lipsum"]  # writes as much as it is asked for
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
 
 
 @functools.lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
     return _environment().from_string(source)
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the line of the template that raised an error, as text behind its name."""
+    lines = [
+        frame.tb_lineno
+        for frame in _frames(error)
+        if frame.tb_frame.f_code.co_filename == "<template>"
+    ]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _frames(error: BaseException) -> Iterator[TracebackType]:
+    frame = error.__traceback__
+    while frame is not None:
+        yield frame
+        frame = frame.tb_next
 
 
 def _to_json(
@@ -297,18 +307,3 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-class _Budget:
-    """Bound what all loops of one rendering go over."""
-
-    def __init__(self) -> None:
-        self.left = _MAX_LOOP
-
-    def counted(self, items: Iterable[Any]) -> Sequence[Any]:
-        """Return the items, as often as loops may still go over so many."""
-        found = items if isinstance(items, range | list | tuple) else list(items)
-        self.left -= len(found)
-        if self.left < 0:
-            raise DataError("a chat template loops beyond all bounds")
-        return found

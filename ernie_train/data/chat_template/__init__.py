@@ -1,0 +1,25 @@
+"""A model's own chat template, rendered as `transformers` renders it, within bounds."""
+
+from ernie_train.data.chat_template.template import (
+    CONTROL_TOKENS,
+    ERNIE_PLAIN,
+    ERNIE_THINKING,
+    MARKUP_TOKENS,
+    REASONING_KEYS,
+    RESPONSE_TEMPLATE,
+    SHIPPED_TEMPLATES,
+    ChatTemplate,
+    shipped_template,
+)
+
+__all__ = [
+    "CONTROL_TOKENS",
+    "ERNIE_PLAIN",
+    "ERNIE_THINKING",
+    "MARKUP_TOKENS",
+    "REASONING_KEYS",
+    "RESPONSE_TEMPLATE",
+    "SHIPPED_TEMPLATES",
+    "ChatTemplate",
+    "shipped_template",
+]
