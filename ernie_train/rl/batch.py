@@ -71,8 +71,8 @@ class RolloutBatch:
     """The sequences, pairs and arrays of an iteration's update.
 
     The completions of the groups come first, group after group, then those of offline pairs.
-    `old_logprobs`, `advantages`, `values` and `returns` belong to the groups, `ref_logprobs` to
-    all sequences; what the objective does not need is empty.
+    `old_logprobs`, `sampler_weights`, `advantages`, `values` and `returns` belong to the groups,
+    `ref_logprobs` to all sequences; what the objective does not need is empty.
     """
 
     sequences: Sequence[TokenizedCompletion]
@@ -85,6 +85,7 @@ class RolloutBatch:
     advantages: TokenArrays = ()
     values: TokenArrays = ()
     returns: TokenArrays = ()
+    sampler_weights: TokenArrays = ()  # of the tokens' policy terms; empty: all 1
 
     @property
     def num_in_groups(self) -> int:
@@ -125,6 +126,7 @@ class MicroBatch:
     advantages: np.ndarray | None = None
     values: np.ndarray | None = None
     returns: np.ndarray | None = None
+    sampler_weights: np.ndarray | None = None
 
     @classmethod
     def without_arrays(cls, sequences: Sequence[TokenizedCompletion]) -> MicroBatch:
@@ -247,6 +249,7 @@ def _micro_batch(
         advantages=gather(batch.advantages),
         values=gather(batch.values),
         returns=gather(batch.returns),
+        sampler_weights=gather(batch.sampler_weights),
     )
 
 

@@ -27,6 +27,7 @@ from ernie_train.losses import (
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.parallel import HasDecoder, Lockstep
 from ernie_train.rl.batch import MicroBatch, TokenizedCompletion
+from ernie_train.rl.config import SamplerCorrectionConfig
 from ernie_train.rl.critic import ScalarModel
 
 T = TypeVar("T")
@@ -181,6 +182,42 @@ def sequence_values(
     )
     critic.train()
     return arrays
+
+
+# ---- off-policy samples --------------------------------------------------------------------------
+
+
+def sampler_weights(
+    logprobs: Sequence[np.ndarray],
+    sampled_logprobs: Sequence[np.ndarray],
+    correction: SamplerCorrectionConfig,
+) -> tuple[list[np.ndarray], dict[str, float]]:
+    """Return importance weights of sampled tokens, and metrics of them.
+
+    logprobs: of each sequence under the policy before the update; sampled_logprobs: as its sampler
+    had them. A weight is the ratio of the two probabilities, of a token or of its whole sequence,
+    truncated (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training")
+    or masked outside of the bounds. The metrics are the mean weight, after that, and the share of
+    tokens whose weight was out of bounds.
+    """
+    low, high = correction.range
+    weights, outside = [], []
+    for new, old in zip(logprobs, sampled_logprobs, strict=True):
+        gap = new.astype(np.float64) - old
+        if correction.level == "sequence":
+            gap = np.full_like(gap, gap.sum())
+        weight = np.exp(np.minimum(gap, 50.0))  # far beyond any bound, and finite
+        is_outside = (weight < low) | (weight > high)
+        held = (
+            np.clip(weight, low, high) if correction.kind == "truncated" else weight * ~is_outside
+        )
+        weights.append(held.astype(np.float32))
+        outside.append(is_outside)
+    metrics = {
+        "sampler_weight/mean": float(np.concatenate(weights).mean(dtype=np.float64)),
+        "sampler_weight/clipped": float(np.concatenate(outside).mean()),
+    }
+    return weights, metrics
 
 
 # ---- rewards to advantages -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,12 +24,13 @@ from ernie_train.rl.batch import (
     micro_batches,
     minibatches,
 )
-from ernie_train.rl.config import UpoConfig
+from ernie_train.rl.config import SamplerCorrectionConfig, UpoConfig
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import (
     gae_advantages,
     group_relative_advantages,
     normalize_by_domain,
+    sampler_weights,
     sequence_logprobs,
     sequence_values,
 )
@@ -42,6 +44,15 @@ from ernie_train.train.stage import StageRun
 from ernie_train.train.trainer import StepResult, Trainer
 from ernie_train.weights.adapters import from_disk, to_disk
 from ernie_train.weights.checkpoint import Checkpoint
+
+# With a correction the gap of logprobs may be so many times `max_logprob_mismatch`.
+_CORRECTED_MISMATCH = 20
+# A replayed rollout with a gap above this one was sampled by another policy.
+_OTHER_POLICY = 0.05
+_REMEDY_OF_MISMATCH = (
+    "both must compute with one dtype and the same weights; policy.sampler_correction corrects "
+    "small gaps, such as those of bfloat16"
+)
 
 
 class Learner:
@@ -115,29 +126,46 @@ class Learner:
             sampled_experts=[c.expert_ids for c in completions],
             with_entropy=True,
         )
-        known = {"entropy": entropy, "experts_changed": changed}
-        metrics = {name: value for name, value in known.items() if value is not None}
+        found = {"entropy": entropy, "experts_changed": changed}
+        metrics = {name: value for name, value in found.items() if value is not None}
+        batch = replace(batch, old_logprobs=logprobs)
         sampled = [c.sampled_logprobs for c in completions]
-        metrics["logprob_mismatch"] = self._mismatch(logprobs, sampled)
-        return replace(batch, old_logprobs=logprobs), metrics
+        metrics["logprob_mismatch"] = mismatch = _mismatch(logprobs, sampled)
+        correction = self._correction(mismatch)
+        if correction is None:
+            return batch, metrics
+        known = [array for array in sampled if array is not None]
+        if len(known) < len(sampled):
+            raise ErnieTrainError(
+                "policy.sampler_correction needs the logprobs of sampling, which "
+                f"{len(sampled) - len(known)} completions lack; nothing was updated"
+            )
+        weights, seen = sampler_weights(logprobs, known, correction)
+        return replace(batch, sampler_weights=weights), metrics | seen
 
-    def _mismatch(
-        self, recomputed: Sequence[np.ndarray], sampled: Sequence[np.ndarray | None]
-    ) -> float:
-        """Return mean exp|recomputed - sampled logprob| - 1 over the tokens."""
-        pairs = zip(recomputed, sampled, strict=True)
-        gaps = [np.abs(new - old) for new, old in pairs if old is not None]
-        mismatch = float(np.expm1(np.concatenate(gaps).astype(np.float64)).mean()) if gaps else 0.0
-        rollout = self.config.rollout
-        # A replayed rollout may be another policy's: then the gap is what it is.
-        if not mismatch <= rollout.max_logprob_mismatch and rollout.replay is None:
+    def _correction(self, mismatch: float) -> SamplerCorrectionConfig | None:
+        """Return how tokens are weighed; None: all alike, as samples of the policy itself.
+
+        A replayed rollout of another policy is corrected, whether the recipe says so or not.
+        Raises `ErnieTrainError` where sampling and update differ by more than they may.
+        """
+        rollout, correction = self.config.rollout, self.config.policy.sampler_correction
+        bound, remedy = rollout.max_logprob_mismatch, _REMEDY_OF_MISMATCH
+        if rollout.replay is not None:
+            bound = math.inf
+            if correction is None and mismatch > _OTHER_POLICY:
+                correction = SamplerCorrectionConfig(kind="truncated")
+        elif correction is not None:
+            bound *= _CORRECTED_MISMATCH
+            remedy = "no correction bridges that: the sampler's weights or settings are not these"
+        # A gap of NaN or infinity is out of any bound.
+        if not (mismatch <= bound and math.isfinite(mismatch)):
             raise ErnieTrainError(
                 f"the logprobs of sampling and of the update differ by {mismatch:.2e}, more than "
-                f"rollout.max_logprob_mismatch={rollout.max_logprob_mismatch:g}; nothing was "
-                "updated. Both must compute with one dtype and the same weights; raise the bound "
-                "if the gap is known to be harmless"
+                f"{bound:g}, of rollout.max_logprob_mismatch="
+                f"{rollout.max_logprob_mismatch:g}; nothing was updated: {remedy}"
             )
-        return mismatch
+        return correction
 
     def _with_advantages(
         self, batch: RolloutBatch, rollout: Rollout
@@ -279,6 +307,13 @@ def _kl(batch: RolloutBatch, kind: KlKind) -> list[np.ndarray]:
     return [
         kl_estimate(old, ref, kind) for old, ref in pairs if old is not None and ref is not None
     ]
+
+
+def _mismatch(recomputed: Sequence[np.ndarray], sampled: Sequence[np.ndarray | None]) -> float:
+    """Return mean exp|recomputed - sampled logprob| - 1 over the tokens."""
+    pairs = zip(recomputed, sampled, strict=True)
+    gaps = [np.abs(new - old) for new, old in pairs if old is not None]
+    return float(np.expm1(np.concatenate(gaps).astype(np.float64)).mean()) if gaps else 0.0
 
 
 def _assemble(

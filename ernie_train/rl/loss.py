@@ -193,6 +193,10 @@ class UpoLoss:
         terms = []
         metrics: dict[str, Mean] = {}
         if "policy" in counts:
+            gains = weights
+            if batch.sampler_weights is not None:
+                corrections = _tensor(batch.sampler_weights)
+                gains = corrections if weights is None else corrections * weights
             total, clipped = policy_loss(
                 logprobs,
                 _tensor(batch.old_logprobs),
@@ -201,7 +205,7 @@ class UpoLoss:
                 clip_ratio=self.clip_ratio,
                 objective=self.objective,
                 sequence_ids=_tensor(batch.sequence_ids) if self.sequence_ratio else None,
-                weights=weights,
+                weights=gains,
             )
             terms.append(LossTerm("policy", total, counts["policy"], self.policy_coef))
             metrics["clip_ratio"] = Mean(float(clipped), tokens)

@@ -62,6 +62,13 @@ _RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "chosen completion is not always the longer or the shorter one, or lower its weight",
     ),
     (
+        "sampler_weight/clipped",
+        lambda value: value > 0.1,
+        "the sampler is far from the policy that learns: the weights of {:.0%} of the tokens are "
+        "out of the bounds of policy.sampler_correction; sample with the same dtype and weights, "
+        "or replay rollouts of a policy that is nearer",
+    ),
+    (
         "entropy",
         lambda value: value < 0.01,
         "entropy fell to {:.4f} nats: completions are nearly all alike; raise policy.entropy_coef, "

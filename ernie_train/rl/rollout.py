@@ -177,7 +177,7 @@ class RolloutSampler:
         if config.replay is not None:
             path = rollout_file(self.stage.data.base_dir / config.replay, iteration)
             with consensus.fail_together():
-                groups = read_rollout(path)
+                groups = _read_replay(path)
         else:
             groups = self._sample_until_informative(iteration)
         if config.dump:
@@ -357,9 +357,23 @@ def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
         "prompt_ids", "completion_ids", "prompt", "domain", "task", "text", "finished",
         "raw_reward", "reward_parts",
     )  # fmt: skip
-    return ScoredCompletion(
+    read = ScoredCompletion(
         **{name: row[name] for name in names},
         sampled_mask=row.get("sampled_mask"),  # version 0.1.0 writes none
         score=Score(*row["score"]),
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )
+    if logprobs is not None and len(logprobs) != read.num_sampled:
+        raise ValueError(f"{len(logprobs)} logprobs for {read.num_sampled} sampled tokens")
+    return read
+
+
+def _read_replay(path: Path) -> list[PromptGroup]:
+    """Read groups to train on; `CheckpointError` where nothing tells which policy sampled them."""
+    groups = read_rollout(path)
+    if any(c.sampled_logprobs is None for group in groups for c in group):
+        raise CheckpointError(
+            f"{path}: a completion has no logprobs, so that a replay cannot tell whether this "
+            "policy sampled it or another one; dump rollouts of a sampler that gives them"
+        )
+    return groups

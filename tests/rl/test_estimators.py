@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import paddle
 import pytest
 
 from ernie_train.losses import gae, whiten
 from ernie_train.rl.batch import MicroBatch
-from ernie_train.rl.config import CriticConfig
+from ernie_train.rl.config import CriticConfig, SamplerCorrectionConfig
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import (
     critic_values,
@@ -16,6 +18,7 @@ from ernie_train.rl.estimators import (
     group_relative_advantages,
     normalize_by_domain,
     policy_logprobs,
+    sampler_weights,
     sequence_logprobs,
     sequence_values,
 )
@@ -246,3 +249,46 @@ def test_gae_puts_the_reward_at_the_last_token_and_kl_at_each(table, with_kl, po
         masks.append(mask[0])
     white = whiten(np.concatenate(raw), np.concatenate(masks))
     np.testing.assert_allclose(np.concatenate(advantages), white, atol=1e-5)
+
+
+# ---- off-policy samples --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["truncated", "masked"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sampler_weights_by_definition(kind, level):
+    rng = np.random.default_rng(5)
+    sampled = [rng.normal(-1, 0.3, n).astype(np.float32) for n in (3, 1, 5)]
+    new = [a + rng.normal(0, 0.4, len(a)).astype(np.float32) for a in sampled]
+    weights, metrics = sampler_weights(new, sampled, SamplerCorrectionConfig(kind=kind, level=level,
+                                                               bounds=[0.8, 1.2]))  # fmt: skip
+    outside = 0
+    for found, a, b in zip(weights, new, sampled, strict=True):
+        for t in range(len(a)):
+            gap = float(a[t]) - float(b[t])
+            if level == "sequence":
+                gap = sum(float(x) - float(y) for x, y in zip(a, b, strict=True))
+            weight = math.exp(gap)
+            outside += not 0.8 <= weight <= 1.2
+            if kind == "truncated":
+                weight = min(max(weight, 0.8), 1.2)
+            elif not 0.8 <= weight <= 1.2:
+                weight = 0.0
+            assert found[t] == pytest.approx(weight, rel=1e-6)
+    assert metrics["sampler_weight/clipped"] == outside / 9 > 0
+    assert metrics["sampler_weight/mean"] == pytest.approx(np.concatenate(weights).mean())
+
+
+def test_weighted_means_over_the_sampler_are_means_over_the_policy():
+    """Over all tokens of a vocabulary, so exactly: sum of q w f = sum of p f."""
+    rng = np.random.default_rng(6)
+    q, p = (np.exp(x) / np.exp(x).sum() for x in rng.normal(size=(2, 30)))
+    f = rng.normal(size=30)
+    (weights,), _ = sampler_weights(
+        [np.log(p)], [np.log(q)], SamplerCorrectionConfig(kind="truncated", bounds=[0, 1e6])
+    )
+    assert (q * weights * f).sum() == pytest.approx((p * f).sum(), rel=1e-5)
+    assert abs((q * f).sum() - (p * f).sum()) > 0.05
+    far = [np.full(3, -1e4, np.float32)]
+    (held,), _ = sampler_weights([np.zeros(3)], far, SamplerCorrectionConfig(kind="truncated"))
+    assert held.tolist() == [2.0] * 3, "finite however unlikely the sampler called them"

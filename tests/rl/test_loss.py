@@ -149,6 +149,22 @@ def test_aggregation_by_definition_whatever_the_micro_batches(aggregation, size)
         assert value == pytest.approx(aggregated(sums, lengths, aggregation, 13), rel=2e-5), name
 
 
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_sampler_weights_scale_the_policy_term_alone(aggregation):
+    batch, rng = filled(), np.random.default_rng(9)
+    weights = [rng.random(len(a)).astype(np.float32) for a in batch.advantages]
+    gains = [w * a for w, a in zip(weights, batch.advantages, strict=True)]
+    loss = replace(FULL, aggregation=aggregation)
+    found = new_trainer().train_step(split(replace(batch, sampler_weights=weights), 3), loss, 9)
+    expected = new_trainer().train_step(split(replace(batch, advantages=gains), 3), loss, 9)
+    plain = new_trainer().train_step(split(batch, 3), loss, 9)
+    for name in ("policy", "grad_norm"):
+        assert found.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-5)
+        assert found.metrics[name] != pytest.approx(plain.metrics[name], rel=1e-3)
+    for name in ("kl_loss", "preference"):
+        assert found.metrics[name] == plain.metrics[name]
+
+
 def test_aggregated_gradients_do_not_depend_on_micro_batches():
     norms = []
     for size in (2, 3, 50):

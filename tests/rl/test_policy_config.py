@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from ernie_train.rl.config import PolicyConfig
+from ernie_train.rl.config import PolicyConfig, SamplerCorrectionConfig
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,14 @@ def test_leave_one_out_is_not_divided_by_the_deviation_unless_asked_for():
 def test_settings_of_a_policy_term_that_is_absent_are_refused():
     with pytest.raises(ValidationError, match="ratio, aggregation: no effect with coef: 0"):
         PolicyConfig(coef=0, ratio="sequence", aggregation="constant")
+
+
+@pytest.mark.parametrize("bounds", [[0.5, 0.9], [1.1, 2.0], [2.0, 0.5]])
+def test_bounds_of_weights_that_leave_out_1_are_refused(bounds):
+    with pytest.raises(ValidationError, match="must hold 1"):
+        SamplerCorrectionConfig(kind="masked", bounds=bounds)
+
+
+def test_bounds_of_weights_follow_the_kind():
+    assert SamplerCorrectionConfig(kind="truncated").range == (0.0, 2.0)
+    assert SamplerCorrectionConfig(kind="masked").range == (0.5, 2.0)

@@ -117,6 +117,13 @@ def test_a_rollout_survives_the_disk(tmp_path):
         read_rollout(tmp_path / "old.jsonl")
 
 
+def test_a_rollout_whose_logprobs_are_cut_is_refused(tmp_path):
+    path = tmp_path / "cut.jsonl"
+    write_rollout(path, [[make_scored(sampled_logprobs=np.zeros(2, np.float32))]])
+    with pytest.raises(CheckpointError, match="2 logprobs for 1 sampled tokens"):
+        read_rollout(path)
+
+
 def test_the_order_of_prompts_goes_on_where_it_stood():
     def everything(index):
         return True

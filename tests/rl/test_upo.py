@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,58 @@ def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path):
         assert a == b
     weights = "01-rl/checkpoints/step_000002/model.safetensors"
     assert (first / weights).read_bytes() == (second / weights).read_bytes()
+
+
+def test_a_replay_of_another_policy_is_corrected_and_of_ones_own_is_not(workspace, tmp_path):
+    assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, iterations=2) == 0
+    replay = {"replay": str(tmp_path / "one/01-rl/rollouts")}
+    far = {"lr": 0.05}
+    assert run_stage(workspace, tmp_path / "far", rollout=replay, iterations=2, optim=far) == 0
+    own, other = metrics_without_time(tmp_path / "far", "01-rl")
+    assert own["logprob_mismatch"] < 1e-4 and "sampler_weight/mean" not in own
+    assert other["logprob_mismatch"] > 0.05 and 0 < other["sampler_weight/mean"] <= 2
+
+
+def test_a_replay_without_logprobs_is_refused(workspace, tmp_path, capsys):
+    assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, iterations=1) == 0
+    path = tmp_path / "one/01-rl/rollouts/000001.jsonl"
+    found = [json.loads(line) | {"logprobs": None} for line in path.read_text().splitlines()]
+    write_rows(path, found)
+    assert run_stage(workspace, tmp_path / "two", rollout={"replay": str(path.parent)},
+                     iterations=1) == 2  # fmt: skip
+    assert "a completion has no logprobs" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("gap, correction, status", [
+    (0.1, None, 1), (0.1, {"kind": "truncated"}, 0), (0.1, {"kind": "masked"}, 0),
+    (3.0, {"kind": "truncated"}, 1), (np.nan, {"kind": "masked"}, 1),
+])  # fmt: skip
+def test_an_engine_that_rounds_is_corrected(
+    workspace, tmp_path, monkeypatch, capsys, gap, correction, status
+):
+    """Its logprobs are off by `gap`, up and down in turn, as those of bfloat16 are."""
+    sample = RolloutSampler.sample
+
+    def rounded(self, *args):
+        def off(c):
+            noise = gap * (-1.0) ** np.arange(c.num_sampled)
+            return replace(c, sampled_logprobs=(c.sampled_logprobs + noise).astype(np.float32))
+
+        return [[off(c) for c in group] for group in sample(self, *args)]
+
+    monkeypatch.setattr(RolloutSampler, "sample", rounded)
+    policy = {"sampler_correction": correction}
+    assert run_stage(workspace, tmp_path / "r", iterations=1, policy=policy) == status
+    if status:
+        assert "policy.sampler_correction" in capsys.readouterr().err.replace("\n", " ") or (
+            correction is not None
+        )
+        return
+    (line,) = metrics_without_time(tmp_path / "r", "01-rl")
+    assert line["logprob_mismatch"] == pytest.approx(math.expm1(0.1), rel=1e-3)
+    weights = np.exp([0.1, -0.1])
+    assert weights[1] < line["sampler_weight/mean"] < weights[0]
+    assert line["sampler_weight/clipped"] == 0.0
 
 
 def test_micro_batches_of_any_size_train_the_same_rollout(workspace, tmp_path):

@@ -39,6 +39,8 @@ PHASED = {
 EPOCHS = {"@steps": REMOVED, "@epochs": 1}
 TWO_STEPS = {"@optim.lr": 0.05, "@policy.update_epochs": 2}
 KL = {**TWO_STEPS, "@policy.kl": {"coef": 0.5}}
+# Weights of what the policy itself sampled are 1 but for rounding, which a bound of 1 divides.
+CORRECTED = {"@policy.sampler_correction": {"kind": "truncated", "bounds": [0, 1]}}
 ONLINE = {"@preference": {"coef": 0.5, "pairs": "online"}}
 OFFLINE = {
     "@preference": {
@@ -359,6 +361,16 @@ PROBES: dict[str, Probe] = {
             "objective": "cispo", "ratio": "sequence", "aggregation": "constant",
             "baseline": "leave_one_out",
         }.items()
+    },
+    "stages[].policy.sampler_correction": Probe(
+        "upo", {"@policy.sampler_correction": {"kind": "truncated"}}
+    ),
+    **{
+        f"stages[].policy.sampler_correction.{name}": Probe(
+            "upo", {f"@policy.sampler_correction.{name}": value}, CORRECTED
+        )
+        for name, value in
+        {"kind": "masked", "level": "sequence", "bounds": [0.0, 2.0]}.items()
     },
     "stages[].policy.normalize_rewards": Probe(
         "upo", {"@policy.normalize_rewards": "none"}, CRITIC

@@ -3,7 +3,13 @@
 Each module holds the settings of one part; `upo` joins them and checks them against each other.
 """
 
-from ernie_train.rl.config.policy import Aggregation, CriticConfig, KlConfig, PolicyConfig
+from ernie_train.rl.config.policy import (
+    Aggregation,
+    CriticConfig,
+    KlConfig,
+    PolicyConfig,
+    SamplerCorrectionConfig,
+)
 from ernie_train.rl.config.preference import OfflinePairs, PairLoss, PreferenceConfig
 from ernie_train.rl.config.rollout import (
     Curriculum,
@@ -25,6 +31,7 @@ __all__ = [
     "PreferenceConfig",
     "PromptSource",
     "RolloutConfig",
+    "SamplerCorrectionConfig",
     "StageEvaluation",
     "UpoConfig",
 ]

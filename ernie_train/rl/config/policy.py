@@ -66,6 +66,34 @@ class KlConfig(StrictConfig):
         return self.coef if self.place == "reward" else 0.0
 
 
+class SamplerCorrectionConfig(StrictConfig):
+    """Importance weights of sampled tokens: probability at the update over that of the sampler.
+
+    kind: weights outside of `bounds` are held at them ("truncated", TIS), or are 0 ("masked").
+    level: the weight of each token, or the product over its sequence.
+    bounds: lowest and highest weight; None takes 0 and 2, with "masked" 0.5 and 2.
+    """
+
+    kind: Literal["truncated", "masked"]
+    level: Literal["token", "sequence"] = "token"
+    bounds: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _around_one(self) -> SamplerCorrectionConfig:
+        low, high = self.range
+        if not low <= 1 <= high:
+            raise ValueError(
+                f"bounds={[low, high]} must hold 1, the weight of what the policy itself sampled"
+            )
+        return self
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Return the lowest and the highest weight."""
+        low, high = self.bounds or (0.5 if self.kind == "masked" else 0.0, 2.0)
+        return low, high
+
+
 # (low, high) where a recipe gives none. A sequence's ratio is a mean over its tokens and moves far
 # less (arXiv:2507.18071); CISPO only bounds large weights, at 5 (arXiv:2510.13786): a ratio is
 # positive, so that a low of 1 bounds nothing.
@@ -89,6 +117,7 @@ class PolicyConfig(StrictConfig):
     aggregation: terms of tokens are means over the step's tokens, means over its sequences of the
         mean of each (GRPO), or sums divided by max_new_tokens * sequences (Dr. GRPO).
     baseline: of a group's rewards: their mean, or that of the other completions (RLOO).
+    sampler_correction: weighs tokens where the sampler computes other logprobs than the update.
     group_scale: group-relative advantages of the verifier's marks are divided by the group's
         standard deviation, or not.
     normalize_rewards: "domain" centres and scales the rewards of each domain in an iteration.
@@ -104,6 +133,7 @@ class PolicyConfig(StrictConfig):
     kl: KlConfig | None = None
     update_epochs: PositiveInt = 1
     minibatches: PositiveInt = 1
+    sampler_correction: SamplerCorrectionConfig | None = None
     baseline: AdvantageBaseline | None = None  # None: mean
     group_scale: Literal["std", "none"] | None = None  # None: std; none with leave_one_out
     normalize_rewards: Literal["domain", "none"] | None = None  # None: domain where it acts
@@ -112,7 +142,10 @@ class PolicyConfig(StrictConfig):
     def _consistent(self) -> PolicyConfig:
         if self.coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
             raise ValueError("entropy_coef and kl act on the policy term's tokens: coef is 0")
-        acting = ("objective", "ratio", "clip_ratio", "clip_ratio_high", "aggregation", "baseline")
+        acting = (
+            "objective", "ratio", "clip_ratio", "clip_ratio_high", "aggregation", "baseline",
+            "sampler_correction",
+        )  # fmt: skip
         fields = type(self).model_fields
         idle = [key for key in acting if getattr(self, key) != fields[key].default]
         if self.coef == 0 and idle:
