@@ -22,6 +22,7 @@ from paddle import Tensor
 from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import Interrupted
 from ernie_train.core.worker_pool import WorkerPool, can_limit_blas, one_blas_thread, shared_zeros
+from ernie_train.generate.prompt_experts import PromptExperts
 from ernie_train.generate.sampler import Sampler, SamplingConfig
 from ernie_train.model import Ernie4_5_MoeForCausalLM, KVCache
 from ernie_train.model.numpy_decoder import NumpyDecoder, Prediction, can_decode
@@ -31,6 +32,9 @@ _COMPACT_SHARE = 0.125  # the cache is compacted once this share of the batch ha
 # further process hardly pays. (In a rollout of `tiny`, 207 ms on two cores, forking, the child's
 # exit and building the decoder take 18 ms.)
 _MIN_SEQUENCES_PER_PROCESS = 8
+
+_Prompts = Sequence[Sequence[int]]
+_Recorded = list[np.ndarray] | None  # receives the experts of prompts, see `NumpyDecoder.prefill`
 
 
 class _Cache(Protocol):
@@ -42,7 +46,7 @@ class _Cache(Protocol):
 class _Decoder(Protocol):
     """Computes the logits of next tokens: `NumpyDecoder` or `_PaddleDecoder`."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, Any]: ...
+    def prefill(self, prompts: _Prompts, recorded: _Recorded = None) -> tuple[Prediction, Any]: ...
 
     def __call__(self, tokens: np.ndarray, cache: Any) -> Prediction: ...
 
@@ -60,6 +64,9 @@ class Completion:
     finished: bool = False  # a stop token was reached; False: cut at max_new_tokens
     # [T,L,K] int16, if requested: the experts at the position that predicted each token.
     expert_ids: np.ndarray | None = field(default=None, compare=False)
+    # [S-1,L,K] int16, if requested: those at the positions of the prompt before its last. Equal
+    # prompts of a batch share the array.
+    prompt_expert_ids: np.ndarray | None = field(default=None, compare=False)
 
 
 def generate(  # noqa: PLR0913 - the public call; everything after the prompts is a keyword
@@ -74,6 +81,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     eos_token_id: int | Iterable[int] = (),
     batch_size: int = 256,
     record_experts: bool = False,
+    record_prompt_experts: bool = False,
     sequence_ids: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -86,7 +94,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     differently with another number of threads. Equal prompts are prefilled once per batch. At most
     `batch_size` sequences are sampled at once, over all processes.
 
-    record_experts: fill `Completion.expert_ids`.
+    record_experts: fill `Completion.expert_ids`; record_prompt_experts: `prompt_expert_ids` too.
     limits: the most tokens of each completion; by default, and at most, `max_new_tokens`.
     on_progress: called with the number of finished prompts.
     stop_requested: polled before each forward pass and while waiting for other processes; when it
@@ -115,6 +123,8 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
             decoder = NumpyDecoder(model) if can_decode(model) else _PaddleDecoder(model)
             processes = _num_processes(decoder, min(len(prompts), batch_size))
             batches = _partition(prompts, processes, batch_size)
+            if record_prompt_experts and outputs.moe_shape is not None:
+                outputs.prompts = PromptExperts(prompts, batches, outputs.moe_shape)
             _run(batches, decoder, request, outputs, on_progress, stop_requested)
     finally:
         if was_training:
@@ -144,7 +154,9 @@ class _Outputs:
         self.lengths = shared_zeros(count, np.int64)
         self.finished = shared_zeros(count, bool)
         self.ended = shared_zeros(count, bool)  # finished or at its limit
+        self.moe_shape = moe_shape
         self.experts = None if moe_shape is None else shared_zeros((*shape, *moe_shape), np.int16)
+        self.prompts: PromptExperts | None = None  # if those of prompts are recorded too
 
     def completion(self, i: int) -> Completion:
         """Return the completion of prompt `i`."""
@@ -155,6 +167,7 @@ class _Outputs:
             self.logprobs[i, :length].tolist(),
             bool(self.finished[i]),
             experts,
+            None if self.prompts is None else self.prompts.of(i),
         )
 
 
@@ -280,7 +293,11 @@ class _BatchSampler:
     def run(self, before_pass: Callable[[], None]) -> None:
         """Sample until every sequence has ended; call `before_pass` before each forward pass."""
         before_pass()
-        prediction, cache = _prefill(self.decoder, self.prompts)
+        recorded: list[np.ndarray] = []
+        kept = self.outputs.prompts
+        prediction, cache = _prefill(self.decoder, self.prompts, None if kept is None else recorded)
+        if kept is not None:
+            kept.record(self.prompt_index.tolist(), recorded)
         rows = np.arange(len(self.prompts))  # [B] sequences of the batch still in the cache
         for step in range(self.config.max_new_tokens):
             tokens = self._sample(prediction, rows, step)
@@ -323,11 +340,13 @@ def _compaction(running: np.ndarray) -> np.ndarray:
     return keep
 
 
-def _prefill(decoder: _Decoder, prompts: list[Sequence[int]]) -> tuple[Prediction, _Cache]:
+def _prefill(
+    decoder: _Decoder, prompts: _Prompts, recorded: _Recorded
+) -> tuple[Prediction, _Cache]:
     """Return the prediction after each prompt and the filled cache; equal prompts run once."""
     unique: dict[tuple[int, ...], int] = {}
     owner = np.array([unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts])
-    (logits, experts), cache = decoder.prefill(list(unique))
+    (logits, experts), cache = decoder.prefill(list(unique), recorded)
     if len(unique) < len(prompts):
         cache.select(owner)
         logits, experts = logits[owner], [chosen[owner] for chosen in experts]
@@ -340,12 +359,16 @@ class _PaddleDecoder:
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.model = model
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, KVCache]:
-        """Return the prediction after each prompt and the filled cache."""
+    def prefill(self, prompts: _Prompts, recorded: _Recorded = None) -> tuple[Prediction, KVCache]:
+        """Return the prediction after each prompt and the filled cache, as `NumpyDecoder` does."""
         cache = self.model.new_cache(len(prompts))
         input_ids, document_ids = _right_padded(prompts)
         output = self.model.model(input_ids, document_ids=document_ids, kv_cache=cache)
-        last = paddle.to_tensor(np.cumsum(output.layout.row_counts) - 1)
+        ends = np.cumsum(output.layout.row_counts)
+        if recorded is not None and output.router_stats:
+            chosen = np.stack([stats.expert_ids.numpy() for stats in output.router_stats], 1)
+            recorded += [part[:-1] for part in np.split(chosen, ends[:-1])]
+        last = paddle.to_tensor(ends - 1)
         experts = [paddle.gather(stats.expert_ids, last) for stats in output.router_stats]
         return self._prediction(paddle.gather(output.hidden, last), experts), cache
 

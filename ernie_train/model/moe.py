@@ -31,7 +31,7 @@ class RouterStats:
     layer: int
     router_logits: Tensor  # [T,E] float32, with gradient
     router_probs: Tensor  # [T,E] float32, with gradient
-    expert_ids: Tensor  # [T,K] experts chosen with the selection bias
+    expert_ids: Tensor  # [T,K] experts taken: chosen with the selection bias, or replayed
     dropped: int  # routed rows that a capacity limit dropped
 
 
@@ -49,12 +49,20 @@ class Router(nn.Layer):
             [config.hidden_size, config.moe_num_experts], dtype="float32"
         )
 
-    def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route x [T,H] under bias [1,E] -> logits [T,E], weights [T,K], expert ids [T,K]."""
+    def forward(
+        self, x: Tensor, bias: Tensor, replayed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Route x [T,H] under bias [1,E] -> logits [T,E], weights [T,K], expert ids [T,K].
+
+        replayed [T,K]: experts to take instead of the router's own choice, -1 where it chooses;
+        their weights come from its present probabilities, with gradient (arXiv:2510.11370).
+        """
         x32 = cast(x, paddle.float32)
         logits = paddle.matmul(x32, self.weight)
         probs = F.softmax(logits)
         _, expert_ids = paddle.topk(probs.detach() + bias, self.top_k)
+        if replayed is not None:
+            expert_ids = paddle.where(replayed < 0, expert_ids, replayed)
         chosen = paddle.take_along_axis(probs, expert_ids, axis=1)
         weights = chosen / paddle.clip(chosen.sum(-1, keepdim=True), min=self.norm_min)
         return logits, weights, expert_ids
@@ -213,9 +221,15 @@ class MoE(nn.Layer):
             self.shared_experts = MLP(config, width)
         self.dispatcher = placement.dispatcher
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Compute x [T,H] -> output [T,H], router logits [T,E], expert ids [T,K], dropped rows."""
-        logits, weights, expert_ids = self.gate(x, self.moe_statics.e_score_correction_bias)
+    def forward(
+        self, x: Tensor, replayed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Compute x [T,H] -> output [T,H], router logits [T,E], expert ids [T,K], dropped rows.
+
+        replayed [T,K]: as in `Router.forward`.
+        """
+        bias = self.moe_statics.e_score_correction_bias
+        logits, weights, expert_ids = self.gate(x, bias, replayed)
         routing = make_routing(expert_ids, self.config.moe_num_experts, self._capacity(x.shape[0]))
         # Shared experts need no exchange, so they run while rows travel to the routed ones.
         in_flight = self.dispatcher.dispatch_start(x, weights, routing)

@@ -119,15 +119,24 @@ class NumpyDecoder:
         # A forked process must not call Paddle, which computes the other activations.
         self.without_paddle = config.hidden_act in NUMPY_ACTIVATIONS
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Prediction, DecoderCache]:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        recorded: list[np.ndarray] | None = None,
+    ) -> tuple[Prediction, DecoderCache]:
         """Return the prediction after each prompt and the filled cache.
 
         Neighbours of similar length run in one chunk, so prompts sorted by length take less time.
+
+        recorded: a list that receives, for each prompt, the experts [S-1,L,k] of its
+            positions but the last, whose experts are in the prediction; L MoE layers.
         """
         slots = max(map(len, prompts)) + 1
         cache = DecoderCache(self.config, len(prompts), slots, self.rope_theta)
         cache.lengths[:] = [len(prompt) for prompt in prompts]
-        parts = [self._prefill_chunk(prompts, rows, cache) for rows in _chunks(cache.lengths)]
+        parts = [
+            self._prefill_chunk(prompts, rows, cache, recorded) for rows in _chunks(cache.lengths)
+        ]
         logits, experts = zip(*parts, strict=True)
         joined = [np.concatenate(layer) for layer in zip(*experts, strict=True)]
         return (np.concatenate(logits), joined), cache
@@ -161,7 +170,11 @@ class NumpyDecoder:
         return self._forward(tokens, positions, attend, None)
 
     def _prefill_chunk(
-        self, prompts: Sequence[Sequence[int]], rows: slice, cache: DecoderCache
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: slice,
+        cache: DecoderCache,
+        recorded: list[np.ndarray] | None,
     ) -> Prediction:
         """Run prompts padded on the right: causal attention keeps padding from the real tokens."""
         lengths = cache.lengths[rows]
@@ -184,22 +197,40 @@ class NumpyDecoder:
 
         last = np.arange(batch) * width + lengths - 1
         positions = np.tile(np.arange(width), batch)
-        return self._forward(tokens.reshape(-1), positions, attend, last)
+        everywhere: list[np.ndarray] | None = None if recorded is None else []
+        prediction = self._forward(tokens.reshape(-1), positions, attend, last, everywhere)
+        if recorded is not None and everywhere:
+            table = np.stack(everywhere, 1).reshape(batch, width, len(everywhere), -1)
+            recorded += [table[row, : n - 1] for row, n in enumerate(lengths)]
+        return prediction
 
     def _forward(
-        self, tokens: np.ndarray, positions: np.ndarray, attend: _Attend, last: np.ndarray | None
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        attend: _Attend,
+        last: np.ndarray | None,
+        everywhere: list[np.ndarray] | None = None,
     ) -> Prediction:
-        """Run `tokens` at `positions`, both [T]; predict at the indices `last` [B], or at all."""
+        """Run `tokens` at `positions`, both [T]; predict at the indices `last` [B], or at all.
+
+        everywhere: receives the experts [T,k] of each MoE layer at all positions.
+        """
         rotations = self.rope.at(positions)
         x = self.embedding.take(tokens, 0)
         experts = []
         for index, layer in enumerate(self.layers):
             x = x + layer.attn_block(x, rotations, index, attend)
+            chosen_everywhere = None
             if last is not None and index + 1 == len(self.layers):
+                if everywhere is not None:
+                    chosen_everywhere = layer.route(x)
                 x = x[last]  # no later layer attends to the others
             y, chosen = layer.mlp_block(x)
             x += y
             if chosen is not None:
+                if everywhere is not None:
+                    everywhere.append(chosen if chosen_everywhere is None else chosen_everywhere)
                 experts.append(chosen if last is None or len(chosen) == len(last) else chosen[last])
         return self.head(self.norm(x)), experts
 
@@ -239,6 +270,10 @@ class _NumpyDecoderLayer:
             return self.dense(x), None
         assert self.experts is not None
         return self.experts(x)
+
+    def route(self, x: np.ndarray) -> np.ndarray | None:
+        """Return the experts [T,k] that x [T,H] would take, None if dense; compute no MLP."""
+        return None if self.experts is None else self.experts.route(self.post_norm(x))[0]
 
 
 def _attention(

@@ -219,7 +219,7 @@ class NumpyMoE:
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compute x [T,H] -> output [T,H] and the ids of the chosen experts [T,k]."""
-        chosen, weights = self._route(x)
+        chosen, weights = self.route(x)
         pairs = chosen.reshape(-1)
         order = pairs.argsort(kind="stable")  # [R] (token, choice) pairs sorted by expert
         ends = np.bincount(pairs, minlength=len(self.down)).cumsum().tolist()
@@ -238,7 +238,7 @@ class NumpyMoE:
             output += self.shared(x)
         return output, chosen
 
-    def _route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of the experts [T,k] of x [T,H] and their weights [T,k]."""
         probs = softmax_(self.router(x))
         # The bias picks experts, raw probabilities weigh them (arXiv:2408.15664).

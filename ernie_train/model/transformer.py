@@ -60,29 +60,40 @@ class DecoderLayer(nn.Layer):
         self.mlp = MoE(config, placement) if self.is_moe else MLP(config, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, tables: AttentionTables, cache: KVCache | None
+        self,
+        x: Tensor,
+        tables: AttentionTables,
+        cache: KVCache | None,
+        replayed: Tensor | None = None,
     ) -> tuple[Tensor, RouterOutput]:
         """Run the layer: x [T,H] -> x [T,H] and the router's output."""
-        return self.mlp_block(self.attn_block(x, tables, cache))
+        return self.mlp_block(self.attn_block(x, tables, cache), replayed)
 
     def attn_block(self, x: Tensor, tables: AttentionTables, cache: KVCache | None) -> Tensor:
         """Return x [T,H] plus the attention of its norm."""
         return x + self.self_attn(self.input_layernorm(x), tables, cache)
 
-    def mlp_block(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
-        """Return x [T,H] plus the MLP or MoE of its norm, and the router's output."""
+    def mlp_block(self, x: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, RouterOutput]:
+        """Return x [T,H] plus the MLP or MoE of its norm, and the router's output.
+
+        replayed [T,K]: as in `Router.forward`.
+        """
         y = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(y), None
-        y, router_logits, expert_ids, dropped = self.mlp(y)
+        y, router_logits, expert_ids, dropped = self.mlp(y, replayed)
         return x + y, (router_logits, expert_ids, dropped)
 
 
 def run_layer(
-    layer: DecoderLayer, x: Tensor, tables: AttentionTables, cache: KVCache | None
+    layer: DecoderLayer,
+    x: Tensor,
+    tables: AttentionTables,
+    cache: KVCache | None,
+    replayed: Tensor | None = None,
 ) -> tuple[Tensor, RouterOutput]:
     """Run a layer: the default of `Ernie4_5_MoeModel.run_layer`, which recomputation replaces."""
-    return layer(x, tables, cache)
+    return layer(x, tables, cache, replayed)
 
 
 class Ernie4_5_MoeModel(nn.Layer):
@@ -106,12 +117,14 @@ class Ernie4_5_MoeModel(nn.Layer):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        replayed_experts: np.ndarray | None = None,
     ) -> HiddenOutput:
         """Compute input_ids, position_ids, document_ids [B,S] -> hidden states of the real tokens.
 
         `document_ids`: tokens attend to earlier ones of the same document of their row; 0 is
         padding. Without it every row is one document. By default, positions count from 0 in each
-        document, or continue those in `kv_cache`.
+        document, or continue those in `kv_cache`. `replayed_experts` [T,L,K]: the experts that the
+        real tokens take in each of the L MoE layers, -1 where the router chooses them.
 
         Raises `ValueError` for a batch without a real token, or a cache of another RoPE base.
         """
@@ -133,9 +146,12 @@ class Ernie4_5_MoeModel(nn.Layer):
         rope = RopeTables.build(positions, self.rope_theta, int(self.config.head_dim or 0))
         tables = AttentionTables(self.config, layout, rope)
         x = self.embed_tokens(tokens)
-        stats = []
+        stats: list[RouterStats] = []
         for i, layer in enumerate(self.layers):
-            x, routed = self.run_layer(layer, x, tables, kv_cache)
+            replayed = None
+            if replayed_experts is not None and layer.is_moe:
+                replayed = paddle.to_tensor(replayed_experts[:, len(stats)].astype(np.int64))
+            x, routed = self.run_layer(layer, x, tables, kv_cache, replayed)
             if routed is not None:
                 logits, expert_ids, dropped = routed
                 stats.append(RouterStats(i, logits, F.softmax(logits), expert_ids, dropped))

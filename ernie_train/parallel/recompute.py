@@ -99,10 +99,11 @@ def _run_layer(
     x: Tensor,
     tables: AttentionTables,
     cache: KVCache | None,
+    replayed: Tensor | None = None,
 ) -> tuple[Tensor, RouterOutput]:
     parts = recomputed_parts(recompute, layer.layer_index)
     if not parts or not layer.training or cache is not None:
-        return run_layer(layer, x, tables, cache)
+        return run_layer(layer, x, tables, cache, replayed)
     if x.stop_gradient:  # else nothing would reach parameters of the layer, where those below rest
         x = _leaf(x)
 
@@ -110,13 +111,16 @@ def _run_layer(
         return layer.attn_block(x, tables, None)
 
     if parts == {"attention"}:
-        return layer.mlp_block(utils.recompute(attn_block, x))
+        return layer.mlp_block(utils.recompute(attn_block, x), replayed)
     whole, size = len(parts) == len(PARTS), chunk_tokens(recompute)
     if not whole:
         x = attn_block(x)
     if size is not None:
-        return _run_in_chunks(layer, size, x, attn_block if whole else None)
-    block = (lambda x: layer(x, tables, None)) if whole else layer.mlp_block
+        return _run_in_chunks(layer, size, x, attn_block if whole else None, replayed)
+
+    def block(x: Tensor) -> tuple[Tensor, RouterOutput]:
+        return layer.mlp_block(attn_block(x) if whole else x, replayed)
+
     return _recompute_moe(block, x)
 
 
@@ -145,11 +149,19 @@ def _recompute_moe(run: Any, x: Tensor) -> tuple[Tensor, RouterOutput]:
 
 
 def _run_in_chunks(
-    layer: DecoderLayer, size: int, x: Tensor, before: Callable[[Tensor], Tensor] | None
+    layer: DecoderLayer,
+    size: int,
+    x: Tensor,
+    before: Callable[[Tensor], Tensor] | None,
+    replayed: Tensor | None,
 ) -> tuple[Tensor, RouterOutput]:
     """Run `mlp_block` on x [T,H], or on `before(x)`, `size` tokens at a time."""
     chunks = _chunks(x.shape[0], size, layer.is_moe and process_group.grid().expert > 1)
-    y, *routed = _ChunkedBlock.apply(x, layer, before, chunks)
+
+    def block(piece: Tensor, chunk: slice) -> tuple[Tensor, RouterOutput]:
+        return layer.mlp_block(piece, None if replayed is None else _tokens(replayed, chunk))
+
+    y, *routed = _ChunkedBlock.apply(x, block, before, chunks)
     # 0 dropped rows: a capacity would be counted per chunk, so recipes with both are refused.
     return y, (*routed, 0) if routed else None
 
@@ -176,17 +188,17 @@ class _ChunkedBlock(PyLayer):
     def forward(
         ctx: Any,
         x: Tensor,
-        layer: DecoderLayer,
+        block: Callable[[Tensor, slice], tuple[Tensor, RouterOutput]],
         before: Callable[[Tensor], Tensor] | None,
         chunks: list[slice],
     ) -> Any:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.before, ctx.chunks = layer, before, chunks
+        ctx.block, ctx.before, ctx.chunks = block, before, chunks
         ctx.set_materialize_grads(False)
         stream = x if before is None else before(x)
         outputs = []
         for chunk in chunks:
-            y, routed = layer.mlp_block(_tokens(stream, chunk))
+            y, routed = block(_tokens(stream, chunk), chunk)
             if not _is_empty(chunk):
                 outputs.append((y, *(routed or ())[:2]))
         joined = tuple(map(paddle.concat, zip(*outputs, strict=True)))
@@ -211,7 +223,7 @@ def _back_through_chunks(ctx: Any, stream: Tensor, grads: tuple[Tensor | None, .
     pieces = []
     for chunk in ctx.chunks:
         piece = _leaf(_tokens(stream, chunk))
-        y, routed = ctx.layer.mlp_block(piece)
+        y, routed = ctx.block(piece, chunk)
         outputs = [y, *(routed or ())[:1]]
         chunk_grads = [_gradient(g, o, chunk) for g, o in zip(grads, outputs, strict=False)]
         paddle.autograd.backward(outputs, chunk_grads)

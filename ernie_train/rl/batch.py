@@ -26,6 +26,8 @@ class TokenizedCompletion:
     sampled_mask: which tokens of the completion the policy sampled, where others stand between
         them, such as tool outputs. Only those have logprobs, values and advantages, and are
         learnt from. None: all of them.
+    expert_ids: the experts [num_sampled, MoE layers, K] of the positions that predict those tokens,
+        as sampling chose them; prompt_expert_ids: those of the prompt's positions but the last.
 
     Raises `ValueError` where the mask has another length than the completion, or no token.
     """
@@ -33,6 +35,10 @@ class TokenizedCompletion:
     prompt_ids: list[int]
     completion_ids: list[int]
     sampled_mask: list[bool] | None = field(default=None, kw_only=True)
+    expert_ids: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
+    prompt_expert_ids: np.ndarray | None = field(
+        default=None, kw_only=True, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         mask = self.sampled_mask
@@ -57,6 +63,21 @@ class TokenizedCompletion:
     def num_sampled(self) -> int:
         """Tokens that the policy sampled."""
         return len(self.completion_ids) if self.sampled_mask is None else sum(self.sampled_mask)
+
+    @property
+    def routing(self) -> np.ndarray | None:
+        """Experts [length - 1, MoE layers, K] of all positions, -1 where unknown; None if all are.
+
+        A completion's last token goes through no model. The experts at tool outputs are unknown.
+        """
+        if self.expert_ids is None:
+            return None
+        first = len(self.prompt_ids) - 1
+        found = np.full((self.length - 1, *self.expert_ids.shape[1:]), -1, np.int16)
+        if self.prompt_expert_ids is not None:
+            found[:first] = self.prompt_expert_ids
+        found[first + self.sampled_places] = self.expert_ids
+        return found
 
 
 class PreferencePair(NamedTuple):
@@ -146,6 +167,21 @@ class MicroBatch:
         for row, text in enumerate(texts):
             ids[row, : len(text)], documents[row, : len(text)] = text, 1
         return ids, documents
+
+    @property
+    def routing(self) -> np.ndarray | None:
+        """Experts [T,L,K] that sampling chose at all real tokens, -1 where unknown; None if all."""
+        known = [s.routing for s in self.sequences]
+        shape = next((found.shape[1:] for found in known if found is not None), None)
+        if shape is None:
+            return None
+        pieces = zip(self.sequences, known, strict=True)
+        return np.concatenate(
+            [
+                np.full((s.length - 1, *shape), -1, np.int16) if found is None else found
+                for s, found in pieces
+            ]
+        )
 
     @cached_property
     def predictors(self) -> np.ndarray:

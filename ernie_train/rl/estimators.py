@@ -43,10 +43,18 @@ def policy_logprobs(
     *,
     temperature: float,
     with_entropy: bool = False,
+    router_replay: bool = False,
 ) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
-    """Return logprobs [N] of sampled tokens at the sampling temperature, entropy, routing."""
+    """Return logprobs [N] of sampled tokens at the sampling temperature, entropy, routing.
+
+    router_replay: tokens take the experts that sampling chose for them, where they are known.
+    """
     ids, documents = batch.inputs
-    output = model.model(paddle.to_tensor(ids), document_ids=documents)
+    output = model.model(
+        paddle.to_tensor(ids),
+        document_ids=documents,
+        replayed_experts=batch.routing if router_replay else None,
+    )
     hidden = paddle.gather(output.hidden, paddle.to_tensor(batch.predictors))
     logprobs, entropy = token_logprobs(
         hidden,
@@ -69,15 +77,14 @@ def _evaluate(
     model: HasDecoder,
     sequences: Sequence[TokenizedCompletion],
     batch_size: int,
-    compute: Callable[[MicroBatch, list[int]], tuple[np.ndarray, T]],
+    compute: Callable[[MicroBatch], tuple[np.ndarray, T]],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[list[np.ndarray], list[T]]:
     """Run `compute` over all sequences, each rank for its share of the micro-batches.
 
-    compute: a micro-batch and the indices of its sequences -> an array [N], and what else is
-    wanted of every micro-batch. Returns the array of each sequence, and the rest in order.
-    Sequences of similar length go together. Every rank must call it. Raises `Interrupted` on all
-    ranks when a stop is requested on one.
+    compute: a micro-batch -> an array [N], and what else is wanted of every micro-batch. Returns
+    the array of each sequence, and the rest in order. Sequences of similar length go together.
+    Every rank must call it. Raises `Interrupted` on all ranks when a stop is requested on one.
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index].length)
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -87,7 +94,7 @@ def _evaluate(
             if lockstep.next_pass():
                 raise Interrupted("stopped on a signal in a forward pass")
             batch = MicroBatch.without_arrays([sequences[index] for index in chunk])
-            own.append(compute(batch, chunk))
+            own.append(compute(batch))
     found = process_group.gather_shards(own)
     arrays: dict[int, np.ndarray] = {}
     for chunk, (joined, _) in zip(chunks, found, strict=True):
@@ -113,21 +120,24 @@ def sequence_logprobs(
     *,
     temperature: float,
     batch_size: int,
-    sampled_experts: Sequence[np.ndarray | None] = (),
+    router_replay: bool = False,
     with_entropy: bool = False,
 ) -> SequenceLogprobs:
     """Return logprobs of every sequence's completion; every rank must call it.
 
-    sampled_experts: the experts [tokens, MoE layers, K] that each sequence was sampled with; the
-    share of changed ones is None where any is unknown.
+    router_replay: tokens take the experts that sampling chose for them. The share of changed ones
+    is None where any is unknown.
     """
 
-    def compute(batch: MicroBatch, indices: list[int]) -> tuple[np.ndarray, _Seen]:
+    def compute(batch: MicroBatch) -> tuple[np.ndarray, _Seen]:
         logprobs, entropy, router_stats = policy_logprobs(
-            model, batch, temperature=temperature, with_entropy=with_entropy
+            model,
+            batch,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            router_replay=router_replay,
         )
-        sampled = [sampled_experts[index] for index in indices] if sampled_experts else []
-        changed = _changed_experts(batch, sampled, router_stats)
+        changed = _changed_experts(batch, router_stats)
         return logprobs.numpy(), (None if entropy is None else entropy.numpy(), changed)
 
     training = model.training
@@ -147,13 +157,9 @@ def _mean(arrays: list[np.ndarray | None]) -> float | None:
     return float(np.concatenate(known).mean(dtype=np.float64)) if known else None
 
 
-def _changed_experts(
-    batch: MicroBatch,
-    sampled: Sequence[np.ndarray | None],
-    router_stats: Sequence[RouterStats],
-) -> np.ndarray | None:
+def _changed_experts(batch: MicroBatch, router_stats: Sequence[RouterStats]) -> np.ndarray | None:
     """Return for each sampled token [N] whether any layer routes it to other experts now."""
-    before = [experts for experts in sampled if experts is not None]
+    before = [s.expert_ids for s in batch.sequences if s.expert_ids is not None]
     if not router_stats or len(before) < len(batch.sequences):
         return None
     now = np.stack([stats.expert_ids.numpy()[batch.predictors] for stats in router_stats], axis=1)
@@ -177,7 +183,7 @@ def sequence_values(
         critic,
         sequences,
         batch_size,
-        lambda batch, _: (critic_values(critic, batch)[0].numpy(), 0),
+        lambda batch: (critic_values(critic, batch)[0].numpy(), 0),
         stop_requested,
     )
     critic.train()

@@ -123,7 +123,7 @@ class Learner:
             completions,
             temperature=self.config.rollout.temperature,
             batch_size=self.config.micro_batch_size,
-            sampled_experts=[c.expert_ids for c in completions],
+            router_replay=self.config.policy.router_replay,
             with_entropy=True,
         )
         found = {"entropy": entropy, "experts_changed": changed}
@@ -369,6 +369,7 @@ def _policy_loss(config: UpoConfig) -> UpoLoss:
         clip_ratio=policy.clip_range,
         objective=policy.objective,
         sequence_ratio=policy.ratio == "sequence",
+        router_replay=policy.router_replay,
         aggregation=policy.aggregation,
         max_new_tokens=config.rollout.max_new_tokens,
         policy_coef=policy.coef,

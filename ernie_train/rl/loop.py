@@ -54,7 +54,11 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
     """
     with consensus.fail_together():
         built = build_reward(config.reward, stage.data.base_dir)
-    engine = OwnEngine(stage.data.tokenizer.stop_token_ids, config.rollout.batch_size)
+    engine = OwnEngine(
+        stage.data.tokenizer.stop_token_ids,
+        config.rollout.batch_size,
+        record_prompts=config.policy.router_replay,
+    )
     with closing(built) as reward, closing(engine):
         if config.canaries:
             with consensus.fail_together():

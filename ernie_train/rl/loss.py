@@ -139,6 +139,7 @@ class UpoLoss:
     clip_ratio: tuple[float, float]
     objective: PolicyObjective = "ppo"
     sequence_ratio: bool = False
+    router_replay: bool = False
     aggregation: Aggregation = "token"
     max_new_tokens: int = 1
     policy_coef: float = 1.0
@@ -172,7 +173,11 @@ class UpoLoss:
 
     def __call__(self, model: Ernie4_5_MoeForCausalLM, batch: MicroBatch) -> LossOutput:
         logprobs, entropy, router_stats = policy_logprobs(
-            model, batch, temperature=self.temperature, with_entropy=self.entropy_coef > 0
+            model,
+            batch,
+            temperature=self.temperature,
+            with_entropy=self.entropy_coef > 0,
+            router_replay=self.router_replay,
         )
         counts = self.counts(batch)
         terms: list[LossTerm] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.config import RolloutConfig, UpoConfig
 from ernie_train.rl.data import PreparedPrompts, Prompt, rollout_file
 from ernie_train.rl.reward import RewardModelScorer
+from ernie_train.rl.routing import packed_experts, require_experts, unpacked_experts
 from ernie_train.train.stage import StageRun
 
 ROLLOUTS = "rollouts"
@@ -50,7 +51,6 @@ class ScoredCompletion(TokenizedCompletion):
     raw_reward: float
     reward_parts: dict[str, float]
     sampled_logprobs: np.ndarray | None = None  # float32 [sampled tokens]
-    expert_ids: np.ndarray | None = None  # [sampled tokens, MoE layers, K]
 
 
 PromptGroup = Sequence[ScoredCompletion]
@@ -178,14 +178,21 @@ class RolloutSampler:
             path = rollout_file(self.stage.data.base_dir / config.replay, iteration)
             with consensus.fail_together():
                 groups = _read_replay(path)
+                self._require_experts(groups, str(path))
         else:
             groups = self._sample_until_informative(iteration)
+            self._require_experts(groups, "the engine")
         if config.dump:
             with consensus.fail_together():
                 if process_group.is_main():
                     path = rollout_file(self.stage.directory / ROLLOUTS, iteration)
                     write_rollout(path, groups)
         return Rollout.of(groups, config)
+
+    def _require_experts(self, groups: Sequence[PromptGroup], source: str) -> None:
+        if self.config.policy.router_replay:
+            completions = (completion for group in groups for completion in group)
+            require_experts(completions, self.stage.model, source)
 
     def _sample_until_informative(self, iteration: int) -> list[PromptGroup]:
         """Sample until enough groups are informative, at most `refill_rounds` rounds more."""
@@ -254,6 +261,7 @@ class RolloutSampler:
                     reward_parts=composed.parts,
                     sampled_logprobs=np.array(completion.logprobs, np.float32),
                     expert_ids=completion.expert_ids,
+                    prompt_expert_ids=completion.prompt_expert_ids,
                 )
             )
         return found
@@ -332,6 +340,8 @@ def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
                 "logprobs": None if c.sampled_logprobs is None
                 else [float(x) for x in c.sampled_logprobs],
             }  # fmt: skip
+            if c.expert_ids is not None and c.prompt_expert_ids is not None:
+                row |= packed_experts(c.prompt_expert_ids, c.expert_ids)
             rows.append(row)
     with storage_errors("cannot write the rollout", path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -363,6 +373,9 @@ def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
         score=Score(*row["score"]),
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )
+    if "experts" in row:
+        prompt, sampled = unpacked_experts(row, len(read.prompt_ids) - 1, read.num_sampled)
+        read = replace(read, prompt_expert_ids=prompt, expert_ids=sampled)
     if logprobs is not None and len(logprobs) != read.num_sampled:
         raise ValueError(f"{len(logprobs)} logprobs for {read.num_sampled} sampled tokens")
     return read

@@ -18,6 +18,7 @@ from ernie_train.eval.prompts import encode_problems
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.partial import trained_sizes
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
+from ernie_train.rl import UpoConfig
 from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData
@@ -155,11 +156,14 @@ def _length_problems(stage: AnyStageConfig, path: str, limit: int) -> list[str]:
 def _balance_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
     if any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
         return []
-    return [
+    idle = [
         f"{path}.balance.{name}={getattr(stage.balance, name):g} has no effect: the model has no "
         "MoE layer, so neither router nor selection bias"
         for name in stage.balance.active()
     ]
+    if isinstance(stage, UpoConfig) and stage.policy.router_replay:
+        idle.append(f"{path}.policy.router_replay has no effect: the model has no MoE layer")
+    return idle
 
 
 def _training_problems(

@@ -119,10 +119,33 @@ def test_recomputed_logprobs_are_the_sampled_ones(model, prompts):
     assert np.abs(np.exp(np.concatenate(differences)) - 1).mean() < 1e-5
 
 
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_experts_of_prompts_are_recorded_once_for_equal_prompts(model, own_forward, monkeypatch):
+    """At every layer and position before the last, in chunks of prompts of several lengths."""
+    if own_forward:
+        monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
+    rng = np.random.default_rng(3)
+    different = [rng.integers(10, 90, length).tolist() for length in (1, 2, 9, 10, 30)]
+    prompts = [different[i] for i in (0, 3, 3, 1, 4, 2, 3)]
+    settings = {"max_new_tokens": 3, "temperature": 1.0, "batch_size": 6, "record_experts": True}
+    found = generate(model, prompts, record_prompt_experts=True, **settings)
+    for prompt, completion in zip(prompts, found, strict=True):
+        stats = model(paddle.to_tensor([prompt])).router_stats
+        expected = np.stack([s.expert_ids.numpy() for s in stats], 1)[:-1]
+        assert completion.prompt_expert_ids.dtype == np.int16
+        np.testing.assert_array_equal(np.sort(completion.prompt_expert_ids), np.sort(expected))
+    assert found[1].prompt_expert_ids is found[2].prompt_expert_ids
+    plain = generate(model, prompts, **settings)
+    assert [c.prompt_expert_ids for c in plain] == [None] * len(prompts)
+    assert [c.ids for c in plain] == [c.ids for c in found]
+
+
 def test_a_dense_model_has_no_experts_to_record():
     dense = make_model(moe_num_experts=0)
-    (completion,) = generate(dense, [[3, 4, 5]], max_new_tokens=4, record_experts=True)
-    assert len(completion.ids) == 4 and completion.expert_ids is None
+    settings = {"record_experts": True, "record_prompt_experts": True}
+    (completion,) = generate(dense, [[3, 4, 5]], max_new_tokens=4, **settings)
+    assert len(completion.ids) == 4
+    assert completion.expert_ids is completion.prompt_expert_ids is None
 
 
 @pytest.mark.parametrize("own_forward", [False, True])

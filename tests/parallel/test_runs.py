@@ -46,7 +46,7 @@ def root(tmp_path_factory) -> Path:
             "max_prompt_tokens": 64,
         },
         "policy": {
-            "minibatches": 2, "update_epochs": 2,
+            "minibatches": 2, "update_epochs": 2, "router_replay": True,
             "kl": {"coef": 0.01, "kind": "k1", "place": "reward"},
         },
         "optim": {"lr": 1e-3, "schedule": "constant"},

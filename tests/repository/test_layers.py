@@ -41,15 +41,15 @@ PACKAGES: dict[str, str] = {
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"
     " convert checkpoint model_directory",
-    "generate": "sampler engine sharded engines",
+    "generate": "sampler prompt_experts engine sharded engines",
     "generate.engines": "protocol own",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",
     "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference upo",
     "rl.reward": "model scoring stage",
-    "rl": "config batch critic preference_data estimators reward data rollout pairs loss report"
-    " learner loop dpo",
+    "rl": "config batch routing critic preference_data estimators reward data rollout pairs loss"
+    " report learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",

@@ -78,9 +78,8 @@ def test_changed_experts_are_counted_over_the_sampled_tokens_alone():
     _, _, stats = policy_logprobs(model, batch, temperature=1.0)
     now = np.stack([s.expert_ids.numpy()[batch.predictors] for s in stats], 1)
     sampled = np.split(now, np.cumsum(batch.lengths)[:-1])
-    _, _, changed = sequence_logprobs(
-        model, sequences, temperature=1.0, batch_size=2, sampled_experts=sampled
-    )
+    known = [replace(s, expert_ids=e) for s, e in zip(sequences, sampled, strict=True)]
+    _, _, changed = sequence_logprobs(model, known, temperature=1.0, batch_size=2)
     assert changed == 0.0
 
 

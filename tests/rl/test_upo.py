@@ -321,6 +321,24 @@ def test_an_engine_that_rounds_is_corrected(
     assert line["sampler_weight/clipped"] == 0.0
 
 
+def test_recorded_experts_are_taken_again_also_from_a_file(workspace, tmp_path, capsys):
+    replays = {"policy": {"router_replay": True, "update_epochs": 2}, "iterations": 2}
+    assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, **replays) == 0
+    dumped = str(tmp_path / "one/01-rl/rollouts")
+    assert run_stage(workspace, tmp_path / "two", rollout={"replay": dumped}, **replays) == 0
+    one, two = (metrics_without_time(tmp_path / d, "01-rl") for d in ("one", "two"))
+    assert one == two
+    assert [line["experts_changed"] for line in one] == [0.0, 0.0]
+    weights = "01-rl/checkpoints/step_000002/model.safetensors"
+    assert (tmp_path / "one" / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
+    assert run_stage(workspace, tmp_path / "bare", rollout={"dump": True}, iterations=2) == 0
+    bare = {"replay": str(tmp_path / "bare/01-rl/rollouts")}
+    capsys.readouterr()
+    assert run_stage(workspace, tmp_path / "no", rollout=bare, **replays) == 2
+    told = "".join(capsys.readouterr().err.split())
+    assert "givesnoexpertsforpolicy.router_replay" in told and "000001.jsonl" in told
+
+
 def test_micro_batches_of_any_size_train_the_same_rollout(workspace, tmp_path):
     """Sums over the step are divided by counts over the step: sizes differ by rounding alone."""
     assert run_stage(workspace, tmp_path / "dumped", rollout={"dump": True}, iterations=1) == 0

@@ -16,11 +16,13 @@ class OwnEngine:
     """Samples with the model that is trained, each rank a share of the prompts.
 
     Completions are the same bits on any number of ranks and in any batch. Weights are shared with
-    the learner, not copied. `batch_size`: sequences that are sampled at once.
+    the learner, not copied. `batch_size`: sequences that are sampled at once. `record_prompts`:
+    the experts at the positions of prompts are recorded too.
     """
 
     stop_token_ids: Iterable[int]
     batch_size: int = 256
+    record_prompts: bool = False
     _model: Ernie4_5_MoeForCausalLM | None = field(default=None, init=False, repr=False)
 
     def load_weights(self, model: Ernie4_5_MoeForCausalLM, version: int) -> None:
@@ -53,6 +55,7 @@ class OwnEngine:
             limits=limits,
             stop_requested=stop_requested,
             record_experts=True,
+            record_prompt_experts=self.record_prompts,
         )
 
     def close(self) -> None:

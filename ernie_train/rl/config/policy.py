@@ -118,6 +118,7 @@ class PolicyConfig(StrictConfig):
         mean of each (GRPO), or sums divided by max_new_tokens * sequences (Dr. GRPO).
     baseline: of a group's rewards: their mean, or that of the other completions (RLOO).
     sampler_correction: weighs tokens where the sampler computes other logprobs than the update.
+    router_replay: tokens take the experts that sampling chose, with weights of the present router.
     group_scale: group-relative advantages of the verifier's marks are divided by the group's
         standard deviation, or not.
     normalize_rewards: "domain" centres and scales the rewards of each domain in an iteration.
@@ -134,6 +135,7 @@ class PolicyConfig(StrictConfig):
     update_epochs: PositiveInt = 1
     minibatches: PositiveInt = 1
     sampler_correction: SamplerCorrectionConfig | None = None
+    router_replay: bool = False
     baseline: AdvantageBaseline | None = None  # None: mean
     group_scale: Literal["std", "none"] | None = None  # None: std; none with leave_one_out
     normalize_rewards: Literal["domain", "none"] | None = None  # None: domain where it acts

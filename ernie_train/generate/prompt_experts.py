@@ -1,0 +1,50 @@
+"""The experts that sampling chose at the positions of prompts, kept once for equal prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ernie_train.core.worker_pool import shared_zeros
+
+
+class PromptExperts:
+    """Experts of prompts but for their last position, in memory that the processes share.
+
+    Equal prompts of a batch are prefilled once and share an array; those of different batches may
+    have been computed with other roundings, and keep their own.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        batches: Sequence[Sequence[Sequence[int]]],
+        moe_shape: tuple[int, int],
+    ) -> None:
+        """`batches` [process][batch]: indices of prompts; `moe_shape`: (MoE layers, experts)."""
+        self._first: dict[int, int] = {}  # of each prompt, the first of its batch that equals it
+        self._places: dict[int, slice] = {}  # of those
+        end = 0
+        for batch in (batch for part in batches for batch in part):
+            seen: dict[tuple[int, ...], int] = {}
+            for i in batch:
+                self._first[i] = first = seen.setdefault(tuple(prompts[i]), i)
+                if first == i:
+                    self._places[i] = slice(end, end + len(prompts[i]) - 1)
+                    end += len(prompts[i]) - 1
+        self._table = shared_zeros((max(end, 1), *moe_shape), np.int16)
+        self._copies: dict[int, np.ndarray] = {}
+
+    def record(self, batch: Sequence[int], experts: Sequence[np.ndarray]) -> None:
+        """Keep the experts [S-1,L,K] of the different prompts of `batch`, in their order."""
+        different = [i for i in batch if self._first[i] == i]
+        for i, chosen in zip(different, experts, strict=True):
+            self._table[self._places[i]] = chosen
+
+    def of(self, i: int) -> np.ndarray:
+        """Return the experts [S-1,L,K] int16 of prompt `i`; equal prompts get the same array."""
+        first = self._first[i]
+        if first not in self._copies:
+            self._copies[first] = self._table[self._places[first]].copy()
+        return self._copies[first]
