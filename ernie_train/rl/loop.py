@@ -173,6 +173,7 @@ class _UpoLoop:
         self.sampler.clear_seconds()
         rollout = self.sampler.rollout(iteration)
         batch, metrics = self._learn(iteration, rollout, offline)
+        metrics |= self.sampler.solved_metrics(iteration)
         if self.sampler.level is not None:
             metrics["curriculum/level"] = self.sampler.level
             self.sampler.raise_level(rollout)

@@ -7,7 +7,7 @@ comparable that differ in something else only. Shapes: P prompts, G completions 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
+from ernie_train.core.errors import CheckpointError, storage_errors
 from ernie_train.core.foreign_files import open_regular, parse_json
-from ernie_train.data.packing import epoch_order
 from ernie_train.eval.prompts import completion_text, problem_row
 from ernie_train.generate import Completion, SamplingConfig, score_sharded
 from ernie_train.generate.engines import Engine
@@ -27,7 +26,13 @@ from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring import ComposedReward, ComposedScore
 from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.config import RolloutConfig, UpoConfig
-from ernie_train.rl.data import PreparedPrompts, Prompt, rollout_file
+from ernie_train.rl.data import (
+    PreparedPrompts,
+    Prompt,
+    PromptOrder,
+    SolvedPrompts,
+    rollout_file,
+)
 from ernie_train.rl.reward import RewardModelScorer
 from ernie_train.rl.routing import packed_experts, require_experts, unpacked_experts
 from ernie_train.train.stage import StageRun
@@ -105,42 +110,6 @@ class Rollout:
         return self.valid & (self.informative[:, None] | every_group)
 
 
-class PromptOrder:
-    """Prompts without end, each epoch in another order; resumable at every prompt."""
-
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        self._sizes, self._weights, self._seed = list(sizes), list(weights), seed
-        self._first = np.concatenate([[0], np.cumsum(self._sizes)])
-        self._epoch = self._position = 0
-
-    def take(self, count: int, allowed: Callable[[int], bool]) -> list[int]:
-        """Return the next `count` prompts that `allowed` lets through, as indices over all sources.
-
-        Raises `ConfigError` where a whole epoch holds none.
-        """
-        taken: list[int] = []
-        seen = 0
-        while len(taken) < count:
-            sources, rows = epoch_order(self._sizes, self._weights, self._seed, self._epoch)
-            while self._position < len(sources) and len(taken) < count:
-                at = int(self._first[sources[self._position]] + rows[self._position])
-                self._position += 1
-                seen += 1
-                if allowed(at):
-                    taken.append(at)
-            if self._position == len(sources):
-                self._epoch, self._position = self._epoch + 1, 0
-                if not taken and seen >= len(sources):
-                    raise ConfigError("no prompt is left to sample from: check data and curriculum")
-        return taken
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "position": self._position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
-
-
 @dataclass
 class RolloutSampler:
     """Samples and scores an iteration's groups: prompts in order, refills, curriculum, replay.
@@ -160,6 +129,9 @@ class RolloutSampler:
         curriculum = self.config.curriculum
         self.level = curriculum.start if curriculum else None
         self.order = self.new_order()
+        skip = self.config.rollout.skip_solved
+        self.solved = SolvedPrompts(skip) if skip is not None else None
+        self.passed: list[int] = []  # as solved, in the iteration
         self.clear_seconds()
 
     def clear_seconds(self) -> None:
@@ -199,14 +171,43 @@ class RolloutSampler:
         config = self.config.rollout
         groups: list[PromptGroup] = []
         missing = config.prompts_per_iteration or 0
+        self.passed = []
         for refill in range(config.refill_rounds + 1):
-            chosen = self.order.take(missing, self.is_allowed)
+            chosen = self._next_prompts(missing, iteration)
             found = self.sample(chosen, iteration, refill)
+            self._note_solved(found, iteration)
             groups += found
             missing -= int(Rollout.of(found, config).informative.sum())
             if missing == 0:
                 break
         return groups
+
+    def _next_prompts(self, count: int, iteration: int) -> list[int]:
+        solved = self.solved
+        if solved is None:
+            return self.order.take(count, self.is_allowed)
+        chosen = self.order.take(
+            count, self.is_allowed, lambda prompt: solved.skips(prompt, iteration)
+        )
+        self.passed += self.order.passed
+        return chosen
+
+    def _note_solved(self, groups: Sequence[PromptGroup], iteration: int) -> None:
+        if self.solved is None:
+            return
+        for group in groups:
+            correct = [c.score.status == "correct" for c in group if c.score.trains]
+            self.solved.note(group[0].prompt, correct, iteration)
+
+    def solved_metrics(self, iteration: int) -> dict[str, float]:
+        """Return how many prompts are skipped from now on, and were in this iteration."""
+        if self.solved is None:
+            return {}
+        skipped = self.solved.count_skipped(range(len(self.prepared.prompts)), iteration + 1)
+        return {
+            "prompts/solved": skipped / len(self.prepared.prompts),
+            "prompts/passed_over": len(self.passed),
+        }
 
     def sample(self, chosen: Sequence[int], *key: int) -> list[PromptGroup]:
         """Sample and score `group_size` completions of each chosen prompt.
@@ -301,7 +302,10 @@ class RolloutSampler:
         return self.level is None or self.prepared.prompts[prompt].difficulty <= self.level
 
     def raise_level(self, rollout: Rollout) -> None:
-        """Raise the difficulty when the policy solves enough of the hardest prompts."""
+        """Raise the difficulty when the policy solves enough of the hardest prompts.
+
+        Those that were passed over as solved count as solved.
+        """
         if self.level is None or self.config.curriculum is None:
             return
         prompts = self.prepared.prompts
@@ -310,16 +314,21 @@ class RolloutSampler:
             for c in rollout.completions()
             if c.score.trains and prompts[c.prompt].difficulty == self.level
         ]
+        passed = sum(prompts[prompt].difficulty == self.level for prompt in self.passed)
+        hardest += [True] * (passed * self.config.rollout.group_size)
         if hardest and np.mean(hardest) >= self.config.curriculum.raise_at:
             harder = {p.difficulty for p in prompts if p.difficulty > self.level}
             self.level = min(harder, default=self.level)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"order": self.order.state_dict(), "level": self.level}
+        solved = {"solved": self.solved.state_dict()} if self.solved is not None else {}
+        return {"order": self.order.state_dict(), "level": self.level, **solved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order.load_state_dict(state["order"])
         self.level = state["level"]
+        if self.solved is not None:
+            self.solved.load_state_dict(state.get("solved", {}))
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.rewards.score import Score
-from ernie_train.rl.config import RolloutConfig, UpoConfig
+from ernie_train.rl.config import RolloutConfig, SkipSolved, UpoConfig
+from ernie_train.rl.data import PromptOrder, SolvedPrompts
 from ernie_train.rl.pairs import best_worst_pairs
 from ernie_train.rl.rollout import (
-    PromptOrder,
     Rollout,
     RolloutSampler,
     read_rollout,
@@ -145,8 +147,58 @@ def test_the_curriculum_passes_over_levels_that_no_prompt_has():
     sampler = RolloutSampler.__new__(RolloutSampler)
     sampler.config = UpoConfig(**stage(Path("x"), curriculum={"raise_at": 0.5}))
     prompts = [SimpleNamespace(difficulty=level) for level in (1, 3, 7)]
-    sampler.prepared, sampler.level = SimpleNamespace(prompts=prompts), 1
+    sampler.prepared, sampler.level, sampler.passed = SimpleNamespace(prompts=prompts), 1, []
     for expected in (3, 7, 7):
         at = [p.difficulty for p in prompts].index(sampler.level)
         sampler.raise_level(Rollout.of([[make_scored(prompt=at)]], sampler.config.rollout))
         assert sampler.level == expected
+
+
+# ---- solved prompts ------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
+
+
+@settings(max_examples=60)
+@given(SIZES, st.integers(0, 99), st.integers(1, 12), st.sets(st.integers(0, 17)))
+def test_solved_prompts_are_passed_over_unless_others_run_out(sizes, seed, count, solved):
+    """Each once in a pass, no solved one before the last of the others, in the epoch's order."""
+    order, plain = (PromptOrder(sizes, [1.0] * len(sizes), seed) for _ in range(2))
+    total = sum(sizes)
+    first_pass = plain.take(total, lambda at: True)
+    others = [at for at in first_pass if at not in solved]
+    taken = order.take(count, lambda at: True, lambda at: at in solved)
+    assert len(taken) == count
+    assert taken[: min(count, len(others))] == others[:count]
+    if count > len(others):
+        fill = [at for at in first_pass if at in solved][: count - len(others)]
+        assert taken[len(others) : total] == fill[: total - len(others)]
+    assert set(order.passed) <= solved and not set(order.passed) & set(taken[:total])
+    again = PromptOrder(sizes, [1.0] * len(sizes), seed)
+    again.take(count, lambda at: True, lambda at: at in solved)
+    resumed = PromptOrder(sizes, [1.0] * len(sizes), seed)
+    resumed.load_state_dict(again.state_dict())
+    rest = [one.take(count, lambda at: True, lambda at: at in solved) for one in (order, resumed)]
+    assert rest[0] == rest[1]
+
+
+def test_a_prompt_counts_as_solved_by_its_rate_in_a_row_until_it_is_drawn_again():
+    solved = SolvedPrompts(SkipSolved(rate=0.75, after=2, revisit=3))
+    right, most, half = [True] * 4, [True, True, True, False], [True, True, False, False]
+    solved.note(7, right, 1)
+    assert not solved.skips(7, 2)
+    solved.note(7, most, 2)
+    assert [solved.skips(7, iteration) for iteration in (3, 4, 5, 6)] == [True, True, False, False]
+    solved.note(7, right, 5)
+    assert solved.skips(7, 6) and solved.count_skipped(range(9), 6) == 1
+    restored = SolvedPrompts(solved.config)
+    restored.load_state_dict(json.loads(json.dumps(solved.state_dict())))
+    assert restored == solved
+    solved.note(7, [], 6)  # no completion was judged: says nothing
+    assert solved.skips(7, 7)
+    solved.note(7, half, 8)
+    solved.note(7, right, 9)
+    assert not solved.skips(7, 10)
+    for_good = SolvedPrompts(SkipSolved(after=1))
+    for_good.note(0, right, 1)
+    assert for_good.skips(0, 10**6) and not for_good.skips(1, 2)

@@ -96,7 +96,7 @@ GAE = {
         "coef": 0.2, "pairs": "both", "offline": {"prompts": 20, "per_iteration": 2}
     },
     "balance": {"bias_update_rate": 0.001}, "curriculum": {"start": 1, "raise_at": 0.3},
-    "rollout": {"refill_rounds": 1},
+    "rollout": {"refill_rounds": 1, "skip_solved": {"rate": 0.5, "after": 1}},
 }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ PHASED = {
     "@seq_len": REMOVED, "@steps": REMOVED, "@rope_schedule": PHASES,
 }  # fmt: skip
 EPOCHS = {"@steps": REMOVED, "@epochs": 1}
+SOLVED = {"@rollout.skip_solved": {"rate": 0.5, "after": 1}, "@iterations": 2}
 TWO_STEPS = {"@optim.lr": 0.05, "@policy.update_epochs": 2}
 KL = {**TWO_STEPS, "@policy.kl": {"coef": 0.5}}
 # Weights of what the policy itself sampled are 1 but for rounding, which a bound of 1 divides.
@@ -288,7 +289,7 @@ PROBES: dict[str, Probe] = {
             {"@reward": {"model": {"path": "{root}/reward_model"}}}, observe,
         )
         for name, value, observe in (
-            ("path", "{root}/reward_model2", "run"), ("normalize", False, "run"),
+            ("path", "{root}/reward_model2", "run"), ("normalize", False, "model_score"),
             ("clip", 0.01, "run"), ("batch_size", 3, "scored"),
         )
     },
@@ -345,6 +346,15 @@ PROBES: dict[str, Probe] = {
          "@rollout.overlong_tokens": 2},
     ),
     "stages[].rollout.batch_size": Probe("upo", {"@rollout.batch_size": 2}, observe="batches"),
+    "stages[].rollout.skip_solved": Probe(
+        "upo", {"@rollout.skip_solved": {"after": 1}}, {**SOLVED, "@rollout.skip_solved": None}
+    ),
+    **{
+        f"stages[].rollout.skip_solved.{name}": Probe(
+            "upo", {f"@rollout.skip_solved.{name}": value}, SOLVED
+        )
+        for name, value in {"rate": 1.0, "after": 9, "revisit": 1}.items()
+    },
     "stages[].rollout.refill_rounds": Probe(
         "upo", {"@rollout.refill_rounds": 2}, {"@rollout.group_size": 2}
     ),

@@ -25,7 +25,13 @@ import yaml
 from ernie_train.cli.main import main
 from ernie_train.cli.run import RunCommand
 from ernie_train.core.errors import GateError
-from ernie_train.data import DataSource, read_records, shipped_template, train_tokenizer
+from ernie_train.data import (
+    DataSource,
+    Record,
+    read_records,
+    shipped_template,
+    train_tokenizer,
+)
 from ernie_train.eval import evaluation
 from ernie_train.eval.gates import check_gate
 from ernie_train.generate.engines import own
@@ -261,6 +267,14 @@ class _Spies:
         except GateError as error:
             return str(error)
         return "passed"
+
+    def model_score(self, base: str, changes: Changes) -> Any:
+        """The score of an answer: an untrained policy gives none."""
+        (part,) = Recipe(**recipe_of(self.root, base, changes)).stages[0].reward.parts
+        (scorer,) = scoring.load_scorers([part], self.root, "float32").values()
+        prompt = Record("prompt", [{"role": "user", "content": "1 + 1?"}])
+        answer = "so\n</think>\n\n<response>\n2\n</response>"
+        return scorer.score([prompt], [{}], [answer], stop_requested=lambda: False)
 
     def scored(self, base: str, changes: Changes) -> Any:
         """The numbers of conversations that a reward model scores at once."""

@@ -15,6 +15,7 @@ from ernie_train.rl.config.rollout import (
     Curriculum,
     PromptSource,
     RolloutConfig,
+    SkipSolved,
     StageEvaluation,
 )
 from ernie_train.rl.config.upo import MOVED_KEYS, UpoConfig
@@ -32,6 +33,7 @@ __all__ = [
     "PromptSource",
     "RolloutConfig",
     "SamplerCorrectionConfig",
+    "SkipSolved",
     "StageEvaluation",
     "UpoConfig",
 ]

@@ -31,12 +31,26 @@ class PromptSource(MappedRows):
     max_examples: PositiveInt | None = None
 
 
+class SkipSolved(StrictConfig):
+    """Prompts that are passed over because the policy solves them anyway.
+
+    rate: share of a draw's completions that must be correct for the prompt to count as solved.
+    after: draws in a row in which it must be.
+    revisit: iterations after its last draw in which it is drawn again; None: never.
+    """
+
+    rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    after: PositiveInt = 2
+    revisit: PositiveInt | None = None
+
+
 class RolloutConfig(StrictConfig):
     """Sampling of an iteration: `prompts_per_iteration` groups of `group_size` completions.
 
     max_prompt_tokens: longer prompts are left out.
     batch_size: sequences that are sampled at once.
     refill_rounds: further rounds of prompts that replace groups without a difference in reward.
+    skip_solved: passes prompts over that the policy solved before, by their solve rate.
     truncated: completions cut at max_new_tokens are kept with what they earned ("keep"), left out
         ("mask"), or kept with their reward less `truncation_penalty` ("punish"). "ramp" takes it
         off in part already from completions that end within the last `overlong_tokens` before
@@ -56,6 +70,7 @@ class RolloutConfig(StrictConfig):
     top_k: Annotated[int, Field(ge=0)] = 0
     batch_size: PositiveInt = 256
     refill_rounds: Annotated[int, Field(ge=0)] = 0
+    skip_solved: SkipSolved | None = None
     truncated: Literal["keep", "mask", "punish", "ramp"] = "keep"
     truncation_penalty: NonNegative = 0.0
     overlong_tokens: PositiveInt | None = None
@@ -73,6 +88,8 @@ class RolloutConfig(StrictConfig):
                 f"truncated: {self.truncated} takes truncation_penalty off the reward, which is 0: "
                 "give a penalty, such as 0.5, or say truncated: keep"
             )
+        if self.replay is not None and self.skip_solved is not None:
+            raise ValueError("skip_solved has no effect under replay, which gives the prompts")
         tokens = self.overlong_tokens
         if tokens is not None and self.truncated != "ramp":
             raise ValueError(f"overlong_tokens has no effect with truncated: {self.truncated}")

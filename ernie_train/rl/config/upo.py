@@ -118,6 +118,8 @@ class UpoConfig(StageConfig):
                 if self.samples_each_iteration
                 else "rollout.prompts_per_iteration has no effect: iterations sample nothing"
             )
+        if self.rollout.skip_solved is not None and not self.samples_each_iteration:
+            problems.append("rollout.skip_solved has no effect: iterations sample nothing")
         if preference is not None:
             problems += self._pair_problems(preference)
         if problems:
