@@ -20,7 +20,8 @@ test:  ## run a part of the tests: make test TEST=tests/model
 test-all:  ## run all tests but the slow ones
 	./run-tests --durations=25
 
-test-slow:  ## run the tests that take minutes
+test-slow:  ## run the tests that take minutes, with vLLM (3 GB)
+	bash tools/vllm.sh
 	./run-tests -m slow
 
 golden:  ## write the golden curves anew (a change that is meant to move them)

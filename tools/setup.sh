@@ -1,4 +1,4 @@
-# Sourced by run-tiny and run-tests: makes the environments that they need, once.
+# Sourced by run-tiny, run-tests and tools/vllm.sh: makes the environments that they need, once.
 #
 # An environment counts as complete when it holds a stamp: a hash of everything that was installed
 # from. It is written last, so that an interrupted installation is taken up again by the next run,
@@ -8,6 +8,7 @@
 #
 #   ERNIE_TRAIN_VENV      an environment of your own for the toolkit; nothing is installed in it
 #   ERNIE_TRAIN_REFEREE   the same for torch and transformers
+#   ERNIE_TRAIN_VLLM      the same for vLLM
 #   PYTHON                the Python 3.11 that the environments are made with
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -143,6 +144,27 @@ install_referee() {
     "$directory/bin/python" -m pip install --quiet --no-deps \
       --target "$directory/transformers-4.57" -r requirements-referee-457.txt
     write_stamp "$directory" .complete "$stamp"
+  fi
+  unlock
+}
+
+# install_vllm : sets VLLM to an environment with vLLM for CPUs (3.5 GB), which few need.
+install_vllm() {
+  local stamp
+  VLLM=${ERNIE_TRAIN_VLLM:-$PWD/.venv-vllm}
+  if [ -n "${ERNIE_TRAIN_VLLM:-}" ]; then
+    [ -x "$VLLM/bin/python" ] || fail "ERNIE_TRAIN_VLLM=$VLLM has no bin/python"
+    say "Using the environment $VLLM"
+    return
+  fi
+  stamp=$(stamp_of requirements-vllm.txt)
+  has_stamp "$VLLM" .complete "$stamp" && return
+  lock "$VLLM"
+  if ! has_stamp "$VLLM" .complete "$stamp"; then
+    make_venv "$VLLM"
+    say "Installing requirements-vllm.txt into $VLLM (about 3 GB)"
+    "$VLLM/bin/python" -m pip install --quiet --no-deps -r requirements-vllm.txt
+    write_stamp "$VLLM" .complete "$stamp"
   fi
   unlock
 }

@@ -73,6 +73,8 @@ class StorageError(ErnieTrainError):
 class EngineError(ErnieTrainError):
     """An engine that samples is dead, slow or answers wrongly: exit status 1."""
 
+    on_all_ranks = True
+
 
 class Interrupted(ErnieTrainError):
     """Stopped on SIGTERM or SIGINT after everything was saved: exit status 3."""

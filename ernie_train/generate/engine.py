@@ -114,7 +114,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     if len(most) and not 1 <= most.min() <= most.max() <= max_new_tokens:
         raise ValueError(f"limits must lie between 1 and max_new_tokens={max_new_tokens}")
     request = _Request(prompts, ids, config, np.array(stops, np.int64), most)
-    outputs = _Outputs(len(prompts), max_new_tokens, _moe_shape(model) if record_experts else None)
+    outputs = _Outputs(len(prompts), max_new_tokens, moe_shape(model) if record_experts else None)
     was_training = model.training
     model.eval()
     try:
@@ -171,7 +171,7 @@ class _Outputs:
         )
 
 
-def _moe_shape(model: Ernie4_5_MoeForCausalLM) -> tuple[int, int] | None:
+def moe_shape(model: Ernie4_5_MoeForCausalLM) -> tuple[int, int] | None:
     """Return (MoE layers, experts per token), or None for a dense model."""
     layers = sum(layer.is_moe for layer in model.model.layers)
     return (layers, model.config.moe_k) if layers else None

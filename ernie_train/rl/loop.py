@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import Interrupted
+from ernie_train.core.errors import EngineError, Interrupted
 from ernie_train.eval.prompts import problem_row
-from ernie_train.generate.engines import Engine, OwnEngine
+from ernie_train.generate.engines import Engine, build_engine
 from ernie_train.io.metrics_log import PendingLine, StageMetrics, cut_after
 from ernie_train.model.pylayer import dtype_name
 from ernie_train.rewards.scoring import (
@@ -45,19 +45,27 @@ from ernie_train.train.stage import StageRun
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
 
 SAMPLES = "samples.jsonl"
+ENGINE = "engine"  # a server's weights and log
 
 
 def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[str, Any]:
     """Train the stage from its latest checkpoint, or from the start.
 
-    Raises `Interrupted` after saving, and `UserError` where the reward fails on its canaries.
+    Raises `Interrupted` and `EngineError` after saving, and `UserError` where the reward fails on
+    its canaries.
     """
     with consensus.fail_together():
         built = build_reward(config.reward, stage.data.base_dir)
-    engine = OwnEngine(
-        stage.data.tokenizer.stop_token_ids,
-        config.rollout.batch_size,
+    rollout = config.rollout
+    engine = build_engine(
+        rollout.engine,
+        stage.data.tokenizer,
+        temperature=rollout.temperature,
+        batch_size=rollout.batch_size,
         record_prompts=config.policy.router_replay,
+        directory=stage.directory / ENGINE,
+        largest_gap=rollout.max_logprob_mismatch,
+        stop_requested=lambda: stage.stop.requested,
     )
     with closing(built) as reward, closing(engine):
         if config.canaries:
@@ -148,7 +156,7 @@ class _UpoLoop:
                 while self.state.finished < self.config.iterations:
                     self._iterate(self.state.finished + 1, offline)
                     self._leave_if_asked(f"after iteration {self.state.finished}")
-            except Interrupted:
+            except (Interrupted, EngineError):
                 self._save()
                 raise
         last = self.state.finished

@@ -26,6 +26,7 @@ from ernie_train.core import blas, consensus, devices, environment, process_grou
 from ernie_train.core.config import dump_yaml
 from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import (
+    EngineError,
     Interrupted,
     NonFiniteError,
     storage_errors,
@@ -89,6 +90,11 @@ class Pipeline:
                 again = " without --from" if selection.first and self.has_begun else ""
                 raise Interrupted(
                     f"{ended}; {self._kept()}. The same command{again} goes on from there"
+                ) from None
+            except EngineError as ended:
+                raise EngineError(
+                    f"{ended}. Nothing of this iteration was learnt; {self._kept()}. The same "
+                    "command goes on from there"
                 ) from None
             except NonFiniteError as ended:
                 raise NonFiniteError(f"{ended} What is kept: {self._kept()}.") from None

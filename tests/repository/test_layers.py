@@ -42,7 +42,7 @@ PACKAGES: dict[str, str] = {
     "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"
     " convert checkpoint model_directory",
     "generate": "sampler prompt_experts engine sharded engines",
-    "generate.engines": "protocol own",
+    "generate.engines": "config protocol own answer endpoint guard process servers served build",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " supervised_data supervised",
     "eval": "prompts estimates evaluation gates",

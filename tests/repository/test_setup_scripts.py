@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = ("run-tiny", "run-tests", "tools/setup.sh", ".ci/run")
+SCRIPTS = ("run-tiny", "run-tests", "tools/setup.sh", "tools/vllm.sh", ".ci/run")
 FILES = (
     "requirements.txt",
     "requirements-dev.txt",
     "requirements-referee.txt",
     "requirements-referee-457.txt",
+    "requirements-vllm.txt",
     "pyproject.toml",
 )
 # All that the scripts may lean on beside bash.
@@ -97,7 +98,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_syntax_is_right(script: str) -> None:
     subprocess.run(["bash", "-n", REPOSITORY / script], check=True)
-    assert os.access(REPOSITORY / script, os.X_OK) == (not script.endswith(".sh"))
+    assert os.access(REPOSITORY / script, os.X_OK) == (script != "tools/setup.sh")
 
 
 def test_the_first_run_installs_and_the_second_only_runs(sandbox: Sandbox) -> None:
@@ -152,6 +153,17 @@ def test_the_tests_get_both_environments(sandbox: Sandbox) -> None:
     # What the tests need includes what a run needs, but not the other way round.
     sandbox.run("run-tiny")
     assert sandbox.installs() == []
+
+
+def test_vllm_is_installed_once_and_on_request_alone(sandbox: Sandbox) -> None:
+    done = sandbox.run("tools/vllm.sh")
+    assert done.returncode == 0, done.stderr
+    assert sandbox.installs() == ["--no-deps -r requirements-vllm.txt"]
+    assert done.stdout.startswith("export ERNIE_TRAIN_VLLM=") and ".venv-vllm" in done.stdout
+    sandbox.run("tools/vllm.sh")
+    assert sandbox.installs() == []
+    missing = sandbox.run("tools/vllm.sh", ERNIE_TRAIN_VLLM="/nowhere")
+    assert missing.returncode != 0 and "has no bin/python" in missing.stderr
 
 
 def test_after_a_run_the_tests_install_what_they_need(sandbox: Sandbox) -> None:

@@ -17,6 +17,7 @@ ALLOWED = {
     "launch/logs.py": "appends what ranks print",
     "launch/launcher.py": "scratch of a launch",
     "core/worker_pool.py": "a pipe",
+    "generate/engines/process.py": "appends what a server prints",
     "data/cache.py": "a lock, and arrays whose sizes are committed behind them",
     "run/referee_script.py": "scratch of a comparison, without this package",
     "rewards/sandbox/guest/candidate.py": "standard output in the sandbox",

@@ -59,6 +59,7 @@ CRITIC = {
     **TWO_STEPS,
     "@critic": {"optim": {"lr": 0.05, "schedule": "constant"}, "warmup_iterations": 0},
 }
+STARTED = {"kind": "vllm", "python": "python"}
 LEVELS = {"@iterations": 3, "@curriculum": {"start": 1, "raise_at": 0.01}}
 HELD_OUT = {
     "@evaluation": {"path": "{root}/two_tasks.jsonl", "every_iterations": 2}, "@iterations": 3
@@ -345,6 +346,18 @@ PROBES: dict[str, Probe] = {
         {"@rollout.truncated": "ramp", "@rollout.truncation_penalty": 0.3,
          "@rollout.overlong_tokens": 2},
     ),
+    "stages[].rollout.engine": Probe("upo", STARTED, observe="engine"),
+    "stages[].rollout.engine.url": Probe(
+        "upo", {"url": "http://there:2"}, {"kind": "vllm", "url": "http://here:1"}, "engine"
+    ),
+    **{
+        f"stages[].rollout.engine.{name}": Probe("upo", {name: value}, STARTED, "engine")
+        for name, value in {
+            "kind": "fastdeploy", "python": "other", "args": ["--enforce-eager"],
+            "dtype": "bfloat16", "directory": "{root}/elsewhere", "parallel": 3,
+            "timeout_s": 5.0, "start_timeout_s": 6.0,
+        }.items()
+    },
     "stages[].rollout.batch_size": Probe("upo", {"@rollout.batch_size": 2}, observe="batches"),
     "stages[].rollout.skip_solved": Probe(
         "upo", {"@rollout.skip_solved": {"after": 1}}, {**SOLVED, "@rollout.skip_solved": None}

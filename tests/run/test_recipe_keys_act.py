@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -34,7 +35,8 @@ from ernie_train.data import (
 )
 from ernie_train.eval import evaluation
 from ernie_train.eval.gates import check_gate
-from ernie_train.generate.engines import own
+from ernie_train.generate import Completion, SamplingConfig
+from ernie_train.generate.engines import EngineConfig, build_engine, own, served, servers
 from ernie_train.model.transformer import DecoderLayer
 from ernie_train.rewards.scoring import composition
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService
@@ -42,8 +44,10 @@ from ernie_train.rewards.scoring.worker import _graded
 from ernie_train.rl.reward import scoring
 from ernie_train.run.recipe import ModelSource, Recipe
 from ernie_train.train.stage import Gate
+from tests.generate.engine_stand_in import StandIn
 from tests.recipe_keys import Key, recipe_keys
 from tests.run.recipe_probes import CRITIC, PROBES, REMOVED, Changes, Probe
+from tests.small_models import make_model
 from tests.workspace import make_workspace, rows, write_rows
 
 KEYS = {key.path: key for key in recipe_keys()}
@@ -320,6 +324,55 @@ class _Spies:
         reward = composition.build_reward(config, self.root)
         self.runs += 1
         return found, reward._service.workers
+
+    def engine(self, base: str, changes: Changes) -> Any:
+        """Show what a server is started with and asked for; nothing is sent."""
+        found: list[Any] = []
+
+        class Process:
+            def __init__(self, command: list[str], environ: Any, log: Path) -> None:
+                found.append((command, log.parent))
+
+            def require_alive(self) -> None: ...
+            def close(self) -> None: ...
+
+        class Endpoint:
+            def __init__(self, url: str, parallel: int, alive: Any = None) -> None:
+                self.url, self.state = url, StandIn()
+                found.append((url, parallel))
+
+            def wait_until_up(self, timeout_s: float, stop_requested: Any) -> None:
+                found.append(timeout_s)
+
+            def call(self, path: str, body: Any = None, **options: Any) -> Any:
+                self.state.model = (
+                    body["new_version"]
+                    if body and "new_version" in body
+                    else ("run-1" if path == "/v1/models" else self.state.model)
+                )
+                path = path.partition("?")[0]
+                return self.state.usual(path, body or {}) if path != "/collective_rpc" else {}
+
+            def complete(self, requests: Any, *, timeout_s: float, **options: Any) -> Any:
+                found.append(timeout_s)
+                return [Completion([5], [-1.0]) for _ in requests]
+
+        self.monkeypatch.setattr(servers, "ServerProcess", Process)
+        self.monkeypatch.setattr(servers, "Endpoint", Endpoint)
+        self.monkeypatch.setattr(servers, "free_ports", lambda count: range(count))
+        self.monkeypatch.setattr(served.secrets, "token_hex", lambda count: "run")
+        changes = {k: str(v).replace("{root}", str(self.root)) if k == "directory" else v
+                   for k, v in changes.items()}  # fmt: skip
+        tokenizer: Any = SimpleNamespace(
+            vocab_size=96, stop_token_ids=[2], save_pretrained=lambda directory: None
+        )
+        built = build_engine(
+            EngineConfig(**changes), tokenizer, temperature=1.0, batch_size=8,
+            directory=self.tmp_path / "engine", largest_gap=1e9, stop_requested=lambda: False,
+        )  # fmt: skip
+        built.load_weights(make_model(), 1)
+        built.sample([[5, 6]], SamplingConfig(2))
+        return type(built).__name__, found
 
 
 BASELINES: dict[str, Any] = {}

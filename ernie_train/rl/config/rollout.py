@@ -15,6 +15,7 @@ from ernie_train.core.config import (
     StrictConfig,
 )
 from ernie_train.data import MappedRows
+from ernie_train.generate.engines import EngineConfig
 
 
 class PromptSource(MappedRows):
@@ -48,7 +49,8 @@ class RolloutConfig(StrictConfig):
     """Sampling of an iteration: `prompts_per_iteration` groups of `group_size` completions.
 
     max_prompt_tokens: longer prompts are left out.
-    batch_size: sequences that are sampled at once.
+    engine: who samples; our own sampler by default.
+    batch_size: sequences that our own sampler samples at once.
     refill_rounds: further rounds of prompts that replace groups without a difference in reward.
     skip_solved: passes prompts over that the policy solved before, by their solve rate.
     truncated: completions cut at max_new_tokens are kept with what they earned ("keep"), left out
@@ -63,6 +65,7 @@ class RolloutConfig(StrictConfig):
 
     prompts_per_iteration: PositiveInt | None = None
     group_size: PositiveInt = 8
+    engine: EngineConfig = EngineConfig()
     max_prompt_tokens: PositiveInt = 512
     max_new_tokens: PositiveInt
     temperature: Positive = 1.0
@@ -108,6 +111,24 @@ class RolloutConfig(StrictConfig):
             return 0.0
         beyond = tokens - (self.max_new_tokens - self.overlong_tokens)
         return self.truncation_penalty * max(0, beyond) / self.overlong_tokens
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> RolloutConfig:
+        engine = self.engine
+        if engine.kind == "own":
+            return self
+        if self.replay is not None:
+            raise ValueError("engine has no effect with replay: nothing is sampled")
+        if "batch_size" in self.model_fields_set:
+            raise ValueError(
+                "batch_size is that of our own sampler: an engine has engine.parallel requests"
+            )
+        if engine.kind == "vllm" and self.temperature != 1 and (self.top_p < 1 or self.top_k):
+            raise ValueError(
+                "vllm has no log-probabilities at a temperature before top_p and top_k truncate "
+                "the distribution: set temperature: 1, or leave top_p at 1 and top_k at 0"
+            )
+        return self
 
 
 class Curriculum(StrictConfig):

@@ -93,6 +93,15 @@ class UpoConfig(StageConfig):
         return values
 
     @model_validator(mode="after")
+    def _engine_has_all_weights(self) -> UpoConfig:
+        if self.lora is not None and self.rollout.engine.kind != "own":
+            raise ValueError(
+                "lora: an engine is given the model's own matrices, without the pairs that train: "
+                "leave rollout.engine out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> UpoConfig:
         problems = []
         group_size, preference = self.rollout.group_size, self.preference

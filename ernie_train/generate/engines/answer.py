@@ -1,0 +1,146 @@
+"""A request to `/v1/completions` for one sequence, and the check of what comes back.
+
+What an engine returns is learnt from, so an answer that differs from what was asked for in any way
+is refused: the log-probabilities of a policy update must be those of its tokens.
+
+Shapes: T completion tokens, P prompt tokens, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ernie_train.generate.engine import Completion
+from ernie_train.generate.sampler import SamplingConfig
+
+_ROUNDING = 1e-3  # log-probabilities in bfloat16 may come out a little above 0
+
+
+class WrongAnswer(Exception):
+    """An answer is not one to the request; the text says how."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to sample, and what its answer must be like.
+
+    model: the name that the server must answer under; limit: the most tokens; stop_token_ids: what
+    ends the completion; vocab_size: of the policy; experts: (L, K) of a policy with experts.
+    """
+
+    model: str
+    prompt: list[int]
+    settings: SamplingConfig
+    limit: int
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    vocab_size: int
+    experts: tuple[int, int] | None = None
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body: the fields of OpenAI's API, vLLM's and FastDeploy's.
+
+        Both servers ignore fields that they do not know. `temp_scaled_logprobs` is FastDeploy's
+        request for log-probabilities at the sampling temperature; vLLM is told when it starts.
+        """
+        return {
+            "model": self.model,
+            "prompt": self.prompt,
+            "max_tokens": self.limit,
+            "temperature": self.settings.temperature,
+            "top_p": self.settings.top_p,
+            "top_k": self.settings.top_k or -1,
+            "seed": self.seed,
+            "n": 1,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "stop_token_ids": list(self.stop_token_ids),
+            "repetition_penalty": 1.0,
+            "min_p": 0.0,
+            "skip_special_tokens": False,
+            "temp_scaled_logprobs": self.settings.temperature not in (0, 1),
+        }
+
+    def read(self, answer: Any) -> Completion:
+        """Return the completion in `answer`; raise `WrongAnswer` unless it is one of this request.
+
+        The reason "stop" must come with a stop token as the last, "length" with `limit` tokens.
+        """
+        if not isinstance(answer, dict):
+            raise WrongAnswer("no JSON object")
+        if answer.get("model") != self.model:
+            raise WrongAnswer(f"it is of the model {answer.get('model')!r}, not {self.model!r}")
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise WrongAnswer("it does not hold exactly one choice")
+        choice = choices[0]
+        if choice.get("prompt_token_ids") != self.prompt:
+            raise WrongAnswer("prompt_token_ids are not the ids that were sent")
+        ids = self._ids(choice)
+        found = Completion(ids, self._logprobs(choice, len(ids)), self._is_finished(choice, ids))
+        experts, before = self._experts(choice, len(ids)), len(self.prompt) - 1
+        if experts is not None:
+            found.prompt_expert_ids, found.expert_ids = experts[:before], experts[before:]
+        return found
+
+    def _ids(self, choice: dict[str, Any]) -> list[int]:
+        # FastDeploy has the second name.
+        ids = choice.get("token_ids") or choice.get("completion_token_ids")
+        if not isinstance(ids, list) or not ids:
+            raise WrongAnswer("no token ids: it must take return_token_ids")
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            odd = next(i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size)
+            raise WrongAnswer(f"{odd!r} is no id of the {self.vocab_size} tokens")
+        if len(ids) > self.limit:
+            raise WrongAnswer(f"{len(ids)} tokens, though at most {self.limit} were asked for")
+        return ids
+
+    def _logprobs(self, choice: dict[str, Any], count: int) -> list[float]:
+        given = choice.get("logprobs")
+        values = given.get("token_logprobs") if isinstance(given, dict) else None
+        if not isinstance(values, list):
+            raise WrongAnswer("no log-probabilities (FastDeploy: start it with --enable-logprob)")
+        if len(values) != count:
+            raise WrongAnswer(f"{len(values)} log-probabilities for {count} tokens")
+        for value in values:
+            if type(value) not in (float, int) or not math.isfinite(value) or value > _ROUNDING:
+                raise WrongAnswer(f"{value!r} is no log-probability")
+        return [min(0.0, float(value)) for value in values]
+
+    def _is_finished(self, choice: dict[str, Any], ids: list[int]) -> bool:
+        reason, stopped = choice.get("finish_reason"), ids[-1] in self.stop_token_ids
+        if early := [i for i in ids[:-1] if i in self.stop_token_ids]:
+            raise WrongAnswer(f"it goes on after the stop token {early[0]}")
+        if reason == "stop" and not stopped:
+            raise WrongAnswer(f"finish_reason is stop, though {ids[-1]} is no stop token")
+        if reason == "length" and len(ids) != self.limit:
+            raise WrongAnswer(f"finish_reason is length after {len(ids)} of {self.limit} tokens")
+        if reason not in ("stop", "length"):
+            raise WrongAnswer(f"finish_reason is {reason!r}")
+        return stopped
+
+    def _experts(self, choice: dict[str, Any], count: int) -> np.ndarray | None:
+        """Return the experts [P+T-1,L,K] of all positions but the last, if they came.
+
+        vLLM sends them as the bytes of a numpy file in base64.
+        """
+        given = choice.get("routed_experts")
+        if given is None or self.experts is None:
+            return None
+        try:
+            array = np.load(io.BytesIO(base64.b64decode(given, validate=True)), allow_pickle=False)
+        except (ValueError, TypeError, EOFError, binascii.Error) as error:
+            raise WrongAnswer(f"routed_experts cannot be read: {error}") from None
+        expected = (len(self.prompt) + count - 1, *self.experts)
+        if array.shape != expected or array.dtype.kind not in "iu":
+            raise WrongAnswer(
+                f"routed_experts are {array.dtype} {array.shape}, not integers {expected}"
+            )
+        return array.astype(np.int16)

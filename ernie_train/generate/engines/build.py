@@ -1,0 +1,48 @@
+"""The engine that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ernie_train.data import Tokenizer
+from ernie_train.generate.engines.config import EngineConfig
+from ernie_train.generate.engines.own import OwnEngine
+from ernie_train.generate.engines.protocol import Engine
+
+
+def build_engine(
+    config: EngineConfig,
+    tokenizer: Tokenizer,
+    *,
+    temperature: float,
+    batch_size: int,
+    record_prompts: bool = False,
+    directory: Path,
+    largest_gap: float,
+    stop_requested: Callable[[], bool],
+) -> Engine:
+    """Return the engine of `config`; a server is started with the first weights.
+
+    temperature: of the rollouts; batch_size, record_prompts: of our own sampler; directory: for the
+    weights and log of a server; largest_gap: mean exp|difference| - 1 between log-probabilities of
+    a server and of the model, above which the server is refused.
+    """
+    if config.kind == "own":
+        return OwnEngine(tokenizer.stop_token_ids, batch_size, record_prompts)
+    if config.directory is not None:
+        directory = Path(config.directory)
+    # Takes 0.2 s, for the HTTP client.
+    from ernie_train.generate.engines.served import ServedEngine
+    from ernie_train.generate.engines.servers import FastDeployServer, Server, VllmServer
+
+    server: Server
+    if config.kind == "fastdeploy":
+        server = FastDeployServer(config, directory, stop_requested)
+    else:
+        # At temperature 1 those of the whole distribution are wanted, before top-p and top-k
+        # truncate it; at others vLLM has those of the tempered one only after its truncation,
+        # which the recipe then does not ask for.
+        mode = "raw_logprobs" if temperature == 1 else "processed_logprobs"
+        server = VllmServer(config, directory, stop_requested, mode)
+    return ServedEngine(config, server, tokenizer, directory, largest_gap)

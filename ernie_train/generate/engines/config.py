@@ -1,0 +1,48 @@
+"""Settings of the engine that samples a stage's rollouts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ernie_train.core.config import HARMLESS, Positive, PositiveInt, StrictConfig
+
+
+class EngineConfig(StrictConfig):
+    """Settings of who samples: our own sampler, or a vLLM or FastDeploy server.
+
+    url: a vLLM server that runs already, up to and without /v1.
+    python: the interpreter that starts the server; that of `ERNIE_TRAIN_VLLM` by default.
+    args: further arguments of the server's command line.
+    dtype: of the weights that it is given; by default that of the model.
+    directory: where each version of the weights is written for it; by default `engine/` in the
+        stage's directory.
+    parallel: requests at a time.
+    timeout_s: for all completions of a call; start_timeout_s: for a start or new weights.
+    """
+
+    kind: Literal["own", "vllm", "fastdeploy"] = "own"
+    url: Annotated[str | None, Field(pattern=r"^https?://[^/\s]+/?$"), HARMLESS] = None
+    python: Annotated[str | None, Field(min_length=1), HARMLESS] = None
+    args: Annotated[list[str], HARMLESS] = []
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    directory: Annotated[str | None, Field(min_length=1), HARMLESS] = None
+    parallel: Annotated[PositiveInt, HARMLESS] = 64
+    timeout_s: Annotated[Positive, HARMLESS] = 1800.0
+    start_timeout_s: Annotated[Positive, HARMLESS] = 900.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        given = sorted(self.model_fields_set - {"kind"})
+        if self.kind == "own" and given:
+            raise ValueError(f"{', '.join(given)}: no effect with kind: own; say kind: vllm")
+        if self.url is not None and (unused := {"python", "args"} & set(given)):
+            raise ValueError(f"{', '.join(sorted(unused))}: no effect beside a url, which runs")
+        if self.kind == "fastdeploy" and self.url is not None:
+            raise ValueError(
+                "fastdeploy cannot be given new weights at a url: name the python that starts it"
+            )
+        if self.kind == "fastdeploy" and self.python is None:
+            raise ValueError("fastdeploy needs python: the interpreter that starts it")
+        return self

@@ -1,0 +1,76 @@
+"""A server as a process of its own, which ends with this one."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ernie_train.core.errors import EngineError, UserError, storage_errors
+
+_GUARD = Path(__file__).with_name("guard.py")
+_STOP_S = 30.0
+_LAST_LINES = 4
+
+
+class ServerProcess:
+    """Starts `command`, whose output goes to `log`; `close` ends it and all that it started."""
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        if shutil.which(command[0]) is None:
+            raise UserError(f"the engine cannot be started: no program {command[0]}")
+        with storage_errors("cannot write", log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            stream = log.open("ab")
+        with stream:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", str(_GUARD), *command],
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=dict(environ),
+                start_new_session=True,  # signals of the terminal are for the trainer
+            )
+
+    def require_alive(self) -> None:
+        """Raise `EngineError` with the end of the log if the process has ended."""
+        status = self._guard.poll()
+        if status is not None:
+            raise EngineError(
+                f"the engine's process ended with status {status}; the end of {self.log}: "
+                f"{self._last_lines()}"
+            )
+
+    def _last_lines(self) -> str:
+        with suppress(OSError):
+            lines = self.log.read_text(errors="replace")[-4000:].splitlines()
+            return " | ".join([line.strip() for line in lines if line.strip()][-_LAST_LINES:])
+        return "(no log)"
+
+    def close(self) -> None:
+        """End the server and all that it started."""
+        if self._guard.stdin is not None:
+            with suppress(OSError):
+                self._guard.stdin.close()
+        try:
+            self._guard.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()
+            self._guard.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback interface that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

@@ -1,0 +1,180 @@
+"""An RL stage whose completions come from a server: a stand-in, and vLLM itself (slow)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from tests.generate.engine_stand_in import BAD, StandIn, serving
+from tests.rl import test_upo
+from tests.rl.test_upo import run, stage
+
+workspace = test_upo.workspace  # a fixture
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with serving(StandIn()) as state:
+        yield state
+
+
+def run_with(
+    root: Path, directory: Path, engine: dict[str, Any], model: Any = None, **changes: Any
+) -> int:
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    recipe["model"] = model or recipe["model"]
+    rollout = {"prompts_per_iteration": 3, "max_new_tokens": 6, "engine": engine}
+    changes = {"iterations": 3, "rollout": rollout, **changes}
+    recipe["stages"] = [stage(root, **changes)]
+    path = root / f"{directory.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return run("run", path, "--run-dir", directory)
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "01-rl" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_stage_learns_from_a_server_as_from_our_own_sampler(
+    workspace: Path,
+    tmp_path: Path,
+    server: StandIn,
+) -> None:
+    directory = tmp_path / "served"
+    assert run_with(workspace, directory, {"kind": "vllm", "url": server.url}) == 0
+    found = lines(directory)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    assert server.counts["/collective_rpc"] == 3, "each iteration samples with its own weights"
+    # Weights went by way of the disk in each iteration; old ones would show here.
+    assert all(line["logprob_mismatch"] < 1e-4 for line in found if "logprob_mismatch" in line)
+    assert any("logprob_mismatch" in line for line in found)
+    assert not list((directory / "01-rl" / "engine").glob("version_*"))
+
+
+def test_a_server_that_dies_loses_nothing(
+    workspace: Path,
+    tmp_path: Path,
+    server: StandIn,
+    capsys: Any,
+) -> None:
+    """It dies in the third iteration; two are saved, though no checkpoint was due."""
+
+    def dies(state: StandIn, body: dict[str, Any]) -> Any:
+        return BAD if state.counts["/collective_rpc"] == 3 else state.completion(body)
+
+    server.faults["/v1/completions"] = dies
+    directory, engine = tmp_path / "dies", {"kind": "vllm", "url": server.url}
+    assert run_with(workspace, directory, engine) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cannot be reached" in said and "Nothing of this iteration was learnt" in said
+    assert "step_000002 is saved" in said and "The same command goes on from there" in said
+    assert said.count("error") <= 1 and "Traceback" not in said
+    del server.faults["/v1/completions"]
+    assert run_with(workspace, directory, engine) == 0
+    assert [line["step"] for line in lines(directory)] == [1, 2, 3]
+
+
+def test_what_a_server_sampled_replays_to_the_bit(
+    workspace: Path,
+    tmp_path: Path,
+    server: StandIn,
+) -> None:
+    engine, rollout = {"kind": "vllm", "url": server.url}, {"max_new_tokens": 6}
+    sampled, replayed = tmp_path / "sampled", tmp_path / "replayed"
+    both = {"prompts_per_iteration": 3, **rollout}
+    assert run_with(workspace, sampled, engine, iterations=2,
+                    rollout={**both, "engine": engine, "dump": True}) == 0  # fmt: skip
+    dumped = str(sampled / "01-rl" / "rollouts")
+    assert run_with(workspace, replayed, engine, iterations=2,
+                    rollout={**both, "replay": dumped}) == 0  # fmt: skip
+    weights = [next((d / "01-rl/checkpoints").glob("step_000002/*.safetensors")).read_bytes()
+               for d in (sampled, replayed)]  # fmt: skip
+    assert weights[0] == weights[1]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "keys of others": ({"engine": {"url": "http://x:1"}}, "url: no effect with kind: own"),
+    "url and python": (
+        {"engine": {"kind": "vllm", "url": "http://x:1", "python": "p"}}, "no effect beside a url"
+    ),
+    "fastdeploy at a url": (
+        {"engine": {"kind": "fastdeploy", "url": "http://x:1"}}, "cannot be given new weights"
+    ),
+    "fastdeploy from nowhere": ({"engine": {"kind": "fastdeploy"}}, "needs python"),
+    "no url": ({"engine": {"kind": "vllm", "url": "localhost:8000"}}, "url"),
+    "with /v1": ({"engine": {"kind": "vllm", "url": "http://x:1/v1"}}, "url"),
+    "batch_size": ({"engine": {"kind": "vllm"}, "batch_size": 8}, "engine.parallel"),
+    "truncation at a temperature": (
+        {"engine": {"kind": "vllm"}, "temperature": 0.7, "top_p": 0.9}, "before top_p and top_k"
+    ),
+    "replay": ({"engine": {"kind": "vllm"}, "replay": "x"}, "no effect with replay"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_contradict_are_refused(case: str) -> None:
+    from ernie_train.rl.config import RolloutConfig
+
+    given, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        RolloutConfig(max_new_tokens=4, **given)
+
+
+def test_an_engine_does_not_get_the_pairs_of_lora(workspace: Path) -> None:
+    from ernie_train.rl.config import UpoConfig
+
+    values = stage(workspace, lora={"rank": 2}, rollout={"engine": {"kind": "vllm"}})
+    with pytest.raises(ValueError, match="without the pairs that train"):
+        UpoConfig(**{**values, "reward": {"parts": [{"name": "exact"}]}})
+
+
+# ---- vLLM ----------------------------------------------------------------------------------------
+
+
+def vllm_python() -> str:
+    home = Path(os.environ.get("ERNIE_TRAIN_VLLM") or REPOSITORY / ".venv-vllm")
+    python = home / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"no {python}: make it with tools/vllm.sh", pytrace=False)
+    return str(python)
+
+
+LENGTHS = """
+def score(row, completion):
+    return len(completion) / 200  # differs between completions of random weights
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_learns_from_vllm(workspace: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Log-probabilities of its float32 are ours up to rounding, in each iteration's weights."""
+    # Its first request compiles a sampler for minutes otherwise.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    arguments = ["--enforce-eager", "--max-model-len", "256"]
+    engine = {"kind": "vllm", "python": vllm_python(), "args": arguments}
+    directory = tmp_path / "vllm"
+    rollout = {"prompts_per_iteration": 8, "max_new_tokens": 24, "engine": engine, "dump": True}
+    model = {"preset": "tiny", "vocab_size": 384}  # vLLM's attention needs heads of 32 and more
+    (workspace / "lengths.py").write_text(LENGTHS)
+    reward = {"python": str(workspace / "lengths.py") + ":score"}
+    changes = {"iterations": 2, "rollout": rollout, "reward": reward}
+    assert run_with(workspace, directory, engine, model, **changes) == 0
+    for line in lines(directory):
+        path = directory / "01-rl" / "rollouts" / f"{line['step']:06d}.jsonl"
+        rows = [json.loads(text) for text in path.read_text().splitlines()]
+        tokens = sum(len(row["completion_ids"]) for row in rows)
+        seconds = line["time"]["rollout_seconds"]
+        print(
+            f"gap {line['logprob_mismatch']:.1e}; {tokens} tokens in {seconds:.1f} s, new weights"
+        )
+        assert line["logprob_mismatch"] < 1e-3
