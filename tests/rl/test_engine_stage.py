@@ -149,7 +149,7 @@ def vllm_python() -> str:
 
 LENGTHS = """
 def score(row, completion):
-    return len(completion) / 200  # differs between completions of random weights
+    return len(completion) % 7 / 10  # differs between completions of random weights
 """
 
 
