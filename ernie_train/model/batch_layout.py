@@ -4,7 +4,8 @@ Everything but attention works on single tokens, so the model drops padding at i
 hidden states as [T,H]. Attention works within documents: documents of similar length are gathered
 into a bucket and attend there under a causal mask alone, which costs the sum of squared document
 lengths, not the square of the pack. The index arrays are made once per batch, when a kernel first
-asks for them, and serve every layer.
+asks for them, and serve every layer. A document may continue another, as completions do their
+prompt: it attends to the other's tokens too, which everything else computes once.
 
 Shapes: B rows, S positions, T real tokens, N query heads, K key/value heads, G = N/K query heads
 per key/value head, L padded length of a bucket, D head dimension.
@@ -12,6 +13,7 @@ per key/value head, L padded length of a bucket, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,10 +31,35 @@ _BUCKET_RATIO = 1.25  # lengths within one bucket differ by less than this facto
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens `start` to `start + length` of the row of real tokens."""
+    """The tokens `start` to `start + length` of the row of real tokens.
+
+    `continues` is the document whose tokens come before its own, if there is one.
+    """
 
     start: int
     length: int
+    continues: Document | None = None
+
+    @property
+    def offset(self) -> int:
+        """Return the position of its first token: the length of what it continues."""
+        return 0 if self.continues is None else self.continues.length
+
+    @property
+    def total(self) -> int:
+        """Return the number of tokens that its last token attends to."""
+        return self.offset + self.length
+
+    def own_tokens(self, places: np.ndarray) -> np.ndarray:
+        """Return the token at each place of the whole; -1 where that is not its own."""
+        own = (places >= self.offset) & (places < self.total)
+        return np.where(own, self.start + places - self.offset, -1)
+
+    def all_tokens(self, places: np.ndarray) -> np.ndarray:
+        """Return the token at each place of the whole; -1 beyond its end."""
+        if self.continues is None:
+            return self.own_tokens(places)
+        return np.maximum(self.own_tokens(places), self.continues.own_tokens(places))
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,7 @@ class GatheredDocuments:
     query_return: Tensor  # [T*N] row of each (token, head) in the concatenated buckets
     key_return: Tensor  # [T*K]
     padded: bool  # whether any bucket has rows of padding
+    key_rows: Tensor | None = None  # those of all buckets, if some rows are in several
 
 
 @dataclass(frozen=True)
@@ -87,10 +115,14 @@ class AttentionLayout:
     def document_ends(self) -> Tensor:
         """Return, for each token, where its document ends, [1,1,T,1] int32.
 
-        FlashMask (arXiv:2410.01359) reads it as the first query that may not see this key.
+        FlashMask (arXiv:2410.01359) reads it as the first query that may not see this key. A
+        document that others continue ends with the last of them; they follow it.
         """
-        lengths = [document.length for document in self.documents]
-        ends = np.repeat([document.start + document.length for document in self.documents], lengths)
+        ends = np.zeros(self.num_tokens, np.int64)
+        for document in self.documents:
+            end = document.start + document.length
+            for part in filter(None, (document, document.continues)):
+                ends[part.start : part.start + part.length] = end
         return paddle.to_tensor(ends.astype(np.int32).reshape(1, 1, -1, 1))
 
 
@@ -108,6 +140,24 @@ class BatchLayout:
     @property
     def num_tokens(self) -> int:
         return int(self.row_counts.sum())
+
+    @classmethod
+    def shared_prompts(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> BatchLayout:
+        """Return the layout of a row of prompts, each followed by what continues it.
+
+        groups: the tokens of a prompt, and of each of its completions; a completion may have none.
+        """
+        documents: list[Document] = []
+        start = 0
+        for prompt, completions in groups:
+            first = Document(start, prompt)
+            documents.append(first)
+            start += prompt
+            for length in completions:
+                if length:
+                    documents.append(Document(start, length, first))
+                start += length
+        return cls(1, start, None, documents, np.array([start]))
 
     @classmethod
     def from_document_ids(cls, document_ids: np.ndarray) -> BatchLayout:
@@ -133,8 +183,8 @@ class BatchLayout:
         return cls.from_document_ids(np.ones((batch, length), np.int64))
 
     def default_positions(self) -> np.ndarray:
-        """Return positions [T] that count from 0 in every document."""
-        pieces = [np.arange(document.length) for document in self.documents]
+        """Return positions [T] that count from 0 in every document that continues no other."""
+        pieces = [document.offset + np.arange(document.length) for document in self.documents]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
     def attention(self, num_heads: int, num_key_value_heads: int) -> AttentionLayout:
@@ -146,12 +196,12 @@ class BatchLayout:
 
 
 def _bucket_documents(documents: list[Document]) -> list[list[Document]]:
-    """Group documents whose lengths differ by less than `_BUCKET_RATIO`; long ones stay alone."""
+    """Group documents whose totals differ by less than `_BUCKET_RATIO`; long ones stay alone."""
     groups: list[list[Document]] = []
-    for document in sorted(documents, key=lambda s: (-s.length, s.start)):
-        longest = groups[-1][0].length if groups else 0
-        alike = document.length == longest or (
-            longest <= _BATCHED_LENGTH and document.length * _BUCKET_RATIO > longest
+    for document in sorted(documents, key=lambda s: (-s.total, s.start)):
+        longest = groups[-1][0].total if groups else 0
+        alike = document.total == longest or (
+            longest <= _BATCHED_LENGTH and document.total * _BUCKET_RATIO > longest
         )
         if groups and alike:
             groups[-1].append(document)
@@ -188,14 +238,14 @@ def _gather_documents(layout: AttentionLayout) -> GatheredDocuments:
     group = num_heads // num_key_value_heads
     buckets, all_queries, all_keys = [], [], []
     for members in _bucket_documents(layout.documents):
-        blocks, block = _blocking(members[0].length)
-        offsets = np.arange(blocks * block)
-        starts = np.array([m.start for m in members])[:, None]
-        lengths = np.array([m.length for m in members])[:, None]
-        tokens = np.where(offsets < lengths, starts + offsets, -1)  # [n,L]
+        blocks, block = _blocking(members[0].total)
+        places = np.arange(blocks * block)
+        seen = np.stack([m.all_tokens(places) for m in members])  # [n,L]
+        # What a document continues has queries of its own: here they are padding.
+        tokens = np.stack([m.own_tokens(places) for m in members])
         key_heads = np.arange(num_key_value_heads)
         keys = _gather_rows(
-            tokens[:, None, :], key_heads[None, :, None], num_key_value_heads, total
+            seen[:, None, :], key_heads[None, :, None], num_key_value_heads, total
         )  # [n,K,L]
         query_heads = key_heads[:, None] * group + np.arange(group)  # [K,G]
         queries = _gather_rows(
@@ -217,9 +267,11 @@ def _gather_documents(layout: AttentionLayout) -> GatheredDocuments:
             )
         )
     query_rows, key_rows = np.concatenate(all_queries), np.concatenate(all_keys)
+    shares = any(document.continues is not None for document in layout.documents)
     return GatheredDocuments(
         buckets,
         paddle.to_tensor(_scatter_back(query_rows, total * num_heads)),
         paddle.to_tensor(_scatter_back(key_rows, total * num_key_value_heads)),
-        padded=bool((key_rows == total * num_key_value_heads).any()),
+        padded=shares or bool((key_rows == total * num_key_value_heads).any()),
+        key_rows=paddle.to_tensor(key_rows) if shares else None,
     )

@@ -115,22 +115,25 @@ class Ernie4_5_MoeModel(nn.Layer):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | BatchLayout | None = None,
         kv_cache: KVCache | None = None,
         replayed_experts: np.ndarray | None = None,
     ) -> HiddenOutput:
         """Compute input_ids, position_ids, document_ids [B,S] -> hidden states of the real tokens.
 
         `document_ids`: tokens attend to earlier ones of the same document of their row; 0 is
-        padding. Without it every row is one document. By default, positions count from 0 in each
-        document, or continue those in `kv_cache`. `replayed_experts` [T,L,K]: the experts that the
-        real tokens take in each of the L MoE layers, -1 where the router chooses them.
+        padding. Without it every row is one document. A layout stands for them where documents
+        continue others. By default, positions count from 0 in each document, or continue those in
+        `kv_cache`. `replayed_experts` [T,L,K]: the experts that the real tokens take in each of the
+        L MoE layers, -1 where the router chooses them.
 
         Raises `ValueError` for a batch without a real token, or a cache of another RoPE base.
         """
         batch, length = input_ids.shape
         if document_ids is None:
             layout = BatchLayout.full_rows(batch, length)
+        elif isinstance(document_ids, BatchLayout):
+            layout = document_ids
         else:
             layout = BatchLayout.from_document_ids(np.asarray(document_ids))
         if layout.num_tokens == 0:

@@ -6,14 +6,16 @@ completions that the policy sampled. Tool outputs between them are context: no a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ernie_train.data.packing import permutation
+from ernie_train.model.batch_layout import BatchLayout
 
 # An array of [sampled tokens of the completion] for each sequence; None where a sequence has none.
 TokenArrays = Sequence[np.ndarray | None]
@@ -93,7 +95,8 @@ class RolloutBatch:
 
     The completions of the groups come first, group after group, then those of offline pairs.
     `old_logprobs`, `sampler_weights`, `advantages`, `values` and `returns` belong to the groups,
-    `ref_logprobs` to all sequences; what the objective does not need is empty.
+    `ref_logprobs` to all sequences; what the objective does not need is empty. With
+    `share_prompts` a prompt is computed once for all of its completions in a micro-batch.
     """
 
     sequences: Sequence[TokenizedCompletion]
@@ -107,6 +110,7 @@ class RolloutBatch:
     values: TokenArrays = ()
     returns: TokenArrays = ()
     sampler_weights: TokenArrays = ()  # of the tokens' policy terms; empty: all 1
+    share_prompts: bool = False
 
     @property
     def num_in_groups(self) -> int:
@@ -137,6 +141,7 @@ class MicroBatch:
     """Sequences that go through the model together, and pairs of them by their place in it.
 
     `trained` [B] says which sequences the policy learns from; the others are only compared.
+    `share_prompts`: equal prompts go through once, in a row with all that continues them.
     """
 
     sequences: tuple[TokenizedCompletion, ...]
@@ -148,25 +153,66 @@ class MicroBatch:
     values: np.ndarray | None = None
     returns: np.ndarray | None = None
     sampler_weights: np.ndarray | None = None
+    share_prompts: bool = False
 
     @classmethod
-    def without_arrays(cls, sequences: Sequence[TokenizedCompletion]) -> MicroBatch:
-        return cls(tuple(sequences), (True,) * len(sequences))
+    def without_arrays(
+        cls, sequences: Sequence[TokenizedCompletion], *, share_prompts: bool = False
+    ) -> MicroBatch:
+        return cls(tuple(sequences), (True,) * len(sequences), share_prompts=share_prompts)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that go through the model: a completion's last one predicts nothing."""
-        return sum(s.length - 1 for s in self.sequences)
+        prompts = sum(len(self.sequences[members[0]].prompt_ids) for members in self._sharing)
+        return prompts + sum(len(s.completion_ids) - 1 for s in self.sequences)
 
     @cached_property
-    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids and document_ids [B,S], padded on the right."""
+    def _starts(self) -> list[tuple[int, int]]:
+        """Starts of the prompt and of the completion of each sequence among the real tokens."""
+        found: dict[int, tuple[int, int]] = {}
+        start = 0
+        for members in self._sharing:
+            first, start = start, start + len(self.sequences[members[0]].prompt_ids)
+            for index in members:
+                found[index] = (first, start)
+                start += len(self.sequences[index].completion_ids) - 1
+        return [found[index] for index in range(len(self.sequences))]
+
+    @cached_property
+    def _sharing(self) -> list[list[int]]:
+        """The sequences that share each prompt, in the order of the real tokens."""
+        members: dict[object, list[int]] = {}
+        for index, s in enumerate(self.sequences):
+            key = tuple(s.prompt_ids) if self.share_prompts else index
+            members.setdefault(key, []).append(index)
+        return list(members.values())
+
+    @cached_property
+    def inputs(self) -> tuple[np.ndarray, np.ndarray | BatchLayout]:
+        """input_ids and document_ids [B,S], padded on the right.
+
+        With shared prompts input_ids [1,T], and a layout in the place of document_ids.
+        """
+        if self.share_prompts:
+            return self._shared_inputs()
         texts = [(s.prompt_ids + s.completion_ids)[:-1] for s in self.sequences]
         ids = np.zeros((len(texts), max(map(len, texts))), np.int64)
         documents = np.zeros_like(ids)
         for row, text in enumerate(texts):
             ids[row, : len(text)], documents[row, : len(text)] = text, 1
         return ids, documents
+
+    def _shared_inputs(self) -> tuple[np.ndarray, BatchLayout]:
+        ids: list[int] = []
+        groups = []
+        for members in self._sharing:
+            ids += self.sequences[members[0]].prompt_ids
+            completions = [self.sequences[index].completion_ids[:-1] for index in members]
+            ids += chain.from_iterable(completions)
+            prompt = len(self.sequences[members[0]].prompt_ids)
+            groups.append((prompt, [len(completion) for completion in completions]))
+        return np.array([ids], np.int64), BatchLayout.shared_prompts(groups)
 
     @property
     def routing(self) -> np.ndarray | None:
@@ -175,21 +221,21 @@ class MicroBatch:
         shape = next((found.shape[1:] for found in known if found is not None), None)
         if shape is None:
             return None
-        pieces = zip(self.sequences, known, strict=True)
-        return np.concatenate(
-            [
-                np.full((s.length - 1, *shape), -1, np.int16) if found is None else found
-                for s, found in pieces
-            ]
-        )
+        table = np.full((self.num_tokens, *shape), -1, np.int16)
+        for s, found, (prompt, completion) in zip(self.sequences, known, self._starts, strict=True):
+            if found is not None:
+                size, rest = len(s.prompt_ids), len(s.completion_ids) - 1
+                table[prompt : prompt + size] = found[:size]
+                table[completion : completion + rest] = found[size:]
+        return table
 
     @cached_property
     def predictors(self) -> np.ndarray:
         """The index among the real tokens of what predicts each sampled token, [N]."""
-        found, start = [], 0
-        for s in self.sequences:
-            found.append(start + len(s.prompt_ids) - 1 + s.sampled_places)
-            start += s.length - 1
+        found = []
+        for s, (prompt, completion) in zip(self.sequences, self._starts, strict=True):
+            places, last = s.sampled_places, prompt + len(s.prompt_ids) - 1
+            found.append(np.where(places == 0, last, completion + places - 1))
         return np.concatenate(found)
 
     @cached_property
@@ -221,6 +267,24 @@ class MicroBatch:
         return np.bincount(self.sequence_ids, self.loss_mask, minlength=count)
 
 
+def length_order(
+    sequences: Sequence[TokenizedCompletion], *, share_prompts: bool
+) -> Callable[[int], tuple[Any, ...]]:
+    """Return a sort key of indices: similar lengths go together, equal prompts if they share."""
+    if not share_prompts:
+        return lambda index: (sequences[index].length,)
+    longest: dict[tuple[int, ...], int] = {}
+    for s in sequences:
+        prompt = tuple(s.prompt_ids)
+        longest[prompt] = max(s.length, longest.get(prompt, 0))
+
+    def key(index: int) -> tuple[Any, ...]:
+        prompt = tuple(sequences[index].prompt_ids)
+        return (longest[prompt], prompt, sequences[index].length)
+
+    return key
+
+
 class _Member(NamedTuple):
     """A sequence on its way into a micro-batch; a copy is compared, not trained again."""
 
@@ -246,7 +310,8 @@ def micro_batches(
         units.append(([_Member(index, index in placed) for index in pair], [PreferencePair(0, 1)]))
         placed |= set(pair)
     units += [([_Member(index, False)], []) for index in trained if index not in placed]
-    units.sort(key=lambda u: max(batch.sequences[m.sequence].length for m in u[0]))
+    key = length_order(batch.sequences, share_prompts=batch.share_prompts)
+    units.sort(key=lambda u: max(key(m.sequence) for m in u[0]))
     found: list[MicroBatch] = []
     members: list[_Member] = []
     held: list[PreferencePair] = []
@@ -286,6 +351,7 @@ def _micro_batch(
         values=gather(batch.values),
         returns=gather(batch.returns),
         sampler_weights=gather(batch.sampler_weights),
+        share_prompts=batch.share_prompts,
     )
 
 

@@ -26,7 +26,7 @@ from ernie_train.losses import (
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.parallel import HasDecoder, Lockstep
-from ernie_train.rl.batch import MicroBatch, TokenizedCompletion
+from ernie_train.rl.batch import MicroBatch, TokenizedCompletion, length_order
 from ernie_train.rl.config import SamplerCorrectionConfig
 from ernie_train.rl.critic import ScalarModel
 
@@ -79,21 +79,27 @@ def _evaluate(
     batch_size: int,
     compute: Callable[[MicroBatch], tuple[np.ndarray, T]],
     stop_requested: Callable[[], bool] = lambda: False,
+    *,
+    share_prompts: bool = False,
 ) -> tuple[list[np.ndarray], list[T]]:
     """Run `compute` over all sequences, each rank for its share of the micro-batches.
 
     compute: a micro-batch -> an array [N], and what else is wanted of every micro-batch. Returns
-    the array of each sequence, and the rest in order. Sequences of similar length go together.
-    Every rank must call it. Raises `Interrupted` on all ranks when a stop is requested on one.
+    the array of each sequence, and the rest in order. Sequences of similar length go together, and
+    those of one prompt if they share it. Every rank must call it. Raises `Interrupted` on all ranks
+    when a stop is requested on one.
     """
-    order = sorted(range(len(sequences)), key=lambda index: sequences[index].length)
+    key = length_order(sequences, share_prompts=share_prompts)
+    order = sorted(range(len(sequences)), key=key)
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     own = []
     with Lockstep(model, stop_requested) as lockstep, paddle.no_grad():
         for chunk in process_group.shard(chunks):
             if lockstep.next_pass():
                 raise Interrupted("stopped on a signal in a forward pass")
-            batch = MicroBatch.without_arrays([sequences[index] for index in chunk])
+            batch = MicroBatch.without_arrays(
+                [sequences[index] for index in chunk], share_prompts=share_prompts
+            )
             own.append(compute(batch))
     found = process_group.gather_shards(own)
     arrays: dict[int, np.ndarray] = {}
@@ -122,6 +128,7 @@ def sequence_logprobs(
     batch_size: int,
     router_replay: bool = False,
     with_entropy: bool = False,
+    share_prompts: bool = False,
 ) -> SequenceLogprobs:
     """Return logprobs of every sequence's completion; every rank must call it.
 
@@ -142,7 +149,7 @@ def sequence_logprobs(
 
     training = model.training
     model.eval()
-    arrays, seen = _evaluate(model, sequences, batch_size, compute)
+    arrays, seen = _evaluate(model, sequences, batch_size, compute, share_prompts=share_prompts)
     if training:
         model.train()
     entropies, changed = ([found[at] for found in seen] for at in (0, 1))
@@ -173,6 +180,7 @@ def sequence_values(
     *,
     batch_size: int,
     stop_requested: Callable[[], bool] = lambda: False,
+    share_prompts: bool = False,
 ) -> list[np.ndarray]:
     """Return the critic's values of every sequence; every rank must call it.
 
@@ -185,6 +193,7 @@ def sequence_values(
         batch_size,
         lambda batch: (critic_values(critic, batch)[0].numpy(), 0),
         stop_requested,
+        share_prompts=share_prompts,
     )
     critic.train()
     return arrays

@@ -92,6 +92,7 @@ class Learner:
         """
         trained = rollout.trained(every_group=self.config.learns_from_every_group)
         batch = _assemble(rollout, trained, online, offline)
+        batch = replace(batch, share_prompts=self.config.share_prompts)
         metrics: dict[str, float] = {}
         if rollout.groups:
             batch, metrics = self._with_old_logprobs(batch, rollout)
@@ -105,6 +106,7 @@ class Learner:
                     batch.sequences,
                     temperature=self.config.rollout.temperature,
                     batch_size=self.config.micro_batch_size,
+                    share_prompts=self.config.share_prompts,
                 ).logprobs
             batch = replace(batch, ref_logprobs=reference)
         if rollout.groups:
@@ -125,6 +127,7 @@ class Learner:
             batch_size=self.config.micro_batch_size,
             router_replay=self.config.policy.router_replay,
             with_entropy=True,
+            share_prompts=self.config.share_prompts,
         )
         found = {"entropy": entropy, "experts_changed": changed}
         metrics = {name: value for name, value in found.items() if value is not None}
@@ -190,7 +193,12 @@ class Learner:
                 penalties=penalties,
             )
             return replace(batch, advantages=advantages), {}
-        values = sequence_values(self.critic.model, completions, batch_size=config.micro_batch_size)
+        values = sequence_values(
+            self.critic.model,
+            completions,
+            batch_size=config.micro_batch_size,
+            share_prompts=config.share_prompts,
+        )
         advantages, returns = gae_advantages(
             rewards,
             valid,

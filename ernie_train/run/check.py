@@ -128,6 +128,7 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
         if scheduled and recipe.model.path is not None:
             limit = max(limit, *stage.lengths().values())
         problems += _length_problems(stage, f"stages.{index}", limit)
+        problems += _sharing_problems(stage, f"stages.{index}", config)
         problems += _balance_problems(stage, f"stages.{index}", config)
         added = index == 0 and bool(recipe.tokenizer.add)
         problems += _training_problems(stage, f"stages.{index}", config, new_tokens=added)
@@ -150,6 +151,15 @@ def _length_problems(stage: AnyStageConfig, path: str, limit: int) -> list[str]:
         "rope_schedule raises where the model is loaded, model.max_position_embeddings elsewhere"
         for name, length in stage.lengths().items()
         if length > limit
+    ]
+
+
+def _sharing_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
+    if not (isinstance(stage, UpoConfig) and stage.share_prompts and config.moe_capacity_factor):
+        return []
+    return [
+        f"{path}.share_prompts: moe_capacity_factor={config.moe_capacity_factor} counts the tokens "
+        "of a micro-batch, so that fewer prompts would drop other tokens; leave one of them out"
     ]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ernie_train.rl.batch import (
+    MicroBatch,
     PreferencePair,
     RolloutBatch,
+    TokenizedCompletion,
     micro_batches,
     minibatches,
 )
@@ -93,3 +97,60 @@ def test_without_groups_to_train_only_pairs_make_minibatches():
     batch = RolloutBatch(make_sequences(8), pairs, num_groups=2, group_size=4)
     found = minibatches(batch, 2, 5, train_groups=False)
     assert [(part.trained, part.pairs) for part in found] == [([], pairs)]
+
+
+# ---- shared prompts ------------------------------------------------------------------------------
+
+
+def sharing_sequences() -> list[TokenizedCompletion]:
+    """Two prompts with three completions each, of one token too, with tool outputs in one."""
+    rng = np.random.default_rng(4)
+    found = []
+    for prompt, lengths in ((5, (4, 1, 9)), (2, (6, 6, 3))):
+        ids = rng.integers(3, 90, prompt).tolist()
+        found += [TokenizedCompletion(ids, rng.integers(3, 90, n).tolist()) for n in lengths]
+    masked = TokenizedCompletion(
+        found[4].prompt_ids, found[4].completion_ids, sampled_mask=[True, False] * 3
+    )
+    return [found[0], found[3], found[1], masked, found[2], found[5]]  # not next to each other
+
+
+def test_shared_prompts_go_through_once_and_every_token_keeps_its_predictor():
+    sequences = sharing_sequences()
+    plain = MicroBatch.without_arrays(sequences)
+    shared = MicroBatch.without_arrays(sequences, share_prompts=True)
+    assert plain.num_tokens == sum(s.length - 1 for s in sequences)
+    assert shared.num_tokens == plain.num_tokens - 2 * 5 - 2 * 2
+    ids, layout = shared.inputs
+    assert ids.shape == (1, shared.num_tokens) and layout.num_tokens == shared.num_tokens
+    np.testing.assert_array_equal(shared.targets, plain.targets)
+    rows, documents = plain.inputs
+    positions = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)[documents > 0]
+    before = rows[documents > 0][plain.predictors], positions[plain.predictors]
+    now = ids[0][shared.predictors], layout.default_positions()[shared.predictors]
+    np.testing.assert_array_equal(before, now)
+
+
+def test_recorded_experts_stand_where_their_tokens_do():
+    sequences = [
+        replace(s, expert_ids=np.array(s.completion_ids)[s.sampled_places, None, None] % 7,
+                prompt_expert_ids=np.array(s.prompt_ids[:-1])[:, None, None] % 7)
+        for s in sharing_sequences()
+    ]  # fmt: skip
+    # All completions of a prompt were sampled from one distribution, by the same experts.
+    for s in sequences:
+        s.expert_ids[0] = len(s.prompt_ids)
+    plain, shared = (MicroBatch.without_arrays(sequences, share_prompts=x) for x in (False, True))
+    assert shared.routing.shape == (shared.num_tokens, 1, 1)
+    for micro in (plain, shared):
+        expected = np.concatenate([s.expert_ids for s in sequences])
+        np.testing.assert_array_equal(micro.routing[micro.predictors], expected)
+    prompts = [s.prompt_expert_ids for s in (sequences[0], sequences[1])]
+    np.testing.assert_array_equal(shared.routing[:4], prompts[0])
+
+
+def test_members_of_a_group_are_in_one_micro_batch_to_share():
+    sequences = sharing_sequences()
+    batch = RolloutBatch(sequences, num_groups=2, group_size=3, share_prompts=True)
+    for micro in micro_batches(batch, range(6), [], 3):
+        assert micro.share_prompts and len({tuple(s.prompt_ids) for s in micro.sequences}) == 1

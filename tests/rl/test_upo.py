@@ -100,6 +100,7 @@ GAE = {
 }  # fmt: skip
 
 
+ONLINE_PAIRS = {"coef": 0.2, "pairs": "online"}
 OFFLINE_ONLY = {
     "rollout": {"prompts_per_iteration": None}, "policy": {"coef": 0.0},
     "preference": {
@@ -354,6 +355,29 @@ def test_micro_batches_of_any_size_train_the_same_rollout(workspace, tmp_path):
     for other in lines[1:]:
         assert other == pytest.approx(lines[0], rel=1e-4, abs=1e-6)
         assert other["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-5)
+
+
+def test_shared_prompts_change_no_number_of_an_iteration(workspace, tmp_path):
+    lines = []
+    for share in (False, True):
+        changes = {"iterations": 1, "critic": GAE["critic"], "preference": ONLINE_PAIRS,
+                   "policy": {"kl": {"coef": 0.01}}, "share_prompts": share}  # fmt: skip
+        assert run_stage(workspace, tmp_path / str(share), **changes) == 0
+        (line,) = metrics_without_time(tmp_path / str(share), "01-rl")
+        lines.append({k: v for k, v in line.items() if "moe/" not in k and "experts" not in k})
+    assert lines[0].keys() == lines[1].keys() and lines[0]["grad_norm"] > 0
+    assert lines[1] == pytest.approx(lines[0], rel=1e-3, abs=1e-5)
+
+
+def test_shared_prompts_are_refused_beside_a_capacity_limit(workspace, tmp_path, capsys):
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    recipe["stages"] = [stage(workspace, share_prompts=True)]
+    recipe["model"]["moe_capacity_factor"] = 1.5
+    path = tmp_path / "capacity.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert run("check", path) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "stages.0.share_prompts: moe_capacity_factor=1.5 counts" in told
 
 
 def test_dpo_raises_its_margin_and_continues_to_the_same_bits(workspace, tmp_path, monkeypatch):

@@ -359,6 +359,7 @@ PROBES: dict[str, Probe] = {
         }.items()
     },
     "stages[].rollout.batch_size": Probe("upo", {"@rollout.batch_size": 2}, observe="batches"),
+    "stages[] of kind upo.share_prompts": Probe("upo", {"@share_prompts": True}),
     "stages[].rollout.skip_solved": Probe(
         "upo", {"@rollout.skip_solved": {"after": 1}}, {**SOLVED, "@rollout.skip_solved": None}
     ),

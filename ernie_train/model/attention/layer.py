@@ -63,9 +63,17 @@ class _DocumentAttention(PyLayer):
             dv_all.append(dv)
         ctx.saved = None
         dq = paddle.gather(_concat(dq_all), ctx.layout.query_return).scale_(ctx.scale)
-        dk = paddle.gather(_concat(dk_all), ctx.layout.key_return)
-        dv = paddle.gather(_concat(dv_all), ctx.layout.key_return)
+        dk, dv = (_to_keys(_concat(parts), ctx.layout) for parts in (dk_all, dv_all))
         return select_grads(ctx.needs_grad, (dq, dk, dv))
+
+
+def _to_keys(grads: Tensor, layout: GatheredDocuments) -> Tensor:
+    """Return the gradients of keys in token order; those of a key in several documents add up."""
+    if layout.key_rows is None:
+        return paddle.gather(grads, layout.key_return)
+    size = layout.key_return.shape[0]
+    total = paddle.zeros([size + 1, grads.shape[-1]], grads.dtype)  # the last row takes padding
+    return paddle.index_add(total, layout.key_rows, 0, grads)[:size]
 
 
 def _kernel(bucket: Bucket) -> ModuleType:

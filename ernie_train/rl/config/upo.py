@@ -61,6 +61,7 @@ _REMOVED_KEYS = {
 class UpoConfig(StageConfig):
     """Unified preference optimization: PPO joined with a loss of pairs of completions.
 
+    share_prompts: computes a prompt once for all of its completions in a micro-batch.
     canaries: rows on which the reward is tried before the first iteration.
     samples_per_iteration: rows that an iteration adds to samples.jsonl.
     term_norms_every: iterations between measurements of each term's gradient norm, besides the
@@ -77,6 +78,7 @@ class UpoConfig(StageConfig):
     critic: CriticConfig | None = None
     curriculum: Curriculum | None = None
     evaluation: StageEvaluation | None = None
+    share_prompts: bool = False
     canaries: Annotated[int, Field(ge=0), HARMLESS] = 16
     samples_per_iteration: Annotated[int, Field(ge=0), HARMLESS] = 8
     term_norms_every: Annotated[PositiveInt | None, HARMLESS] = None
