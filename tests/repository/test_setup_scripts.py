@@ -43,6 +43,8 @@ case "$*" in
 esac
 """
 
+PYTEST = "-m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile"
+
 
 class Sandbox:
     """A copy of the scripts with stand-ins for everything that they call."""
@@ -147,9 +149,9 @@ def test_the_tests_get_both_environments(sandbox: Sandbox) -> None:
         "-r requirements-referee.txt",
         f"--no-deps --target {referee}/transformers-4.57 -r requirements-referee-457.txt",
     ]
-    assert sandbox.calls()[-1] == "-m pytest -m slow -k a or b"
+    assert sandbox.calls()[-1] == f"{PYTEST} -m slow -k a or b"
     sandbox.run("run-tests")
-    assert sandbox.calls() == ["-m pytest"]
+    assert sandbox.calls() == [PYTEST]
     # What the tests need includes what a run needs, but not the other way round.
     sandbox.run("run-tiny")
     assert sandbox.installs() == []
@@ -195,7 +197,7 @@ def test_environments_of_the_user_are_used_as_they_are(sandbox: Sandbox, tmp_pat
     shutil.copy(sandbox.bin / "python3.11", own / "bin" / "python")
     done = sandbox.run("run-tests", ERNIE_TRAIN_VENV=str(own), ERNIE_TRAIN_REFEREE=str(own))
     assert done.returncode == 0, done.stderr
-    assert sandbox.calls() == ["-m pytest"]
+    assert sandbox.calls() == [PYTEST]
     assert not (sandbox.repository / ".venv").exists()
 
 
@@ -254,7 +256,7 @@ def test_ci_checks_tests_style_types_and_the_main_job(
     scratch = sandbox.bin.parent / "scratch"
     jobs = [call for call in sandbox.calls() if not call.startswith(("venv", "-m pip"))]
     assert jobs == [
-        "-m pytest",
+        PYTEST,
         "-m ruff check .",
         "-m ruff format --check .",
         "-m mypy",
@@ -268,4 +270,4 @@ def test_ci_stops_at_the_first_failure(
     sandbox: Sandbox, recorded_ci: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
     assert recorded_ci(JOB_STATUS="1").returncode == 1
-    assert sandbox.calls()[-1] == "-m pytest"
+    assert sandbox.calls()[-1] == PYTEST

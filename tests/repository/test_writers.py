@@ -19,6 +19,7 @@ ALLOWED = {
     "core/worker_pool.py": "a pipe",
     "generate/engines/process.py": "appends what a server prints",
     "data/cache.py": "a lock, and arrays whose sizes are committed behind them",
+    "run/export.py": "a copy into a directory that is renamed when it is whole",
     "run/referee_script.py": "scratch of a comparison, without this package",
     "rewards/sandbox/guest/candidate.py": "standard output in the sandbox",
 }
