@@ -272,19 +272,25 @@ def score(
             "FILE.py:FUNCTION, or a .yaml file with a recipe's reward"
         ),
     ],
-    data: Annotated[Path, typer.Option(help="the problems, a JSON object a line")],
+    data: Annotated[Path, typer.Option(help="problems: a file of rows, a directory or a pattern")],
     completions: Annotated[
         Path, typer.Option(help='lines {"completion": text}, in the order of the data or with id')
     ],
+    model: Annotated[
+        Path | None, typer.Option(help="whose chat format they have; default ERNIE's Thinking one")
+    ] = None,
+    columns: ColumnsText = None,
     out: Annotated[Path | None, typer.Option(help="write each score here, as JSONL")] = None,
     force: Force = False,
 ) -> None:
     """Grade completions with a verifier and print how many are right."""
     from ernie_train.cli.score import SCORE_KEYS, score_file
+    from ernie_train.data import parse_columns
 
     if out is not None:
         check_output_file(out, SCORE_KEYS, inputs=[data, completions], force=force)
-    score_file(reward, data, completions, out, _console())
+    mapped = None if columns is None else parse_columns(columns, "--columns")
+    score_file(reward, data, completions, out, _console(), mapped, model)
 
 
 @app.command()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from glob import has_magic
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +18,9 @@ from ernie_train.core.config import StrictConfig, load_yaml, parse_config
 from ernie_train.core.errors import DataError, Interrupted
 from ernie_train.core.foreign_files import open_regular
 from ernie_train.core.signals import StopFlag
+from ernie_train.data import Columns, files, find_files, load_tokenizer
+from ernie_train.data.formats import ColumnMap, RowError
+from ernie_train.eval.prompts import answer_parts
 from ernie_train.io.files import write_jsonl
 from ernie_train.rewards.score import Status
 from ernie_train.rewards.scoring import (
@@ -24,6 +29,7 @@ from ernie_train.rewards.scoring import (
     ScoredBatch,
     build_reward,
 )
+from ernie_train.weights.model_directory import find_model
 
 _STATUSES: tuple[Status, ...] = get_args(Status)
 _SHOWN_REASONS = 3
@@ -44,15 +50,26 @@ class Graded:
 
 
 def score_file(
-    reward: str, data: Path, completions: Path, out: Path | None, console: Console
+    reward: str,
+    data: Path,
+    completions: Path,
+    out: Path | None,
+    console: Console,
+    columns: Columns | None = None,
+    model: Path | None = None,
 ) -> None:
     """Grade `completions` for the rows of `data`, print the table, write the scores to `out`.
+
+    `columns` is what to read the columns of the data as. Completions have the form that the chat
+    format of `model` gives them; without it that of each row, or else ERNIE's Thinking format.
 
     Raises `UserError` for files that do not match and for unknown rewards, `Interrupted` on a
     signal.
     """
     config, base_directory = reward_config(reward)
-    pairs = pair_up(read_rows(data), read_rows(completions), data, completions)
+    form = {} if model is None else answer_parts(load_tokenizer(find_model(model).tokenizer))
+    rows = [{**form, **row} for row in read_data(data, columns)]
+    pairs = pair_up(rows, read_rows(completions), data, completions)
     texts = [_text_of(completion, completions) for _, completion in pairs]
     composed = build_reward(config, base_directory)
     try:
@@ -87,6 +104,29 @@ def reward_config(reward: str) -> tuple[RewardConfig, Path]:
     part = {"python": reward} if ".py:" in reward else {"name": reward}
     settings = {"reward": {"parts": [part], "max_excluded_fraction": 1.0}}
     return parse_config(_Section, settings, "--reward").reward, Path()
+
+
+def read_data(path: Path, columns: Columns | None = None) -> list[dict[str, Any]]:
+    """Read the rows of any data file, directory or pattern; `DataError` names a bad row."""
+    mapped = ColumnMap(columns)
+    if path.suffix in ("", ".jsonl", ".ndjson") and not (path.is_dir() or has_magic(str(path))):
+        named = [(f"{path}, row {at}", row) for at, row in enumerate(read_rows(path), start=1)]
+        located: Iterable[tuple[str, dict[str, Any] | RowError]] = iter(named)
+    else:
+        found = find_files(path).files
+        located = chain.from_iterable(files.read_rows(file, lambda count: None) for file in found)
+    rows = []
+    for source, row in located:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            rows.append(mapped(row))
+        except RowError as error:
+            raise DataError(f"{source}: {error}") from None
+    mapped.check(str(path))
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    return rows
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def _assistant_keys(message: Message, template: ChatTemplate) -> Message:
     calls = [_canonical_call(call) for call in message.get("tool_calls") or []]
     if not content.strip("\n") and not calls:
         raise DataError("an assistant turn has neither an answer nor a tool call")
-    if template.has_response_tags:
+    if RESPONSE_OPEN in template.source:
         _check_blocks(content.strip("\n"))
     if reasoning and THINK_CLOSE not in (message.get("content") or ""):
         turn |= {key: reasoning for key in REASONING_KEYS if key in template.source}

@@ -140,11 +140,11 @@ def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
 
 def problem_row(record: Record, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the row that a verifier gets for a problem, with the form that answers have."""
+    asked = {"messages": record.messages, "tools": record.tools}
+    return {**asked, **answer_parts(tokenizer), **record.fields}
+
+
+def answer_parts(tokenizer: Tokenizer) -> dict[str, bool]:
+    """Return which parts a completion has in the model's chat format, as verifiers read it."""
     template = require_chat_template(tokenizer)
-    facts = {
-        "messages": record.messages,
-        "tools": record.tools,
-        "thinking": template.opens_thinking,
-        "response_tags": template.has_response_tags,
-    }
-    return {**facts, **record.fields}
+    return {"thinking": template.opens_thinking, "response_tags": template.has_response_tags}

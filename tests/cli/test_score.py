@@ -9,8 +9,9 @@ import time
 import pytest
 
 from ernie_train.cli.main import main
+from ernie_train.data import shipped_template
 from ernie_train.data.completion_format import format_completion
-from tests.workspace import REPOSITORY
+from tests.workspace import REPOSITORY, make_workspace
 
 
 def lines(path, rows):
@@ -157,3 +158,28 @@ def test_halves_of_surrogate_pairs_are_scored_and_written(score, files, tmp_path
     assert status == 0
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert row["id"] == "\ud800"
+
+
+def test_any_file_of_rows_is_graded_through_its_columns(score, tmp_path):
+    (tmp_path / "rows.csv").write_text("question,solution\n1 + 1?,so #### 2\n2 + 2?,so #### 4\n")
+    given = [{"completion": format_completion("x", answer)} for answer in ("2", "5")]
+    completions = lines(tmp_path / "completions.jsonl", given)
+    mapped = ("--columns", '{answer: {column: solution, after: "####"}}')
+    status, out, errors = score("exact", tmp_path / "rows.csv", completions, *mapped)
+    assert status == 0, errors
+    assert cells(out, "all")[1:3] == ["1", "1"]
+    wrong = ("--columns", "{answer: gold}")
+    assert "no row has this column" in score("exact", tmp_path / "rows.csv", completions, *wrong)[2]
+
+
+def test_completions_of_a_model_without_thinking_have_its_format(score, tmp_path):
+    make_workspace(tmp_path)
+    plain = shipped_template("ernie_plain").source
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(plain)
+    (tmp_path / "tokenizer/config.json").write_text("{}")  # of a model
+    rows = lines(tmp_path / "rows.jsonl", [{"answer": "2"}, {"answer": "2"}])
+    given = [{"completion": "2"}, {"completion": "3"}]
+    completions = lines(tmp_path / "completions.jsonl", given)
+    assert cells(score("exact", rows, completions)[1], "all")[1:3] == ["0", "2"]
+    found = score("exact", rows, completions, "--model", tmp_path / "tokenizer")
+    assert cells(found[1], "all")[1:3] == ["1", "1"], found

@@ -324,3 +324,19 @@ def test_a_broken_directory_is_a_data_error(
     with pytest.raises(DataError, match=message) as caught:
         load_tokenizer(directory)
     assert str(directory) in str(caught.value)
+
+
+def test_a_special_flag_changes_the_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whether a text of the data becomes the token or plain characters depends on it."""
+    found = []
+    for special in (False, True):
+        path = tmp_path / str(special)
+        shutil.copytree(tokenizer.directory, path)
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        token = {"content": "<cite>", "special": special}
+        config.setdefault("added_tokens_decoder", {})[str(tokenizer.vocab_size)] = token
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        (path / "tokenizer.json").unlink(missing_ok=True)
+        found.append(load_tokenizer(path))
+    assert [("<cite>" in one.control_tokens) for one in found] == [False, True]
+    assert found[0].fingerprint() != found[1].fingerprint()

@@ -7,7 +7,7 @@ import pytest
 from ernie_train.core.errors import DataError
 from ernie_train.data import Record, load_tokenizer, parse_columns
 from ernie_train.eval.evaluation import load_problems
-from ernie_train.eval.prompts import encode_prompt, load_few_shot
+from ernie_train.eval.prompts import answer_parts, encode_prompt, load_few_shot
 from tests.workspace import make_workspace, write_rows
 
 MATH = parse_columns("{reward: {value: math}}", "columns")
@@ -79,3 +79,10 @@ def test_an_answer_alone_serves_and_rows_without_one_are_refused(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 + 1?"}])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: an example needs an answer"):
         load_few_shot(tmp_path / "rows.jsonl", 1, seed=0)
+
+
+@pytest.mark.parametrize(("template", "parts"), [("ernie_plain", False), ("ernie_thinking", True)])
+def test_verifiers_expect_what_the_format_lets_a_model_write(tmp_path, template, parts):
+    make_workspace(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer", template=template)
+    assert answer_parts(tokenizer) == {"thinking": parts, "response_tags": parts}

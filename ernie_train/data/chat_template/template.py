@@ -191,10 +191,16 @@ class ChatTemplate:
         """Return True if the template marks what the model writes by `{% generation %}`."""
         return "endgeneration" in self.source
 
-    @property
+    @functools.cached_property
     def has_response_tags(self) -> bool:
-        """Return True if answers stand between `<response>` tags, as in ERNIE's Thinking format."""
-        return RESPONSE_OPEN in self.source
+        """Return True if answers stand between `<response>` tags, as in ERNIE's Thinking format.
+
+        A template that only names the tags, to take them out of earlier answers, has none.
+        """
+        if RESPONSE_OPEN not in self.source:
+            return False
+        asked, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        return RESPONSE_OPEN in self.render([asked, answer | {"reasoning_content": "."}])
 
     @functools.cached_property
     def opens_thinking(self) -> bool:

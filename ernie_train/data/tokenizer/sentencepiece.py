@@ -95,7 +95,9 @@ class SentencePieceTokenizer(Tokenizer):
         )
         special = set(special_tokens(self._proto))
         special |= {text for text in self._added if text in CONTROL_TOKENS}
-        special |= config.special_added() & ids.keys() - set(MARKUP_TOKENS)
+        flagged = config.special_added() & ids.keys() - set(MARKUP_TOKENS)
+        self._flagged = flagged - special - set(self.special_tokens.values())
+        special |= flagged
         self.control_tokens = frozenset(special)
         self._special_ids = {ids[text] for text in special}
 
@@ -150,6 +152,8 @@ class SentencePieceTokenizer(Tokenizer):
         digest = hashlib.sha256(self._model_bytes)
         digest.update(json.dumps(sorted(self._added.items())).encode())
         digest.update(str((self.pad_token_id, self.bos_token_id, self.eos_token_id)).encode())
+        if self._flagged:  # they are encoded as plain text where the data has them
+            digest.update(json.dumps(sorted(self._flagged)).encode())
         return digest.hexdigest()
 
 
