@@ -182,8 +182,11 @@ def _reward_model(path: str) -> Ernie4_5_MoeConfig | None:
 def _trained_samples(stage: UpoConfig, sampled: int) -> int:
     """Return the completions that an iteration learns from: all that were sampled, or pairs."""
     trained = sampled if stage.policy.coef else 0
-    if not trained and stage.preference is not None and stage.preference.uses_online:
-        trained = 2 * (stage.rollout.prompts_per_iteration or 0)
+    pairs = stage.preference
+    if pairs is not None and pairs.of_rollouts:
+        prompts = stage.rollout.prompts_per_iteration or 0
+        # Beside the policy term the two of a pair are trained anyway, but for a solution.
+        trained += (pairs.of_solutions if trained else 2) * prompts
     if stage.offline is not None:
         trained += 2 * stage.offline.per_iteration
     return trained

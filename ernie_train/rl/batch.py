@@ -95,8 +95,9 @@ class RolloutBatch:
 
     The completions of the groups come first, group after group, then those of offline pairs.
     `old_logprobs`, `sampler_weights`, `advantages`, `values` and `returns` belong to the groups,
-    `ref_logprobs` to all sequences; what the objective does not need is empty. With
-    `share_prompts` a prompt is computed once for all of its completions in a micro-batch.
+    `ref_logprobs` to all sequences; so do `pair_ref_logprobs`, where pairs have a reference of
+    their own. What the objective does not need is empty. With `share_prompts` a prompt is computed
+    once for all of its completions in a micro-batch.
     """
 
     sequences: Sequence[TokenizedCompletion]
@@ -111,6 +112,7 @@ class RolloutBatch:
     returns: TokenArrays = ()
     sampler_weights: TokenArrays = ()  # of the tokens' policy terms; empty: all 1
     share_prompts: bool = False
+    pair_ref_logprobs: TokenArrays = ()
 
     @property
     def num_in_groups(self) -> int:
@@ -154,6 +156,7 @@ class MicroBatch:
     returns: np.ndarray | None = None
     sampler_weights: np.ndarray | None = None
     share_prompts: bool = False
+    pair_ref_logprobs: np.ndarray | None = None  # None: ref_logprobs
 
     @classmethod
     def without_arrays(
@@ -347,6 +350,7 @@ def _micro_batch(
         tuple(pairs),
         old_logprobs=gather(batch.old_logprobs),
         ref_logprobs=gather(batch.ref_logprobs, for_copies=True),
+        pair_ref_logprobs=gather(batch.pair_ref_logprobs, for_copies=True),
         advantages=gather(batch.advantages),
         values=gather(batch.values),
         returns=gather(batch.returns),
@@ -373,7 +377,7 @@ def minibatches(
     """
     places = [
         *filter(batch.is_trained, range(batch.num_in_groups)),
-        *(p.chosen for p in batch.pairs),
+        *map(min, batch.pairs),  # a solution stands behind the groups, its partner in one
     ]
     groups_that_teach = np.unique(
         [p // batch.group_size for p in places if p < batch.num_in_groups]
@@ -390,8 +394,8 @@ def minibatches(
             group_home[int(group)] = home
     unassigned = 0
     for pair in batch.pairs:
-        if pair.chosen < batch.num_in_groups:
-            found[group_home[pair.chosen // batch.group_size]].pairs.append(pair)
+        if min(pair) < batch.num_in_groups:
+            found[group_home[min(pair) // batch.group_size]].pairs.append(pair)
         else:
             found[unassigned % count].pairs.append(pair)
             unassigned += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ernie_train.rl.config import PromptSource, SkipSolved, UpoConfig
 from ernie_train.rl.preference_data import (
     PromptReport,
     TokenizedPair,
+    encode_completion,
     read_fitting_pairs,
 )
 from ernie_train.rl.reward import find_reward_model
@@ -51,6 +52,7 @@ class PreparedPrompts:
     report: PromptReport
     held_out: list[Record]
     offline_pairs: list[TokenizedPair]
+    solutions: Mapping[int, list[int]] = field(default_factory=dict)  # token ids by prompt
 
 
 def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
@@ -65,10 +67,11 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
         reports.append(report)
         warnings += warned
     _check_curriculum(config, prompts)
-    build_reward(config.reward, data.base_dir).close()  # starts nothing: it only must exist
-    for part in config.reward.parts:
-        if part.model is not None:
-            find_reward_model(data.base_dir / part.model.path)
+    for reward in config.rewards():
+        build_reward(reward, data.base_dir).close()  # starts nothing: it only must exist
+        for part in reward.parts:
+            if part.model is not None:
+                find_reward_model(data.base_dir / part.model.path)
     _check_replay(config, data)
     held_out: list[Record] = []
     if config.evaluation is not None:
@@ -92,9 +95,13 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
             columns=config.offline.columns,
         )
         warnings += warned
+    solutions: dict[int, list[int]] = {}
+    if config.preference is not None and config.preference.of_solutions:
+        solutions, warned = read_solutions(prompts, data.tokenizer, config.rollout.max_new_tokens)
+        warnings += warned
     weights = [source.weight for source in config.data]
     report_of_all = PromptReport(reports, pairs_report, warnings)
-    return PreparedPrompts(prompts, sizes, weights, report_of_all, held_out, offline)
+    return PreparedPrompts(prompts, sizes, weights, report_of_all, held_out, offline, solutions)
 
 
 def _read_prompts(
@@ -104,7 +111,7 @@ def _read_prompts(
         data.base_dir / source.path,
         tasks=source.tasks,
         max_examples=source.max_examples,
-        needs_reward=any(part.name == "row" for part in config.reward.parts),
+        needs_reward=any(part.name == "row" for r in config.rewards() for part in r.parts),
         max_bad_fraction=config.max_bad_fraction,
         columns=source.columns,
     )
@@ -152,6 +159,44 @@ def encode_prompts(
         prompts.append(Prompt(record, ids, str(fields["domain"]), str(fields["task"]), difficulty))
     report.check(max_bad_fraction)
     return prompts, too_long
+
+
+def read_solutions(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int
+) -> tuple[dict[int, list[int]], list[Text]]:
+    """Return the solutions of rows as completions of at most `longest` tokens, and warnings.
+
+    A solution is the answer of the assistant that ends a row's messages. Raises `DataError` where
+    no row has one that fits.
+    """
+    found: dict[int, list[int]] = {}
+    lengths = []
+    for at, prompt in enumerate(prompts):
+        turns = prompt.record.messages[len(prompt.record.prompt_messages) :]
+        if len(turns) != 1:
+            continue
+        record = prompt.record
+        solution = encode_completion(tokenizer, record.prompt_messages, turns, record.tools)
+        if solution.prompt_ids != prompt.prompt_ids:
+            continue  # the template asks otherwise than it shows a finished turn
+        if len(solution.completion_ids) > longest:
+            lengths.append(len(solution.completion_ids))
+        else:
+            found[at] = solution.completion_ids
+    if not found:
+        raise DataError(
+            f"preference.pairs: none of {len(prompts)} prompts has a solution, an assistant's "
+            f"answer that ends its messages, of at most max_new_tokens={longest} tokens"
+        )
+    warnings = []
+    if lengths:
+        what = f"the solutions of {len(lengths)} of {len(prompts)} prompts"
+        bound = f"rollout.max_new_tokens={longest}"
+        warnings = [too_long_warning(what, bound, max(lengths), "raise it")]
+    if missing := len(prompts) - len(found) - len(lengths):
+        told = f"{missing} of {len(prompts)} prompts have no solution and give no pair with one"
+        warnings.append(Text(told, "yellow"))
+    return found, warnings
 
 
 def describe(

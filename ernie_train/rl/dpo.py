@@ -6,10 +6,12 @@ A stage of its own: no sampling, no rewards, the trainer's loop over micro-batch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import paddle
 from pydantic import Field, model_validator
 from rich.console import Console
 
@@ -18,12 +20,11 @@ from ernie_train.core import consensus
 from ernie_train.core.config import HARMLESS, PositiveInt
 from ernie_train.core.errors import CheckpointError, Interrupted
 from ernie_train.data import MappedRows
-from ernie_train.io.metrics_log import StageMetrics
+from ernie_train.io.metrics_log import PendingLine, StageMetrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
     MicroBatch,
-    PreferencePair,
     RolloutBatch,
     TokenizedCompletion,
     micro_batches,
@@ -35,20 +36,27 @@ from ernie_train.rl.preference_data import (
     OfflinePairSource,
     PromptReport,
     TokenizedPair,
+    add_pairs,
     read_fitting_pairs,
 )
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
+from ernie_train.train.supervised_data import VALIDATION_LOSS
 from ernie_train.train.trainer import StepResult, Throughput, Trainer
 from ernie_train.weights.adapters import from_disk, to_disk
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
+
+VALIDATION_METRICS = (VALIDATION_LOSS, "validation/accuracies", "validation/margins")
 
 
 class DpoConfig(StageConfig, MappedRows, PairLoss):
     """DPO and its kin; the reference is the policy at the stage's start.
 
     data: a path of rows with a prompt, a chosen and a rejected completion, and their columns.
+    validation: a path of held-out rows with the same columns.
+    validate_every_steps: steps between two measurements on them; as often as checkpoints are
+        written, unless given.
     seq_len: longest prompt with its completion; pairs beyond it are left out.
     """
 
@@ -56,6 +64,8 @@ class DpoConfig(StageConfig, MappedRows, PairLoss):
 
     kind: Literal["dpo"]
     data: Annotated[str, Field(min_length=1), HARMLESS]
+    validation: Annotated[str, Field(min_length=1), HARMLESS] | None = None
+    validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
     seq_len: PositiveInt
     steps: PositiveInt
     pairs_per_step: PositiveInt
@@ -64,8 +74,15 @@ class DpoConfig(StageConfig, MappedRows, PairLoss):
     def _consistent(self) -> DpoConfig:
         if self.micro_batch_size < 2:
             raise ValueError("micro_batch_size must be at least 2: a pair goes through together")
-        if self.checkpoint.best_metric is not None:
-            raise ValueError("checkpoint.best_metric has no effect: a dpo stage measures none")
+        if self.validate_every_steps is not None and self.validation is None:
+            raise ValueError("validate_every_steps needs validation: held-out pairs")
+        if (best := self.checkpoint.best_metric) is not None:
+            if self.validation is None:
+                raise ValueError("checkpoint.best_metric needs validation: held-out pairs")
+            if best not in VALIDATION_METRICS:
+                known = ", ".join(VALIDATION_METRICS)
+                raise ValueError(f"checkpoint.best_metric={best!r} is not measured, only {known}")
+            self.checkpoint.require_scores("validate_every_steps", self.validation_interval)
         if self.seq_len < 2:
             raise ValueError("seq_len must hold a prompt and a completion")
         return self
@@ -76,7 +93,14 @@ class DpoConfig(StageConfig, MappedRows, PairLoss):
 
     def paths(self) -> list[str]:
         """Return every file or directory that the stage reads."""
-        return [self.data]
+        return [path for path in (self.data, self.validation) if path is not None]
+
+    @property
+    def validation_interval(self) -> int | None:
+        """Return the steps between two validations; None without held-out pairs."""
+        if self.validation is None:
+            return None
+        return self.validate_every_steps or self.checkpoint.every_steps
 
     @property
     def needs_reference(self) -> bool:
@@ -91,24 +115,30 @@ class DpoConfig(StageConfig, MappedRows, PairLoss):
 
 @dataclass(frozen=True)
 class PreparedPairs:
-    """The pairs that fit the stage's length."""
+    """The pairs that fit the stage's length, and the held-out ones."""
 
     pairs: list[TokenizedPair]
     report: PromptReport
+    validation: list[TokenizedPair] = field(default_factory=list)
 
 
 def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
     """Read and encode the stage's pairs; `DataError` where none fits."""
-    pairs, facts, warnings = read_fitting_pairs(
-        config.data,
-        data,
+    read = partial(
+        read_fitting_pairs,
+        data=data,
         max_prompt_tokens=config.seq_len - 1,
         max_new_tokens=config.seq_len - 1,
         max_tokens=config.seq_len,
         max_bad_fraction=config.max_bad_fraction,
         columns=config.columns,
     )
-    return PreparedPairs(pairs, PromptReport([], facts, warnings))
+    pairs, facts, warnings = read(config.data)
+    held_out: list[TokenizedPair] = []
+    if config.validation is not None:
+        held_out, facts["validation"], more = read(config.validation)
+        warnings += more
+    return PreparedPairs(pairs, PromptReport([], facts, warnings), held_out)
 
 
 def describe(config: DpoConfig, data: StageData, prepared: PreparedPairs, console: Console) -> None:
@@ -134,13 +164,10 @@ def pair_batches(
     """
     source = OfflinePairSource(pairs, config.pairs_per_step, seed)
     for step in range(done + 1, config.steps + 1):
-        taken = source.take(step)
-        numbers = list(dict.fromkeys(number for number, _ in taken))
-        sequences = [completion for number in numbers for completion in pairs[number].completions]
+        sequences: list[TokenizedCompletion] = []
+        step_pairs = add_pairs(sequences, source.take(step))
         logprobs = _reference_logprobs(config, reference, sequences)
-        place = {number: PreferencePair(2 * at, 2 * at + 1) for at, number in enumerate(numbers)}
         batch = replace(RolloutBatch(sequences), ref_logprobs=logprobs)
-        step_pairs = [place[number] for number, _ in taken]
         yield from micro_batches(batch, [], step_pairs, config.micro_batch_size)
 
 
@@ -163,58 +190,142 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
 
     Returns what `DONE` records. Raises `Interrupted` after saving.
     """
-    # A resumed run is given the starting policy too, before its own checkpoint.
-    reference = parallel.reference_model(stage.model) if config.needs_reference else None
-    trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
-        stage.model,
-        Optimizer(stage.model, config.optim),
-        grad_accum_steps=config.micro_batches_per_step,
-        balance=config.balance,
-    )
-    store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
-    saved = store.load_latest()
-    if saved is not None:
-        with consensus.fail_together():
-            _restore(saved, trainer)
-    with StageMetrics(
-        stage.directory,
-        resume_step=saved.step if saved else None,
-        terminal=stage.terminal,
-        total_steps=config.steps,
-        label=config.name,
-    ) as writer:
-        health = _moe_health(config, stage, prepared, saved, writer)
+    return _DpoRun(config, stage, prepared).train()
 
-        def log(result: StepResult) -> None:
-            metrics = result.metrics | health.observe(result.step, result.load)
-            alpha = config.rpo_alpha  # by the name that the objective has in every stage
-            metrics["loss"] = metrics["preference"] + alpha * metrics.get("nll_loss", 0.0)
-            writer.log(result.step, metrics, throughput.timings(result))
 
-        saved_step = trainer.step
+class _DpoRun:
+    """The run of one stage: a trainer, and its reference, metrics, validation and checkpoints."""
 
-        def save() -> None:
-            nonlocal saved_step
-            if saved_step != trainer.step:  # a hook of this very step may have written it
-                writer.sync()
-                _save(store, trainer, health)
-                saved_step = trainer.step
-
-        stage.model.train()
-        throughput = Throughput()
-        batches = pair_batches(
-            config, prepared.pairs, reference, seed=stage.data.seed, done=trainer.step
+    def __init__(self, config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> None:
+        self.config, self.stage, self.prepared = config, stage, prepared
+        self.term = PairTerm.of(config, 1.0)
+        # A resumed run is given the starting policy too, before its own checkpoint.
+        self.reference = parallel.reference_model(stage.model) if config.needs_reference else None
+        self.trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
+            stage.model,
+            Optimizer(stage.model, config.optim),
+            grad_accum_steps=config.micro_batches_per_step,
+            balance=config.balance,
         )
-        hooks = [(1, log), (config.checkpoint.every_steps, lambda result: save())]
-        try:
-            loss, stop = DpoLoss(PairTerm.of(config, 1.0)), stage.stop
-            trainer.fit(
-                batches, loss, config.steps, hooks=hooks, stop_requested=lambda: stop.requested
+        self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
+        self.resumed = self.store.load_latest()
+        self.pending: PendingLine | None = None  # of the last step, until it is validated
+        self.saved: tuple[int, bool] | None = None  # the last checkpoint: step, and if logged
+        self.validation: dict[str, float] = {}
+        self.validation_step = -1
+        if self.resumed is not None:
+            with consensus.fail_together():
+                _restore(self.resumed, self.trainer)
+            state = self.resumed.state.get("pending")
+            self.pending = PendingLine.from_state(self.resumed.step, state)
+        self.held_out = self._held_out()
+
+    def _held_out(self) -> MicroBatch | None:
+        """Return all held-out pairs with the reference's logprobs, as one batch."""
+        sequences: list[TokenizedCompletion] = []
+        pairs = add_pairs(sequences, self.prepared.validation)
+        if not pairs:
+            return None
+        logprobs = _reference_logprobs(self.config, self.reference, sequences)
+        return MicroBatch(
+            tuple(sequences),
+            (False,) * len(sequences),
+            tuple(pairs),
+            ref_logprobs=np.concatenate(logprobs) if logprobs else None,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Run all steps that are left; return what `DONE` records."""
+        config, stage, resumed = self.config, self.stage, self.resumed
+        with StageMetrics(
+            stage.directory,
+            resume_step=resumed.step - (self.pending is not None) if resumed else None,
+            terminal=stage.terminal,
+            total_steps=config.steps,
+            label=config.name,
+        ) as self.metrics:
+            self.health = _moe_health(config, stage, self.prepared, resumed, self.metrics)
+            stage.model.train()
+            self.throughput = Throughput()
+            pairs, seed = self.prepared.pairs, stage.data.seed
+            done = self.trainer.step
+            try:
+                if self.pending is not None:
+                    self._finish_step(self.pending)
+                self.trainer.fit(
+                    pair_batches(config, pairs, self.reference, seed=seed, done=done),
+                    DpoLoss(self.term),
+                    config.steps,
+                    hooks=[(1, self._after_step)],
+                    stop_requested=lambda: stage.stop.requested,
+                )
+            except Interrupted:
+                self._save()
+                raise
+        chosen = self.store.finish(self.trainer.step, stage.model)
+        return {"steps": self.trainer.step, "checkpoint": chosen.name}
+
+    def _after_step(self, result: StepResult) -> None:
+        metrics = result.metrics | self.health.observe(result.step, result.load)
+        alpha = self.config.rpo_alpha  # by the name that the objective has in every stage
+        metrics["loss"] = metrics["preference"] + alpha * metrics.get("nll_loss", 0.0)
+        self.pending = PendingLine(result.step, metrics, self.throughput.timings(result))
+        self._finish_step(self.pending)
+
+    def _finish_step(self, line: PendingLine) -> None:
+        """Validate, log and save as is due after a step; a stop leaves the line to a later run."""
+        metrics = line.metrics
+        if self.held_out is not None and self._is_due(self.config.validation_interval, line.step):
+            self.validation = validation_metrics(
+                self.stage.model, self.held_out, self.term, self.config.micro_batch_size
             )
-        except Interrupted:
-            save()
-            raise
-    return {"steps": trainer.step, "checkpoint": store.path_of(trainer.step).name}
+            self.validation_step = line.step
+            metrics = metrics | self.validation
+        self.metrics.log(line.step, metrics, line.timings)
+        self.pending = None
+        if self._is_due(self.config.checkpoint.every_steps, line.step):
+            self._save()
+
+    def _is_due(self, every: int | None, step: int) -> bool:
+        return every is not None and (step % every == 0 or step == self.config.steps)
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        holds = (trainer.step, self.pending is None)
+        if self.saved == holds:
+            return  # interrupted after a step that has been saved
+        self.metrics.sync()
+        optimizer = trainer.optimizer
+        self.store.save(
+            trainer.step,
+            model=trainer.model,
+            optimizer=optimizer_arrays(optimizer, lambda named: to_disk(trainer.model, named)),
+            state={
+                "powers": optimizer.beta_powers(),
+                "moe_health": self.health.state_dict(),
+                "pending": self.pending.to_state() if self.pending else None,
+            },
+            metrics=self.validation if self.validation_step == trainer.step else None,
+        )
+        self.saved = holds
+
+
+def validation_metrics(
+    model: Ernie4_5_MoeForCausalLM, held_out: MicroBatch, term: PairTerm, batch_size: int
+) -> dict[str, float]:
+    """Return the loss of held-out pairs, the share that is ranked right, and the mean margin.
+
+    Every rank must call it; each computes the logprobs of a share of the pairs' completions.
+    """
+    logprobs = sequence_logprobs(
+        model, held_out.sequences, temperature=1.0, batch_size=batch_size
+    ).logprobs
+    terms, seen = term(paddle.to_tensor(np.concatenate(logprobs)), held_out)
+    return {
+        VALIDATION_LOSS: sum(part.coef * float(part.sum) / part.count for part in terms),
+        "validation/accuracies": seen["rewards/accuracies"].value,
+        "validation/margins": seen["rewards/margins"].value,
+    }
 
 
 def _moe_health(
@@ -231,19 +342,6 @@ def _moe_health(
         first_batch=lambda: PromptProbe.of(prompts, config.moe_health.probe_tokens),
         state=saved.state["moe_health"] if saved else None,
         warn=writer.note,
-    )
-
-
-def _save(
-    store: CheckpointStore,
-    trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch],
-    health: MoeHealth,
-) -> None:
-    store.save(
-        trainer.step,
-        model=trainer.model,
-        optimizer=optimizer_arrays(trainer.optimizer, lambda named: to_disk(trainer.model, named)),
-        state={"powers": trainer.optimizer.beta_powers(), "moe_health": health.state_dict()},
     )
 
 

@@ -18,7 +18,6 @@ from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
     MicroBatch,
     Minibatch,
-    PreferencePair,
     RolloutBatch,
     TokenizedCompletion,
     micro_batches,
@@ -35,7 +34,7 @@ from ernie_train.rl.estimators import (
     sequence_values,
 )
 from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss
-from ernie_train.rl.preference_data import NumberedPair
+from ernie_train.rl.preference_data import TokenizedPair, add_pairs
 from ernie_train.rl.report import mean_metrics
 from ernie_train.rl.rollout import Rollout
 from ernie_train.train.moe_health import MoeHealth
@@ -82,16 +81,16 @@ class Learner:
     # ---- before the update -----------------------------------------------------------------------
 
     def prepare(
-        self, rollout: Rollout, online: Sequence[PreferencePair], offline: Sequence[NumberedPair]
+        self, rollout: Rollout, pairs: Sequence[TokenizedPair]
     ) -> tuple[RolloutBatch, dict[str, float]]:
         """Compute logprobs, values and advantages of all that was sampled, and what they say.
 
-        online: pairs of the rollout's completions; offline: other pairs. Entropy and KL are means
-        over all of the rollout: groups without a difference are the most certain ones. Raises
-        `ErnieTrainError` where sampling and update disagree on logprobs.
+        pairs: of the rollout's completions, or of others. Entropy and KL are means over all of the
+        rollout: groups without a difference are the most certain ones. Raises `ErnieTrainError`
+        where sampling and update disagree on logprobs.
         """
         trained = rollout.trained(every_group=self.config.learns_from_every_group)
-        batch = _assemble(rollout, trained, online, offline)
+        batch = _assemble(rollout, trained, pairs)
         batch = replace(batch, share_prompts=self.config.share_prompts)
         metrics: dict[str, float] = {}
         if rollout.groups:
@@ -109,12 +108,30 @@ class Learner:
                     share_prompts=self.config.share_prompts,
                 ).logprobs
             batch = replace(batch, ref_logprobs=reference)
+        if self._compares_with_last_iteration and pairs:
+            batch = replace(batch, pair_ref_logprobs=self._logprobs_before_update(batch))
         if rollout.groups:
             if self.reference is not None:
                 metrics["kl"] = float(np.mean(np.concatenate(_kl(batch, "k3")), dtype=np.float64))
             batch, more = self._with_advantages(batch, rollout)
             metrics |= more
         return batch, metrics
+
+    @property
+    def _compares_with_last_iteration(self) -> bool:
+        preference = self.config.preference
+        return preference is not None and preference.reference == "last_iteration"
+
+    def _logprobs_before_update(self, batch: RolloutBatch) -> list[np.ndarray | None]:
+        """Return the policy's logprobs of all sequences; those of the groups are known."""
+        known = list(batch.old_logprobs)
+        others = sequence_logprobs(
+            self.policy,
+            batch.sequences[len(known) :],
+            temperature=self.config.rollout.temperature,
+            batch_size=self.config.micro_batch_size,
+        )
+        return [*known, *others.logprobs]
 
     def _with_old_logprobs(
         self, batch: RolloutBatch, rollout: Rollout
@@ -325,22 +342,13 @@ def _mismatch(recomputed: Sequence[np.ndarray], sampled: Sequence[np.ndarray | N
 
 
 def _assemble(
-    rollout: Rollout,
-    trained: np.ndarray,
-    online: Sequence[PreferencePair],
-    offline: Sequence[NumberedPair],
+    rollout: Rollout, trained: np.ndarray, pairs: Sequence[TokenizedPair]
 ) -> RolloutBatch:
-    """Line sequences and pairs up: completions of the groups, then each offline one once."""
+    """Line sequences and pairs up: completions of the groups, then those of pairs elsewhere."""
     sequences: list[TokenizedCompletion] = list(rollout.completions())
-    pairs = list(online)
-    place: dict[int, PreferencePair] = {}
-    for number, pair in offline:
-        if number not in place:
-            place[number] = PreferencePair(len(sequences), len(sequences) + 1)
-            sequences += pair.completions
-        pairs.append(place[number])
+    places = add_pairs(sequences, pairs)
     num_groups, group_size = trained.shape
-    return RolloutBatch(sequences, pairs, num_groups, group_size, policy_mask=trained.reshape(-1))
+    return RolloutBatch(sequences, places, num_groups, group_size, policy_mask=trained.reshape(-1))
 
 
 def term_norms(

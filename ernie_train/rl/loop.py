@@ -8,7 +8,7 @@ the metrics that are not logged yet; a resumed run evaluates and logs first.
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,23 +23,23 @@ from ernie_train.rewards.scoring import (
     build_reward,
     check_reward_on_reference_answers,
 )
-from ernie_train.rl.batch import PreferencePair, RolloutBatch
+from ernie_train.rl.batch import RolloutBatch
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import PreparedPrompts
 from ernie_train.rl.learner import Learner
-from ernie_train.rl.pairs import best_worst_pairs, make_offline_pairs
+from ernie_train.rl.pairs import PairSources, make_offline_pairs
 from ernie_train.rl.preference_data import OfflinePairSource
 from ernie_train.rl.report import (
     HealthWarnings,
     append_samples,
     evaluate_held_out,
     mean_advantages,
-    pair_metrics,
     reward_model_metrics,
     rollout_metrics,
 )
 from ernie_train.rl.reward import load_scorers
 from ernie_train.rl.rollout import Rollout, RolloutSampler
+from ernie_train.rl.second_reward import second_rewards
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.stage import StageRun
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
@@ -112,13 +112,12 @@ class _UpoLoop:
     ) -> None:
         self.config, self.stage, self.prepared = config, stage, prepared
         self.learner = Learner(config, stage)
+        dtype = dtype_name(stage.model.model.norm.weight)
         with consensus.fail_together():
-            scorers = load_scorers(
-                config.reward.parts,
-                stage.data.base_dir,
-                dtype_name(stage.model.model.norm.weight),
-            )
+            scorers = load_scorers(config.reward.parts, stage.data.base_dir, dtype)
+            self.audit, self.pair_reward = second_rewards(config, prepared.prompts, stage, dtype)
         self.sampler = RolloutSampler(config, stage, prepared, reward, engine, scorers)
+        self.sampler.audit = self.audit.audited if self.audit is not None else None
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
         self.state = IterationState()
         saved = self.store.load_latest()
@@ -148,13 +147,16 @@ class _UpoLoop:
 
     def run(self) -> dict[str, Any]:
         """Run all iterations that are left; return what `DONE` records."""
-        with self.writer:
+        with self.writer, ExitStack() as processes:
+            for second in (self.audit, self.pair_reward):
+                if second is not None:
+                    processes.callback(second.close)
             try:
                 if self.state.pending is not None:
                     self._finish(self.state.pending)
-                offline = self._offline_pairs()
+                pairs = self._pair_sources()
                 while self.state.finished < self.config.iterations:
-                    self._iterate(self.state.finished + 1, offline)
+                    self._iterate(self.state.finished + 1, pairs)
                     self._leave_if_asked(f"after iteration {self.state.finished}")
             except (Interrupted, EngineError):
                 self._save()
@@ -166,21 +168,25 @@ class _UpoLoop:
         if process_group.any_rank(self.stage.stop.requested):
             raise Interrupted(f"stopped on a signal {moment}")
 
-    def _offline_pairs(self) -> OfflinePairSource | None:
+    def _pair_sources(self) -> PairSources | None:
         preference = self.config.preference
-        if preference is None or preference.offline is None:
+        if preference is None:
             return None
-        pairs = self.prepared.offline_pairs
-        if preference.offline.prompts is not None:
-            is_new = self.state.finished == 0
-            pairs = make_offline_pairs(self.sampler, preference, is_new=is_new)
-        return OfflinePairSource(pairs, preference.offline.per_iteration, self.stage.data.seed)
+        offline = None
+        if preference.offline is not None:
+            given = self.prepared.offline_pairs
+            if preference.offline.prompts is not None:
+                is_new = self.state.finished == 0
+                given = make_offline_pairs(self.sampler, preference, is_new=is_new)
+            seed = self.stage.data.seed
+            offline = OfflinePairSource(given, preference.offline.per_iteration, seed)
+        return PairSources(preference, self.sampler, offline, self.pair_reward)
 
-    def _iterate(self, iteration: int, offline: OfflinePairSource | None) -> None:
+    def _iterate(self, iteration: int, pairs: PairSources | None) -> None:
         started = time.perf_counter()
         self.sampler.clear_seconds()
         rollout = self.sampler.rollout(iteration)
-        batch, metrics = self._learn(iteration, rollout, offline)
+        batch, metrics = self._learn(iteration, rollout, pairs)
         metrics |= self.sampler.solved_metrics(iteration)
         if self.sampler.level is not None:
             metrics["curriculum/level"] = self.sampler.level
@@ -220,19 +226,14 @@ class _UpoLoop:
                 append_samples(path, iteration, rollout, advantages, prompts, count)
 
     def _learn(
-        self, iteration: int, rollout: Rollout, offline: OfflinePairSource | None
+        self, iteration: int, rollout: Rollout, pairs: PairSources | None
     ) -> tuple[RolloutBatch, dict[str, float]]:
         """Update the weights on a rollout, if it teaches anything; return the batch and metrics."""
         metrics = rollout_metrics(rollout, every_group=self.config.learns_from_every_group)
         metrics |= reward_model_metrics(rollout, self.config.reward.parts)
-        online: list[PreferencePair] = []
-        preference = self.config.preference
-        if preference is not None and preference.uses_online:
-            online, counts = best_worst_pairs(rollout, preference.margin)
-            metrics |= pair_metrics(counts)
-        given = offline.take(iteration) if offline is not None else []
-        batch, estimated = self.learner.prepare(rollout, online, given)
-        metrics |= estimated
+        found, counts = pairs.find(iteration, rollout) if pairs is not None else ([], {})
+        batch, estimated = self.learner.prepare(rollout, found)
+        metrics |= counts | estimated
         if not (batch.pairs or any(map(batch.is_trained, range(batch.num_in_groups)))):
             self.writer.note(
                 f"iteration {iteration}: no group differs in its verdicts: nothing was learnt"

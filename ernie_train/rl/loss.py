@@ -72,7 +72,8 @@ class PairTerm:
 
         logprobs [N] of the sampled tokens under the policy.
         """
-        reference = None if self.loss == "simpo" else _tensor(batch.ref_logprobs)
+        given = batch.ref_logprobs if batch.pair_ref_logprobs is None else batch.pair_ref_logprobs
+        reference = None if self.loss == "simpo" else _tensor(given)
         normalize = self.length_normalize
         chosen, rejected = self._of_pairs(logprobs, reference, batch, normalize)
         pairs = float(len(batch.pairs))

@@ -1,18 +1,37 @@
-"""Preference pairs of an RL stage: own completions, a file, or the starting policy."""
+"""Preference pairs of an RL stage: own completions, the rows' solutions, a file.
+
+Online pairs are of groups in which the policy gradient speaks; others are of groups in which it is
+silent, since all their completions are wrong, or all are right.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ernie_train.core import consensus
 from ernie_train.core.errors import CheckpointError, UserError
+from ernie_train.generate import SamplingConfig
 from ernie_train.losses import PairCounts, choose_pairs
-from ernie_train.rl.batch import PreferencePair
+from ernie_train.rl.batch import PreferencePair, TokenizedCompletion
 from ernie_train.rl.config import PreferenceConfig
-from ernie_train.rl.preference_data import TokenizedPair
-from ernie_train.rl.rollout import Rollout, RolloutSampler, read_rollout, write_rollout
+from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair
+from ernie_train.rl.report import pair_metrics
+from ernie_train.rl.rollout import (
+    PromptGroup,
+    Rollout,
+    RolloutSampler,
+    ScoredCompletion,
+    read_rollout,
+    write_rollout,
+)
+from ernie_train.rl.second_reward import Answer, SecondReward, grade
 
 OFFLINE_PAIRS = "offline_pairs.jsonl"
+_SHORTER = 0.9  # of the longest completion's tokens: pairs of nearly one length teach nothing
+_REWARD_TOLERANCE = 1e-6  # as in choose_pairs
 
 
 def best_worst_pairs(rollout: Rollout, margin: float) -> tuple[list[PreferencePair], PairCounts]:
@@ -60,3 +79,181 @@ def make_offline_pairs(
     # Also where they were just made: what is compared must not depend on when a run was stopped.
     kept = consensus.run_on_main(lambda: read_rollout(path))
     return [TokenizedPair(chosen, rejected) for chosen, rejected in kept]
+
+
+# ---- every source --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairSources:
+    """Finds the pairs of each iteration.
+
+    `pair_reward` ranks online pairs in place of the stage's reward.
+    """
+
+    config: PreferenceConfig
+    sampler: RolloutSampler
+    offline: OfflinePairSource | None
+    pair_reward: SecondReward | None
+
+    def find(
+        self, iteration: int, rollout: Rollout
+    ) -> tuple[list[TokenizedPair], dict[str, float]]:
+        """Return the pairs of an iteration and how many each source gave.
+
+        Every rank must call it. Raises `Interrupted` when a stop is asked for.
+        """
+        pairs: list[TokenizedPair] = []
+        metrics: dict[str, float] = {}
+        for source in self.config.pairs:
+            if source == "online":
+                found, counts = self._online(iteration, rollout)
+                metrics |= pair_metrics(counts)
+            elif source == "offline":
+                found = self.offline.take(iteration) if self.offline is not None else []
+            elif source == "shorter":
+                found = shorter_pairs(rollout)
+                metrics["pairs/shorter"] = len(found)
+            else:
+                silent = all_wrong(rollout)
+                better = (
+                    self._solutions(silent) if source == "gold" else self._hinted(iteration, silent)
+                )
+                found = self._above(better, silent)
+                metrics |= {f"pairs/{source}": len(found), "groups_all_wrong": len(silent)}
+            pairs += found
+        return pairs, metrics
+
+    def _online(self, iteration: int, rollout: Rollout) -> tuple[list[TokenizedPair], PairCounts]:
+        if self.pair_reward is None:
+            places, counts = best_worst_pairs(rollout, self.config.margin)
+            all_of_them = rollout.completions()
+            return [TokenizedPair(all_of_them[a], all_of_them[b]) for a, b in places], counts
+        first = (iteration - 1) * (self.sampler.config.rollout.prompts_per_iteration or 0)
+        judged = self.pair_reward.places(first, len(rollout.groups))
+        groups = [rollout.groups[at] for at in judged]
+        if not groups:
+            return [], PairCounts()
+        scores = self.pair_reward.scores(groups)
+        found, counts = choose_pairs(
+            [[composed.value for composed in row] for row in scores],
+            rollout.valid[judged] & [[composed.score.trains for composed in row] for row in scores],
+            [[c.num_sampled for c in group] for group in groups],
+            margin=self.config.margin,
+        )
+        return [TokenizedPair(groups[g][a], groups[g][b]) for g, a, b in found], counts
+
+    # ---- groups that are all wrong ---------------------------------------------------------------
+
+    def _solutions(self, silent: Sequence[_Wrong]) -> list[_Better]:
+        """Return the rows' own solutions, as completions, with their rewards."""
+        known = self.sampler.prepared.solutions
+        answers = [(wrong.prompt, known[wrong.prompt]) for wrong in silent if wrong.prompt in known]
+        return self._graded(answers)
+
+    def _hinted(self, iteration: int, silent: Sequence[_Wrong]) -> list[_Better]:
+        """Let the policy complete the beginnings of the rows' solutions."""
+        sampler, hint, known = self.sampler, self.config.hint, self.sampler.prepared.solutions
+        rollout, data = sampler.config.rollout, sampler.stage.data
+        begun = []
+        for prompt in dict.fromkeys(wrong.prompt for wrong in silent):
+            if prompt in known and (size := int(len(known[prompt]) * hint.share)):
+                begun += [(prompt, known[prompt][:size])] * hint.samples
+        if not begun:
+            return []
+        limits = [rollout.max_new_tokens - len(given) for _, given in begun]
+        seed = int(np.random.SeedSequence([data.seed, iteration, 0, 29]).generate_state(1)[0])
+        sampler.engine.load_weights(sampler.stage.model, version=iteration)
+        completions = sampler.engine.sample(
+            [sampler.prepared.prompts[prompt].prompt_ids + given for prompt, given in begun],
+            SamplingConfig(max(limits), rollout.temperature, rollout.top_p, rollout.top_k, seed),
+            limits=limits,
+            stop_requested=lambda: sampler.stage.stop.requested,
+        )
+        whole = [
+            (prompt, given + completion.ids)
+            for (prompt, given), completion in zip(begun, completions, strict=True)
+            if completion.finished
+        ]
+        return self._graded(whole)
+
+    def _graded(self, answers: Sequence[tuple[int, list[int]]]) -> list[_Better]:
+        """Return finished completions, (prompt, token ids), with their rewards."""
+        sampler = self.sampler
+        prompts, tokenizer = sampler.prepared.prompts, sampler.stage.data.tokenizer
+        texts = [Answer(at, tokenizer.decode(ids[:-1]), len(ids)) for at, ids in answers]
+        scores = grade(sampler.reward, sampler.scorers, texts, prompts, sampler.stage)
+        return [
+            _Better(at, TokenizedCompletion(prompts[at].prompt_ids, ids), composed.value)
+            for (at, ids), composed in zip(answers, scores, strict=True)
+            if composed.score.trains
+        ]
+
+    def _above(self, better: Sequence[_Better], silent: Sequence[_Wrong]) -> list[TokenizedPair]:
+        """Pair each group's best of `better` with the wrong completion nearest to it in length."""
+        best: dict[int, _Better] = {}
+        for one in better:
+            if one.prompt not in best or one.reward > best[one.prompt].reward:
+                best[one.prompt] = one
+        pairs = []
+        for group in silent:
+            if (found := best.get(group.prompt)) is None:
+                continue
+            enough = found.reward - self.config.margin + _REWARD_TOLERANCE
+            length = found.completion.num_sampled
+            below = [
+                c for c, r in zip(group.completions, group.rewards, strict=True) if r <= enough
+            ]
+            if below:
+                nearest = min(below, key=lambda c: abs(c.num_sampled - length))
+                pairs.append(TokenizedPair(found.completion, nearest))
+        return pairs
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    """A group that is all wrong: its valid completions with their rewards."""
+
+    prompt: int
+    completions: list[ScoredCompletion]
+    rewards: list[float]
+
+
+@dataclass(frozen=True)
+class _Better:
+    """A completion that may be better than those of its prompt's group."""
+
+    prompt: int
+    completion: TokenizedCompletion
+    reward: float
+
+
+def all_wrong(rollout: Rollout) -> list[_Wrong]:
+    """Return the groups without a correct completion, and with at least one that is wrong."""
+    found = []
+    for at, group in enumerate(rollout.groups):
+        valid = np.flatnonzero(rollout.valid[at])
+        if len(valid) and all(group[i].score.status == "wrong" for i in valid):
+            rewards = [float(rollout.rewards[at, i]) for i in valid]
+            found.append(_Wrong(group[0].prompt, [group[i] for i in valid], rewards))
+    return found
+
+
+def shorter_pairs(rollout: Rollout) -> list[TokenizedPair]:
+    """Pair the shortest with the longest completion of each group whose completions are all right.
+
+    Groups with a completion without a verdict, or cut off, give none, nor do those in which the
+    shortest has more than 90 % of the longest one's tokens.
+    """
+    return [
+        TokenizedPair(shortest, longest)
+        for group in rollout.groups
+        if all(c.finished and c.score.status == "correct" for c in group)
+        for shortest, longest in [_by_length(group)]
+        if shortest.num_sampled <= _SHORTER * longest.num_sampled
+    ]
+
+
+def _by_length(group: PromptGroup) -> tuple[ScoredCompletion, ScoredCompletion]:
+    ordered = sorted(group, key=lambda c: c.num_sampled)
+    return ordered[0], ordered[-1]

@@ -24,7 +24,7 @@ from ernie_train.data import (
 )
 from ernie_train.data.packing import permutation
 from ernie_train.data.report import too_long_warning
-from ernie_train.rl.batch import TokenizedCompletion
+from ernie_train.rl.batch import PreferencePair, TokenizedCompletion
 from ernie_train.train.stage import StageData
 
 
@@ -42,6 +42,24 @@ class TokenizedPair:
     @property
     def completions(self) -> tuple[TokenizedCompletion, TokenizedCompletion]:
         return self.chosen, self.rejected
+
+
+def add_pairs(
+    sequences: list[TokenizedCompletion], pairs: Sequence[TokenizedPair]
+) -> list[PreferencePair]:
+    """Return pairs by their places among `sequences`, to which completions are added once.
+
+    A completion that is there already, the same object, keeps its place.
+    """
+    places = {id(sequence): at for at, sequence in enumerate(sequences)}
+    found = []
+    for pair in pairs:
+        for completion in pair.completions:
+            if id(completion) not in places:
+                places[id(completion)] = len(sequences)
+                sequences.append(completion)
+        found.append(PreferencePair(places[id(pair.chosen)], places[id(pair.rejected)]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -176,22 +194,41 @@ def read_pairs(
 def _pair(record: Record, tokenizer: Tokenizer) -> TokenizedPair | None:
     if record.kind != "preference" or not record.chosen or not record.rejected:
         return None
-    context = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in record.messages]
+    chosen, rejected = (
+        encode_completion(tokenizer, record.messages, turns, record.tools)
+        for turns in (record.chosen, record.rejected)
+    )
+    return TokenizedPair(chosen, rejected)
 
-    def tokenized(turns: list[dict[str, Any]]) -> TokenizedCompletion:
-        if len(turns) > 1:
-            raise DataError(
-                "a completion of several turns cannot be compared as one; put the earlier turns "
-                "into the prompt"
-            )
-        sample = encode_conversation(tokenizer, [*context, *turns], record.tools).samples[-1]
-        if not any(sample.trainable):
-            raise DataError("a completion is not to be trained (weight 0)")
-        start = sample.trainable.index(True)
-        end = len(sample.ids) - sample.trainable[::-1].index(True)
-        return TokenizedCompletion(sample.ids[:start], sample.ids[start:end])
 
-    return TokenizedPair(tokenized(record.chosen), tokenized(record.rejected))
+def encode_completion(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    turns: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+) -> TokenizedCompletion:
+    """Encode the turns after a conversation as one completion of it.
+
+    Its sampled tokens are what the assistant wrote; results of tools and users' turns between are
+    context. Raises `DataError` where the template does not show every turn as it was written.
+    """
+    context = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+    samples = encode_conversation(tokenizer, [*context, *turns], tools).samples
+    if len(samples) > 1:
+        raise DataError(
+            "the chat template shows an earlier turn of a completion otherwise than it was "
+            "written, as a rule without its reasoning, so its turns cannot be compared as one: put "
+            "the earlier ones into the prompt, or set chat.history_reasoning: keep"
+        )
+    (sample,) = samples
+    if not any(sample.trainable):
+        raise DataError("a completion is not to be trained (weight 0)")
+    start = sample.trainable.index(True)
+    end = len(sample.ids) - sample.trainable[::-1].index(True)
+    mask = sample.trainable[start:end]
+    return TokenizedCompletion(
+        sample.ids[:start], sample.ids[start:end], sampled_mask=None if all(mask) else mask
+    )
 
 
 def _margin(fields: dict[str, Any]) -> float:
@@ -206,21 +243,17 @@ def _margin(fields: dict[str, Any]) -> float:
     return margin
 
 
-NumberedPair = tuple[int, TokenizedPair]  # a given pair with its number among all
-
-
 class OfflinePairSource:
     """Deals out given pairs, each epoch over them in another order."""
 
     def __init__(self, pairs: Sequence[TokenizedPair], per_iteration: int, seed: int) -> None:
         self.pairs, self.per_iteration, self.seed = list(pairs), per_iteration, seed
 
-    def take(self, iteration: int) -> list[NumberedPair]:
+    def take(self, iteration: int) -> list[TokenizedPair]:
         """Return the pairs of an iteration, counted from 1; few pairs come more than once."""
         chosen, size = [], len(self.pairs)
         first = (iteration - 1) * self.per_iteration
         for at in range(first, first + self.per_iteration):
             order = permutation(size, self.seed, at // size, 7)
-            number = int(order[at % size])
-            chosen.append((number, self.pairs[number]))
+            chosen.append(self.pairs[int(order[at % size])])
         return chosen

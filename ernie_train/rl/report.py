@@ -133,7 +133,7 @@ def rollout_metrics(rollout: Rollout, *, every_group: bool = False) -> dict[str,
             correct = [c.score.status == "correct" for c, _ in own]
             metrics[f"accuracy{suffix}"] = float(np.mean(correct))
     for label in sorted({label for c, _ in valid for label in c.reward_parts}):
-        parts = [c.reward_parts.get(label, 0.0) for c, _ in valid]
+        parts = [c.reward_parts[label] for c, _ in valid if label in c.reward_parts]
         metrics[f"reward_part/{label}"] = float(np.mean(parts))
     excluded = Counter(c.score.status for c in completions if not c.score.trains)
     metrics |= {f"excluded/{status}": excluded[status] for status in sorted(excluded)}

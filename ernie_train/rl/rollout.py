@@ -7,7 +7,7 @@ comparable that differ in something else only. Shapes: P prompts, G completions 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,8 @@ class Rollout:
 class RolloutSampler:
     """Samples and scores an iteration's groups: prompts in order, refills, curriculum, replay.
 
-    `seconds` adds up what sampling and scoring took since it was last cleared.
+    `audit` judges some groups again, given how many came before; `seconds` adds up what sampling
+    and scoring took since it was last cleared.
     """
 
     config: UpoConfig
@@ -123,6 +124,7 @@ class RolloutSampler:
     reward: ComposedReward
     engine: Engine
     scorers: Mapping[str, RewardModelScorer] = field(default_factory=dict)
+    audit: Callable[[Sequence[PromptGroup], int], list[PromptGroup]] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -175,6 +177,9 @@ class RolloutSampler:
         for refill in range(config.refill_rounds + 1):
             chosen = self._next_prompts(missing, iteration)
             found = self.sample(chosen, iteration, refill)
+            if self.audit is not None:
+                asked = (iteration - 1) * (config.prompts_per_iteration or 0)
+                found = self.audit(found, asked + len(groups))
             self._note_solved(found, iteration)
             groups += found
             missing -= int(Rollout.of(found, config).informative.sum())

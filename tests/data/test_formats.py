@@ -424,10 +424,10 @@ def test_a_program_beside_tests_is_no_answer(write_rows: Any) -> None:
         ({"src": ["q"], "response": ["a"], "sort": [1, 0]}, "response must hold two answers"),
         ({"src": ["s", "q"], "tgt": ["x", "a"], "is_system": 1}, "first src is the system"),
         (
-            {"prompt": "q", "chosen": [ANSWER, ASK, OTHER], "rejected": "b"},
-            "chosen must be one ans",
+            {"prompt": "q", "chosen": [ANSWER, ASK], "rejected": "b"},
+            "chosen must begin and end with an answer",
         ),
-        ({"chosen": [ASK, ANSWER, ASK, OTHER], "rejected": [ASK, OTHER]}, "chosen must be one"),
+        ({"chosen": [ASK, ANSWER, ASK], "rejected": [ASK, OTHER]}, "chosen must begin and end"),
         (
             {"messages": [{"role": "x" * 9999, "content": "q"}]},
             r"role 'x{59}\.\.\.; a message needs",

@@ -48,8 +48,8 @@ PACKAGES: dict[str, str] = {
     "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference upo",
     "rl.reward": "model scoring stage",
-    "rl": "config batch routing critic preference_data estimators reward data rollout pairs loss"
-    " report learner loop dpo",
+    "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"
+    " report pairs loss learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",

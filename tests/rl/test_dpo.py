@@ -10,10 +10,18 @@ import pytest
 import yaml
 
 from ernie_train import parallel
+from ernie_train.core.errors import DataError, Interrupted
+from ernie_train.data import load_tokenizer
 from ernie_train.plan.workload import recipe_workloads
 from ernie_train.rl import dpo
+from ernie_train.rl.batch import MicroBatch, PreferencePair
+from ernie_train.rl.estimators import sequence_logprobs
+from ernie_train.rl.loss import PairTerm
 from ernie_train.run.recipe import Recipe
+from ernie_train.train.stage import StageData
+from tests.rl.records import make_sequences
 from tests.rl.test_upo import run
+from tests.small_models import fill, make_model
 from tests.workspace import make_workspace, metrics_without_time, write_rows
 
 
@@ -38,6 +46,7 @@ def recipe_of(root: Path, **changes: Any) -> dict[str, Any]:
         "name": "d", "kind": "dpo", "data": str(root / "pairs.jsonl"), "seq_len": 96, "steps": 1,
         "pairs_per_step": 2, "micro_batch_size": 4, "optim": {"lr": 1e-3, "schedule": "constant"},
     } | changes  # fmt: skip
+    recipe["model"]["max_position_embeddings"] = 512
     return {**recipe, "evaluation": None, "export": None, "stages": [stage]}
 
 
@@ -114,3 +123,126 @@ def test_dpo_has_sums_unless_told_otherwise(root):
     ):
         config = dpo.DpoConfig(**stage, **changes)
         assert (config.is_length_normalized, config.beta_of_loss) == (normalized, beta)
+
+
+# ---- validation ----------------------------------------------------------------------------------
+
+
+def test_held_out_pairs_choose_the_checkpoint_and_a_stop_changes_nothing(
+    root, tmp_path, monkeypatch
+):
+    write_rows(root / "held_out.jsonl", pairs(5, first=20))
+    settings = {
+        "validation": str(root / "held_out.jsonl"), "validate_every_steps": 2, "steps": 5,
+        "checkpoint": {"every_steps": 2, "best_metric": "validation_loss", "keep_last": 1},
+    }  # fmt: skip
+    whole = trained(root, tmp_path / "run", **settings)
+    losses = {line["step"]: line["validation_loss"] for line in whole if "validation_loss" in line}
+    assert sorted(losses) == [2, 4, 5]
+    kept = sorted(path.name for path in (tmp_path / "run/01-d/checkpoints").glob("step_*"))
+    best = min(losses, key=lambda step: losses[step])
+    assert kept == sorted({f"step_{best:06d}", "step_000005"})
+    original, calls = dpo.validation_metrics, []
+
+    def stopped(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise Interrupted("stopped while validating")
+        return original(*given)
+
+    path = tmp_path / "cut.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(root, **settings)))
+    monkeypatch.setattr(dpo, "validation_metrics", stopped)
+    assert run("run", path, "--run-dir", tmp_path / "cut") == 3
+    assert run("run", path, "--run-dir", tmp_path / "cut") == 0
+    assert metrics_without_time(tmp_path / "cut", "01-d") == whole
+    file = "01-d/checkpoints/step_000005/model.safetensors"
+    assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+
+
+def test_validation_is_the_loss_by_definition():
+    """Of one policy against another."""
+    sequences = make_sequences(8)
+    model, other = make_model(), make_model()
+    fill(other, seed=3)
+    reference = sequence_logprobs(other, sequences, temperature=1.0, batch_size=3).logprobs
+    places = tuple(PreferencePair(2 * at, 2 * at + 1) for at in range(4))
+    held_out = MicroBatch(
+        tuple(sequences), (False,) * len(sequences), places,
+        ref_logprobs=np.concatenate(reference),
+    )  # fmt: skip
+    found = dpo.validation_metrics(model, held_out, PairTerm(beta=0.3, rpo_alpha=0.5), 4)
+    own = sequence_logprobs(model, sequences, temperature=1.0, batch_size=1).logprobs
+    ratios = [0.3 * (a.astype(np.float64) - b).sum() for a, b in zip(own, reference, strict=True)]
+    margins = np.array([ratios[a] - ratios[b] for a, b in places])
+    likelihood = -np.mean([own[a].mean() for a, _ in places])
+    loss = np.log1p(np.exp(-margins)).mean() + 0.5 * likelihood
+    assert found["validation_loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["validation/accuracies"] == (margins > 0).mean()
+    assert found["validation/margins"] == pytest.approx(margins.mean(), rel=1e-4)
+
+
+# ---- several turns -------------------------------------------------------------------------------
+
+CALL = {"name": "add", "arguments": {"a": 2, "b": 3}}
+TOOL = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+WITH_TOOL = [
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+    {"role": "tool", "content": "the sum is 5"},
+    {"role": "assistant", "content": "5"},
+]
+
+
+def of_turns(root: Path, chosen: list[dict[str, Any]], **row: Any) -> dpo.PreparedPairs:
+    question = [{"role": "user", "content": "What is 2 + 3?"}]
+    values = {"messages": question, "tools": [TOOL], "chosen": chosen, "rejected": [NO], **row}
+    write_rows(root / "turns.jsonl", [values])
+    data = StageData(root, load_tokenizer(root / "tokenizer"), 0)
+    stage = recipe_of(root, data="turns.jsonl", seq_len=400)["stages"][0]
+    return dpo.prepare(dpo.DpoConfig(**stage), data)
+
+
+def test_results_of_tools_are_context_of_a_completion_and_not_compared(root):
+    (pair,) = of_turns(root, WITH_TOOL).pairs
+    tokenizer = load_tokenizer(root / "tokenizer")
+    chosen = pair.chosen
+    assert chosen.prompt_ids == pair.rejected.prompt_ids and pair.rejected.sampled_mask is None
+    written = np.array(chosen.completion_ids)[chosen.sampled_places].tolist()
+    others = np.delete(chosen.completion_ids, chosen.sampled_places).tolist()
+    assert "the sum is 5" in tokenizer.decode(others)
+    assert "the sum is 5" not in tokenizer.decode(written) and "add" in tokenizer.decode(written)
+    assert "the sum is 5" in tokenizer.decode(chosen.completion_ids)
+
+
+def test_a_stage_trains_on_completions_of_several_turns(root, tmp_path):
+    of_turns(root, WITH_TOOL)
+    (line,) = trained(root, tmp_path / "run", data=str(root / "turns.jsonl"), seq_len=400)
+    assert line["loss"] == pytest.approx(np.log(2), abs=1e-5) and line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ([*WITH_TOOL[:2]], "must begin and end with an answer of the assistant"),
+        ([WITH_TOOL[1], WITH_TOOL[2]], "must begin alike and end differently"),
+        (
+            [{**YES, "reasoning_content": "hm"}, FIRST, YES],
+            "shows an earlier turn of a completion otherwise than it was written",
+        ),
+    ],
+)
+def test_turns_that_cannot_be_compared_as_one_are_told(root, chosen, says):
+    with pytest.raises(DataError, match=says):
+        of_turns(root, chosen)
+
+
+def test_pairs_of_several_turns_that_are_too_long_are_counted(root):
+    long = [*WITH_TOOL[:1], {"role": "tool", "content": "so " * 400}, WITH_TOOL[2]]
+    values = {"tools": [TOOL], "rejected": "no", "prompt": "What is 2 + 3?"}
+    write_rows(root / "long.jsonl", [{**values, "chosen": long}, {**values, "chosen": WITH_TOOL}])
+    data = StageData(root, load_tokenizer(root / "tokenizer"), 0)
+    stage = recipe_of(root, data="long.jsonl", seq_len=400)["stages"][0]
+    prepared = dpo.prepare(dpo.DpoConfig(**stage), data)
+    assert len(prepared.pairs) == 1 and prepared.report.pairs["too_long"] == 1
+    (told,) = prepared.report.warnings
+    assert "1 of 2 pairs of long.jsonl are longer than seq_len=400 and left out" in told.plain

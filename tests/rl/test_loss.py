@@ -307,6 +307,17 @@ def test_every_loss_of_pairs_by_definition(term, size):
     assert metrics["rewards/margins"] == pytest.approx(margins, abs=1e-5)
 
 
+def test_pairs_may_have_a_reference_of_their_own():
+    """The policy itself: ln 2, while KL is against the other one; copies of a sequence have it."""
+    batch = filled()
+    own = [logprobs_of(make_model(), s)[0] for s in batch.sequences]
+    pairs = [*batch.pairs, PreferencePair(0, 2)]
+    batches = split(replace(batch, pair_ref_logprobs=own), 3, pairs=pairs)
+    metrics = new_trainer().train_step(batches, FULL, 9).metrics
+    assert metrics["preference"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["kl_loss"] == pytest.approx(by_definition(make_model(), batch)[2], rel=2e-5)
+
+
 def at_the_reference(length, groups=6, size=4):
     """Groups of random completions of one length, best against worst, as an iteration begins."""
     rng, model = np.random.default_rng(length), make_model()

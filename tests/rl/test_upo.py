@@ -46,7 +46,8 @@ def workspace(tmp_path_factory) -> Path:
     recipe = yaml.safe_load(make_workspace(root).read_text())
     made = rows(40, 7)
     for number, row in enumerate(made):
-        row["messages"] = row["messages"][:1]
+        solution = f"<think>\n+\n</think>\n\n<response>\n{row['answer']}\n</response>"
+        row["messages"][1]["content"] = solution
         row["difficulty"] = 1 + number % 3
     write_rows(root / "prompts.jsonl", made)
     preferences = [
@@ -93,10 +94,15 @@ GAE = {
     },
     "policy": {"kl": {"coef": 0.01, "place": "reward"}, "update_epochs": 2},
     "preference": {
-        "coef": 0.2, "pairs": "both", "offline": {"prompts": 20, "per_iteration": 2}
+        "coef": 0.2, "pairs": ["online", "offline", "hint", "shorter"], "rpo_alpha": 0.1,
+        "reference": "last_iteration", "pair_reward": {"name": "format", "share": 0.5},
+        "margin": 0.1, "hint": {"samples": 2}, "offline": {"prompts": 20, "per_iteration": 2},
     },
+    "audit_reward": {"name": "exact", "share": 0.25},
     "balance": {"bias_update_rate": 0.001}, "curriculum": {"start": 1, "raise_at": 0.3},
-    "rollout": {"refill_rounds": 1, "skip_solved": {"rate": 0.5, "after": 1}},
+    "rollout": {
+        "refill_rounds": 1, "max_new_tokens": 24, "skip_solved": {"rate": 0.5, "after": 1}
+    },
 }  # fmt: skip
 
 
@@ -157,6 +163,7 @@ def test_everything_on_leaves_a_critic_pairs_and_metrics(whole):
         assert (saved / name).exists(), name
     assert (whole / "01-rl/offline_pairs.jsonl").exists()
     last = metrics_without_time(whole, "01-rl")[-1]
+    assert "pairs/hint" in last and "pairs/shorter" in last
     for name in (
         "reward", "accuracy", "frac_reward_zero_std", "kl", "entropy", "clip_ratio", "pairs",
         "completions/mean_length", "completions/truncated", "rewards/accuracies",
@@ -165,7 +172,7 @@ def test_everything_on_leaves_a_critic_pairs_and_metrics(whole):
     ):  # fmt: skip
         assert name in last, name
     first = metrics_without_time(whole, "01-rl")[0]
-    assert 0 < first["preference/norm_ratio"] < 1 and -1 < first["preference/cosine"] < 1
+    assert first["preference/norm_ratio"] > 0 and -1 < first["preference/cosine"] < 1
 
 
 @pytest.mark.parametrize("moment", ["sample", "score", "update", "between"])
@@ -481,6 +488,19 @@ CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
         ({"preference": {**ONLINE, "margin": 0}}, "greater than 0"),
         ({"preference": {**ONLINE, "offline": {"prompts": 4, "per_iteration": 1}}},
          "no effect without pairs"),
+        ({"preference": {**ONLINE, "pairs": ["gold", "hint"]}}, "all wrong: name one"),
+        ({"preference": {**ONLINE, "pairs": ["gold", "gold"]}}, "names a source twice"),
+        ({"preference": {**ONLINE, "pairs": []}}, "at least 1 item"),
+        ({"preference": {**ONLINE, "pairs": "golden"}}, "'gold', 'hint' or 'shorter'"),
+        ({"preference": {**ONLINE, "hint": {"share": 0.3}}}, "no effect without pairs: hint"),
+        ({"preference": {**ONLINE, "pairs": "gold", "pair_reward": "exact"}},
+         "ranks online pairs, which pairs does not name"),
+        ({"preference": {**ONLINE, "pair_reward": {"name": "exact", "share": 0}}},
+         "greater than 0"),
+        ({"preference": {**ONLINE, "pair_reward": "exact", "margin": 1.5}}, "is never met"),
+        ({"preference": {**ONLINE, "loss": "simpo", "reference": "last_iteration"}},
+         "simpo has no reference"),
+        ({"audit_reward": {"share": 0.5}}, "exactly one of name, python, judge and model"),
         ({"preference": {**ONLINE, "simpo_gamma": 0.3}}, "no effect with loss: sigmoid"),
         ({"preference": {**ONLINE, "loss": "simpo", "length_normalize": False}},
          "length_normalize must not be false"),
@@ -558,7 +578,17 @@ def test_check_describes_the_stage(workspace, capsys):
     ("changes", "says"),
     [
         ({"micro_batch_size": 1}, "micro_batch_size must be at least 2"),
-        ({"checkpoint": {"best_metric": "x"}}, "best_metric has no effect"),
+        ({"checkpoint": {"best_metric": "x"}}, "best_metric needs validation"),
+        ({"validation": "v", "checkpoint": {"best_metric": "x"}}, "'x' is not measured, only"),
+        ({"validate_every_steps": 2}, "validate_every_steps needs validation"),
+        (
+            {
+                "validation": "v",
+                "validate_every_steps": 2,
+                "checkpoint": {"best_metric": "validation_loss", "every_steps": 3},
+            },
+            "a multiple of",
+        ),
         ({"beta": 0}, "greater than 0"),
         ({"loss": "ipo", "simpo_gamma": 0.5}, "no effect with loss: ipo"),
         ({"rpo_alpha": -1}, "greater than or equal to 0"),
@@ -573,7 +603,8 @@ def test_impossible_dpo_settings_are_refused(changes, says):
 
 def test_cut_off_completions_are_settled_before_pairs_are_made(workspace, tmp_path):
     """The starting policy's pairs obey `truncated` as the iterations' do."""
-    cut = {"rollout": {"truncated": "mask", "max_new_tokens": 3}, "iterations": 1}
+    cut = {"rollout": {"truncated": "mask", "max_new_tokens": 3}, "iterations": 1,
+           "preference": {"pairs": "both", "hint": None}}  # fmt: skip
     everything_is_cut = merged(GAE, cut)
     assert run_stage(workspace, tmp_path / "cut", **everything_is_cut) in (0, 2)
     kept = tmp_path / "cut/01-rl/offline_pairs.jsonl"

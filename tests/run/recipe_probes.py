@@ -43,6 +43,13 @@ KL = {**TWO_STEPS, "@policy.kl": {"coef": 0.5}}
 # Weights of what the policy itself sampled are 1 but for rounding, which a bound of 1 divides.
 CORRECTED = {"@policy.sampler_correction": {"kind": "truncated", "bounds": [0, 1]}}
 ONLINE = {"@preference": {"coef": 0.5, "pairs": "online"}}
+SECOND = {"@preference.pair_reward": {"name": "exact", "share": 0.5}}
+AUDITED = {"@audit_reward": {"python": "{root}/reward.py:other", "share": 0.5}}
+HINTED = {
+    "@data": [{"path": "{root}/train.jsonl", "max_examples": 12}],
+    "@reward": {"python": "{root}/reward.py:closes"}, "@rollout.max_new_tokens": 40,
+    "@preference": {"coef": 0.5, "pairs": "hint", "hint": {"share": 0.9, "samples": 8}},
+}  # fmt: skip
 OFFLINE = {
     "@preference": {
         "coef": 0.5, "pairs": "offline", "offline": {"prompts": 6, "per_iteration": 1}
@@ -259,6 +266,11 @@ PROBES: dict[str, Probe] = {
             "beta": 0.5, "loss": "ipo", "length_normalize": True, "rpo_alpha": 0.5,
         }.items()
     },
+    "stages[] of kind dpo.validation": Probe("dpo", {"@validation": "{root}/pairs2.jsonl"}),
+    "stages[] of kind dpo.validate_every_steps": Probe(
+        "dpo", {"@validate_every_steps": 1},
+        {"@validation": "{root}/pairs2.jsonl", "@checkpoint.every_steps": 2},
+    ),
     "stages[] of kind dpo.simpo_gamma": Probe("dpo", {"@simpo_gamma": 0.9}, {"@loss": "simpo"}),
     # ---- reward models
     "stages[] of kind reward.data": Probe("reward", {"@data": "{root}/pairs2.jsonl"}),
@@ -418,6 +430,24 @@ PROBES: dict[str, Probe] = {
     },
     "stages[].preference.simpo_gamma": Probe(
         "upo", {"@preference.simpo_gamma": 0.9}, {**ONLINE, "@preference.loss": "simpo"}
+    ),
+    "stages[].preference.reference": Probe(
+        "upo", {"@preference.reference": "last_iteration"}, {**ONLINE, "@iterations": 2}
+    ),
+    "stages[].preference.pair_reward": Probe("upo", SECOND, ONLINE),
+    "stages[].preference.hint": Probe(
+        "upo", {"@preference.hint": {"share": 0.1, "samples": 1}}, HINTED
+    ),
+    "stages[].preference.hint.share": Probe("upo", {"@preference.hint.share": 0.1}, HINTED),
+    "stages[].preference.hint.samples": Probe("upo", {"@preference.hint.samples": 1}, HINTED),
+    "stages[] of kind upo.audit_reward": Probe("upo", AUDITED),
+    "stages[].audit_reward.share": Probe("upo", {"@audit_reward.share": 1.0}, AUDITED),
+    "stages[].audit_reward.parts": Probe(
+        "upo", {"@audit_reward": {"parts": [{"name": "exact"}], "share": 0.5}}, AUDITED
+    ),
+    "stages[].audit_reward.max_excluded_fraction": Probe(
+        "upo", {"@audit_reward.max_excluded_fraction": 1.0},
+        {"@audit_reward": {"parts": [{"python": "{root}/reward.py:raises"}], "share": 1.0}},
     ),
     "stages[].preference.offline": Probe("upo", FILE_OF_PAIRS, OFFLINE),
     "stages[].preference.offline.path": Probe(

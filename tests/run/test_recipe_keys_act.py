@@ -126,6 +126,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def score(row, completion):\n    return float(sum(map(ord, completion)) % 2)\n"
         "def other(row, completion):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
         "def half(row, completion):\n    return 0.5 * score(row, completion)\n"
+        "def closes(row, completion):\n    return float('</think>' in completion)\n"
         "def raises(row, completion):\n"
         "    if sum(map(ord, completion)) % 7:\n        raise ValueError('odd')\n"
         "    return score(row, completion)\n"

@@ -115,20 +115,21 @@ def answer_at(row: Row, key: str) -> Message:
 
 
 def _completion(row: Row, key: str) -> list[Message]:
-    """Return the one answer at `key` of a preference.
+    """Return the turns at `key` of a preference: an answer, or several with what was between them.
 
     Raises:
-        RowError: it is not one answer: what follows it could not be trained.
+        RowError: they do not begin and end with the assistant.
     """
     turns = (
         [answer_at({key: row[key]}, key)]
         if isinstance(row.get(key), str)
         else turns_at(row, key, "")
     )
-    if [turn["role"] for turn in turns] != ["assistant"]:
+    roles = [turn["role"] for turn in turns]
+    if {roles[0], roles[-1]} != {"assistant"}:
         raise RowError(
-            f"{key} must be one answer of the assistant; it has the turns "
-            f"{', '.join(turn['role'] for turn in turns)}"
+            f"{key} must begin and end with an answer of the assistant; it has the turns "
+            f"{', '.join(roles)}"
         )
     return turns
 

@@ -147,6 +147,11 @@ class RewardConfig(StrictConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
+        return cls.in_full(value)
+
+    @staticmethod
+    def in_full(value: Any) -> Any:
+        """Return a name, a part or a list of parts as the section that it stands for."""
         if isinstance(value, str):
             return {"parts": [{"name": value}]}
         if isinstance(value, list):

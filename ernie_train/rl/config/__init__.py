@@ -10,7 +10,14 @@ from ernie_train.rl.config.policy import (
     PolicyConfig,
     SamplerCorrectionConfig,
 )
-from ernie_train.rl.config.preference import OfflinePairs, PairLoss, PreferenceConfig
+from ernie_train.rl.config.preference import (
+    HintConfig,
+    OfflinePairs,
+    PairLoss,
+    PairSource,
+    PreferenceConfig,
+    SharedReward,
+)
 from ernie_train.rl.config.rollout import (
     Curriculum,
     PromptSource,
@@ -25,14 +32,17 @@ __all__ = [
     "Aggregation",
     "CriticConfig",
     "Curriculum",
+    "HintConfig",
     "KlConfig",
     "OfflinePairs",
     "PairLoss",
+    "PairSource",
     "PolicyConfig",
     "PreferenceConfig",
     "PromptSource",
     "RolloutConfig",
     "SamplerCorrectionConfig",
+    "SharedReward",
     "SkipSolved",
     "StageEvaluation",
     "UpoConfig",

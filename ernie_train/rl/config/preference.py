@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import HARMLESS, NonNegative, Positive, PositiveInt, StrictConfig
 from ernie_train.data import MappedRows
 from ernie_train.losses import PreferenceKind
+from ernie_train.rewards.scoring import RewardConfig
 
 # On means over tokens and on sums. Per token, beta 2 keeps the gradient of a term of coefficient
 # 0.1 at 0.4 of the policy term's, whatever the completions' length.
@@ -87,30 +88,97 @@ class OfflinePairs(MappedRows):
         return self
 
 
+class SharedReward(RewardConfig):
+    """A reward, dearer than the stage's, that judges a share of an iteration's prompts.
+
+    share: every 1/share-th prompt of the stage's order is judged by it.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        """Read `{share, name}` as one part, as a reward without a share is read."""
+        if not isinstance(value, dict) or "share" not in value:
+            return RewardConfig.in_full(value)
+        parts = {key: part for key, part in value.items() if key != "share"}
+        return {**RewardConfig.in_full(parts), "share": value["share"]}
+
+
+class HintConfig(StrictConfig):
+    """Completions that begin with the row's own solution.
+
+    share: of the solution's tokens that a completion is given.
+    samples: hinted completions of a prompt; the best of them is chosen.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    samples: PositiveInt = 4
+
+
+PairSource = Literal["online", "offline", "gold", "hint", "shorter"]
+
+
 class PreferenceConfig(PairLoss):
     """The preference term, coef * loss of pairs of completions.
 
-    pairs: "online" pairs the best with the worst completion of each of the iteration's prompts,
-        where their rewards differ by `margin`; "offline" takes those of `offline`.
+    pairs: a source of pairs or a list of them.
+        "online" pairs the best with the worst completion of a prompt, where their rewards differ
+        by `margin`.
+        "gold" and "hint" are of groups that are all wrong: the row's own solution, or a completion
+        that was given the beginning of it, against a wrong one, which it must exceed by `margin`.
+        "shorter" pairs the shortest with the longest completion of groups that are all right.
+        "offline" takes those of `offline`; "both" is online and offline.
+    pair_reward: ranks online pairs instead of the stage's reward, on a share of the prompts.
+    reference: the policy that log-ratios are taken against: at the stage's start, or as it was
+        when the iteration began.
     """
 
     coef: Positive
-    pairs: Literal["online", "offline", "both"]
+    pairs: Annotated[list[PairSource], Field(min_length=1)]
     margin: Positive = 0.5
+    reference: Literal["start", "last_iteration"] = "start"
+    pair_reward: SharedReward | None = None
+    hint: HintConfig = HintConfig()
     offline: OfflinePairs | None = None
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return ["online", "offline"] if value == "both" else [value]
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> PreferenceConfig:
-        if self.uses_offline and self.offline is None:
-            raise ValueError(f"pairs: {self.pairs} needs offline: where they come from")
-        if self.offline is not None and not self.uses_offline:
+        if len(set(self.pairs)) < len(self.pairs):
+            raise ValueError(f"pairs names a source twice: {', '.join(self.pairs)}")
+        if "offline" in self.pairs and self.offline is None:
+            raise ValueError("pairs: offline needs offline: where they come from")
+        if self.offline is not None and "offline" not in self.pairs:
             raise ValueError("offline has no effect without pairs: offline, or both")
+        if {"gold", "hint"} <= set(self.pairs):
+            raise ValueError("pairs: gold and hint are both of groups that are all wrong: name one")
+        if "hint" not in self.pairs and self.hint != HintConfig():
+            raise ValueError("hint has no effect without pairs: hint")
+        if "online" not in self.pairs and self.pair_reward is not None:
+            raise ValueError("pair_reward ranks online pairs, which pairs does not name")
+        if self.loss == "simpo" and self.reference != "start":
+            raise ValueError(f"reference: {self.reference} has no effect: simpo has no reference")
         return self
 
     @property
-    def uses_online(self) -> bool:
-        return self.pairs in ("online", "both")
+    def of_rollouts(self) -> bool:
+        """Return whether any pairs come from an iteration's completions."""
+        return bool({*self.pairs} - {"offline"})
 
     @property
-    def uses_offline(self) -> bool:
-        return self.pairs in ("offline", "both")
+    def of_solutions(self) -> bool:
+        """Return whether any pairs need the rows' own solutions."""
+        return bool({*self.pairs} & {"gold", "hint"})
+
+    @property
+    def needs_start(self) -> bool:
+        """Return whether log-ratios are against the stage's starting policy."""
+        return self.loss != "simpo" and self.reference == "start"

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ernie_train.core.config import HARMLESS, PositiveInt
 from ernie_train.rewards.scoring import RewardConfig
 from ernie_train.rl.config.policy import CriticConfig, PolicyConfig
-from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig
+from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig, SharedReward
 from ernie_train.rl.config.rollout import (
     Curriculum,
     PromptSource,
@@ -62,6 +62,7 @@ class UpoConfig(StageConfig):
     """Unified preference optimization: PPO joined with a loss of pairs of completions.
 
     share_prompts: computes a prompt once for all of its completions in a micro-batch.
+    audit_reward: a dearer reward that stands in for `reward` on a share of the prompts.
     canaries: rows on which the reward is tried before the first iteration.
     samples_per_iteration: rows that an iteration adds to samples.jsonl.
     term_norms_every: iterations between measurements of each term's gradient norm, besides the
@@ -71,6 +72,7 @@ class UpoConfig(StageConfig):
     kind: Literal["upo"]
     data: Annotated[list[PromptSource], Field(min_length=1)]
     reward: RewardConfig
+    audit_reward: SharedReward | None = None
     iterations: PositiveInt
     rollout: RolloutConfig
     policy: PolicyConfig = PolicyConfig()
@@ -166,15 +168,17 @@ class UpoConfig(StageConfig):
 
     def _pair_problems(self, preference: PreferenceConfig) -> list[str]:
         problems = []
-        makes_pairs = preference.uses_online or (preference.offline and preference.offline.prompts)
-        if makes_pairs and self.rollout.group_size < 2:
+        own = preference.of_rollouts or (preference.offline and preference.offline.prompts)
+        compares = {"online", "shorter"} & {*preference.pairs} or preference.offline
+        if own and compares and self.rollout.group_size < 2:
             problems.append("pairs of own completions need a rollout.group_size of at least 2")
         if self.micro_batch_size < 2:
             problems.append("pairs need a micro_batch_size of at least 2: both go through together")
-        if not makes_pairs and self.policy.coef == 0:
+        if not own and self.policy.coef == 0:
             problems.append("policy.coef is 0 and pairs come from a file: that is kind: dpo")
-        highest = sum(abs(part.weight) * part.span for part in self.reward.parts)
-        highest += self.rollout.truncation_penalty
+        ranked_by = preference.pair_reward or self.reward
+        highest = sum(abs(part.weight) * part.span for part in ranked_by.parts)
+        highest += 0.0 if preference.pair_reward else self.rollout.truncation_penalty
         if preference.margin > highest:
             problems.append(
                 f"preference.margin={preference.margin:g} is never met: rewards differ by "
@@ -185,8 +189,8 @@ class UpoConfig(StageConfig):
     @property
     def samples_each_iteration(self) -> bool:
         """Return whether iterations need rollouts; on offline pairs alone they do not."""
-        online = self.preference is not None and self.preference.uses_online
-        return self.policy.coef > 0 or online
+        of_rollouts = self.preference is not None and self.preference.of_rollouts
+        return self.policy.coef > 0 or of_rollouts
 
     @property
     def learns_from_every_group(self) -> bool:
@@ -222,8 +226,14 @@ class UpoConfig(StageConfig):
     def needs_reference(self) -> bool:
         """Return whether the stage's starting policy is kept beside the policy."""
         kl = self.policy.kl
-        of_pairs = self.preference is not None and self.preference.loss != "simpo"
+        of_pairs = self.preference is not None and self.preference.needs_start
         return of_pairs or (kl is not None and kl.coef > 0)
+
+    def rewards(self) -> list[RewardConfig]:
+        """Return the reward and those that judge a share of the prompts."""
+        pair_reward = self.preference.pair_reward if self.preference is not None else None
+        others = (self.audit_reward, pair_reward)
+        return [self.reward, *(reward for reward in others if reward is not None)]
 
     def lengths(self) -> dict[str, int]:
         """Return the sequence lengths that the model must be able to hold, by setting."""
@@ -233,13 +243,14 @@ class UpoConfig(StageConfig):
     def paths(self) -> list[str]:
         """Return every file or directory that the stage reads."""
         found = [source.path for source in self.data]
+        parts = [part for reward in self.rewards() for part in reward.parts]
         for path in (
             self.offline.path if self.offline else None,
             self.evaluation.path if self.evaluation else None,
             self.critic.path if self.critic else None,
             self.rollout.replay,
-            *(part.python and part.python.rpartition(":")[0] for part in self.reward.parts),
-            *(part.model.path for part in self.reward.parts if part.model is not None),
+            *(part.python and part.python.rpartition(":")[0] for part in parts),
+            *(part.model.path for part in parts if part.model is not None),
         ):
             if path is not None:
                 found.append(path)

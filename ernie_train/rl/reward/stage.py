@@ -164,7 +164,7 @@ def pair_batches(
     """Yield the micro-batches of all steps after `done`; pairs of similar length go together."""
     source, size = OfflinePairSource(pairs, config.pairs_per_step, seed), config.pairs_at_once
     for step in range(done + 1, config.steps + 1):
-        taken = [pair for _, pair in source.take(step)]
+        taken = source.take(step)
         taken.sort(key=lambda pair: max(side.length for side in pair.completions))
         for start in range(0, len(taken), size):
             yield PairBatch(tuple(taken[start : start + size]))

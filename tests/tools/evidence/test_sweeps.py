@@ -132,7 +132,7 @@ def test_rl_arms_are_what_their_titles_say() -> None:
     assert found["ppo"].critic is not None and found["ppo"].preference is None
     pairs = {n: s.preference.pairs for n, s in found.items() if getattr(s, "preference", None)}
     assert (pairs["dpo"], pairs["upo-online"], pairs["upo-offline"]) == (
-        "offline", "online", "offline"
+        ["offline"], ["online"], ["offline"]
     )  # fmt: skip
     assert found["dpo"].policy.coef == 0 and not found["dpo"].samples_each_iteration
     assert found["upo-online"].policy.coef == found["upo-offline"].policy.coef == 1
