@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.rl.toy_stage import expected, observed, toy_config
+from tests.rl.planted_faults import FAULTS
+from tests.rl.toy_stage import Outcome, expected, observed, toy_config
 
 RL_CRITIC = {
     "optim": {"lr": 0.05, "schedule": "constant", "eps": 1e-3}, "warmup_iterations": 0,
@@ -52,17 +55,27 @@ GRID: dict[str, dict[str, Any]] = {
     },
     "terms": {
         "preference": {**ONLINE, "rpo_alpha": 0.3}, "term_norms_every": 2, "iterations": 3,
-        "policy": {"entropy_coef": 0.1, "kl": {"coef": 0.3}},
+        "policy": {"coef": 0.7, "entropy_coef": 0.1, "kl": {"coef": 0.3}},
     },
     "one step": {"policy": {"minibatches": 1, "update_epochs": 1}, "micro_batch_size": 64},
 }  # fmt: skip
 UNTIMED = ("time", "seconds", "step")
 
 
-def agree(config: Any, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def referee(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Outcome, Path]]:
+    """What the referee makes of a setting, and the directory of the rollouts; each once."""
+
+    @cache
+    def of(name: str) -> tuple[Outcome, Path]:
+        directory = tmp_path_factory.mktemp("rollouts")
+        return expected(toy_config(**GRID[name]), directory), directory
+
+    return of
+
+
+def agree(ours: Outcome, theirs: Outcome) -> None:
     """Compare everything of a stage with what the referee makes of it."""
-    ours = expected(config, directory)
-    theirs = observed(config, directory, monkeypatch)
     for number, (want, got) in enumerate(zip(ours.lines, theirs.lines, strict=True), 1):
         shown = {n: v for n, v in got.items() if not n.endswith(UNTIMED)}
         assert shown.keys() == want.keys(), f"iteration {number}"
@@ -88,5 +101,16 @@ def near(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRID)
-def test_an_iteration_is_what_the_referee_makes_of_it(name, tmp_path, monkeypatch):
-    agree(toy_config(**GRID[name]), tmp_path, monkeypatch)
+def test_an_iteration_is_what_the_referee_makes_of_it(name, referee, tmp_path, monkeypatch):
+    ours, rollouts = referee(name)
+    agree(ours, observed(toy_config(**GRID[name]), rollouts, tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_wiring_is_noticed(name, referee, tmp_path, monkeypatch):
+    fault = FAULTS[name]
+    ours, rollouts = referee(fault.setting)
+    fault.plant(monkeypatch)
+    theirs = observed(toy_config(**GRID[fault.setting]), rollouts, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        agree(ours, theirs)

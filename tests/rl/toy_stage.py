@@ -168,8 +168,10 @@ def offline_numbers(config: UpoConfig, iteration: int, count: int) -> list[int]:
     ]
 
 
-def observed(config: UpoConfig, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:
-    """What the stage makes of it."""
+def observed(
+    config: UpoConfig, rollouts: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Outcome:
+    """What the stage makes of the rollouts."""
     rng, model = np.random.default_rng(3), toy_policy()
     gradients: list[dict[str, np.ndarray]] = []
     original = Optimizer.step
@@ -189,7 +191,7 @@ def observed(config: UpoConfig, directory: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(Optimizer, "step", step)
         patch.setattr(learner, "Critic", HeadCritic)
         patch.setattr(loop, "Learner", remembered)
-        data = StageData(directory, SimpleNamespace(stop_token_ids=[0]), SEED)  # type: ignore[arg-type]
+        data = StageData(rollouts, SimpleNamespace(stop_token_ids=[0]), SEED)  # type: ignore[arg-type]
         stop = SimpleNamespace(requested=False)
         stage = StageRun(data, directory / "01-toy", model, stop, terminal=False)  # type: ignore[arg-type]
         stage.directory.mkdir(parents=True, exist_ok=True)
