@@ -24,6 +24,21 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
+# A byte-level tokenizer as a GGUF file holds it.
+BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "Ġ", "Ċ", "Ġa", "12", "ab"]
+TOKENIZER: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(TOKENS) - 3),
+    "tokenizer.ggml.merges": ["Ġ a", "1 2", "a b"],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+}
+
+
 def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Return random weights by Hugging Face's names; norms lie around one."""
     random = np.random.default_rng(seed)

@@ -231,5 +231,6 @@ def _unknown_format(file: Path, row: dict[str, Any]) -> str:
     )
     return (
         f"{file}: cannot tell the format of rows with the keys {', '.join(sorted(row))}; "
-        f"known formats and their keys are {formats}"
+        f"known formats and their keys are {formats}. `columns:` beside the path says what "
+        "yours are read as (docs/data.md)"
     )

@@ -115,7 +115,7 @@ def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:
     if settings.gradients == "bfloat16" and weights == "float32":
         raise UserError("--gradients bfloat16: on a CPU weights and gradients are float32")
     on_gpu = device == "gpu"
-    return Machine(on_gpu, Precision(weights, gradients), shards_gradients=on_gpu), why
+    return Machine(on_gpu, Precision(weights, gradients)), why
 
 
 def _dtype(name: str | None) -> Dtype | None:

@@ -13,7 +13,8 @@ from typing import Literal
 from ernie_train.core.errors import UserError
 from ernie_train.model import is_expert_parameter
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.partial import trained_sizes
+from ernie_train.model.lora import LoraConfig
+from ernie_train.model.partial import Selection, trained_sizes
 from ernie_train.parallel.recompute import PARTS, Recompute, RecomputeConfig
 from ernie_train.train.stage import StageConfig
 from ernie_train.weights.layout import parameter_shapes
@@ -109,6 +110,7 @@ class TrainedPart:
 
     trained: Parameters
     pairs: Parameters
+    rank: int = 0  # of the pairs
 
     @property
     def adapter_alone(self) -> bool:
@@ -121,17 +123,22 @@ def count_trained(config: Ernie4_5_MoeConfig, stage: StageConfig) -> TrainedPart
 
     Raises `ConfigError` for names that match nothing.
     """
-    shapes = parameter_shapes(config)
-    selection = stage.selection(shapes)
-    if selection is None:
-        return None
-    sizes = trained_sizes(shapes, selection, stage.lora)
+    selection = stage.selection(parameter_shapes(config))
+    return None if selection is None else count_part(config, selection, stage.lora)
+
+
+def count_part(
+    config: Ernie4_5_MoeConfig, selection: Selection, lora: LoraConfig | None
+) -> TrainedPart:
+    """Return the size of a selected part of a model."""
+    sizes = trained_sizes(parameter_shapes(config), selection, lora)
 
     def count(names: Collection[str]) -> Parameters:
         experts = sum(sizes[name] for name in names if is_expert_parameter(name))
         return Parameters(sum(sizes[name] for name in names) - experts, experts)
 
-    return TrainedPart(count(list(sizes)), count(sizes.keys() - set(selection.whole)))
+    pairs = count(sizes.keys() - set(selection.whole))
+    return TrainedPart(count(list(sizes)), pairs, lora.rank if lora is not None else 0)
 
 
 def moe_layers(config: Ernie4_5_MoeConfig) -> int:

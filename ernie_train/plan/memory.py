@@ -27,12 +27,12 @@ from ernie_train.plan.layout import (
     critic_parameters,
     moe_layers,
 )
-from ernie_train.plan.workload import MicroBatch, Sampling, Workload
+from ernie_train.plan.workload import Sampling, Workload
 
-# Tensors of an expert's or an MLP's width that are kept for a row, of a row's or the stream's
+# Tensors of an expert's or an MLP's width that are kept for a row, of the stream's and a row's
 # gradient in a backward pass, of a chunk's logits, of the head's gradient while the loss is made.
-EXPERT_TENSORS, MLP_TENSORS, GRADIENT_TENSORS = 5, 4, 3
-LOGITS_TENSORS, HEAD_GRADIENTS = {"cross_entropy": 2, "logprobs": 5}, 4
+EXPERT_TENSORS, MLP_TENSORS, STREAM_GRADIENTS, ROW_GRADIENTS = 5, 4, 3, 2.5
+LOGITS_TENSORS, HEAD_GRADIENTS = {"cross_entropy": 2, "logprobs": 5}, 2
 # Rows of the fullest rank of an expert group, compared with the mean.
 LOAD_IMBALANCE = 1.25
 # Keys, then values, are copied as the cache grows; numpy's cache grows layer by layer.
@@ -44,19 +44,19 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Machine:
-    """Describe a kind of rank: its device, its types and who keeps gradients.
-
-    shards_gradients: with `sharding` only the owner keeps a reduced gradient, until the update.
-    """
+    """Describe a kind of rank: its device and its types."""
 
     on_gpu: bool
     precision: Precision
-    shards_gradients: bool = False
 
 
 @dataclass(frozen=True)
 class MemoryDemand:
-    """Hold the bytes of one rank. Activations and rollouts do not exist at the same time."""
+    """Hold the bytes of one rank.
+
+    gradients, activations: at the moment of a step when both together take most. Between steps, so
+        while completions are sampled, there are none.
+    """
 
     weights: float
     gradients: float
@@ -67,50 +67,41 @@ class MemoryDemand:
     activations: float
     rollouts: float
     reserve: float
-    keeps_gradients: bool = True  # while completions are sampled
 
     @property
     def resident(self) -> float:
         """Return the bytes that stay allocated from step to step."""
-        models = self.weights + self.gradients + self.optimizer
-        return models + self.reference + self.critic + self.reward_models + self.reserve
+        models = self.weights + self.optimizer + self.reference + self.critic
+        return models + self.reward_models + self.reserve
+
+    @property
+    def step(self) -> float:
+        """Return the most bytes that a step takes besides."""
+        return self.gradients + self.activations
 
     @property
     def peak(self) -> float:
-        return self.resident + max(self.activations, self._rollouts_beyond_gradients)
+        return self.resident + max(self.step, self.rollouts)
 
     def largest_part(self) -> str:
         """Return the name of the largest part of the peak."""
-        parts = {name: size for name, size in vars(self).items() if name != "keeps_gradients"}
-        if self.activations >= self._rollouts_beyond_gradients:
-            parts.pop("rollouts")
-        else:
-            parts.pop("activations")
-            if not self.keeps_gradients:
-                parts.pop("gradients")
+        parts = dict(vars(self))
+        absent = ("rollouts",) if self.step >= self.rollouts else ("gradients", "activations")
+        for name in absent:
+            parts.pop(name)
         return max(parts, key=lambda name: parts[name])
-
-    @property
-    def _rollouts_beyond_gradients(self) -> float:
-        return self.rollouts - (0.0 if self.keeps_gradients else self.gradients)
 
 
 def memory_demand(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
 ) -> MemoryDemand:
-    """Return the memory of the fullest rank: the one that updates most parameters.
-
-    Gradients that are not sharded stay allocated between steps, as Paddle keeps them.
-    """
+    """Return the memory of the fullest rank: the one that updates most parameters."""
     part = load.part
-    everything = count_parameters(config)
-    weights, gradients, states = _model_bytes(config, machine, layout, everything, part)
-    critic = (0.0, 0.0, 0.0)
-    if load.critic:
+    weights, states = _model_bytes(config, machine, layout, count_parameters(config), part)
+    critic = (0.0, 0.0)
+    if load.critic:  # its gradients and those of the policy exist in turn
         critic = _model_bytes(config, machine, layout, critic_parameters(config))
-    sheds = machine.shards_gradients and layout.sharding
-    if sheds:  # after each update, so those of policy and critic exist in turn
-        gradients, critic = max(gradients, critic[1]), (critic[0], 0.0, critic[2])
+    gradients, activations = step_bytes(config, machine, layout, load)
     return MemoryDemand(
         weights,
         gradients,
@@ -121,10 +112,9 @@ def memory_demand(
             critic_parameters(own or config).on_rank(layout).total * machine.precision.width
             for own in load.reward_models
         ),
-        activations=activation_bytes(config, machine, layout, load),
+        activations=activations,
         rollouts=rollout_bytes(config, machine, layout, load.sampling) if load.sampling else 0.0,
         reserve=GPU_RESERVE_BYTES if machine.on_gpu else 0.0,
-        keeps_gradients=not sheds,
     )
 
 
@@ -134,15 +124,14 @@ def _model_bytes(
     layout: Layout,
     model: Parameters,
     part: TrainedPart | None = None,
-) -> tuple[float, float, float]:
-    """Return (weights, gradients, optimizer state) of a model that trains, whole or in `part`."""
+) -> tuple[float, float]:
+    """Return (weights, optimizer state) of a model that trains, whole or in `part`."""
     precision, held = machine.precision, model.on_rank(layout).total
     trained = model
     if part is not None:
         held, trained = held + part.pairs.on_rank(layout).total, part.trained
-    gradients = trained.on_rank(layout).total * precision.gradient_width
     states = updated_parameters(config, layout, trained) * precision.state_width
-    return held * precision.width, gradients, states
+    return held * precision.width, states
 
 
 def updated_parameters(config: Ernie4_5_MoeConfig, layout: Layout, trained: Parameters) -> float:
@@ -162,13 +151,19 @@ def updated_parameters(config: Ernie4_5_MoeConfig, layout: Layout, trained: Para
 
 
 def layer_bytes(
-    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, document_tokens: float, moe: bool
+    config: Ernie4_5_MoeConfig,
+    machine: Machine,
+    layout: Layout,
+    document_tokens: float,
+    moe: bool,
+    part: TrainedPart | None = None,
 ) -> dict[Part, float]:
     """Return the bytes that each part of a layer keeps of a token for its backward pass.
 
     attention: H (4 + b) + 2 (N + K) D b, and on a CPU the probabilities of documents up to
     KEPT_LENGTH. experts: H (4 + b) + 4 H + r (H + 5 I) b for r rows, and four times the width of
-    shared experts (or of a dense MLP) times b.
+    shared experts (or of a dense MLP) times b. With LoRA each pair keeps as many numbers as its
+    rank, and experts with pairs r (2 H + 4 I) b.
     """
     width, hidden = machine.precision.width, config.hidden_size
     heads = config.num_attention_heads
@@ -178,11 +173,15 @@ def layer_bytes(
     if not machine.on_gpu and document_tokens <= KEPT_LENGTH:
         scores = min(document_tokens, (document_tokens + KEPT_BLOCK) / 2)
         attention += heads * scores * width
+    pairs = 3 * part.rank if part is not None else 0  # of a gate, an up and a down projection
+    attention += pairs * 4 / 3 * width
     if not moe:
-        mlp = MLP_TENSORS * config.intermediate_size * width
+        mlp = (MLP_TENSORS * config.intermediate_size + pairs) * width
         return {"attention": attention, "experts": norm + mlp}
-    shared = MLP_TENSORS * config.moe_num_shared_experts * config.moe_intermediate_size
+    shared = MLP_TENSORS * config.moe_num_shared_experts * config.moe_intermediate_size + pairs
     row = hidden + EXPERT_TENSORS * config.moe_intermediate_size
+    if part is not None and part.pairs.experts:
+        row = 2 * hidden + 4 * config.moe_intermediate_size + pairs
     rows = rows_per_token(config, layout)
     experts = norm + hidden * _FLOAT + (rows * row + shared) * width
     return {"attention": attention, "experts": experts}
@@ -194,40 +193,76 @@ def rows_per_token(config: Ernie4_5_MoeConfig, layout: Layout) -> float:
     return rows * LOAD_IMBALANCE if layout.expert > 1 else rows
 
 
-def activation_bytes(
+def step_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
-) -> float:
-    """Return the most bytes in a step besides weights, gradients and optimizer state.
+) -> tuple[float, float]:
+    """Return the gradients and activations of a step at the moment when they take most together.
 
-    Layers keep their activations, or the input of a recomputed part. The peak adds the loss, or the
-    backward pass of a layer with its recomputed activations. The backward pass goes from the last
-    layer to the first and frees their activations.
+    Layers keep their activations, or the input of a recomputed part. The loss comes on top, then
+    the backward pass of each layer with its recomputed activations. That pass goes from the last
+    layer to the first, frees their activations and leaves their gradients, which stay until the
+    update: those of a rank's earlier micro-batches are there all along.
     """
-    batch, trains_all = load.micro_batch, load.part is None or not load.part.adapter_alone
-    width, hidden, tokens = machine.precision.width, config.hidden_size, batch.tokens
-    heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
+    batch, trains_all = load.micro_batch, _trains_all(load)
+    width, tokens = machine.precision.width, batch.tokens
+    layers = _kept_by_layers(config, machine, layout, load)
     # Rotary tables, the last norm; every MoE layer reports router logits and probabilities.
-    kept: float = tokens * (8 * heads * config.attention_head_dim + hidden * (_FLOAT + width))
-    kept += moe_layers(config) * tokens * 2 * config.moe_num_experts * _FLOAT
-    layers, on_top = [], _backward_bytes(config, machine, layout, batch, trains_all)
+    heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
+    stays: float = tokens * (8 * heads * config.attention_head_dim)
+    stays += tokens * config.hidden_size * (_FLOAT + width)
+    stays += moe_layers(config) * tokens * 2 * config.moe_num_experts * _FLOAT
+    kept = stays + sum(own for own, _ in layers)
+    all_gradients, head, of_layers = _gradient_bytes(config, machine, layout, load)
+    several = -(-load.micro_batches // layout.ranks) > 1
+    moments = [(all_gradients * several, kept + _loss_bytes(config, load, width))]
+    made = all_gradients if several else head
+    through, most_sent = _reduced_bytes(config, machine, layout) if trains_all else (0.0, 0.0)
+    on_top = _backward_bytes(config, machine, layout, load)
+    for place, (own, again) in enumerate(reversed(layers)):
+        moments.append((made, kept + again + on_top + min(place * through, most_sent)))
+        made += of_layers[-1 - place] * (not several)
+        kept -= own
+    # The embedding's gradient, added to that of a tied head.
+    embedding = config.vocab_size * config.hidden_size * machine.precision.gradient_width
+    last = embedding * trains_all * (1 + config.tie_word_embeddings - (not several))
+    moments.append((all_gradients, stays + last + min(len(layers) * through, most_sent)))
+    return max(moments, key=sum)
+
+
+def _kept_by_layers(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
+) -> list[tuple[float, float]]:
+    """Return the bytes that each layer keeps, and those that its backward pass makes again."""
+    batch, layers = load.micro_batch, []
+    stream = config.hidden_size * machine.precision.width  # the input of a part, or of a layer
     for number in range(config.num_hidden_layers):
         parts = recomputed_parts(layout.recompute, number)
         moe = config.is_moe_layer(number)
-        whole = layer_bytes(config, machine, layout, batch.document_tokens, moe)
-        stream = hidden * width * bool(parts)  # the input of a part, or of the whole layer
-        own = tokens * (stream + sum(whole[part] for part in PARTS if part not in parts))
+        whole = layer_bytes(config, machine, layout, batch.document_tokens, moe, load.part)
+        own = stream * bool(parts) + sum(whole[part] for part in PARTS if part not in parts)
         again = 0.0
         if "experts" in parts:  # attention is recomputed once those of experts are freed
-            again = _experts_at_once(layout, tokens) * whole["experts"]
-            again += tokens * whole["attention"] * ("attention" in parts)
-        layers.append((own, again))
-    kept += sum(own for own, _ in layers)
-    peak = kept + _loss_bytes(config, width, tokens, load.loss)
-    through, most_sent = _reduced_bytes(config, machine, layout) if trains_all else (0.0, 0.0)
-    for place, (own, again) in enumerate(reversed(layers)):
-        peak = max(peak, kept + again + on_top + min(place * through, most_sent))
-        kept -= own
-    return peak
+            again = _experts_at_once(layout, batch.tokens) * whole["experts"]
+            again += batch.tokens * whole["attention"] * ("attention" in parts)
+        layers.append((batch.tokens * own, again))
+    return layers
+
+
+def _gradient_bytes(
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
+) -> tuple[float, float, list[float]]:
+    """Return the gradients of a rank: all, those of an untied head, and those of each layer."""
+    trained = count_parameters(config) if load.part is None else load.part.trained
+    own, width = trained.on_rank(layout), machine.precision.gradient_width
+    embedding = config.vocab_size * config.hidden_size * (load.part is None)
+    head = 0 if config.tie_word_embeddings else embedding
+    dense = (own.dense - embedding - head) / config.num_hidden_layers
+    experts = own.experts / max(1, moe_layers(config))
+    layers = [
+        (dense + experts * config.is_moe_layer(number)) * width
+        for number in range(config.num_hidden_layers)
+    ]
+    return own.total * width, head * width, layers
 
 
 def _reduced_bytes(
@@ -251,35 +286,43 @@ def _experts_at_once(layout: Layout, tokens: int) -> int:
     return min(tokens, chunk_tokens(layout.recompute) or tokens)
 
 
-def _loss_bytes(config: Ernie4_5_MoeConfig, width: int, tokens: int, loss: str) -> float:
+def _loss_bytes(config: Ernie4_5_MoeConfig, load: Workload, width: int) -> float:
     """Return the bytes of a chunk of float32 logits, and gradients of head and hidden states."""
+    tokens = load.micro_batch.tokens
     hidden = 2 * tokens * config.hidden_size * width
-    if loss == "score":
+    if load.loss == "score":
         return hidden
     logits = tokens * config.vocab_size
-    chunked = logits > CHUNK_ELEMENTS
-    gradients = HEAD_GRADIENTS if chunked else HEAD_GRADIENTS / 2
-    head = gradients * config.vocab_size * config.hidden_size * width
-    return LOGITS_TENSORS[loss] * min(logits, CHUNK_ELEMENTS) * _FLOAT + head + hidden
+    head = HEAD_GRADIENTS * _trains_all(load) * config.vocab_size * config.hidden_size * width
+    return LOGITS_TENSORS[load.loss] * min(logits, CHUNK_ELEMENTS) * _FLOAT + head + hidden
+
+
+def _trains_all(load: Workload) -> bool:
+    """Return whether more than pairs of LoRA trains."""
+    return load.part is None or not load.part.adapter_alone
 
 
 def _backward_bytes(
     config: Ernie4_5_MoeConfig,
     machine: Machine,
     layout: Layout,
-    batch: MicroBatch,
-    trains_all: bool,
+    load: Workload,
 ) -> float:
     """Return bytes of gradients in a layer's backward pass: of stream, rows and experts.
 
-    Each expert's gradient exists twice, alone and stacked; that of a tied head is kept until it is
-    added to the embedding's.
+    Each expert's gradient exists twice, alone and stacked, and once more where those of chunks are
+    added up; that of a tied head is kept until it is added to the embedding's.
     """
+    batch, trains_all = load.micro_batch, _trains_all(load)
     tokens = _experts_at_once(layout, batch.tokens)
-    numbers = GRADIENT_TENSORS * (batch.tokens + tokens * rows_per_token(config, layout))
-    numbers += config.vocab_size if config.tie_word_embeddings else 0
+    numbers: float = STREAM_GRADIENTS * batch.tokens
+    numbers += ROW_GRADIENTS * tokens * rows_per_token(config, layout)
+    numbers += config.vocab_size * (config.tie_word_embeddings and trains_all)
     experts = config.moe_num_experts // layout.expert * config.moe_intermediate_size
-    numbers += 2 * 3 * trains_all * (experts if moe_layers(config) else config.intermediate_size)
+    copies = 3 if tokens < batch.tokens else 2
+    numbers += (
+        copies * 3 * trains_all * (experts if moe_layers(config) else config.intermediate_size)
+    )
     return numbers * config.hidden_size * machine.precision.width
 
 

@@ -177,9 +177,9 @@ class Optimizer:
             parallel.broadcast_updated(self.parameters, self.owners)
 
     def clear_gradients(self) -> None:
-        """Set gradients to zero; free them where they are sharded."""
+        """Free the gradients: the next forward pass has the memory for its activations."""
         for parameter in self.parameters.values():
-            parameter.clear_gradient(not self.shards_gradients)
+            parameter.clear_gradient(False)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Return `{"moment1"|"moment2"|"master": {name: tensor}}` of this rank's own parameters.

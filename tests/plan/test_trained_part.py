@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from ernie_train.core.config import parse_config
 from ernie_train.model import is_expert_parameter
 from ernie_train.model.partial import begin_partial_training, trained_parameters
 from ernie_train.plan.layout import Layout, Precision, count_parameters, count_trained
-from ernie_train.plan.memory import Machine, memory_demand
+from ernie_train.plan.memory import Machine, layer_bytes, memory_demand
 from ernie_train.plan.workload import MicroBatch, Workload
 from ernie_train.rl.dpo import DpoConfig
 from ernie_train.weights.layout import parameter_shapes
@@ -53,9 +54,25 @@ def test_memory_of_lora_is_the_model_once_and_the_state_of_its_pairs() -> None:
     assert part is not None
     pairs = part.pairs.total
     for machine, width, state in ((CPU, 4, 8), (GPU, 2, 12)):
-        full = memory_demand(config, machine, ONE, Workload("", batch, reference=True))
-        lora = memory_demand(config, machine, ONE, Workload("", batch, reference=True, part=part))
+        load = Workload("", batch, micro_batches=2, reference=True)
+        full = memory_demand(config, machine, ONE, load)
+        lora = memory_demand(config, machine, ONE, replace(load, part=part))
         assert full.reference == full.weights == whole * width
         assert (lora.reference, lora.weights) == (0, (whole + pairs) * width)
         assert (lora.gradients, lora.optimizer) == (pairs * width, pairs * state)
         assert lora.activations <= full.activations
+
+
+def test_experts_with_pairs_keep_more_of_each_row() -> None:
+    """2 H + 4 I and three ranks instead of H + 5 I numbers; attention and MLP a rank a pair."""
+    config = make_model().config
+    part = count_trained(config, stage(lora={"rank": 4}))
+    outside = count_trained(config, stage(lora={"rank": 4}, freeze=["mlp.experts"]))
+    plain, some, all_of_them = (
+        layer_bytes(config, CPU, ONE, 8, True, pairs) for pairs in (None, outside, part)
+    )
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    assert some["attention"] - plain["attention"] == 4 * 4 * 4
+    assert some["experts"] - plain["experts"] == 4 * 3 * 4
+    more = config.moe_k * (hidden - width + 3 * 4) * 4
+    assert all_of_them["experts"] - some["experts"] == more

@@ -4,7 +4,8 @@
 
 WORK_DIR/cases.json lists for each case its directory, which holds `base` and `adapter`, and
 `inputs.npz` with input_ids [B,S]. It leaves logits.npz there with `logits` [B,S,V], and `merged`,
-those after `merge_and_unload`. A case with `steps` trains as well: see `train`.
+those after `merge_and_unload`. A case with `steps` trains as well: see `train`. A case without
+`adapter` trains and computes with the base itself.
 
 Any warning of peft's about keys that are missing or left over is an error.
 """
@@ -26,9 +27,11 @@ from transformers import AutoModelForCausalLM
 def train(model: torch.nn.Module, ids: torch.Tensor, settings: dict[str, Any]) -> list[float]:
     """Returns the loss of each step of AdamW on batches [steps,B,S]; mean over all next tokens."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=settings["lr"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
-    )
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.95), eps=1e-8)
     model.train()
     losses = []
     for batch in ids:
@@ -50,20 +53,23 @@ def main() -> None:
         directory = work / case["name"]
         inputs = {k: torch.from_numpy(v) for k, v in np.load(directory / "inputs.npz").items()}
         base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*adapter keys.*")
-            warnings.filterwarnings("error", message=".*nexpected key.*")
-            model = PeftModel.from_pretrained(
-                base, directory / "adapter", is_trainable="steps" in case
-            )
+        model = base
+        if (directory / "adapter").is_dir():
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*adapter keys.*")
+                warnings.filterwarnings("error", message=".*nexpected key.*")
+                model = PeftModel.from_pretrained(
+                    base, directory / "adapter", is_trainable="steps" in case
+                )
         result: dict[str, Any] = {}
         if "steps" in case:
             result["losses"] = train(model, inputs["batches"], case["steps"])
         model.eval()
         with torch.no_grad():
             result["logits"] = model(input_ids=inputs["input_ids"]).logits.numpy()
-            merged = model.merge_and_unload()
-            result["merged"] = merged(input_ids=inputs["input_ids"]).logits.numpy()
+            if model is not base:
+                merged = model.merge_and_unload()
+                result["merged"] = merged(input_ids=inputs["input_ids"]).logits.numpy()
         np.savez(directory / "logits.npz", **result)
 
 

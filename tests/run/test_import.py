@@ -21,7 +21,7 @@ from ernie_train.weights.hf import load_config, load_pretrained
 from ernie_train.weights.upcycle import Upcycling
 from tests import small_llama
 from tests.conftest import referee_directory
-from tests.small_llama import write_directory, write_gguf
+from tests.small_llama import TOKENIZER, write_directory, write_gguf
 
 
 def assert_holds(directory: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -250,19 +250,6 @@ def test_impossible_numbers_of_experts(tmp_path: Path) -> None:
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
-
-BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "Ġ", "Ċ", "Ġa", "12", "ab"]
-TOKENIZER: dict[str, Any] = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "smollm",
-    "tokenizer.ggml.tokens": TOKENS,
-    "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(TOKENS) - 3),
-    "tokenizer.ggml.merges": ["Ġ a", "1 2", "a b"],
-    "tokenizer.ggml.bos_token_id": 1,
-    "tokenizer.ggml.eos_token_id": 2,
-    "tokenizer.chat_template": "{{ messages[0]['content'] }}",
-}
 
 
 def pieces(directory: Path, text: str) -> list[str]:

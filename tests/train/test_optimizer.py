@@ -127,6 +127,7 @@ def test_update_equals_adamw_with_clipping_and_decay_groups():
         backward(model, seed)
         optimizer.step(c.lr, optimizer.gradient_norm())
         optimizer.clear_gradients()
+        assert all(parameter.grad is None for parameter in model.parameters())  # memory is free
     for name, parameter in model.named_parameters():
         np.testing.assert_allclose(parameter.numpy(), expected[name], rtol=2e-5)
 

@@ -106,36 +106,40 @@ def full_batch(ids: np.ndarray) -> Batch:
     )
 
 
-def test_ten_steps_are_those_of_transformers_with_peft(tmp_path: Path, referee: Referee) -> None:
-    """The same adapter, batches and AdamW: losses step by step, and the adapted model after.
+def test_thirty_steps_are_those_of_transformers_and_peft(tmp_path: Path, referee: Referee) -> None:
+    """The same weights, batches and AdamW: losses step by step, and the model after them.
 
-    On transformers 4.57: peft trains on 5 more than one pair an expert, since it fuses those of
-    gate and up into one of twice the rank.
+    LoRA and all parameters, dense and with experts. On transformers 4.57: peft trains on 5 more
+    than one pair an expert, since it fuses those of gate and up into one of twice the rank.
     """
-    settings = {"lr": 5e-3}
-    # Every token goes to all experts: choosing among them, the two would part at the first tie.
-    names = ("everything", "dense", "moe")
-    keys = {name: {**VARIANTS[CASES[name][0]], "moe_k": 4} for name in names}
+    rates = {"everything": 5e-3, "dense": 5e-3, "moe": 5e-3, "all-dense": 1e-3, "all-moe": 1e-3}
     # Without id 0, padding, whose embedding takes no gradient in transformers.
-    batches = np.random.default_rng(4).integers(1, 96, (10, 2, 16))
+    batches = np.random.default_rng(4).integers(1, 96, (3, 2, 16))
     expected, after = {}, {}
-    for name, sizes in keys.items():
-        model = begin(tmp_path / name, sizes, zero_b=True, **CASES[name][1] | {"dropout": 0.0})
-        save(model, tmp_path / name)
-        optim = OptimConfig(lr=settings["lr"], schedule="constant")
+    for name, rate in rates.items():
+        # Every token goes to all experts: choosing among them, the two would part at the first tie.
+        sizes = {**VARIANTS[CASES[name][0] if name in CASES else name[4:]], "moe_k": 4}
+        if name in CASES:
+            model = begin(tmp_path / name, sizes, zero_b=True, **CASES[name][1] | {"dropout": 0.0})
+            save(model, tmp_path / name)
+        else:
+            model = make_model(**sizes)
+            save_pretrained(model, tmp_path / name / "base")
+        optim = OptimConfig(lr=rate, schedule="constant")
         trainer: Trainer[Any, Any] = Trainer(model, Optimizer(model, optim))
-        steps = [trainer.train_step([full_batch(b)], PackedLoss("tokens"), 10) for b in batches]
+        rows = batches[np.arange(30) % len(batches)]
+        steps = [trainer.train_step([full_batch(b)], PackedLoss("tokens"), 30) for b in rows]
         expected[name] = [step.metrics["loss"] for step in steps]
         after[name] = logits(model)
-        np.savez(tmp_path / name / "inputs.npz", input_ids=tokens(), batches=batches)
-    cases = [{"name": name, "steps": settings} for name in keys]
+        np.savez(tmp_path / name / "inputs.npz", input_ids=tokens(), batches=rows)
+    cases = [{"name": name, "steps": {"lr": rate}} for name, rate in rates.items()]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     referee("peft_lora.py", tmp_path, transformers="4.57")
     for name, ours in expected.items():
         found = np.load(tmp_path / name / "logits.npz")
-        np.testing.assert_allclose(found["losses"], ours, atol=1e-4, err_msg=name)
-        assert abs(found["losses"][0] - found["losses"][-1]) > 0.01
-        np.testing.assert_allclose(found["logits"], after[name], atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(found["losses"], ours, atol=1e-5, err_msg=name)
+        assert found["losses"][0] - found["losses"][-1] > 0.3, name
+        np.testing.assert_allclose(found["logits"], after[name], atol=1e-4, err_msg=name)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -22,7 +22,6 @@ import ctypes
 import gc
 import os
 import shutil
-import time
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an expert kernel of the hub is not this machine's
@@ -33,7 +32,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tools.bench.protocol import serve
+from tools.bench.protocol import serve, timed
 
 # What a combination that does not run here may raise: no kernel, no memory, no compiler.
 UNSUPPORTED = (RuntimeError, ValueError, ImportError, KeyError, OSError, NotImplementedError)
@@ -159,10 +158,7 @@ def main() -> None:
         return {}
 
     def work(request: dict[str, Any]) -> dict[str, Any]:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        answer = built[0].work(request)
-        cpu_s, wall_s = time.process_time() - cpu_start, time.perf_counter() - start
-        return {**answer, "seconds": wall_s, "cpu_seconds": cpu_s}
+        return timed(lambda: built[0].work(request))
 
     serve({"describe": lambda _: describe(), "build": build, "work": work}, UNSUPPORTED)
 

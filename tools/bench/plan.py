@@ -23,12 +23,15 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ernie_train.model import Ernie4_5_MoeConfig
+    from ernie_train.model.lora import LoraConfig
+    from ernie_train.model.partial import Selection
     from ernie_train.plan.layout import Layout
 
+from tools.bench.protocol import begin_peak, resident_bytes
 from tools.bench.scaling import Layout as Side
 from tools.bench.scaling import environments
 
@@ -36,7 +39,7 @@ TOLERANCE = 0.15
 HEADING = """\
 | preset | layout | tokens of a rank | plan MB | measured MB | plan / measured | tensors MB |
 |---|---|---|---:|---:|---:|---:|"""
-STEPS = 3  # memory settles in the second: gradients stay allocated after the first
+STEPS = 3  # memory settles in the second
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 MINIMAL = {
     "hidden_size": 16, "vocab_size": 64, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -46,11 +49,13 @@ MINIMAL = {
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of `seq_len` tokens in documents of `document_tokens` each; a micro-batch for each rank.
+    """Rows of `seq_len` tokens in documents of `document_tokens` each, for each rank.
 
     recompute: as in a recipe.
     sequences: measured is not the training step but the sampling after it, of so many sequences
         with prompts and completions of half `seq_len` each.
+    micro_batches: of a step, on each rank.
+    lora: the rank of pairs beside all matrices, which then train alone; 0 trains the whole model.
     """
 
     preset: str
@@ -62,6 +67,8 @@ class Case:
     data: int = 1
     sharding: bool = False
     sequences: int = 0
+    micro_batches: int = 1
+    lora: int = 0
 
     @property
     def ranks(self) -> int:
@@ -96,6 +103,10 @@ CASES = [
     Case("mini", 2048, 1, 2048, True),
     Case("mini", 8192, 1, 1024, True),
     Case("mini", 8192, 1, 1024, {"chunk_tokens": 1024}),
+    Case("mini", 1024, 1, 1024, False, micro_batches=2),
+    Case("tiny", 1024, 1, 1024, False, lora=16),
+    Case("mini", 1024, 1, 1024, False, lora=16),
+    Case("mini", 1024, 1, 1024, True, lora=16),
     Case("tiny", 256, 1, 256, False, sequences=256),
     Case("mini", 256, 1, 256, False, sequences=64),
     Case("mini", 1024, 1, 1024, False, sequences=16),
@@ -115,7 +126,7 @@ CASES = [
 def planned_bytes(case: Case) -> float:
     """Return the memory that `plan` states for the fullest rank."""
     from ernie_train.model import Ernie4_5_MoeConfig
-    from ernie_train.plan.layout import Precision
+    from ernie_train.plan.layout import Precision, count_part
     from ernie_train.plan.memory import Machine, memory_demand
     from ernie_train.plan.workload import MicroBatch, Sampling, Workload
 
@@ -123,9 +134,22 @@ def planned_bytes(case: Case) -> float:
     half = case.seq_len // 2
     sampling = Sampling(case.sequences, 1, half, half, case.sequences) if case.sequences else None
     batch = MicroBatch(case.rows, case.seq_len, case.document_tokens)
-    load = Workload("case", batch, sampling=sampling)
-    demand = memory_demand(Ernie4_5_MoeConfig.preset(case.preset), machine, case.layout(), load)
+    config = Ernie4_5_MoeConfig.preset(case.preset)
+    part = count_part(config, *pairs(config, case.lora)) if case.lora else None
+    micro_batches = case.micro_batches * case.ranks
+    load = Workload("case", batch, micro_batches=micro_batches, sampling=sampling, part=part)
+    demand = memory_demand(config, machine, case.layout(), load)
     return demand.resident + demand.rollouts if case.sequences else demand.peak
+
+
+def pairs(config: Ernie4_5_MoeConfig, rank: int) -> tuple[Selection, LoraConfig]:
+    """Return pairs of LoRA beside all matrices of a model."""
+    from ernie_train.model.lora import LoraConfig
+    from ernie_train.model.partial import select
+    from ernie_train.weights.layout import parameter_shapes
+
+    lora = LoraConfig(rank=rank)
+    return select(parameter_shapes(config), lora, [], []), lora
 
 
 def train(config: Any, case: Case) -> Any:
@@ -133,6 +157,7 @@ def train(config: Any, case: Case) -> Any:
     import numpy as np
 
     from ernie_train.data import Batch
+    from ernie_train.model.partial import begin_partial_training
     from ernie_train.parallel import enable_recompute, new_model
     from ernie_train.train.optimizer import OptimConfig, Optimizer
     from ernie_train.train.supervised import PackedLoss
@@ -141,13 +166,15 @@ def train(config: Any, case: Case) -> Any:
     model = new_model(config, "float32")
     model.train()
     enable_recompute(model, case.layout().recompute)
+    if case.lora:
+        begin_partial_training(model, *pairs(config, case.lora), {}, seed=0)
     optimizer = Optimizer(model, OptimConfig(lr=1e-4, schedule="constant"))
     trainer: Trainer[Any, Batch] = Trainer(model, optimizer)
     random = np.random.default_rng(0)
     places = np.tile(np.arange(case.seq_len), (case.rows, 1))
     for _ in range(STEPS):
         batches = []
-        for _ in range(case.ranks):
+        for _ in range(case.ranks * case.micro_batches):
             ids = random.integers(1, config.vocab_size, (case.rows, case.seq_len + 1))
             batches.append(
                 Batch(
@@ -176,14 +203,6 @@ def sample(model: Any, sequences: int, seq_len: int) -> None:
     )  # fmt: skip
 
 
-def resident_bytes(field: str) -> int:
-    """Return VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def measure(case: Case) -> dict[str, float]:
     """Train in this process; return bytes at the peak less the base."""
     from ernie_train.core import process_group
@@ -196,7 +215,7 @@ def measure(case: Case) -> dict[str, float]:
 
     def begin() -> None:
         process_group.barrier()
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+        begin_peak()
         core.host_memory_stat_reset_peak_value("Allocated", 0)
 
     process_group.set_grid(process_group.Grid(case.expert, case.data, case.sharding))
@@ -244,8 +263,12 @@ def row(case: Case, found: dict[str, float]) -> str:
     mb = {name: value / 1e6 for name, value in found.items()}
     layout = f"expert {case.expert}, data {case.data}" + (", sharded" if case.sharding else "")
     what = f"{case.rows} x {case.seq_len} in {case.document_tokens}"
+    if case.micro_batches > 1:
+        what = f"{case.micro_batches} times {what}"
     if case.sequences:
         what = f"{case.sequences} x {case.seq_len} sampled"
+    if case.lora:
+        what += f", LoRA of rank {case.lora}"
     if case.recompute:
         parts, comma, first = case.layout().recompute_label.partition(", ")
         what += ", recompute" if parts == "layers" else f", {parts} run again"

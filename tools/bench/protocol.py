@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +40,38 @@ def serve(handlers: Mapping[str, Handler], unsupported: tuple[type[Exception], .
             first_line = (str(error).strip().splitlines() or [""])[0]
             answer = {"error": f"{type(error).__name__}: {first_line}"}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def timed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the answer of `work` with its `seconds` and `cpu_seconds`."""
+    start, cpu_start = time.perf_counter(), processor_seconds()
+    answer = work()
+    cpu_s, wall_s = processor_seconds() - cpu_start, time.perf_counter() - start
+    return {**answer, "seconds": wall_s, "cpu_seconds": cpu_s}
+
+
+def processor_seconds() -> float:
+    """Return those of this process and of those that it started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def begin_peak() -> None:
+    """Make the memory that is resident now the peak so far."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gb() -> float:
+    """Return the most memory that was resident since `begin_peak`, in GB."""
+    return resident_bytes("VmHWM") / 1e9
+
+
+def resident_bytes(field: str) -> int:
+    """Return VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 class Side:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.bench.protocol import random_batch, serve
+from tools.bench.protocol import random_batch, resident_bytes, serve
 
 if TYPE_CHECKING:
     from ernie_train.train.loss_terms import LossOutput
@@ -125,14 +124,6 @@ def sent_bytes() -> int:
     from ernie_train.parallel.collectives import get_collectives
 
     return get_collectives().sent_bytes if process_group.grid().expert > 1 else 0
-
-
-def resident_bytes(field: str) -> int:
-    """Return VmRSS or VmHWM of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tools.bench.protocol import ROOT, Side, serve
+from tools.bench.protocol import ROOT, Side, serve, timed
 
 Setting = dict[str, Any]
 Work = dict[str, Any]
@@ -76,10 +74,7 @@ class Ours:
             return {"vocab_size": built[0].vocab_size}
 
         def work(request: Work) -> dict[str, Any]:
-            start, cpu_start = time.perf_counter(), processor_seconds()
-            answer = built[0].work(request)
-            cpu_s, wall_s = processor_seconds() - cpu_start, time.perf_counter() - start
-            return {**answer, "seconds": wall_s, "cpu_seconds": cpu_s}
+            return timed(lambda: built[0].work(request))
 
         def describe(_: Any) -> dict[str, Any]:
             from ernie_train.core.cpu import cpu_setup_report
@@ -87,12 +82,6 @@ class Ours:
             return {"set_up": cpu_setup_report()}
 
         serve({"build": build, "work": work, "describe": describe}, unsupported=())
-
-
-def processor_seconds() -> float:
-    """Return those of this process and of those that it started and waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 class Bench:

@@ -143,10 +143,10 @@ def costs(results: Results, spreads: Sequence[str]) -> str:
     )
 
 
-def insert(page: Path, text: str) -> None:
+def insert(page: Path, text: str, markers: tuple[str, str] = MARKERS) -> None:
     """Put the tables between the page's markers; `ValueError` if it lacks them."""
     old = page.read_text("utf-8")
-    first, last = MARKERS
+    first, last = markers
     if old.count(first) != 1 or old.count(last) != 1:
         raise ValueError(f"{page}: expected one line {first} and one line {last}")
     before, _, rest = old.partition(first)

@@ -1,0 +1,90 @@
+"""The commands that README and docs/own_model.md show, on a small model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ernie_train.cli.main import main
+from tests.small_llama import TOKENIZER, write_gguf
+from tests.workspace import write_rows
+from tools.evidence import own_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def commands(page: str, heading: str) -> list[list[str]]:
+    """Return the commands of a section's first block as lists of words."""
+    section = (ROOT / page).read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    (block, *_) = re.findall(r"```bash\n(.*?)```", section, re.S)
+    return [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a verb that must succeed; return what it printed."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    told = capsys.readouterr()
+    assert not stopped.value.code, told.err
+    return told.out
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the recipes and the data of a clone, to run commands in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
+    shutil.copytree(ROOT / "recipes", "recipes")
+    return tmp_path
+
+
+def write_model(path: Path) -> None:
+    metadata = {**TOKENIZER, "tokenizer.chat_template": CHATML}
+    path.parent.mkdir(exist_ok=True)
+    write_gguf(path, metadata=metadata, vocab_size=256, max_position_embeddings=1024)
+
+
+def test_three_commands_lead_to_a_proven_export(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"}
+            for n in range(60)]  # fmt: skip
+    write_rows(place / "my-data.jsonl", made)
+    shown = [words[1:] for words in commands("README.md", "Your model and your data")]
+    assert [arguments[0] for arguments in shown] == ["import", "check", "run"]
+    write_model(place / shown[0][1])
+    for arguments in shown:
+        run(arguments, capsys)
+    export = place / "runs" / "own" / "export"
+    assert json.loads((export / "export_receipt.json").read_text())["passed"]
+    assert (export / "chat_template.jinja").read_text() == CHATML
+    losses = [json.loads(line)["loss"] for line in
+              (place / "runs/own/01-sft/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    assert losses[-1] < losses[0]
+
+
+def test_the_commands_of_the_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but those of pip: shorter rows, fewer steps and problems, the same options."""
+    fetching, shown = [], []
+    for words in commands("docs/own_model.md", "Try it"):
+        (shown if words[0] == "ernie-train" else fetching).append(words)
+    assert [words[2] for words in fetching] == ["pip", "zipfile", "tools.evidence.own_rows"]
+    for kind in ("questions", "tool_calls"):
+        own_rows.write_rows(kind, None, place / fetching[2][3], 3, 60)
+    write_model(place / shown[0][2])
+    for _, verb, *arguments in shown:
+        short = {"run": ["stages.sft.steps=4"], "eval": ["--max-new-tokens", "4"]}.get(verb, [])
+        told = run([verb, *arguments, *short], capsys)
+    receipt = json.loads((place / "runs/calls/export/export_receipt.json").read_text())
+    assert receipt["passed"]
+    assert "tool_calls" in told
+    assert (place / "my-adapter" / "adapter_config.json").exists()
