@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import zipfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,25 +94,29 @@ class FineTunes:
 
     def run(self) -> dict[str, Any]:
         """Train on both sides; return losses, costs and what became of the held-out rows."""
+        # In a process of its own: what it needs of memory would be held against training.
+        before = {}
+        if self.method == "LoRA":
+            with self._ours() as ours:
+                ours.ask(build=self._request())
+                before = self._held_out(ours)
         threads = str(self.options.threads)
-        with ExitStack() as stack:
-            command = [sys.executable, "-m", "tools.bench.finetune"]
-            ours = stack.enter_context(
-                Side(command, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": threads})
-            )
+        command = [str(self.options.referee), "-m", "tools.bench.finetune_peer"]
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        with self._ours() as ours, Side([*command, "--threads", threads], environment) as peer:
             ours.ask(build=self._request())
             found: dict[str, Any] = {"set_up": ours.ask(describe={})["set_up"]}
-            before = self._held_out(ours) if self.method == "LoRA" else {}
-            command = [str(self.options.referee), "-m", "tools.bench.finetune_peer"]
-            command += ["--threads", threads]
-            environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-            peer = stack.enter_context(Side(command, environment))
             found |= peer.ask(build=self._peer_request())
             found |= self._train({"ours": ours, "peer": peer})
             found |= {"before": before, "after": self._held_out(ours)}
             if self.method == "LoRA":
                 found["adapter"] = self._compare_adapter(ours, peer)
         return found
+
+    def _ours(self) -> Side:
+        threads = str(self.options.threads)
+        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": threads}
+        return Side([sys.executable, "-m", "tools.bench.finetune"], environment)
 
     def _request(self) -> dict[str, Any]:
         rows = self.options.out / "rows"

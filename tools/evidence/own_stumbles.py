@@ -34,7 +34,9 @@ def stumbles(source: Path, model: Path, out: Path) -> list[dict[str, Any]]:
         seconds, message = time.perf_counter() - started, " ".join(done.stderr.split())
         if done.returncode != 2 or not message:
             raise RuntimeError(f"{mistake}: status {done.returncode}, {message or 'no message'}")
-        for path, name in ((directory, "."), (model, "my-model"), (rows, "my-data.jsonl")):
+        for path, name in (
+            (f"{directory}/", ""), (model, "my-model"), (rows, "my-data.jsonl"), (f"{ROOT}/", ""),
+        ):  # fmt: skip
             message = message.replace(str(path), name)
         found.append({"mistake": mistake, "verb": arguments[0], "seconds": seconds,
                       "message": message})  # fmt: skip

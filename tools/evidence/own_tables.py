@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MARKERS = ("<!-- tables of tools.evidence.own_model -->", "<!-- end of the tables -->")
+SHOWN_CHARACTERS = 300  # of a message
 SHOWN_STEPS = (1, 5, 10, 20, 30)
 
 
@@ -83,7 +84,7 @@ def _costs(runs: dict[str, Any]) -> Iterator[Sequence[str]]:
 def _exports(runs: dict[str, Any], out: Path) -> Iterator[Sequence[str]]:
     yield (
         "rows", "largest logit", "adapter in peft: logits differ by", "merged by peft",
-        "merged export in transformers", "allowed", "greedy tokens",
+        "our merged export in transformers", "allowed", "greedy tokens",
     )  # fmt: skip
     for name, run in runs.items():
         if "adapter" not in run:
@@ -101,6 +102,8 @@ def _stumbles(found: list[dict[str, Any]]) -> Iterator[Sequence[str]]:
     yield "mistake", "verb", "seconds", "message"
     for one in found:
         message = one["message"].replace("|", "\\|")
+        if len(message) > SHOWN_CHARACTERS:
+            message = f"{message[: SHOWN_CHARACTERS // 2]} ... {message[-SHOWN_CHARACTERS // 2 :]}"
         yield one["mistake"], f"`{one['verb']}`", f"{one['seconds']:.1f}", message
 
 
