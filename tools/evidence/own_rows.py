@@ -80,7 +80,9 @@ def read_objects(path: Path) -> Iterator[Row]:
 
 def bfcl_row(row: Row, truth: list[dict[str, dict[str, list[Any]]]]) -> Row:
     """Return a row of BFCL with its first allowed values as the answer."""
-    expected = [{"name": n, "arguments": a} for call in truth for n, a in call.items()]
+    expected: list[Row] = [
+        {"name": name, "arguments": allowed} for call in truth for name, allowed in call.items()
+    ]
     calls = [{"name": call["name"], "arguments": firsts(call["arguments"])} for call in expected]
     made = [{"type": "function", "function": call} for call in calls]
     answer = {"role": "assistant", "tool_calls": made}
