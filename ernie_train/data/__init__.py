@@ -7,6 +7,7 @@ from ernie_train.data.chat import (
     encode_conversation,
     prompt_ids,
     render_chat,
+    tool_result_ids,
 )
 from ernie_train.data.chat_template import SHIPPED_TEMPLATES, ChatTemplate, shipped_template
 from ernie_train.data.conversation import require_chat_template
@@ -58,5 +59,6 @@ __all__ = [
     "render_chat",
     "require_chat_template",
     "shipped_template",
+    "tool_result_ids",
     "train_tokenizer",
 ]

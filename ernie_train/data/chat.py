@@ -21,7 +21,7 @@ from typing import Literal
 
 from ernie_train.core.errors import DataError
 from ernie_train.data.chat_messages import Message, split_reasoning, without_reasoning
-from ernie_train.data.chat_template import ChatTemplate
+from ernie_train.data.chat_template import MARKUP_TOKENS, ChatTemplate
 from ernie_train.data.completion_format import THINK_CLOSE, THINK_OPEN
 from ernie_train.data.conversation import Conversation, Tools, Turn
 from ernie_train.data.tokenizer import MARK, Tokenizer, unmark
@@ -126,6 +126,39 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools =
         raise DataError("a prompt must not end in an assistant turn")
     chat = Conversation(tokenizer, messages, tools)
     return tokenizer.encode_marked(chat.render(chat.messages, ask=True))[0]
+
+
+def tool_result_ids(
+    tokenizer: Tokenizer, calls: Sequence[str], results: Sequence[Message], tools: Tools
+) -> list[int]:
+    """Encode what stands between a turn that calls tools and the assistant's next turn.
+
+    Behind the ids of a turn as it was sampled these ids make the next prompt. They depend on a
+    turn's calls alone, so that what was sampled is never encoded again, and never shown otherwise.
+    Markup and control tokens in results are plain text.
+
+    Args:
+        calls: names of the called tools.
+        results: messages of the role tool.
+
+    Raises:
+        DataError: the template has no place for results, or does not keep turns as they were; or
+            a result contains a control token and the recipe refuses those.
+    """
+    called = [{"function": {"name": name, "arguments": {}}} for name in calls]
+    turn = {"role": "assistant", "content": "", "tool_calls": called}
+    chat = Conversation(tokenizer, [{"role": "user", "content": "?"}, turn, *results], tools)
+    shown = [m | {"content": _without_markup(m["content"])} for m in chat.messages[2:]]
+    chat.messages[2:] = shown
+    return chat.ids_behind(1)
+
+
+_MARKUP = re.compile("|".join(map(re.escape, MARKUP_TOKENS)))
+
+
+def _without_markup(text: str) -> str:
+    """Mark the texts that structure a turn, so that they are encoded as plain text."""
+    return _MARKUP.sub(lambda found: found.group()[0] + MARK + found.group()[1:], text)
 
 
 def render_chat(

@@ -259,6 +259,24 @@ class Conversation:
             found = [place for place in found if place <= shared] or found
         return found[-1] if found else 0
 
+    def ids_behind(self, at: int) -> list[int]:
+        """Encode what the template writes behind turn `at`, to the end of a generation prompt.
+
+        Raises:
+            DataError: the template ends the turn by no token, or shows it otherwise than alone.
+        """
+        text = self.render(self.messages[: at + 1])
+        turn = self._turn(at, text, self._prompt_end(at, text), len(text))
+        whole = self.render(self.messages, ask=True)
+        encode = self.required_tokenizer.encode_marked
+        ids, before = encode(whole)[0], encode(whole[: turn.end])[0]
+        if not (turn.closed and turn.stands_in(whole) and ids[: len(before)] == before):
+            raise DataError(
+                f"{self.template.origin} cannot continue a conversation behind the tokens of a "
+                "turn: it ends the turn by no token of its own, or shows it otherwise later"
+            )
+        return ids[len(before) :]
+
     def _marked(self, value: Any, where: str) -> Any:
         if self.tokenizer is None:
             return value

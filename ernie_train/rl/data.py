@@ -16,6 +16,7 @@ from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.data import BadRow, ReadReport, Record, Tokenizer
 from ernie_train.data.packing import epoch_order
 from ernie_train.data.report import too_long_warning
+from ernie_train.environments import Toolbox, open_toolbox
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.eval.prompts import encode_prompt
@@ -60,12 +61,14 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
     prompts: list[Prompt] = []
     sizes, reports = [], []
     warnings: list[Text] = []
-    for source in config.data:
-        found, report, warned = _read_prompts(config, source, data)
-        prompts += found
-        sizes.append(len(found))
-        reports.append(report)
-        warnings += warned
+    with open_toolbox(config.environment, data.tokenizer, data.base_dir) as toolbox:
+        for source in config.data:
+            found, report, warned = _read_prompts(config, source, data, toolbox)
+            prompts += found
+            sizes.append(len(found))
+            reports.append(report)
+            warnings += warned
+        _check_served(config, [prompt.record for prompt in prompts], toolbox)
     _check_curriculum(config, prompts)
     for reward in config.rewards():
         build_reward(reward, data.base_dir).close()  # starts nothing: it only must exist
@@ -105,7 +108,7 @@ def prepare(config: UpoConfig, data: StageData) -> PreparedPrompts:
 
 
 def _read_prompts(
-    config: UpoConfig, source: PromptSource, data: StageData
+    config: UpoConfig, source: PromptSource, data: StageData, toolbox: Toolbox | None
 ) -> tuple[list[Prompt], dict[str, Any], list[Text]]:
     records = load_problems(
         data.base_dir / source.path,
@@ -115,6 +118,8 @@ def _read_prompts(
         max_bad_fraction=config.max_bad_fraction,
         columns=source.columns,
     )
+    if toolbox is not None:
+        records = [toolbox.offer(record) for record in records]
     longest = config.rollout.max_prompt_tokens
     found, lengths = encode_prompts(
         records, data.tokenizer, longest=longest, max_bad_fraction=config.max_bad_fraction
@@ -210,6 +215,12 @@ def describe(
             f"completions of at most {rollout.max_new_tokens} tokens",
             highlight=False,
         )
+    if (tools := config.environment) is not None:
+        console.print(
+            f"an episode has at most {tools.max_turns} turns; a result of a tool at most "
+            f"{tools.max_tool_tokens} tokens, a call {tools.max_tool_seconds:g} s",
+            highlight=False,
+        )
     console.print(f"{steps} optimizer steps an iteration; iterations: {config.iterations}")
     first = prepared.prompts[0]
     console.print(f"the first of {len(prepared.prompts)} prompts:")
@@ -219,6 +230,15 @@ def describe(
 def rollout_file(directory: Path, iteration: int) -> Path:
     """Return the file of an iteration's rollout in a directory of them."""
     return directory / f"{iteration:06d}.jsonl"
+
+
+def _check_served(config: UpoConfig, records: Sequence[Record], toolbox: Toolbox | None) -> None:
+    """Refuse an environment that no problem of the stage is an episode of."""
+    if toolbox is not None and not any(toolbox.serves(record) for record in records):
+        raise ConfigError(
+            f"environment of stage {config.name} has no effect: every row has tools of its own, or "
+            "is about making a call (reward: tool_call)"
+        )
 
 
 def _check_best_metric(config: UpoConfig, held_out: Sequence[Record]) -> None:

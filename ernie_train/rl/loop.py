@@ -14,6 +14,7 @@ from typing import Any
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import EngineError, Interrupted
+from ernie_train.environments import Toolbox, open_toolbox
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate.engines import Engine, build_engine
 from ernie_train.io.metrics_log import PendingLine, StageMetrics, cut_after
@@ -56,6 +57,7 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
     """
     with consensus.fail_together():
         built = build_reward(config.reward, stage.data.base_dir)
+        tools = open_toolbox(config.environment, stage.data.tokenizer, stage.data.base_dir)
     rollout = config.rollout
     engine = build_engine(
         rollout.engine,
@@ -67,12 +69,12 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
         largest_gap=rollout.max_logprob_mismatch,
         stop_requested=lambda: stage.stop.requested,
     )
-    with closing(built) as reward, closing(engine):
+    with closing(built) as reward, closing(engine), tools as toolbox:
         if config.canaries:
             with consensus.fail_together():
                 if process_group.is_main():
                     _try_reward(config, stage, prepared, reward)
-        return _UpoLoop(config, stage, prepared, reward, engine).run()
+        return _UpoLoop(config, stage, prepared, reward, engine, toolbox).run()
 
 
 def _try_reward(
@@ -109,14 +111,18 @@ class _UpoLoop:
         prepared: PreparedPrompts,
         reward: ComposedReward,
         engine: Engine,
+        toolbox: Toolbox | None,
     ) -> None:
         self.config, self.stage, self.prepared = config, stage, prepared
+        self.toolbox = toolbox
         self.learner = Learner(config, stage)
         dtype = dtype_name(stage.model.model.norm.weight)
         with consensus.fail_together():
             scorers = load_scorers(config.reward.parts, stage.data.base_dir, dtype)
             self.audit, self.pair_reward = second_rewards(config, prepared.prompts, stage, dtype)
-        self.sampler = RolloutSampler(config, stage, prepared, reward, engine, scorers)
+        self.sampler = RolloutSampler(
+            config, stage, prepared, reward, engine, scorers, toolbox=toolbox
+        )
         self.sampler.audit = self.audit.audited if self.audit is not None else None
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
         self.state = IterationState()

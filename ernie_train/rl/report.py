@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,6 +136,7 @@ def rollout_metrics(rollout: Rollout, *, every_group: bool = False) -> dict[str,
     for label in sorted({label for c, _ in valid for label in c.reward_parts}):
         parts = [c.reward_parts[label] for c, _ in valid if label in c.reward_parts]
         metrics[f"reward_part/{label}"] = float(np.mean(parts))
+    metrics |= _episode_metrics([c.turns for c in completions if c.turns])
     excluded = Counter(c.score.status for c in completions if not c.score.trains)
     metrics |= {f"excluded/{status}": excluded[status] for status in sorted(excluded)}
     return metrics
@@ -153,12 +155,26 @@ def reward_model_metrics(rollout: Rollout, parts: Sequence[RewardPart]) -> dict[
             continue
         name = part.label
         scores = np.array([c.reward_parts[name] for c in judged])
-        lengths = np.array([len(c.completion_ids) for c in judged])
+        lengths = np.array([c.num_sampled for c in judged])
         metrics[f"{name}/std"] = float(scores.std())
         metrics[f"{name}/saturated"] = float((np.abs(scores) >= part.model.clip).mean())
         if scores.std() > 0 and lengths.std() > 0:
             metrics[f"{name}/length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
     return metrics
+
+
+def _episode_metrics(episodes: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Return turns and calls of an episode, and the share of calls that failed."""
+    if not episodes:
+        return {}
+    results = [m for messages in episodes for m in messages if m["role"] == "tool"]
+    turns = sum(map(len, episodes)) - len(results)
+    failed = sum(bool(result["failed"]) for result in results)
+    return {
+        "episodes/turns": turns / len(episodes),
+        "episodes/tool_calls": len(results) / len(episodes),
+        "episodes/tool_errors": failed / max(1, len(results)),
+    }
 
 
 def pair_metrics(counts: PairCounts) -> dict[str, float]:
@@ -205,6 +221,7 @@ def append_samples(
             "task": c.task,
             "prompt": user_prompt(prompts[c.prompt].record),
             "completion": c.text,
+            **({"turns": c.turns} if c.turns else {}),
             "tokens": c.num_sampled,
             "finished": c.finished,
             "reward": float(rewards[at]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, storage_errors
 from ernie_train.core.foreign_files import open_regular, parse_json
-from ernie_train.eval.prompts import completion_text, problem_row
+from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
+from ernie_train.eval.prompts import problem_row
 from ernie_train.generate import Completion, SamplingConfig, score_sharded
 from ernie_train.generate.engines import Engine
 from ernie_train.io.files import write_jsonl
@@ -55,6 +57,7 @@ class ScoredCompletion(TokenizedCompletion):
     score: Score
     raw_reward: float
     reward_parts: dict[str, float]
+    turns: list[dict[str, Any]] | None = None  # and the results of tools; None without any
     sampled_logprobs: np.ndarray | None = None  # float32 [sampled tokens]
 
 
@@ -125,6 +128,7 @@ class RolloutSampler:
     engine: Engine
     scorers: Mapping[str, RewardModelScorer] = field(default_factory=dict)
     audit: Callable[[Sequence[PromptGroup], int], list[PromptGroup]] | None = None
+    toolbox: Toolbox | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,6 +142,8 @@ class RolloutSampler:
 
     def clear_seconds(self) -> None:
         self.seconds = {"rollout_seconds": 0.0, "scoring_seconds": 0.0}
+        if self.toolbox is not None:
+            self.seconds["tool_seconds"] = 0.0
 
     def new_order(self) -> PromptOrder:
         """Return the stage's order of prompts, from its beginning."""
@@ -223,61 +229,74 @@ class RolloutSampler:
         Every rank must call it; each samples and scores a share, and all have the same groups then.
         Raises `Interrupted` when a stop is asked for.
         """
+        size = self.config.rollout.group_size
+        indices = [index for index in chosen for _ in range(size)]
+        episodes = self._played(indices, key)
         started = time.perf_counter()
-        config, data = self.config.rollout, self.stage.data
-        prompts = [index for index in chosen for _ in range(config.group_size)]
-        seed = int(np.random.SeedSequence([data.seed, *key]).generate_state(1)[0])
-        self.engine.load_weights(self.stage.model, version=key[0])
-        completions = self.engine.sample(
-            [self.prepared.prompts[index].prompt_ids for index in prompts],
-            SamplingConfig(
-                config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
-            ),
-            stop_requested=lambda: self.stage.stop.requested,
-        )
-        sampled = time.perf_counter()
-        scored = self._scored(list(zip(prompts, completions, strict=True)))
-        self.seconds["rollout_seconds"] += sampled - started
-        self.seconds["scoring_seconds"] += time.perf_counter() - sampled
-        size = config.group_size
-        return [scored[at : at + size] for at in range(0, len(scored), size)]
-
-    def _scored(self, sampled: Sequence[tuple[int, Completion]]) -> list[ScoredCompletion]:
-        texts = [completion_text(self.stage.data.tokenizer, c) for _, c in sampled]
         scores = score_sharded(
-            list(zip(sampled, texts, self._model_scores(sampled, texts), strict=True)),
+            list(zip(indices, episodes, self._model_scores(indices, episodes), strict=True)),
             self._grade,
             stop_requested=lambda: self.stage.stop.requested,
         )
         self.reward.check_excluded([composed.score for composed in scores])
-        found = []
-        for (index, completion), text, composed in zip(sampled, texts, scores, strict=True):
-            prompt = self.prepared.prompts[index]
-            found.append(
-                ScoredCompletion(
-                    prompt_ids=prompt.prompt_ids,
-                    completion_ids=completion.ids,
-                    prompt=index,
-                    domain=prompt.domain,
-                    task=prompt.task,
-                    text=text,
-                    finished=completion.finished,
-                    score=composed.score,
-                    raw_reward=composed.value,
-                    reward_parts=composed.parts,
-                    sampled_logprobs=np.array(completion.logprobs, np.float32),
-                    expert_ids=completion.expert_ids,
-                    prompt_expert_ids=completion.prompt_expert_ids,
-                )
-            )
+        self.seconds["scoring_seconds"] += time.perf_counter() - started
+        scored = [self._scored(*item) for item in zip(indices, episodes, scores, strict=True)]
+        return [scored[at : at + size] for at in range(0, len(scored), size)]
+
+    def is_episode(self, prompt: Prompt) -> bool:
+        """Return whether a prompt is answered in several turns, with tools."""
+        return self.toolbox is not None and self.toolbox.serves(prompt.record)
+
+    def _played(self, indices: Sequence[int], key: tuple[int, ...]) -> list[Episode]:
+        prompts = [self.prepared.prompts[index] for index in indices]
+        loading = time.perf_counter()
+        self.engine.load_weights(self.stage.model, version=key[0])
+        started = time.perf_counter()
+        sampled_before = self.seconds["rollout_seconds"]
+        episodes = play_episodes(
+            [EpisodeStart(p.prompt_ids, p.record if self.is_episode(p) else None) for p in prompts],
+            partial(self._sample_turn, key),
+            self.stage.data.tokenizer,
+            self.toolbox,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            stop_requested=lambda: self.stage.stop.requested,
+        )
+        if self.toolbox is not None:
+            sampling = self.seconds["rollout_seconds"] - sampled_before
+            self.seconds["tool_seconds"] += time.perf_counter() - started - sampling
+        self.seconds["rollout_seconds"] += started - loading
+        return episodes
+
+    def _sample_turn(
+        self,
+        key: tuple[int, ...],
+        prompts: Sequence[Sequence[int]],
+        *,
+        turn: int,
+        episodes: Sequence[int],
+        limits: Sequence[int],
+    ) -> list[Completion]:
+        started = time.perf_counter()
+        config = self.config.rollout
+        words = [self.stage.data.seed, *key, *([turn] if turn else [])]
+        seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+        found = self.engine.sample(
+            prompts,
+            SamplingConfig(max(limits), config.temperature, config.top_p, config.top_k, seed),
+            sequence_ids=episodes,
+            limits=limits,
+            stop_requested=lambda: self.stage.stop.requested,
+        )
+        self.seconds["rollout_seconds"] += time.perf_counter() - started
         return found
 
     def _model_scores(
-        self, sampled: Sequence[tuple[int, Completion]], texts: Sequence[str]
+        self, indices: Sequence[int], episodes: Sequence[Episode]
     ) -> list[dict[str, Score]]:
-        """Return what reward models say of each completion, by the label of their part."""
-        records = [self.prepared.prompts[index].record for index, _ in sampled]
+        """Return what reward models say of each last turn, by the label of their part."""
+        records = [self.prepared.prompts[index].record for index in indices]
         rows = [problem_row(record, self.stage.data.tokenizer) for record in records]
+        texts = [episode.text for episode in episodes]
         found: list[dict[str, Score]] = [{} for _ in texts]
         for label, scorer in self.scorers.items():
             scores = scorer.score(
@@ -287,14 +306,34 @@ class RolloutSampler:
                 own[label] = score
         return found
 
+    def _scored(self, index: int, episode: Episode, composed: ComposedScore) -> ScoredCompletion:
+        prompt = self.prepared.prompts[index]
+        return ScoredCompletion(
+            prompt_ids=prompt.prompt_ids,
+            completion_ids=episode.completion_ids,
+            sampled_mask=episode.sampled_mask,
+            prompt=index,
+            domain=prompt.domain,
+            task=prompt.task,
+            text=episode.text,
+            finished=episode.finished,
+            score=composed.score,
+            raw_reward=composed.value,
+            reward_parts=composed.parts,
+            turns=episode.messages if self.is_episode(prompt) else None,
+            sampled_logprobs=np.array(episode.logprobs, np.float32),
+            expert_ids=episode.expert_ids,
+            prompt_expert_ids=episode.prompt_expert_ids,
+        )
+
     def _grade(
-        self, items: Sequence[tuple[tuple[int, Completion], str, Mapping[str, Score]]]
+        self, items: Sequence[tuple[int, Episode, Mapping[str, Score]]]
     ) -> Sequence[ComposedScore]:
-        prompts: list[Prompt] = [self.prepared.prompts[index] for (index, _), _, _ in items]
+        prompts: list[Prompt] = [self.prepared.prompts[index] for index, _, _ in items]
         return self.reward.score_batch(
             [problem_row(prompt.record, self.stage.data.tokenizer) for prompt in prompts],
-            [text for _, text, _ in items],
-            [len(completion.ids) for (_, completion), _, _ in items],
+            [episode.text for _, episode, _ in items],
+            [len(episode.logprobs) for _, episode, _ in items],
             of_models={label: [found[label] for _, _, found in items] for label in self.scorers},
             whole=False,
             stop_requested=lambda: self.stage.stop.requested,
@@ -347,6 +386,7 @@ def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
             row = {
                 "group": number, "prompt": c.prompt, "prompt_ids": c.prompt_ids,
                 "completion_ids": c.completion_ids, "sampled_mask": c.sampled_mask,
+                "turns": c.turns,
                 "domain": c.domain, "task": c.task,
                 "text": c.text, "finished": c.finished, "raw_reward": c.raw_reward,
                 "reward_parts": c.reward_parts,
@@ -383,7 +423,8 @@ def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
     )  # fmt: skip
     read = ScoredCompletion(
         **{name: row[name] for name in names},
-        sampled_mask=row.get("sampled_mask"),  # version 0.1.0 writes none
+        sampled_mask=row.get("sampled_mask"),  # version 0.1.0 writes none, nor turns
+        turns=row.get("turns"),
         score=Score(*row["score"]),
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )

@@ -38,6 +38,8 @@ PACKAGES: dict[str, str] = {
     "rewards.verifiers.labels": "assignments choices",
     "rewards.verifiers.expressions": "arithmetic notation real_sets structure stated",
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
+    "environments": "config tool calculator lookup python_cells user_worker user_tools environment"
+    " episodes",
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"
     " convert checkpoint model_directory",
@@ -70,7 +72,7 @@ INDEPENDENT = {
 WITHOUT_PADDLE = {
     "core.errors", "core.terminal", "core.foreign_files", "core.yaml", "core.config",
     "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
-    "core.cpu", "core.blas", "io.files", "launch", "data", "rewards",
+    "core.cpu", "core.blas", "io.files", "launch", "data", "rewards", "environments",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"core.process_group", "parallel"}
 # They take seconds to import, or drag Paddle in, so only the function that needs one imports it.

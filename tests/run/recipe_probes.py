@@ -73,6 +73,8 @@ HELD_OUT = {
 }  # fmt: skip
 DIALOGUES = {"@data": [{"path": "{root}/dialogues.jsonl"}], "@seq_len": 160}
 OTHER_COLUMNS = {"@data.0.path": "{root}/other_columns.jsonl"}
+LONG_PROMPTS = {"@rollout.max_prompt_tokens": 500, "model.max_position_embeddings": 600}
+TOOLS = {**LONG_PROMPTS, "@environment": {"tools": ["calculator"], "max_tool_tokens": 4}}
 SAME = {"columns": {"answer": "answer"}}
 
 PROBES: dict[str, Probe] = {
@@ -498,6 +500,20 @@ PROBES: dict[str, Probe] = {
     "stages[].evaluation.temperature": Probe(
         "upo", {"@evaluation.temperature": 1.0}, HELD_OUT, "problems"
     ),
+    "stages[] of kind upo.environment": Probe("upo", TOOLS, LONG_PROMPTS),
+    "stages[].environment.tools": Probe(
+        "upo", {"@environment.tools": ["calculator", "python"]}, TOOLS
+    ),
+    "stages[].environment.tools[].python": Probe(
+        "upo", {"@environment.tools": [{"python": "{root}/other_tools.py"}]},
+        {**TOOLS, "@environment.tools": [{"python": "{root}/my_tools.py"}]},
+    ),
+    **{
+        f"stages[].environment.{name}": Probe("upo", {name: value}, observe="episode")
+        for name, value in {
+            "max_turns": 2, "max_tool_seconds": 0.2, "max_tool_tokens": 3
+        }.items()
+    },
     "stages[] of kind upo.canaries": Probe("upo", {"@canaries": 4}),
     "stages[] of kind upo.samples_per_iteration": Probe("upo", {"@samples_per_iteration": 2}),
     "stages[] of kind upo.term_norms_every": Probe("upo", {"@term_norms_every": 1}),

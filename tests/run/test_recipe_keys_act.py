@@ -29,10 +29,13 @@ from ernie_train.core.errors import GateError
 from ernie_train.data import (
     DataSource,
     Record,
+    load_tokenizer,
     read_records,
     shipped_template,
     train_tokenizer,
 )
+from ernie_train.data.completion_format import tool_call_block
+from ernie_train.environments import EnvironmentConfig, EpisodeStart, open_toolbox, play_episodes
 from ernie_train.eval import evaluation
 from ernie_train.eval.gates import check_gate
 from ernie_train.generate import Completion, SamplingConfig
@@ -122,6 +125,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = shipped_template("ernie_plain").source
     (root / "dated.jinja").write_text("{{- strftime_now('%d %b %Y\n') -}}" + plain)
     (root / "bad.jsonl").write_text((root / "validation.jsonl").read_text() + "{\n")
+    for name in ("my", "other"):
+        source = f"def {name}_tool(a: int) -> int:\n    'Add one.'\n    return a + 1\n"
+        (root / f"{name}_tools.py").write_text(source)
     (root / "reward.py").write_text(
         "def score(row, completion):\n    return float(sum(map(ord, completion)) % 2)\n"
         "def other(row, completion):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
@@ -309,6 +315,28 @@ class _Spies:
         config = composition.RewardConfig(parts=[{"python": "reward.py:score", **changes}])
         ((_, reward),) = composition.build_reward(config, self.root)._parts
         return getattr(reward, "deadline_s", None)
+
+    def episode(self, base: str, changes: Changes) -> Any:
+        """Play an episode that calls tools in every turn: a long result, then a slow call."""
+        tokenizer = load_tokenizer(self.root / "tokenizer")
+        (self.root / "slow.py").write_text(
+            "import time\ndef nap() -> str:\n    'Sleep.'\n    time.sleep(0.4)\n    return 'done'\n"
+        )
+        settings = {"tools": ["calculator", {"python": "slow.py"}], "max_turns": 3, **changes}
+        turns = [("calculator", {"expression": "12345678 * 87654321"}), ("nap", {}), ("nap", {})]
+
+        def sample(prompts: Any, *, turn: int, **_: Any) -> Any:
+            text = "x\n</think>\n\n" + tool_call_block(*turns[turn])
+            ids = [*tokenizer.encode(text), tokenizer.stop_token_ids[0]]
+            return [Completion(ids, [0.0] * len(ids), True)]
+
+        record = Record("prompt", [{"role": "user", "content": "?"}])
+        with open_toolbox(EnvironmentConfig(**settings), tokenizer, self.root) as toolbox:
+            (found,) = play_episodes(
+                [EpisodeStart([1], record)], sample, tokenizer, toolbox,
+                max_new_tokens=2000, stop_requested=lambda: False,
+            )  # fmt: skip
+        return found.messages
 
     def judge(self, base: str, changes: Changes) -> Any:
         found: list[Any] = []

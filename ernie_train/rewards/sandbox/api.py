@@ -149,15 +149,29 @@ def _are_pairs(values: Any, expected: int) -> bool:
 
 
 def run_script(
-    source: str, stdin: str, limits: Limits | None = None, *, pooled: bool = True
+    source: str,
+    stdin: str,
+    limits: Limits | None = None,
+    *,
+    pooled: bool = True,
+    more_time: bool = True,
 ) -> ProgramResult:
     """Run `source` as a script with this input; the one value is its standard output as text.
 
-    A script that ends with a status other than 0 has failed. Raises SandboxUnavailable if no
-    sandbox works here.
+    A script that ends with a status other than 0 has failed. `more_time=False`: one that is not
+    finished in time is a "timeout" at once, whether the machine was busy or not. Raises
+    SandboxUnavailable if no sandbox works here.
     """
-    limits = limits or DEFAULT_LIMITS
-    return _in_pair(lambda pair, limits: script_output(pair, source, stdin, limits), limits, pooled)
+
+    def run(pair: SandboxPair, limits: Limits) -> ProgramResult:
+        try:
+            return script_output(pair, source, stdin, limits)
+        except NoAnswerInTime:
+            if more_time:
+                raise
+            return ProgramResult("timeout", [], f"not finished after {limits.wall_s:g} s")
+
+    return _in_pair(run, limits or DEFAULT_LIMITS, pooled)
 
 
 def run_tests(

@@ -12,6 +12,7 @@ from ernie_train.rewards.scoring.composition import (
 from ernie_train.rewards.scoring.reference_completion import build_reference_completion
 from ernie_train.rewards.scoring.selfcheck import check_reward_on_reference_answers
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService, score_batch
+from ernie_train.rewards.scoring.worker_process import WorkerLost, WorkerProcess
 
 __all__ = [
     "ComposedReward",
@@ -22,6 +23,8 @@ __all__ = [
     "ScoredBatch",
     "ScoringReport",
     "ScoringService",
+    "WorkerLost",
+    "WorkerProcess",
     "build_reference_completion",
     "build_reward",
     "check_reward_on_reference_answers",

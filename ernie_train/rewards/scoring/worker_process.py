@@ -1,4 +1,4 @@
-"""Start a scoring process, send it requests and kill it."""
+"""Start a process that answers requests, such as those that score, send it some and kill it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 START_S = 120.0
-_MODULE = "ernie_train.rewards.scoring.worker"
+SCORING_WORKER = "ernie_train.rewards.scoring.worker"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -20,13 +20,16 @@ class WorkerLost(Exception):
 
 
 class WorkerProcess:
-    """Control one scoring process in a session of its own; it loads no Paddle.
+    """Control one process in a session of its own; it loads no Paddle.
+
+    module: what it runs, with the descriptor of its pipe and the id of this process as arguments.
+        It answers ["ready"] at first, then each request, as JSON.
 
     `task` is the task in progress, None while there is none; `deadline` is the time
     (time.monotonic) by which the process must have answered or, at its start, be ready.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = SCORING_WORKER) -> None:
         here, there = Pipe()
         root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -34,7 +37,7 @@ class WorkerProcess:
         # A signal of the terminal goes to its whole session: a session of its own gets none.
         arguments = [str(there.fileno()), str(os.getpid())]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _MODULE, *arguments],
+            [sys.executable, "-P", "-m", module, *arguments],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONPATH": path},

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ernie_train.core.config import HARMLESS, PositiveInt
+from ernie_train.environments import EnvironmentConfig
 from ernie_train.rewards.scoring import RewardConfig
 from ernie_train.rl.config.policy import CriticConfig, PolicyConfig
 from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig, SharedReward
@@ -63,6 +64,7 @@ class UpoConfig(StageConfig):
 
     share_prompts: computes a prompt once for all of its completions in a micro-batch.
     audit_reward: a dearer reward that stands in for `reward` on a share of the prompts.
+    environment: tools that the policy may call over several turns.
     canaries: rows on which the reward is tried before the first iteration.
     samples_per_iteration: rows that an iteration adds to samples.jsonl.
     term_norms_every: iterations between measurements of each term's gradient norm, besides the
@@ -75,6 +77,7 @@ class UpoConfig(StageConfig):
     audit_reward: SharedReward | None = None
     iterations: PositiveInt
     rollout: RolloutConfig
+    environment: EnvironmentConfig | None = None
     policy: PolicyConfig = PolicyConfig()
     preference: PreferenceConfig | None = None
     critic: CriticConfig | None = None
@@ -135,6 +138,7 @@ class UpoConfig(StageConfig):
             problems.append("rollout.skip_solved has no effect: iterations sample nothing")
         if preference is not None:
             problems += self._pair_problems(preference)
+        problems += self._environment_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -153,6 +157,15 @@ class UpoConfig(StageConfig):
                 "which groups teach something, with weight 0: put the part that is learnt first"
             )
         return problems
+
+    def _environment_problems(self) -> list[str]:
+        tools, room = self.environment, self.rollout.max_new_tokens
+        if tools is None or tools.max_tool_tokens < room:
+            return []
+        return [
+            f"environment.max_tool_tokens={tools.max_tool_tokens} leaves no room in "
+            f"rollout.max_new_tokens={room}, which holds an episode's turns and results of tools"
+        ]
 
     def _best_metric_problems(self) -> list[str]:
         if self.checkpoint.best_metric is None:
@@ -243,6 +256,7 @@ class UpoConfig(StageConfig):
     def paths(self) -> list[str]:
         """Return every file or directory that the stage reads."""
         found = [source.path for source in self.data]
+        found += self.environment.files if self.environment else []
         parts = [part for reward in self.rewards() for part in reward.parts]
         for path in (
             self.offline.path if self.offline else None,

@@ -1,0 +1,275 @@
+"""The environment of tools: it carries out the calls of a turn; one without calls ends it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ernie_train.core.errors import ConfigError, DataError
+from ernie_train.data import (
+    Record,
+    Tokenizer,
+    prompt_ids,
+    render_chat,
+    require_chat_template,
+    tool_result_ids,
+)
+from ernie_train.data.completion_format import ToolCall, parse_completion
+from ernie_train.environments.calculator import Calculator
+from ernie_train.environments.config import EnvironmentConfig
+from ernie_train.environments.lookup import TABLE, Lookup
+from ernie_train.environments.python_cells import PythonCells
+from ernie_train.environments.tool import Tool, ToolContext, ToolError
+from ernie_train.environments.user_tools import UserTools
+from ernie_train.rewards.sandbox import layer_in_force
+
+Message = dict[str, Any]
+
+MAX_CALLS = 8  # of one turn; further ones are answered by an error
+_CHARACTERS_PER_TOKEN = 16  # more of a result are never encoded
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufdd0-\ufdef\ufffe\uffff]")
+_CUT = " [cut]"
+_QUESTION: Message = {"role": "user", "content": "?"}
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """Say how one call went. `seconds` differ from run to run."""
+
+    name: str
+    failed: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Hold the answer of an environment to a turn.
+
+    messages: results of the turn's calls, for the model. done: the episode ends with this turn.
+    """
+
+    messages: list[Message]
+    done: bool
+    calls: list[CallRecord] = field(default_factory=list)
+
+
+class Environment(Protocol):
+    """What a policy acts in, for one episode. The verifier grades the last turn."""
+
+    def reset(self, record: Record) -> list[Message]:
+        """Begin an episode; return the messages that the assistant answers."""
+        ...
+
+    def step(self, turn: str) -> StepResult:
+        """Answer a turn of the assistant, given as the text that it wrote."""
+        ...
+
+
+class Toolbox:
+    """The tools of an environment, shared by all episodes; `close` ends their processes."""
+
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        tools: Mapping[str, Tool],
+        tokenizer: Tokenizer,
+        resources: ExitStack,
+    ) -> None:
+        self.config, self.tools, self.tokenizer = config, tools, tokenizer
+        self._resources = resources
+
+    def close(self) -> None:
+        """End all processes of tools."""
+        self._resources.close()
+
+    def serves(self, record: Record) -> bool:
+        """Return whether a problem is an episode here; else it is answered in one turn.
+
+        Problems about making a call (`reward: tool_call`), and those with tools of their own that
+        are not all here, are answered in one turn.
+        """
+        own = {_function(tool).get("name") for tool in record.tools or ()}
+        return record.fields.get("reward") != "tool_call" and own <= self.tools.keys()
+
+    def offer(self, record: Record) -> Record:
+        """Return a problem with the tools that it is asked with: its own choice, or all.
+
+        `lookup` is offered to rows with a table alone. Raises `DataError` for a table that is none.
+        """
+        if not self.serves(record):
+            return record
+        table = record.fields.get(TABLE)
+        if table is not None and not isinstance(table, dict):
+            raise DataError(f"{record.source}: {TABLE} must be an object of keys and entries")
+        chosen = {_function(tool)["name"] for tool in record.tools or ()} or self.tools.keys()
+        usable = [name for name in self.tools if name in chosen and (name != "lookup" or table)]
+        if record.tools and len(usable) < len(chosen):
+            raise DataError(f"{record.source}: a row that offers lookup needs a {TABLE}")
+        schemas = [self.tools[name].schema for name in usable]
+        fields = {**record.fields, **({"tools": schemas} if schemas else {})}
+        return replace(record, tools=schemas or None, fields=fields)
+
+    def environment(self) -> ToolEnvironment:
+        """Return a new environment, for one episode."""
+        return ToolEnvironment(self)
+
+    def result_ids(self, names: Sequence[str], results: Sequence[Message]) -> list[int]:
+        """Encode results, and the generation prompt behind them, as the template writes them."""
+        known = [name if name in self.tools else next(iter(self.tools)) for name in names]
+        schemas = [tool.schema for tool in self.tools.values()]
+        return tool_result_ids(self.tokenizer, known, results, schemas)
+
+    def as_result(self, text: str) -> str:
+        """Return foreign text as a result may show it: bounded, without control characters."""
+        most = self.config.max_tool_tokens
+        whole = text
+        text = _CONTROL.sub("\ufffd", whole[: most * _CHARACTERS_PER_TOKEN].replace("\r\n", "\n"))
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        try:
+            marked = self.tokenizer.mark_control_tokens(text, "a tool's result")
+        except DataError as error:
+            return f"error: {error}"
+        _, places = self.tokenizer.encode_marked(marked)
+        if len(places) > most:
+            return text[: places[most][0]] + _CUT
+        return text + _CUT if len(whole) > most * _CHARACTERS_PER_TOKEN else text
+
+
+class ToolEnvironment:
+    """An episode with the tools of a `Toolbox`."""
+
+    def __init__(self, toolbox: Toolbox) -> None:
+        self._toolbox = toolbox
+        self._context = self._context_of({})
+        self._offered: set[str] = set()
+
+    def reset(self, record: Record) -> list[Message]:
+        """Begin an episode with a problem; return its messages."""
+        record = self._toolbox.offer(record)
+        self._offered = {_function(tool)["name"] for tool in record.tools or ()}
+        self._context = self._context_of(record.fields)
+        return list(record.prompt_messages)
+
+    def step(self, turn: str) -> StepResult:
+        """Carry out the calls of a turn, in order; a turn without a call ends the episode."""
+        template = require_chat_template(self._toolbox.tokenizer)
+        parsed = parse_completion(
+            turn, thinking=template.opens_thinking, tagged=template.has_response_tags
+        )
+        if not parsed.tool_calls:
+            return StepResult([], done=True)
+        messages, records = [], []
+        for number, call in enumerate(parsed.tool_calls[: MAX_CALLS + 1]):
+            started = time.perf_counter()
+            try:
+                if number == MAX_CALLS:
+                    raise ToolError(f"a turn may make {MAX_CALLS} calls; no further one was made")
+                text, failed = self._carried_out(call), False
+            except ToolError as error:
+                text, failed = f"error: {error}", True
+            shown = self._toolbox.as_result(text)
+            messages.append({"role": "tool", "name": call.name[:80], "content": shown})
+            records.append(CallRecord(call.name[:80], failed, time.perf_counter() - started))
+        return StepResult(messages, done=False, calls=records)
+
+    def _carried_out(self, call: ToolCall) -> str:
+        if call.arguments is None:
+            raise ToolError("the call is not JSON with a name and arguments")
+        if call.name not in self._offered:
+            offered = ", ".join(sorted(self._offered))
+            raise ToolError(f"there is no tool {call.name[:80]!r}, only {offered or 'none'}")
+        try:
+            return self._toolbox.tools[call.name].call(call.arguments, self._context)
+        except ToolError:
+            raise
+        except Exception as error:  # whatever a hostile argument makes a tool raise is its answer
+            raise ToolError(f"{type(error).__name__}: {str(error)[:200]}") from error
+
+    def _context_of(self, row: Mapping[str, Any]) -> ToolContext:
+        config = self._toolbox.config
+        characters = config.max_tool_tokens * _CHARACTERS_PER_TOKEN + 1
+        return ToolContext(row, config.max_tool_seconds, characters)
+
+
+def build_toolbox(config: EnvironmentConfig, tokenizer: Tokenizer, base_directory: Path) -> Toolbox:
+    """Return the tools of a recipe's environment; files are relative to `base_directory`.
+
+    Raises `ConfigError` where the chat template cannot carry them, `UserError` for a file that is
+    no tools, and `SandboxUnavailable` where Python is asked for and no sandbox works.
+    """
+    tools: list[Tool] = []
+    with ExitStack() as resources:
+        for asked in config.tools:
+            if asked == "calculator":
+                tools.append(Calculator())
+            elif asked == "lookup":
+                tools.append(Lookup())
+            elif asked == "python":
+                layer_in_force()
+                tools.append(PythonCells())
+            else:
+                file = (base_directory / Path(asked.python).expanduser()).resolve()
+                own = UserTools(file)
+                resources.callback(own.close)
+                tools += own.tools
+        named = {tool.schema["function"]["name"]: tool for tool in tools}
+        if len(named) < len(tools):
+            names = [tool.schema["function"]["name"] for tool in tools]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"environment.tools: two tools have the name {twice!r}")
+        toolbox = Toolbox(config, named, tokenizer, resources.pop_all())
+    try:
+        _check_format(toolbox)
+    except DataError as error:
+        toolbox.close()
+        raise ConfigError(f"environment: {error}") from None
+    return toolbox
+
+
+def open_toolbox(
+    config: EnvironmentConfig | None, tokenizer: Tokenizer, base_directory: Path
+) -> AbstractContextManager[Toolbox | None]:
+    """Return a context with the tools of an environment, or with None where there is none.
+
+    Raises the errors of `build_toolbox`.
+    """
+    if config is None:
+        return nullcontext()
+    return closing(build_toolbox(config, tokenizer, base_directory))
+
+
+def _check_format(toolbox: Toolbox) -> None:
+    """Check that the chat format shows tools and results, and writes calls as they are read.
+
+    Raises `DataError` with what it cannot do.
+    """
+    tokenizer = toolbox.tokenizer
+    origin = require_chat_template(tokenizer).origin
+    name, tool = next(iter(toolbox.tools.items()))
+    if prompt_ids(tokenizer, [_QUESTION], [tool.schema]) == prompt_ids(tokenizer, [_QUESTION]):
+        raise DataError(f"{origin} does not show tools to the model")
+    called = {"function": {"name": name, "arguments": {"a": "1"}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [called]}
+    before = render_chat(tokenizer, [_QUESTION], [tool.schema])
+    text = render_chat(tokenizer, [_QUESTION, turn], [tool.schema])
+    calls = parse_completion(text[len(before) :], thinking=False).tool_calls
+    if [(call.name, call.arguments) for call in calls] != [(name, {"a": "1"})]:
+        raise DataError(
+            f"{origin} writes calls otherwise than as <tool_call> with JSON, which alone is read"
+        )
+    results = [
+        toolbox.result_ids([name], [{"role": "tool", "name": name, "content": text}])
+        for text in ("1", "2")
+    ]
+    if results[0] == results[1]:
+        raise DataError(f"{origin} does not show the results of tools")
+
+
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = tool.get("function") or tool
+    return function if isinstance(function, Mapping) else {}

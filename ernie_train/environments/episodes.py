@@ -1,0 +1,201 @@
+"""Episodes of several turns, all that still run sampled together, turn after turn.
+
+The ids of an episode are never encoded again: the next prompt is the ids so far, as they were
+sampled, and behind them the ids of the tools' results. Random numbers come from the episode and
+the turn alone; all ranks make the same calls and have the same episodes.
+
+Shapes: T sampled tokens of an episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ernie_train.core import consensus, process_group
+from ernie_train.core.cpu import cpu_setup
+from ernie_train.core.errors import Interrupted
+from ernie_train.data import Record, Tokenizer
+from ernie_train.environments.environment import Environment, Message, StepResult, Toolbox
+
+_POLL_S = 0.1
+
+
+class SampledTurn(Protocol):
+    """What a sampler returns for one prompt: `ernie_train.generate.Completion`."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    expert_ids: np.ndarray | None
+    prompt_expert_ids: np.ndarray | None
+
+
+class SampleTurn(Protocol):
+    """Samples one turn of several episodes, each of at most `limits[i]` tokens."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        turn: int,
+        episodes: Sequence[int],
+        limits: Sequence[int],
+    ) -> Sequence[SampledTurn]: ...
+
+
+@dataclass(frozen=True)
+class EpisodeStart:
+    """The ids of a problem as it is asked; `record` is None for one that has but one turn."""
+
+    prompt_ids: list[int]
+    record: Record | None = None
+
+
+@dataclass
+class Episode:
+    """Tokens and messages of one episode.
+
+    completion_ids: what follows the prompt; sampled_mask: which of them were sampled, None for all.
+    logprobs, expert_ids: of the sampled tokens, [T] and [T, MoE layers, K]; prompt_expert_ids: of
+        the problem's positions but the last. Those of tools' results are not kept.
+    text: the last turn, without its stop token; finished: it ended, and called no tool.
+    messages: turns and results, as a person reads them.
+    """
+
+    completion_ids: list[int] = field(default_factory=list)
+    sampled_mask: list[bool] | None = None
+    logprobs: list[float] = field(default_factory=list)
+    expert_ids: np.ndarray | None = None
+    prompt_expert_ids: np.ndarray | None = None
+    text: str = ""
+    finished: bool = False
+    messages: list[Message] = field(default_factory=list)
+    turns: int = 0
+    tool_seconds: float = 0.0
+
+    def add_turn(self, sampled: SampledTurn, tokenizer: Tokenizer) -> None:
+        """Append a turn of the assistant."""
+        if self.sampled_mask is not None:
+            self.sampled_mask += [True] * len(sampled.ids)
+        self.completion_ids = self.completion_ids + sampled.ids
+        self.logprobs = self.logprobs + list(sampled.logprobs)
+        first = self.turns == 0
+        if first:
+            self.expert_ids = sampled.expert_ids
+            self.prompt_expert_ids = sampled.prompt_expert_ids
+        elif self.expert_ids is not None and sampled.expert_ids is not None:
+            self.expert_ids = np.concatenate([self.expert_ids, sampled.expert_ids])
+        self.text = tokenizer.decode(sampled.ids[:-1] if sampled.finished else sampled.ids)
+        self.finished = sampled.finished
+        self.messages.append({"role": "assistant", "content": self.text})
+        self.turns += 1
+
+    def add_results(self, result: StepResult, ids: Sequence[int], *, most: int) -> bool:
+        """Append the results of the turn's calls, unless they leave no token of `most` to a turn.
+
+        Returns whether they were appended. The episode is cut off unless a further turn follows.
+        """
+        self.finished = False
+        self.tool_seconds += sum(call.seconds for call in result.calls)
+        for message, call in zip(result.messages, result.calls, strict=True):
+            self.messages.append({**message, "failed": call.failed})
+        if len(self.completion_ids) + len(ids) >= most:
+            return False
+        mask = self.sampled_mask or [True] * len(self.completion_ids)
+        self.sampled_mask = mask + [False] * len(ids)
+        self.completion_ids = self.completion_ids + list(ids)
+        return True
+
+
+def play_episodes(
+    starts: Sequence[EpisodeStart],
+    sample: SampleTurn,
+    tokenizer: Tokenizer,
+    toolbox: Toolbox | None,
+    *,
+    max_new_tokens: int,
+    stop_requested: Callable[[], bool],
+) -> list[Episode]:
+    """Play all episodes to their end; `max_new_tokens` bounds what follows each prompt.
+
+    Every rank must call it; each carries out the calls of a share of the episodes. Raises
+    `Interrupted` on all ranks when a stop is requested on one.
+    """
+    episodes = [Episode() for _ in starts]
+    environments = _environments(starts, toolbox)
+    max_turns = toolbox.config.max_turns if toolbox else 1
+    live = list(range(len(starts)))
+    for turn in range(max_turns):
+        sampled = sample(
+            [starts[at].prompt_ids + episodes[at].completion_ids for at in live],
+            turn=turn,
+            episodes=live,
+            limits=[max_new_tokens - len(episodes[at].completion_ids) for at in live],
+        )
+        for at, one in zip(live, sampled, strict=True):
+            episodes[at].add_turn(one, tokenizer)
+        asked = [at for at in live if starts[at].record is not None and episodes[at].finished]
+        if toolbox is None or not asked:
+            break
+        results = _step_all(environments, asked, episodes, stop_requested)
+        live = []
+        for at in (at for at in asked if not results[at].done):
+            names = [call.name for call in results[at].calls]
+            ids = toolbox.result_ids(names, results[at].messages)
+            most = max_new_tokens if turn + 1 < max_turns else 0
+            if episodes[at].add_results(results[at], ids, most=most):
+                live.append(at)
+        if not live:
+            break
+    return episodes
+
+
+def _environments(
+    starts: Sequence[EpisodeStart], toolbox: Toolbox | None
+) -> dict[int, Environment]:
+    """Return the environments of this rank's episodes: a rank keeps an episode to its end."""
+    found: dict[int, Environment] = {}
+    for at, start in enumerate(starts):
+        mine = at % process_group.world_size() == process_group.rank()
+        if toolbox is not None and start.record is not None and mine:
+            found[at] = toolbox.environment()
+            found[at].reset(start.record)
+    return found
+
+
+def _step_all(
+    environments: dict[int, Environment],
+    asked: Sequence[int],
+    episodes: Sequence[Episode],
+    stop_requested: Callable[[], bool],
+) -> dict[int, StepResult]:
+    """Let the environments answer the turns of `asked`, several at a time; return all answers."""
+    answers: dict[int, StepResult] = {}
+    with consensus.fail_together():
+        mine = [at for at in asked if at in environments]
+        # New threads each time: none must stand in the middle of something when sampling forks.
+        with ThreadPoolExecutor(max(1, cpu_setup().threads)) as pool:
+            futures = {at: pool.submit(environments[at].step, episodes[at].text) for at in mine}
+            _wait(list(futures.values()), stop_requested)
+        answers = {at: f.result() for at, f in futures.items() if not f.cancelled()}
+    if process_group.any_rank(stop_requested()):
+        raise Interrupted("stopped on a signal while tools were called")
+    for part in process_group.all_gather_objects(answers):
+        answers |= part
+    return answers
+
+
+def _wait(futures: Sequence[Future[Any]], stop_requested: Callable[[], bool]) -> None:
+    """Wait for all, or for those that have begun once a stop is requested."""
+    left = set(futures)
+    while left:
+        left = wait(left, timeout=_POLL_S).not_done
+        if stop_requested():
+            for future in left:
+                future.cancel()
+            return

@@ -1,0 +1,106 @@
+"""Run a process that answers calls of the functions in a user's file.
+
+It is started by `user_tools.py` and may be killed at any moment. Requests: ["load", file], then
+["call", name, arguments, most characters of the result]. Replies are JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ernie_train.core.processes import die_with_parent
+from ernie_train.environments.tool import Signature, ToolError
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Answer requests until the other end of the pipe is closed, or its owner `parent` ends."""
+    die_with_parent(parent)
+    os.set_inheritable(descriptor, False)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # what a tool prints belongs to nobody's terminal
+        os.dup2(nothing, stream)
+    pipe: Connection[Any, Any] = Connection(descriptor)
+    tools = FileTools()
+    try:
+        pipe.send_bytes(b'["ready"]')
+        while True:
+            kind, *request = pipe.recv()
+            reply = tools.load(*request) if kind == "load" else tools.call(*request)
+            pipe.send_bytes(json.dumps(reply).encode())
+    except (EOFError, ConnectionError):
+        return
+
+
+class FileTools:
+    """The public functions of a file, as tools."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, Any] = {}
+        self._signatures: dict[str, Signature] = {}
+
+    def load(self, file: str) -> list[Any]:
+        """Return ["tools", their schemas], or ["raised", what is wrong with the file]."""
+        try:
+            module = _import(Path(file))
+            self._functions = {
+                name: value
+                for name, value in vars(module).items()
+                if inspect.isfunction(value)
+                and value.__module__ == module.__name__
+                and not name.startswith("_")
+            }
+            for name, function in self._functions.items():
+                self._signatures[name] = _signature(file, function)
+        except Exception as error:  # a user's file may raise anything
+            known = isinstance(error, ValueError) and str(error).startswith(file)
+            return ["raised", str(error) if known else f"{file}: {_told(error)}"]
+        return ["tools", [signature.schema for signature in self._signatures.values()]]
+
+    def call(self, name: str, arguments: dict[str, Any], most: int) -> list[Any]:
+        """Return ["result", text] or ["error", text]."""
+        try:
+            result = self._functions[name](**self._signatures[name].check(arguments))
+            text = (
+                result
+                if isinstance(result, str)
+                else json.dumps(result, ensure_ascii=False, default=str)
+            )
+        except ToolError as error:
+            return ["error", str(error)]
+        except BaseException as error:  # sys.exit too is an answer
+            return ["error", _told(error)]
+        return ["result", text[:most]]
+
+
+def _signature(file: str, function: Any) -> Signature:
+    try:
+        return Signature.of(function)
+    except ValueError as error:
+        raise ValueError(f"{file}:{function.__code__.co_firstlineno}: {error}") from None
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _import(path: Path) -> ModuleType:
+    sys.path.insert(0, str(path.parent))  # the file can import modules of its own directory
+    spec = importlib.util.spec_from_file_location(f"user_tools_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
