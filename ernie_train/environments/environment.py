@@ -59,7 +59,7 @@ class StepResult:
 
 
 class Environment(Protocol):
-    """What a policy acts in, for one episode. The verifier grades the last turn."""
+    """Answers the turns of one episode. The verifier grades the last turn."""
 
     def reset(self, record: Record) -> list[Message]:
         """Begin an episode; return the messages that the assistant answers."""

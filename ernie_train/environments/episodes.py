@@ -26,7 +26,7 @@ _POLL_S = 0.1
 
 
 class SampledTurn(Protocol):
-    """What a sampler returns for one prompt: `ernie_train.generate.Completion`."""
+    """A turn as samplers return it: `ernie_train.generate.Completion`."""
 
     ids: list[int]
     logprobs: list[float]
