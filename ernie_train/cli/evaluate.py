@@ -11,9 +11,11 @@ from rich.console import Console
 
 from ernie_train import __version__
 from ernie_train.cli.model import best_checkpoint, open_model
+from ernie_train.core.config import parse_config
 from ernie_train.core.errors import UserError
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Column, Columns
+from ernie_train.environments import EnvironmentConfig, open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.prompts import load_few_shot
 from ernie_train.io.files import FileDigest, write_directory, write_json, write_jsonl
@@ -37,6 +39,7 @@ class EvalCommand:
     few_shot: Path | None
     shots: int | None
     config: EvalConfig
+    environment: EnvironmentConfig | None
     out: Path | None
     force: bool
 
@@ -52,7 +55,10 @@ class EvalCommand:
             examples = load_few_shot(self.few_shot, self.shots, seed, self.columns)
         path = best_checkpoint(self.model) if self.best else self.model
         model, tokenizer = open_model(path)
-        with StopFlag("stopping; nothing is written") as stop:
+        with (
+            open_toolbox(self.environment, tokenizer, Path.cwd()) as toolbox,
+            StopFlag("stopping; nothing is written") as stop,
+        ):
             found = evaluate(
                 model,
                 tokenizer,
@@ -60,6 +66,7 @@ class EvalCommand:
                 self.config,
                 console=progress,
                 few_shot=examples,
+                toolbox=toolbox,
                 stop_requested=lambda: stop.requested,
             )
         results = self._results(path, found)
@@ -91,6 +98,7 @@ class EvalCommand:
             "max_examples": self.max_examples,
             "few_shot": None if self.few_shot is None else str(self.few_shot),
             "shots": self.shots,
+            "environment": self.environment.model_dump() if self.environment else None,
         }
         return {
             "format": FORMAT,
@@ -109,6 +117,21 @@ def _write(
     write_json(directory / RESULTS, results)
     write_jsonl(directory / SAMPLES, samples)
     return {}
+
+
+def parse_tools(text: str, max_turns: int, max_new_tokens: int) -> EnvironmentConfig:
+    """Return the environment of a text such as `calculator,lookup,my_tools.py`.
+
+    A result of a tool may take half of the tokens of an episode, and 256 at most. Raises
+    `UserError` for a tool that there is none of.
+    """
+    names = [name.strip() for name in text.split(",")]
+    values = {
+        "tools": [{"python": name} if name.endswith(".py") else name for name in names],
+        "max_turns": max_turns,
+        "max_tool_tokens": max(1, min(256, max_new_tokens // 2)),
+    }
+    return parse_config(EnvironmentConfig, values, "--tools")
 
 
 def parse_ks(text: str) -> tuple[int, ...]:

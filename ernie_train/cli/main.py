@@ -222,6 +222,13 @@ def evaluate(
         int | None, whole_number(min=1, help="examples before each problem; default 4")
     ] = None,
     max_examples: Annotated[int | None, whole_number(min=1, help="problems of each task")] = None,
+    tools: Annotated[
+        str | None,
+        typer.Option(help="tools that may be called: calculator,python,lookup,my_tools.py"),
+    ] = None,
+    max_turns: Annotated[
+        int | None, whole_number(min=2, help="turns of an episode with --tools; default 8")
+    ] = None,
     max_new_tokens: Annotated[int, whole_number(min=1)] = 128,
     batch_size: Annotated[int, whole_number(min=1)] = 256,
     temperature: Annotated[
@@ -236,12 +243,14 @@ def evaluate(
     best: Best = False,
 ) -> None:
     """Solve held-out problems; print accuracy, pass@k and majority vote by task."""
-    from ernie_train.cli.evaluate import EvalCommand, as_text, parse_ks
+    from ernie_train.cli.evaluate import EvalCommand, as_text, parse_ks, parse_tools
     from ernie_train.data import parse_columns
     from ernie_train.eval.evaluation import EvalConfig
 
     if shots is not None and few_shot is None:
         raise UserError("--shots needs --few-shot, the file of the examples")
+    if max_turns is not None and tools is None:
+        raise UserError("--max-turns needs --tools: without them a problem has one turn")
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
     command = EvalCommand(
         model=model,
@@ -255,6 +264,7 @@ def evaluate(
         config=EvalConfig(
             max_new_tokens, batch_size, n, chosen, seed, () if k is None else parse_ks(k)
         ),
+        environment=None if tools is None else parse_tools(tools, max_turns or 8, max_new_tokens),
         out=out,
         force=force,
     )

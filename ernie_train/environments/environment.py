@@ -97,12 +97,15 @@ class Toolbox:
         return record.fields.get("reward") != "tool_call" and own <= self.tools.keys()
 
     def offer(self, record: Record) -> Record:
-        """Return a problem with the tools that it is asked with: its own choice, or all.
+        """Return a problem as an episode of it is asked: with its own choice of tools, or all.
 
-        `lookup` is offered to rows with a table alone. Raises `DataError` for a table that is none.
+        What follows its last question, such as a demonstration, is left out. `lookup` is offered to
+        rows with a table alone. Raises `DataError` for a table that is none.
         """
         if not self.serves(record):
             return record
+        questions = [at for at, m in enumerate(record.messages) if m["role"] == "user"]
+        asked = record.messages[: questions[-1] + 1] if questions else record.messages
         table = record.fields.get(TABLE)
         if table is not None and not isinstance(table, dict):
             raise DataError(f"{record.source}: {TABLE} must be an object of keys and entries")
@@ -112,7 +115,7 @@ class Toolbox:
             raise DataError(f"{record.source}: a row that offers lookup needs a {TABLE}")
         schemas = [self.tools[name].schema for name in usable]
         fields = {**record.fields, **({"tools": schemas} if schemas else {})}
-        return replace(record, tools=schemas or None, fields=fields)
+        return replace(record, messages=asked, tools=schemas or None, fields=fields)
 
     def environment(self) -> ToolEnvironment:
         """Return a new environment, for one episode."""

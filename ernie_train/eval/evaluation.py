@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from ernie_train.core.config import describe
@@ -16,10 +17,10 @@ from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.progress import progress_bar
 from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
 from ernie_train.data.completion_format import parse_completion
+from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
 from ernie_train.eval.estimates import Estimate, estimates
 from ernie_train.eval.prompts import (
     FewShot,
-    completion_text,
     encode_problems,
     problem_row,
     user_prompt,
@@ -215,34 +216,33 @@ def evaluate(
     console: Console | None = None,
     label: str = "problems",
     few_shot: FewShot | None = None,
+    toolbox: Toolbox | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Complete every problem and score the completions with the problems' own verifiers.
 
-    With `few_shot` worked examples stand before each problem. With a `console` a progress display
-    called `label` is shown on it. Every rank must call it; each does a share of the work and
-    returns the whole result. Raises `Interrupted` when asked to stop.
+    With `few_shot` worked examples stand before each problem; with a `toolbox` problems are
+    episodes, in which its tools may be called. With a `console` a progress display called `label`
+    is shown on it. Every rank must call it; each does a share of the work and returns the whole
+    result. Raises `Interrupted` when asked to stop.
     """
     room = model.config.max_position_embeddings - config.max_new_tokens
+    problems = [toolbox.offer(problem) if toolbox else problem for problem in problems]
     prompts = encode_problems(tokenizer, problems, room, few_shot)
-    repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    with progress_bar(console, label, len(repeated)) if console else nullcontext(_ignore) as update:
-        completions = generate_sharded(
-            model,
-            repeated,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=config.seed,
-            eos_token_id=tokenizer.stop_token_ids,
-            batch_size=config.batch_size,
-            on_progress=update,
+    starts = [
+        EpisodeStart(ids, record if toolbox and toolbox.serves(record) else None)
+        for ids, record in zip(prompts, problems, strict=True)
+        for _ in range(config.samples)
+    ]
+    with progress_bar(console, label, len(starts)) if console else nullcontext(_ignore) as update:
+        episodes = _played(
+            model, tokenizer, starts, config, toolbox=toolbox, update=update,
             stop_requested=stop_requested,
-        )
+        )  # fmt: skip
     owners = [record for record in problems for _ in range(config.samples)]
-    texts = [completion_text(tokenizer, completion) for completion in completions]
     graded = [
-        (str(r.fields["reward"]), problem_row(r, tokenizer), t)
-        for r, t in zip(owners, texts, strict=True)
+        (str(record.fields["reward"]), problem_row(record, tokenizer), episode.text)
+        for record, episode in zip(owners, episodes, strict=True)
     ]
     scores = score_sharded(
         graded,
@@ -250,7 +250,7 @@ def evaluate(
         stop_requested=stop_requested,
     )
     answers = [answer_form(*one) if one[0] in ANSWER_FORMS else None for one in graded]
-    rows = list(map(_Row, owners, texts, completions, scores, answers))
+    rows = list(map(_Row, owners, episodes, scores, answers))
     tasks: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
         tasks.setdefault((row.record.fields["domain"], row.record.fields["task"]), []).append(row)
@@ -259,12 +259,53 @@ def evaluate(
     return Evaluation(results, list(map(_sample, rows)))
 
 
+def _played(
+    model: Ernie4_5_MoeForCausalLM,
+    tokenizer: Tokenizer,
+    starts: Sequence[EpisodeStart],
+    config: EvalConfig,
+    *,
+    toolbox: Toolbox | None,
+    update: Callable[[int], None],
+    stop_requested: Callable[[], bool],
+) -> list[Episode]:
+    def sample(
+        prompts: Sequence[Sequence[int]],
+        *,
+        turn: int,
+        episodes: Sequence[int],
+        limits: Sequence[int],
+    ) -> list[Completion]:
+        seeds = np.random.SeedSequence([config.seed, turn])
+        return generate_sharded(
+            model,
+            prompts,
+            max_new_tokens=max(limits),
+            temperature=config.temperature,
+            seed=int(seeds.generate_state(1)[0]) if turn else config.seed,
+            eos_token_id=tokenizer.stop_token_ids,
+            batch_size=config.batch_size,
+            sequence_ids=episodes,
+            limits=limits,
+            on_progress=_ignore if turn else update,
+            stop_requested=stop_requested,
+        )
+
+    return play_episodes(
+        starts,
+        sample,
+        tokenizer,
+        toolbox,
+        max_new_tokens=config.max_new_tokens,
+        stop_requested=stop_requested,
+    )
+
+
 class _Row(NamedTuple):
-    """One completion of a problem, and what its verifier found."""
+    """One completion of a problem, or an episode of it, and what its verifier found."""
 
     record: Record
-    text: str
-    completion: Completion
+    episode: Episode
     score: Score
     answer: str | None
 
@@ -294,9 +335,11 @@ def _task_result(
         accuracy=sum(row.correct for row in valid) / max(1, len(valid)),
         pass_at_k=sum(map(any, correct)) / len(groups),
         baseline=most_frequent.most_common(1)[0][1] / len(groups),
-        truncated=sum(not row.completion.finished for row in rows) / len(rows),
+        truncated=sum(not row.episode.finished for row in rows) / len(rows),
         excluded={str(status): count for status, count in excluded.items()},
-        unclosed=sum(thinking and not parse_completion(row.text).finished_thinking for row in rows),
+        unclosed=sum(
+            thinking and not parse_completion(row.episode.text).finished_thinking for row in rows
+        ),
         completions=len(rows),
         estimates=estimates(correct, answers, config.ks),
     )
@@ -307,8 +350,9 @@ def _sample(row: _Row) -> dict[str, Any]:
         "task": row.record.fields["task"],
         "source": row.record.source,
         "prompt": user_prompt(row.record),
-        "completion": row.text,
-        "tokens": len(row.completion.ids),
+        "completion": row.episode.text,
+        **({"turns": row.episode.messages} if row.episode.turns > 1 else {}),
+        "tokens": len(row.episode.logprobs),
         "status": row.score.status,
         "value": row.score.value,
         "detail": row.score.detail,

@@ -18,6 +18,7 @@ from ernie_train.data import (
     read_records,
     require_chat_template,
 )
+from ernie_train.environments import EnvironmentConfig, open_toolbox
 from ernie_train.generate.engine import Completion
 
 _SHOWN = 10  # wrong problems in a message
@@ -123,6 +124,22 @@ def encode_problems(
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise DataError("problems that cannot be asked:\n  " + "\n  ".join(wrong[:_SHOWN] + more))
     return encoded
+
+
+def check_problems(
+    tokenizer: Tokenizer,
+    problems: Sequence[Record],
+    most_tokens: int,
+    environment: EnvironmentConfig | None,
+    base_directory: Path,
+) -> None:
+    """Check that all problems can be asked, in their environment if there is one.
+
+    Raises the errors of `open_toolbox` and `encode_problems`.
+    """
+    with open_toolbox(environment, tokenizer, base_directory) as toolbox:
+        asked = [toolbox.offer(problem) if toolbox else problem for problem in problems]
+        encode_problems(tokenizer, asked, most_tokens)
 
 
 def user_prompt(record: Record) -> str:

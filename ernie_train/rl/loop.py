@@ -255,7 +255,7 @@ class _UpoLoop:
             return {}
         if iteration % settings.every_iterations and iteration != self.config.iterations:
             return {}
-        return evaluate_held_out(self.config, self.stage, self.prepared.held_out)
+        return evaluate_held_out(self.config, self.stage, self.prepared.held_out, self.toolbox)
 
     def _save(self) -> None:
         """Write the state at the end of the last finished iteration, if the weights still hold it.

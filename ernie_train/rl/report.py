@@ -12,6 +12,7 @@ import numpy as np
 
 from ernie_train.core.errors import WarnOnce, storage_errors
 from ernie_train.data import Record
+from ernie_train.environments import Toolbox
 from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.eval.prompts import user_prompt
 from ernie_train.losses import PairCounts
@@ -245,7 +246,7 @@ def mean_advantages(batch: RolloutBatch) -> dict[int, float]:
 
 
 def evaluate_held_out(
-    config: UpoConfig, stage: StageRun, problems: Sequence[Record]
+    config: UpoConfig, stage: StageRun, problems: Sequence[Record], toolbox: Toolbox | None = None
 ) -> dict[str, float]:
     """Return accuracy on held-out problems as eval/<task>, eval/<domain>, eval/mean.
 
@@ -265,6 +266,7 @@ def evaluate_held_out(
             temperature=settings.temperature,
             seed=stage.data.seed,
         ),
+        toolbox=toolbox,
         stop_requested=lambda: stage.stop.requested,
     )
     metrics = {f"eval/{task.task}": task.accuracy for task in found.tasks}

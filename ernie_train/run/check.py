@@ -14,7 +14,7 @@ from ernie_train.core.errors import ConfigError
 from ernie_train.data import Record, Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
-from ernie_train.eval.prompts import encode_problems
+from ernie_train.eval.prompts import check_problems
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.partial import trained_sizes
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
@@ -61,7 +61,8 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         problems = load_problems(base_dir / asked.path, columns=asked.columns)
         require_verifiers(problems)
         check_gates(recipe, problems)
-        encode_problems(tokenizer, problems, config.max_position_embeddings - asked.max_new_tokens)
+        room = config.max_position_embeddings - asked.max_new_tokens
+        check_problems(tokenizer, problems, room, asked.environment, base_dir)
         tasks = {record.fields["task"] for record in problems}
         console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
 

@@ -17,6 +17,7 @@ from ernie_train.core.errors import CheckpointError
 from ernie_train.core.foreign_files import read_json
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
+from ernie_train.environments import open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
@@ -152,15 +153,17 @@ class Finalizer:
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
         )
-        return evaluate(
-            model,
-            self.tokenizer,
-            load_problems(settings.path, max_examples=max_examples, columns=settings.columns),
-            config,
-            console=self.console,
-            label=label,
-            stop_requested=lambda: self.stop.requested,
-        )
+        with open_toolbox(settings.environment, self.tokenizer, Path.cwd()) as toolbox:
+            return evaluate(
+                model,
+                self.tokenizer,
+                load_problems(settings.path, max_examples=max_examples, columns=settings.columns),
+                config,
+                console=self.console,
+                label=label,
+                toolbox=toolbox,
+                stop_requested=lambda: self.stop.requested,
+            )
 
 
 def evaluation_identity(settings: EvaluationConfig, lineage: Lineage) -> str:

@@ -36,7 +36,7 @@ from ernie_train.core.signals import NOTICE, StopFlag
 from ernie_train.core.terminal import Terminal
 from ernie_train.data import Tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
-from ernie_train.eval.prompts import encode_problems
+from ernie_train.eval.prompts import check_problems
 from ernie_train.io.files import fingerprint, verify_manifest, write_json, write_text
 from ernie_train.io.outputs import check_run_directory
 from ernie_train.io.run_dir import RunLock, StageDone, read_done, write_done
@@ -185,7 +185,7 @@ class Pipeline:
             require_verifiers(problems)
             check_gates(self.recipe, problems)
             room = self.recipe.model.build().max_position_embeddings - asked.max_new_tokens
-            encode_problems(tokenizer, problems, room)
+            check_problems(tokenizer, problems, room, asked.environment, self.base_dir)
         for line in recipe_warnings(self.recipe, tokenizer):
             self.console.print(line, style="yellow", highlight=False)
         return tokenizer

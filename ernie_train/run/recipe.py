@@ -19,6 +19,7 @@ from ernie_train.core.config import (
 from ernie_train.core.errors import CheckpointError, ConfigError, DataError, hub_hint
 from ernie_train.core.foreign_files import read_json
 from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_tokenizer
+from ernie_train.environments import EnvironmentConfig
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
@@ -166,6 +167,7 @@ class EvaluationConfig(MappedRows):
     max_examples: PositiveInt | None = None  # per task; None: all
     untrained_examples: Annotated[int, Field(ge=0)] = 0  # per task, for the untrained model
     after_each_stage: bool = False  # solve them after every stage; gates need it
+    environment: EnvironmentConfig | None = None  # tools that may be called over several turns
 
 
 class ExportConfig(StrictConfig):

@@ -6,6 +6,7 @@ import pytest
 
 from ernie_train.core.errors import DataError, Interrupted
 from ernie_train.data import Record, load_tokenizer
+from ernie_train.environments import Episode
 from ernie_train.eval import evaluation as module
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import user_prompt
@@ -38,6 +39,12 @@ def problem(*messages):
 ASKED = ("user", "What is 1 + 1?")
 
 
+def let_it_say(monkeypatch, texts):
+    """Put these texts in the place of what the model completes."""
+    said = [Episode(text=text) for text in texts]
+    monkeypatch.setattr(module, "play_episodes", lambda *_, **__: said)
+
+
 @pytest.mark.parametrize(
     ("messages", "shown"),
     [
@@ -54,13 +61,13 @@ def test_samples_show_what_the_user_asked(messages, shown):
 
 
 def test_completions_that_never_close_the_thinking_part_are_counted(model, tokenizer, monkeypatch):
-    texts = iter(["<think>\n1 + 1", "hm\n</think>\n\n<response>\n2\n</response>\n", "", "2"])
-    monkeypatch.setattr(module, "completion_text", lambda tokenizer, completion: next(texts))
+    texts = ["<think>\n1 + 1", "hm\n</think>\n\n<response>\n2\n</response>\n", "", "2"]
+    let_it_say(monkeypatch, texts)
     asked = [problem(("system", "Be brief."), ASKED)] * 4
     found = evaluate(model, tokenizer, asked, EvalConfig(max_new_tokens=1))
     assert (found.tasks[0].unclosed, found.tasks[0].completions) == (3, 4)
     assert [sample["prompt"] for sample in found.samples] == [ASKED[1]] * 4
-    monkeypatch.setattr(module, "completion_text", lambda tokenizer, completion: "2")
+    let_it_say(monkeypatch, ["2"] * 4)
     own = load_tokenizer(tokenizer.directory, template="ernie_plain")
     plain = evaluate(model, own, asked, EvalConfig(max_new_tokens=1))
     assert plain.tasks[0].unclosed == 0
@@ -72,10 +79,8 @@ def test_what_cannot_be_scored_stays_in_the_denominator(model, tokenizer, monkey
     lost = Score.timeout("")
     scores = [right, right, lost, lost, right, wrong, lost, lost]
     monkeypatch.setattr(module, "score_sharded", lambda *_, **__: scores)
-    texts = iter(
-        ["</think>\n<response>2</response>"] * 4 + ["</think>\n<response>3</response>"] * 4
-    )
-    monkeypatch.setattr(module, "completion_text", lambda tokenizer, completion: next(texts))
+    texts = ["</think>\n<response>2</response>"] * 4 + ["</think>\n<response>3</response>"] * 4
+    let_it_say(monkeypatch, texts)
     config = EvalConfig(max_new_tokens=1, samples=4, temperature=1.0, k=(2,))
     task = evaluate(model, tokenizer, [problem(ASKED)] * 2, config).tasks[0]
     assert task.accuracy == pytest.approx(3 / 4), "of those that were scored"

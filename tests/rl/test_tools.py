@@ -55,9 +55,9 @@ class CallingEngine(OwnEngine):
             ids = [*self.tokenizer.encode(text), self.tokenizer.stop_token_ids[0]]
             turns.append(TokenizedCompletion(list(prompts[at]), ids))
         if turns:
-            logprobs, _ = sequence_logprobs(
+            logprobs = sequence_logprobs(
                 self._model, turns, temperature=settings.temperature, batch_size=64
-            )
+            ).logprobs
             for at, turn, array in zip(chosen, turns, logprobs, strict=True):
                 found[at] = Completion(turn.completion_ids, array.tolist(), True)
         return found

@@ -129,6 +129,9 @@ PROBES: dict[str, Probe] = {
     "evaluation.batch_size": Probe("evaluated", {"evaluation.batch_size": 3}, observe="batches"),
     "evaluation.max_examples": Probe("evaluated", {"evaluation.max_examples": 2}),
     "evaluation.untrained_examples": Probe("evaluated", {"evaluation.untrained_examples": 2}),
+    "evaluation.environment": Probe(  # its tools make prompts longer than the model can read
+        "evaluated", {"evaluation.environment": {"tools": ["calculator"], "max_tool_tokens": 2}}
+    ),
     "evaluation.after_each_stage": Probe("evaluated", {"evaluation.after_each_stage": True}),
     # ---- every stage
     "stages[].name": Probe("sft", {"@name": "other"}),

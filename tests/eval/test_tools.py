@@ -1,0 +1,106 @@
+"""Evaluation plays problems as episodes with tools, and grades the last turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ernie_train.cli.evaluate import parse_tools
+from ernie_train.core.errors import ConfigError
+from ernie_train.data import Record, load_tokenizer
+from ernie_train.data.completion_format import response_block, tool_call_block
+from ernie_train.environments import EnvironmentConfig, ToolEnvironment, build_toolbox
+from ernie_train.eval import evaluation
+from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.generate import Completion
+from tests.small_models import make_model
+from tools.data.make_episodes import SIZES, make_split
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ROOT / "data/tokenizer")
+
+
+@pytest.fixture
+def box(tokenizer, tmp_path):
+    toolbox = build_toolbox(EnvironmentConfig(tools=["calculator", "lookup"]), tokenizer, tmp_path)
+    yield toolbox
+    toolbox.close()
+
+
+def test_problems_are_played_and_their_last_turn_graded(tokenizer, box, monkeypatch):
+    """The first problem is solved with a call, the second is answered at once and wrong."""
+    asked = []
+
+    def generate(model, prompts, *, sequence_ids, seed, limits, **settings):
+        asked.append((list(sequence_ids), seed))
+        found = []
+        for prompt, number in zip(prompts, sequence_ids, strict=True):
+            text = "x\n</think>\n\n"
+            if "<tool_response>" in tokenizer.decode(prompt):
+                text += response_block("7006652")
+            elif number == 0:
+                text += tool_call_block("calculator", {"expression": "1234 * 5678"})
+            else:
+                text += response_block("7")
+            ids = [*tokenizer.encode(text), tokenizer.stop_token_ids[0]]
+            found.append(Completion(ids, [0.0] * len(ids), True))
+        return found
+
+    monkeypatch.setattr(evaluation, "generate_sharded", generate)
+    fields = {"reward": "exact", "domain": "d", "answer": "7006652"}
+    problems = [
+        Record("prompt", [{"role": "user", "content": "?"}], fields={**fields, "task": task})
+        for task in ("called", "guessed")
+    ]
+    model = make_model(max_position_embeddings=2000)
+    found = evaluate(model, tokenizer, problems, EvalConfig(max_new_tokens=200), toolbox=box)
+    assert {task.task: task.accuracy for task in found.tasks} == {"called": 1.0, "guessed": 0.0}
+    assert [numbers for numbers, _ in asked] == [[0, 1], [0]]
+    assert asked[0][1] != asked[1][1], "another turn, other random numbers"
+    turns = found.samples[0]["turns"]
+    assert [turn["content"] for turn in turns if turn["role"] == "tool"] == ["7006652"]
+    assert "turns" not in found.samples[1]
+
+
+def test_tools_of_the_command_line():
+    found = parse_tools("calculator, my_tools.py", 3, 100)
+    assert found.files == ["my_tools.py"] and found.max_turns == 3
+    assert found.max_tool_tokens == 50
+    with pytest.raises(ConfigError, match="--tools"):
+        parse_tools("shell", 3, 100)
+
+
+# ---- the generated problems ----------------------------------------------------------------------
+
+
+def test_demonstrations_call_what_gives_their_results(box):
+    """Referee: the environment itself, played along each demonstration."""
+    for row in make_split("demonstrations", 20):
+        environment = ToolEnvironment(box)
+        environment.reset(
+            Record("chat", row["messages"][:1], tools=row["tools"], fields={**row, "messages": []})
+        )
+        for turn, result in zip(row["messages"][1::2], row["messages"][2::2], strict=False):
+            (called,) = (call["function"] for call in turn["tool_calls"])
+            text = f"x\n</think>\n\n{tool_call_block(called['name'], called['arguments'])}"
+            (message,) = environment.step(text).messages
+            assert message["content"] == result["content"]
+        assert row["messages"][-1]["content"] == row["answer"] == row["messages"][-2]["content"]
+
+
+def test_the_files_are_those_of_the_generator_and_share_no_problem():
+    seen: set[str] = set()
+    for split, size in SIZES.items():
+        rows = make_split(split, size, seen=seen)
+        records = load_problems(ROOT / f"data/episodes/{split}.jsonl.gz")
+        assert [r.messages[0]["content"] for r in records] == [
+            row["messages"][0]["content"] for row in rows
+        ]
+        assert [r.fields["answer"] for r in records] == [row["answer"] for row in rows]
+        assert split == "demonstrations" or all(len(r.messages) == 1 for r in records)
+    assert len(seen) == 3 * sum(SIZES.values())
