@@ -63,6 +63,11 @@ class CallingEngine(OwnEngine):
         return found
 
 
+def calling_engine(settings, tokenizer, *, batch_size, record_prompts, **others):
+    CallingEngine.tokenizer = tokenizer
+    return CallingEngine(tokenizer.stop_token_ids, batch_size, record_prompts=record_prompts)
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tools")
@@ -80,8 +85,7 @@ def workspace(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def calling(workspace, monkeypatch):
-    CallingEngine.tokenizer = load_tokenizer(workspace / "tokenizer")
-    monkeypatch.setattr(loop, "OwnEngine", CallingEngine)
+    monkeypatch.setattr(loop, "build_engine", calling_engine)
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -93,8 +97,7 @@ def whole(workspace, tmp_path_factory) -> Path:
     """The run that was never stopped, with its rollouts."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patched:
-        CallingEngine.tokenizer = load_tokenizer(workspace / "tokenizer")
-        patched.setattr(loop, "OwnEngine", CallingEngine)
+        patched.setattr(loop, "build_engine", calling_engine)
         assert run_stage(workspace, directory, **_merged(rollout={"dump": True})) == 0
     return directory
 
