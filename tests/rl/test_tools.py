@@ -185,7 +185,7 @@ def _assert_same_run(one: Path, other: Path, but=frozenset()) -> None:
 def test_with_a_critic_pairs_and_kl_it_learns_too(workspace, tmp_path):
     changes = {key: value for key, value in GAE.items() if key != "curriculum"}
     changes["preference"] = {
-        **GAE["preference"], "offline": {"prompts": 2, "per_iteration": 1}, "margin": 0.01
+        "coef": 0.2, "pairs": "online", "margin": 0.01,
     }  # fmt: skip
     changes["rollout"] = TOOLS["rollout"]
     assert run_stage(workspace, tmp_path / "gae", **{**TOOLS, **changes, "iterations": 1}) == 0
