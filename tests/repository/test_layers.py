@@ -50,6 +50,7 @@ PACKAGES: dict[str, str] = {
     "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference upo",
     "rl.reward": "model scoring stage",
+    "rl.rollout": "records files sampler",
     "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"
     " report pairs loss learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",

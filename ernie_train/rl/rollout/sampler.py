@@ -1,33 +1,23 @@
-"""Rollouts: groups of completions of prompts, sampled and scored.
-
-A rollout can be written to a file and read from it instead of being sampled, which makes runs
-comparable that differ in something else only. Shapes: P prompts, G completions of a prompt.
-"""
+"""Sampling of an iteration's groups: prompts in order, refills, curriculum, replay."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import CheckpointError, storage_errors
-from ernie_train.core.foreign_files import open_regular, parse_json
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate import Completion, SamplingConfig, score_sharded
 from ernie_train.generate.engines import Engine
-from ernie_train.io.files import write_jsonl
-from ernie_train.losses import varied_groups
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring import ComposedReward, ComposedScore
-from ernie_train.rl.batch import TokenizedCompletion
-from ernie_train.rl.config import RolloutConfig, UpoConfig
+from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import (
     PreparedPrompts,
     Prompt,
@@ -36,81 +26,12 @@ from ernie_train.rl.data import (
     rollout_file,
 )
 from ernie_train.rl.reward import RewardModelScorer
-from ernie_train.rl.routing import packed_experts, require_experts, unpacked_experts
+from ernie_train.rl.rollout.files import read_replay, write_rollout
+from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
+from ernie_train.rl.routing import require_experts
 from ernie_train.train.stage import StageRun
 
 ROLLOUTS = "rollouts"
-
-
-@dataclass(frozen=True)
-class ScoredCompletion(TokenizedCompletion):
-    """A completion of a prompt of the stage, with its verdict and what sampling knew of it.
-
-    `raw_reward` is the sum of the reward's parts, without what the stage subtracts.
-    """
-
-    prompt: int  # index among the stage's prompts
-    domain: str
-    task: str
-    text: str
-    finished: bool
-    score: Score
-    raw_reward: float
-    reward_parts: dict[str, float]
-    turns: list[dict[str, Any]] | None = None  # and the results of tools; None without any
-    sampled_logprobs: np.ndarray | None = None  # float32 [sampled tokens]
-
-
-PromptGroup = Sequence[ScoredCompletion]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """An iteration's groups with their rewards, and which of them the policy may learn from.
-
-    rewards [P,G] is the raw reward less the penalty for length; marks [P,G] what the verifier alone
-    gave; valid [P,G] says which completions have a verdict and are not masked; informative [P]
-    which groups differ in the verifier's mark: a part that stands beside it, such as format, makes
-    no group informative.
-    """
-
-    groups: list[PromptGroup]
-    rewards: np.ndarray
-    marks: np.ndarray
-    valid: np.ndarray
-    informative: np.ndarray
-
-    @classmethod
-    def of(cls, groups: Sequence[PromptGroup], config: RolloutConfig) -> Rollout:
-        """Judge groups once: penalties, masks, and which groups are worth an update."""
-        shape = (len(groups), len(groups[0]) if groups else config.group_size)
-        masks = config.truncated == "mask"
-        flat = [c for group in groups for c in group]
-        rewards = [
-            c.raw_reward - config.length_penalty(c.num_sampled, finished=c.finished) for c in flat
-        ]
-        valid = [c.score.trains and not (masks and not c.finished) for c in flat]
-        reward_table = np.array(rewards, np.float64).reshape(shape)
-        marks = np.array([c.score.value for c in flat], np.float64).reshape(shape)
-        valid_table = np.array(valid, bool).reshape(shape)
-        if not groups:
-            informative = np.zeros(0, bool)
-        elif shape[1] == 1:
-            informative = valid_table[:, 0]
-        else:
-            informative = np.asarray(varied_groups(marks, valid_table), bool)
-        return cls(list(groups), reward_table, marks, valid_table, informative)
-
-    def completions(self) -> list[ScoredCompletion]:
-        """Return all completions, group after group."""
-        return [completion for group in self.groups for completion in group]
-
-    def trained(self, *, every_group: bool) -> np.ndarray:
-        """Return which completions the policy learns from, bool [P,G].
-
-        They are the valid ones of informative groups, or of `every_group`.
-        """
-        return self.valid & (self.informative[:, None] | every_group)
 
 
 @dataclass
@@ -157,7 +78,7 @@ class RolloutSampler:
         if config.replay is not None:
             path = rollout_file(self.stage.data.base_dir / config.replay, iteration)
             with consensus.fail_together():
-                groups = _read_replay(path)
+                groups = read_replay(path)
                 self._require_experts(groups, str(path))
         else:
             groups = self._sample_until_informative(iteration)
@@ -373,75 +294,3 @@ class RolloutSampler:
         self.level = state["level"]
         if self.solved is not None:
             self.solved.load_state_dict(state.get("solved", {}))
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
-    """Write groups as JSON lines, one a completion; logprobs keep their bits."""
-    rows = []
-    for number, group in enumerate(groups):
-        for c in group:
-            row = {
-                "group": number, "prompt": c.prompt, "prompt_ids": c.prompt_ids,
-                "completion_ids": c.completion_ids, "sampled_mask": c.sampled_mask,
-                "turns": c.turns,
-                "domain": c.domain, "task": c.task,
-                "text": c.text, "finished": c.finished, "raw_reward": c.raw_reward,
-                "reward_parts": c.reward_parts,
-                "score": [c.score.value, c.score.status, c.score.detail],
-                "logprobs": None if c.sampled_logprobs is None
-                else [float(x) for x in c.sampled_logprobs],
-            }  # fmt: skip
-            if c.expert_ids is not None and c.prompt_expert_ids is not None:
-                row |= packed_experts(c.prompt_expert_ids, c.expert_ids)
-            rows.append(row)
-    with storage_errors("cannot write the rollout", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(path, rows)
-
-
-def read_rollout(path: Path) -> list[PromptGroup]:
-    """Read the groups of a file of `write_rollout`; `CheckpointError` for anything else."""
-    groups: dict[int, list[ScoredCompletion]] = {}
-    try:
-        with open_regular(path) as stream:
-            for line in stream:
-                row = parse_json(line)
-                groups.setdefault(row["group"], []).append(_read_completion(row))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a rollout that can be replayed: {error}") from None
-    return [groups[number] for number in sorted(groups)]
-
-
-def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
-    logprobs = row["logprobs"]
-    names = (
-        "prompt_ids", "completion_ids", "prompt", "domain", "task", "text", "finished",
-        "raw_reward", "reward_parts",
-    )  # fmt: skip
-    read = ScoredCompletion(
-        **{name: row[name] for name in names},
-        sampled_mask=row.get("sampled_mask"),  # version 0.1.0 writes none, nor turns
-        turns=row.get("turns"),
-        score=Score(*row["score"]),
-        sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
-    )
-    if "experts" in row:
-        prompt, sampled = unpacked_experts(row, len(read.prompt_ids) - 1, read.num_sampled)
-        read = replace(read, prompt_expert_ids=prompt, expert_ids=sampled)
-    if logprobs is not None and len(logprobs) != read.num_sampled:
-        raise ValueError(f"{len(logprobs)} logprobs for {read.num_sampled} sampled tokens")
-    return read
-
-
-def _read_replay(path: Path) -> list[PromptGroup]:
-    """Read groups to train on; `CheckpointError` where nothing tells which policy sampled them."""
-    groups = read_rollout(path)
-    if any(c.sampled_logprobs is None for group in groups for c in group):
-        raise CheckpointError(
-            f"{path}: a completion has no logprobs, so that a replay cannot tell whether this "
-            "policy sampled it or another one; dump rollouts of a sampler that gives them"
-        )
-    return groups

@@ -1,0 +1,18 @@
+"""Rollouts: groups of completions of prompts, sampled and scored.
+
+A rollout can be written to a file and read from it instead of being sampled, which makes runs
+comparable that differ in something else only.
+"""
+
+from ernie_train.rl.rollout.files import read_rollout, write_rollout
+from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
+from ernie_train.rl.rollout.sampler import RolloutSampler
+
+__all__ = [
+    "PromptGroup",
+    "Rollout",
+    "RolloutSampler",
+    "ScoredCompletion",
+    "read_rollout",
+    "write_rollout",
+]
