@@ -111,7 +111,7 @@ class Referee:
             metrics["kl"] = (np.exp(-d) - 1 + d).mean()
         penalties = [kl_in_reward * (self.old[i] - self.ref[i]) for i in mine]
         pairs = []
-        if config.preference and config.preference.pairs in ("online", "both"):
+        if config.preference and "online" in config.preference.pairs:
             pairs, counts = self.best_and_worst()
             metrics |= counts
         pairs = pairs + [(len(flat) + 2 * n, len(flat) + 2 * n + 1) for n in offline]
