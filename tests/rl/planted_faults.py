@@ -68,8 +68,8 @@ _OLD_AGAIN = """key = (self.seed, iteration, epoch, 11)
         )
         batch = replace(batch, old_logprobs=again.logprobs)"""
 _TRAINED_KL = '[k for at, k in enumerate(_kl(batch, "k3")) if batch.is_trained(at)]'
-_HOME = "found[group_home[pair.chosen // batch.group_size]]"
-_NEXT = "found[(group_home[pair.chosen // batch.group_size] + 1) % count]"
+_HOME = "found[group_home[min(pair) // batch.group_size]]"
+_NEXT = "found[(group_home[min(pair) // batch.group_size] + 1) % count]"
 
 FAULTS: dict[str, Fault] = {
     # ---- the reference and KL
@@ -229,7 +229,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "chosen and rejected swapped": Fault(
         "pairs", pairs, "best_worst_pairs", "size + p.chosen, p.prompt * size + p.rejected",
-        "size + p.rejected, p.prompt * size + p.chosen", (loop,),
+        "size + p.rejected, p.prompt * size + p.chosen",
     ),
     "offline pairs of the next iteration": Fault(
         "pairs", preference_data.OfflinePairSource, "take", "(iteration - 1)", "iteration"
