@@ -133,7 +133,11 @@ def test_hinted_completions_begin_like_the_solution_and_the_best_is_chosen(monke
     sampler = Sampler.of({1: [5, 6, 7, 8, 9]}, Engine())
     hint = {"share": 0.5, "samples": 3}
     found, metrics = sources(
-        monkeypatch, sampler, lambda text: 0.9 if text == "5 6 31" else 0.6, pairs="hint", hint=hint
+        monkeypatch,
+        sampler,
+        lambda text: {"5 6 31": 0.9, "5 6": 1.0}.get(text, 0.6),
+        pairs="hint",
+        hint=hint,
     ).find(4, ROLLOUT)
     assert asked["prompts"] == [[1, 2, 4, 5, 6]] * 3 and asked["limits"] == [18] * 3
     assert asked["weights"] == ("model", 4)
