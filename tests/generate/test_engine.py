@@ -186,9 +186,12 @@ def test_equal_prompts_are_computed_once_and_sampled_apart(
     engine = generate_engine._PaddleDecoder if own_forward else generate_engine.NumpyDecoder
     computed = []
     prefill = engine.prefill
-    monkeypatch.setattr(
-        engine, "prefill", lambda self, rows: (computed.append(rows), prefill(self, rows))[1]
-    )
+
+    def noted(self, rows, recorded):
+        computed.append(rows)
+        return prefill(self, rows, recorded)
+
+    monkeypatch.setattr(engine, "prefill", noted)
     repeated = [p for _ in range(4) for p in prompts]
     settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 11}
     completions = generate(model, repeated, **settings)

@@ -141,9 +141,9 @@ def test_a_batch_bounds_what_all_sample_at_once(model, prompts, threads, monkeyp
     most = worker_pool.shared_zeros(1, np.int64)
     prefill = generate_engine._prefill
 
-    def noted(engine, rows):
+    def noted(engine, rows, recorded):
         most[0] = max(most[0], len(rows))
-        return prefill(engine, rows)
+        return prefill(engine, rows, recorded)
 
     monkeypatch.setattr(generate_engine, "_prefill", noted)
     generate(model, prompts, max_new_tokens=2, batch_size=25)
@@ -169,10 +169,10 @@ def slow_in_copies(monkeypatch, action):
     """Forked processes do `action` before they sample; this one does not."""
     own, prefill = os.getpid(), generate_engine._prefill
 
-    def slow(engine, rows):
+    def slow(engine, rows, recorded):
         if os.getpid() != own:
             action()
-        return prefill(engine, rows)
+        return prefill(engine, rows, recorded)
 
     monkeypatch.setattr(generate_engine, "_prefill", slow)
 
