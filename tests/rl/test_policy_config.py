@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
-from ernie_train.rl.config import PolicyConfig, SamplerCorrectionConfig
+from ernie_train.rl.config import PolicyConfig, SamplerCorrectionConfig, UpoConfig
+from ernie_train.rl.learner import _policy_loss
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,23 @@ def test_bounds_of_weights_that_leave_out_1_are_refused(bounds):
 def test_bounds_of_weights_follow_the_kind():
     assert SamplerCorrectionConfig(kind="truncated").range == (0.0, 2.0)
     assert SamplerCorrectionConfig(kind="masked").range == (0.5, 2.0)
+
+
+def test_the_settings_of_a_stage_reach_its_loss():
+    """Two stages that differ in one of them have losses that differ in what it means."""
+    expected = {
+        "objective": ("cispo", {"objective": "cispo", "clip_ratio": (1.0, 4.0)}),
+        "ratio": ("sequence", {"sequence_ratio": True, "clip_ratio": (3e-4, 4e-4)}),
+        "aggregation": ("constant", {"aggregation": "constant"}),
+        "router_replay": (True, {"router_replay": True}),
+        "clip_ratio_high": (0.28, {"clip_ratio": (0.2, 0.28)}),
+    }
+    stage = {
+        "name": "u", "kind": "upo", "data": [{"path": "p"}], "reward": "math", "iterations": 1,
+        "micro_batch_size": 1, "optim": {"lr": 1e-3},
+        "rollout": {"prompts_per_iteration": 1, "max_new_tokens": 7},
+    }  # fmt: skip
+    plain = _policy_loss(UpoConfig(**stage))
+    assert plain.max_new_tokens == 7 and not plain.router_replay
+    for key, (value, changes) in expected.items():
+        assert _policy_loss(UpoConfig(**stage, policy={key: value})) == replace(plain, **changes)
