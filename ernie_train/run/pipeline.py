@@ -173,6 +173,7 @@ class Pipeline:
                     f"try it: ernie-train generate {self.run_dir} --prompt ...\n"
                     f"for transformers: ernie-train export {self.run_dir} DIRECTORY",
                     highlight=False,
+                    soft_wrap=True,  # paths stay whole, to be copied
                 )
 
     # ---- before the stages -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ from ernie_train.core import errors
 STATUS = {
     errors.ErnieTrainError: 1,
     errors.StorageError: 1,
+    errors.EngineError: 1,
     errors.FailedElsewhere: 1,  # of an instance: that of the rank that failed
     errors.UserError: 2,
     errors.ConfigError: 2,

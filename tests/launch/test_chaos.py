@@ -21,8 +21,8 @@ import yaml
 
 from ernie_train.core.processes import process_state
 from tests.launch.launched import LIMIT_S, alive, left_behind, ranks_of, wait_for
-from tests.rl.test_upo import GAE, REWARD, stage
-from tests.workspace import make_workspace, metrics_without_time, rows, start, write_rows
+from tests.rl.test_upo import GAE, REWARD, stage, write_prompts
+from tests.workspace import make_workspace, metrics_without_time, start, write_rows
 
 INCIDENTS = int(os.environ.get("CHAOS_INCIDENTS", "20"))
 RANKS = 2
@@ -178,11 +178,7 @@ def sft_recipe(root: Path) -> Path:
 
 def rl_recipe(root: Path) -> Path:
     recipe = yaml.safe_load(make_workspace(root).read_text())
-    prompts: list[dict[str, Any]] = rows(40, 7)
-    for number, row in enumerate(prompts):
-        row["messages"] = row["messages"][:1]
-        row["difficulty"] = 1 + number % 3
-    write_rows(root / "prompts.jsonl", prompts)
+    prompts = write_prompts(root)
     preferences = [
         {"prompt": row["messages"][0]["content"], "rejected": "no",
          "chosen": f"<think>\n1\n</think>\n\n<response>\n{row['answer']}\n</response>"}

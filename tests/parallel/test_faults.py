@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tests.parallel.ranks import start_on_ranks
-from tests.rl.test_upo import GAE, REWARD, merged, stage
-from tests.workspace import make_workspace, rows, write_rows
+from tests.rl.test_upo import GAE, REWARD, merged, stage, write_prompts
+from tests.workspace import make_workspace
 
 RANKS = 2
 # What fails, on which rank, in which recipe.
@@ -24,7 +24,7 @@ FAULTS: list[tuple[str, int, dict[str, str]]] = [
     ("sft", 0, {"file": "README.md"}),
     ("rl", 0, {"call": "ernie_train.rl.loop:cut_after"}),
     ("rl", 0, {"call": "ernie_train.rl.loop:append_samples"}),
-    ("rl", 0, {"call": "ernie_train.rl.rollout:write_rollout"}),
+    ("rl", 0, {"call": "ernie_train.rl.rollout.sampler:write_rollout"}),
     ("rl", 1, {"call": "ernie_train.rl.loop:build_reward"}),
 ]
 UNSEEN = ["DONE", "evaluation.json", "export.json", "offline_pairs.jsonl"]
@@ -40,11 +40,7 @@ def told(tmp_path_factory) -> dict[str, Any]:
     sft |= {"steps": 2, "validation": [], "validate_every_steps": None}
     sft["checkpoint"] = {"every_steps": 1, "keep_last": 1}
     (root / "sft.yaml").write_text(yaml.safe_dump(recipe))
-    prompts = rows(40, 7)
-    for number, row in enumerate(prompts):
-        row["messages"] = row["messages"][:1]
-        row["difficulty"] = 1 + number % 3
-    write_rows(root / "prompts.jsonl", prompts)
+    write_prompts(root)
     (root / "reward.py").write_text(REWARD)
     rl = stage(root, **merged(GAE, {"rollout": {"dump": True}}), iterations=1)
     values = recipe | {"stages": [rl], "evaluation": None, "export": None}

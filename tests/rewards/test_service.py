@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -346,9 +347,8 @@ def test_the_batch_has_a_deadline_too(user):
 
 
 def test_processes_that_do_not_start_are_no_wrong_answers(monkeypatch):
-    monkeypatch.setattr(
-        "ernie_train.rewards.scoring.worker_process._MODULE", "ernie_train.no_such_module"
-    )
+    broken = partial(service_module.WorkerProcess, "ernie_train.no_such_module")
+    monkeypatch.setattr(service_module, "WorkerProcess", broken)
     scores, _ = ScoringService(1).score(ITEMS)
     assert {score.status for score in scores} == {"infrastructure"}
 

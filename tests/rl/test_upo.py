@@ -40,16 +40,22 @@ def score(row, completion):
 '''
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("upo")
-    recipe = yaml.safe_load(make_workspace(root).read_text())
+def write_prompts(root: Path) -> list[dict[str, Any]]:
+    """Write problems of three difficulties with their solutions to prompts.jsonl; return them."""
     made = rows(40, 7)
     for number, row in enumerate(made):
         solution = f"<think>\n+\n</think>\n\n<response>\n{row['answer']}\n</response>"
         row["messages"][1]["content"] = solution
         row["difficulty"] = 1 + number % 3
     write_rows(root / "prompts.jsonl", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("upo")
+    recipe = yaml.safe_load(make_workspace(root).read_text())
+    made = write_prompts(root)
     preferences = [
         {"prompt": row["messages"][0]["content"],
          "chosen": f"<think>\n1 + 1\n</think>\n\n<response>\n{row['answer']}\n</response>",

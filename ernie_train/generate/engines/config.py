@@ -34,7 +34,7 @@ class EngineConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
-        given = sorted(self.model_fields_set - {"kind"})
+        given = sorted(self.model_dump(exclude_defaults=True).keys() - {"kind"})
         if self.kind == "own" and given:
             raise ValueError(f"{', '.join(given)}: no effect with kind: own; say kind: vllm")
         if self.url is not None and (unused := {"python", "args"} & set(given)):
