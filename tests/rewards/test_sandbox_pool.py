@@ -80,6 +80,7 @@ def test_a_program_that_costs_its_sandbox_twice_has_failed(monkeypatch):
 
     def lose(pair, request, limits):
         if "time.sleep" in request["source"]:
+            real(pair, request | {"source": RIGHT}, limits)  # all its processes are there then
             kill_all(pair.programs._process.pid)
         return real(pair, request, limits)
 
