@@ -39,9 +39,9 @@ class Moments:
         return self.at is not None and self.passed >= self.at
 
     @contextmanager
-    def watching_lines(self, file: str) -> Iterator[None]:
+    def watching_lines(self, *files: str | None) -> Iterator[None]:
         def trace(frame: FrameType, event: str, argument: Any) -> Any:
-            if frame.f_code.co_filename != file:
+            if frame.f_code.co_filename not in files:
                 return None
             if event == "line":
                 self.one_more()

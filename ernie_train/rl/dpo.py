@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,11 +16,9 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from ernie_train import parallel
-from ernie_train.core import consensus
 from ernie_train.core.config import HARMLESS, PositiveInt
-from ernie_train.core.errors import CheckpointError, Interrupted
+from ernie_train.core.errors import CheckpointError
 from ernie_train.data import MappedRows
-from ernie_train.io.metrics_log import PendingLine, StageMetrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
@@ -39,13 +37,13 @@ from ernie_train.rl.preference_data import (
     add_pairs,
     read_fitting_pairs,
 )
-from ernie_train.train.moe_health import MoeHealth, PromptProbe
-from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
+from ernie_train.train.moe_health import PromptProbe
+from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
+from ernie_train.train.step_loop import StepLoop
 from ernie_train.train.supervised_data import VALIDATION_LOSS
-from ernie_train.train.trainer import StepResult, Throughput, Trainer
-from ernie_train.weights.adapters import from_disk, to_disk
-from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
+from ernie_train.train.trainer import Trainer
+from ernie_train.weights.checkpoint import Checkpoint
 
 VALIDATION_METRICS = (VALIDATION_LOSS, "validation/accuracies", "validation/margins")
 
@@ -193,39 +191,36 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
     return _DpoRun(config, stage, prepared).train()
 
 
-class _DpoRun:
-    """The run of one stage: a trainer, and its reference, metrics, validation and checkpoints."""
+class _DpoRun(StepLoop[Ernie4_5_MoeForCausalLM, MicroBatch]):
+    """The run of a stage on pairs, with its reference."""
+
+    config: DpoConfig
 
     def __init__(self, config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> None:
-        self.config, self.stage, self.prepared = config, stage, prepared
+        self.prepared = prepared
         self.term = PairTerm.of(config, 1.0)
         # A resumed run is given the starting policy too, before its own checkpoint.
         self.reference = parallel.reference_model(stage.model) if config.needs_reference else None
-        self.trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
+        trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
             stage.model,
             Optimizer(stage.model, config.optim),
             grad_accum_steps=config.micro_batches_per_step,
             balance=config.balance,
         )
-        self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
-        self.resumed = self.store.load_latest()
-        self.pending: PendingLine | None = None  # of the last step, until it is validated
-        self.saved: tuple[int, bool] | None = None  # the last checkpoint: step, and if logged
-        self.validation: dict[str, float] = {}
-        self.validation_step = -1
-        if self.resumed is not None:
-            with consensus.fail_together():
-                _restore(self.resumed, self.trainer)
-            state = self.resumed.state.get("pending")
-            self.pending = PendingLine.from_state(self.resumed.step, state)
-        self.held_out = self._held_out()
+        super().__init__(
+            config,
+            stage,
+            trainer,
+            DpoLoss(self.term),
+            steps=config.steps,
+            validate_every=config.validation_interval,
+        )
 
-    def _held_out(self) -> MicroBatch | None:
+    @cached_property
+    def held_out(self) -> MicroBatch:
         """Return all held-out pairs with the reference's logprobs, as one batch."""
         sequences: list[TokenizedCompletion] = []
         pairs = add_pairs(sequences, self.prepared.validation)
-        if not pairs:
-            return None
         logprobs = _reference_logprobs(self.config, self.reference, sequences)
         return MicroBatch(
             tuple(sequences),
@@ -234,80 +229,31 @@ class _DpoRun:
             ref_logprobs=np.concatenate(logprobs) if logprobs else None,
         )
 
-    def train(self) -> dict[str, Any]:
-        """Run all steps that are left; return what `DONE` records."""
-        config, stage, resumed = self.config, self.stage, self.resumed
-        with StageMetrics(
-            stage.directory,
-            resume_step=resumed.step - (self.pending is not None) if resumed else None,
-            terminal=stage.terminal,
-            total_steps=config.steps,
-            label=config.name,
-        ) as self.metrics:
-            self.health = _moe_health(config, stage, self.prepared, resumed, self.metrics)
-            stage.model.train()
-            self.throughput = Throughput()
-            pairs, seed = self.prepared.pairs, stage.data.seed
-            done = self.trainer.step
-            try:
-                if self.pending is not None:
-                    self._finish_step(self.pending)
-                self.trainer.fit(
-                    pair_batches(config, pairs, self.reference, seed=seed, done=done),
-                    DpoLoss(self.term),
-                    config.steps,
-                    hooks=[(1, self._after_step)],
-                    stop_requested=lambda: stage.stop.requested,
-                )
-            except Interrupted:
-                self._save()
-                raise
-        chosen = self.store.finish(self.trainer.step, stage.model)
-        return {"steps": self.trainer.step, "checkpoint": chosen.name}
+    def batches(self) -> Iterator[MicroBatch]:
+        pairs, seed = self.prepared.pairs, self.stage.data.seed
+        return pair_batches(self.config, pairs, self.reference, seed=seed, done=self.trainer.step)
 
-    def _after_step(self, result: StepResult) -> None:
-        metrics = result.metrics | self.health.observe(result.step, result.load)
+    def probe(self) -> PromptProbe:
+        prompts = [pair.chosen.prompt_ids for pair in self.prepared.pairs]
+        return PromptProbe.of(prompts, self.config.moe_health.probe_tokens)
+
+    def step_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         alpha = self.config.rpo_alpha  # by the name that the objective has in every stage
-        metrics["loss"] = metrics["preference"] + alpha * metrics.get("nll_loss", 0.0)
-        self.pending = PendingLine(result.step, metrics, self.throughput.timings(result))
-        self._finish_step(self.pending)
+        loss = metrics["preference"] + alpha * metrics.get("nll_loss", 0.0)
+        return metrics | {"loss": loss}
 
-    def _finish_step(self, line: PendingLine) -> None:
-        """Validate, log and save as is due after a step; a stop leaves the line to a later run."""
-        metrics = line.metrics
-        if self.held_out is not None and self._is_due(self.config.validation_interval, line.step):
-            self.validation = validation_metrics(
-                self.stage.model, self.held_out, self.term, self.config.micro_batch_size
-            )
-            self.validation_step = line.step
-            metrics = metrics | self.validation
-        self.metrics.log(line.step, metrics, line.timings)
-        self.pending = None
-        if self._is_due(self.config.checkpoint.every_steps, line.step):
-            self._save()
-
-    def _is_due(self, every: int | None, step: int) -> bool:
-        return every is not None and (step % every == 0 or step == self.config.steps)
-
-    def _save(self) -> None:
-        trainer = self.trainer
-        holds = (trainer.step, self.pending is None)
-        if self.saved == holds:
-            return  # interrupted after a step that has been saved
-        self.metrics.sync()
-        optimizer = trainer.optimizer
-        self.store.save(
-            trainer.step,
-            model=trainer.model,
-            optimizer=optimizer_arrays(optimizer, lambda named: to_disk(trainer.model, named)),
-            state={
-                "powers": optimizer.beta_powers(),
-                "moe_health": self.health.state_dict(),
-                "pending": self.pending.to_state() if self.pending else None,
-            },
-            metrics=self.validation if self.validation_step == trainer.step else None,
+    def validate(self) -> dict[str, float]:
+        return validation_metrics(
+            self.stage.model, self.held_out, self.term, self.config.micro_batch_size
         )
-        self.saved = holds
+
+    def restore(self, saved: Checkpoint) -> None:
+        if "powers" not in saved.state:
+            raise CheckpointError(
+                f"{saved.path}: a checkpoint of a dpo stage of version 0.1.0, which this version "
+                "does not continue: begin the stage again with --from"
+            )
+        super().restore(saved)
 
 
 def validation_metrics(
@@ -326,38 +272,3 @@ def validation_metrics(
         "validation/accuracies": seen["rewards/accuracies"].value,
         "validation/margins": seen["rewards/margins"].value,
     }
-
-
-def _moe_health(
-    config: DpoConfig,
-    stage: StageRun,
-    prepared: PreparedPairs,
-    saved: Checkpoint | None,
-    writer: StageMetrics,
-) -> MoeHealth:
-    prompts = [pair.chosen.prompt_ids for pair in prepared.pairs]
-    return MoeHealth(
-        stage.model,
-        config.moe_health,
-        first_batch=lambda: PromptProbe.of(prompts, config.moe_health.probe_tokens),
-        state=saved.state["moe_health"] if saved else None,
-        warn=writer.note,
-    )
-
-
-def _restore(saved: Checkpoint, trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch]) -> None:
-    if "powers" not in saved.state:
-        raise CheckpointError(
-            f"{saved.path}: a checkpoint of a dpo stage of version 0.1.0, which this version does "
-            "not continue: begin the stage again with --from"
-        )
-    saved.load_model(trainer.model)
-    restore_optimizer(
-        trainer.optimizer,
-        saved.optimizer,
-        saved.state["powers"],
-        lambda named: from_disk(trainer.model, named),
-        checkpoint=saved.path,
-        steps=saved.step,
-    )
-    trainer.step = saved.step

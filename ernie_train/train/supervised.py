@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import paddle
 
-from ernie_train.core import consensus, process_group
+from ernie_train.core import process_group
 from ernie_train.core.errors import ConfigError, Interrupted
 from ernie_train.data import Batch, Documents, PackedLoader
-from ernie_train.io.metrics_log import PendingLine, StageMetrics
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Lockstep
 from ernie_train.train.loss_terms import LossOutput, LossTerm, Mean
-from ernie_train.train.moe_health import MoeHealth
-from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
+from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.rope_schedule import RopeSchedule
 from ernie_train.train.stage import StageRun
+from ernie_train.train.step_loop import StepLoop
 from ernie_train.train.supervised_data import (
     VALIDATION_LOSS,
     PretrainConfig,
@@ -29,9 +29,8 @@ from ernie_train.train.supervised_data import (
     batch_source,
     total_steps,
 )
-from ernie_train.train.trainer import StepResult, Throughput, Trainer
-from ernie_train.weights.adapters import from_disk, to_disk
-from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
+from ernie_train.train.trainer import Trainer
+from ernie_train.weights.checkpoint import Checkpoint
 
 
 class PackedLoss:
@@ -91,91 +90,48 @@ def run(
     return _SupervisedRun(config, stage, prepared).train()
 
 
-class _SupervisedRun:
-    """The run of one stage: a trainer, and its schedule, metrics, validation and checkpoints."""
+class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
+    """The run of a stage on packed batches, with a schedule of context lengths."""
+
+    config: PretrainConfig | SftConfig
 
     def __init__(
         self, config: PretrainConfig | SftConfig, stage: StageRun, prepared: SupervisedData
     ) -> None:
-        self.config, self.stage, self.prepared = config, stage, prepared
-        self.loss = PackedLoss(config.normalization if isinstance(config, SftConfig) else "tokens")
-        self.batches = batch_source(config, prepared)
-        self.steps = total_steps(config, prepared)
-        self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
-        self.trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch] = Trainer(
+        self.prepared = prepared
+        self.packed = PackedLoss(
+            config.normalization if isinstance(config, SftConfig) else "tokens"
+        )
+        self.source = batch_source(config, prepared)
+        start_theta = stage.model.model.rope_theta
+        trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch] = Trainer(
             stage.model,
             Optimizer(stage.model, config.optim),
             grad_accum_steps=config.grad_accum_steps,
             balance=config.balance,
         )
-        start_theta = stage.model.model.rope_theta
-        self.resumed = self.store.load_latest()
+        super().__init__(
+            config,
+            stage,
+            trainer,
+            self.packed,
+            steps=total_steps(config, prepared),
+            validate_every=config.validation_interval,
+        )
         if self.resumed is not None:
-            with consensus.fail_together():
-                self._restore(self.resumed)
             # Phases are relative to the base at the stage's start, not to that of the checkpoint.
             start_theta = self.resumed.state["rope_theta_at_start"]
         self.rope_schedule = RopeSchedule(config.phases(), start_theta)
-        self.validation: dict[str, float] = {}
-        self.validation_step = -1
-        self.pending: PendingLine | None = None  # of the last step, until it is validated
-        self.saved: tuple[int, bool] | None = None  # the last checkpoint: step, and if logged
-        if self.resumed is not None:
-            state = self.resumed.state.get("pending")
-            self.pending = PendingLine.from_state(self.resumed.step, state)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        model = self.stage.model
-        checkpoint.load_model(model)
-        restore_optimizer(
-            self.trainer.optimizer,
-            checkpoint.optimizer,
-            checkpoint.state["powers"],
-            lambda named: from_disk(model, named),
-            checkpoint=checkpoint.path,
-            steps=checkpoint.step,
-        )
-        self.batches.load_state_dict(checkpoint.state["loader"])
-        self.trainer.step = checkpoint.step
+    def batches(self) -> Iterator[Batch]:
+        return iter(self.source)
 
-    def train(self) -> dict[str, Any]:
-        config, stage, resumed = self.config, self.stage, self.resumed
-        with StageMetrics(
-            stage.directory,
-            resume_step=resumed.step - (self.pending is not None) if resumed else None,
-            terminal=stage.terminal,
-            total_steps=self.steps,
-            label=config.name,
-        ) as self.metrics:
-            self.health = MoeHealth(
-                stage.model,
-                config.moe_health,
-                # Of a copy, because the first batch is trained on as well.
-                first_batch=lambda: next(iter(copy.copy(self.prepared.loaders[0]))),
-                state=resumed.state["moe_health"] if resumed else None,
-                warn=self.metrics.note,
-            )
-            stage.model.train()
-            self.throughput = Throughput()
-            try:
-                if self.pending is not None:
-                    self._finish_step(self.pending)
-                self.trainer.fit(
-                    iter(self.batches),
-                    self.loss,
-                    self.steps,
-                    before_step=self._apply_rope_schedule,
-                    hooks=[(1, self._after_step)],
-                    stop_requested=lambda: stage.stop.requested,
-                )
-            except Interrupted:
-                self._save()
-                raise
-        chosen = self.store.finish(self.trainer.step, stage.model)
-        return {"steps": self.trainer.step, "checkpoint": chosen.name}
+    def probe(self) -> Batch:
+        # Of a copy, because the first batch is trained on as well.
+        return next(iter(copy.copy(self.prepared.loaders[0])))
 
-    def _apply_rope_schedule(self, step: int) -> dict[str, float]:
-        """Set the model's context for `step`, which comes next; return metrics to log with it."""
+    def before_step(self, step: int) -> dict[str, float]:
+        """Set the model's context for `step`; return metrics to log with it."""
         if self.config.rope_schedule is None:
             return {}
         theta, seq_len = self.rope_schedule.at(step)
@@ -185,48 +141,19 @@ class _SupervisedRun:
             model.set_context(theta, longest)
         return {"rope_theta": theta, "seq_len": seq_len}
 
-    def _after_step(self, result: StepResult) -> None:
-        metrics = result.metrics | self.health.observe(result.step, result.load)
-        self.pending = PendingLine(result.step, metrics, self.throughput.timings(result))
-        self._finish_step(self.pending)
+    def validate(self) -> dict[str, float]:
+        documents = self.prepared.validation
+        return {VALIDATION_LOSS: validation_loss(self.config, self.stage, documents, self.packed)}
 
-    def _finish_step(self, line: PendingLine) -> None:
-        """Validate, log and save as is due after a step; a stop leaves the line to a later run."""
-        metrics = line.metrics
-        if self._is_due(self.config.validation_interval, line.step):
-            loss = validation_loss(self.config, self.stage, self.prepared.validation, self.loss)
-            self.validation, self.validation_step = {VALIDATION_LOSS: loss}, line.step
-            metrics = metrics | self.validation
-        self.metrics.log(line.step, metrics, line.timings)
-        self.pending = None
-        if self._is_due(self.config.checkpoint.every_steps, line.step):
-            self._save()
+    def restore(self, saved: Checkpoint) -> None:
+        super().restore(saved)
+        self.source.load_state_dict(saved.state["loader"])
 
-    def _is_due(self, every: int | None, step: int) -> bool:
-        return every is not None and (step % every == 0 or step == self.steps)
-
-    def _save(self) -> None:
-        step = self.trainer.step
-        holds = (step, self.pending is None)
-        if self.saved == holds:
-            return  # interrupted after a step that has been saved
-        # Metrics first: a run that resumes from a checkpoint must find the lines up to its step.
-        self.metrics.sync()
-        model, optimizer = self.stage.model, self.trainer.optimizer
-        self.store.save(
-            step,
-            model=model,
-            optimizer=optimizer_arrays(optimizer, lambda named: to_disk(model, named)),
-            state={
-                "powers": optimizer.beta_powers(),
-                "loader": self.batches.state_dict(),
-                "rope_theta_at_start": self.rope_schedule.start_theta,
-                "moe_health": self.health.state_dict(),
-                "pending": self.pending.to_state() if self.pending else None,
-            },
-            metrics=self.validation if self.validation_step == step else None,
-        )
-        self.saved = holds
+    def state(self) -> dict[str, Any]:
+        return {
+            "loader": self.source.state_dict(),
+            "rope_theta_at_start": self.rope_schedule.start_theta,
+        }
 
 
 def validation_loss(

@@ -46,7 +46,7 @@ PACKAGES: dict[str, str] = {
     "generate": "sampler prompt_experts engine sharded engines",
     "generate.engines": "config protocol own answer endpoint guard process servers served build",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
-    " supervised_data supervised",
+    " step_loop supervised_data supervised",
     "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference upo",
     "rl.reward": "model scoring stage",

@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from ernie_train.core.errors import Interrupted
-from ernie_train.train import supervised, supervised_data
+from ernie_train.train import step_loop, supervised, supervised_data
 from ernie_train.train.supervised_data import SftConfig
 from tests.moments import Moments, stage_run
 from tests.workspace import make_workspace, metrics_without_time
@@ -34,7 +34,7 @@ def run_stage(root: Path, directory: Path, stop: Moments) -> None:
     config = TypeAdapter(SftConfig).validate_python(values)
     stage = stage_run(root, directory / "01-sft", stop)
     prepared = supervised_data.prepare(config, stage.data)
-    with stop.watching_lines(supervised.__file__):
+    with stop.watching_lines(supervised.__file__, step_loop.__file__):
         supervised.run(config, stage, prepared)
 
 

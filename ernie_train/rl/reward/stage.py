@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,12 +10,9 @@ import numpy as np
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from ernie_train.core import consensus
 from ernie_train.core.config import HARMLESS, NonNegative, PositiveInt
-from ernie_train.core.errors import Interrupted
 from ernie_train.data import MappedRows
 from ernie_train.eval.gates import check_metric
-from ernie_train.io.metrics_log import PendingLine, StageMetrics
 from ernie_train.rl.estimators import sequence_values
 from ernie_train.rl.preference_data import (
     OfflinePairSource,
@@ -31,11 +28,12 @@ from ernie_train.rl.reward.model import (
     ScoreSpread,
     whole_conversation,
 )
-from ernie_train.train.moe_health import MoeHealth, PromptProbe
-from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
+from ernie_train.train.moe_health import PromptProbe
+from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
-from ernie_train.train.trainer import StepResult, Throughput, Trainer
-from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
+from ernie_train.train.step_loop import StepLoop
+from ernie_train.train.trainer import Trainer
+from ernie_train.weights.checkpoint import Checkpoint
 
 ACCURACY = "eval/accuracy"
 MEASURED = (ACCURACY, "eval/margin", "eval/loss")
@@ -180,107 +178,57 @@ def run(
     return _RewardRun(config, stage, prepared).train()
 
 
-class _RewardRun:
-    """The run of one stage: a trainer, its metrics, validation and checkpoints."""
+class _RewardRun(StepLoop[RewardModel, PairBatch]):
+    """The run of a stage that trains a reward model on pairs."""
+
+    config: RewardModelConfig
 
     def __init__(
         self, config: RewardModelConfig, stage: StageRun, prepared: PreparedRewardPairs
     ) -> None:
-        self.config, self.stage, self.prepared = config, stage, prepared
+        self.prepared, self.spread = prepared, ScoreSpread()
         self.model = RewardModel(stage.model)
-        self.trainer: Trainer[RewardModel, PairBatch] = Trainer(
+        trainer: Trainer[RewardModel, PairBatch] = Trainer(
             self.model,
             Optimizer(self.model, config.optim),
             grad_accum_steps=config.micro_batches_per_step,
             balance=config.balance,
         )
-        self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
-        self.spread = ScoreSpread()
-        self.measured: tuple[int, dict[str, float]] = (0, {})  # step, and the validation after it
-        self.pending: PendingLine | None = None  # of the last step, until it is validated
-        self.saved: tuple[int, bool] | None = None  # the last checkpoint: step, and if logged
-        self.resumed = self.store.load_latest()
-        if self.resumed is not None:
-            with consensus.fail_together():
-                self._restore(self.resumed)
-
-    def _restore(self, saved: Checkpoint) -> None:
-        saved.load_model(self.stage.model)
-        self.model.load_head(saved.part(_MODEL_PART))
-        restore_optimizer(
-            self.trainer.optimizer,
-            saved.optimizer,
-            saved.state["powers"],
-            self.model.from_disk,
-            checkpoint=saved.path,
-            steps=saved.step,
+        super().__init__(
+            config,
+            stage,
+            trainer,
+            RewardLoss(config.center_coef),
+            steps=config.steps,
+            validate_every=config.validation_interval if prepared.validation else None,
         )
-        self.spread = ScoreSpread(**saved.state["spread"])
-        self.trainer.step = saved.step
-        self.pending = PendingLine.from_state(saved.step, saved.state["pending"])
 
     def train(self) -> dict[str, Any]:
-        config, stage, resumed = self.config, self.stage, self.resumed
-        with StageMetrics(
-            stage.directory,
-            resume_step=resumed.step - (self.pending is not None) if resumed else None,
-            terminal=stage.terminal,
-            total_steps=config.steps,
-            label=config.name,
-        ) as self.metrics:
-            prompts = [pair.chosen.prompt_ids for pair in self.prepared.pairs]
-            self.health = MoeHealth(
-                stage.model,
-                config.moe_health,
-                first_batch=lambda: PromptProbe.of(prompts, config.moe_health.probe_tokens),
-                state=resumed.state["moe_health"] if resumed else None,
-                warn=self.metrics.note,
-            )
-            self.model.train()
-            self.throughput = Throughput()
-            try:
-                if self.pending is not None:
-                    self._finish_step(self.pending)
-                self.trainer.fit(
-                    pair_batches(
-                        config, self.prepared.pairs, seed=stage.data.seed, done=self.trainer.step
-                    ),
-                    RewardLoss(config.center_coef),
-                    config.steps,
-                    hooks=[(1, self._after_step)],
-                    stop_requested=lambda: stage.stop.requested,
-                )
-            except Interrupted:
-                self._save()
-                raise
-        chosen = self.store.finish(self.trainer.step, stage.model)
-        if config.gate is not None:
+        """Run all steps that are left; return what `DONE` records.
+
+        Raises `Interrupted` after saving, and `GateError`.
+        """
+        self.model.train()
+        done = super().train()
+        if self.config.gate is not None:
+            chosen = self.store.directory / done["checkpoint"]
             found = self.store.load(chosen, verify=False).metrics
-            check_metric(config.gate, config.name, found)
-        return {"steps": self.trainer.step, "checkpoint": chosen.name}
+            check_metric(self.config.gate, self.config.name, found)
+        return done
 
-    def _after_step(self, result: StepResult) -> None:
-        metrics = result.metrics | self.health.observe(result.step, result.load)
+    def batches(self) -> Iterator[PairBatch]:
+        pairs, seed = self.prepared.pairs, self.stage.data.seed
+        return pair_batches(self.config, pairs, seed=seed, done=self.trainer.step)
+
+    def probe(self) -> PromptProbe:
+        prompts = [pair.chosen.prompt_ids for pair in self.prepared.pairs]
+        return PromptProbe.of(prompts, self.config.moe_health.probe_tokens)
+
+    def step_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         self.spread.add(metrics["mean_reward"], metrics.pop("mean_square_reward"))
-        metrics["reward_std"] = self.spread.std
-        self.pending = PendingLine(result.step, metrics, self.throughput.timings(result))
-        self._finish_step(self.pending)
+        return metrics | {"reward_std": self.spread.std}
 
-    def _finish_step(self, line: PendingLine) -> None:
-        """Validate, log and save as is due after a step; a stop leaves the line to a later run."""
-        metrics = line.metrics
-        if self.prepared.validation and self._is_due(self.config.validation_interval, line.step):
-            self.measured = (line.step, self._validate())
-            metrics = metrics | self.measured[1]
-        self.metrics.log(line.step, metrics, line.timings)
-        self.pending = None
-        if self._is_due(self.config.checkpoint.every_steps, line.step):
-            self._save()
-
-    def _is_due(self, every: int, step: int) -> bool:
-        return step % every == 0 or step == self.config.steps
-
-    def _validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Return how many held-out pairs are ranked rightly, and the mean margin and loss."""
         pairs, stop = self.prepared.validation, self.stage.stop
         sides = [whole_conversation(side) for pair in pairs for side in pair.completions]
@@ -297,26 +245,20 @@ class _RewardRun:
         found = (float((gaps > 0).mean()), float(gaps.mean()), float(losses.mean()))
         return dict(zip(MEASURED, found, strict=True))
 
-    def _save(self) -> None:
-        step = self.trainer.step
-        holds = (step, self.pending is None)
-        if self.saved == holds:
-            return  # interrupted after a step that has been saved
-        # Metrics first: a run that resumes from a checkpoint must find the lines up to its step.
-        self.metrics.sync()
-        optimizer = self.trainer.optimizer
-        self.store.save(
-            step,
-            model=self.stage.model,
-            optimizer=optimizer_arrays(optimizer, self.model.to_disk),
-            state={
-                "powers": optimizer.beta_powers(),
-                "moe_health": self.health.state_dict(),
-                "pending": self.pending.to_state() if self.pending else None,
-                "spread": asdict(self.spread),
-            },
-            metrics=self.measured[1] if self.measured[0] == step else None,
-            # Empty on a rank that does not write the head.
-            parts={_MODEL_PART: self.model.head_arrays(self.spread, optimizer.owned)},
-        )
-        self.saved = holds
+    def restore(self, saved: Checkpoint) -> None:
+        super().restore(saved)
+        self.model.load_head(saved.part(_MODEL_PART))
+        self.spread = ScoreSpread(**saved.state["spread"])
+
+    def state(self) -> dict[str, Any]:
+        return {"spread": asdict(self.spread)}
+
+    def parts(self) -> dict[str, Mapping[str, np.ndarray]]:
+        # Empty on a rank that does not write the head.
+        return {_MODEL_PART: self.model.head_arrays(self.spread, self.trainer.optimizer.owned)}
+
+    def to_disk(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.model.to_disk(named)
+
+    def from_disk(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.model.from_disk(stored)
