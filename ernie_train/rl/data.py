@@ -181,7 +181,10 @@ def read_solutions(
         if len(turns) != 1:
             continue
         record = prompt.record
-        solution = encode_completion(tokenizer, record.prompt_messages, turns, record.tools)
+        try:
+            solution = encode_completion(tokenizer, record.prompt_messages, turns, record.tools)
+        except DataError:
+            continue  # not to be trained, or the template cannot show it
         if solution.prompt_ids != prompt.prompt_ids:
             continue  # the template asks otherwise than it shows a finished turn
         if len(solution.completion_ids) > longest:

@@ -5,7 +5,7 @@ A stage of its own: no sampling, no rewards, the trainer's loop over micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -173,13 +173,18 @@ def _reference_logprobs(
     config: DpoConfig,
     reference: Ernie4_5_MoeForCausalLM | None,
     sequences: list[TokenizedCompletion],
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[np.ndarray]:
     """Return the reference's logprobs of completions; empty where the loss needs none."""
     if reference is None:
         return []
     with adapter_off(reference):
         return sequence_logprobs(
-            reference, sequences, temperature=1.0, batch_size=config.micro_batch_size
+            reference,
+            sequences,
+            temperature=1.0,
+            batch_size=config.micro_batch_size,
+            stop_requested=stop_requested,
         ).logprobs
 
 
@@ -221,7 +226,7 @@ class _DpoRun(StepLoop[Ernie4_5_MoeForCausalLM, MicroBatch]):
         """Return all held-out pairs with the reference's logprobs, as one batch."""
         sequences: list[TokenizedCompletion] = []
         pairs = add_pairs(sequences, self.prepared.validation)
-        logprobs = _reference_logprobs(self.config, self.reference, sequences)
+        logprobs = _reference_logprobs(self.config, self.reference, sequences, self._stop_requested)
         return MicroBatch(
             tuple(sequences),
             (False,) * len(sequences),
@@ -243,9 +248,13 @@ class _DpoRun(StepLoop[Ernie4_5_MoeForCausalLM, MicroBatch]):
         return metrics | {"loss": loss}
 
     def validate(self) -> dict[str, float]:
+        size, stop_requested = self.config.micro_batch_size, self._stop_requested
         return validation_metrics(
-            self.stage.model, self.held_out, self.term, self.config.micro_batch_size
+            self.stage.model, self.held_out, self.term, size, stop_requested=stop_requested
         )
+
+    def _stop_requested(self) -> bool:
+        return self.stage.stop.requested
 
     def restore(self, saved: Checkpoint) -> None:
         if "powers" not in saved.state:
@@ -257,14 +266,24 @@ class _DpoRun(StepLoop[Ernie4_5_MoeForCausalLM, MicroBatch]):
 
 
 def validation_metrics(
-    model: Ernie4_5_MoeForCausalLM, held_out: MicroBatch, term: PairTerm, batch_size: int
+    model: Ernie4_5_MoeForCausalLM,
+    held_out: MicroBatch,
+    term: PairTerm,
+    batch_size: int,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Return the loss of held-out pairs, the share that is ranked right, and the mean margin.
 
-    Every rank must call it; each computes the logprobs of a share of the pairs' completions.
+    Every rank must call it; each computes the logprobs of a share of the pairs' completions. Raises
+    `Interrupted` on all ranks when a stop is requested on one.
     """
     logprobs = sequence_logprobs(
-        model, held_out.sequences, temperature=1.0, batch_size=batch_size
+        model,
+        held_out.sequences,
+        temperature=1.0,
+        batch_size=batch_size,
+        stop_requested=stop_requested,
     ).logprobs
     terms, seen = term(paddle.to_tensor(np.concatenate(logprobs)), held_out)
     return {

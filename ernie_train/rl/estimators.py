@@ -129,11 +129,13 @@ def sequence_logprobs(
     router_replay: bool = False,
     with_entropy: bool = False,
     share_prompts: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> SequenceLogprobs:
     """Return logprobs of every sequence's completion; every rank must call it.
 
     router_replay: tokens take the experts that sampling chose for them. The share of changed ones
-    is None where any is unknown.
+    leaves out micro-batches of which any is unknown. Raises `Interrupted` on all ranks when a stop
+    is requested on one.
     """
 
     def compute(batch: MicroBatch) -> tuple[np.ndarray, _Seen]:
@@ -149,7 +151,9 @@ def sequence_logprobs(
 
     training = model.training
     model.eval()
-    arrays, seen = _evaluate(model, sequences, batch_size, compute, share_prompts=share_prompts)
+    arrays, seen = _evaluate(
+        model, sequences, batch_size, compute, stop_requested, share_prompts=share_prompts
+    )
     if training:
         model.train()
     entropies, changed = ([found[at] for found in seen] for at in (0, 1))
@@ -260,13 +264,14 @@ def group_relative_advantages(
     scale: AdvantageScale,
     baseline: AdvantageBaseline = "mean",
     verdicts: np.ndarray | None = None,
-    verdict_weight: float = 1.0,
+    verdict_span: float = 1.0,
     penalties: Sequence[np.ndarray] = (),
 ) -> list[np.ndarray]:
     """Give every token of a completion the same advantage: its reward against its group's.
 
-    rewards, valid [P,G]; verdicts [P,G]: the verifier's share of the rewards, its marks times
-    `verdict_weight` (None: all of them); lengths and penalties per sequence, group after group.
+    rewards, valid [P,G]; verdicts [P,G]: the verifier's share of the rewards, its weighted marks,
+    which span `verdict_span` (None: all of them); lengths and penalties per sequence, group after
+    group.
 
     "std" divides the verdicts by their deviation in the group, and what stands beside them (format,
     length, KL) by half their range in any group, as it is where half of a group is right: divided
@@ -283,7 +288,7 @@ def group_relative_advantages(
     else:
         apart = group_advantages(beside, valid, scale="none", baseline=baseline)
         table = group_advantages(verdicts, valid, scale=scale, baseline=baseline)
-        table = table + apart / (abs(verdict_weight) / 2)
+        table = table + apart / (verdict_span / 2)
     return [
         np.full(length, advantage, np.float32)
         for length, advantage in zip(lengths, table.reshape(-1), strict=True)

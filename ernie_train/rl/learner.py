@@ -198,15 +198,16 @@ class Learner:
         lengths = [c.num_sampled for c in completions]
         penalties = self._kl_penalties(batch)
         if self.critic is None or config.critic is None:
-            weight = config.reward.verifier.weight
+            verifier = config.reward.verifier
+            verdicts = verifier.weight * rollout.marks
             advantages = group_relative_advantages(
                 rewards,
                 valid,
                 lengths,
                 scale=config.policy.advantage_scale,
                 baseline=config.policy.baseline or "mean",
-                verdicts=None if config.normalizes_by_domain else weight * rollout.marks,
-                verdict_weight=weight,
+                verdicts=None if config.normalizes_by_domain else verdicts,
+                verdict_span=abs(verifier.weight) * verifier.span,
                 penalties=penalties,
             )
             return replace(batch, advantages=advantages), {}

@@ -99,7 +99,7 @@ class PairSources:
     def find(
         self, iteration: int, rollout: Rollout
     ) -> tuple[list[TokenizedPair], dict[str, float]]:
-        """Return the pairs of an iteration and how many each source gave.
+        """Return the pairs of an iteration, and how many each source of its rollout gave.
 
         Every rank must call it. Raises `Interrupted` when a stop is asked for.
         """

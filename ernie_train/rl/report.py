@@ -150,11 +150,12 @@ def reward_model_metrics(rollout: Rollout, parts: Sequence[RewardPart]) -> dict[
     completion, absent where either does not vary.
     """
     metrics: dict[str, float] = {}
-    judged = [c for c in rollout.completions() if c.score.trains]
     for part in parts:
+        name = part.label
+        # An audit puts its own parts in the place of the stage's, and a replay may have others.
+        judged = [c for c in rollout.completions() if c.score.trains and name in c.reward_parts]
         if part.model is None or not judged:
             continue
-        name = part.label
         scores = np.array([c.reward_parts[name] for c in judged])
         lengths = np.array([c.num_sampled for c in judged])
         metrics[f"{name}/std"] = float(scores.std())

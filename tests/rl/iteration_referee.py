@@ -123,7 +123,7 @@ class Referee:
         return metrics | self.update(number, pairs)
 
     def reward(self, c: Any) -> float:
-        rollout, tokens = self.config.rollout, len(self.texts_of(c))
+        rollout, tokens = self.config.rollout, len(c.completion_ids)
         if rollout.truncated not in ("punish", "ramp"):
             return c.raw_reward
         if not c.finished:

@@ -169,10 +169,11 @@ FAULTS: dict[str, Fault] = {
         "domains == domain", (learner,),
     ),
     "weight of the verifier forgotten": Fault(
-        "plain", Learner, "_with_advantages", "verdict_weight=weight", "verdict_weight=1.0"
+        "plain", Learner, "_with_advantages", "verdict_span=abs(verifier.weight) * verifier.span",
+        "verdict_span=1.0",
     ),
     "marks without their weight": Fault(
-        "plain", Learner, "_with_advantages", "weight * rollout.marks", "rollout.marks"
+        "plain", Learner, "_with_advantages", "verifier.weight * rollout.marks", "rollout.marks"
     ),
     "format counts against itself": Fault(
         "plain", estimators, "group_relative_advantages", "table + apart", "table - apart",

@@ -111,11 +111,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fastdeploy from nowhere": ({"engine": {"kind": "fastdeploy"}}, "needs python"),
     "no url": ({"engine": {"kind": "vllm", "url": "localhost:8000"}}, "url"),
     "with /v1": ({"engine": {"kind": "vllm", "url": "http://x:1/v1"}}, "url"),
-    "batch_size": ({"engine": {"kind": "vllm"}, "batch_size": 8}, "engine.parallel"),
     "truncation at a temperature": (
         {"engine": {"kind": "vllm"}, "temperature": 0.7, "top_p": 0.9}, "before top_p and top_k"
     ),
-    "replay": ({"engine": {"kind": "vllm"}, "replay": "x"}, "no effect with replay"),
 }  # fmt: skip
 
 

@@ -246,8 +246,8 @@ def test_pairs_against_the_last_iteration_begin_at_ln_2_each_time(workspace, tmp
 def test_rows_without_a_fitting_solution_are_told(workspace):
     data = StageData(workspace, load_tokenizer(workspace / "tokenizer"), 0)
     some = rows(6, 1)
-    for row in some[:2]:
-        row["messages"] = row["messages"][:1]
+    some[0]["messages"] = some[0]["messages"][:1]
+    some[1]["messages"][1]["weight"] = 0  # not to be trained
     some[2]["messages"][1]["content"] = f"<think>\n{'so ' * 60}\n</think>\n\n2"
     write_rows(workspace / "some.jsonl", some)
     preference = {"coef": 0.1, "pairs": "gold"}

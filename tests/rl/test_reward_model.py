@@ -431,6 +431,7 @@ def test_metrics_show_spread_saturation_and_the_length_that_scores_go_with() -> 
         make_scored(completion_ids=[3] * n, reward_parts={"reward_model": v}, raw_reward=v)
         for v, n in zip(values, tokens, strict=True)
     ]]  # fmt: skip
+    groups.append([make_scored(reward_parts={"audit/exact": 1.0})] * 4)  # judged by another reward
     rollout = Rollout.of(groups, RolloutConfig(max_new_tokens=8))
     assert reward_model_metrics(rollout, [RewardPart(name="exact"), part]) == {
         "reward_model/std": pytest.approx(np.std(values)), "reward_model/saturated": 0.5,

@@ -85,6 +85,16 @@ def test_the_ramp_rises_over_the_last_tokens_to_the_whole_penalty(tokens, finish
     assert rollout.valid.all()
 
 
+def test_results_of_tools_take_room_on_the_ramp_too():
+    settings = RolloutConfig(
+        max_new_tokens=10, truncated="ramp", overlong_tokens=4, truncation_penalty=0.8
+    )
+    episode = make_scored(
+        completion_ids=[3] * 9, sampled_mask=[True] * 2 + [False] * 5 + [True] * 2
+    )
+    assert Rollout.of([[episode]], settings).rewards[0, 0] == pytest.approx(1.0 - 0.6)
+
+
 def test_what_could_not_be_scored_teaches_nothing():
     unknown = make_scored(score=Score.timeout("slow machine"), raw_reward=0.0)
     rollout = Rollout.of([[make_scored(), unknown]], config())

@@ -353,6 +353,23 @@ def test_recorded_experts_are_taken_again_also_from_a_file(workspace, tmp_path, 
     assert "givesnoexpertsforpolicy.router_replay" in told and "000001.jsonl" in told
 
 
+@pytest.mark.parametrize("number", [1, 999])
+def test_a_replay_of_other_prompts_is_refused(workspace, tmp_path, capsys, number):
+    assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, iterations=1) == 0
+    dumped = tmp_path / "one/01-rl/rollouts"
+    file = dumped / "000001.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    first = lines[0]["prompt"]
+    for line in lines:
+        if line["prompt"] == first:
+            line["prompt"] = first + number
+    write_rows(file, lines)
+    capsys.readouterr()
+    replay = {"replay": str(dumped)}
+    assert run_stage(workspace, tmp_path / "two", rollout=replay, iterations=1) == 2
+    assert "isnotthatofthisstage" in "".join(capsys.readouterr().err.split())
+
+
 def test_micro_batches_of_any_size_train_the_same_rollout(workspace, tmp_path):
     """Sums over the step are divided by counts over the step: sizes differ by rounding alone."""
     assert run_stage(workspace, tmp_path / "dumped", rollout={"dump": True}, iterations=1) == 0
@@ -468,6 +485,18 @@ CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
         ({"rollout": {"group_size": 1}}, "rollout.group_size must be at least 2"),
         ({"preference": {"coef": 0.1}}, "preference.pairs\n  Field required"),
         ({"preference": {**ONLINE, "margin": 1.5}}, "is never met"),
+        ({"preference": {"coef": 0.1, "pairs": ["online", "gold"], "margin": 1.5,
+                         "pair_reward": {"name": "exact", "weight": 2}}}, "is never met"),
+        ({"preference": {"coef": 0.1, "pairs": "shorter", "margin": 0.9}}, "margin has no effect"),
+        ({"policy": {"coef": 0.0, "group_scale": "none"}, "preference": ONLINE},
+         "group_scale: no effect with coef: 0"),
+        ({"policy": {"coef": 0.0, "normalize_rewards": "domain"}, "preference": ONLINE},
+         "normalize_rewards: no effect with coef: 0"),
+        ({"audit_reward": {"name": "exact", "weight": 0.5, "share": 0.5}}, "give both the same"),
+        ({"rollout": {"engine": {"kind": "vllm"}, "replay": "x"}}, "nothing is sampled"),
+        ({"rollout": {"engine": {"kind": "vllm"}, "batch_size": 8}}, "of our own sampler"),
+        ({"environment": {"tools": ["calculator"], "max_tool_tokens": 4},
+          "preference": {"coef": 0.1, "pairs": "hint"}}, "hint samples one turn"),
         ({"preference": {"coef": 0.1, "pairs": "offline"}}, "needs offline: where they come from"),
         ({"preference": ONLINE, "micro_batch_size": 1}, "micro_batch_size of at least 2"),
         ({"critic": CRITIC, "policy": {"group_scale": "none"}}, "no effect beside a critic"),
@@ -524,6 +553,31 @@ CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
 def test_impossible_settings_are_refused(changes, says):
     with pytest.raises(ValidationError, match=says):
         UpoConfig(**stage(Path("x"), **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": [{"name": "row", "weight": 0.3}],
+         "preference": {"coef": 0.1, "pairs": "shorter"}},
+        {"rollout": {"engine": {"kind": "vllm"}, "batch_size": 8},
+         "evaluation": {"path": "x", "every_iterations": 2}},
+        {"rollout": {"engine": {"kind": "vllm"}, "replay": "x"},
+         "preference": {"coef": 0.1, "pairs": "hint"}},
+        {"audit_reward": {"name": "exact", "weight": 0.5, "share": 0.5}, "critic": CRITIC},
+    ],
+)  # fmt: skip
+def test_settings_that_act_are_taken(changes):
+    config = UpoConfig(**stage(Path("x"), **changes))
+    again = UpoConfig(**config.model_dump())  # as a run records them
+    assert again == config
+
+
+def test_leave_one_out_is_not_normalized_within_a_domain_by_itself():
+    plain = UpoConfig(**stage(Path("x"), policy={"baseline": "leave_one_out"}))
+    asked = {"baseline": "leave_one_out", "normalize_rewards": "domain"}
+    assert not plain.normalizes_by_domain
+    assert UpoConfig(**stage(Path("x"), policy=asked)).normalizes_by_domain
 
 
 def test_keys_of_earlier_recipes_are_refused_with_their_new_place(workspace, capsys):

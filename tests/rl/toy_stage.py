@@ -82,8 +82,13 @@ def toy_config(**changes: Any) -> UpoConfig:
     return UpoConfig(**values)
 
 
+def toy_prompt(number: int) -> list[int]:
+    rng = np.random.default_rng([7, number])
+    return [int(token) for token in rng.integers(0, VOCABULARY, 3 + number % 2)]
+
+
 def toy_group(rng: np.random.Generator, prompt: int, weight: float) -> list[ScoredCompletion]:
-    found, prompt_ids = [], rng.integers(0, VOCABULARY, 3 + prompt % 2).tolist()
+    found, prompt_ids = [], toy_prompt(prompt)
     for at, score in enumerate(MARKS[prompt]):
         cut, formed = (prompt, at) in CUT, (prompt, at) not in MALFORMED
         length = LONGEST if cut else int(rng.integers(2, LONGEST + 1))
@@ -211,7 +216,7 @@ def observed(
 
 def prepared(rng: np.random.Generator) -> PreparedPrompts:
     record = Record("prompt", [{"role": "user", "content": "?"}], source="x:1")
-    prompts = [Prompt(record, [1, 2], "a", "t", 1) for _ in MARKS]
+    prompts = [Prompt(record, toy_prompt(number), "a", "t", 1) for number in range(len(MARKS))]
     return PreparedPrompts(prompts, [5], [1.0], None, [], toy_pairs(rng))  # type: ignore[arg-type]
 
 

@@ -168,6 +168,11 @@ class RewardConfig(StrictConfig):
         return self
 
     @property
+    def span(self) -> float:
+        """Return by how much two rewards may differ."""
+        return sum(abs(part.weight) * part.span for part in self.parts)
+
+    @property
     def verifier(self) -> RewardPart:
         """Return the part that decides if a completion is correct.
 

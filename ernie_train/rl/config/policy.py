@@ -146,7 +146,7 @@ class PolicyConfig(StrictConfig):
             raise ValueError("entropy_coef and kl act on the policy term's tokens: coef is 0")
         acting = (
             "objective", "ratio", "clip_ratio", "clip_ratio_high", "aggregation", "baseline",
-            "sampler_correction",
+            "group_scale", "normalize_rewards", "sampler_correction",
         )  # fmt: skip
         fields = type(self).model_fields
         idle = [key for key in acting if getattr(self, key) != fields[key].default]

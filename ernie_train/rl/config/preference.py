@@ -91,7 +91,7 @@ class OfflinePairs(MappedRows):
 class SharedReward(RewardConfig):
     """A reward, dearer than the stage's, that judges a share of an iteration's prompts.
 
-    share: every 1/share-th prompt of the stage's order is judged by it.
+    share: of the groups that are sampled, every 1/share-th is judged by it.
     """
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -172,6 +172,11 @@ class PreferenceConfig(PairLoss):
     def of_rollouts(self) -> bool:
         """Return whether any pairs come from an iteration's completions."""
         return bool({*self.pairs} - {"offline"})
+
+    @property
+    def samples_completions(self) -> bool:
+        """Return whether completions are sampled for pairs, besides the rollouts."""
+        return "hint" in self.pairs or (self.offline is not None and bool(self.offline.prompts))
 
     @property
     def of_solutions(self) -> bool:

@@ -117,12 +117,6 @@ class RolloutConfig(StrictConfig):
         engine = self.engine
         if engine.kind == "own":
             return self
-        if self.replay is not None:
-            raise ValueError("engine has no effect with replay: nothing is sampled")
-        if "batch_size" in self.model_fields_set:
-            raise ValueError(
-                "batch_size is that of our own sampler: an engine has engine.parallel requests"
-            )
         if engine.kind == "vllm" and self.temperature != 1 and (self.top_p < 1 or self.top_k):
             raise ValueError(
                 "vllm has no log-probabilities at a temperature before top_p and top_k truncate "

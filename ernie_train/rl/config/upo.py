@@ -100,11 +100,23 @@ class UpoConfig(StageConfig):
         return values
 
     @model_validator(mode="after")
-    def _engine_has_all_weights(self) -> UpoConfig:
-        if self.lora is not None and self.rollout.engine.kind != "own":
+    def _engine_fits(self) -> UpoConfig:
+        rollout, preference = self.rollout, self.preference
+        if rollout.engine.kind == "own":
+            return self
+        if self.lora is not None:
             raise ValueError(
                 "lora: an engine is given the model's own matrices, without the pairs that train: "
                 "leave rollout.engine out"
+            )
+        samples_pairs = preference is not None and preference.samples_completions
+        if rollout.replay is not None and not samples_pairs:
+            raise ValueError("rollout.engine has no effect with replay: nothing is sampled")
+        default = RolloutConfig.model_fields["batch_size"].default
+        if rollout.batch_size != default and self.evaluation is None:
+            raise ValueError(
+                "rollout.batch_size is that of our own sampler: an engine has engine.parallel "
+                "requests"
             )
         return self
 
@@ -151,7 +163,14 @@ class UpoConfig(StageConfig):
                 "policy.normalize_rewards: domain has no effect under group_scale: std, which "
                 "divides by the deviation of each group, of one domain: leave it out"
             )
-        if self.policy.coef and self.reward.verifier.weight == 0:
+        audit, scale = self.audit_reward, self.reward.verifier.weight
+        if audit is not None and scales_groups and audit.verifier.weight != scale:
+            problems.append(
+                f"audit_reward: its {audit.verifier.label} has weight {audit.verifier.weight:g}, "
+                f"that of reward has {scale:g}: groups would be scaled differently by who judges "
+                "them: give both the same"
+            )
+        if self.reward.verifier.weight == 0:
             problems.append(
                 f"reward: {self.reward.verifier.label} decides which completions are correct and "
                 "which groups teach something, with weight 0: put the part that is learnt first"
@@ -160,7 +179,14 @@ class UpoConfig(StageConfig):
 
     def _environment_problems(self) -> list[str]:
         tools, room = self.environment, self.rollout.max_new_tokens
-        if tools is None or tools.max_tool_tokens < room:
+        if tools is None:
+            return []
+        if self.preference is not None and "hint" in self.preference.pairs:
+            return [
+                "preference.pairs: hint samples one turn and carries out no call of it, which "
+                "environment needs: leave one of them out"
+            ]
+        if tools.max_tool_tokens < room:
             return []
         return [
             f"environment.max_tool_tokens={tools.max_tool_tokens} leaves no room in "
@@ -189,15 +215,26 @@ class UpoConfig(StageConfig):
             problems.append("pairs need a micro_batch_size of at least 2: both go through together")
         if not own and self.policy.coef == 0:
             problems.append("policy.coef is 0 and pairs come from a file: that is kind: dpo")
-        ranked_by = preference.pair_reward or self.reward
-        highest = sum(abs(part.weight) * part.span for part in ranked_by.parts)
-        highest += 0.0 if preference.pair_reward else self.rollout.truncation_penalty
-        if preference.margin > highest:
-            problems.append(
+        return problems + self._margin_problems(preference)
+
+    def _margin_problems(self, preference: PreferenceConfig) -> list[str]:
+        pairs = {*preference.pairs}
+        by_policy = preference.offline is not None and preference.offline.prompts is not None
+        spans = []  # of the rewards that rank pairs
+        if "online" in pairs and preference.pair_reward is not None:
+            spans.append(preference.pair_reward.span)
+        elif "online" in pairs:
+            spans.append(self.reward.span + self.rollout.truncation_penalty)
+        if {"gold", "hint"} & pairs or by_policy:
+            spans.append(self.reward.span)
+        if not spans and preference.margin != PreferenceConfig.model_fields["margin"].default:
+            return ["preference.margin has no effect: no reward ranks the pairs"]
+        if spans and preference.margin > min(spans):
+            return [
                 f"preference.margin={preference.margin:g} is never met: rewards differ by "
-                f"{highest:g} at most"
-            )
-        return problems
+                f"{min(spans):g} at most"
+            ]
+        return []
 
     @property
     def samples_each_iteration(self) -> bool:
@@ -223,6 +260,8 @@ class UpoConfig(StageConfig):
         """
         if self.policy.normalize_rewards is not None:
             return self.policy.normalize_rewards == "domain"
+        if self.policy.baseline == "leave_one_out":
+            return False
         return self.critic is not None or self.policy.advantage_scale == "none"
 
     @property

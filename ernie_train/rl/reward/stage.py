@@ -59,7 +59,7 @@ class RewardModelConfig(StageConfig, MappedRows):
     pairs_per_step: PositiveInt
     center_coef: NonNegative = 0.0
     validation: Annotated[str | None, Field(min_length=1), HARMLESS] = None
-    validate_every_steps: PositiveInt | None = None
+    validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardModelConfig:

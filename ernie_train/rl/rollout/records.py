@@ -62,7 +62,8 @@ class Rollout:
         masks = config.truncated == "mask"
         flat = [c for group in groups for c in group]
         rewards = [
-            c.raw_reward - config.length_penalty(c.num_sampled, finished=c.finished) for c in flat
+            c.raw_reward - config.length_penalty(len(c.completion_ids), finished=c.finished)
+            for c in flat
         ]
         valid = [c.score.trains and not (masks and not c.finished) for c in flat]
         reward_table = np.array(rewards, np.float64).reshape(shape)

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ernie_train.core import consensus, process_group
+from ernie_train.core.errors import CheckpointError
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate import Completion, SamplingConfig, score_sharded
@@ -79,6 +81,7 @@ class RolloutSampler:
             path = rollout_file(self.stage.data.base_dir / config.replay, iteration)
             with consensus.fail_together():
                 groups = read_replay(path)
+                self._require_prompts(groups, path)
                 self._require_experts(groups, str(path))
         else:
             groups = self._sample_until_informative(iteration)
@@ -89,6 +92,18 @@ class RolloutSampler:
                     path = rollout_file(self.stage.directory / ROLLOUTS, iteration)
                     write_rollout(path, groups)
         return Rollout.of(groups, config)
+
+    def _require_prompts(self, groups: Sequence[PromptGroup], path: Path) -> None:
+        """Refuse a replay whose completions are of other prompts than the stage has by number."""
+        prompts = self.prepared.prompts
+        for group in groups:
+            for c in group:
+                known = 0 <= c.prompt < len(prompts)
+                if not known or prompts[c.prompt].prompt_ids != c.prompt_ids:
+                    raise CheckpointError(
+                        f"{path}: its prompt {c.prompt} is not that of this stage: a replay needs "
+                        "the data, the lengths and the chat format that it was sampled with"
+                    )
 
     def _require_experts(self, groups: Sequence[PromptGroup], source: str) -> None:
         if self.config.policy.router_replay:
