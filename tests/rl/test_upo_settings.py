@@ -1,0 +1,142 @@
+"""Settings of RL and DPO stages: what contradicts is refused, what acts is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ernie_train.rl.config import UpoConfig
+from ernie_train.rl.dpo import DpoConfig
+from tests.rl.test_upo import OFFLINE_ONLY, ONLINE, merged, stage
+
+CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rollout": {"group_size": 1}}, "rollout.group_size must be at least 2"),
+        ({"preference": {"coef": 0.1}}, "preference.pairs\n  Field required"),
+        ({"preference": {**ONLINE, "margin": 1.5}}, "is never met"),
+        ({"preference": {"coef": 0.1, "pairs": ["online", "gold"], "margin": 1.5,
+                         "pair_reward": {"name": "exact", "weight": 2}}}, "is never met"),
+        ({"preference": {"coef": 0.1, "pairs": "shorter", "margin": 0.9}}, "margin has no effect"),
+        ({"policy": {"coef": 0.0, "group_scale": "none"}, "preference": ONLINE},
+         "group_scale: no effect with coef: 0"),
+        ({"policy": {"coef": 0.0, "normalize_rewards": "domain"}, "preference": ONLINE},
+         "normalize_rewards: no effect with coef: 0"),
+        ({"audit_reward": {"name": "exact", "weight": 0.5, "share": 0.5}}, "give both the same"),
+        ({"rollout": {"engine": {"kind": "vllm"}, "replay": "x"}}, "nothing is sampled"),
+        ({"rollout": {"engine": {"kind": "vllm"}, "batch_size": 8}}, "of our own sampler"),
+        ({"environment": {"tools": ["calculator"], "max_tool_tokens": 4},
+          "preference": {"coef": 0.1, "pairs": "hint"}}, "hint samples one turn"),
+        ({"preference": {"coef": 0.1, "pairs": "offline"}}, "needs offline: where they come from"),
+        ({"preference": ONLINE, "micro_batch_size": 1}, "micro_batch_size of at least 2"),
+        ({"critic": CRITIC, "policy": {"group_scale": "none"}}, "no effect beside a critic"),
+        ({"critic": CRITIC, "policy": {"baseline": "mean"}}, "policy.baseline has no effect"),
+        ({"critic": CRITIC, "policy": {"coef": 0.0}, "preference": ONLINE}, "critic has no effect"),
+        ({"policy": {"kl": {"coef": 0.1, "kind": "k1"}}}, "no useful gradient in the loss"),
+        *(({"policy": {"kl": {"coef": 0.1, "kind": kind, "place": "reward"}}},
+           f"kind='{kind}' in the reward hardly pulls") for kind in ("k2", "k3")),
+        ({"critic": {"optim": {"lr": 1e-3}}}, "warmup_iterations=5 leaves none of iterations=4"),
+        ({"reward": None}, "reward\n  Field required"),
+        ({"data": None}, "data\n  Field required"),
+        ({"rollout": {"prompts_per_iteration": None}}, "prompts_per_iteration must be given"),
+        ({"reward": "mathh"}, "unknown reward 'mathh'"),
+        ({"policy": {"coef": 0.0}}, "nothing would be learnt"),
+        ({"rollout": {"truncated": "mask", "truncation_penalty": 0.5}},
+         "no effect with truncated: mask"),
+        ({"rollout": {"truncation_penalty": 0.5}}, "no effect with truncated: keep"),
+        ({"rollout": {"truncated": "punish"}}, "give a penalty, such as 0.5, or say truncated: k"),
+        ({"rollout": {"truncated": "ramp", "overlong_tokens": 2}}, "ramp takes .* which is 0"),
+        ({"rollout": {"truncated": "ramp", "truncation_penalty": 1}}, "give how many, such as 1"),
+        ({"rollout": {"truncated": "ramp", "truncation_penalty": 1, "overlong_tokens": 11}},
+         "the last overlong_tokens of max_new_tokens=10"),
+        ({"rollout": {"overlong_tokens": 2}}, "overlong_tokens has no effect with truncated: keep"),
+        ({"preference": {**ONLINE, "margin": 0}}, "greater than 0"),
+        ({"preference": {**ONLINE, "offline": {"prompts": 4, "per_iteration": 1}}},
+         "no effect without pairs"),
+        ({"preference": {**ONLINE, "pairs": ["gold", "hint"]}}, "all wrong: name one"),
+        ({"preference": {**ONLINE, "pairs": ["gold", "gold"]}}, "names a source twice"),
+        ({"preference": {**ONLINE, "pairs": []}}, "at least 1 item"),
+        ({"preference": {**ONLINE, "pairs": "golden"}}, "'gold', 'hint' or 'shorter'"),
+        ({"preference": {**ONLINE, "hint": {"share": 0.3}}}, "no effect without pairs: hint"),
+        ({"preference": {**ONLINE, "pairs": "gold", "pair_reward": "exact"}},
+         "ranks online pairs, which pairs does not name"),
+        ({"preference": {**ONLINE, "pair_reward": {"name": "exact", "share": 0}}},
+         "greater than 0"),
+        ({"preference": {**ONLINE, "pair_reward": "exact", "margin": 1.5}}, "is never met"),
+        ({"preference": {**ONLINE, "loss": "simpo", "reference": "last_iteration"}},
+         "simpo has no reference"),
+        ({"audit_reward": {"share": 0.5}}, "exactly one of name, python, judge and model"),
+        ({"preference": {**ONLINE, "simpo_gamma": 0.3}}, "no effect with loss: sigmoid"),
+        ({"preference": {**ONLINE, "loss": "simpo", "length_normalize": False}},
+         "length_normalize must not be false"),
+        ({"preference": {**ONLINE, "loss": "kto"}}, "'sigmoid', 'ipo' or 'simpo'"),
+        ({"policy": {"normalize_rewards": "domain"}}, "normalize_rewards: domain has no effect"),
+        ({"reward": [{"name": "exact", "weight": 0.0}, {"name": "logic"}]},
+         "exact decides which completions are correct .* with weight 0"),
+        ({"policy": {"gamma": 0.9}}, "policy.gamma\n  Extra inputs"),
+        ({**OFFLINE_ONLY, "rollout": {}}, "prompts_per_iteration has no effect"),
+        (merged(OFFLINE_ONLY, {"policy": {"kl": {"coef": 0.1}}}), "kl act on the policy term"),
+        (merged(OFFLINE_ONLY, {"preference": {"offline": {"path": "x", "prompts": None}}}),
+         "that is kind: dpo"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(changes, says):
+    with pytest.raises(ValidationError, match=says):
+        UpoConfig(**stage(Path("x"), **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": [{"name": "row", "weight": 0.3}],
+         "preference": {"coef": 0.1, "pairs": "shorter"}},
+        {"rollout": {"engine": {"kind": "vllm"}, "batch_size": 8},
+         "evaluation": {"path": "x", "every_iterations": 2}},
+        {"rollout": {"engine": {"kind": "vllm"}, "replay": "x"},
+         "preference": {"coef": 0.1, "pairs": "hint"}},
+        {"audit_reward": {"name": "exact", "weight": 0.5, "share": 0.5}, "critic": CRITIC},
+    ],
+)  # fmt: skip
+def test_settings_that_act_are_taken(changes):
+    config = UpoConfig(**stage(Path("x"), **changes))
+    again = UpoConfig(**config.model_dump())  # as a run records them
+    assert again == config
+
+
+def test_leave_one_out_is_not_normalized_within_a_domain_by_itself():
+    plain = UpoConfig(**stage(Path("x"), policy={"baseline": "leave_one_out"}))
+    asked = {"baseline": "leave_one_out", "normalize_rewards": "domain"}
+    assert not plain.normalizes_by_domain
+    assert UpoConfig(**stage(Path("x"), policy=asked)).normalizes_by_domain
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"micro_batch_size": 1}, "micro_batch_size must be at least 2"),
+        ({"checkpoint": {"best_metric": "x"}}, "best_metric needs validation"),
+        ({"validation": "v", "checkpoint": {"best_metric": "x"}}, "'x' is not measured, only"),
+        ({"validate_every_steps": 2}, "validate_every_steps needs validation"),
+        (
+            {
+                "validation": "v",
+                "validate_every_steps": 2,
+                "checkpoint": {"best_metric": "validation_loss", "every_steps": 3},
+            },
+            "a multiple of",
+        ),
+        ({"beta": 0}, "greater than 0"),
+        ({"loss": "ipo", "simpo_gamma": 0.5}, "no effect with loss: ipo"),
+        ({"rpo_alpha": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_impossible_dpo_settings_are_refused(changes, says):
+    values = {"name": "d", "kind": "dpo", "data": "x", "seq_len": 32, "steps": 3,
+              "pairs_per_step": 2, "micro_batch_size": 2, "optim": {"lr": 1e-4}}  # fmt: skip
+    with pytest.raises(ValidationError, match=says):
+        DpoConfig(**{**values, **changes})
