@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_a_stop_while_validating_leaves_only_that_to_do(root, whole, tmp_path, m
     assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1]
     run_stage(root, tmp_path / "run", Moments())
     assert bits(tmp_path / "run") == whole[0]
+
+
+def test_a_checkpoint_between_validations_has_no_metric(root, tmp_path, monkeypatch):
+    stop, original = Moments(), supervised.validation_loss
+
+    def stopped_afterwards(*arguments: Any) -> float:
+        loss = original(*arguments)
+        # This step is logged; the next one asks for the stop, after its update.
+        monkeypatch.setattr(step_loop.MoeHealth, "observe", ask)
+        return loss
+
+    def ask(*arguments: Any) -> dict[str, float]:
+        stop.at = 0
+        return {}
+
+    monkeypatch.setattr(supervised, "validation_loss", stopped_afterwards)
+    with pytest.raises(Interrupted):
+        run_stage(root, tmp_path / "run", stop)
+    (saved,) = (tmp_path / "run/01-sft/checkpoints").iterdir()
+    assert saved.name == "step_000003"
+    assert json.loads((saved / "MANIFEST.json").read_text())["metrics"] == {}
 
 
 @pytest.mark.slow
