@@ -76,6 +76,12 @@ class EngineError(ErnieTrainError):
     on_all_ranks = True
 
 
+class ToolFailure(ErnieTrainError):
+    """A tool of an environment, or the sandbox, cannot run: exit status 1."""
+
+    on_all_ranks = True
+
+
 class Interrupted(ErnieTrainError):
     """Stopped on SIGTERM or SIGINT after everything was saved: exit status 3."""
 

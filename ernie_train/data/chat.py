@@ -148,7 +148,7 @@ def tool_result_ids(
     called = [{"function": {"name": name, "arguments": {}}} for name in calls]
     turn = {"role": "assistant", "content": "", "tool_calls": called}
     chat = Conversation(tokenizer, [{"role": "user", "content": "?"}, turn, *results], tools)
-    shown = [m | {"content": _without_markup(m["content"])} for m in chat.messages[2:]]
+    shown = [m | {"content": mark_markup(m["content"])} for m in chat.messages[2:]]
     chat.messages[2:] = shown
     return chat.ids_behind(1)
 
@@ -156,8 +156,8 @@ def tool_result_ids(
 _MARKUP = re.compile("|".join(map(re.escape, MARKUP_TOKENS)))
 
 
-def _without_markup(text: str) -> str:
-    """Mark the texts that structure a turn, so that they are encoded as plain text."""
+def mark_markup(text: str) -> str:
+    """Mark the texts that structure a turn, so that `encode_marked` takes them for plain text."""
     return _MARKUP.sub(lambda found: found.group()[0] + MARK + found.group()[1:], text)
 
 

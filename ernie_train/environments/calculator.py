@@ -32,11 +32,11 @@ def calculator(expression: str) -> str:
     Args:
         expression: numbers, parentheses and the operators + - * / // % **
     """
-    return _written(_value(_parsed(expression)))
+    return _format_number(_evaluate(_parse(expression)))
 
 
 class Calculator:
-    """The tool `calculator`."""
+    """Checks the arguments of the tool `calculator` and computes."""
 
     signature = Signature.of(calculator)
     schema = signature.schema
@@ -45,7 +45,7 @@ class Calculator:
         return calculator(**self.signature.check(arguments))
 
 
-def _parsed(expression: str) -> ast.expr:
+def _parse(expression: str) -> ast.expr:
     text = expression.translate(_SIGNS).strip()
     if len(text) > _MAX_CHARACTERS:
         raise ToolError(f"the expression has more than {_MAX_CHARACTERS} characters")
@@ -60,25 +60,25 @@ def _parsed(expression: str) -> ast.expr:
     return body
 
 
-def _value(node: ast.expr) -> Fraction:
+def _evaluate(node: ast.expr) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _number(str(node.kind))
+        return _parse_number(str(node.kind))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _value(node.operand)
+        value = _evaluate(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp):
-        left, right = _value(node.left), _value(node.right)
+        left, right = _evaluate(node.left), _evaluate(node.right)
         if isinstance(node.op, ast.Pow):
-            return _bounded(_power(left, right))
+            return _check_size(_power(left, right))
         if type(node.op) in _BINARY:
             try:
-                return _bounded(Fraction(_BINARY[type(node.op)](left, right)))
+                return _check_size(Fraction(_BINARY[type(node.op)](left, right)))
             except ZeroDivisionError:
                 raise ToolError("division by zero") from None
     raise ToolError("only numbers, parentheses and + - * / // % ** are allowed; a power is 2 ** 3")
 
 
-def _number(text: str) -> Fraction:
+def _parse_number(text: str) -> Fraction:
     exponent = text.lower().partition("e")[2]
     if text.lower().startswith("0x") or (exponent and not -99 <= int(exponent) <= 99):
         raise ToolError(f"{text[:20]} is not a number of this calculator")
@@ -101,13 +101,13 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     return Fraction(base ** int(exponent))
 
 
-def _bounded(value: Fraction) -> Fraction:
+def _check_size(value: Fraction) -> Fraction:
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
         raise ToolError("the result is too large")
     return value
 
 
-def _written(value: Fraction) -> str:
+def _format_number(value: Fraction) -> str:
     """Return a whole number, a decimal where it is finite and short, or else a fraction."""
     places = next((n for n in range(_MAX_PLACES + 1) if 10**n % value.denominator == 0), None)
     if places is None:

@@ -22,7 +22,7 @@ class EnvironmentConfig(StrictConfig):
 
     tools: `calculator`, `python` (in the sandbox), `lookup` (in a row's `table`), and files.
     max_turns: turns of the assistant; an episode that calls a tool in the last one is cut off.
-    max_tool_seconds: time of one call.
+    max_tool_seconds: time of one call; of `python` processor time, rounded up, and twice it in all.
     max_tool_tokens: a longer result is cut.
     """
 

@@ -1,19 +1,26 @@
-"""The environment of tools: it carries out the calls of a turn; one without calls ends it."""
+"""The environment of tools: it executes the calls of a turn; one without calls ends the episode."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ernie_train.core.errors import ConfigError, DataError
+from ernie_train.core.errors import (
+    ConfigError,
+    DataError,
+    ErnieTrainError,
+    Interrupted,
+    ToolFailure,
+)
 from ernie_train.data import (
     Record,
     Tokenizer,
+    mark_markup,
     prompt_ids,
     render_chat,
     require_chat_template,
@@ -34,12 +41,14 @@ MAX_CALLS = 8  # of one turn; further ones are answered by an error
 _CHARACTERS_PER_TOKEN = 16  # more of a result are never encoded
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufdd0-\ufdef\ufffe\uffff]")
 _CUT = " [cut]"
+_REFUSED = "error: the result contains a control token of the chat format"
+_NO_TOOL = "unknown"  # the name of a tool that there is not: the one in the call is foreign text
 _QUESTION: Message = {"role": "user", "content": "?"}
 
 
 @dataclass(frozen=True)
 class CallRecord:
-    """Say how one call went. `seconds` differ from run to run."""
+    """Hold how one call went. `seconds` differ from run to run."""
 
     name: str
     failed: bool
@@ -117,9 +126,9 @@ class Toolbox:
         fields = {**record.fields, **({"tools": schemas} if schemas else {})}
         return replace(record, messages=asked, tools=schemas or None, fields=fields)
 
-    def environment(self) -> ToolEnvironment:
+    def environment(self, stop_requested: Callable[[], bool] = lambda: False) -> ToolEnvironment:
         """Return a new environment, for one episode."""
-        return ToolEnvironment(self)
+        return ToolEnvironment(self, stop_requested)
 
     def result_ids(self, names: Sequence[str], results: Sequence[Message]) -> list[int]:
         """Encode results, and the generation prompt behind them, as the template writes them."""
@@ -127,27 +136,33 @@ class Toolbox:
         schemas = [tool.schema for tool in self.tools.values()]
         return tool_result_ids(self.tokenizer, known, results, schemas)
 
-    def as_result(self, text: str) -> str:
-        """Return foreign text as a result may show it: bounded, without control characters."""
+    def format_result(self, text: str) -> tuple[str, bool]:
+        """Return foreign text as a result may show it, and whether it was refused.
+
+        It is bounded and has no control characters. Where the recipe refuses control tokens, a text
+        with one is an error that does not quote it.
+        """
         most = self.config.max_tool_tokens
-        whole = text
-        text = _CONTROL.sub("\ufffd", whole[: most * _CHARACTERS_PER_TOKEN].replace("\r\n", "\n"))
-        text = text.encode("utf-8", "replace").decode("utf-8")
+        read = text[: most * _CHARACTERS_PER_TOKEN]
+        shown = _CONTROL.sub("\ufffd", read.replace("\r\n", "\n"))
+        shown = shown.encode("utf-8", "replace").decode("utf-8")
         try:
-            marked = self.tokenizer.mark_control_tokens(text, "a tool's result")
-        except DataError as error:
-            return f"error: {error}"
-        _, places = self.tokenizer.encode_marked(marked)
-        if len(places) > most:
-            return text[: places[most][0]] + _CUT
-        return text + _CUT if len(whole) > most * _CHARACTERS_PER_TOKEN else text
+            marked = self.tokenizer.mark_control_tokens(shown, "a tool's result")
+        except DataError:
+            return self.format_result(_REFUSED)[0], True
+        _, places = self.tokenizer.encode_marked(mark_markup(marked))
+        if len(places) <= most and read == text:
+            return shown, False
+        return shown[: places[most][0] if most < len(places) else None] + _CUT, False
 
 
 class ToolEnvironment:
-    """An episode with the tools of a `Toolbox`."""
+    """An episode with the tools of a `Toolbox`; a stop is looked for before each call."""
 
-    def __init__(self, toolbox: Toolbox) -> None:
-        self._toolbox = toolbox
+    def __init__(
+        self, toolbox: Toolbox, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._toolbox, self._stop_requested = toolbox, stop_requested
         self._context = self._context_of({})
         self._offered: set[str] = set()
 
@@ -159,7 +174,10 @@ class ToolEnvironment:
         return list(record.prompt_messages)
 
     def step(self, turn: str) -> StepResult:
-        """Carry out the calls of a turn, in order; a turn without a call ends the episode."""
+        """Execute the calls of a turn, in order; a turn without a call ends the episode.
+
+        Raises `ToolFailure` where a tool cannot run, and `Interrupted` when a stop is requested.
+        """
         template = require_chat_template(self._toolbox.tokenizer)
         parsed = parse_completion(
             turn, thinking=template.opens_thinking, tagged=template.has_response_tags
@@ -168,30 +186,32 @@ class ToolEnvironment:
             return StepResult([], done=True)
         messages, records = [], []
         for number, call in enumerate(parsed.tool_calls[: MAX_CALLS + 1]):
+            if self._stop_requested():
+                raise Interrupted("stopped on a signal while tools were called")
             started = time.perf_counter()
             try:
                 if number == MAX_CALLS:
                     raise ToolError(f"a turn may make {MAX_CALLS} calls; no further one was made")
-                text, failed = self._carried_out(call), False
+                text, failed = self._execute_call(call), False
             except ToolError as error:
                 text, failed = f"error: {error}", True
-            shown = self._toolbox.as_result(text)
-            messages.append({"role": "tool", "name": call.name[:80], "content": shown})
-            records.append(CallRecord(call.name[:80], failed, time.perf_counter() - started))
+            shown, refused = self._toolbox.format_result(text)
+            name = call.name if call.name in self._toolbox.tools else _NO_TOOL
+            messages.append({"role": "tool", "name": name, "content": shown})
+            records.append(CallRecord(name, failed or refused, time.perf_counter() - started))
         return StepResult(messages, done=False, calls=records)
 
-    def _carried_out(self, call: ToolCall) -> str:
+    def _execute_call(self, call: ToolCall) -> str:
+        """Return the result of a call; raises `ToolError` for one that the policy got wrong."""
         if call.arguments is None:
             raise ToolError("the call is not JSON with a name and arguments")
         if call.name not in self._offered:
             offered = ", ".join(sorted(self._offered))
-            raise ToolError(f"there is no tool {call.name[:80]!r}, only {offered or 'none'}")
+            raise ToolError(f"there is no tool of this name, only {offered or 'none'}")
         try:
             return self._toolbox.tools[call.name].call(call.arguments, self._context)
-        except ToolError:
-            raise
-        except Exception as error:  # whatever a hostile argument makes a tool raise is its answer
-            raise ToolError(f"{type(error).__name__}: {str(error)[:200]}") from error
+        except (ErnieTrainError, OSError) as error:  # nothing that the policy should learn from
+            raise ToolFailure(f"the tool {call.name} cannot run: {error}") from error
 
     def _context_of(self, row: Mapping[str, Any]) -> ToolContext:
         config = self._toolbox.config

@@ -18,7 +18,7 @@ import numpy as np
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.cpu import cpu_setup
-from ernie_train.core.errors import Interrupted
+from ernie_train.core.errors import EngineError, Interrupted, ToolFailure
 from ernie_train.data import Record, Tokenizer
 from ernie_train.environments.environment import Environment, Message, StepResult, Toolbox
 
@@ -50,7 +50,7 @@ class SampleTurn(Protocol):
 
 @dataclass(frozen=True)
 class EpisodeStart:
-    """The ids of a problem as it is asked; `record` is None for one that has but one turn."""
+    """Hold the ids of a problem as it is asked; `record` is None for one that has but one turn."""
 
     prompt_ids: list[int]
     record: Record | None = None
@@ -58,11 +58,12 @@ class EpisodeStart:
 
 @dataclass
 class Episode:
-    """Tokens and messages of one episode.
+    """Collect the tokens and messages of one episode.
 
     completion_ids: what follows the prompt; sampled_mask: which of them were sampled, None for all.
     logprobs, expert_ids: of the sampled tokens, [T] and [T, MoE layers, K]; prompt_expert_ids: of
-        the problem's positions but the last. Those of tools' results are not kept.
+        the problem's positions but the last. Those of tools' results are not kept. Both kinds of
+        experts are None unless every turn has them.
     text: the last turn, without its stop token; finished: it ended, and called no tool.
     messages: turns and results, as a person reads them.
     """
@@ -79,17 +80,27 @@ class Episode:
     tool_seconds: float = 0.0
 
     def add_turn(self, sampled: SampledTurn, tokenizer: Tokenizer) -> None:
-        """Append a turn of the assistant."""
+        """Append a turn of the assistant.
+
+        Raises `EngineError` unless each token has a log-probability, and experts if any has.
+        """
+        experts = sampled.expert_ids
+        for what, values in (("log-probabilities", sampled.logprobs), ("experts", experts)):
+            if values is not None and len(values) != len(sampled.ids):
+                raise EngineError(
+                    f"the engine gave {what} of {len(values)} tokens for {len(sampled.ids)}"
+                )
         if self.sampled_mask is not None:
             self.sampled_mask += [True] * len(sampled.ids)
         self.completion_ids = self.completion_ids + sampled.ids
         self.logprobs = self.logprobs + list(sampled.logprobs)
         first = self.turns == 0
         if first:
-            self.expert_ids = sampled.expert_ids
-            self.prompt_expert_ids = sampled.prompt_expert_ids
-        elif self.expert_ids is not None and sampled.expert_ids is not None:
-            self.expert_ids = np.concatenate([self.expert_ids, sampled.expert_ids])
+            self.expert_ids, self.prompt_expert_ids = experts, sampled.prompt_expert_ids
+        elif self.expert_ids is None or experts is None:
+            self.expert_ids = self.prompt_expert_ids = None
+        else:
+            self.expert_ids = np.concatenate([self.expert_ids, experts])
         self.text = tokenizer.decode(sampled.ids[:-1] if sampled.finished else sampled.ids)
         self.finished = sampled.finished
         self.messages.append({"role": "assistant", "content": self.text})
@@ -123,11 +134,12 @@ def play_episodes(
 ) -> list[Episode]:
     """Play all episodes to their end; `max_new_tokens` bounds what follows each prompt.
 
-    Every rank must call it; each carries out the calls of a share of the episodes. Raises
-    `Interrupted` on all ranks when a stop is requested on one.
+    Every rank must call it; each executes the calls of a share of the episodes. Raises on all
+    ranks `Interrupted` when a stop is requested on one, and `ToolFailure` where a tool cannot run
+    on one: what a tool never answered must not be trained on.
     """
     episodes = [Episode() for _ in starts]
-    environments = _environments(starts, toolbox)
+    environments = _environments(starts, toolbox, stop_requested)
     max_turns = toolbox.config.max_turns if toolbox else 1
     live = list(range(len(starts)))
     for turn in range(max_turns):
@@ -156,14 +168,14 @@ def play_episodes(
 
 
 def _environments(
-    starts: Sequence[EpisodeStart], toolbox: Toolbox | None
+    starts: Sequence[EpisodeStart], toolbox: Toolbox | None, stop_requested: Callable[[], bool]
 ) -> dict[int, Environment]:
     """Return the environments of this rank's episodes: a rank keeps an episode to its end."""
     found: dict[int, Environment] = {}
     for at, start in enumerate(starts):
         mine = at % process_group.world_size() == process_group.rank()
         if toolbox is not None and start.record is not None and mine:
-            found[at] = toolbox.environment()
+            found[at] = toolbox.environment(stop_requested)
             found[at].reset(start.record)
     return found
 
@@ -176,16 +188,24 @@ def _step_all(
 ) -> dict[int, StepResult]:
     """Let the environments answer the turns of `asked`, several at a time; return all answers."""
     answers: dict[int, StepResult] = {}
+    stopped, failure = False, None
     with consensus.fail_together():
         mine = [at for at in asked if at in environments]
         # New threads each time: none must stand in the middle of something when sampling forks.
         with ThreadPoolExecutor(max(1, cpu_setup().threads)) as pool:
             futures = {at: pool.submit(environments[at].step, episodes[at].text) for at in mine}
             _wait(list(futures.values()), stop_requested)
-        answers = {at: f.result() for at, f in futures.items() if not f.cancelled()}
-    if process_group.any_rank(stop_requested()):
+        try:
+            answers = {at: f.result() for at, f in futures.items() if not f.cancelled()}
+        except Interrupted:
+            stopped = True
+        except ToolFailure as error:
+            failure = str(error)
+    if process_group.any_rank(stopped or stop_requested()):
         raise Interrupted("stopped on a signal while tools were called")
-    for part in process_group.all_gather_objects(answers):
+    for part, failed in process_group.all_gather_objects((answers, failure)):
+        if failed is not None:
+            raise ToolFailure(failed)
         answers |= part
     return answers
 

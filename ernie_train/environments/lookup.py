@@ -21,7 +21,7 @@ def lookup(key: str) -> str:
 
 
 class Lookup:
-    """The tool `lookup`: a key's entry as text, or as JSON where it is no text."""
+    """Returns a key's entry for the tool `lookup`: text, or JSON where it is no text."""
 
     signature = Signature.of(lookup)
     schema = signature.schema

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from ernie_train.environments.tool import Signature, ToolContext, ToolError
-from ernie_train.rewards.sandbox import Limits, run_script
+from ernie_train.rewards.sandbox import Limits, SandboxUnavailable, run_script
 
 _MEMORY = "python"
 _SLACK_BYTES = 4096
@@ -81,7 +81,7 @@ def python(code: str) -> str:
 
 
 class PythonCells:
-    """The tool `python`."""
+    """Runs the cells of the tool `python`. Raises `SandboxUnavailable` where the sandbox fails."""
 
     signature = Signature.of(python)
     schema = signature.schema
@@ -99,7 +99,10 @@ class PythonCells:
         program = f"{_DRIVER}_main(json.loads({json.dumps([*cells, code])!r}), {room})\n"
         found = run_script(program, "", limits, more_time=False)
         if found.kind == "timeout" or _TOO_LONG in found.detail:
-            raise ToolError(f"not finished after {context.limit_s:g} s")
+            spent = f"{limits.cpu_s:g} s of processor time or {limits.wall_s:g} s in all"
+            raise ToolError(f"not finished after {spent}")
+        if found.kind == "infrastructure":
+            raise SandboxUnavailable(f"the sandbox failed: {found.detail}")
         if found.kind != "returned":
             raise ToolError(found.detail or "the program gave no result")
         try:

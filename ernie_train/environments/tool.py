@@ -50,19 +50,24 @@ class Signature:
     model: type[pydantic.BaseModel]
 
     @classmethod
-    def of(cls, function: Callable[..., Any]) -> Signature:
-        """Read the signature and docstring of a function.
+    def of(cls, function: Callable[..., Any], name: str = "") -> Signature:
+        """Read the signature and docstring of a function; `name` is its own by default.
 
         Descriptions of arguments stand in the docstring's section `Args:`, one line each. Raises
-        `ValueError` for an argument without a type, a type without a JSON schema, or no docstring.
+        `ValueError` for an argument without a type, a type without a JSON schema, no docstring, or
+        a function that does not return its result when it is called.
         """
-        name = function.__name__
+        name = name or function.__name__
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise ValueError(f"{name} is async; a tool returns its result, without await")
+        if inspect.isgeneratorfunction(function):
+            raise ValueError(f"{name} is a generator; a tool returns its result, without yield")
         text = inspect.getdoc(function)
         if not text:
             raise ValueError(f"{name} needs a docstring: it tells the model what the tool does")
         description, _, listed = text.partition("\nArgs:\n")
         found = filter(None, map(_ARGUMENT.match, listed.split("\n")))
-        told: dict[str, str] = {m.group(1): m.group(2) for m in found}
+        described: dict[str, str] = {m.group(1): m.group(2) for m in found}
         hints = get_type_hints(function)
         fields: dict[str, Any] = {}
         for parameter in inspect.signature(function).parameters.values():
@@ -73,7 +78,7 @@ class Signature:
                     f"{name}: the argument {parameter.name} needs a type, as {parameter.name}: str"
                 )
             default = ... if parameter.default is parameter.empty else parameter.default
-            about = pydantic.Field(default, description=told.get(parameter.name))
+            about = pydantic.Field(default, description=described.get(parameter.name))
             fields[parameter.name] = (hints[parameter.name], about)
         try:
             config = pydantic.ConfigDict(extra="forbid", protected_namespaces=())

@@ -40,7 +40,7 @@ def main(descriptor: int, parent: int) -> None:
 
 
 class FileTools:
-    """The public functions of a file, as tools."""
+    """Calls the public functions of a file, as tools of the names that they have there."""
 
     def __init__(self) -> None:
         self._functions: dict[str, Any] = {}
@@ -58,36 +58,44 @@ class FileTools:
                 and not name.startswith("_")
             }
             for name, function in self._functions.items():
-                self._signatures[name] = _signature(file, function)
+                self._signatures[name] = self._signature(file, name, function)
         except Exception as error:  # a user's file may raise anything
             known = isinstance(error, ValueError) and str(error).startswith(file)
-            return ["raised", str(error) if known else f"{file}: {_told(error)}"]
+            return ["raised", str(error) if known else f"{file}: {_error_text(error)}"]
         return ["tools", [signature.schema for signature in self._signatures.values()]]
+
+    def _signature(self, file: str, name: str, function: Any) -> Signature:
+        """Return the signature of a function; `ValueError` names its line and what is wrong."""
+        names = [other for other, same in self._functions.items() if same is function]
+        try:
+            if len(names) > 1:
+                raise ValueError(
+                    f"{' and '.join(names)} are one function; give it one name without _ in front"
+                )
+            return Signature.of(function, name)
+        except ValueError as error:
+            raise ValueError(f"{file}:{function.__code__.co_firstlineno}: {error}") from None
 
     def call(self, name: str, arguments: dict[str, Any], most: int) -> list[Any]:
         """Return ["result", text] or ["error", text]."""
         try:
             result = self._functions[name](**self._signatures[name].check(arguments))
-            text = (
-                result
-                if isinstance(result, str)
-                else json.dumps(result, ensure_ascii=False, default=str)
-            )
+            text = result if isinstance(result, str) else _as_json(result)
         except ToolError as error:
             return ["error", str(error)]
         except BaseException as error:  # sys.exit too is an answer
-            return ["error", _told(error)]
+            return ["error", _error_text(error)]
         return ["result", text[:most]]
 
 
-def _signature(file: str, function: Any) -> Signature:
+def _as_json(result: Any) -> str:
     try:
-        return Signature.of(function)
-    except ValueError as error:
-        raise ValueError(f"{file}:{function.__code__.co_firstlineno}: {error}") from None
+        return json.dumps(result, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ToolError(f"the result is no JSON: {error}") from None
 
 
-def _told(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
 
 

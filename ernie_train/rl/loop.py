@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import EngineError, Interrupted
+from ernie_train.core.errors import EngineError, Interrupted, ToolFailure
 from ernie_train.environments import Toolbox, open_toolbox
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate.engines import Engine, build_engine
@@ -52,8 +52,8 @@ ENGINE = "engine"  # a server's weights and log
 def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[str, Any]:
     """Train the stage from its latest checkpoint, or from the start.
 
-    Raises `Interrupted` and `EngineError` after saving, and `UserError` where the reward fails on
-    its canaries.
+    Raises `Interrupted`, `EngineError` and `ToolFailure` after saving, and `UserError` where the
+    reward fails on its canaries.
     """
     with consensus.fail_together():
         built = build_reward(config.reward, stage.data.base_dir)
@@ -164,7 +164,7 @@ class _UpoLoop:
                 while self.state.finished < self.config.iterations:
                     self._iterate(self.state.finished + 1, pairs)
                     self._leave_if_asked(f"after iteration {self.state.finished}")
-            except (Interrupted, EngineError):
+            except (Interrupted, EngineError, ToolFailure):
                 self._save()
                 raise
         last = self.state.finished

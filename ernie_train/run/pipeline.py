@@ -29,6 +29,7 @@ from ernie_train.core.errors import (
     EngineError,
     Interrupted,
     NonFiniteError,
+    ToolFailure,
     storage_errors,
 )
 from ernie_train.core.process_group import Grid
@@ -95,6 +96,10 @@ class Pipeline:
                 raise EngineError(
                     f"{ended}. Nothing of this iteration was learnt; {self._kept()}. The same "
                     "command goes on from there"
+                ) from None
+            except ToolFailure as ended:
+                raise ToolFailure(
+                    f"{ended}; {self._kept()}. The same command goes on from there"
                 ) from None
             except NonFiniteError as ended:
                 raise NonFiniteError(f"{ended} What is kept: {self._kept()}.") from None

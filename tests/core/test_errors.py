@@ -10,6 +10,7 @@ STATUS = {
     errors.ErnieTrainError: 1,
     errors.StorageError: 1,
     errors.EngineError: 1,
+    errors.ToolFailure: 1,
     errors.FailedElsewhere: 1,  # of an instance: that of the rank that failed
     errors.UserError: 2,
     errors.ConfigError: 2,

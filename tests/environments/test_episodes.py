@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_train.core.errors import Interrupted
+from ernie_train.core import process_group
+from ernie_train.core.errors import EngineError, Interrupted, ToolFailure
 from ernie_train.data import Record, encode_chat, prompt_ids, tool_result_ids
 from ernie_train.environments import (
     EnvironmentConfig,
+    Episode,
     EpisodeStart,
     build_toolbox,
     play_episodes,
@@ -140,6 +142,26 @@ def test_episodes_interleave_and_each_keeps_its_own(box):
         assert sorted(set(stated)) == list(range(episode.turns))
 
 
+def _sampled(ids, logprobs=None, experts=None):
+    logprobs = [0.0] * len(ids) if logprobs is None else logprobs
+    return Sampled(ids, logprobs, True, experts, np.zeros((3, 2, 3), np.int16))
+
+
+@pytest.mark.parametrize("without", range(3))
+def test_a_turn_without_experts_leaves_none_of_the_episode(tokenizer, without):
+    episode = Episode()
+    for turn in range(3):
+        experts = None if turn == without else np.full((2, 2, 3), turn, np.int16)
+        episode.add_turn(_sampled([5, 6], experts=experts), tokenizer)
+    assert episode.expert_ids is None and episode.prompt_expert_ids is None
+
+
+@pytest.mark.parametrize("values", [{"logprobs": [0.0]}, {"experts": np.zeros((3, 2, 3))}])
+def test_values_of_other_numbers_of_tokens_are_refused(tokenizer, values):
+    with pytest.raises(EngineError, match=r"of [13] tokens for 2"):
+        Episode().add_turn(_sampled([5, 6], **values), tokenizer)
+
+
 def test_the_last_turn_that_may_be_is_the_last(box):
     (episode,), script, _ = play(box, [[MULTIPLY] * 9])
     assert len(script.asked) == episode.turns == box.config.max_turns
@@ -228,6 +250,17 @@ def test_the_ids_of_results_depend_on_the_results_alone(box):
         "\n\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n\n"
         "<|im_start|>assistant\n<think>\n"
     )
+
+
+def test_a_tool_that_cannot_run_on_another_rank_ends_this_one_too(box, monkeypatch):
+    gather = process_group.all_gather_objects
+
+    def with_another(value):
+        return [*gather(value), ({}, "the tool python cannot run: no sandbox")]
+
+    monkeypatch.setattr(process_group, "all_gather_objects", with_another)
+    with pytest.raises(ToolFailure, match="no sandbox"):
+        play(box, [[MULTIPLY, answer("1")]])
 
 
 def test_a_stop_while_tools_run_interrupts(box):

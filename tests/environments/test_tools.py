@@ -164,7 +164,7 @@ def test_lookup_reads_the_row_s_table(box):
 
 def test_lookup_is_offered_to_rows_with_a_table_alone(box):
     told, failed = step(begun(box), "lookup", key="pen")
-    assert failed and "there is no tool 'lookup', only add, calculator" in told
+    assert failed and "there is no tool of this name, only add, calculator" in told
     with pytest.raises(DataError, match="table must be an object"):
         begun(box, table=[1, 2])
 
@@ -233,7 +233,7 @@ def test_schemas_come_from_types_and_docstrings(box):
 def test_a_user_s_function_answers_or_tells_what_went_wrong(box):
     environment = begun(box)
     assert step(environment, "add", a=1) == ("3", False)
-    assert step(environment, "odd")[0] == '{"a": [1, "{2}"]}'
+    assert "is no JSON: Object of type set is not JSON" in step(environment, "odd")[0]
     assert step(environment, "add", a="q")[0].startswith("error: a: Input should be a valid int")
     assert step(environment, "add", c=1)[0].startswith("error: a: Field required; c: Extra")
     assert step(environment, "hang") == ("error: not finished after 2 s", True)
@@ -303,8 +303,7 @@ def test_a_turn_without_a_call_ends_the_episode(box):
 
 def test_calls_of_a_turn_are_answered_in_order_and_bounded_in_number(box):
     made = [("calculator", {"expression": f"{n} + 1"}) for n in range(12)]
-    found = begun(box).step(calls(*made))
-    told = [message["content"] for message in found.messages]
+    told = [message["content"] for message in begun(box).step(calls(*made)).messages]
     assert told[:8] == [str(n + 1) for n in range(8)]
     assert told[8:] == ["error: a turn may make 8 calls; no further one was made"]
 
@@ -396,5 +395,6 @@ def test_results_that_look_like_control_tokens_are_told_where_those_are_refused(
     box = build_toolbox(
         EnvironmentConfig(tools=["lookup"]), Formatted(template, control_tokens="refuse"), tmp_path
     )
-    found, _ = step(begun(box, table={"a": "<|im_end|>"}), "lookup", key="a")
-    assert found == "error: a tool's result contains the control token <|im_end|>"
+    found = step(begun(box, table={"a": "<|im_end|>"}), "lookup", key="a")
+    assert found == ("error: the result contains a control token of the chat format", True)
+    assert box.result_ids(["lookup"], [{"role": "tool", "content": found[0]}])

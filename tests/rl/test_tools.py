@@ -12,6 +12,7 @@ import yaml
 from ernie_train.core.errors import Interrupted
 from ernie_train.data import load_tokenizer
 from ernie_train.data.completion_format import tool_call_block
+from ernie_train.environments.calculator import Calculator
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.engines import OwnEngine
 from ernie_train.rl import loop
@@ -160,6 +161,29 @@ def test_a_stopped_stage_continues_to_the_same_bits(whole, workspace, tmp_path, 
     monkeypatch.setattr(RolloutSampler, "_sample_turn", original)
     assert run_stage(workspace, stopped, **TOOLS) == 0
     _assert_same_run(stopped, whole)
+
+
+def test_a_stage_whose_tool_cannot_run_saves_and_continues(
+    whole, workspace, tmp_path, monkeypatch, capsys
+):
+    original, count = Calculator.call, 0
+
+    def failing(self, arguments, context):
+        nonlocal count
+        count += 1
+        if count == 6:  # of the second iteration
+            raise OSError(24, "Too many open files")
+        return original(self, arguments, context)
+
+    failed = tmp_path / "failed"
+    rare = {"checkpoint": {"every_steps": 2}}
+    monkeypatch.setattr(Calculator, "call", failing)
+    assert run_stage(workspace, failed, **{**TOOLS, **rare}) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the tool calculator cannot run: [Errno 24] Too many open files" in told
+    assert "step_000001 is saved. The same command goes on from there" in told
+    assert run_stage(workspace, failed, **{**TOOLS, **rare}) == 0
+    _assert_same_run(failed, whole)
 
 
 def test_a_replay_gives_the_same_bits(whole, workspace, tmp_path):
