@@ -1,10 +1,10 @@
-"""Write a stage's metrics to metrics.jsonl, to VisualDL and to the terminal.
+"""Write a stage's metrics to metrics.jsonl, to loggers and to the terminal.
 
 `metrics.jsonl` is the source of truth: one JSON object per step, flushed at once. Numbers are
 written so that reading returns the same bits; JSON has no NaN or infinity, so those are written as
 the texts "nan", "inf" and "-inf". `time` holds the values that differ from run to run. On resume
-the lines after the checkpoint's step are removed, and VisualDL's log is rewritten from the lines
-that are kept, because its viewer shows a single file per run.
+the lines after the checkpoint's step are removed, and the files of VisualDL and TensorBoard are
+written anew from the lines that are kept.
 """
 
 import json
@@ -24,6 +24,7 @@ from ernie_train.core.foreign_files import open_regular, parse_json
 from ernie_train.core.progress import ProgressDisplay
 from ernie_train.core.terminal import Terminal
 from ernie_train.io.files import write_text
+from ernie_train.io.loggers import LoggerSettings
 
 FILE_NAME = "metrics.jsonl"
 RESERVED = ("step", "time")
@@ -159,7 +160,7 @@ class MetricsWriter:
         terminal: True for a progress bar, False for plain lines, one every few seconds.
         total_steps: steps of the stage, for the time left; None if it is not known.
         label: name of the stage in the terminal.
-        visualdl: True to write VisualDL's log too.
+        loggers: what the metrics are sent to beside the file.
         console: where to show progress; standard output by default.
         clock: a monotonic clock in seconds; another one in tests.
 
@@ -176,7 +177,7 @@ class MetricsWriter:
         terminal: bool,
         total_steps: int | None = None,
         label: str = "",
-        visualdl: bool = True,
+        loggers: LoggerSettings | None = None,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -189,7 +190,6 @@ class MetricsWriter:
         self._last_step = resume_step if resume_step is not None else -1
         measured = [row["validation_loss"] for row in rows if "validation_loss" in row]
         self._last_validation: float | None = measured[-1] if measured else None
-        self._scalars = _VisualDL(directory / "visualdl", rows) if visualdl else None
         self._display = ProgressDisplay(
             console or Terminal(),
             bar=terminal,
@@ -198,6 +198,10 @@ class MetricsWriter:
             total=total_steps,
             first=resume_step or 0,
             clock=clock,
+        )
+        kept = [(row.pop("step"), row.pop("time"), row) for row in rows]
+        self._loggers = (loggers or LoggerSettings()).open(
+            directory, [(step, row, times) for step, times, row in kept], resume_step, self.note
         )
         with storage_errors("cannot write", self.path):
             self._stream = self.path.open("a", encoding="utf-8", newline="\n")
@@ -223,8 +227,8 @@ class MetricsWriter:
         with storage_errors("cannot write", self.path):
             self._stream.write(line + "\n")
             self._stream.flush()
-            if self._scalars:
-                self._scalars.add(step, metrics, times)
+            for logger in self._loggers:
+                logger.log(step, metrics, times)
         self._last_validation = metrics.get("validation_loss", self._last_validation)
         shown = {**metrics, **timings}
         if self._last_validation is not None:
@@ -245,8 +249,8 @@ class MetricsWriter:
         """End the progress bar and close the files; may be called more than once."""
         self._display.close()
         with storage_errors("cannot write", self.path):
-            if self._scalars:
-                self._scalars.close()
+            for logger in self._loggers:
+                logger.close()
             self._stream.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -299,35 +303,6 @@ class StageMetrics:
     def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-class _VisualDL:
-    """Write VisualDL's scalars to a single file, since its viewer shows one file per directory."""
-
-    def __init__(self, directory: Path, rows: list[dict[str, Any]]) -> None:
-        # Imported here because it takes half a second, which reading metrics does not need.
-        from visualdl import LogWriter
-
-        with storage_errors("cannot write", directory):
-            directory.mkdir(exist_ok=True)
-            for old in directory.glob("vdlrecords.*"):
-                old.unlink()
-            self._writer = LogWriter(logdir=str(directory), file_name="vdlrecords.metrics.log")
-        for row in rows:
-            metrics = {name: value for name, value in row.items() if name not in RESERVED}
-            self.add(row["step"], metrics, row["time"])
-
-    def add(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
-        at = round(times["unix_s"] * 1000) if "unix_s" in times else None  # milliseconds
-        for group, values in (("", metrics), ("time/", times)):
-            for name, value in values.items():
-                if name != "unix_s":
-                    self._writer.add_scalar(
-                        tag=group + name, value=float(value), step=step, walltime=at
-                    )
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def _summary(values: Mapping[str, float]) -> list[str]:

@@ -139,6 +139,7 @@ class _UpoLoop:
             terminal=stage.terminal,
             total_steps=config.iterations,
             label=config.name,
+            loggers=stage.loggers,
         )
         self.warnings = HealthWarnings(config.rollout, self.writer.note)
         self.health = MoeHealth(

@@ -35,6 +35,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     console.print(Syntax(resolved, "yaml", background_color="default"))
     base_dir = Path.cwd()
+    recipe.loggers(base_dir).check()
     if recipe.device == "gpu" and (missing := devices.why_no_gpu()):
         console.print(f"device: gpu, but here {missing}. A run needs a GPU.", highlight=False)
     else:

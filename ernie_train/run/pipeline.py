@@ -160,7 +160,8 @@ class Pipeline:
             for index, stage in enumerate(self.recipe.stages):
                 data = StageData(self.base_dir, tokenizer, self.recipe.stage_seed(index))
                 directory = self._stage_dir(index)
-                run = StageRun(data, directory, model, stop, self.console.is_terminal)
+                loggers = self.recipe.loggers(self.base_dir)
+                run = StageRun(data, directory, model, stop, self.console.is_terminal, loggers)
                 lineage = self._finish_stage(stage, run, lineage)
                 finalizer.after_stage(index, lineage)
                 if stage.name == selection.last:
@@ -185,6 +186,7 @@ class Pipeline:
 
     def _check_inputs(self) -> Tokenizer:
         """Check that the recipe's problems can be scored; return its tokenizer."""
+        self.recipe.loggers(self.base_dir).check()
         tokenizer = self.recipe.load_tokenizer(self.base_dir)
         if (asked := self.recipe.evaluation) is not None:
             problems = load_problems(self.base_dir / asked.path, columns=asked.columns)

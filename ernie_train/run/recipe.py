@@ -20,6 +20,7 @@ from ernie_train.core.errors import CheckpointError, ConfigError, DataError, hub
 from ernie_train.core.foreign_files import read_json
 from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_tokenizer
 from ernie_train.environments import EnvironmentConfig
+from ernie_train.io.loggers import LoggerChoice, LoggerSettings
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
@@ -190,6 +191,7 @@ class Recipe(StrictConfig):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
     sandbox: Literal["strict"] = "strict"  # programs of a model never run without a sandbox
+    metrics: list[LoggerChoice] = ["visualdl"]
     stages: Annotated[list[AnyStageConfig], Field(min_length=1)]
     evaluation: EvaluationConfig | None = None
     export: ExportConfig | None = None
@@ -256,6 +258,10 @@ class Recipe(StrictConfig):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def loggers(self, base_dir: Path) -> LoggerSettings:
+        """Return what the metrics of the stages are sent to."""
+        return LoggerSettings(self.metrics, base_dir, self.model_dump(mode="json"))
 
     def load_tokenizer(self, base_dir: Path, *, stand_in: bool = False) -> Tokenizer:
         """Load the tokenizer, or its stand-in, with the recipe's chat format.

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from ernie_train.core.config import HARMLESS, PositiveInt, StrictConfig
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
+from ernie_train.io.loggers import LoggerSettings
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.lora import LoraConfig
 from ernie_train.model.partial import Selection, select
@@ -86,3 +87,4 @@ class StageRun:
     model: Ernie4_5_MoeForCausalLM
     stop: StopFlag
     terminal: bool
+    loggers: LoggerSettings | None = None  # VisualDL alone

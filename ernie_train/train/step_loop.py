@@ -120,6 +120,7 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
             terminal=stage.terminal,
             total_steps=self.steps,
             label=self.config.name,
+            loggers=stage.loggers,
         ) as self.metrics:
             self.health = MoeHealth(
                 stage.model,

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ernie_train.core.errors import CheckpointError, StorageError
+from ernie_train.io.loggers import LoggerSettings
 from ernie_train.io.metrics_log import (
     MetricsWriter,
     cut_after,
@@ -32,7 +33,7 @@ class Clock:
 
 
 def writer(directory: Path, resume_step: int | None = None, **options: Any) -> MetricsWriter:
-    options = {"terminal": False, "visualdl": False, "console": screen()[0]} | options
+    options = {"terminal": False, "loggers": LoggerSettings(()), "console": screen()[0]} | options
     return MetricsWriter(directory, resume_step=resume_step, **options)
 
 
@@ -208,10 +209,10 @@ def scalars(directory: Path, tag: str) -> list[tuple[int, float]]:
 def test_visualdl_shows_one_continuous_curve_after_a_resume(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with writer(tmp_path, visualdl=True) as out:
+    with writer(tmp_path, loggers=None) as out:
         for step in range(1, 8):
             out.log(step, {"loss": float(step), "n/a": math.nan}, {"seconds": 0.5})
-    with writer(tmp_path, 5, visualdl=True) as out:
+    with writer(tmp_path, 5, loggers=None) as out:
         for step in range(6, 9):
             out.log(step, {"loss": step + 0.5}, {"seconds": 0.5})
     expected = [(step, float(step)) for step in range(1, 6)] + [(6, 6.5), (7, 7.5), (8, 8.5)]

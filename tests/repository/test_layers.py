@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files signals processes progress blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
-    "io": "files outputs metrics_log run_dir safetensors",
+    "io": "files outputs python_files loggers metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher moe transformer lora partial numpy_layers numpy_decoder",
@@ -73,11 +73,19 @@ INDEPENDENT = {
 WITHOUT_PADDLE = {
     "core.errors", "core.terminal", "core.foreign_files", "core.yaml", "core.config",
     "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
-    "core.cpu", "core.blas", "io.files", "launch", "data", "rewards", "environments",
+    "core.cpu", "core.blas", "io.files", "io.python_files", "io.loggers",
+    "launch", "data", "rewards", "environments",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"core.process_group", "parallel"}
 # They take seconds to import, or drag Paddle in, so only the function that needs one imports it.
-ONLY_IN_FUNCTIONS = {"paddlenlp", "math_verify", "reasoning_gym", "visualdl", "matplotlib"}
+ONLY_IN_FUNCTIONS = {
+    "paddlenlp",
+    "math_verify",
+    "reasoning_gym",
+    "visualdl",
+    "matplotlib",
+    "tensorboardX",
+}
 # Paddle fixes its CPU settings on import, and ernie_train's __init__ imports this package.
 PADDLE_ONLY_IN_FUNCTIONS = {"core"}
 

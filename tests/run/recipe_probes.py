@@ -116,6 +116,11 @@ PROBES: dict[str, Probe] = {
     "parallel.recompute.chunk_tokens": Probe(
         "sft", {"parallel.recompute.chunk_tokens": 8}, {"parallel.recompute": {}}, "passes"
     ),
+    "metrics": Probe("sft", {"metrics": ["visualdl", "tensorboard"]}),
+    "metrics[].python": Probe(
+        "sft", {"metrics": [{"python": "{root}/logger.py:Writes"}]},
+        {"metrics": [{"python": "{root}/logger.py:Quiet"}]},
+    ),
     "stages": Probe("sft", {"stages.0.name": "first"}),
     "evaluation": Probe("sft", {"evaluation": {"path": "{root}/test.jsonl", "max_new_tokens": 4}}),
     "export": Probe("sft", {"export": {"dtype": "float32"}}),

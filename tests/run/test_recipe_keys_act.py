@@ -128,6 +128,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("my", "other"):
         source = f"def {name}_tool(a: int) -> int:\n    'Add one.'\n    return a + 1\n"
         (root / f"{name}_tools.py").write_text(source)
+    (root / "logger.py").write_text(
+        "class Quiet:\n    def __init__(self, **told): self.told = told\n"
+        "    def log(self, step, metrics, timings): pass\n    def close(self): pass\n"
+        "class Writes(Quiet):\n"
+        "    def close(self): (self.told['run_dir'] / 'logged').write_text('it was')\n"
+    )
     (root / "reward.py").write_text(
         "def score(row, completion):\n    return float(sum(map(ord, completion)) % 2)\n"
         "def other(row, completion):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
