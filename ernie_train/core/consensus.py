@@ -25,8 +25,9 @@ from ernie_train.core.process_group import (
 def fail_together() -> Iterator[None]:
     """Run a block without communication; an `ErnieTrainError` on one rank ends it on all.
 
-    The lowest rank that failed raises its own error, the others `FailedElsewhere`, so that one
-    message is printed. Other ranks wait without a time limit while one has work.
+    The lowest rank that failed raises its own error. The others raise the same one if it is one of
+    all ranks, which save before they end; else `FailedElsewhere`, so that one message is printed.
+    Other ranks wait without a time limit while one has work.
     """
     if world_size() == 1:
         yield
@@ -41,12 +42,13 @@ def fail_together() -> Iterator[None]:
         wait_for_all_ranks()
     if not any_rank(failure is not None):
         return
-    statuses = all_gather_objects(None if failure is None else failure.exit_status)
-    failed = [at for at, status in enumerate(statuses) if status is not None]
-    if failure is not None and rank() == failed[0]:
+    own = failure if failure is None or failure.on_all_ranks else failure.exit_status
+    found = all_gather_objects(own)
+    first = next(at for at, one in enumerate(found) if one is not None)
+    if failure is not None and rank() == first:
         raise failure
-    if failed:
-        raise FailedElsewhere(failed[0], int(statuses[failed[0]] or 1))
+    told = found[first]
+    raise told if isinstance(told, ErnieTrainError) else FailedElsewhere(first, int(told or 1))
 
 
 def run_on_main(work: Callable[[], T]) -> T:

@@ -104,16 +104,10 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     of the processes was killed.
     """
     config = SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed)
-    config.check()
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty")
+    max_tokens = check_request(prompts, config, limits)
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
-    most = np.full(len(prompts), max_new_tokens) if limits is None else np.array(limits, np.int64)
-    if len(most) and not 1 <= most.min() <= most.max() <= max_new_tokens:
-        raise ValueError(f"limits must lie between 1 and max_new_tokens={max_new_tokens}")
-    request = _Request(prompts, ids, config, np.array(stops, np.int64), most)
+    request = _Request(prompts, ids, config, np.array(stops, np.int64), max_tokens)
     outputs = _Outputs(len(prompts), max_new_tokens, moe_shape(model) if record_experts else None)
     was_training = model.training
     model.eval()
@@ -130,6 +124,22 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
         if was_training:
             model.train()
     return [outputs.completion(i) for i in range(len(prompts))]
+
+
+def check_request(
+    prompts: _Prompts, config: SamplingConfig, limits: Sequence[int] | None
+) -> np.ndarray:
+    """Return the most tokens of each completion; raise `ValueError` on what cannot be sampled."""
+    config.check()
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty")
+    if limits is None:
+        return np.full(len(prompts), config.max_new_tokens)
+    found = np.array(limits, np.int64)
+    if len(found) and not 1 <= found.min() <= found.max() <= config.max_new_tokens:
+        raise ValueError(f"limits must lie between 1 and max_new_tokens={config.max_new_tokens}")
+    return found
 
 
 @dataclass(frozen=True)

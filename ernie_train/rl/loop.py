@@ -66,6 +66,7 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
         batch_size=rollout.batch_size,
         record_prompts=config.policy.router_replay,
         directory=stage.directory / ENGINE,
+        base_dir=stage.data.base_dir,
         largest_gap=rollout.max_logprob_mismatch,
         stop_requested=lambda: stage.stop.requested,
     )

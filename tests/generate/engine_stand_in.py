@@ -115,16 +115,18 @@ def _handler(state: StandIn) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.close()
                 return
-            status, content = 200, answer
+            status, content, headers = 200, answer, {}
             if isinstance(answer, tuple):
-                status, content = answer
+                status, content, *more = answer
+                headers = more[0] if more else {}
             elif answer is None:
                 status, content = 404, {"detail": "Not Found"}
             if not isinstance(content, bytes):
                 content = json.dumps(content).encode()
             with contextlib.suppress(OSError):  # who asked may have given up
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
 

@@ -90,6 +90,7 @@ def test_a_server_that_keeps_hanging_up_is_given_up(server: StandIn) -> None:
         (b'{"model"', "with no JSON object"),
         ({"model": "policy", "choices": []}, "answered wrongly to prompt 0"),
         (b"", "answered wrongly to prompt 0"),
+        ((200, b"no gzip", {"Content-Encoding": "gzip"}), "cannot be read: "),
     ],
 )
 def test_a_refusal_or_nonsense_is_not_tried_again(
@@ -100,7 +101,7 @@ def test_a_refusal_or_nonsense_is_not_tried_again(
 
 
 def test_an_answer_without_end_is_cut(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(endpoint_module, "_MAX_BYTES", 1000)
     assert "over 1000 bytes" in raises(server, b"x" * 5000)
 
 
@@ -135,7 +136,8 @@ def test_a_stop_is_obeyed_while_the_server_works(server: StandIn) -> None:
 
 def test_a_process_that_ended_says_so_instead_of_retries(server: StandIn) -> None:
     def ended() -> None:
-        raise EngineError("the process ended")
+        if server.counts[PATH]:
+            raise EngineError("the process ended")
 
     server.faults[PATH] = lambda state, body: BAD
     with pytest.raises(EngineError, match="the process ended"):
@@ -143,6 +145,32 @@ def test_a_process_that_ended_says_so_instead_of_retries(server: StandIn) -> Non
             requests(), timeout_s=5.0, stop_requested=lambda: False
         )
     assert server.counts[PATH] == 1
+
+
+def test_nothing_is_sent_to_the_port_of_a_process_that_ended(server: StandIn) -> None:
+    def ended() -> None:
+        raise EngineError("the process ended")
+
+    with pytest.raises(EngineError, match="the process ended"):
+        Endpoint(server.url, 1, ended).call("/pause", {}, timeout_s=5.0)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("path", ["/health", "/pause"])
+def test_a_stop_is_heard_in_every_call(server: StandIn, path: str) -> None:
+    server.faults[path] = lambda state, body: time.sleep(3.0)
+    started = time.monotonic()
+    endpoint = Endpoint(server.url, 1)
+
+    def stop_requested() -> bool:
+        return time.monotonic() - started > 0.15
+
+    with pytest.raises(Interrupted):
+        if path == "/health":
+            endpoint.wait_until_up(20.0, stop_requested)
+        else:
+            endpoint.call(path, {}, timeout_s=20.0, stop_requested=stop_requested)
+    assert time.monotonic() - started < 1.4
 
 
 def test_a_server_that_does_not_come_up(unused_url: Callable[[], str]) -> None:

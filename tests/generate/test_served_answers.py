@@ -55,11 +55,46 @@ def npy(array: np.ndarray) -> str:
 def test_experts_are_those_of_the_positions_that_predict() -> None:
     """vLLM sends one row for each position but the last: 3 + 3 - 1."""
     sent = np.arange(5 * 2 * 2, dtype=np.uint8).reshape(5, 2, 2)
-    found = request(experts=(2, 2)).read(answer(routed_experts=npy(sent)))
+    policy = request(experts=(2, 2), num_experts=20)
+    found = policy.read(answer(routed_experts=npy(sent)))
     np.testing.assert_array_equal(found.prompt_expert_ids, sent[:2])
     np.testing.assert_array_equal(found.expert_ids, sent[2:])
     assert found.expert_ids is not None and found.expert_ids.dtype == np.int16
+    other = policy.read(answer(routed_experts=npy(np.asfortranarray(sent.astype(">i4")))))
+    np.testing.assert_array_equal(other.expert_ids, sent[2:])
     assert request().read(answer(routed_experts=npy(sent))).expert_ids is None
+
+
+def test_no_bytes_of_experts_are_more_than_a_wrong_answer() -> None:
+    """A numpy file with bytes changed, cut or added is read or refused; nothing else comes."""
+    random, right = np.random.default_rng(0), base64.b64decode(npy(BYTES))
+    policy, refused = request(experts=(2, 2), num_experts=20), 0
+    for _ in range(400):
+        sent = bytearray(right[: random.integers(1, len(right) + 1)])
+        for at in random.integers(0, min(len(sent), 80), 2):
+            sent[at] = random.integers(0, 256)
+        try:
+            policy.read(answer(routed_experts=base64.b64encode(sent).decode()))
+        except WrongAnswer:
+            refused += 1
+    assert refused > 200
+
+
+def npy_of(header: str, data: bytes = b"") -> str:
+    """Return a numpy file, version 1.0, with any header."""
+    size = len(header.encode()).to_bytes(2, "little")
+    return base64.b64encode(b"\x93NUMPY\x01\x00" + size + header.encode() + data).decode()
+
+
+def npz(array: np.ndarray) -> str:
+    stream = io.BytesIO()
+    np.savez(stream, array)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+HUGE = "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000, 1000000000), }"
+RIGHT = "{'descr': '|u1', 'fortran_order': False, 'shape': (5, 2, 2), }"
+BYTES = np.zeros((5, 2, 2), np.uint8)
 
 
 def without(name: str) -> dict[str, Any]:
@@ -96,12 +131,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "NaN": (logprobs(-0.5, math.nan, -0.5), "nan is no log-probability"),
     "minus infinity": (logprobs(-0.5, -math.inf, -0.5), "-inf is no log-probability"),
     "above 0": (logprobs(-0.5, 0.5, -0.5), "0.5 is no log-probability"),
+    "a number without end": (logprobs(-0.5, -(10**400), -0.5), "is no log-probability"),
     "one missing": (logprobs(-0.5, None, -0.5), "None is no log-probability"),
     "as text": (logprobs(-0.5, "-0.5", -0.5), "'-0.5' is no log-probability"),
     "goes on after a stop": (answer([10, STOP, 11, 12]), "goes on after the stop token 2"),
     "stops without a stop": (answer([10, 11], finish_reason="stop"), "11 is no stop token"),
     "too short": (answer([10, 11]), "length after 2 of 4 tokens"),
     "aborted": (answer(finish_reason="abort"), "finish_reason is 'abort'"),
+    "a reason without end": (answer(finish_reason="x" * 9999), "finish_reason is 'xxx"),
     "no reason": (without("finish_reason"), "finish_reason is None"),
     "experts of another length": (
         answer(routed_experts=npy(np.zeros((4, 2, 2), np.uint8))), "not integers (5, 2, 2)"
@@ -115,7 +152,27 @@ WRONG: dict[str, tuple[Any, str]] = {
     "experts that are no array": (answer(routed_experts="%%%"), "routed_experts cannot be read"),
     "experts as a list": (answer(routed_experts=[1, 2]), "routed_experts cannot be read"),
     "pickled experts": (
-        answer(routed_experts=npy(np.array([{}], object))), "routed_experts cannot be read"
+        answer(routed_experts=npy(np.array([{}], object))), "not integers (5, 2, 2)"
+    ),
+    "an archive of experts": (answer(routed_experts=npz(BYTES)), "routed_experts cannot be read"),
+    "more experts than memory": (answer(routed_experts=npy_of(HUGE)), "not integers (5, 2, 2)"),
+    "experts that are cut": (
+        answer(routed_experts=npy_of(RIGHT, b"1" * 19)), "19 bytes instead of 20"
+    ),
+    "experts and more": (answer(routed_experts=npy_of(RIGHT, b"1" * 21)), "21 bytes instead of 20"),
+    "a header without end": (
+        answer(routed_experts=npy_of("(" * 9000)), "routed_experts cannot be read"
+    ),
+    "a header of text": (answer(routed_experts=npy_of("{'a")), "routed_experts cannot be read"),
+    "experts as text beyond ASCII": (answer(routed_experts="é"), "routed_experts cannot be read"),
+    "an expert beyond the last": (
+        answer(routed_experts=npy(BYTES + np.uint8(8))), "expert 8 is none of the 8"
+    ),
+    "an expert that would wrap": (
+        answer(routed_experts=npy(np.full((5, 2, 2), 65536 + 3))), "expert 65539 is none of the 8"
+    ),
+    "an expert below 0": (
+        answer(routed_experts=npy(np.full((5, 2, 2), -1))), "expert -1 is none of the 8"
     ),
 }  # fmt: skip
 
@@ -124,8 +181,8 @@ WRONG: dict[str, tuple[Any, str]] = {
 def test_an_answer_to_something_else_is_refused(case: str) -> None:
     given, message = WRONG[case]
     with pytest.raises(WrongAnswer) as refused:
-        request(experts=(2, 2)).read(given)
-    assert message in str(refused.value)
+        request(experts=(2, 2), num_experts=8).read(given)
+    assert message in str(refused.value) and len(str(refused.value)) < 200
 
 
 def test_a_request_asks_for_all_that_is_checked() -> None:

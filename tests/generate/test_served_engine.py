@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -15,12 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_train.core.errors import EngineError, UserError
+from ernie_train.core.errors import EngineError, Interrupted, UserError
 from ernie_train.core.processes import is_running, process_state
 from ernie_train.generate import SamplingConfig
 from ernie_train.generate.engines import EngineConfig, build_engine
+from ernie_train.generate.engines import servers as servers_module
+from ernie_train.generate.engines.endpoint import Endpoint
 from ernie_train.generate.engines.process import ServerProcess
 from ernie_train.generate.engines.protocol import Engine
+from ernie_train.generate.engines.servers import FastDeployServer, Weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from tests.generate import engine_stand_in
 from tests.generate.engine_stand_in import StandIn, serving
@@ -50,10 +54,13 @@ def server() -> Iterator[StandIn]:
         yield state
 
 
-def engine_of(directory: Path, **settings: Any) -> Engine:
+def engine_of(
+    run: Path, stop_requested: Callable[[], bool] = lambda: False, **settings: Any
+) -> Engine:
+    """Return the engine of a stage in the directory `run`; its recipe lies beside that."""
     return build_engine(
         EngineConfig(**settings), Tokens(), temperature=1.0, batch_size=8,  # type: ignore[arg-type]
-        directory=directory, largest_gap=0.05, stop_requested=lambda: False,
+        directory=run, base_dir=run.parent, largest_gap=0.05, stop_requested=stop_requested,
     )  # fmt: skip
 
 
@@ -98,12 +105,75 @@ def test_a_version_is_loaded_once_and_seeds_follow_the_sequence_ids(
     assert server.counts["/collective_rpc"] == 1
     order = [path for path, _ in server.requests if path in ("/pause", "/collective_rpc",
              "/reset_prefix_cache", "/resume", "/update_weight_version")]  # fmt: skip
-    assert order == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume",
-                     "/update_weight_version"]  # fmt: skip
+    # No weights may answer under the name of those before.
+    assert order == ["/pause", "/update_weight_version", "/collective_rpc", "/reset_prefix_cache",
+                     "/resume"]  # fmt: skip
     whole = engine.sample(PROMPTS, SETTINGS, sequence_ids=[10, 11, 12])
     alone = engine.sample(PROMPTS[2:], SETTINGS, sequence_ids=[12])
     assert alone == whole[2:]
     assert engine.sample([], SETTINGS) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"), [([9, 8, 8], "limits must lie"), ([8, 0, 8], "limits must lie")]
+)
+def test_calls_that_our_own_sampler_refuses_are_refused(
+    engine: Engine, model: Ernie4_5_MoeForCausalLM, limits: list[int], message: str
+) -> None:
+    engine.load_weights(model, 1)
+    with pytest.raises(ValueError, match=message):
+        engine.sample(PROMPTS, SETTINGS, limits=limits)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        engine.sample([[5], []], SETTINGS)
+
+
+def sent_weights(server: StandIn) -> Path:
+    """The directory that the server was told of last."""
+    bodies = [body for path, body in server.requests if path == "/collective_rpc"]
+    return Path(bodies[-1]["kwargs"]["weights_path"])
+
+
+def test_runs_that_share_a_directory_leave_one_another_alone(
+    server: StandIn, model: Ernie4_5_MoeForCausalLM, tmp_path: Path
+) -> None:
+    """Only what a run wrote itself is deleted, also what it left behind when it was killed."""
+    from ernie_train.weights.saving import save_pretrained
+
+    shared = tmp_path / "shared"
+    settings = {"kind": "vllm", "url": server.url, "directory": str(shared)}
+    users = shared / "version_000007"
+    save_pretrained(model, users, Tokens())
+    sent = []
+    for run in "ab":
+        engine = engine_of(tmp_path / run, **settings)
+        engine.load_weights(model, 1)
+        sent.append(sent_weights(server))
+    assert sent[0] != sent[1] and all(path.is_dir() for path in (*sent, users))
+    engine.close()
+    assert sent[0].is_dir() and users.is_dir() and not sent[1].parent.exists()
+    again = engine_of(tmp_path / "a", **settings)
+    again.load_weights(model, 2)
+    assert not sent[0].exists() and sent_weights(server).parent == sent[0].parent
+    again.close()
+    assert [path.name for path in shared.iterdir()] == [users.name]
+
+
+@pytest.mark.parametrize("directory", [None, "here/weights", "~/weights"])
+def test_a_server_is_sent_absolute_paths(
+    server: StandIn,
+    model: Ernie4_5_MoeForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    directory: str | None,
+) -> None:
+    """Relative ones start where those of the recipe do, which is not where the server runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    engine = engine_of(Path("run"), kind="vllm", url=server.url, directory=directory)
+    engine.load_weights(model, 1)
+    found = sent_weights(server)
+    above = {None: "run", "here/weights": "here/weights", "~/weights": "home/weights"}[directory]
+    assert found.is_absolute() and tmp_path / above in found.parents and found.is_dir()
 
 
 def refuses(action: Callable[[], Any], message: str) -> None:
@@ -146,6 +216,41 @@ def test_weights_that_someone_else_changed_are_noticed(
     refuses(lambda: engine.load_weights(model, 2), "weights in its memory changed")
 
 
+def test_a_url_whose_weights_cannot_be_compared_is_refused(
+    engine: Engine, server: StandIn, model: Ernie4_5_MoeForCausalLM
+) -> None:
+    """As of vLLM for CPUs, which packs matrices away: what is left may be of old weights."""
+    packed = {"norm": "1", "experts": hashlib.sha256(b"").hexdigest()}
+    server.faults["/weight_checker"] = lambda state, body: {"checksums": packed}
+    refuses(lambda: engine.load_weights(model, 1), "packs some of its weights away")
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/v1/completions", "/health"])
+def test_a_stop_is_heard_while_weights_load(
+    server: StandIn, model: Ernie4_5_MoeForCausalLM, tmp_path: Path, path: str
+) -> None:
+    asked: list[float] = []
+
+    def slow(state: StandIn, body: dict[str, Any]) -> None:
+        asked.append(time.monotonic())
+        time.sleep(3.0)
+
+    server.faults[path] = slow
+    engine = engine_of(tmp_path / "run", lambda: bool(asked), kind="vllm", url=server.url)
+    with pytest.raises(Interrupted):
+        engine.load_weights(model, 1)
+    assert time.monotonic() - asked[0] < 1.0
+
+
+def test_a_stop_is_heard_before_weights_are_computed(
+    server: StandIn, model: Ernie4_5_MoeForCausalLM, tmp_path: Path
+) -> None:
+    engine = engine_of(tmp_path / "run", lambda: True, kind="vllm", url=server.url)
+    with pytest.raises(Interrupted):
+        engine.load_weights(model, 1)
+    assert not server.requests
+
+
 @pytest.mark.parametrize("moment", ["before", "during"])
 def test_a_server_that_was_started_again_is_noticed(
     engine: Engine, server: StandIn, model: Ernie4_5_MoeForCausalLM, moment: str
@@ -183,7 +288,23 @@ def test_a_server_that_takes_no_weights_in_place_is_refused(
     refuses(lambda: engine.load_weights(model, 1), f"has no {path}.*VLLM_SERVER_DEV_MODE=1")
 
 
-@pytest.mark.parametrize("answer", [{}, {"data": []}, {"data": ["x"]}])
+NO_MODEL: list[Any] = [{}, {"data": []}, {"data": ["x"]}, {"data": 5}, {"data": [{"id": 5}]}]
+
+
+@pytest.mark.parametrize("answer", NO_MODEL)
+def test_fastdeploy_without_its_model_is_refused(
+    server: StandIn, tmp_path: Path, answer: Any
+) -> None:
+    server.faults["/v1/models"] = lambda state, body: answer
+    fastdeploy = FastDeployServer(
+        EngineConfig(kind="fastdeploy", python="p"), tmp_path, lambda: False
+    )
+    fastdeploy.endpoint = Endpoint(server.url, 1)
+    weights = Weights("run-1", tmp_path, "", "float32")
+    refuses(lambda: fastdeploy.require_version(weights), r"serves \[\], not 'run-1'")
+
+
+@pytest.mark.parametrize("answer", NO_MODEL)
 def test_a_server_without_a_model_is_refused(
     engine: Engine, server: StandIn, model: Ernie4_5_MoeForCausalLM, answer: Any
 ) -> None:
@@ -238,6 +359,21 @@ def test_a_server_that_dies_at_once_says_why(
     engine.close()
 
 
+@pytest.mark.parametrize("kind", ["vllm", "fastdeploy"])
+def test_another_server_at_the_port_is_left_alone(
+    server: StandIn, model: Ernie4_5_MoeForCausalLM, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, kind: str,
+) -> None:  # fmt: skip
+    """It took the port that was free a moment ago, before ours came up."""
+    port = int(server.url.rpartition(":")[2])
+    monkeypatch.setattr(servers_module, "free_ports", lambda count: [port] * count)
+    python = script(tmp_path, "import time\ntime.sleep(600)\n")
+    engine = engine_of(tmp_path / "engine", kind=kind, python=str(python))
+    refuses(lambda: engine.load_weights(model, 1), r"serves \['policy'\], not '")
+    engine.close()
+    assert {path for path, _ in server.requests} <= {"/health", "/v1/models"}
+
+
 def test_an_interpreter_that_is_not_there_is_a_mistake(
     model: Ernie4_5_MoeForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,11 +385,15 @@ def test_an_interpreter_that_is_not_there_is_a_mistake(
         engine_of(tmp_path / "engine", kind="vllm", python=missing).load_weights(model, 1)
 
 
+# A server, its child, and a grandchild that left their process group and lost its parent.
 FAMILY = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+child = subprocess.Popen(sleep)
+middle = f"import subprocess as s; print(s.Popen({sleep}, start_new_session=True, stdout=-3).pid)"
+orphan = subprocess.run([sys.executable, "-c", middle], stdout=-1, text=True).stdout.strip()
 with open(sys.argv[1] + ".tmp", "w") as stream:
-    stream.write(f"{os.getpid()} {child.pid}")
+    stream.write(f"{os.getpid()} {child.pid} {orphan}")
 os.rename(sys.argv[1] + ".tmp", sys.argv[1])
 time.sleep(600)
 """
@@ -275,7 +415,7 @@ def wait_for(condition: Callable[[], Any], limit_s: float = 60.0) -> Any:
 
 
 def family(path: Path) -> list[tuple[int, int]]:
-    """Ids and starts of the server and its child."""
+    """Ids and starts of the server and those below it."""
     wait_for(path.exists)
     states = [(int(word), process_state(int(word))) for word in path.read_text().split()]
     return [(pid, state.started) for pid, state in states if state is not None]
@@ -285,7 +425,7 @@ def test_closing_ends_the_server_and_what_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     server = ServerProcess([sys.executable, "-c", FAMILY, str(pids)], {}, tmp_path / "log")
     members = family(pids)
-    assert len(members) == 2
+    assert len(members) == 3
     server.require_alive()
     server.close()
     assert not any(is_running(*member) for member in members)
@@ -300,3 +440,22 @@ def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path) -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     wait_for(lambda: not any(is_running(*member) for member in members))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_does_not_outlive_its_guard(tmp_path: Path, number: int) -> None:
+    """After SIGTERM nothing is left of it; SIGKILL leaves the guard no time to look for more."""
+    pids = tmp_path / "pids"
+    server = ServerProcess([sys.executable, "-c", FAMILY, str(pids)], {}, tmp_path / "log")
+    members = family(pids)
+    try:
+        os.kill(server._guard.pid, number)
+        ended = members if number == signal.SIGTERM else members[:1]
+        wait_for(lambda: not any(is_running(*member) for member in ended))
+        with pytest.raises(EngineError, match="process ended with status"):
+            wait_for(server.require_alive, 10.0)
+    finally:
+        server.close()
+        for pid, started in members:
+            if is_running(pid, started):
+                os.kill(pid, signal.SIGKILL)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ernie_train.core.errors import StorageError
+from ernie_train.generate.engines import served
 from tests.conftest import REPOSITORY
 from tests.generate.engine_stand_in import BAD, StandIn, serving
 from tests.rl import test_upo
@@ -82,6 +84,23 @@ def test_a_server_that_dies_loses_nothing(
     assert [line["step"] for line in lines(directory)] == [1, 2, 3]
 
 
+def test_a_disk_that_fills_with_weights_for_a_server_loses_nothing(
+    workspace: Path, tmp_path: Path, server: StandIn, capsys: Any, monkeypatch: Any
+) -> None:
+    write = served.save_pretrained
+
+    def full(model: Any, directory: Path, *arguments: Any, **options: Any) -> None:
+        if directory.name == "version_000003":
+            raise StorageError(f"cannot write {directory}: the disk is full")
+        write(model, directory, *arguments, **options)
+
+    monkeypatch.setattr(served, "save_pretrained", full)
+    directory, engine = tmp_path / "full", {"kind": "vllm", "url": server.url}
+    assert run_with(workspace, directory, engine) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "version_000003: the disk is full" in said and "step_000002 is saved" in said
+
+
 def test_what_a_server_sampled_replays_to_the_bit(
     workspace: Path,
     tmp_path: Path,
@@ -110,6 +129,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fastdeploy from nowhere": ({"engine": {"kind": "fastdeploy"}}, "needs python"),
     "no url": ({"engine": {"kind": "vllm", "url": "localhost:8000"}}, "url"),
+    "a query": ({"engine": {"kind": "vllm", "url": "http://x:1?key=a"}}, "without a query"),
+    "a fragment": ({"engine": {"kind": "vllm", "url": "http://x#f"}}, "without a query"),
+    "no port": ({"engine": {"kind": "vllm", "url": "http://x:80a"}}, "port"),
+    "a port beyond the last": ({"engine": {"kind": "vllm", "url": "http://x:65536"}}, "port"),
+    "no host": ({"engine": {"kind": "vllm", "url": "http://:80"}}, "host"),
+    "half an address": ({"engine": {"kind": "vllm", "url": "http://[::1"}}, "url"),
+    "an empty part of a host": ({"engine": {"kind": "vllm", "url": "http://a..b"}}, "host"),
+    "a host of no name": ({"engine": {"kind": "vllm", "url": "http://xn--"}}, "host"),
     "with /v1": ({"engine": {"kind": "vllm", "url": "http://x:1/v1"}}, "url"),
     "truncation at a temperature": (
         {"engine": {"kind": "vllm"}, "temperature": 0.7, "top_p": 0.9}, "before top_p and top_k"

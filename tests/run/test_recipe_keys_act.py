@@ -363,28 +363,25 @@ class _Spies:
     def engine(self, base: str, changes: Changes) -> Any:
         """Show what a server is started with and asked for; nothing is sent."""
         found: list[Any] = []
+        names: list[str] = []
 
         class Process:
             def __init__(self, command: list[str], environ: Any, log: Path) -> None:
                 found.append((command, log.parent))
+                names.append(command[command.index("--served-model-name") + 1])
 
             def require_alive(self) -> None: ...
             def close(self) -> None: ...
 
         class Endpoint:
             def __init__(self, url: str, parallel: int, alive: Any = None) -> None:
-                self.url, self.state = url, StandIn()
+                self.url, self.state = url, StandIn(names[-1] if names else "policy")
                 found.append((url, parallel))
 
             def wait_until_up(self, timeout_s: float, stop_requested: Any) -> None:
                 found.append(timeout_s)
 
             def call(self, path: str, body: Any = None, **options: Any) -> Any:
-                self.state.model = (
-                    body["new_version"]
-                    if body and "new_version" in body
-                    else ("run-1" if path == "/v1/models" else self.state.model)
-                )
                 path = path.partition("?")[0]
                 return self.state.usual(path, body or {}) if path != "/collective_rpc" else {}
 
@@ -403,7 +400,8 @@ class _Spies:
         )
         built = build_engine(
             EngineConfig(**changes), tokenizer, temperature=1.0, batch_size=8,
-            directory=self.tmp_path / "engine", largest_gap=1e9, stop_requested=lambda: False,
+            directory=self.tmp_path / "engine", base_dir=self.tmp_path, largest_gap=1e9,
+            stop_requested=lambda: False,
         )  # fmt: skip
         built.load_weights(make_model(), 1)
         built.sample([[5, 6]], SamplingConfig(2))

@@ -9,10 +9,12 @@ Shapes: T completion tokens, P prompt tokens, L MoE layers, K experts per token.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
+import sys
+import tokenize
 from dataclasses import dataclass
+from reprlib import repr as short_repr  # an answer may be of any length
 from typing import Any
 
 import numpy as np
@@ -21,18 +23,21 @@ from ernie_train.generate.engine import Completion
 from ernie_train.generate.sampler import SamplingConfig
 
 _ROUNDING = 1e-3  # log-probabilities in bfloat16 may come out a little above 0
+_MAX_FLOAT = sys.float_info.max
+# What numpy raises on a header that is none, beside `ValueError`.
+_NO_HEADER = (TypeError, KeyError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError)
 
 
 class WrongAnswer(Exception):
-    """An answer is not one to the request; the text says how."""
+    """Reports an answer that is not one to the request; the text says how."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to sample, and what its answer must be like.
+    """Asks for one sequence, and knows what its answer must be like.
 
     model: the name that the server must answer under; limit: the most tokens; stop_token_ids: what
-    ends the completion; vocab_size: of the policy; experts: (L, K) of a policy with experts.
+    ends the completion; vocab_size: of the policy; experts: (L, K) of a policy with `num_experts`.
     """
 
     model: str
@@ -43,6 +48,7 @@ class Request:
     stop_token_ids: tuple[int, ...]
     vocab_size: int
     experts: tuple[int, int] | None = None
+    num_experts: int = 0
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body: the fields of OpenAI's API, vLLM's and FastDeploy's.
@@ -75,8 +81,8 @@ class Request:
         """
         if not isinstance(answer, dict):
             raise WrongAnswer("no JSON object")
-        if answer.get("model") != self.model:
-            raise WrongAnswer(f"it is of the model {answer.get('model')!r}, not {self.model!r}")
+        if (model := answer.get("model")) != self.model:
+            raise WrongAnswer(f"it is of the model {short_repr(model)}, not {self.model!r}")
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise WrongAnswer("it does not hold exactly one choice")
@@ -97,7 +103,7 @@ class Request:
             raise WrongAnswer("no token ids: it must take return_token_ids")
         if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
             odd = next(i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size)
-            raise WrongAnswer(f"{odd!r} is no id of the {self.vocab_size} tokens")
+            raise WrongAnswer(f"{short_repr(odd)} is no id of the {self.vocab_size} tokens")
         if len(ids) > self.limit:
             raise WrongAnswer(f"{len(ids)} tokens, though at most {self.limit} were asked for")
         return ids
@@ -110,8 +116,9 @@ class Request:
         if len(values) != count:
             raise WrongAnswer(f"{len(values)} log-probabilities for {count} tokens")
         for value in values:
-            if type(value) not in (float, int) or not math.isfinite(value) or value > _ROUNDING:
-                raise WrongAnswer(f"{value!r} is no log-probability")
+            # Not by isfinite, which fails on integers that no float can hold; NaN fails too.
+            if type(value) not in (float, int) or not -_MAX_FLOAT <= value <= _ROUNDING:
+                raise WrongAnswer(f"{short_repr(value)} is no log-probability")
         return [min(0.0, float(value)) for value in values]
 
     def _is_finished(self, choice: dict[str, Any], ids: list[int]) -> bool:
@@ -123,7 +130,7 @@ class Request:
         if reason == "length" and len(ids) != self.limit:
             raise WrongAnswer(f"finish_reason is length after {len(ids)} of {self.limit} tokens")
         if reason not in ("stop", "length"):
-            raise WrongAnswer(f"finish_reason is {reason!r}")
+            raise WrongAnswer(f"finish_reason is {short_repr(reason)}")
         return stopped
 
     def _experts(self, choice: dict[str, Any], count: int) -> np.ndarray | None:
@@ -134,13 +141,38 @@ class Request:
         given = choice.get("routed_experts")
         if given is None or self.experts is None:
             return None
-        try:
-            array = np.load(io.BytesIO(base64.b64decode(given, validate=True)), allow_pickle=False)
-        except (ValueError, TypeError, EOFError, binascii.Error) as error:
-            raise WrongAnswer(f"routed_experts cannot be read: {error}") from None
-        expected = (len(self.prompt) + count - 1, *self.experts)
-        if array.shape != expected or array.dtype.kind not in "iu":
+        array = _read_integers(given, (len(self.prompt) + count - 1, *self.experts))
+        wrong = array[(array < 0) | (array >= self.num_experts)]
+        if wrong.size:
             raise WrongAnswer(
-                f"routed_experts are {array.dtype} {array.shape}, not integers {expected}"
+                f"routed_experts: expert {wrong[0]} is none of the {self.num_experts}"
             )
         return array.astype(np.int16)
+
+
+def _read_integers(given: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the array in a numpy file in base64; its header is compared before its data is read.
+
+    Raises `WrongAnswer` where it is anything but integers of this shape.
+    """
+    try:
+        data = base64.b64decode(given, validate=True)
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        found, is_fortran, dtype = read_header(stream)  # type: ignore[no-untyped-call]
+    except (ValueError, *_NO_HEADER) as error:
+        raise WrongAnswer(f"routed_experts cannot be read: {short_repr(str(error))}") from None
+    if found != shape or dtype.kind not in "iu":
+        raise WrongAnswer(
+            f"routed_experts are {short_repr(str(dtype))} {short_repr(found)}, not integers {shape}"
+        )
+    size, expected = len(data) - stream.tell(), math.prod(shape) * dtype.itemsize
+    if size != expected:
+        raise WrongAnswer(f"routed_experts have {size} bytes instead of {expected}")
+    values = np.frombuffer(data, dtype, offset=stream.tell())
+    return values.reshape(shape, order="F" if is_fortran else "C")

@@ -1,10 +1,14 @@
-"""The engine that a recipe asks for."""
+"""Build the engine that a recipe asks for."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from ernie_train.core import consensus
 from ernie_train.data import Tokenizer
 from ernie_train.generate.engines.config import EngineConfig
 from ernie_train.generate.engines.own import OwnEngine
@@ -19,19 +23,24 @@ def build_engine(
     batch_size: int,
     record_prompts: bool = False,
     directory: Path,
+    base_dir: Path,
     largest_gap: float,
     stop_requested: Callable[[], bool],
 ) -> Engine:
     """Return the engine of `config`; a server is started with the first weights.
 
     temperature: of the rollouts; batch_size, record_prompts: of our own sampler; directory: for the
-    weights and log of a server; largest_gap: mean exp|difference| - 1 between log-probabilities of
-    a server and of the model, above which the server is refused.
+    log of a server, and its weights unless `config` names another; base_dir: where relative paths
+    of the recipe start; largest_gap: mean exp|difference| - 1 between log-probabilities of a server
+    and of the model, above which the server is refused. Every rank must call it.
     """
     if config.kind == "own":
         return OwnEngine(tokenizer.stop_token_ids, batch_size, record_prompts)
+    directory = directory.absolute()  # a server may run elsewhere on this disk
+    weights = directory
     if config.directory is not None:
-        directory = Path(config.directory)
+        shared = (base_dir / os.path.expanduser(config.directory)).absolute()
+        weights = shared / f"engine-{_run_id(directory)}"
     # Takes 0.2 s, for the HTTP client.
     from ernie_train.generate.engines.served import ServedEngine
     from ernie_train.generate.engines.servers import FastDeployServer, Server, VllmServer
@@ -45,4 +54,10 @@ def build_engine(
         # which the recipe then does not ask for.
         mode = "raw_logprobs" if temperature == 1 else "processed_logprobs"
         server = VllmServer(config, directory, stop_requested, mode)
-    return ServedEngine(config, server, tokenizer, directory, largest_gap)
+    return ServedEngine(config, server, tokenizer, weights, largest_gap)
+
+
+def _run_id(directory: Path) -> str:
+    """Return a name for a stage's run, the same at each start: of the host and its directory."""
+    host = consensus.run_on_main(socket.gethostname)
+    return hashlib.sha256(f"{host}:{directory}".encode()).hexdigest()[:12]

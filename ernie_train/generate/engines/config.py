@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import HARMLESS, Positive, PositiveInt, StrictConfig
 
@@ -16,8 +16,8 @@ class EngineConfig(StrictConfig):
     python: the interpreter that starts the server; that of `ERNIE_TRAIN_VLLM` by default.
     args: further arguments of the server's command line.
     dtype: of the weights that it is given; by default that of the model.
-    directory: where each version of the weights is written for it; by default `engine/` in the
-        stage's directory.
+    directory: each version of the weights is written for it to a folder of the run in there; by
+        default to `engine/` in the stage's directory.
     parallel: requests at a time.
     timeout_s: for all completions of a call; start_timeout_s: for a start or new weights.
     """
@@ -31,6 +31,24 @@ class EngineConfig(StrictConfig):
     parallel: Annotated[PositiveInt, HARMLESS] = 64
     timeout_s: Annotated[Positive, HARMLESS] = 1800.0
     start_timeout_s: Annotated[Positive, HARMLESS] = 900.0
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_asked(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        import httpx  # takes 0.2 s
+
+        try:
+            parts = httpx.URL(url)
+            parts.host.encode("idna")  # as the look-up of its address does
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ValueError(f"no host and port: {error}") from None
+        if not parts.host or not 1 <= (80 if parts.port is None else parts.port) <= 65535:
+            raise ValueError("it needs a host, and a port between 1 and 65535 if any")
+        if parts.query or parts.fragment or "?" in url or "#" in url:
+            raise ValueError("it must be up to and without /v1, without a query")
+        return url
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import httpx
 
@@ -19,14 +19,19 @@ from ernie_train.generate.engine import Completion
 from ernie_train.generate.engines.answer import Request, WrongAnswer
 
 _RETRIES, _FIRST_PAUSE_S = 4, 0.25
-_POLL_S, _CONNECT_S = 0.1, 10.0
-_MOST_BYTES = 64 << 20  # of an answer; the experts of 32k tokens of 28 layers are 10 MB
+_POLL_S, _CONNECT_S, _HEALTH_S = 0.1, 10.0, 5.0
+_MAX_BYTES = 64 << 20  # of an answer; the experts of 32k tokens of 28 layers are 10 MB
+
+T = TypeVar("T")
 
 
 class Endpoint:
     """Sends requests to the server at `url`; every failure is an `EngineError` that names it.
 
-    alive: raises `EngineError` once the server cannot come back, such as a process that ended.
+    alive: raises `EngineError` once the server cannot come back, such as a process that ended; it
+        is asked before each request, as another server may have the port then.
+
+    Every call raises `Interrupted` soon after a stop is requested.
     """
 
     def __init__(self, url: str, parallel: int, alive: Callable[[], None] = lambda: None) -> None:
@@ -35,7 +40,13 @@ class Endpoint:
     # ---- single calls ----------------------------------------------------------------------------
 
     def call(
-        self, path: str, body: Any = None, *, timeout_s: float, optional: bool = False
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        timeout_s: float,
+        optional: bool = False,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any] | None:
         """GET `path`, or POST a JSON body, and return the JSON object that comes back.
 
@@ -46,32 +57,28 @@ class Endpoint:
             async with self._client(timeout_s) as client:
                 return await self._send(client, path, body, optional=optional)
 
-        return asyncio.run(self._within(timeout_s, path, call()))
+        return self._run(path, call(), timeout_s, stop_requested)
 
     def wait_until_up(
         self, timeout_s: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> None:
         """Wait until the server says that it is healthy."""
-        end = time.monotonic() + timeout_s
-        while True:
-            self.alive()
-            try:
-                if self._is_healthy():
-                    return
-            except httpx.HTTPError:
-                pass  # not there yet
-            if stop_requested():
-                raise Interrupted("stopped on a signal while the engine was starting")
-            if time.monotonic() > end:
-                raise EngineError(
-                    f"the engine at {self.url} did not come up within {timeout_s:g} s: see its "
-                    "log, or raise rollout.engine.start_timeout_s"
-                )
-            time.sleep(_POLL_S)
 
-    def _is_healthy(self) -> bool:
-        answer = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False)
-        return answer.status_code == httpx.codes.OK
+        async def healthy() -> None:
+            async with self._client(min(timeout_s, _HEALTH_S)) as client:
+                while True:
+                    self.alive()
+                    with suppress(httpx.HTTPError):  # not there yet
+                        status, _ = await self._receive(client, "/health", None)
+                        if status == httpx.codes.OK:
+                            return
+                    await asyncio.sleep(_POLL_S)
+
+        late = (
+            f"did not come up within {timeout_s:g} s: see its log, or raise "
+            "rollout.engine.start_timeout_s"
+        )
+        self._run("/health", healthy(), timeout_s, stop_requested, late)
 
     # ---- completions -----------------------------------------------------------------------------
 
@@ -87,15 +94,10 @@ class Endpoint:
         Raises `Interrupted` when a stop is requested, and `EngineError` for anything else that
         keeps one of them from coming back as it was asked for within `timeout_s`.
         """
-        return asyncio.run(
-            self._within(
-                timeout_s, "/v1/completions", self._complete(requests, timeout_s, stop_requested)
-            )
-        )
+        work = self._complete(requests, timeout_s)
+        return self._run("/v1/completions", work, timeout_s, stop_requested)
 
-    async def _complete(
-        self, requests: Sequence[Request], timeout_s: float, stop_requested: Callable[[], bool]
-    ) -> list[Completion]:
+    async def _complete(self, requests: Sequence[Request], timeout_s: float) -> list[Completion]:
         gate = asyncio.Semaphore(self.parallel)
         async with self._client(timeout_s) as client:
 
@@ -111,20 +113,9 @@ class Endpoint:
 
             tasks = [asyncio.create_task(one(i, request)) for i, request in enumerate(requests)]
             try:
-                left = set(tasks)
-                while left:
-                    done, left = await asyncio.wait(
-                        left, timeout=_POLL_S, return_when=asyncio.FIRST_EXCEPTION
-                    )
-                    for task in done:
-                        task.result()
-                    if stop_requested():
-                        raise Interrupted("stopped on a signal while generating")
+                return await asyncio.gather(*tasks)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            return [task.result() for task in tasks]
+                await _end(tasks)
 
     # ---- transport -------------------------------------------------------------------------------
 
@@ -134,17 +125,42 @@ class Endpoint:
         # Proxies of the environment are for the world outside, not for an engine.
         return httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False)
 
-    async def _within(self, timeout_s: float, path: str, work: Any) -> Any:
-        """Await `work` for at most `timeout_s`, however slowly bytes arrive meanwhile."""
+    def _run(
+        self,
+        path: str,
+        work: Coroutine[Any, Any, T],
+        timeout_s: float,
+        stop_requested: Callable[[], bool],
+        late: str = "",
+    ) -> T:
+        """Return the result of `work` on `path`; raise `EngineError` after `timeout_s`.
+
+        However slowly bytes arrive meanwhile. late: the end of that message.
+        """
+
+        async def run() -> T:
+            task = asyncio.create_task(work)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while not task.done():
+                        if stop_requested():
+                            raise Interrupted(
+                                f"stopped on a signal while waiting for the engine's {path}"
+                            )
+                        await asyncio.wait([task], timeout=_POLL_S)
+                    return task.result()
+            finally:
+                await _end([task])
+
         try:
-            async with asyncio.timeout(timeout_s):
-                return await work
+            return asyncio.run(run())
         except (TimeoutError, httpx.TimeoutException):
             self.alive()
-            raise EngineError(
-                f"the engine at {self.url} did not finish {path} within {timeout_s:g} s: raise "
-                "rollout.engine.timeout_s or start_timeout_s, or ask it for less at a time"
-            ) from None
+            late = late or (
+                f"did not finish {path} within {timeout_s:g} s: raise rollout.engine.timeout_s or "
+                "start_timeout_s, or ask it for less at a time"
+            )
+            raise EngineError(f"the engine at {self.url} {late}") from None
 
     async def _send(
         self, client: httpx.AsyncClient, path: str, body: Any = None, *, optional: bool = False
@@ -155,6 +171,7 @@ class Endpoint:
         """
         pause_s = _FIRST_PAUSE_S
         for attempt in range(_RETRIES + 1):
+            self.alive()
             try:
                 status, content = await self._receive(client, path, body)
                 break
@@ -169,6 +186,10 @@ class Endpoint:
                     ) from None
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
+            except httpx.HTTPError as error:  # such as a compression that is none
+                raise EngineError(
+                    f"the engine at {self.url} answered {path} with what cannot be read: {error}"
+                ) from None
         if optional and status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
             return None
         if status != httpx.codes.OK:
@@ -192,8 +213,15 @@ class Endpoint:
             content = bytearray()
             async for part in answer.aiter_bytes():
                 content += part
-                if len(content) > _MOST_BYTES:
+                if len(content) > _MAX_BYTES:
                     raise EngineError(
-                        f"the engine at {self.url} answered {path} with over {_MOST_BYTES} bytes"
+                        f"the engine at {self.url} answered {path} with over {_MAX_BYTES} bytes"
                     )
             return answer.status_code, bytes(content)
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel what still runs, and wait until it has ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from ernie_train.generate.engine import Completion
+from ernie_train.generate.engines.protocol import require_loaded
 from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.generate.sharded import generate_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -39,16 +40,10 @@ class OwnEngine:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
         """Return a completion of every prompt, with the experts that were chosen."""
-        if self._model is None:
-            raise ValueError("load_weights comes before sample")
         return generate_sharded(
-            self._model,
+            require_loaded(self._model),
             prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            seed=settings.seed,
+            **asdict(settings),
             eos_token_id=self.stop_token_ids,
             batch_size=self.batch_size,
             sequence_ids=sequence_ids,

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ernie_train.generate.engine import Completion
 from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+
+T = TypeVar("T")
+
+
+def require_loaded(loaded: T | None) -> T:
+    """Return what `load_weights` left; raise `ValueError` before it has."""
+    if loaded is None:
+        raise ValueError("load_weights comes before sample")
+    return loaded
 
 
 class Engine(Protocol):
@@ -27,7 +36,8 @@ class Engine(Protocol):
         """Sample from now on with the weights of `model`; the same version again does nothing.
 
         version: grows with every update of the weights.
-        Raises `EngineError` where the engine cannot be brought to sample with them.
+        Raises `EngineError` where the engine cannot be brought to sample with them, and
+        `Interrupted` when a stop is requested.
         """
         ...
 
@@ -47,8 +57,8 @@ class Engine(Protocol):
         limits: the most tokens of each completion, at most `settings.max_new_tokens`, the default.
 
         `Completion.expert_ids` is None where the engine does not tell. Raises `Interrupted` when a
-        stop is requested, and `EngineError` where the engine fails or its answer is not what was
-        asked for.
+        stop is requested, `EngineError` where the engine fails or its answer is not what was
+        asked for, and `ValueError` on an empty prompt or a setting out of range.
         """
         ...
 

@@ -5,28 +5,37 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from ernie_train.core import process_group
-from ernie_train.core.errors import EngineError, ErnieTrainError, FailedElsewhere, Interrupted
+from ernie_train.core import consensus, process_group
+from ernie_train.core.errors import EngineError, FailedElsewhere, Interrupted, StorageError
 from ernie_train.data import Tokenizer
-from ernie_train.generate.engine import Completion, moe_shape
+from ernie_train.generate.engine import Completion, check_request, moe_shape
 from ernie_train.generate.engines.answer import Request
 from ernie_train.generate.engines.config import EngineConfig
+from ernie_train.generate.engines.protocol import require_loaded
 from ernie_train.generate.engines.servers import Server, Weights
 from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.generate.sharded import generate_sharded
-from ernie_train.io.files import has_manifest, read_manifest, remove_directory
+from ernie_train.io.files import read_manifest, remove_directory
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.pylayer import dtype_name
 from ernie_train.weights.saving import save_pretrained
 
-T = TypeVar("T")
 _PROBES, _PROBE_TOKENS = 4, 8
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Holds what the server samples with."""
+
+    model: Ernie4_5_MoeForCausalLM
+    version: int
+    weights: Weights
 
 
 @dataclass
@@ -40,21 +49,19 @@ class ServedEngine:
     config: EngineConfig
     server: Server
     tokenizer: Tokenizer
-    directory: Path  # of the weights
+    directory: Path  # of this run's weights alone; absolute
     largest_gap: float  # mean exp|difference| - 1 of log-probabilities, as in the learner's check
     _run: str = field(default_factory=lambda: secrets.token_hex(4), init=False)
-    _model: Ernie4_5_MoeForCausalLM | None = field(default=None, init=False, repr=False)
-    _version: int | None = field(default=None, init=False)
-    _weights: Weights | None = field(default=None, init=False)
+    _loaded: _Loaded | None = field(default=None, init=False, repr=False)
 
     def load_weights(self, model: Ernie4_5_MoeForCausalLM, version: int) -> None:
         """Write `model` as a directory of its own and have the server sample with it."""
-        if version == self._version:
+        if self._loaded is not None and version == self._loaded.version:
             return
-        self._model, self._version = model, None
+        self._loaded = None
         directory = self.directory / f"version_{version:06d}"
         dtype = self.config.dtype or dtype_name(model.model.embed_tokens.weight)
-        save_pretrained(model, directory, self.tokenizer, dtype=dtype)
+        self._write(model, directory, dtype)
 
         vocab_size = model.config.vocab_size
         expected = generate_sharded(
@@ -62,27 +69,35 @@ class ServedEngine:
             _probes(vocab_size),
             max_new_tokens=_PROBE_TOKENS,
             eos_token_id=self.tokenizer.stop_token_ids,
-            stop_requested=lambda: False,
+            stop_requested=self.server.stop_requested,
         )
 
-        def load() -> None:
+        def load() -> Weights:
             # The name is of this start alone: a server may hold what another start called so.
             weights = Weights(f"{self._run}-{version}", directory, _digest(directory), dtype)
             self.server.load(weights)
-            if not self._gap(expected, vocab_size) <= self.largest_gap:
-                self.server.restart(weights)
-                if not (gap := self._gap(expected, vocab_size)) <= self.largest_gap:
-                    raise EngineError(
-                        f"the engine at {self.server.endpoint.url} was given {directory}, but its "
-                        f"log-probabilities differ from the model's by {gap:.2g} on average, more "
-                        f"than rollout.max_logprob_mismatch={self.largest_gap:g} allows: it "
-                        "computes with other weights, or in a narrower dtype"
-                    )
+            gap = self._gap(expected, vocab_size)
+            if not gap <= self.largest_gap and self.server.restart(weights):
+                gap = self._gap(expected, vocab_size)
+            if not gap <= self.largest_gap:
+                raise EngineError(
+                    f"the engine at {self.server.endpoint.url} was given {directory}, but its "
+                    f"log-probabilities differ from the model's by {gap:.2g} on average, more than "
+                    f"rollout.max_logprob_mismatch={self.largest_gap:g} allows: it computes with "
+                    "other weights, or in a narrower dtype"
+                )
             self._remove_versions(but=directory)
-            self._weights = weights
+            return weights
 
-        _on_main(load)
-        self._version = version
+        self._loaded = _Loaded(model, version, consensus.run_on_main(load))
+
+    def _write(self, model: Ernie4_5_MoeForCausalLM, directory: Path, dtype: str) -> None:
+        """Write the weights; a full disk is an `EngineError` on all ranks, which can save then."""
+        with consensus.fail_together(), suppress(FailedElsewhere):
+            try:
+                save_pretrained(model, directory, self.tokenizer, dtype=dtype)
+            except StorageError as error:
+                raise EngineError(f"the engine cannot be given weights: {error}") from error
 
     def sample(
         self,
@@ -94,34 +109,31 @@ class ServedEngine:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
         """Return the server's completions, each checked, all of the weights that were loaded."""
-        settings.check()
-        if self._version is None or self._model is None:
-            raise ValueError("load_weights comes before sample")
+        max_tokens = check_request(prompts, settings, limits).tolist()
+        loaded = require_loaded(self._loaded)
         if not prompts:
             return []
         numbers = range(len(prompts)) if sequence_ids is None else sequence_ids
-        most = [settings.max_new_tokens] * len(prompts) if limits is None else limits
-        vocab_size, experts = self._model.config.vocab_size, moe_shape(self._model)
+        config, experts = loaded.model.config, moe_shape(loaded.model)
         stops = tuple(self.tokenizer.stop_token_ids)
 
         def ask() -> list[Completion]:
-            if self._weights is None:
-                raise ValueError("load_weights comes before sample")
             requests = [
                 Request(
                     self.server.model, list(prompt), settings, limit,
-                    _seed_of(settings.seed, number), stops, vocab_size, experts,
+                    _seed_of(settings.seed, number), stops,
+                    config.vocab_size, experts, config.moe_num_experts,
                 )
-                for prompt, number, limit in zip(prompts, numbers, most, strict=True)
+                for prompt, number, limit in zip(prompts, numbers, max_tokens, strict=True)
             ]  # fmt: skip
-            self.server.require(self._weights)
+            self.server.require_version(loaded.weights)
             found = self.server.endpoint.complete(
                 requests, timeout_s=self.config.timeout_s, stop_requested=stop_requested
             )
-            self.server.require(self._weights)
+            self.server.require_version(loaded.weights)
             return found
 
-        found = _on_main(ask)
+        found = consensus.run_on_main(ask)
         if process_group.any_rank(stop_requested()):
             raise Interrupted("stopped on a signal while generating")
         return found
@@ -131,6 +143,8 @@ class ServedEngine:
         if process_group.is_main():
             self.server.close()
             self._remove_versions()
+            with suppress(OSError):  # there is more in the stage's own, such as the log
+                self.directory.rmdir()
 
     def _gap(self, expected: Sequence[Completion], vocab_size: int) -> float:
         """Return mean exp|difference| - 1 of greedy log-probabilities from the expected ones.
@@ -144,7 +158,7 @@ class ServedEngine:
                 for prompt in _probes(vocab_size)
             ],
             timeout_s=self.config.start_timeout_s,
-            stop_requested=lambda: False,
+            stop_requested=self.server.stop_requested,
         )
         gaps: list[float] = []
         for ours, theirs in zip(expected, found, strict=True):
@@ -155,9 +169,9 @@ class ServedEngine:
         return float(np.expm1(gaps).mean())
 
     def _remove_versions(self, but: Path | None = None) -> None:
-        """Delete the weights on the disk, those of a run that was killed too."""
+        """Delete the weights on the disk, those too that this run left when it was killed."""
         for directory in self.directory.glob("version_*"):
-            if directory != but and has_manifest(directory):
+            if directory != but:
                 remove_directory(directory)
 
 
@@ -165,32 +179,6 @@ def _probes(vocab_size: int) -> list[list[int]]:
     """Return prompts of random tokens, on which any change of the weights shows."""
     random = np.random.default_rng(0)
     return random.integers(0, vocab_size, (_PROBES, _PROBE_TOKENS)).tolist()
-
-
-def _on_main(work: Callable[[], T]) -> T:
-    """Run `work` on the main rank; return its result, or raise its error, on every rank.
-
-    All raise at the same place, so that all can save what they have learnt before they end.
-    """
-    if process_group.world_size() == 1:
-        return work()
-    outcome: list[T | ErnieTrainError] = []
-    if process_group.is_main():
-        try:
-            outcome.append(work())
-        except ErnieTrainError as error:
-            outcome.append(error)
-    if not process_group.over_gloo():
-        # NCCL's collectives time out after half an hour, and the server may take longer.
-        process_group.wait_for_all_ranks()
-    shared = process_group.all_gather_objects(outcome)[0][0]
-    if isinstance(shared, ErnieTrainError):
-        raise (
-            shared
-            if shared.on_all_ranks or process_group.is_main()
-            else FailedElsewhere(0, shared.exit_status)
-        )
-    return shared
 
 
 def _digest(directory: Path) -> str:

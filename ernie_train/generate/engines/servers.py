@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from reprlib import repr as short_repr
+from typing import Any, ClassVar
 
 from ernie_train.core.errors import EngineError, UserError
 from ernie_train.generate.engines.config import EngineConfig
@@ -29,7 +32,7 @@ _IN_PLACE = (
 
 @dataclass(frozen=True)
 class Weights:
-    """A version of the weights on the disk: its name, its directory and a hash of its tensors."""
+    """Names a version of the weights on the disk, its directory and a hash of its tensors."""
 
     name: str
     directory: Path
@@ -37,79 +40,101 @@ class Weights:
     dtype: str
 
 
-class Server(Protocol):
-    """A server that samples with a version of the weights."""
-
-    @property
-    def endpoint(self) -> Endpoint: ...
-
-    @property
-    def model(self) -> str:
-        """Return the name that it answers under."""
-        ...
-
-    def load(self, weights: Weights) -> None:
-        """Make it sample with `weights`; raise `EngineError` where it says that it does not."""
-        ...
-
-    def restart(self, weights: Weights) -> bool:
-        """Start it anew with `weights`, now and for later versions; False where it is not ours."""
-        ...
-
-    def require(self, weights: Weights) -> None:
-        """Raise `EngineError` unless it still samples with `weights`."""
-        ...
-
-    def close(self) -> None: ...
-
-
 @dataclass
-class _Started:
-    """A process that this program starts, and the endpoint that it opens."""
+class Server(ABC):
+    """Samples with a version of the weights: a process of ours, or one at a URL.
+
+    model: the name that it answers under.
+    """
 
     config: EngineConfig
-    directory: Path  # of its log
+    directory: Path  # of the log of a process
     stop_requested: Callable[[], bool]
-    process: ServerProcess | None = field(default=None, init=False)
+    model: str = field(default="", init=False)
     endpoint: Endpoint = field(init=False)
+    _process: ServerProcess | None = field(default=None, init=False)
+    _must_have: ClassVar[str] = "it is no server of this kind"
 
-    def start(self, command: Sequence[str], port: int, environ: dict[str, str]) -> None:
-        """Run `command` in place of what ran before; return once it is healthy."""
-        self.close()
-        log = self.directory / "engine.log"
-        self.process = ServerProcess(command, {**os.environ, **environ}, log)
-        self.endpoint = Endpoint(
-            f"http://127.0.0.1:{port}", self.config.parallel, self.process.require_alive
-        )
-        self.endpoint.wait_until_up(self.config.start_timeout_s, self.stop_requested)
+    @abstractmethod
+    def load(self, weights: Weights) -> None:
+        """Make it sample with `weights`; raise `EngineError` where it says that it does not."""
+
+    @abstractmethod
+    def require_version(self, weights: Weights) -> None:
+        """Raise `EngineError` unless it still samples with `weights`."""
+
+    def restart(self, weights: Weights) -> bool:
+        """Start it anew with `weights`, now and for later versions; False where that is no help."""
+        return False
 
     def close(self) -> None:
-        if self.process is not None:
-            self.process.close()
-            self.process = None
+        """End the process, if it is ours; may be called more than once."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _start_process(self, model: str, port: int, command: Sequence[str], **environ: str) -> None:
+        """Run `command` in place of what ran before; return once it is healthy.
+
+        model: a name that no other server has, to tell it from one that took the port before it.
+        """
+        self.close()
+        command = [
+            *command, "--host", "127.0.0.1", "--port", str(port),
+            "--served-model-name", model, *self.config.args,
+        ]  # fmt: skip
+        self._process = ServerProcess(
+            command, {**os.environ, **environ}, self.directory / "engine.log"
+        )
+        self._connect(f"http://127.0.0.1:{port}", self._process.require_alive)
+        self._require_model(model)
+        self.model = model
+
+    def _connect(self, url: str, alive: Callable[[], None] = lambda: None) -> None:
+        self.endpoint = Endpoint(url, self.config.parallel, alive)
+        self.endpoint.wait_until_up(self.config.start_timeout_s, self.stop_requested)
+
+    def _require_model(self, name: str) -> None:
+        served = self._served_models()
+        if served != [name]:
+            raise EngineError(
+                f"the engine at {self.endpoint.url} serves {short_repr(served)}, not {name!r}: it "
+                "is another server, which took the port; the next start takes another one"
+            )
+
+    def _served_models(self) -> list[str]:
+        served = self._call("/v1/models").get("data")
+        if not isinstance(served, list):
+            return []
+        names = [one.get("id") for one in served if isinstance(one, dict)]
+        return [name for name in names if isinstance(name, str)]
+
+    def _call(self, path: str, body: Any = None) -> dict[str, Any]:
+        answer = self.endpoint.call(
+            path,
+            body,
+            timeout_s=self.config.start_timeout_s,
+            optional=True,
+            stop_requested=self.stop_requested,
+        )
+        if answer is None:
+            raise EngineError(f"the engine at {self.endpoint.url} has no {path}: {self._must_have}")
+        return answer
 
 
 @dataclass
-class VllmServer:
-    """vLLM, started here or at a URL, in its mode for development, which takes new weights.
+class VllmServer(Server):
+    """Runs vLLM, or asks it at a URL, in its mode for development, which takes new weights.
 
     A process of ours is started anew where weights do not arrive in place: builds for CPUs pack
     most matrices away, and what they then read is wrong (seen with vLLM 0.32).
     """
 
-    config: EngineConfig
-    directory: Path
-    stop_requested: Callable[[], bool]
     logprobs_mode: str
-    model: str = field(default="policy", init=False)
-    endpoint: Endpoint = field(init=False)
-    _started: _Started = field(init=False)
+    _must_have: ClassVar[str] = _IN_PLACE
     _runs: bool = field(default=False, init=False)
     _in_place: bool = field(default=True, init=False)
     _loaded: tuple[str, dict[str, Any]] | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self._started = _Started(self.config, self.directory, self.stop_requested)
 
     def load(self, weights: Weights) -> None:
         """Start it with `weights`, or have it read them in place; name the version to it."""
@@ -117,12 +142,11 @@ class VllmServer:
             self._start(weights)
         else:
             if not self._runs:
-                self._connect()
+                self._find()
             self._reload(weights)
         self._runs = True
         self._check_memory(weights)
-        self._call("/update_weight_version", {"new_version": weights.name})
-        self.require(weights)
+        self.require_version(weights)
 
     def restart(self, weights: Weights) -> bool:
         if self.config.url is not None or not self._in_place:
@@ -131,50 +155,46 @@ class VllmServer:
         self.load(weights)
         return True
 
-    def require(self, weights: Weights) -> None:
+    def require_version(self, weights: Weights) -> None:
         found = self._call("/weight_info").get("weight_version")
         if found != weights.name:
             raise EngineError(
-                f"the engine at {self.endpoint.url} holds the weights {found!r}, not "
+                f"the engine at {self.endpoint.url} holds the weights {short_repr(found)}, not "
                 f"{weights.name!r}: it was started again, or another run uses it"
             )
-
-    def close(self) -> None:
-        self._started.close()
 
     def _start(self, weights: Weights) -> None:
         (port,) = free_ports(1)
         command = [
             _vllm_python(self.config.python), "-m", "vllm.entrypoints.openai.api_server",
-            "--model", str(weights.directory), "--host", "127.0.0.1", "--port", str(port),
-            "--served-model-name", self.model, "--dtype", weights.dtype,
+            "--model", str(weights.directory), "--dtype", weights.dtype,
             "--generation-config", "vllm", "--logprobs-mode", self.logprobs_mode,
-            *self.config.args,
         ]  # fmt: skip
-        environ = {
-            "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-        }  # fmt: skip
         self._loaded = None
-        self._started.start(command, port, environ)
-        self.endpoint = self._started.endpoint
+        self._start_process(
+            f"policy-{secrets.token_hex(4)}", port, command,
+            VLLM_SERVER_DEV_MODE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
+        )  # fmt: skip
+        self._name(weights)
 
-    def _connect(self) -> None:
-        self.endpoint = Endpoint(str(self.config.url), self.config.parallel)
-        self.endpoint.wait_until_up(self.config.start_timeout_s, self.stop_requested)
-        served = self._call("/v1/models").get("data")
-        try:
-            self.model = str(served[0]["id"])  # type: ignore[index]
-        except (LookupError, TypeError):
-            raise EngineError(f"the engine at {self.endpoint.url} serves no model") from None
+    def _find(self) -> None:
+        self._connect(str(self.config.url))
+        served = self._served_models()
+        if not served:
+            raise EngineError(f"the engine at {self.endpoint.url} serves no model")
+        self.model = served[0]
 
     def _reload(self, weights: Weights) -> None:
         # Nothing of ours runs; requests of a run that was killed may.
         self._call("/pause?mode=abort", {})
+        self._name(weights)  # while nothing is sampled: no completion of them has an older name
         arguments = {"weights_path": str(weights.directory)}
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         self._call("/reset_prefix_cache", {})
         self._call("/resume", {})
+
+    def _name(self, weights: Weights) -> None:
+        self._call("/update_weight_version", {"new_version": weights.name})
 
     def _check_memory(self, weights: Weights) -> None:
         """Compare how the weights in its memory changed with how those on the disk did.
@@ -186,6 +206,12 @@ class VllmServer:
         if not isinstance(checksums, dict) or not checksums:
             raise EngineError(f"the engine at {self.endpoint.url} tells no checksums: {_IN_PLACE}")
         if _EMPTY in checksums.values():
+            if self.config.url is not None:
+                raise EngineError(
+                    f"the engine at {self.endpoint.url} packs some of its weights away, as vLLM "
+                    "for CPUs does, so that nothing shows whether new ones arrive: leave out the "
+                    "url, and the stage starts one for each version"
+                )
             self._in_place = False
         elif self._loaded is not None:
             digest, before = self._loaded
@@ -197,67 +223,34 @@ class VllmServer:
                 )
         self._loaded = (weights.digest, checksums)
 
-    def _call(self, path: str, body: Any = None) -> dict[str, Any]:
-        timeout_s = self.config.start_timeout_s
-        answer = self.endpoint.call(path, body, timeout_s=timeout_s, optional=True)
-        if answer is None:
-            raise EngineError(f"the engine at {self.endpoint.url} has no {path}: {_IN_PLACE}")
-        return answer
-
 
 @dataclass
-class FastDeployServer:
-    """FastDeploy, started anew for each version: it takes weights in place from its own kit alone.
+class FastDeployServer(Server):
+    """Starts FastDeploy for each version: it takes weights in place from its own kit alone.
 
     Written against its source and a stand-in; it has no build for CPUs that could be tried.
     """
 
-    config: EngineConfig
-    directory: Path
-    stop_requested: Callable[[], bool]
-    model: str = field(default="", init=False)
-    _started: _Started = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._started = _Started(self.config, self.directory, self.stop_requested)
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return self._started.endpoint
-
-    def restart(self, weights: Weights) -> bool:  # every version has a process of its own
-        return False
-
     def load(self, weights: Weights) -> None:
         port, metrics, queue, cache = free_ports(4)
         command = [
-            str(self.config.python), "-m", "fastdeploy.entrypoints.openai.api_server",
-            "--model", str(weights.directory), "--host", "127.0.0.1", "--port", str(port),
-            "--metrics-port", str(metrics), "--engine-worker-queue-port", str(queue),
-            "--cache-queue-port", str(cache), "--served-model-name", weights.name,
-            "--enable-logprob", "--load-choices", "default_v1", *self.config.args,
+            os.path.expanduser(str(self.config.python)),
+            "-m", "fastdeploy.entrypoints.openai.api_server",
+            "--model", str(weights.directory), "--metrics-port", str(metrics),
+            "--engine-worker-queue-port", str(queue), "--cache-queue-port", str(cache),
+            "--enable-logprob", "--load-choices", "default_v1",
         ]  # fmt: skip
-        self._started.start(command, port, {})
-        self.model = weights.name
-        self.require(weights)
+        self._start_process(weights.name, port, command)
 
-    def require(self, weights: Weights) -> None:
+    def require_version(self, weights: Weights) -> None:
         """Compare the name of the served model; every completion's is compared too."""
-        answer = self.endpoint.call("/v1/models", timeout_s=self.config.start_timeout_s)
-        served = [m.get("id") for m in (answer or {}).get("data", []) if isinstance(m, dict)]
-        if served != [weights.name]:
-            raise EngineError(
-                f"the engine at {self.endpoint.url} serves {served}, not {weights.name!r}"
-            )
-
-    def close(self) -> None:
-        self._started.close()
+        self._require_model(weights.name)
 
 
 def _vllm_python(given: str | None) -> str:
     """Return the interpreter that is named, or that of the environment in `ERNIE_TRAIN_VLLM`."""
     if given is not None:
-        return given
+        return os.path.expanduser(given)
     if directory := os.environ.get(ENVIRONMENT):
         return str(Path(directory) / "bin" / "python")
     raise UserError(
