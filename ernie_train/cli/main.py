@@ -31,7 +31,7 @@ from ernie_train.cli.arguments import (
     usage_message,
     whole_number,
 )
-from ernie_train.cli.run import RunCommand, print_status
+from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
 from ernie_train.core.terminal import Terminal, printable
@@ -202,6 +202,8 @@ def preview(
 @app.command()
 def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
     """Show a run's stages, steps and latest metrics."""
+    from ernie_train.cli.status import print_status
+
     print_status(run_dir, _console())
 
 
@@ -346,7 +348,7 @@ def export(
 ) -> None:
     """Write a Hugging Face directory and prove it by reading it back."""
     from ernie_train.cli.model import best_checkpoint, export_adapter_of, export_model
-    from ernie_train.run.export import RECEIPT
+    from ernie_train.io.run_dir import RECEIPT
 
     mark = "adapter_config.json" if adapter else RECEIPT
     check_output_directory(out, mark, inputs=[model], force=force)

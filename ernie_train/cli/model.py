@@ -11,16 +11,16 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
 from ernie_train.eval.prompts import completion_text
 from ernie_train.generate.engine import generate
+from ernie_train.io.run_dir import RECEIPT, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.reward import find_score
 from ernie_train.run.export import (
-    RECEIPT,
     Beside,
     export,
     export_adapter,
     require_change,
 )
-from ernie_train.run.finalize import EVALUATION, read_result
+from ernie_train.run.finalize import EVALUATION
 from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
 from ernie_train.run.import_model import import_model
 from ernie_train.run.recipe import recorded_recipe

@@ -16,12 +16,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ernie_train.core.barrier import HostBarrier
 from ernie_train.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 K = TypeVar("K", str, tuple[str, str])
@@ -200,6 +201,8 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 def all_gather_ints(values: Sequence[int]) -> np.ndarray:
     """Return the integers of all ranks, [ranks,len(values)]; each rank passes equally many."""
+    import numpy as np
+
     if world_size() == 1:
         return np.array([values], np.int64)
     import paddle

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ernie_train.core.errors import GateError
-from ernie_train.train.stage import Gate
+
+
+class Gate(Protocol):
+    """Bar of a stage, as `train.stage.Gate` has it; `status` reads it without Paddle."""
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def at_least(self) -> float: ...
+
+    @property
+    def max_regression(self) -> float | None: ...
 
 
 def known_metrics(problems: Iterable[Any]) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -19,10 +20,15 @@ from typing import Any
 
 from ernie_train.core.errors import CheckpointError, UserError, storage_errors
 from ernie_train.core.foreign_files import read_json
-from ernie_train.io.files import fingerprint, write_json
+from ernie_train.io.files import fingerprint, verify_manifest, write_json
 
+# Files of a run directory, and of an export in it.
+RECIPE = "recipe.yaml"  # the resolved recipe
+ENVIRONMENT = "environment.json"  # versions of this toolkit and of its libraries
+RECEIPT = "export_receipt.json"
 DONE = "DONE"
 LOCK = ".lock"
+_STEP = re.compile(r"step_(\d{6,})")
 
 
 class RunLock:
@@ -165,3 +171,31 @@ def read_done(stage_dir: str | Path) -> StageDone | None:
     if fingerprint(value) != expected:
         raise CheckpointError(f"{path}: does not match its own hash; delete it to redo the stage")
     return done
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of all checkpoints in a directory, ascending, damaged ones included."""
+    if not checkpoints.is_dir():
+        return []
+    matches = (_STEP.fullmatch(path.name) for path in checkpoints.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def is_whole_export(directory: Path, *, hashes: bool = True) -> bool:
+    """Return whether every file of a proven export is still there; with `hashes`, unchanged."""
+    try:
+        verify_manifest(directory, hashes=hashes)
+    except CheckpointError:
+        return False
+    return (directory / RECEIPT).exists()
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return the result in a file, None if there is none; `CheckpointError` if it is damaged."""
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it to repeat the work") from None
+    return found

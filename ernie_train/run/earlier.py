@@ -15,8 +15,8 @@ from rich.console import Console
 
 from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
 from ernie_train.io.files import write_json
-from ernie_train.io.run_dir import DONE, read_done
-from ernie_train.run.finalize import EVALUATION, EXPORT, EXPORT_RECORD, SAMPLES, read_result
+from ernie_train.io.run_dir import DONE, read_done, read_result
+from ernie_train.run.finalize import EVALUATION, EXPORT, EXPORT_RECORD, SAMPLES
 from ernie_train.run.lineage import HashMemory, Lineage, stage_changes, stage_record
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig

@@ -15,15 +15,15 @@ import numpy as np
 import paddle
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import CheckpointError, UserError, WeightsError
+from ernie_train.core.errors import UserError, WeightsError
 from ernie_train.data import Tokenizer
 from ernie_train.io.files import (
     FileDigest,
-    verify_manifest,
     write_directory,
     write_json,
     write_text,
 )
+from ernie_train.io.run_dir import RECEIPT
 from ernie_train.io.safetensors import (
     TensorFiles,
     array_entries,
@@ -55,8 +55,6 @@ from ernie_train.weights.adapters import (
 )
 from ernie_train.weights.hf import DTYPES, load_pretrained, read_parameters
 from ernie_train.weights.saving import save_pretrained, tensor_entries
-
-RECEIPT = "export_receipt.json"
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,6 @@ def require_change(weights: Path, dtype: str) -> None:
         f"{weights}: as {dtype}, the merge equals its base {base}: what was trained is lost in "
         "rounding. Export as float32, or train longer or at a higher rate"
     )
-
-
-def is_whole_export(directory: Path, *, hashes: bool = True) -> bool:
-    """Return whether every file of a proven export is still there; with `hashes`, unchanged."""
-    try:
-        verify_manifest(directory, hashes=hashes)
-    except CheckpointError:
-        return False
-    return (directory / RECEIPT).exists()
 
 
 def export_adapter(source: Path, directory: Path) -> dict[str, Any]:

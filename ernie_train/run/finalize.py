@@ -13,16 +13,15 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from ernie_train.core import consensus, devices
-from ernie_train.core.errors import CheckpointError
-from ernie_train.core.foreign_files import read_json
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Tokenizer
 from ernie_train.environments import open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
+from ernie_train.io.run_dir import is_whole_export, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import Beside, export, is_whole_export
+from ernie_train.run.export import Beside, export
 from ernie_train.run.lineage import Lineage
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import EvaluationConfig, Recipe
@@ -172,17 +171,6 @@ def evaluation_identity(settings: EvaluationConfig, lineage: Lineage) -> str:
     facts = [[record.messages, record.tools, record.fields] for record in asked]
     problems = hashlib.sha256(json.dumps(facts, default=repr, sort_keys=True).encode()).hexdigest()
     return _identity(settings, lineage, problems, without={"path", "columns"})
-
-
-def read_result(path: Path) -> dict[str, Any] | None:
-    """Return the result in a file, None if there is none; `CheckpointError` if it is damaged."""
-    try:
-        found = read_json(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it to repeat the work") from None
-    return found
 
 
 def _read_if_same(path: Path, identity: str) -> dict[str, Any] | None:

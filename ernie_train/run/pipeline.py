@@ -40,7 +40,15 @@ from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.prompts import check_problems
 from ernie_train.io.files import fingerprint, verify_manifest, write_json, write_text
 from ernie_train.io.outputs import check_run_directory
-from ernie_train.io.run_dir import RunLock, StageDone, read_done, write_done
+from ernie_train.io.run_dir import (
+    ENVIRONMENT,
+    RECIPE,
+    RunLock,
+    StageDone,
+    read_done,
+    read_result,
+    write_done,
+)
 from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
@@ -49,9 +57,9 @@ from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.check import check_fit, check_gates, describe_training
 from ernie_train.run.earlier import CHECKPOINTS, EarlierStarts, Selection, record_stage
 from ernie_train.run.export import require_change
-from ernie_train.run.finalize import EVALUATION, Finalizer, read_result
+from ernie_train.run.finalize import EVALUATION, Finalizer
 from ernie_train.run.lineage import HashMemory, Lineage, stage_record
-from ernie_train.run.recipe import ENVIRONMENT, RECIPE, Recipe
+from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, Prepared, StageData, StageRun
 from ernie_train.weights.adapters import describe_base
 from ernie_train.weights.checkpoint import CheckpointStore
@@ -261,8 +269,11 @@ class Pipeline:
         with storage_errors("cannot write to the run directory", self.run_dir):
             # First, since `check_run_directory` knows a run by it.
             path = self.run_dir / ENVIRONMENT
-            write_json(path, _with_history(environment.describe_environment(), read_result(path)))
-            write_text(self.run_dir / RECIPE, dump_yaml(self.recipe.model_dump(mode="json")))
+            recipe = dump_yaml(self.recipe.model_dump(mode="json"))
+            # With the recipe's fingerprint `status` knows it as unchanged, without validating it.
+            now = {**environment.describe_environment(), "recipe": fingerprint(recipe)}
+            write_json(path, _with_history(now, read_result(path)))
+            write_text(self.run_dir / RECIPE, recipe)
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
 
     # ---- stages ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ernie_train.core.foreign_files import read_json
 from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_tokenizer
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.io.loggers import LoggerChoice, LoggerSettings
+from ernie_train.io.run_dir import ENVIRONMENT, RECIPE
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
@@ -28,10 +29,6 @@ from ernie_train.run.stages import AnyStageConfig, RewardModelConfig
 from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.hf import load_config
 from ernie_train.weights.model_directory import find_model
-
-# Files of a run directory.
-RECIPE = "recipe.yaml"  # the resolved recipe
-ENVIRONMENT = "environment.json"  # versions of this toolkit and of its libraries
 
 
 class ModelSource(StrictConfig):

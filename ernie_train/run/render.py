@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ernie_train.run.export import RECEIPT
+from ernie_train.io.run_dir import RECEIPT
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import Recipe
 

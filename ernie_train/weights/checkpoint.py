@@ -35,6 +35,7 @@ from ernie_train.io.files import (
     write_directory,
     write_text,
 )
+from ernie_train.io.run_dir import saved_steps
 from ernie_train.io.safetensors import (
     TensorEntry,
     TensorFiles,
@@ -47,7 +48,6 @@ from ernie_train.weights.adapters import BASE, load_pairs, saved_parameters, wri
 from ernie_train.weights.hf import load_config, load_weights
 from ernie_train.weights.saving import write_weights
 
-_STEP = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
 _log = logging.getLogger(__name__)
 
@@ -237,10 +237,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, ascending, damaged ones included."""
-        if not self.directory.is_dir():
-            return []
-        matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return saved_steps(self.directory)
 
     def best_step(self, up_to: int | None = None) -> int | None:
         """Return the step with the best `best_metric`; the later one of equals.
