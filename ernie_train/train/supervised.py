@@ -103,6 +103,7 @@ class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
             config.normalization if isinstance(config, SftConfig) else "tokens"
         )
         self.source = batch_source(config, prepared)
+        # Phases are relative to the base at the stage's start, not to that of a checkpoint.
         start_theta = stage.model.model.rope_theta
         trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch] = Trainer(
             stage.model,
@@ -118,9 +119,6 @@ class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
             steps=total_steps(config, prepared),
             validate_every=config.validation_interval,
         )
-        if self.resumed is not None:
-            # Phases are relative to the base at the stage's start, not to that of the checkpoint.
-            start_theta = self.resumed.state["rope_theta_at_start"]
         self.rope_schedule = RopeSchedule(config.phases(), start_theta)
 
     def batches(self) -> Iterator[Batch]:
@@ -150,10 +148,7 @@ class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
         self.source.load_state_dict(saved.state["loader"])
 
     def state(self) -> dict[str, Any]:
-        return {
-            "loader": self.source.state_dict(),
-            "rope_theta_at_start": self.rope_schedule.start_theta,
-        }
+        return {"loader": self.source.state_dict()}
 
 
 def validation_loss(

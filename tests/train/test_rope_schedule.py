@@ -178,12 +178,13 @@ def workspace(tmp_path_factory) -> Path:
     for name, made in (("texts", texts(60, 1)), ("short", ["one and two"] * 9)):
         lines = [json.dumps({"text": text}) + "\n" for text in made]
         (root / f"{name}.jsonl").write_text("".join(lines))
-    recipe["model"] |= {"rope_theta": 50.0}
+    recipe["model"] |= {"rope_theta": 40.0}
     sft = {**recipe["stages"][0], "steps": 2, "name": "sft"}
     recipe["stages"] = [
         stage(
             [
-                {"rope_theta": 50.0, "seq_len": 32, "steps": 3, "micro_batch_size": 4},
+                {"rope_theta": 50.0, "seq_len": 32, "steps": 3, "micro_batch_size": 4,
+                 "transition": "smooth"},
                 {"rope_theta": 800.0, "seq_len": 64, "steps": 4, "transition": "smooth"},
                 {"rope_theta": 5000.0, "seq_len": 128, "tokens": 3 * 2 * 2 * 128,
                  "upsample": {"longer_than": 64, "factor": 2}},
@@ -218,8 +219,8 @@ def whole(workspace) -> Path:
 def test_the_schedule_is_logged_every_step_and_the_last_base_is_exported(whole):
     lines = metrics_without_time(whole, "01-pretrain")
     found = [(line["rope_theta"], line["seq_len"]) for line in lines]
-    smooth = [50 * 16 ** (i / 4) for i in (1, 2, 3, 4)]
-    assert [base for base, _ in found] == pytest.approx([50.0] * 3 + smooth + [5000.0] * 3)
+    smooth = [40 * 1.25 ** (i / 3) for i in (1, 2, 3)] + [50 * 16 ** (i / 4) for i in (1, 2, 3, 4)]
+    assert [base for base, _ in found] == pytest.approx(smooth + [5000.0] * 3)
     assert [length for _, length in found] == [32] * 3 + [64] * 4 + [128] * 3
     names = ("moe/load_cv", "moe/router_cosine", "balance/z_loss", "moe/routing_changed")
     assert all(name in lines[-1] for name in names)
