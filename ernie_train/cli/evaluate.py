@@ -17,7 +17,7 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.data import Column, Columns
 from ernie_train.environments import EnvironmentConfig, open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
-from ernie_train.eval.prompts import load_few_shot
+from ernie_train.eval.prompts import load_few_shot, require_episodes
 from ernie_train.io.files import FileDigest, write_directory, write_json, write_jsonl
 from ernie_train.io.outputs import check_output_directory
 from ernie_train.run.render import evaluation_table
@@ -59,6 +59,7 @@ class EvalCommand:
             open_toolbox(self.environment, tokenizer, Path.cwd()) as toolbox,
             StopFlag("stopping; nothing is written") as stop,
         ):
+            require_episodes(toolbox, problems)
             found = evaluate(
                 model,
                 tokenizer,
@@ -143,5 +144,5 @@ def parse_ks(text: str) -> tuple[int, ...]:
 
 
 def as_text(results: dict[str, Any]) -> str:
-    """Return results as JSON text for the standard output."""
-    return json.dumps(results, ensure_ascii=False, indent=2)
+    """Return results as JSON text for the standard output, without control characters."""
+    return json.dumps(results, indent=2).replace("\x7f", "\\u007f")  # DEL is ASCII, and stays

@@ -31,11 +31,12 @@ from ernie_train.cli.arguments import (
     usage_message,
     whole_number,
 )
+from ernie_train.cli.grading import evaluate, score
 from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
 from ernie_train.core.terminal import Terminal, printable
-from ernie_train.io.outputs import check_output_directory, check_output_file
+from ernie_train.io.outputs import check_output_directory
 from ernie_train.launch import LaunchSettings, print_error
 from ernie_train.launch.rank_files import RankReporter, is_supervised
 
@@ -78,7 +79,7 @@ def run(
     ] = None,
     last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
     extend: Annotated[
-        bool, typer.Option(help="train the last stage on: longer, or at another rate")
+        bool, typer.Option(help="train the last stage on: longer, also at another rate")
     ] = False,
     referee: Referee = None,
     nproc: Annotated[
@@ -207,102 +208,8 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> 
     print_status(run_dir, _console())
 
 
-@app.command(name="eval")
-def evaluate(
-    model: Model,
-    data: Annotated[
-        Path, typer.Option(help="problems: a file of rows, a directory or a pattern")
-    ] = Path("data/test"),
-    columns: ColumnsText = None,
-    tasks: Annotated[str | None, typer.Option(help="only these tasks or domains: math,aiw")] = None,
-    n: Annotated[int, whole_number(min=1, help="completions a problem")] = 1,
-    k: Annotated[str | None, typer.Option(help="sizes of pass@k: 1,8; default 1 and n")] = None,
-    few_shot: Annotated[
-        Path | None, typer.Option(help="worked examples for --shots: a file of rows like --data")
-    ] = None,
-    shots: Annotated[
-        int | None, whole_number(min=1, help="examples before each problem; default 4")
-    ] = None,
-    max_examples: Annotated[int | None, whole_number(min=1, help="problems of each task")] = None,
-    tools: Annotated[
-        str | None,
-        typer.Option(help="tools that may be called: calculator,python,lookup,my_tools.py"),
-    ] = None,
-    max_turns: Annotated[
-        int | None, whole_number(min=2, help="turns of an episode with --tools; default 8")
-    ] = None,
-    max_new_tokens: Annotated[int, whole_number(min=1)] = 128,
-    batch_size: Annotated[int, whole_number(min=1)] = 256,
-    temperature: Annotated[
-        float | None, temperature_option(help="default 0 for n=1, else 1")
-    ] = None,
-    seed: Seed = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="directory for results.json and samples.jsonl")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print results as JSON")] = False,
-    force: Force = False,
-    best: Best = False,
-) -> None:
-    """Solve held-out problems; print accuracy, pass@k and majority vote by task."""
-    from ernie_train.cli.evaluate import EvalCommand, as_text, parse_ks, parse_tools
-    from ernie_train.data import parse_columns
-    from ernie_train.eval.evaluation import EvalConfig
-
-    if shots is not None and few_shot is None:
-        raise UserError("--shots needs --few-shot, the file of the examples")
-    if max_turns is not None and tools is None:
-        raise UserError("--max-turns needs --tools: without them a problem has one turn")
-    chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
-    command = EvalCommand(
-        model=model,
-        best=best,
-        data=data,
-        columns=None if columns is None else parse_columns(columns, "--columns"),
-        tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
-        max_examples=max_examples,
-        few_shot=few_shot,
-        shots=(shots or 4) if few_shot is not None else None,
-        config=EvalConfig(
-            max_new_tokens, batch_size, n, chosen, seed, () if k is None else parse_ks(k)
-        ),
-        environment=None if tools is None else parse_tools(tools, max_turns or 8, max_new_tokens),
-        out=out,
-        force=force,
-    )
-    results = command.run(_console(quiet=as_json), _console(stderr=as_json))
-    if as_json:
-        print(printable(as_text(results)))
-
-
-@app.command()
-def score(
-    reward: Annotated[
-        str,
-        typer.Option(
-            help="a verifier (math, logic, code, ...), row for the one that each row names, "
-            "FILE.py:FUNCTION, or a .yaml file with a recipe's reward"
-        ),
-    ],
-    data: Annotated[Path, typer.Option(help="problems: a file of rows, a directory or a pattern")],
-    completions: Annotated[
-        Path, typer.Option(help='lines {"completion": text}, in the order of the data or with id')
-    ],
-    model: Annotated[
-        Path | None, typer.Option(help="whose chat format they have; default ERNIE's Thinking one")
-    ] = None,
-    columns: ColumnsText = None,
-    out: Annotated[Path | None, typer.Option(help="write each score here, as JSONL")] = None,
-    force: Force = False,
-) -> None:
-    """Grade completions with a verifier and print how many are right."""
-    from ernie_train.cli.score import SCORE_KEYS, score_file
-    from ernie_train.data import parse_columns
-
-    if out is not None:
-        check_output_file(out, SCORE_KEYS, inputs=[data, completions], force=force)
-    mapped = None if columns is None else parse_columns(columns, "--columns")
-    score_file(reward, data, completions, out, _console(), mapped, model)
+app.command(name="eval")(evaluate)
+app.command()(score)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from ernie_train.io.run_dir import RECEIPT, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.reward import find_score
 from ernie_train.run.export import (
-    Beside,
+    Extras,
     export,
     export_adapter,
     require_change,
@@ -99,7 +99,7 @@ def export_model(
         model,
         tokenizer,
         out,
-        beside=Beside(card, find_score(weights)),
+        extras=Extras(card, find_score(weights)),
         dtype=dtype,
         max_shard_size=max_shard_size,
         referee=referee,

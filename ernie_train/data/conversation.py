@@ -25,6 +25,7 @@ from ernie_train.data.chat_messages import (
 from ernie_train.data.chat_template import ChatTemplate
 from ernie_train.data.tokenizer import MARK, Tokenizer, common_start
 
+_ANOTHER_TEMPLATE = "chat.template in the recipe names one that writes it (docs/chat.md)"
 Tools = Sequence[dict[str, Any]] | None
 
 
@@ -124,7 +125,7 @@ class Conversation:
             if self.render(other) == text:
                 raise DataError(
                     f"message {at + 1} is a {message['role']} message that {self.template.origin} "
-                    "leaves out"
+                    f"leaves out; {_ANOTHER_TEMPLATE}"
                 )
         return text
 
@@ -236,7 +237,8 @@ class Conversation:
         ]
         if not written.strip() or not all(shown):
             raise DataError(
-                f"message {at + 1}: {self.template.origin} leaves the turn or its tool call out"
+                f"message {at + 1}: {self.template.origin} leaves the turn or its tool call out; "
+                + _ANOTHER_TEMPLATE
             )
         return Turn(text, start, end, message.get("weight", 1), message, closing > 0)
 

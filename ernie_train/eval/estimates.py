@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, sqrt
+from statistics import NormalDist
 
 import numpy as np
 
@@ -54,19 +55,31 @@ def majority_vote(answers: Sequence[str | None], correct: Sequence[bool]) -> flo
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
     """Return the mean of [P] values in 0..1 and its percentile-bootstrap interval over problems.
 
-    Where all values are 0, or all 1, resampling knows no spread: the exact binomial bound
-    (Clopper-Pearson) stands in its place.
+    Where all values are equal, resampling knows no spread: the interval of a share of problems that
+    are each solved or not stands in its place, which is the widest that values of this mean have.
+    It is the exact binomial bound (Clopper-Pearson) at 0 and 1, and Wilson's interval between.
     """
     distinct, counts = np.unique(np.asarray(values, float), return_counts=True)
     size, tail = len(values), (1 - LEVEL) / 2
     if len(distinct) == 1 and distinct[0] in (0.0, 1.0):
         far = float(tail ** (1 / size))
         return Estimate(0.0, 0.0, 1 - far) if distinct[0] == 0 else Estimate(1.0, far, 1.0)
+    if len(distinct) == 1:
+        return _wilson(float(distinct[0]), size)
     rng = np.random.Generator(np.random.Philox(key=seed))
     # Resampling problems is drawing how often each distinct value comes: no [resamples, P] array.
     means = rng.multinomial(size, counts / size, _RESAMPLES) @ distinct / size
     low, high = np.quantile(means, (tail, 1 - tail))
     return Estimate(float(counts @ distinct / size), float(low), float(high))
+
+
+def _wilson(share: float, size: int) -> Estimate:
+    """Return a share of `size` problems with Wilson's interval (doi:10.2307/2276774)."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    weight = size / (size + z * z)
+    centre = weight * share + (1 - weight) / 2
+    half = weight * z * sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
+    return Estimate(share, centre - half, centre + half)
 
 
 def estimates(

@@ -22,6 +22,7 @@ from ernie_train.eval.estimates import Estimate, estimates
 from ernie_train.eval.prompts import (
     FewShot,
     encode_problems,
+    is_episode,
     problem_row,
     user_prompt,
 )
@@ -71,11 +72,12 @@ class TaskResult:
     problems: int
     accuracy: float  # of single completions
     pass_at_k: float  # share of problems with a correct one among `samples`
-    baseline: float  # accuracy of always giving the task's most frequent answer
+    baseline: float | None  # accuracy of always giving the most frequent `answer`, if rows have one
     truncated: float  # share of completions without a stop token
     excluded: dict[str, int]
     completions: int = 0
     unclosed: int = 0  # completions without an end of the thinking part: they are never right
+    episodes: int = 0  # completions that could call tools
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
 
 
@@ -86,18 +88,22 @@ class Evaluation:
     tasks: list[TaskResult]
     samples: list[dict[str, Any]]  # a row per completion: prompt, completion, score
 
-    def domains(self) -> dict[str, tuple[float, float]]:
-        """Return domain -> mean accuracy and mean baseline over its tasks."""
+    def domains(self) -> dict[str, tuple[float, float | None]]:
+        """Return domain -> mean accuracy over its tasks, and mean baseline of those that have one.
+
+        The baseline is None where no task has one.
+        """
         grouped: dict[str, list[TaskResult]] = {}
         for task in self.tasks:
             grouped.setdefault(task.domain, []).append(task)
-        return {
-            domain: (
-                sum(t.accuracy for t in tasks) / len(tasks),
-                sum(t.baseline for t in tasks) / len(tasks),
+        found: dict[str, tuple[float, float | None]] = {}
+        for domain, tasks in grouped.items():
+            baselines = [task.baseline for task in tasks if task.baseline is not None]
+            found[domain] = (
+                sum(task.accuracy for task in tasks) / len(tasks),
+                sum(baselines) / len(baselines) if baselines else None,
             )
-            for domain, tasks in grouped.items()
-        }
+        return found
 
     @property
     def mean_accuracy(self) -> float:
@@ -250,7 +256,8 @@ def evaluate(
         stop_requested=stop_requested,
     )
     answers = [answer_form(*one) if one[0] in ANSWER_FORMS else None for one in graded]
-    rows = list(map(_Row, owners, episodes, scores, answers))
+    offered = [toolbox is not None and is_episode(toolbox, record) for record in owners]
+    rows = list(map(_Row, owners, episodes, scores, answers, offered))
     tasks: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
         tasks.setdefault((row.record.fields["domain"], row.record.fields["task"]), []).append(row)
@@ -308,6 +315,7 @@ class _Row(NamedTuple):
     episode: Episode
     score: Score
     answer: str | None
+    could_call: bool  # tools
 
     @property
     def correct(self) -> bool:
@@ -327,19 +335,21 @@ def _task_result(
     correct = [[row.correct for row in group] for group in groups]
     votes = config.samples > 1 and all(row.record.fields["reward"] in ANSWER_FORMS for row in rows)
     answers = [[row.answer for row in group] for group in groups] if votes else None
-    most_frequent = Counter(str(group[0].record.fields.get("answer")) for group in groups)
+    gold = [group[0].record.fields.get("answer") for group in groups]
+    most_frequent = Counter(str(answer) for answer in gold if answer is not None)
     return TaskResult(
         domain=domain,
         task=task,
         problems=len(groups),
         accuracy=sum(row.correct for row in valid) / max(1, len(valid)),
         pass_at_k=sum(map(any, correct)) / len(groups),
-        baseline=most_frequent.most_common(1)[0][1] / len(groups),
+        baseline=max(most_frequent.values()) / len(groups) if most_frequent else None,
         truncated=sum(not row.episode.finished for row in rows) / len(rows),
         excluded={str(status): count for status, count in excluded.items()},
         unclosed=sum(
             thinking and not parse_completion(row.episode.text).finished_thinking for row in rows
         ),
+        episodes=sum(row.could_call for row in rows),
         completions=len(rows),
         estimates=estimates(correct, answers, config.ks),
     )

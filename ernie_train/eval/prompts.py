@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ernie_train.data import (
     read_records,
     require_chat_template,
 )
-from ernie_train.environments import EnvironmentConfig, open_toolbox
+from ernie_train.environments import EnvironmentConfig, Toolbox, open_toolbox
 from ernie_train.generate.engine import Completion
 
 _SHOWN = 10  # wrong problems in a message
@@ -41,11 +43,16 @@ class FewShot:
         Raises:
             DataError: there are fewer than `shots` of them.
         """
-        asked = _asked(problem)
-        others = [example for example in self.examples if _asked(example) != asked]
-        if len(others) < self.shots:
-            raise DataError(f"{self.shots} shots need as many other rows; there are {len(others)}")
-        return [turn for example in others[: self.shots] for turn in _turns(example.messages)]
+        asked, pairs = _asked(problem), zip(self.examples, self._questions, strict=True)
+        others = (example for example, question in pairs if question != asked)
+        chosen = list(islice(others, self.shots))
+        if len(chosen) < self.shots:
+            raise DataError(f"{self.shots} shots need as many other rows; there are {len(chosen)}")
+        return [turn for example in chosen for turn in _turns(example.messages)]
+
+    @cached_property
+    def _questions(self) -> list[list[tuple[str, str]]]:
+        return [_asked(example) for example in self.examples]
 
 
 def load_few_shot(
@@ -61,7 +68,9 @@ def load_few_shot(
     records, _ = read_records(path, columns=columns)
     examples = []
     for record in records:
-        if record.messages and record.messages[-1]["role"] != "assistant":
+        if not record.messages:
+            raise DataError(f"{record.source}: an example needs a prompt, or messages")
+        if record.messages[-1]["role"] != "assistant":
             answer = record.fields.get("answer")
             if not isinstance(answer, str) or not answer.strip():
                 raise DataError(f"{record.source}: an example needs an answer of the assistant")
@@ -135,11 +144,28 @@ def check_problems(
 ) -> None:
     """Check that all problems can be asked, in their environment if there is one.
 
-    Raises the errors of `open_toolbox` and `encode_problems`.
+    Raises the errors of `open_toolbox`, `require_episodes` and `encode_problems`.
     """
     with open_toolbox(environment, tokenizer, base_directory) as toolbox:
+        require_episodes(toolbox, problems)
         asked = [toolbox.offer(problem) if toolbox else problem for problem in problems]
         encode_problems(tokenizer, asked, most_tokens)
+
+
+def is_episode(toolbox: Toolbox, offered: Record) -> bool:
+    """Return whether a problem, as the toolbox offers it, may call tools."""
+    return toolbox.serves(offered) and bool(offered.tools)
+
+
+def require_episodes(toolbox: Toolbox | None, problems: Sequence[Record]) -> None:
+    """Raise `DataError` if there are tools and no problem is offered one."""
+    if toolbox is None or any(is_episode(toolbox, toolbox.offer(one)) for one in problems):
+        return
+    raise DataError(
+        f"none of the {len(problems)} problems is offered a tool of {', '.join(toolbox.tools)}: "
+        "rows of reward tool_call, rows with other tools of their own and, for lookup, rows "
+        "without a table are answered in one turn; leave the tools out, or give other problems"
+    )
 
 
 def user_prompt(record: Record) -> str:

@@ -1,7 +1,8 @@
 """Compare a recipe with what its run directory holds from earlier starts, and make room for it.
 
 A stage that was run with something else is refused. `--from` sets its directory aside; `--extend`
-trains a last stage on, longer or at another rate, with its weights, moments and place in the data.
+trains a last stage on, longer and maybe at another rate, with its weights, moments and place in the
+data.
 """
 
 from __future__ import annotations
@@ -94,16 +95,19 @@ class EarlierStarts:
             changes, done = stage_changes(stage, lineage, recorded), read_done(directory)
             if changes and done is None and not _has_trained(directory):
                 return Changed(repeated=stage.name)
-            extends = bool(changes) and stage is last and all(map(_EXTENDED.match, changes))
-            if extends and selection.extend:
-                _refuse_shorter(stage, recorded["settings"], finished=done is not None)
-                return Changed(extended=stage.name)
             if changes:
+                extends = stage is last and all(map(_EXTENDED.match, changes))
+                hindrance = self._hindrance(recorded["settings"]) if extends else None
+                if extends and selection.extend:
+                    if hindrance is not None:
+                        raise CheckpointError(f"--extend: stage {stage.name} {hindrance}")
+                    return Changed(extended=stage.name)
+                on = extends and hindrance is None
                 raise CheckpointError(
                     f"stage {stage.name} in {self.run_dir} was run with something else: "
                     + "; ".join(changes)
                     + f". Give another --run-dir, or --from {stage.name} to repeat it"
-                    + (", or --extend to train it on with these settings" if extends else "")
+                    + (", or --extend to train it on with these settings" if on else "")
                 )
             if done is None:
                 break
@@ -114,6 +118,28 @@ class EarlierStarts:
                 highlight=False,
             )
         return Changed(repeated=selection.first)
+
+    def _hindrance(self, before: dict[str, Any]) -> str | None:
+        """Return why the last stage, trained with the settings `before`, cannot be trained on.
+
+        It needs a checkpoint, and must become longer; an unfinished one at least not shorter.
+        """
+        index = len(self.recipe.stages) - 1
+        stage, directory = self.recipe.stages[index], self._directory(index)
+        now, old = _lengths(stage.model_dump(mode="json")), _lengths(before)
+        if not _has_trained(directory):
+            return (
+                f"has no checkpoint in {directory / CHECKPOINTS} any more to train on from: give "
+                f"another --run-dir, or --from {stage.name} to repeat it"
+            )
+        if now.keys() != old.keys():
+            return f"was given {', '.join(old)}, not {', '.join(now)}: lengthen it in the same unit"
+        finished = read_done(directory) is not None
+        longer = any(now[key] > old[key] for key in now)
+        if any(now[key] < old[key] for key in now) or (finished and not longer):
+            told = ", ".join(f"{key}={value}" for key, value in old.items())
+            return f"has been trained with {told}; give it more, so that something is left to train"
+        return None
 
     def _refuse_unknown_stages(self) -> None:
         expected = {self._directory(i).name for i in range(len(self.recipe.stages))}
@@ -188,23 +214,6 @@ def record_stage(directory: Path, stage: AnyStageConfig, lineage: Lineage) -> No
 
 def _has_trained(directory: Path) -> bool:
     return bool(CheckpointStore(directory / CHECKPOINTS).steps())
-
-
-def _refuse_shorter(stage: AnyStageConfig, before: dict[str, Any], *, finished: bool) -> None:
-    """Raise `CheckpointError` unless the stage is to train longer; an unfinished one as long."""
-    now, old = (_lengths(settings) for settings in (stage.model_dump(mode="json"), before))
-    if now.keys() != old.keys():
-        raise CheckpointError(
-            f"--extend: stage {stage.name} was given {', '.join(old)}, not {', '.join(now)}: "
-            "lengthen it in the same unit"
-        )
-    longer = any(now[key] > old[key] for key in now)
-    if any(now[key] < old[key] for key in now) or (finished and not longer):
-        told = ", ".join(f"{key}={value}" for key, value in old.items())
-        raise CheckpointError(
-            f"--extend: stage {stage.name} has been trained with {told}; give it more, so that "
-            "there is something left to train"
-        )
 
 
 def _lengths(settings: dict[str, Any]) -> dict[str, int]:

@@ -58,7 +58,7 @@ from ernie_train.weights.saving import save_pretrained, tensor_entries
 
 
 @dataclass(frozen=True)
-class Beside:
+class Extras:
     """Hold what an export has beside weights and tokenizer.
 
     card: the text of README.md.
@@ -75,7 +75,7 @@ def export(
     directory: Path,
     *,
     dtype: str,
-    beside: Beside,
+    extras: Extras,
     max_shard_size: int | str = "5GB",
     referee: str | None = None,
     seed: int = 0,
@@ -88,7 +88,7 @@ def export(
     rounded weights.
 
     Args:
-        beside: what lies beside weights and tokenizer.
+        extras: what lies beside weights and tokenizer.
         referee: a Python interpreter with torch and transformers that reads the directory back;
             by default this one if it has them, else this toolkit's own reader does.
         interruptible: makes the context of what a stop may cut off; `Interrupted` leaves an export
@@ -97,7 +97,7 @@ def export(
     Raises:
         WeightsError: the comparison fails; directory and failed receipt are kept.
     """
-    files = _FilesBeside(tokenizer, beside)
+    files = _ExportedTokenizer(tokenizer, extras)
     save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
     prompts = comparison_prompts(tokenizer, seed)
     expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
@@ -218,11 +218,11 @@ def default_referee() -> str | None:
 
 
 @dataclass(frozen=True)
-class _FilesBeside:
-    """The files beside the weights."""
+class _ExportedTokenizer:
+    """A tokenizer that is saved together with an export's extras."""
 
     tokenizer: Tokenizer
-    beside: Beside
+    extras: Extras
 
     @property
     def vocab_size(self) -> int:
@@ -234,9 +234,9 @@ class _FilesBeside:
 
     def save_pretrained(self, directory: Path, /) -> None:
         self.tokenizer.save_pretrained(directory)
-        write_text(directory / "README.md", self.beside.card)
-        if self.beside.score is not None:
-            shutil.copytree(self.beside.score, directory / SCORE)
+        write_text(directory / "README.md", self.extras.card)
+        if self.extras.score is not None:
+            shutil.copytree(self.extras.score, directory / SCORE)
 
 
 def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForCausalLM:

@@ -21,8 +21,8 @@ from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.io.run_dir import is_whole_export, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import Beside, export
-from ernie_train.run.lineage import Lineage
+from ernie_train.run.export import Extras, export
+from ernie_train.run.lineage import Lineage, hash_files
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import EvaluationConfig, Recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line, stage_table
@@ -106,7 +106,7 @@ class Finalizer:
                 self.model,
                 self.tokenizer,
                 directory,
-                beside=Beside(card, score),
+                extras=Extras(card, score),
                 dtype=settings.dtype,
                 max_shard_size=settings.max_shard_size,
                 referee=referee,
@@ -166,11 +166,16 @@ class Finalizer:
 
 
 def evaluation_identity(settings: EvaluationConfig, lineage: Lineage) -> str:
-    """Return a hash of the model, of the settings and of the problems, wherever they lie."""
+    """Return a hash of the model, the settings, the files of tools, and the problems.
+
+    The problems may lie anywhere.
+    """
     asked = load_problems(settings.path, columns=settings.columns)
     facts = [[record.messages, record.tools, record.fields] for record in asked]
     problems = hashlib.sha256(json.dumps(facts, default=repr, sort_keys=True).encode()).hexdigest()
-    return _identity(settings, lineage, problems, without={"path", "columns"})
+    files = settings.environment.files if settings.environment else []
+    tools = [hash_files([Path.cwd() / Path(file).expanduser() for file in files])] if files else []
+    return _identity(settings, lineage, problems, *tools, without={"path", "columns"})
 
 
 def _read_if_same(path: Path, identity: str) -> dict[str, Any] | None:

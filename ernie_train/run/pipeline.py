@@ -136,59 +136,75 @@ class Pipeline:
                     held.enter_context(RunLock(self.run_dir))
             self.recipe = consensus.run_on_main(lambda: self.recipe.dated(tokenizer, self.run_dir))
             tokenizer = self.recipe.load_tokenizer(self.base_dir)
-            done = consensus.run_on_main(lambda: self._read_finished(selection.first))
-            with consensus.fail_together(), stop.at_once():
-                recorded = done[0].inputs if done else None
-                lineage = Lineage.of_recipe(self.recipe, tokenizer, self.hashes, recorded)
-            earlier = EarlierStarts(
-                self.recipe, self.run_dir, self.base_dir, self.hashes, self.console
-            )
-            changed = consensus.run_on_main(lambda: earlier.compare(selection, lineage))
-            if changed.extended is not None:
-                done = done[: len(self.recipe.stages) - 1]
-            with consensus.fail_together(), stop.at_once():
-                model = self._starting_model(tokenizer, done)
-            hashes = lineage.to_dict()
-            consensus.require_same({f"the {name}": found for name, found in hashes.items()})
+            model, lineage = self._begin(selection, stop, tokenizer)
+            self._run_stages(selection, stop, tokenizer, model, lineage)
+
+    def _begin(
+        self, selection: Selection, stop: StopFlag, tokenizer: Tokenizer
+    ) -> tuple[Ernie4_5_MoeForCausalLM, Lineage]:
+        """Compare with earlier starts, record this one; return the model to start from."""
+        done = consensus.run_on_main(lambda: self._read_finished(selection.first))
+        with consensus.fail_together(), stop.at_once():
+            recorded = done[0].inputs if done else None
+            lineage = Lineage.of_recipe(self.recipe, tokenizer, self.hashes, recorded)
+        earlier = EarlierStarts(self.recipe, self.run_dir, self.base_dir, self.hashes, self.console)
+        changed = consensus.run_on_main(lambda: earlier.compare(selection, lineage))
+        if changed.extended is not None:
+            done = done[: len(self.recipe.stages) - 1]
+        with consensus.fail_together(), stop.at_once():
+            model = self._starting_model(tokenizer, done)
+        hashes = lineage.to_dict()
+        consensus.require_same({f"the {name}": found for name, found in hashes.items()})
+        with consensus.fail_together():
+            if process_group.is_main():
+                self._record_run(tokenizer)
+                earlier.make_room(changed)
+                rank_files.write_marker(rank_files.STAGES_SET_ASIDE)
+        self.has_begun = True
+        return model, lineage
+
+    def _run_stages(
+        self,
+        selection: Selection,
+        stop: StopFlag,
+        tokenizer: Tokenizer,
+        model: Ernie4_5_MoeForCausalLM,
+        lineage: Lineage,
+    ) -> None:
+        """Run the stages, then evaluate and export what the last one leaves."""
+        finalizer = Finalizer(
+            self.recipe,
+            self.run_dir,
+            self.console,
+            stop,
+            model,
+            tokenizer,
+            load_weights=lambda: self._load_weights(model),
+        )
+        for index, stage in enumerate(self.recipe.stages):
+            data = StageData(self.base_dir, tokenizer, self.recipe.stage_seed(index))
+            directory = self._stage_dir(index)
+            loggers = self.recipe.loggers(self.base_dir)
+            run = StageRun(data, directory, model, stop, self.console.is_terminal, loggers)
+            lineage = self._finish_stage(stage, run, lineage)
+            finalizer.after_stage(index, lineage)
+            if stage.name == selection.last:
+                self.console.print(f"stopped after stage {stage.name}, as asked")
+                return
+        evaluation = finalizer.evaluate(lineage)
+        if self.recipe.export is not None and self.weights is not None:
             with consensus.fail_together():
-                if process_group.is_main():
-                    self._record_run(tokenizer)
-                    earlier.make_room(changed)
-                    rank_files.write_marker(rank_files.STAGES_SET_ASIDE)
-            self.has_begun = True
-            finalizer = Finalizer(
-                self.recipe,
-                self.run_dir,
-                self.console,
-                stop,
-                model,
-                tokenizer,
-                load_weights=lambda: self._load_weights(model),
+                require_change(self.weights, self.recipe.export.dtype)
+        score = find_score(self.weights) if self.weights is not None else None
+        finalizer.export(lineage, evaluation, self.referee, score)
+        if self.recipe.export is None and self.weights is not None:
+            self.console.print(
+                f"the model is {self.weights}\n"
+                f"try it: ernie-train generate {self.run_dir} --prompt ...\n"
+                f"for transformers: ernie-train export {self.run_dir} DIRECTORY",
+                highlight=False,
+                soft_wrap=True,  # paths stay whole, to be copied
             )
-            for index, stage in enumerate(self.recipe.stages):
-                data = StageData(self.base_dir, tokenizer, self.recipe.stage_seed(index))
-                directory = self._stage_dir(index)
-                loggers = self.recipe.loggers(self.base_dir)
-                run = StageRun(data, directory, model, stop, self.console.is_terminal, loggers)
-                lineage = self._finish_stage(stage, run, lineage)
-                finalizer.after_stage(index, lineage)
-                if stage.name == selection.last:
-                    self.console.print(f"stopped after stage {stage.name}, as asked")
-                    return
-            evaluation = finalizer.evaluate(lineage)
-            if self.recipe.export is not None and self.weights is not None:
-                with consensus.fail_together():
-                    require_change(self.weights, self.recipe.export.dtype)
-            score = find_score(self.weights) if self.weights is not None else None
-            finalizer.export(lineage, evaluation, self.referee, score)
-            if self.recipe.export is None and self.weights is not None:
-                self.console.print(
-                    f"the model is {self.weights}\n"
-                    f"try it: ernie-train generate {self.run_dir} --prompt ...\n"
-                    f"for transformers: ernie-train export {self.run_dir} DIRECTORY",
-                    highlight=False,
-                    soft_wrap=True,  # paths stay whole, to be copied
-                )
 
     # ---- before the stages -----------------------------------------------------------------------
 
@@ -219,9 +235,6 @@ class Pipeline:
 
     def _stage_dir(self, index: int) -> Path:
         return self.run_dir / self.recipe.stage_directory(index)
-
-    def _has_trained(self, index: int) -> bool:
-        return bool(CheckpointStore(self._stage_dir(index) / CHECKPOINTS).steps())
 
     def _read_finished(self, first: str | None) -> list[StageDone]:
         """Return the results of the stages that are finished and not repeated, from the first."""

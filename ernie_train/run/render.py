@@ -24,7 +24,7 @@ def evaluation_table(result: dict[str, Any]) -> Group:
     trained = result["trained"]
     untrained = {t["task"]: t for t in result.get("untrained", {}).get("tasks", [])}
     tasks = _table("held-out problems", "domain", "task", "n", "accuracy", "baseline")
-    several = len({name for task in trained["tasks"] for name in _estimates(task)}) > 1
+    several = any(name != "pass@1" for task in trained["tasks"] for name in _estimates(task))
     if not several:
         tasks.add_column("95 %", justify="right")
     if untrained:
@@ -41,10 +41,10 @@ def evaluation_table(result: dict[str, Any]) -> Group:
     domains = _table("", "domain", "accuracy", "baseline", "above it")
     for domain, values in trained["domains"].items():
         accuracy, baseline = values["accuracy"], values["baseline"]
-        gain = f"{100 * (accuracy - baseline):+.1f}"
+        gain = "-" if baseline is None else f"{100 * (accuracy - baseline):+.1f}"
         domains.add_row(domain, _percent(accuracy), _percent(baseline), gain)
     lines = [f"mean over tasks: {_percent(trained['mean_accuracy'])} %"]
-    lines.append("in %; baseline: always the task's most frequent answer")
+    lines.append("in %; baseline: always the task's most frequent answer, - where rows have none")
     lines.append("95 %: interval over problems, where a completion that cannot be scored is wrong")
     if untrained:
         count = next(iter(untrained.values()))["problems"]
@@ -54,6 +54,9 @@ def evaluation_table(result: dict[str, Any]) -> Group:
         for task in trained["tasks"]
         for status, n in task["excluded"].items()
     ]
+    if called := sum(task.get("episodes", 0) for task in trained["tasks"]):
+        of_all = sum(task["completions"] for task in trained["tasks"])
+        lines.append(f"{called} of {of_all} completions could call tools")
     more = [_estimate_table(trained["tasks"])] if several else []
     return Group(tasks, *more, domains, *lines, *_unclosed_lines(trained))
 
@@ -119,8 +122,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _interval(estimate: dict[str, float] | None) -> str:
@@ -165,7 +168,7 @@ def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:
         lines += ["|---|---|---|---|---|"]
         lines += [
             f"| {t['domain']} | {t['task']} | {t['problems']} | {_percent(t['accuracy'])} % | "
-            f"{_percent(t['baseline'])} % |"
+            f"{_percent(t['baseline'])}{'' if t['baseline'] is None else ' %'} |"
             for t in evaluation["trained"]["tasks"]
         ]
         lines += ["", "Greedy decoding on held-out generated problems.", ""]

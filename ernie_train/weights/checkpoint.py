@@ -323,9 +323,6 @@ def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.nd
     return TensorFiles(path, stem) if any(map(pattern.fullmatch, listed)) else {}
 
 
-# ---- state as JSON and arrays ------------------------------------------------------------------
-
-
 def _write_arrays(
     directory: Path, name: str, entries: list[TensorEntry], size: int | str
 ) -> dict[str, FileDigest]:
@@ -335,6 +332,9 @@ def _write_arrays(
         (directory / folder).mkdir(exist_ok=True)
     written = write_tensor_files(directory / folder, stem, entries, size)
     return {str(Path(folder, file)): digest for file, digest in written.items()}
+
+
+# ---- state as JSON and arrays ------------------------------------------------------------------
 
 
 def _split_state(

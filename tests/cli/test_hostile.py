@@ -260,6 +260,16 @@ def test_text_of_rows_in_tables_and_previews(place, cli, tmp_path):
     assert cli("check", recipe, f"stages.sft.data.0.path={data}")[0] == 2
 
 
+def test_results_as_json_are_json_and_harmless(place, cli, tmp_path):
+    """DEL, C1, directions and tags too: `cli` looks for controls in what is printed."""
+    write_rows(tmp_path / "rows.jsonl", hostile_rows(1))
+    options = ("--max-examples", 1, "--max-new-tokens", 1, "--json")
+    status, printed, _ = cli("eval", place / "model", "--data", tmp_path / "rows.jsonl", *options)
+    assert status == 0
+    (task,) = json.loads(printed)["trained"]["tasks"]
+    assert task["task"] == task["domain"] == COMMANDS
+
+
 def test_text_of_recipes_and_arguments(place, cli, tmp_path):
     text = (place / "recipe.yaml").read_text()
     changes = [

@@ -69,8 +69,25 @@ def test_the_interval_of_the_normal_approximation_and_of_equal_values():
     none, all_of_them = bootstrap([0.0] * 20), bootstrap([1.0] * 20)
     assert none.high == pytest.approx(1 - 0.025 ** (1 / 20))
     assert (none.low, all_of_them.high, all_of_them.low) == (0.0, 1.0, 1 - none.high)
-    same = bootstrap([0.5] * 20)
-    assert (same.low, same.value, same.high) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "problems", "low", "high"),
+    [
+        (0.5, 20, 0.2993, 0.7007),  # 10 of 20, as tables of Wilson's interval have it
+        (0.25, 40, 0.1419, 0.4019),  # 10 of 40
+        (0.5, 1, 0.0546, 0.9454),
+        (0.1, 100, 0.0552, 0.1744),  # 10 of 100
+    ],
+)
+def test_equal_values_have_the_interval_of_as_many_problems_solved(value, problems, low, high):
+    found = bootstrap([value] * problems)
+    assert found.value == value
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    # Its ends are where the normal approximation at that truth reaches the value.
+    for end in (found.low, found.high):
+        spread = (end * (1 - end) / problems) ** 0.5
+        assert abs(value - end) == pytest.approx(1.959964 * spread, rel=1e-5)
 
 
 def test_estimates_have_the_names_of_the_field():

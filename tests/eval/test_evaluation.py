@@ -8,7 +8,13 @@ from ernie_train.core.errors import DataError, Interrupted
 from ernie_train.data import Record, load_tokenizer
 from ernie_train.environments import Episode
 from ernie_train.eval import evaluation as module
-from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import (
+    EvalConfig,
+    Evaluation,
+    TaskResult,
+    evaluate,
+    load_problems,
+)
 from ernie_train.eval.prompts import user_prompt
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score
@@ -88,6 +94,34 @@ def test_what_cannot_be_scored_stays_in_the_denominator(model, tokenizer, monkey
     assert task.estimates["pass@2"].value == pytest.approx((5 / 6 + 1 / 2) / 2)
     assert task.estimates["maj@4"].value == pytest.approx((2 / 4 + 1 / 4) / 2)
     assert task.pass_at_k == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answers", "baseline"),
+    [
+        (["2", "2", "3", None], 0.5),
+        ([None] * 4, None),
+        (["2"] * 4, 1.0),
+        ([None] * 3 + ["2"], 0.25),
+    ],
+)
+def test_the_baseline_gives_an_answer_that_rows_have(
+    model, tokenizer, monkeypatch, answers, baseline
+):
+    let_it_say(monkeypatch, ["2"] * len(answers))
+    asked = [problem(ASKED) for _ in answers]
+    for record, answer in zip(asked, answers, strict=True):
+        record.fields["answer"] = answer
+        if answer is None:
+            del record.fields["answer"]
+    found = evaluate(model, tokenizer, asked, EvalConfig(max_new_tokens=1))
+    assert found.tasks[0].baseline == baseline
+    assert found.to_dict()["domains"]["math"]["baseline"] == baseline
+
+
+def test_a_domains_baseline_is_the_mean_over_tasks_that_have_one():
+    tasks = [TaskResult("d", "a", 1, 0.5, 0.5, base, 0.0, {}) for base in (0.25, None, 0.75)]
+    assert Evaluation(tasks, []).domains() == {"d": (0.5, 0.5)}
 
 
 def test_programs_have_no_majority(model, tokenizer, monkeypatch):

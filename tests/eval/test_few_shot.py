@@ -6,6 +6,7 @@ import pytest
 
 from ernie_train.core.errors import DataError
 from ernie_train.data import Record, load_tokenizer, parse_columns
+from ernie_train.eval import prompts
 from ernie_train.eval.evaluation import load_problems
 from ernie_train.eval.prompts import answer_parts, encode_prompt, load_few_shot
 from tests.workspace import make_workspace, write_rows
@@ -79,6 +80,31 @@ def test_an_answer_alone_serves_and_rows_without_one_are_refused(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 + 1?"}])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: an example needs an answer"):
         load_few_shot(tmp_path / "rows.jsonl", 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a text to read"},
+        {"messages": [{"role": "user", "content": "1 + 1?"}]},
+        {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"},
+    ],
+)
+def test_rows_that_show_no_answer_are_named_by_their_line(tmp_path, row):
+    good = {"prompt": "2 + 2?", "answer": "4"}
+    write_rows(tmp_path / "good.jsonl", [good])
+    write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: "):
+        load_few_shot(tmp_path, 1, seed=0)
+
+
+def test_each_question_is_normalized_once(file, monkeypatch):
+    examples, problems = load_few_shot(file, 5, seed=3), load_problems(file, columns=MATH)
+    counted, asked = [], prompts._asked
+    monkeypatch.setattr(prompts, "_asked", lambda record: counted.append(record) or asked(record))
+    for problem in problems:
+        examples.before(problem)
+    assert len(counted) == len(examples.examples) + len(problems)
 
 
 @pytest.mark.parametrize(("template", "parts"), [("ernie_plain", False), ("ernie_thinking", True)])

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from ernie_train.cli.evaluate import parse_tools
-from ernie_train.core.errors import ConfigError
+from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.data import Record, load_tokenizer
 from ernie_train.data.completion_format import response_block, tool_call_block
 from ernie_train.environments import EnvironmentConfig, ToolEnvironment, build_toolbox
 from ernie_train.eval import evaluation
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.eval.prompts import check_problems, require_episodes
 from ernie_train.generate import Completion
 from tests.small_models import make_model
 from tools.data.make_episodes import SIZES, make_split
@@ -65,6 +66,29 @@ def test_problems_are_played_and_their_last_turn_graded(tokenizer, box, monkeypa
     turns = found.samples[0]["turns"]
     assert [turn["content"] for turn in turns if turn["role"] == "tool"] == ["7006652"]
     assert "turns" not in found.samples[1]
+    assert [task.episodes for task in found.tasks] == [1, 1]
+    problems[0].fields["reward"] = "tool_call"
+    found = evaluate(model, tokenizer, problems, EvalConfig(max_new_tokens=200), toolbox=box)
+    assert {task.task: task.episodes for task in found.tasks} == {"called": 0, "guessed": 1}
+    plain = evaluate(model, tokenizer, problems, EvalConfig(max_new_tokens=200))
+    assert [task.episodes for task in plain.tasks] == [0, 0]
+
+
+def test_tools_that_no_problem_is_offered_are_refused(tokenizer, box, tmp_path):
+    fields = {"reward": "exact", "answer": "1", "task": "t", "domain": "d"}
+    asked = [{"role": "user", "content": "?"}]
+    own = [{"type": "function", "function": {"name": "shell", "parameters": {"type": "object"}}}]
+    calls = Record("prompt", asked, fields={**fields, "reward": "tool_call"})
+    others = Record("prompt", asked, tools=own, fields=fields)
+    served = Record("prompt", asked, fields=fields)
+    with pytest.raises(DataError, match="none of the 2 problems is offered a tool") as told:
+        require_episodes(box, [calls, others])
+    for part in ("calculator, lookup", "tool_call", "table"):
+        assert part in str(told.value)
+    require_episodes(box, [calls, served])
+    environment = EnvironmentConfig(tools=["lookup"])
+    with pytest.raises(DataError, match="is offered a tool"):  # rows have no table to look in
+        check_problems(tokenizer, [served], 1000, environment, tmp_path)
 
 
 def test_tools_of_the_command_line():

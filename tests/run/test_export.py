@@ -13,7 +13,7 @@ from ernie_train.core.errors import WeightsError
 from ernie_train.data import load_tokenizer
 from ernie_train.io.safetensors import TensorFiles
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import Beside, export, rounded_copy
+from ernie_train.run.export import Extras, export, rounded_copy
 from ernie_train.run.proof import Trace, compare
 from ernie_train.weights.hf import load_pretrained
 from ernie_train.weights.saving import save_pretrained
@@ -39,7 +39,7 @@ def new_model(**keys):
 
 
 def write(model, tokenizer, path, **options):
-    settings = {"dtype": "float32", "beside": Beside("# card\n"), **options}
+    settings = {"dtype": "float32", "extras": Extras("# card\n"), **options}
     return export(model, tokenizer, path, **settings)
 
 

@@ -131,6 +131,35 @@ def test_a_kill_while_a_stage_is_opened_again_loses_nothing(run, tmp_path):
     assert final_files(tmp_path / "killed") == final_files(tmp_path / "run")
 
 
+def test_the_hint_names_extend_only_where_it_would_be_taken(run, tmp_path):
+    place, slower = tmp_path / "run", {"optim": {**RATE, "lr": 0.001}}
+    assert run(place, "sft")[0] == "0"
+    for changes, offered in (
+        ({"steps": 5}, True),
+        ({"steps": 5, **slower}, True),
+        (slower, False),
+        ({"steps": 1}, False),
+        ({"steps": None, "epochs": 2}, False),
+        ({"steps": 5, "seq_len": 96}, False),
+    ):
+        told = run(place, "sft", **changes)
+        assert told[0] == "2" and "or --from sft to repeat it" in told.replace(", or", " or")
+        assert ("--extend" in told) == offered, told
+    (place / "01-sft/DONE").unlink()
+    assert "--extend" in run(place, "sft", **slower), "an unfinished one may get a rate alone"
+
+
+def test_a_stage_whose_checkpoints_are_gone_is_not_extended(run, tmp_path):
+    place = tmp_path / "run"
+    assert run(place, "sft")[0] == "0"
+    shutil.rmtree(place / "01-sft/checkpoints")
+    before = sorted((p, p.stat().st_mtime_ns) for p in (place / "01-sft").rglob("*"))
+    told = run(place, "sft", "--extend", steps=4)
+    assert told[0] == "2" and "no checkpoint" in told and "--from sft" in told, told
+    assert sorted((p, p.stat().st_mtime_ns) for p in (place / "01-sft").rglob("*")) == before
+    assert "--extend" not in run(place, "sft", steps=4)
+
+
 def test_what_is_no_extension_is_refused(run, tmp_path):
     place = tmp_path / "run"
     assert run(place, "sft")[0] == "0"

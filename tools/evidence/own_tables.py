@@ -33,10 +33,12 @@ def _machine(results: dict[str, Any]) -> str:
     run = next(iter(results["runs"].values()))
     rows = "; ".join(f"{kind.replace('_', ' ')}: {file}" for kind, file in results["rows"].items())
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-    threads = results["threads"]
+    threads, code = results["threads"], results["code"]
+    commit = f"commit {code['commit'][:12]}" if code["commit"] else "no checkout"
     clock = "processor second" if threads == 1 else "second"
     return (
-        f"Measured on: {results['processor']}, {threads} thread(s) a side; ours: "
+        f"Measured on: {results['processor']}, {threads} thread(s) a side; ours: ernie_train "
+        f"{code['version']}, {commit}{', with changes' if code['dirty'] else ''}; "
         f"{'; '.join(run['set_up'])}; peer: {versions}. Rows: {rows}. Sides took turns of "
         f"{results['turn']} steps; rates are medians over the turns, in tokens of a {clock}. "
         f"`cores` is processor time by wall time: below {threads}, other programs had a part of "
@@ -57,9 +59,10 @@ def _held_out(runs: dict[str, Any]) -> Iterator[Sequence[str]]:
     yield "rows", "trained", "loss before", "after", "calls right before", "after"
     for name, run in runs.items():
         kind, _ = name.split("/")
-        before, after = runs[f"{kind}/LoRA"]["before"], run["after"]
-        calls = [_solved(before), _solved(after)]
-        yield *_named(name), f"{before['loss']:.4f}", f"{after['loss']:.4f}", *calls
+        # Both methods start from the same model; it was measured where LoRA was.
+        before, after = runs.get(f"{kind}/LoRA", {}).get("before", {}), run["after"]
+        losses = [f"{found['loss']:.4f}" if found else "" for found in (before, after)]
+        yield *_named(name), *losses, _solved(before), _solved(after)
 
 
 def _solved(found: dict[str, Any]) -> str:

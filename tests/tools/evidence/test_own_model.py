@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import ernie_train
 from ernie_train.data import encode_conversation, load_tokenizer, read_records
+from ernie_train.eval import evaluation
+from ernie_train.eval.evaluation import Evaluation, TaskResult
 from ernie_train.rewards.verifiers import tool_call
 from ernie_train.run.import_model import import_model
 from tests.small_llama import TOKENIZER, write_gguf
 from tests.workspace import write_rows as write_file
+from tools.bench.finetune import FineTune
 from tools.evidence import own_model
 from tools.evidence.own_rows import read_objects, write_rows
 from tools.evidence.own_tables import MARKERS, largest_difference, render
@@ -110,6 +115,64 @@ def test_the_template_with_tools_trains_the_call_alone(tmp_path: Path) -> None:
     assert '<tools>\n{"name": "tide", "parameters": {"type": "object"}}\n</tools>' in (
         tokenizer.decode(list(sample.ids))
     )
+
+
+def test_starts_with_some_methods_add_up_to_one_set_of_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two starts, as a page's command lines give them; the second keeps what the first measured."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "ernie4_5"}')
+    started: list[str] = []
+
+    def measured(self: own_model.FineTunes) -> dict[str, object]:
+        started.append(f"{self.kind}/{self.method}")
+        return {"losses of": started[-1]}
+
+    monkeypatch.setattr(own_model.FineTunes, "run", measured)
+    monkeypatch.setattr(own_model, "stumbles", lambda *_: [{"mistake": "x"}])
+    monkeypatch.setattr(own_model, "render", lambda results, out: json.dumps(results))
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(MARKERS))
+    arguments = [str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--referee-python",
+                 str(Path("/bin/sh")), "--page", str(page), "--held-out", "4"]  # fmt: skip
+    own_model.main([*arguments, "--methods", "full", "--kinds", "questions"])
+    own_model.main([*arguments, "--methods", "LoRA", "--kinds", "questions", "tool_calls"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert started == ["questions/full", "questions/LoRA", "tool_calls/LoRA"]
+    assert sorted(results["runs"]) == sorted(started)
+    assert set(results["rows"]) == {"questions", "tool_calls"}
+    assert results["runs"]["questions/full"] == {"losses of": "questions/full"}
+    assert results["code"]["version"] == ernie_train.__version__ and "commit" in results["code"]
+    with pytest.raises(SystemExit):  # settings of another start do not belong beside these
+        own_model.main([*arguments, "--methods", "full", "--steps", "7"])
+    assert json.loads((tmp_path / "out/results.json").read_text()) == results
+
+
+def test_tables_of_one_method_alone_say_which_code_made_them() -> None:
+    side = {"losses": [1.0], "tokens_per_second": 2.0, "cores": 1.0, "peak_gb": 1.0}
+    run = {"set_up": ["one thread"], "versions": {"torch": "2"}, "ours": side, "peer": side,
+           "before": {}, "after": {"loss": 0.5}}  # fmt: skip
+    results = {
+        "code": {"version": "9.9", "commit": "c" * 40, "dirty": True}, "processor": "p",
+        "threads": 1, "turn": 5, "rows": {"questions": "file"}, "runs": {"questions/full": run},
+        "stumbles": [],
+    }  # fmt: skip
+    text = render(results, Path())
+    assert "ours: ernie_train 9.9, commit cccccccccccc, with changes; one thread; peer" in text
+    assert "| questions | full |  | 0.5000 |  |  |" in text
+
+
+def test_only_completions_that_are_right_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three, one cannot be scored: the accuracy of the others is 1/2, one of three is solved."""
+    samples = [{"status": status} for status in ("correct", "wrong", "timeout")]
+    found = Evaluation([TaskResult("d", "t", 3, 0.5, 1 / 3, None, 0.0, {"timeout": 1})], samples)
+    monkeypatch.setattr(evaluation, "load_problems", lambda path: [None] * 3)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: found)
+    side = object.__new__(FineTune)
+    side.model, side.tokenizer = SimpleNamespace(eval=bool, train=bool), None
+    side.request = {"held_out": "rows"}
+    assert side.solve() == {"solved": 1, "problems": 3}
 
 
 @pytest.mark.slow
