@@ -4,7 +4,7 @@ The ids of an episode are never encoded again: the next prompt is the ids so far
 sampled, and behind them the ids of the tools' results. Random numbers come from the episode and
 the turn alone; all ranks make the same calls and have the same episodes.
 
-Shapes: T sampled tokens of an episode.
+Shapes: T sampled tokens of an episode, C tokens behind its prompt.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Episode:
     """Collect the tokens and messages of one episode.
 
     completion_ids: what follows the prompt; sampled_mask: which of them were sampled, None for all.
-    logprobs, expert_ids: of the sampled tokens, [T] and [T, MoE layers, K]; prompt_expert_ids: of
-        the problem's positions but the last. Those of tools' results are not kept. Both kinds of
-        experts are None unless every turn has them.
+    logprobs: of the sampled tokens, [T]. expert_ids: of the positions before each token of the
+        completion, [C, MoE layers, K]; those at results are what the next turn chose for its
+        prompt, or -1 where it does not tell. prompt_expert_ids: of the problem's positions but the
+        last. Both kinds of experts are None unless every turn has the first.
     text: the last turn, without its stop token; finished: it ended, and called no tool.
     messages: turns and results, as a person reads them.
     """
@@ -92,19 +93,28 @@ class Episode:
                 )
         if self.sampled_mask is not None:
             self.sampled_mask += [True] * len(sampled.ids)
-        self.completion_ids = self.completion_ids + sampled.ids
         self.logprobs = self.logprobs + list(sampled.logprobs)
-        first = self.turns == 0
-        if first:
+        if self.turns == 0:
             self.expert_ids, self.prompt_expert_ids = experts, sampled.prompt_expert_ids
         elif self.expert_ids is None or experts is None:
             self.expert_ids = self.prompt_expert_ids = None
         else:
-            self.expert_ids = np.concatenate([self.expert_ids, experts])
+            results = self._result_experts(sampled, experts.shape[1:])
+            self.expert_ids = np.concatenate([self.expert_ids, results, experts])
+        self.completion_ids = self.completion_ids + sampled.ids
         self.text = tokenizer.decode(sampled.ids[:-1] if sampled.finished else sampled.ids)
         self.finished = sampled.finished
         self.messages.append({"role": "assistant", "content": self.text})
         self.turns += 1
+
+    def _result_experts(self, sampled: SampledTurn, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the experts before each token of the results that the turn `sampled` follows."""
+        known = 0 if self.expert_ids is None else len(self.expert_ids)
+        count = len(self.completion_ids) - known
+        before = sampled.prompt_expert_ids  # of all before the turn but the last token
+        if before is None:
+            return np.full((count, *shape), -1, np.int16)
+        return before[len(before) - count :]
 
     def add_results(self, result: StepResult, ids: Sequence[int], *, most: int) -> bool:
         """Append the results of the turn's calls, unless they leave no token of `most` to a turn.

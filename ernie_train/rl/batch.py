@@ -28,8 +28,9 @@ class TokenizedCompletion:
     sampled_mask: which tokens of the completion the policy sampled, where others stand between
         them, such as tool outputs. Only those have logprobs, values and advantages, and are
         learnt from. None: all of them.
-    expert_ids: the experts [num_sampled, MoE layers, K] of the positions that predict those tokens,
-        as sampling chose them; prompt_expert_ids: those of the prompt's positions but the last.
+    expert_ids: the experts [completion tokens, MoE layers, K] of the positions before each of them,
+        as sampling chose them, -1 where unknown; prompt_expert_ids: those of the prompt's positions
+        but the last.
 
     Raises `ValueError` where the mask has another length than the completion, or no token.
     """
@@ -70,16 +71,15 @@ class TokenizedCompletion:
     def routing(self) -> np.ndarray | None:
         """Experts [length - 1, MoE layers, K] of all positions, -1 where unknown; None if all are.
 
-        A completion's last token goes through no model. The experts at tool outputs are unknown.
+        A completion's last token goes through no model.
         """
         if self.expert_ids is None:
             return None
-        first = len(self.prompt_ids) - 1
-        found = np.full((self.length - 1, *self.expert_ids.shape[1:]), -1, np.int16)
-        if self.prompt_expert_ids is not None:
-            found[:first] = self.prompt_expert_ids
-        found[first + self.sampled_places] = self.expert_ids
-        return found
+        before = self.prompt_expert_ids
+        if before is None:
+            shape = (len(self.prompt_ids) - 1, *self.expert_ids.shape[1:])
+            before = np.full(shape, -1, np.int16)
+        return np.concatenate([before, self.expert_ids])
 
 
 class PreferencePair(NamedTuple):

@@ -170,7 +170,7 @@ def _mean(arrays: list[np.ndarray | None]) -> float | None:
 
 def _changed_experts(batch: MicroBatch, router_stats: Sequence[RouterStats]) -> np.ndarray | None:
     """Return for each sampled token [N] whether any layer routes it to other experts now."""
-    before = [s.expert_ids for s in batch.sequences if s.expert_ids is not None]
+    before = [s.expert_ids[s.sampled_places] for s in batch.sequences if s.expert_ids is not None]
     if not router_stats or len(before) < len(batch.sequences):
         return None
     now = np.stack([stats.expert_ids.numpy()[batch.predictors] for stats in router_stats], axis=1)

@@ -136,8 +136,10 @@ def test_episodes_interleave_and_each_keeps_its_own(box):
     for at, episode in enumerate(found):
         mask = episode.sampled_mask or [True] * len(episode.completion_ids)
         assert len(mask) == len(episode.completion_ids)
-        assert sum(mask) == len(episode.logprobs) == len(episode.expert_ids)
-        stated = episode.expert_ids[:, 0, 0] - 10 * at
+        assert sum(mask) == len(episode.logprobs)
+        assert len(episode.expert_ids) == len(mask)
+        assert (episode.expert_ids[~np.array(mask)] == -1).all(), "the script does not tell them"
+        stated = episode.expert_ids[np.array(mask), 0, 0] - 10 * at
         np.testing.assert_allclose(episode.logprobs, -at - stated / 10)
         assert sorted(set(stated)) == list(range(episode.turns))
 

@@ -133,7 +133,7 @@ def test_shared_prompts_go_through_once_and_every_token_keeps_its_predictor():
 
 def test_recorded_experts_stand_where_their_tokens_do():
     sequences = [
-        replace(s, expert_ids=np.array(s.completion_ids)[s.sampled_places, None, None] % 7,
+        replace(s, expert_ids=np.array(s.completion_ids)[:, None, None] % 7,
                 prompt_expert_ids=np.array(s.prompt_ids[:-1])[:, None, None] % 7)
         for s in sharing_sequences()
     ]  # fmt: skip
@@ -143,7 +143,7 @@ def test_recorded_experts_stand_where_their_tokens_do():
     plain, shared = (MicroBatch.without_arrays(sequences, share_prompts=x) for x in (False, True))
     assert shared.routing.shape == (shared.num_tokens, 1, 1)
     for micro in (plain, shared):
-        expected = np.concatenate([s.expert_ids for s in sequences])
+        expected = np.concatenate([s.expert_ids[s.sampled_places] for s in sequences])
         np.testing.assert_array_equal(micro.routing[micro.predictors], expected)
     prompts = [s.prompt_expert_ids for s in (sequences[0], sequences[1])]
     np.testing.assert_array_equal(shared.routing[:4], prompts[0])

@@ -12,6 +12,7 @@ import paddle
 import pytest
 
 from ernie_train.core.errors import CheckpointError, UserError
+from ernie_train.environments import Episode, StepResult
 from ernie_train.generate import generate
 from ernie_train.model.moe import Router
 from ernie_train.parallel.recompute import RecomputeConfig, enable_recompute
@@ -166,13 +167,63 @@ def test_sequences_without_experts_are_routed_freely_beside_those_with_them():
     np.testing.assert_allclose(found.numpy(), np.concatenate(alone), atol=1e-5)
 
 
-def test_tool_outputs_are_routed_freely_and_sampled_tokens_are_not():
-    experts = np.arange(4, dtype=np.int16).reshape(2, 1, 2)
-    made = TokenizedCompletion(
-        [5, 6, 7], [1, 2, 3], sampled_mask=[True, False, True], expert_ids=experts,
-        prompt_expert_ids=np.ones((2, 1, 2), np.int16),
+class Numbers:
+    """A tokenizer for turns of which no text is read."""
+
+    def decode(self, ids):
+        return str(ids)
+
+
+def played(model, *, record_prompts=True):
+    """An episode of two calls and an answer, as `play_episodes` puts it together."""
+    episode, prompt = Episode(), [5, 6, 7, 8]
+    for turn, results in enumerate(([11, 12, 13], [14], None)):
+        (one,) = generate(
+            model, [prompt + episode.completion_ids], max_new_tokens=4, temperature=1.0, seed=turn,
+            record_experts=True, record_prompt_experts=record_prompts,
+        )  # fmt: skip
+        episode.add_turn(one, Numbers())
+        if results is not None:
+            assert episode.add_results(StepResult([], done=False), results, most=99)
+    return TokenizedCompletion(
+        prompt, episode.completion_ids, sampled_mask=episode.sampled_mask,
+        expert_ids=episode.expert_ids, prompt_expert_ids=episode.prompt_expert_ids,
     )  # fmt: skip
-    assert made.routing[:, 0].tolist() == [[1, 1], [1, 1], [0, 1], [-1, -1], [2, 3]]
+
+
+def test_results_of_tools_take_the_experts_that_the_next_turn_chose_for_them():
+    """Referee: the model's own forward pass over the whole episode."""
+    model, made = make_model(), played(make_model())
+    assert sum(made.sampled_mask) == 12 and len(made.completion_ids) == 16
+    ids = paddle.to_tensor(np.array([made.prompt_ids + made.completion_ids[:-1]]))
+    with paddle.no_grad():
+        stats = model.model(ids).router_stats
+    np.testing.assert_array_equal(
+        np.sort(made.routing, -1), np.sort(np.stack([s.expert_ids.numpy() for s in stats], 1), -1)
+    )
+    require_experts([made], model, "it")
+    assert estimates(moved(), [made], replay=True)[1] == 0.0
+    result, _ = step(moved(), update_batch([made], [np.zeros(12, np.float32)]), replay=True)
+    for layer in range(made.routing.shape[1]):
+        counts = np.bincount(made.routing[:, layer].reshape(-1), minlength=4)
+        np.testing.assert_array_equal(result.load.tokens_per_expert[layer], counts)
+
+
+def test_results_whose_experts_no_turn_tells_are_unknown_and_refused():
+    made = played(make_model(), record_prompts=False)
+    results = made.routing[3:][~np.array(made.sampled_mask)]
+    assert len(results) == 4 and (results == -1).all()
+    assert (made.routing[3:][made.sampled_places] >= 0).all()
+    with pytest.raises(UserError, match="it gives no experts"):
+        require_experts([made], make_model(), "it")
+
+
+def test_experts_of_an_episode_survive_the_disk(tmp_path):
+    made = played(make_model())
+    written = make_scored(**vars(made), sampled_logprobs=np.zeros(12, np.float32))
+    write_rollout(tmp_path / "1.jsonl", [[written]])
+    ((read,),) = read_rollout(tmp_path / "1.jsonl")
+    np.testing.assert_array_equal(read.routing, made.routing)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -78,7 +78,11 @@ def test_changed_experts_are_counted_over_the_sampled_tokens_alone():
     _, _, stats = policy_logprobs(model, batch, temperature=1.0)
     now = np.stack([s.expert_ids.numpy()[batch.predictors] for s in stats], 1)
     sampled = np.split(now, np.cumsum(batch.lengths)[:-1])
-    known = [replace(s, expert_ids=e) for s, e in zip(sequences, sampled, strict=True)]
+    known = []
+    for s, experts in zip(sequences, sampled, strict=True):
+        others = np.full((len(s.completion_ids), *experts.shape[1:]), -1, np.int16)
+        others[s.sampled_places] = experts
+        known.append(replace(s, expert_ids=others))
     _, _, changed = sequence_logprobs(model, known, temperature=1.0, batch_size=2)
     assert changed == 0.0
 

@@ -33,8 +33,8 @@ def write_rollout(path: Path, groups: Sequence[PromptGroup]) -> None:
                 "logprobs": None if c.sampled_logprobs is None
                 else [float(x) for x in c.sampled_logprobs],
             }  # fmt: skip
-            if c.expert_ids is not None and c.prompt_expert_ids is not None:
-                row |= packed_experts(c.prompt_expert_ids, c.expert_ids)
+            if (routing := c.routing) is not None and routing.min() >= 0:
+                row |= packed_experts(routing)
             rows.append(row)
     with storage_errors("cannot write the rollout", path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +68,9 @@ def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )
     if "experts" in row:
-        prompt, sampled = unpacked_experts(row, len(read.prompt_ids) - 1, read.num_sampled)
-        read = replace(read, prompt_expert_ids=prompt, expert_ids=sampled)
+        sizes = len(read.prompt_ids) - 1, len(read.completion_ids)
+        prompt, completion = unpacked_experts(row, *sizes)
+        read = replace(read, prompt_expert_ids=prompt, expert_ids=completion)
     if logprobs is not None and len(logprobs) != read.num_sampled:
         raise ValueError(f"{len(logprobs)} logprobs for {read.num_sampled} sampled tokens")
     return read
