@@ -56,6 +56,20 @@ def make_workspace(root: Path) -> Path:
     return write_recipe(root)
 
 
+def save_model(root: Path) -> Path:
+    """Write the model of the recipe below `root`, untrained, with its tokenizer; return where."""
+    from ernie_train.data import load_tokenizer
+    from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+    from ernie_train.weights import save_pretrained
+    from tests.small_models import fill
+
+    settings = yaml.safe_load((root / "recipe.yaml").read_text())["model"]
+    model = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig.preset(settings.pop("preset"), **settings))
+    fill(model)
+    save_pretrained(model, root / "model", load_tokenizer(root / "tokenizer"))
+    return root / "model"
+
+
 def write_recipe(root: Path, **changes: Any) -> Path:
     """The recipe of `make_workspace`, with top-level keys replaced."""
     recipe: dict[str, Any] = {

@@ -68,6 +68,7 @@ ColumnsText = Annotated[
 TopP = Annotated[
     float, typer.Option(callback=_top_p, help="above 0: only the likeliest tokens of this mass")
 ]
+TopK = Annotated[int, whole_number(min=0, help="above 0: only this many likeliest tokens")]
 Seed = Annotated[int, whole_number(min=0)]
 Force = Annotated[
     bool, typer.Option("--force", help="replace an output of another kind, or what is read")

@@ -24,6 +24,7 @@ from ernie_train.cli.arguments import (
     RecipePath,
     Referee,
     Seed,
+    TopK,
     TopP,
     number,
     referee_interpreter,
@@ -35,7 +36,7 @@ from ernie_train.cli.grading import evaluate, score
 from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
-from ernie_train.core.terminal import Terminal, printable
+from ernie_train.core.terminal import Terminal
 from ernie_train.io.outputs import check_output_directory
 from ernie_train.launch import LaunchSettings, print_error
 from ernie_train.launch.rank_files import RankReporter, is_supervised
@@ -215,29 +216,88 @@ app.command()(score)
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="what to ask")],
-    max_new_tokens: Annotated[int, whole_number(min=1)] = 256,
-    temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    prompt: Annotated[str | None, typer.Option(help="what to ask; shown as it is written")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="many: a file of rows, a directory or a pattern")
+    ] = None,
+    columns: ColumnsText = None,
+    system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
     raw: Annotated[
         bool, typer.Option(help="continue the text itself, without chat format")
     ] = False,
+    max_new_tokens: Annotated[int, whole_number(min=1)] = 256,
+    temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    batch_size: Annotated[int, whole_number(min=1, help="prompts at once")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="write JSONL here; default: print it, row by row")
+    ] = None,
+    force: Force = False,
     best: Best = False,
 ) -> None:
-    """Complete one prompt."""
-    from ernie_train.cli.model import best_checkpoint, complete
+    """Complete a prompt while you watch, or a file of prompts as JSONL."""
+    from ernie_train.cli.generate import GenerateCommand
+    from ernie_train.data import parse_columns
+    from ernie_train.generate.sampler import SamplingConfig
 
-    text = complete(
-        best_checkpoint(model) if best else model,
-        prompt,
+    GenerateCommand(
+        model=model,
+        best=best,
+        prompt=prompt,
+        prompts=prompts,
+        columns=None if columns is None else parse_columns(columns, "--columns"),
+        system=system,
         raw=raw,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    print(printable(text))
+        sampling=SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed),
+        batch_size=batch_size,
+        out=out,
+        force=force,
+    ).run(_console(stderr=True))
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str, typer.Option(help="a system prompt")] = "",
+    tools: Annotated[
+        str | None,
+        typer.Option(
+            help="tools that it may call: calculator,python,my_tools.py; default those of the "
+            "run's recipe; none for none"
+        ),
+    ] = None,
+    max_turns: Annotated[int, whole_number(min=2, help="turns of an answer with --tools")] = 8,
+    max_new_tokens: Annotated[int, whole_number(min=1, help="of a turn")] = 1024,
+    temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.7,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    fold: Annotated[bool, typer.Option("--fold", help="show reasoning as one line")] = False,
+    transcript: Annotated[
+        Path | None, typer.Option(help="write conversations here, as rows of data")
+    ] = None,
+    force: Force = False,
+    best: Best = False,
+) -> None:
+    """Talk to a model: it is seen to think, and its calls of tools are executed."""
+    from ernie_train.cli.chat import ChatCommand, line_reader
+    from ernie_train.cli.evaluate import parse_tools
+    from ernie_train.generate.sampler import SamplingConfig
+
+    given = tools not in (None, "none")
+    ChatCommand(
+        model=model,
+        best=best,
+        system=system,
+        environment=parse_tools(str(tools), max_turns, max_new_tokens) if given else None,
+        use_tools=tools != "none",
+        sampling=SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed),
+        folded=fold,
+        transcript=transcript,
+        force=force,
+    ).run(_console(), line_reader())
 
 
 @app.command()

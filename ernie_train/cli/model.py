@@ -1,4 +1,4 @@
-"""The verbs that use a trained model: generate, export and import."""
+"""Open a trained model; the verbs export and import."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ernie_train.core.errors import UserError
-from ernie_train.core.signals import StopFlag
-from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids
-from ernie_train.eval.prompts import completion_text
-from ernie_train.generate.engine import generate
+from ernie_train.data import Tokenizer, load_tokenizer
 from ernie_train.io.run_dir import RECEIPT, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.reward import find_score
@@ -40,47 +36,6 @@ def open_model(path: Path) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
 def best_checkpoint(path: Path) -> Path:
     """Return the checkpoint of a run, or of a stage's directory, with the best `best_metric`."""
     return find_model(path, best=True).weights
-
-
-def _check_room(ids: list[int], max_new_tokens: int, positions: int) -> None:
-    if not ids:
-        raise UserError("--prompt: with --raw it must not be empty")
-    if len(ids) + max_new_tokens > positions:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens and the model max_position_embeddings={positions}: "
-            f"--max-new-tokens must be at most {max(0, positions - len(ids))}, got {max_new_tokens}"
-        )
-
-
-def complete(
-    path: Path,
-    prompt: str,
-    *,
-    raw: bool,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> str:
-    """Return the model's completion of a user message, or with `raw` of the text itself."""
-    model, tokenizer = open_model(path)
-    if raw:
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], None)
-    _check_room(ids, max_new_tokens, model.config.max_position_embeddings)
-    with StopFlag("stopping; nothing is written") as stop:
-        completions = generate(
-            model,
-            [ids],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            eos_token_id=tokenizer.stop_token_ids,
-            stop_requested=lambda: stop.requested,
-        )
-    return completion_text(tokenizer, completions[0])
 
 
 def export_model(

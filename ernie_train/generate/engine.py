@@ -85,6 +85,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     sequence_ids: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
+    on_token: Callable[[int, int], None] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
     """Continue every prompt until a stop token or `max_new_tokens`; return them in prompt order.
@@ -97,6 +98,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     record_experts: fill `Completion.expert_ids`; record_prompt_experts: `prompt_expert_ids` too.
     limits: the most tokens of each completion; by default, and at most, `max_new_tokens`.
     on_progress: called with the number of finished prompts.
+    on_token: called with the index of a prompt and each of its tokens as it is sampled.
     stop_requested: polled before each forward pass and while waiting for other processes; when it
         returns true, `Interrupted` is raised.
 
@@ -107,7 +109,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     max_tokens = check_request(prompts, config, limits)
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
-    request = _Request(prompts, ids, config, np.array(stops, np.int64), max_tokens)
+    request = _Request(prompts, ids, config, np.array(stops, np.int64), max_tokens, on_token)
     outputs = _Outputs(len(prompts), max_new_tokens, moe_shape(model) if record_experts else None)
     was_training = model.training
     model.eval()
@@ -115,7 +117,8 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
         with paddle.no_grad():
             decoder: _Decoder
             decoder = NumpyDecoder(model) if can_decode(model) else _PaddleDecoder(model)
-            processes = _num_processes(decoder, min(len(prompts), batch_size))
+            at_once = min(len(prompts), batch_size)
+            processes = 1 if on_token else _num_processes(decoder, at_once)
             batches = _partition(prompts, processes, batch_size)
             if record_prompt_experts and outputs.moe_shape is not None:
                 outputs.prompts = PromptExperts(prompts, batches, outputs.moe_shape)
@@ -151,6 +154,7 @@ class _Request:
     config: SamplingConfig
     stop_tokens: np.ndarray
     limits: np.ndarray  # [prompts] the most tokens of each
+    on_token: Callable[[int, int], None] | None = None
 
 
 class _Outputs:
@@ -333,6 +337,9 @@ class _BatchSampler:
         # Sequences that ended earlier are computed until the next compaction, and ignored.
         running = prompts[~outputs.ended[prompts]]
         outputs.lengths[running] = step + 1
+        if self.request.on_token is not None:
+            for prompt in running.tolist():
+                self.request.on_token(prompt, int(outputs.ids[prompt, step]))
         stopped = np.isin(outputs.ids[running, step], self.request.stop_tokens)
         outputs.finished[running] = stopped
         outputs.ended[running] = stopped | (step + 1 == self.request.limits[running])

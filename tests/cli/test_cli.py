@@ -345,7 +345,7 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "ernie_train", "--help"],
         cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for verb in ("run", "check", "status", "eval", "generate", "export", "doctor"):
+    for verb in ("run", "check", "status", "eval", "generate", "chat", "export", "doctor"):
         assert verb in done.stdout
 
 

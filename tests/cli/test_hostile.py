@@ -4,6 +4,7 @@ character on the terminal: values of options, kinds of files, and text that is a
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -51,11 +52,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def cli(capsys):
-    """Runs a command; returns status, output and errors after the checks that hold for all."""
+def cli(capsys, monkeypatch):
+    """Runs a command without input; returns status, output and errors, which are checked."""
 
     def too_long(*_):
         raise TooLong(f"it takes more than {LIMIT_S} s")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
 
     def call(*arguments: object) -> tuple[int, str, str]:
         before = signal.signal(signal.SIGALRM, too_long)
@@ -89,9 +92,13 @@ TEXTS = [
     "--data",
     "--completions",
     "--reward",
+    "--transcript",
 ]
 OPTIONS = {
-    "generate": ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--nosuch"],
+    "generate": ["--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--nosuch",
+                 "--prompts", "--batch-size", "--out"],
+    "chat": ["--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--tools",
+             "--max-turns", "--transcript"],
     "eval": ["--n", "--max-examples", "--max-new-tokens", "--batch-size", "--temperature",
              "--seed", "--tasks", "--data", "--out", "--k", "--shots", "--few-shot"],
     "plan": ["--gpus", "--gpu-memory-gb", "--expert", "--gradients", "--document-tokens",
@@ -106,6 +113,7 @@ OPTIONS = {
 def arguments_of(verb, place):
     return {
         "generate": [place / "model", "--prompt", "x"],
+        "chat": [place / "model"],
         "eval": [place / "model", "--data", place / "test.jsonl"],
         "plan": [place / "recipe.yaml"],
         "check": [place / "recipe.yaml"],
@@ -293,7 +301,7 @@ def test_text_of_recipes_and_arguments(place, cli, tmp_path):
 
 
 def test_a_completion_that_is_a_command_of_terminals(place, cli, monkeypatch):
-    monkeypatch.setattr("ernie_train.cli.model.completion_text", lambda *_: f"a\tb\n{COMMANDS}")
+    monkeypatch.setattr("ernie_train.cli.generate.TokenText.add", lambda *_: f"a\tb\n{COMMANDS}")
     _, out, _ = cli("generate", place / "model", "--prompt", "x", "--max-new-tokens", 1)
     assert out.startswith("a\tb\n\\x1b]52")
 

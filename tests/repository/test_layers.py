@@ -57,7 +57,8 @@ PACKAGES: dict[str, str] = {
     "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
     "plan": "layout workload memory cost search tables command",
-    "cli": "arguments doctor model evaluate preview score grading run status main",
+    "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"
+    " status main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16

@@ -1,0 +1,160 @@
+"""The verb `generate`: complete a prompt while it is read, or a file of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ernie_train.cli.model import best_checkpoint, open_model
+from ernie_train.cli.turn_view import TokenText
+from ernie_train.core.errors import DataError, UserError
+from ernie_train.core.progress import progress_bar
+from ernie_train.core.signals import StopFlag
+from ernie_train.core.terminal import printable
+from ernie_train.data import Columns, Record, Tokenizer, read_records
+from ernie_train.eval.prompts import completion_text, encode_problems, encode_prompt, user_prompt
+from ernie_train.generate.engine import Completion, generate
+from ernie_train.generate.sampler import SamplingConfig
+from ernie_train.io.files import write_jsonl
+from ernie_train.io.outputs import check_output_file
+
+ROW_KEYS = ("prompt", "completion", "finished", "tokens")  # of each row of the output
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Arguments of the verb `generate`; either `prompt` or `prompts` is given."""
+
+    model: Path
+    best: bool
+    prompt: str | None
+    prompts: Path | None
+    columns: Columns | None
+    system: str | None
+    raw: bool
+    sampling: SamplingConfig
+    batch_size: int
+    out: Path | None
+    force: bool
+
+    def run(self, progress: Console) -> None:
+        """Print completions, as they are sampled, or write them to `out`.
+
+        Raises `UserError` for prompts that leave no room, `Interrupted` on a signal.
+        """
+        if (self.prompt is None) == (self.prompts is None):
+            raise UserError("give either --prompt TEXT or --prompts FILE")
+        if self.system is not None and self.raw:
+            raise UserError("--system has no place in --raw, which has no chat format")
+        if self.out is not None:
+            inputs = [path for path in (self.prompts, self.model) if path is not None]
+            check_output_file(self.out, ROW_KEYS, inputs=inputs, force=self.force)
+        records = self._records()
+        model, tokenizer = open_model(best_checkpoint(self.model) if self.best else self.model)
+        prompts = self._encode(tokenizer, records, model.config.max_position_embeddings)
+        with StopFlag("stopping; nothing more is written") as stop:
+            sample = partial(
+                generate,
+                model,
+                **asdict(self.sampling),
+                eos_token_id=tokenizer.stop_token_ids,
+                stop_requested=lambda: stop.requested,
+            )
+            if self.prompt is not None and self.out is None:
+                _stream(sample, tokenizer, prompts)
+                return
+            rows = self._rows(sample, tokenizer, records, prompts)
+            if self.out is None:
+                for row in rows:
+                    print(json.dumps(row), flush=True)  # ASCII alone: harmless, and JSON
+                return
+            with progress_bar(progress, "completions", len(prompts)) as update:
+                write_jsonl(self.out, _counted(rows, update))
+
+    def _records(self) -> list[Record]:
+        """Return what is asked, without answers that rows may hold."""
+        if self.prompts is None:
+            records = [Record("prompt", [{"role": "user", "content": self.prompt}])]
+        else:
+            records, _ = read_records(self.prompts, columns=self.columns)
+        if wrong := [record.source for record in records if not record.prompt_messages]:
+            raise DataError(f"{wrong[0]}: the row asks nothing: it has no messages or prompt")
+        if self.system is None:
+            return records
+        system = {"role": "system", "content": self.system}
+        kept = [[m for m in record.messages if m["role"] != "system"] for record in records]
+        return [
+            replace(record, messages=[system, *messages])
+            for record, messages in zip(records, kept, strict=True)
+        ]
+
+    def _encode(
+        self, tokenizer: Tokenizer, records: Sequence[Record], positions: int
+    ) -> list[list[int]]:
+        """Return the ids of all prompts; raises `UserError` for those that leave no room."""
+        if self.prompts is not None and not self.raw:
+            return encode_problems(tokenizer, records, positions - self.sampling.max_new_tokens)
+        found = []
+        for record in records:
+            asked = tokenizer.encode(user_prompt(record)) if self.raw else None
+            ids = encode_prompt(tokenizer, record) if asked is None else asked
+            self._check_room(ids, positions, record.source or "the prompt")
+            found.append(ids)
+        return found
+
+    def _check_room(self, ids: Sequence[int], positions: int, where: str) -> None:
+        if not ids:
+            raise UserError(f"{where}: with --raw it must not be empty")
+        most, given = positions - len(ids), self.sampling.max_new_tokens
+        if given > most:
+            raise UserError(
+                f"{where} has {len(ids)} tokens and the model max_position_embeddings={positions}: "
+                f"--max-new-tokens must be at most {max(0, most)}, got {given}"
+            )
+
+    def _rows(
+        self,
+        sample: Callable[..., list[Completion]],
+        tokenizer: Tokenizer,
+        records: Sequence[Record],
+        prompts: Sequence[list[int]],
+    ) -> Iterator[dict[str, Any]]:
+        """Yield a row for each prompt, in order, batch after batch."""
+        for start in range(0, len(prompts), self.batch_size):
+            batch = range(start, min(start + self.batch_size, len(prompts)))
+            found = sample([prompts[at] for at in batch], sequence_ids=batch)
+            for at, completion in zip(batch, found, strict=True):
+                record = records[at]
+                named = {"id": record.fields["id"]} if "id" in record.fields else {}
+                yield named | {
+                    "prompt": user_prompt(record),
+                    "completion": completion_text(tokenizer, completion),
+                    "finished": completion.finished,
+                    "tokens": len(completion.ids),
+                }
+
+
+def _stream(
+    sample: Callable[..., list[Completion]], tokenizer: Tokenizer, prompts: Sequence[list[int]]
+) -> None:
+    """Print the one completion of one prompt as it is sampled."""
+    text = TokenText(tokenizer)
+
+    def show(_: int, token: int) -> None:
+        if token not in tokenizer.stop_token_ids:
+            print(printable(text.add(token)), end="", flush=True)
+
+    sample(prompts, on_token=show)
+    print(printable(text.end()))
+
+
+def _counted(rows: Iterator[dict[str, Any]], update: Callable[[int], None]) -> Iterator[Any]:
+    for count, row in enumerate(rows, start=1):
+        yield row
+        update(count)

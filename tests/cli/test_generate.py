@@ -1,0 +1,103 @@
+"""`generate`: one prompt as it is written, and files of prompts as JSONL."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ernie_train.cli.main import main
+from ernie_train.cli.score import pair_up, read_data, read_rows
+from ernie_train.core.terminal import printable
+from ernie_train.generate import generate
+from ernie_train.weights.hf import load_pretrained
+from tests.workspace import make_workspace, save_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generate")
+    make_workspace(root)
+    save_model(root)
+    return root
+
+
+@pytest.fixture
+def call(place, capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", str(place / "model"), "--max-new-tokens", "8", *map(str, arguments)])
+        told = capsys.readouterr()
+        return int(stopped.value.code or 0), told.out, " ".join(told.err.split())
+
+    return run
+
+
+def test_a_file_gives_the_completions_of_its_prompts_alone(place, call, tmp_path):
+    rows = [{"prompt": "1 + 1?", "id": "a"}, {"prompt": "2 + 2?", "id": "b"},
+            {"messages": [{"role": "user", "content": "3?"}, {"role": "assistant", "content": "3"}],
+             "id": "c"}]  # fmt: skip
+    write_rows(tmp_path / "p.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    assert call("--prompts", tmp_path / "p.jsonl", "--out", out)[0] == 0
+    found = read_rows(out)
+    assert [row["prompt"] for row in found] == ["1 + 1?", "2 + 2?", "3?"]
+    assert [row["id"] for row in found] == ["a", "b", "c"] and found[0]["tokens"] == 8
+    for row in found:
+        status, text, _ = call("--prompt", row["prompt"])
+        assert (status, text) == (0, printable(row["completion"]) + "\n"), "streamed or not"
+    status, text, _ = call("--prompts", tmp_path / "p.jsonl", "--batch-size", 2)
+    assert [json.loads(line) for line in text.splitlines()] == found and text.isascii()
+    pairs = pair_up(read_data(tmp_path / "p.jsonl"), found, tmp_path, out)
+    assert len(pairs) == 3, "`score` takes them"
+
+
+def test_sampled_completions_do_not_depend_on_the_batches(place, call, tmp_path):
+    write_rows(tmp_path / "p.jsonl", [{"prompt": "1 + 1?"}] * 5)
+    texts = {
+        call("--prompts", tmp_path / "p.jsonl", "--temperature", 1, "--batch-size", size)[1]
+        for size in (1, 2, 5)
+    }
+    (text,) = texts
+    assert len({json.loads(line)["completion"] for line in text.splitlines()}) > 1
+
+
+def test_system_and_raw_change_what_is_asked(place, call, tmp_path):
+    write_rows(tmp_path / "p.jsonl", [{"prompt": "1 + 1?"}])
+    found = [call("--prompts", tmp_path / "p.jsonl", *more)[1]
+             for more in ((), ("--system", "Be brief"), ("--raw",))]  # fmt: skip
+    assert len(set(found)) == 3
+    assert call("--prompt", "1 + 1?", "--raw")[1].strip() == json.loads(found[2])["completion"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "give either --prompt TEXT or --prompts FILE"),
+        (("--prompt", "x", "--prompts", "{p}"), "give either --prompt"),
+        (("--prompt", "x", "--raw", "--system", "y"), "--system has no place in --raw"),
+        (("--prompts", "{none}"), "none.jsonl"),
+        (("--prompts", "{p}", "--out", "{p}"), "is read by this command"),
+        (("--prompts", "{p}", "--out", "{precious}"), "no earlier output"),
+        (("--prompts", "{p}", "--max-new-tokens", 250), "p.jsonl:1: the prompt has"),
+        (("--prompts", "{p}", "--raw", "--max-new-tokens", 255), "p.jsonl:1 has"),
+        (("--prompts", "{text}"), "asks nothing"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_any_work(call, tmp_path, arguments, told):
+    write_rows(tmp_path / "p.jsonl", [{"prompt": "1 + 1?"}])
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "text.jsonl").write_text('{"text": "once"}\n')
+    names = {"p": "p.jsonl", "none": "none.jsonl", "precious": "precious", "text": "text.jsonl"}
+    paths = {key: tmp_path / name for key, name in names.items()}
+    status, _, err = call(*[str(a).format(**paths) for a in arguments])
+    assert status == 2 and told in err, err
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_tokens_are_given_as_they_are_sampled(place):
+    model = load_pretrained(place / "model")
+    prompts, seen = [[5, 6], [7], [5, 6]] * 8, {}
+    found = generate(model, prompts, max_new_tokens=6, temperature=1.0, eos_token_id=[3, 9, 20],
+                     on_token=lambda at, token: seen.setdefault(at, []).append(token))  # fmt: skip
+    assert [seen[at] for at in range(len(prompts))] == [one.ids for one in found]
