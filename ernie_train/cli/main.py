@@ -312,18 +312,43 @@ def export(
     adapter: Annotated[
         bool, typer.Option(help="write the LoRA adapter alone, as PEFT reads it, not merged")
     ] = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4 weights, in compressed-tensors' format")
+    ] = None,
+    quantize_method: Annotated[
+        str | None, typer.Option(help="gptq, on rows of the run or --calibration (default), or rtn")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="inputs that share a scale of int4, by default 128 or 32")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="file of rows for gptq")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="by default 16384")] = None,
 ) -> None:
     """Write a Hugging Face directory and prove it by reading it back."""
-    from ernie_train.cli.model import best_checkpoint, export_adapter_of, export_model
+    from ernie_train.cli.model import (
+        best_checkpoint,
+        export_adapter_of,
+        export_model,
+        quantize_config,
+    )
     from ernie_train.io.run_dir import RECEIPT
 
+    settings = quantize_config(
+        quantize, calibration, method=quantize_method, group_size=group_size,
+        calibration_tokens=calibration_tokens,
+    )  # fmt: skip
+    if adapter and settings is not None:
+        raise UserError("--adapter and --quantize exclude each other: an adapter stays as trained")
     mark = "adapter_config.json" if adapter else RECEIPT
     check_output_directory(out, mark, inputs=[model], force=force)
     model = best_checkpoint(model) if best else model
     if adapter:
         export_adapter_of(model, out, _console())
         return
-    export_model(model, out, dtype, max_shard_size, referee_interpreter(referee), _console())
+    export_model(
+        model, out, dtype, max_shard_size, referee_interpreter(referee), _console(),
+        quantize=settings, calibration=calibration,
+    )  # fmt: skip
 
 
 @app.command(name="import")

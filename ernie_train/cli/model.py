@@ -6,12 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ernie_train.data import Tokenizer, load_tokenizer
+from ernie_train.core.config import parse_config
+from ernie_train.core.errors import UserError
+from ernie_train.data import DataSource, Tokenizer, load_tokenizer
 from ernie_train.io.run_dir import RECEIPT, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.reward import find_score
 from ernie_train.run.export import (
     Extras,
+    WeightFormat,
     export,
     export_adapter,
     require_change,
@@ -19,6 +22,7 @@ from ernie_train.run.export import (
 from ernie_train.run.finalize import EVALUATION
 from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
 from ernie_train.run.import_model import import_model
+from ernie_train.run.quantize import QuantizeConfig, Quantizer, stage_rows
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import model_card, receipt_line
 from ernie_train.weights.hf import check_dtype, load_pretrained
@@ -39,9 +43,21 @@ def best_checkpoint(path: Path) -> Path:
 
 
 def export_model(
-    path: Path, out: Path, dtype: str, max_shard_size: str, referee: str | None, console: Console
+    path: Path,
+    out: Path,
+    dtype: str,
+    max_shard_size: str,
+    referee: str | None,
+    console: Console,
+    *,
+    quantize: QuantizeConfig | None = None,
+    calibration: str | None = None,
 ) -> None:
-    """Export the model at `path` to `out` and print the outcome of the comparison."""
+    """Export the model at `path` to `out` and print the outcome of the comparison.
+
+    With `quantize` its weights are quantized, by gptq on the rows of `calibration` or else on those
+    of the run's last stage of pretrain or sft.
+    """
     check_dtype(dtype)  # before a large model is loaded
     recipe = recorded_recipe(path)
     weights = find_model(path).weights
@@ -50,16 +66,43 @@ def export_model(
     card = f"# {path.resolve().name}\n\nExported with ernie_train.\n"
     if recipe is not None:
         card = model_card(recipe, read_result(path / EVALUATION))
+    quantizer = None
+    if quantize is not None:
+        rows = stage_rows(recipe.stages) if recipe is not None else []
+        rows = rows if calibration is None else [DataSource(path=calibration)]
+        quantizer = Quantizer(quantize, rows, Path.cwd())
     receipt = export(
         model,
         tokenizer,
         out,
         extras=Extras(card, find_score(weights)),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
+        weight_format=WeightFormat(dtype, max_shard_size, quantizer),
         referee=referee,
     )
     console.print(receipt_line(out, receipt, RECEIPT), highlight=False)
+
+
+def quantize_config(
+    to: str | None, calibration: str | None, **settings: str | int | None
+) -> QuantizeConfig | None:
+    """Return the settings that the options of `export` name; None without --quantize.
+
+    Raises:
+        UserError: options of quantization without --quantize, or --calibration for rtn.
+        ConfigError: an impossible value.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    if to is None:
+        if given or calibration is not None:
+            raise UserError(
+                "--quantize-method, --group-size, --calibration and --calibration-tokens belong to "
+                "--quantize int8 or int4"
+            )
+        return None
+    found = parse_config(QuantizeConfig, {"to": to, **given}, "--quantize")
+    if found.method == "rtn" and calibration is not None:
+        raise UserError("--calibration: rtn looks at no rows; leave it out, or take gptq")
+    return found
 
 
 def export_adapter_of(path: Path, out: Path, console: Console) -> None:

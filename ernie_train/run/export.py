@@ -37,6 +37,7 @@ from ernie_train.run.proof import (
     Comparison,
     Receipt,
     Referee,
+    RefereeUnable,
     Trace,
     compare,
     differing_tensors,
@@ -44,6 +45,7 @@ from ernie_train.run.proof import (
     random_prompts,
     trace,
 )
+from ernie_train.run.quantize import Quantizer, describe
 from ernie_train.weights.adapters import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -69,14 +71,25 @@ class Extras:
     score: Path | None = None
 
 
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are stored: dtype, size of a file, and for quantized weights their quantizer.
+
+    With a quantizer the reference is the model with what its weights dequantize to; for one rank.
+    """
+
+    dtype: str
+    max_shard_size: int | str = "5GB"
+    quantizer: Quantizer | None = None
+
+
 def export(
     model: Ernie4_5_MoeForCausalLM,
     tokenizer: Tokenizer,
     directory: Path,
     *,
-    dtype: str,
+    weight_format: WeightFormat,
     extras: Extras,
-    max_shard_size: int | str = "5GB",
     referee: str | None = None,
     seed: int = 0,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -88,6 +101,7 @@ def export(
     rounded weights.
 
     Args:
+        weight_format: how weights are stored.
         extras: what lies beside weights and tokenizer.
         referee: a Python interpreter with torch and transformers that reads the directory back;
             by default this one if it has them, else this toolkit's own reader does.
@@ -97,12 +111,19 @@ def export(
     Raises:
         WeightsError: the comparison fails; directory and failed receipt are kept.
     """
-    files = _ExportedTokenizer(tokenizer, extras)
-    save_pretrained(model, directory, files, dtype=dtype, max_shard_size=max_shard_size)
+    dtype, quantization = weight_format.dtype, None
+    if weight_format.quantizer is not None:
+        model = rounded_copy(model, "float32")
+        with interruptible():
+            quantization = weight_format.quantizer.run(model, tokenizer, dtype)
+    save_pretrained(
+        model, directory, _ExportedTokenizer(tokenizer, extras), dtype=dtype,
+        max_shard_size=weight_format.max_shard_size, quantization=quantization,
+    )  # fmt: skip
     prompts = comparison_prompts(tokenizer, seed)
     expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
     result, reader, note = _read_back(directory, expected, referee, interruptible)
-    entries = tensor_entries(model, dtype)
+    entries = tensor_entries(model, dtype, quantization=quantization)
     with consensus.fail_together():
         odd = differing_tensors(directory, entries)
     told = process_group.all_gather_objects((len(entries), odd))
@@ -110,7 +131,7 @@ def export(
         dtype, reader, len(prompts), result.difference, result.tolerance, result.tokens_equal,
         note, result.largest, sum(n for n, _ in told), tuple(n for _, odd in told for n in odd),
         tuple(consensus.run_on_main(lambda: sorted(model.carried))),
-        tuple(model.config.carried_keys),
+        tuple(model.config.carried_keys), describe(quantization),
     )  # fmt: skip
     with consensus.fail_together():
         if process_group.is_main():
@@ -134,22 +155,28 @@ def _read_back(
     """
     with consensus.fail_together(), interruptible():
         python = referee or default_referee()
-    if python is None:
-        found = load_pretrained(directory, dtype="float32")
-        result = compare(expected, own_logits(found, expected.sequences))
-        note = (
-            "torch is not installed here: the export was read back by this toolkit's own reader, "
-            "which proves the files, not that transformers computes the same"
-        )
-        return result, "ernie_train", note
-    judge = Referee(python)
+    reason = "torch is not installed here"
+    if python is not None:
+        judge = Referee(python)
 
-    def judged() -> tuple[Comparison, str]:
-        with interruptible():
-            return compare(expected, judge.logits(directory, expected.sequences)), judge.reader
+        def judged() -> tuple[Comparison | None, str]:
+            try:
+                with interruptible():
+                    return compare(expected, judge.logits(directory, expected.sequences)), ""
+            except RefereeUnable as unable:
+                return None, f"{python} cannot read the export: {unable}"
 
-    result, reader = consensus.run_on_main(judged)
-    return result, reader, "the export was loaded by transformers from the directory alone"
+        result, reason = consensus.run_on_main(judged)
+        if result is not None:
+            note = "the export was loaded by transformers from the directory alone"
+            return result, consensus.run_on_main(lambda: judge.reader), note
+    found = load_pretrained(directory, dtype="float32")
+    result = compare(expected, own_logits(found, expected.sequences))
+    note = (
+        f"{reason}: the export was read back by this toolkit's own reader, which proves the files, "
+        "not that transformers computes the same"
+    )
+    return result, "ernie_train", note
 
 
 def require_change(weights: Path, dtype: str) -> None:
@@ -248,6 +275,7 @@ def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForC
             array = convert(array, DTYPES[dtype])
             array = from_bfloat16(array) if dtype == "bfloat16" else array.astype("float32")
         copy.state_dict()[name].set_value(paddle.to_tensor(array))
+    copy.carried = model.carried
     return copy
 
 

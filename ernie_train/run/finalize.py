@@ -21,9 +21,10 @@ from ernie_train.eval.gates import check_gate
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.io.run_dir import is_whole_export, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import Extras, export
+from ernie_train.run.export import Extras, WeightFormat, export
 from ernie_train.run.lineage import Lineage, hash_files
 from ernie_train.run.proof import Receipt
+from ernie_train.run.quantize import Quantizer, stage_rows
 from ernie_train.run.recipe import EvaluationConfig, Recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line, stage_table
 
@@ -107,14 +108,21 @@ class Finalizer:
                 self.tokenizer,
                 directory,
                 extras=Extras(card, score),
-                dtype=settings.dtype,
-                max_shard_size=settings.max_shard_size,
+                weight_format=WeightFormat(
+                    settings.dtype, settings.max_shard_size, self._quantizer()
+                ),
                 referee=referee,
                 seed=self.recipe.seed,
                 interruptible=self.stop.at_once,
             )
             _write_on_main(record, {"identity": identity, "receipt": asdict(receipt)})
         self.console.print(receipt_line(directory, receipt), highlight=False)
+
+    def _quantizer(self) -> Quantizer | None:
+        settings = self.recipe.export and self.recipe.export.quantize
+        if not settings:
+            return None
+        return Quantizer(settings, stage_rows(self.recipe.stages), Path.cwd(), self.recipe.seed)
 
     def _stage_file(self, index: int) -> Path:
         return self.run_dir / self.recipe.stage_directory(index) / EVALUATION

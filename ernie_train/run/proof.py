@@ -44,6 +44,8 @@ class Receipt:
     # What means nothing here and was passed on unchanged: of the tensors, of config.json.
     carried_tensors: tuple[str, ...] = ()
     carried_keys: tuple[str, ...] = ()
+    # Of a quantized export: scheme, method, and which weights were rounded for want of tokens.
+    quantization: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

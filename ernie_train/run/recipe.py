@@ -25,6 +25,7 @@ from ernie_train.io.run_dir import ENVIRONMENT, RECIPE
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
+from ernie_train.run.quantize import QuantizeConfig, stage_rows
 from ernie_train.run.stages import AnyStageConfig, RewardModelConfig
 from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.hf import load_config
@@ -173,6 +174,7 @@ class ExportConfig(StrictConfig):
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     max_shard_size: int | str = "5GB"
+    quantize: QuantizeConfig | None = None
 
 
 class Recipe(StrictConfig):
@@ -240,6 +242,21 @@ class Recipe(StrictConfig):
                 )
             if index == 0 and stage.gate.max_regression is not None:
                 raise ValueError("stages.0.gate.max_regression: no stage comes before the first")
+        return self
+
+    @model_validator(mode="after")
+    def _check_export(self) -> Recipe:
+        quantize = self.export and self.export.quantize
+        if quantize and self.parallel.ranks > 1:
+            raise ValueError(
+                "export.quantize: one rank quantizes the whole model; leave it out here, and run "
+                "ernie-train export RUN OUT --quantize afterwards"
+            )
+        if quantize and quantize.method == "gptq" and not stage_rows(self.stages):
+            raise ValueError(
+                "export.quantize: gptq calibrates on the rows of a pretrain or sft stage, and "
+                "there is none; set method: rtn"
+            )
         return self
 
     @model_validator(mode="after")

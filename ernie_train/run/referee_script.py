@@ -19,16 +19,24 @@ def main() -> None:
     import transformers
 
     request = json.load(sys.stdin)
-    path, options = Path(request["model"]), {}
+    path, options, stored = Path(request["model"]), {}, "float32"
+    config = json.loads((path / "config.json").read_text("utf-8")) if path.is_dir() else {}
+    quantized = "quantization_config" in config
+    needed = ("gguf", "accelerate") if path.is_file() else ("compressed_tensors",) * quantized
+    for package in needed:
+        if find_spec(package) is None:
+            print(json.dumps({"unable": f"it lacks the package {package}"}))
+            return
     if path.is_file():
-        for package in ("gguf", "accelerate"):
-            if find_spec(package) is None:
-                print(json.dumps({"unable": f"it lacks the package {package}"}))
-                return
         path, options = path.parent, {"gguf_file": path.name}
+    elif quantized:
+        # Weights are what they dequantize to in the dtype of their scales.
+        stored = config["torch_dtype"]
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", **options
+        path, dtype=getattr(torch, stored), attn_implementation="eager", **options
     )
+    model.float()
     model.eval()
     if request["round_to"]:
         for parameter in model.parameters():

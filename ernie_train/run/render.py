@@ -139,11 +139,21 @@ def receipt_line(
     mtp = len(receipt.carried_tensors)
     carried = f", {mtp} tensors of multi-token prediction carried through unchanged" if mtp else ""
     return (
-        f"{verb} to {directory} ({receipt.dtype}); {receipt.note} ({receipt.reader}): "
+        f"{verb} to {directory} ({receipt.dtype}{_quantized(receipt)}); {receipt.note} "
+        f"({receipt.reader}): "
         f"{'passed' if receipt.passed else 'FAILED'}, {receipt.stored_tensors} stored tensors "
         f"equal bit for bit, largest logit difference {receipt.max_logit_difference:.1e} on "
         f"logits up to {receipt.max_logit:.1f}{carried}, see {file}"
     )
+
+
+def _quantized(receipt: Receipt) -> str:
+    """Return ", int4 in groups of 32 by gptq" and how many weights got too few tokens for it."""
+    if (found := receipt.quantization) is None:
+        return ""
+    few = len(found["rounded_for_few_tokens"])
+    rest = f", but {few} of {found['weights']} weights, of experts that few tokens reached, by rtn"
+    return f", {found['scheme']} by {found['method']}{rest if few else ''}"
 
 
 def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:

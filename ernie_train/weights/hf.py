@@ -35,6 +35,7 @@ from ernie_train.weights.layout import (
     parameter_shapes,
     tensor_mappings,
 )
+from ernie_train.weights.quantize import open_tensors, split_config
 
 # dtype of weights on disk -> its name in safetensors
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -93,7 +94,7 @@ def load_config(path: str | Path) -> Ernie4_5_MoeConfig:
     file = Path(path) / "config.json"
     if not file.exists() and is_partial(Path(path)):  # an adapter alone
         return load_config(find_base(Path(path)))
-    values = read_config_json(file)
+    values, _ = split_config(read_config_json(file), str(file))
     if "tie_word_embeddings" not in values:
         # Hugging Face's default is true, that of Baidu's own configurations false.
         layout = detect_layout(TensorFiles(Path(path)))
@@ -207,7 +208,7 @@ def _open(
         base = _open(find_base(path, verify=verify), config, experts, verify=verify)
         return read_part(path, config, experts, base)
     verified = verify and _verify(path)
-    files = TensorFiles(path)
+    files = open_tensors(path)
     mtp = tuple(sorted(name for name in files if is_mtp_name(name)))
     names = {normalize_name(name): name for name in files if not is_mtp_name(name)}
     layout = detect_layout(names)

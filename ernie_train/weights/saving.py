@@ -27,6 +27,7 @@ from ernie_train.model.pylayer import dtype_name
 from ernie_train.parallel import owned_names
 from ernie_train.weights.hf import DTYPES, check_dtype
 from ernie_train.weights.layout import TensorMapping, tensor_mappings
+from ernie_train.weights.quantize import QUANTIZATION_KEY, Quantization, packed_entries
 
 
 class SavesPretrained(Protocol):
@@ -46,6 +47,7 @@ def write_weights(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     only: set[str] | None = None,
+    quantization: Quantization | None = None,
 ) -> dict[str, FileDigest]:
     """Write `model*.safetensors` and `config.json` into an existing directory.
 
@@ -58,6 +60,7 @@ def write_weights(
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of each parameter.
         max_shard_size: the size of a file, in bytes or as "5GB".
         only: names of the parameters to write; None writes all, and what the model carries.
+        quantization: of this model, which is stored in place of the weights that it is of.
 
     Returns:
         The digests of this rank's files, by file name.
@@ -68,21 +71,28 @@ def write_weights(
     """
     digests: dict[str, FileDigest] = {}
     if only is None or only:
-        entries = tensor_entries(model, dtype, only)
+        entries = tensor_entries(model, dtype, only, quantization)
         digests = write_tensor_files(directory, "model", entries, max_shard_size)
     stored_as = dtype or dtype_name(model.model.embed_tokens.weight)
     with consensus.fail_together():
         if process_group.is_main():
-            write_json(directory / "config.json", model.config.to_dict(torch_dtype=stored_as))
+            config = model.config.to_dict(torch_dtype=stored_as)
+            if quantization is not None:
+                config[QUANTIZATION_KEY] = quantization.scheme.to_config()
+            write_json(directory / "config.json", config)
     return digests
 
 
 def tensor_entries(
-    model: Ernie4_5_MoeForCausalLM, dtype: str | None = None, only: set[str] | None = None
+    model: Ernie4_5_MoeForCausalLM,
+    dtype: str | None = None,
+    only: set[str] | None = None,
+    quantization: Quantization | None = None,
 ) -> list[TensorEntry]:
     """Return the tensors of a model that this rank writes, of all parameters or `only` some.
 
-    Of all, rank 0 writes those that the model carries from the directory that was read too.
+    Of all, rank 0 writes those that the model carries from the directory that was read too. Of a
+    quantized weight these are its codes and scales.
 
     Raises:
         ConfigError: `dtype` is unknown.
@@ -99,6 +109,8 @@ def tensor_entries(
         stored = "F32" if mapping.keep_float32 else DTYPES[dtype or kept]
         shape = mapping.stored_shape
         entries.append(TensorEntry(mapping.stored, shape, stored, read.producer(mapping)))
+    if quantization is not None:
+        entries = list(packed_entries(entries, quantization.tensors))
     carried = model.carried if only is None and process_group.is_main() else {}
     return entries + array_entries(carried)
 
@@ -126,6 +138,7 @@ def save_pretrained(
     tokenizer: SavesPretrained | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
+    quantization: Quantization | None = None,
 ) -> None:
     """Write a directory that `transformers` loads: weights, configs and the tokenizer's files.
 
@@ -139,6 +152,7 @@ def save_pretrained(
         tokenizer: its files are written too; None writes none.
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of each parameter.
         max_shard_size: the size of a file, in bytes or as "5GB".
+        quantization: see `write_weights`.
 
     Raises:
         UserError: `path` exists and is anything else, or the tokenizer has more tokens than the
@@ -155,7 +169,9 @@ def save_pretrained(
         )
 
     def write(directory: Path) -> dict[str, FileDigest]:
-        digests = write_weights(model, directory, dtype=dtype, max_shard_size=max_shard_size)
+        digests = write_weights(
+            model, directory, dtype=dtype, max_shard_size=max_shard_size, quantization=quantization
+        )
         with consensus.fail_together():
             if process_group.is_main():
                 generation = generation_config(config, tokenizer)

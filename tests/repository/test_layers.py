@@ -41,8 +41,9 @@ PACKAGES: dict[str, str] = {
     "environments": "config tool calculator lookup python_cells user_worker user_tools environment"
     " episodes",
     "parallel": "collectives lockstep recompute expert gradients build",
-    "weights": "layout peft_config adapters hf saving gguf_file gguf_tokenizer llama upcycle"
-    " convert checkpoint model_directory",
+    "weights": "layout quantize peft_config adapters hf saving gguf_file gguf_tokenizer llama"
+    " upcycle convert checkpoint model_directory",
+    "weights.quantize": "packing scheme gptq calibration stored",
     "generate": "sampler prompt_experts engine sharded engines",
     "generate.engines": "config protocol own answer endpoint guard process servers served build",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
@@ -54,7 +55,7 @@ PACKAGES: dict[str, str] = {
     "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"
     " report pairs loss learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
-    "run": "stages foreign_keys recipe lineage advice check referee_script proof export"
+    "run": "stages foreign_keys quantize recipe lineage advice check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
     "plan": "layout workload memory cost search tables command",
     "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"

@@ -36,6 +36,8 @@ PHASED = {
     "@kind": "pretrain", "@data": [{"path": "{root}/texts.jsonl"}],
     "@seq_len": REMOVED, "@steps": REMOVED, "@rope_schedule": PHASES,
 }  # fmt: skip
+EXPORT = {"export": {"dtype": "float32"}}
+QUANTIZED = {"export": {"dtype": "float32", "quantize": {"to": "int4", "group_size": 16}}}
 EPOCHS = {"@steps": REMOVED, "@epochs": 1}
 SOLVED = {"@rollout.skip_solved": {"rate": 0.5, "after": 1}, "@iterations": 2}
 TWO_STEPS = {"@optim.lr": 0.05, "@policy.update_epochs": 2}
@@ -125,6 +127,15 @@ PROBES: dict[str, Probe] = {
     "evaluation": Probe("sft", {"evaluation": {"path": "{root}/test.jsonl", "max_new_tokens": 4}}),
     "export": Probe("sft", {"export": {"dtype": "float32"}}),
     "export.dtype": Probe("sft", {"export.dtype": "bfloat16"}, {"export": {"dtype": "float32"}}),
+    "export.quantize": Probe("sft", {"export.quantize": {"to": "int8"}}, EXPORT),
+    "export.quantize.to": Probe(
+        "sft", {"export.quantize.to": "int8", "export.quantize.group_size": None}, QUANTIZED
+    ),
+    "export.quantize.method": Probe("sft", {"export.quantize.method": "rtn"}, QUANTIZED),
+    "export.quantize.group_size": Probe("sft", {"export.quantize.group_size": 8}, QUANTIZED),
+    "export.quantize.calibration_tokens": Probe(
+        "sft", {"export.quantize.calibration_tokens": 90}, QUANTIZED
+    ),
     "export.max_shard_size": Probe(
         "sft", {"export.max_shard_size": "50KB"}, {"export": {"dtype": "float32"}}
     ),

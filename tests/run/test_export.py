@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -10,11 +11,12 @@ import paddle
 import pytest
 
 from ernie_train.core.errors import WeightsError
-from ernie_train.data import load_tokenizer
-from ernie_train.io.safetensors import TensorFiles
+from ernie_train.data import DataSource, load_tokenizer
+from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from ernie_train.run.export import Extras, export, rounded_copy
+from ernie_train.run.export import Extras, WeightFormat, export, rounded_copy
 from ernie_train.run.proof import Trace, compare
+from ernie_train.run.quantize import QuantizeConfig, Quantizer
 from ernie_train.weights.hf import load_pretrained
 from ernie_train.weights.saving import save_pretrained
 from tests.conftest import referee_directory
@@ -39,8 +41,10 @@ def new_model(**keys):
 
 
 def write(model, tokenizer, path, **options):
-    settings = {"dtype": "float32", "extras": Extras("# card\n"), **options}
-    return export(model, tokenizer, path, **settings)
+    names = [field.name for field in dataclasses.fields(WeightFormat)]
+    given = {"dtype": "float32", **{name: options.pop(name) for name in names if name in options}}
+    settings = {"extras": Extras("# card\n"), **options}
+    return export(model, tokenizer, path, weight_format=WeightFormat(**given), **settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -67,6 +71,76 @@ def test_the_example_of_the_readme_answers_a_prompt(tokenizer, tmp_path, referee
     done = referee(script, transformers=version)
     assert "Convert 42 L to mL." in done.stdout
     assert "<|im_start|>assistant" in done.stdout
+
+
+def quantizer(root, **settings):
+    config = QuantizeConfig(**{"to": "int4", "calibration_tokens": 700, **settings})
+    return Quantizer(config, [DataSource(path=str(root / "train.jsonl"))], root)
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype", "keys"),
+    [("int4", "bfloat16", {}), ("int8", "float32", {"moe_num_experts": 0, "use_bias": True})],
+)
+def test_transformers_reads_a_quantized_export(tokenizer, tmp_path, to, dtype, keys):
+    python = str(referee_directory() / "bin" / "python")
+    sizes = {"intermediate_size": 64, "moe_intermediate_size": 32, **keys}
+    receipt = write(
+        new_model(**sizes), tokenizer, tmp_path / "out", dtype=dtype, referee=python,
+        quantizer=quantizer(tokenizer.directory.parent, to=to),
+    )  # fmt: skip
+    assert receipt.passed
+    assert receipt.reader.startswith("transformers 5")
+    assert receipt.quantization["method"] == "gptq"
+    assert receipt.quantization["calibration_tokens"] == 700
+    names = [name.removesuffix("_packed") for name in TensorFiles(tmp_path / "out").stored]
+    experts = [name for name in names if ".experts." in name and name.endswith("down_proj.weight")]
+    assert len(experts) == (0 if keys else 2 * 16)
+    stored = TensorFiles(tmp_path / "out").stored
+    assert all(stored[f"{name}_packed"].dtype == "I32" for name in experts)
+    kept = {"model.embed_tokens.weight", "model.norm.weight"}
+    kept |= set() if keys else {"model.layers.1.mlp.gate.weight"}
+    assert kept <= stored.keys()
+
+
+def test_a_quantized_export_is_read_back_without_torch(tokenizer, tmp_path):
+    model = new_model(intermediate_size=64, moe_intermediate_size=32)
+    before = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    receipt = write(
+        model, tokenizer, tmp_path / "out",
+        quantizer=quantizer(tokenizer.directory.parent, method="rtn"),
+    )  # fmt: skip
+    assert receipt.passed
+    assert receipt.reader == "ernie_train"
+    saved = json.loads((tmp_path / "out/export_receipt.json").read_text())
+    assert saved["quantization"] == {
+        "scheme": "int4 in groups of 32", "method": "rtn", "calibration_tokens": 0,
+        "weights": 3 * 4 + 3 + 2 * (16 + 1) * 3, "rounded_for_few_tokens": [],
+    }  # fmt: skip
+    loaded = load_pretrained(tmp_path / "out")
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), before[name])  # it was a copy that changed
+        changed = (loaded.state_dict()[name].numpy() != before[name]).any()
+        assert changed == ("_proj" in name)
+
+
+def test_parts_of_quantized_weights_that_do_not_fit_are_named(tokenizer, tmp_path):
+    rounding = quantizer(tokenizer.directory.parent, to="int8", method="rtn")
+    write(new_model(), tokenizer, tmp_path / "out", quantizer=rounding)
+    (tmp_path / "out/MANIFEST.json").unlink()
+    whole = dict(TensorFiles(tmp_path / "out"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    words, scale = whole[f"{name}_packed"], whole[f"{name}_scale"]
+    for changes, message in (
+        ({f"{name}_scale": None}, rf"{name}_packed lacks {name}_scale"),
+        ({f"{name}_packed": words[:, 1:]}, rf"{name}_packed: int32 .* do not fit int8"),
+        ({f"{name}_scale": scale * np.float32("nan")}, "a scale is NaN or infinite"),
+        ({f"{name}_shape": np.array([1, 2])}, "q_proj.weight .*instead of"),
+    ):
+        arrays = {k: v for k, v in {**whole, **changes}.items() if v is not None}
+        write_tensor_files(tmp_path / "out", "model", array_entries(arrays))
+        with pytest.raises(WeightsError, match=message):
+            load_pretrained(tmp_path / "out")
 
 
 def test_a_difference_fails_the_receipt_and_says_how_large(tokenizer, tmp_path, monkeypatch):
