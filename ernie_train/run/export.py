@@ -73,7 +73,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are stored: dtype, size of a file, and for quantized weights their quantizer.
+    """Dtype of stored weights, size of a file, and the quantizer of a quantized export.
 
     With a quantizer the reference is the model with what its weights dequantize to; for one rank.
     """

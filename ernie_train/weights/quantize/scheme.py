@@ -24,7 +24,7 @@ IGNORED = ("lm_head", r"re:.*\.mlp\.gate$")
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """How a weight is stored: `bits` of a code, inputs that share a scale (None: the whole row)."""
+    """Bits of a code, and the number of inputs that share a scale (None: a whole row does)."""
 
     bits: int
     group_size: int | None = None
