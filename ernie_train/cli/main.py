@@ -391,6 +391,14 @@ def import_(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, by which editors complete and check it."""
+    from ernie_train.cli.schema import schema_text
+
+    print(schema_text(), end="")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, device, kernels and CPU set-up, and what is slow."""
     from ernie_train.cli.doctor import doctor_report, print_doctor_report

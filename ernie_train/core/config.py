@@ -55,6 +55,7 @@ class StrictConfig(pydantic.BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        use_attribute_docstrings=True,  # of a key: `docs/recipes.md` and the JSON Schema show it
     )
 
 

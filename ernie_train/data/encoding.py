@@ -46,25 +46,22 @@ SILENT_S = 2.0  # a progress bar appears after this
 
 
 class DataSource(MappedRows):
-    """Configure one entry of a stage's `data`.
-
-    path: a file of rows, a directory with all below it, or a pattern such as data/*.parquet,
-        relative to the current directory of the command; docs/data.md lists the kinds of files.
-    weight: an epoch has round(weight * documents) samples of the source.
-    format: the format of its rows; "auto" detects it from their keys.
-    columns: what to read the columns of its rows as, where they have names of their own.
-    max_examples: use only this number of valid rows, the first ones.
-    include_thinking: False removes the assistant's reasoning, so that only answers are trained.
-    overlong: "drop", "truncate" or "split" (into documents of up to seq_len tokens) rows that are
-        longer than seq_len; by default "drop" in SFT and "split" in pre-training.
-    """
+    """Configure one entry of a stage's `data`."""
 
     path: Annotated[str, Field(min_length=1), HARMLESS]
+    """A file of rows, a directory, or a pattern such as `data/*.parquet` (docs/data.md)."""
     weight: SampleWeight = 1.0
+    """An epoch has round(weight x documents) samples of the source."""
     format: FormatName = "auto"
+    """Format of its rows; `auto` detects it (docs/data.md)."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Uses the first so many valid rows; all unless given."""
     include_thinking: bool = True
+    """`false` trains answers without the reasoning before them."""
     overlong: Overlong | None = None
+    """What becomes of rows longer than `seq_len`: `drop`, `truncate`, or `split` into documents;
+    `drop` in SFT and `split` in pre-training, unless given.
+    """
 
 
 class _Dropped(Exception):

@@ -15,21 +15,24 @@ class ToolFile(StrictConfig):
     """A file whose public functions are tools; types and docstrings make their schemas."""
 
     python: Annotated[str, Field(min_length=1)]
+    """A file, beside the recipe, whose public functions are tools."""
 
 
 class EnvironmentConfig(StrictConfig):
-    """Tools that the policy may call over several turns.
-
-    tools: `calculator`, `python` (in the sandbox), `lookup` (in a row's `table`), and files.
-    max_turns: turns of the assistant; an episode that calls a tool in the last one is cut off.
-    max_tool_seconds: time of one call; of `python` processor time, rounded up, and twice it in all.
-    max_tool_tokens: a longer result is cut.
-    """
+    """Tools that the policy may call over several turns."""
 
     tools: Annotated[list[BuiltIn | ToolFile], Field(min_length=1)]
+    """`calculator`, `python` (in the sandbox), `lookup` (in a row's `table`), and files of your own
+    (docs/tools.md).
+    """
     max_turns: Annotated[int, Field(ge=2)] = 8
+    """Turns of the assistant; an episode that calls a tool in the last one is cut off."""
     max_tool_seconds: Positive = 5.0
+    """Seconds that one call may take; for `python` processor time, together with the episode's
+    earlier cells.
+    """
     max_tool_tokens: PositiveInt = 256
+    """Longest result of a tool, in tokens; a longer one is cut."""
 
     @model_validator(mode="after")
     def _no_tool_twice(self) -> EnvironmentConfig:

@@ -22,6 +22,9 @@ class PythonLogger(StrictConfig):
     """A class in a user's file, `my_logger.py:Logger`, that is given every line of metrics."""
 
     python: str
+    """A class in a file of your own, `my_logger.py:Logger`, made at the start of a stage and given
+    each line of metrics (docs/report.md#a-logger-of-your-own).
+    """
 
     def find(self, base_dir: Path) -> tuple[str, str]:
         """Return file and class; `UserError` if the file does not define it."""

@@ -42,7 +42,7 @@ _MOST = {
 
 # Other names in Hugging Face's attribute map. Not pydantic's AliasChoices: a preset and its
 # overrides are merged before they are validated, so both must have the same name by then.
-_ALIASES = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
+ALIASES = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
 
 # `transformers` gives a dense model other defaults than an MoE one.
 _DENSE_DEFAULTS: dict[str, Any] = {
@@ -200,7 +200,7 @@ class Ernie4_5_MoeConfig(StrictConfig):
         to the next `to_dict`.
         Raises `ConfigError` for keys that would change the model and are not implemented.
         """
-        values = {_ALIASES.get(key, key): value for key, value in data.items()}
+        values = {ALIASES.get(key, key): value for key, value in data.items()}
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         problems = foreign_problems(values, defaults)
         model_type = values.get("model_type", MOE_MODEL_TYPE)
@@ -350,7 +350,7 @@ def read_config_json(file: Path) -> dict[str, Any]:
 
 
 def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    values = {_ALIASES.get(key, key): value for key, value in overrides.items()}
+    values = {ALIASES.get(key, key): value for key, value in overrides.items()}
     problems = _merge_rope(values)
     values.pop("rope_parameters", None)
     values.pop("rope_scaling", None)

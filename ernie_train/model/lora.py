@@ -38,21 +38,24 @@ _OTHER_NAMES = {
 
 
 class LoraConfig(StrictConfig):
-    """Pairs of matrices of low rank that train in place of the model's own, which are frozen.
-
-    alpha: their product counts alpha / rank times; by default 2 * rank.
-    dropout: share of a layer's inputs that a pair does not see in training.
-    targets: names, or parts of names, of modules, `*` in them for anything; `all-linear` is
-        attention, MLPs, shared and routed experts. `embed_tokens` and `lm_head` on request.
-    rslora: alpha / sqrt(rank) instead (arXiv:2312.03732).
-    """
+    """Pairs of matrices of low rank that train in place of the model's own, which are frozen."""
 
     rank: PositiveInt
+    """Rank of a pair of matrices: columns of A, rows of B."""
     alpha: Positive | None = None
+    """The product of a pair counts alpha / rank times; twice the rank, unless given."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a layer's inputs that its pair does not see in training; in `pretrain` and `sft`
+    alone, not on embedding and head.
+    """
     targets: Annotated[list[str], Field(min_length=1)] = ["all-linear"]
+    """Modules that get a pair: names, or parts of names, with `*` for anything. `all-linear` is
+    attention, MLPs, shared and routed experts; `embed_tokens` and `lm_head` on request.
+    """
     rslora: bool = False
+    """Scales by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
     dora: bool = False
+    """Refused: not implemented."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +65,11 @@ class LoraConfig(StrictConfig):
             raise ValueError("; ".join(f"{key} is called {_OTHER_NAMES[key]}" for key in found))
         return values
 
-    @field_validator("targets", mode="before")
+    @field_validator(
+        "targets",
+        mode="before",
+        json_schema_input_type=str | Annotated[list[str], Field(min_length=1)],
+    )
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -30,18 +30,20 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class RecomputeConfig(StrictConfig):
-    """Settings of recomputation; each part includes its norm.
-
-    parts: attention, experts (router and shared experts included; the MLP of a dense layer), or
-        both, which are then recomputed as one, the layer.
-    layers: recompute the first so many layers, whose activations are held longest; all by default.
-    chunk_tokens: run experts, or the MLP, on so many tokens of a micro-batch at a time, so that
-        their own activations do not grow with it; on all at once by default.
-    """
+    """Settings of recomputation; each part includes its norm."""
 
     parts: tuple[Part, ...] = PARTS
+    """`attention`, `experts` (with router and shared experts; the MLP of a dense layer), or both,
+    which are then recomputed as one.
+    """
     layers: PositiveInt | None = None
+    """Recomputes the first so many layers only, whose activations are held longest; all unless
+    given.
+    """
     chunk_tokens: PositiveInt | None = None
+    """Runs experts, or the MLP, on so many tokens of a micro-batch at a time, so that their
+    activations do not grow with it; on all at once unless given.
+    """
 
     @field_validator("parts")
     @classmethod

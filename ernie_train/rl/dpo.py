@@ -49,24 +49,28 @@ VALIDATION_METRICS = (VALIDATION_LOSS, "validation/accuracies", "validation/marg
 
 
 class DpoConfig(StageConfig, MappedRows, PairLoss):
-    """DPO and its kin; the reference is the policy at the stage's start.
-
-    data: a path of rows with a prompt, a chosen and a rejected completion, and their columns.
-    validation: a path of held-out rows with the same columns.
-    validate_every_steps: steps between two measurements on them; as often as checkpoints are
-        written, unless given.
-    seq_len: longest prompt with its completion; pairs beyond it are left out.
-    """
+    """DPO and its kin; the reference is the policy at the stage's start."""
 
     sums_by_default: ClassVar[bool] = True
 
     kind: Literal["dpo"]
+    """Preference optimization on pairs of completions (DPO and its kin)."""
     data: Annotated[str, Field(min_length=1), HARMLESS]
+    """A path of rows with a prompt, a chosen and a rejected completion."""
     validation: Annotated[str, Field(min_length=1), HARMLESS] | None = None
+    """A path of held-out rows with the same columns: `validation_loss`, `validation/accuracies` and
+    `validation/margins`.
+    """
     validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
+    """Steps between two measurements of them; as often as checkpoints are written, unless given,
+    and always at the end.
+    """
     seq_len: PositiveInt
+    """Longest prompt with its completion; pairs beyond it are left out, and told."""
     steps: PositiveInt
+    """Duration in optimizer steps."""
     pairs_per_step: PositiveInt
+    """Pairs of an optimizer step."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DpoConfig:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.syntax import Syntax
 
 from ernie_train.core import devices
-from ernie_train.core.errors import ConfigError
-from ernie_train.data import Record, Tokenizer
+from ernie_train.core.errors import ConfigError, UserError
+from ernie_train.data import Record, Tokenizer, load_tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.eval.prompts import check_problems
@@ -19,11 +19,15 @@ from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.partial import trained_sizes
 from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
 from ernie_train.rl import UpoConfig
-from ernie_train.run.advice import recipe_warnings
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData
 from ernie_train.train.supervised_data import SupervisedConfig
 from ernie_train.weights.layout import parameter_shapes
+from ernie_train.weights.model_directory import find_model
+
+HIGHEST_LR = 0.05  # even a model of a few million parameters diverges above it
+# Letters, digits, code, spaces and Chinese: different vocabularies split some of it otherwise.
+_PROBE = "The quick brown foxes jumped: 2024 + 17 = ?\n\n    def f(x):\treturn x**2  # 最终答案是 é"
 
 
 def check_recipe(recipe: Recipe, console: Console) -> None:
@@ -231,3 +235,47 @@ def _check_stage(stage: AnyStageConfig, data: StageData, console: Console) -> No
     console.rule(f"stage {stage.name} ({stage.kind})")
     console.print(prepared.report.as_table())
     STAGES[stage.kind].describe(stage, data, prepared, console)
+
+
+def recipe_warnings(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
+    """Return a line for each setting that is unlikely to be meant."""
+    lines = []
+    for index, stage in enumerate(recipe.stages):
+        path, optim = f"stages.{index}.optim", stage.optim
+        if optim.lr > HIGHEST_LR:
+            lines.append(
+                f"warning: {path}.lr={optim.lr:g} is far above what trains; fine-tuning takes 1e-6 "
+                "to 1e-3"
+            )
+        steps = getattr(stage, "steps", None)
+        if steps is not None and optim.warmup_steps >= steps:
+            lines.append(
+                f"warning: {path}.warmup_steps={optim.warmup_steps} does not end within the "
+                f"stage's {steps} steps: the rate never reaches lr"
+            )
+        if isinstance(stage, UpoConfig) and stage.balance.bias_update_rate:
+            lines.append(
+                f"warning: stages.{index}.balance.bias_update_rate="
+                f"{stage.balance.bias_update_rate:g} moves the choice of experts after each step: "
+                "ratios and KL of an iteration's later steps measure that as well as learning; 0 "
+                "freezes it in RL"
+            )
+    return lines + _other_vocabulary(recipe, tokenizer)
+
+
+def _other_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
+    source = recipe.model
+    if source.path is None or source.is_absent:
+        return []
+    try:
+        beside = find_model(source.path).tokenizer
+        own = load_tokenizer(beside)
+    except UserError:
+        return []  # the model has no tokenizer of its own, or none that can be read
+    if own.encode(_PROBE) == tokenizer.encode(_PROBE):
+        return []
+    return [
+        f"warning: tokenizer.path={recipe.tokenizer.path} has another vocabulary than the "
+        f"tokenizer of model.path in {Path(beside)}: the model knows none of its ids; set "
+        f"tokenizer.path={source.path} unless it is meant to learn them anew"
+    ]

@@ -53,8 +53,7 @@ from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.rl.reward import find_score
-from ernie_train.run.advice import recipe_warnings
-from ernie_train.run.check import check_fit, check_gates, describe_training
+from ernie_train.run.check import check_fit, check_gates, describe_training, recipe_warnings
 from ernie_train.run.earlier import CHECKPOINTS, EarlierStarts, Selection, record_stage
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer

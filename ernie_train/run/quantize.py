@@ -27,18 +27,22 @@ LONGEST = 2048  # tokens of a document of the calibration
 
 
 class QuantizeConfig(StrictConfig):
-    """Weight-only quantization of an export, in compressed-tensors' format.
-
-    to: int8, with one scale for each row of a weight, or int4, with one for each group of inputs.
-    method: gptq rounds so that outputs on calibration rows change least; rtn each number by itself.
-    group_size: of int4; by default 128, or 32 where a weight's inputs are no multiple of 128.
-    calibration_tokens: of gptq, drawn from the rows.
-    """
+    """Weight-only quantization of an export, in compressed-tensors' format."""
 
     to: Literal["int8", "int4"]
+    """`int8` has a scale for each row of a weight, `int4` one for each group of inputs."""
     method: Literal["gptq", "rtn"] = "gptq"
+    """`gptq` rounds so that outputs on rows of the last `pretrain` or `sft` stage change least;
+    `rtn` rounds each number by itself.
+    """
     group_size: PositiveInt | None = None
+    """Inputs that share a scale of `int4`; unless given 128, or 32 where a weight's inputs are no
+    multiple of 128.
+    """
     calibration_tokens: PositiveInt = 16384
+    """Tokens that `gptq` draws from those rows; experts that fewer tokens reach than they have
+    inputs are rounded by `rtn`, and named in the receipt.
+    """
 
 
 @dataclass(frozen=True)

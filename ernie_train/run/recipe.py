@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import (
     PositiveInt,
@@ -26,125 +26,44 @@ from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
 from ernie_train.run.quantize import QuantizeConfig, stage_rows
+from ernie_train.run.sources import ModelSource, TokenizerSource, tokenizer_directory
 from ernie_train.run.stages import AnyStageConfig, RewardModelConfig
 from ernie_train.train.supervised_data import SupervisedConfig
-from ernie_train.weights.hf import load_config
-from ernie_train.weights.model_directory import find_model
-
-
-class ModelSource(StrictConfig):
-    """The model to start from: random weights of a preset, or the weights at `path`.
-
-    preset: its config keys may be overridden beside it (`moe_k: 2`). Together with `path` it names
-    the sizes that the model must have; `check` and `plan` use the preset while the files are
-    missing. A run needs the files.
-    path: a Hugging Face directory, a checkpoint or a run directory.
-    """
-
-    model_config = ConfigDict(extra="allow")  # the overrides; the model's config checks them
-
-    preset: str | None = None
-    path: str | None = None
-
-    @model_validator(mode="after")
-    def _check_source(self) -> ModelSource:
-        if self.preset is None and self.path is None:
-            raise ValueError("preset or path must be given")
-        if "lora" in (self.model_extra or {}):
-            raise ValueError("lora belongs to a stage, which it trains: stages[].lora")
-        if self.path is not None and self.model_extra:
-            names = ", ".join(self.model_extra)
-            raise ValueError(
-                f"{names}: a model from path keeps its own sizes; remove the overrides"
-            )
-        if self.preset is not None:
-            try:
-                self._of_preset()
-            except ConfigError as error:
-                raise ValueError("; ".join(error.problems)) from None
-        return self
-
-    @property
-    def is_absent(self) -> bool:
-        """Return True if `path` does not exist and `preset` is there in its place."""
-        return self.preset is not None and self.path is not None and not Path(self.path).exists()
-
-    def build(self) -> Ernie4_5_MoeConfig:
-        """Return the model's configuration.
-
-        Raises `ConfigError` for an unknown preset, impossible sizes, and sizes at `path` that
-        differ from the preset's.
-        """
-        if self.path is None or self.is_absent:
-            return self._of_preset()
-        found = load_config(find_model(self.path).weights)
-        if self.preset is not None and (wrong := self._of_preset().differing_sizes(found)):
-            listed = ", ".join(f"{name}={value}" for name, value in wrong.items())
-            raise ConfigError(
-                f"model.path: {self.path} has other sizes than model.preset={self.preset}: {listed}"
-            )
-        return found
-
-    def missing_model_message(self) -> str:
-        """Say that the preset is used in place of the missing model."""
-        return (
-            f"model: nothing at {self.path}; sizes are those of preset {self.preset}. A run needs "
-            "the weights: model.path=..."
-        )
-
-    def _of_preset(self) -> Ernie4_5_MoeConfig:
-        return Ernie4_5_MoeConfig.preset(str(self.preset), **(self.model_extra or {}))
-
-
-class TokenizerSource(StrictConfig):
-    """A directory with a tokenizer.json, a SentencePiece model, or what PaddleNLP can read.
-
-    `add`: tokens to add to the vocabulary, each encoded as one id; the model grows with it.
-    `stand_in`: a tokenizer that `check` uses while `path` does not exist. A run never uses it:
-    a wrong vocabulary would train without an error.
-    """
-
-    path: str
-    add: list[Annotated[str, Field(min_length=1)]] = []
-    stand_in: str | None = None
-
-    def is_absent(self, base_dir: Path) -> bool:
-        """Return True if `path` does not exist and `stand_in` names a fallback."""
-        return self.stand_in is not None and not (base_dir / self.path).exists()
 
 
 class ChatConfig(StrictConfig):
-    """The format of conversations, in every stage, evaluation and export.
-
-    template: the chat template to use instead of the one of the tokenizer's directory:
-        ernie_thinking, ernie_plain, or a file.
-    history_reasoning: show the reasoning of earlier turns as the template does, or keep or drop it.
-    control_tokens: encode a text in the data that looks like a control token as plain text, or
-        refuse the row.
-    date: the day that a template which asks for it writes; that of the run's first start, unless
-        given.
-    """
+    """The format of conversations, in every stage, evaluation and export."""
 
     template: str | None = None
+    """Another template than the tokenizer's own: `ernie_thinking`, `ernie_plain`, or a Jinja file.
+    """
     history_reasoning: Literal["template", "keep", "drop"] = "template"
+    """Reasoning of earlier turns: `template` shows what the chat template does, `keep` all of it,
+    `drop` none.
+    """
     control_tokens: Literal["text", "refuse"] = "text"
+    """Text in the data that looks like a control token: `text` encodes it as plain characters,
+    `refuse` counts its row as bad.
+    """
     date: datetime.date | None = None
+    """The day that a template which calls `strftime_now` writes, `"2026-01-05"`; the day of the
+    run's first start, unless given.
+    """
 
 
 class ParallelConfig(StrictConfig):
-    """Layout over `expert` x `data` ranks; results do not depend on it.
-
-    expert: number of consecutive ranks over which the experts of a layer are split.
-    data: copies of every expert. Dense parameters are on all ranks.
-    sharding: split optimizer state over the ranks that hold the same parameter (ZeRO-1).
-    recompute: run layers, or parts of them, again in the backward pass instead of keeping their
-        activations.
-    """
+    """Layout over `expert` x `data` ranks; results do not depend on it."""
 
     expert: PositiveInt = 1
+    """Consecutive ranks over which the experts of a layer are split."""
     data: PositiveInt = 1
+    """Copies of every expert; there are `expert` x `data` ranks, and all hold the dense parameters.
+    """
     sharding: bool = False
+    """Splits optimizer state over the ranks that hold the same parameter (ZeRO-1)."""
     recompute: Recompute = False
+    """`true`, or a section: runs layers again in the backward pass instead of keeping activations.
+    """
 
     @model_validator(mode="after")
     def _check_sharding(self) -> ParallelConfig:
@@ -161,20 +80,32 @@ class EvaluationConfig(MappedRows):
     """Held-out problems to solve after the last stage; `path` holds rows."""
 
     path: str
+    """A path of problems, as docs/data.md lists them."""
     max_new_tokens: PositiveInt = 128
+    """Longest completion, in tokens."""
     batch_size: PositiveInt = 256
-    max_examples: PositiveInt | None = None  # per task; None: all
-    untrained_examples: Annotated[int, Field(ge=0)] = 0  # per task, for the untrained model
-    after_each_stage: bool = False  # solve them after every stage; gates need it
-    environment: EnvironmentConfig | None = None  # tools that may be called over several turns
+    """Sequences that are completed at once."""
+    max_examples: PositiveInt | None = None
+    """Problems of each task; all unless given."""
+    untrained_examples: Annotated[int, Field(ge=0)] = 0
+    """Problems of each task that the untrained model solves too, for comparison."""
+    after_each_stage: bool = False
+    """Solves them after every stage, which gates need."""
+    environment: EnvironmentConfig | None = None
+    """Tools that may be called over several turns, with the keys of a stage's (docs/tools.md)."""
 
 
 class ExportConfig(StrictConfig):
     """Format of the export that is written after the last stage."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights; routers stay float32."""
     max_shard_size: int | str = "5GB"
+    """Largest weights file: a number of bytes, or `5GB`."""
     quantize: QuantizeConfig | None = None
+    """Stores the weights of attention, MLPs and experts as integers (docs/serving.md#quantized); on
+    one rank.
+    """
 
 
 class Recipe(StrictConfig):
@@ -183,17 +114,34 @@ class Recipe(StrictConfig):
     foreign_keys = FOREIGN_KEYS
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Name of the run, and of its directory `runs/NAME`."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of random weights, order of data and sampling; each stage derives its own from it."""
     model: ModelSource
+    """The model to start from."""
     tokenizer: TokenizerSource
+    """The tokenizer of all stages and of the export."""
     chat: ChatConfig = ChatConfig()
+    """The format of conversations."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`cpu`, `gpu`, or `auto`: a GPU where there is one. Training is in float32 on a CPU, in
+    bfloat16 with float32 masters on a GPU.
+    """
     parallel: ParallelConfig = ParallelConfig()
-    sandbox: Literal["strict"] = "strict"  # programs of a model never run without a sandbox
+    """Layout over ranks."""
+    sandbox: Literal["strict"] = "strict"
+    """`strict` alone: programs of a model never run without a sandbox."""
     metrics: list[LoggerChoice] = ["visualdl"]
+    """What the metrics of a stage are sent to beside its `metrics.jsonl`: `visualdl`,
+    `tensorboard`, or a class of your own as `{python: my_logger.py:Logger}`
+    (docs/report.md#metrics-in-other-viewers).
+    """
     stages: Annotated[list[AnyStageConfig], Field(min_length=1)]
+    """The stages in their order, each of a `kind`."""
     evaluation: EvaluationConfig | None = None
+    """Held-out problems that the trained model solves."""
     export: ExportConfig | None = None
+    """Writes the trained model as a Hugging Face directory."""
 
     @field_validator("sandbox", mode="before")
     @classmethod
@@ -323,14 +271,6 @@ class Recipe(StrictConfig):
     def stage_directory(self, index: int) -> str:
         """Return the name of a stage's directory in a run directory, such as `01-sft`."""
         return f"{index + 1:02d}-{self.stages[index].name}"
-
-
-def tokenizer_directory(path: Path) -> Path:
-    """Return the directory of the tokenizer of a run, a stage or a checkpoint, else `path`."""
-    for mark, inner in (("recipe.yaml", "."), ("stage.json", ".."), ("state.json", "../../..")):
-        if (path / mark).is_file():
-            return path / inner / "tokenizer"
-    return path
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -39,17 +39,20 @@ class BalanceConfig(StrictConfig):
     Each term enters the objective as its coefficient times its sum over the MoE layers, and is
     logged as its mean over them. ERNIE 4.5's pre-training has orthogonal_coef 1e-3 (decoupled),
     load_balance_coef 1e-5 and bias_update_rate 1e-3.
-
-    orthogonal_mode: "loss" adds the term to the objective; "decoupled" moves the router by
-        -orthogonal_coef * gradient after each update, past learning rate, moments and clipping.
-    bias_update_rate: step of the auxiliary-loss-free selection bias; 0 freezes it.
     """
 
     orthogonal_coef: NonNegative = 0.0
+    """Coefficient of the loss that keeps the router's columns orthogonal."""
     orthogonal_mode: Literal["loss", "decoupled"] = "loss"
+    """`loss` adds that term to the objective; `decoupled` moves the router by `-orthogonal_coef` x
+    its gradient after each update, past learning rate, moments and clipping.
+    """
     load_balance_coef: NonNegative = 0.0
+    """Coefficient of the load-balance loss."""
     z_loss_coef: NonNegative = 0.0
+    """Coefficient of the router z-loss."""
     bias_update_rate: NonNegative = 0.0
+    """Step of the auxiliary-loss-free selection bias, which no gradient moves; 0 freezes it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> BalanceConfig:

@@ -33,21 +33,18 @@ _OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
 
 
 class MoeHealthConfig(StrictConfig):
-    """Settings of the experts' metrics and warnings.
-
-    layers_every_steps: figures of single layers; those of all layers are logged every step.
-    probe_every_steps, probe_tokens: how often, and on how many tokens of the stage's first batch,
-        today's choice of experts is compared with that at the stage's start.
-    warn_load_max: bound of the busiest expert's load over the mean load.
-    warn_after_steps: warn when an expert got no token, or the load exceeded its bound, for so
-        many steps in a row.
-    """
+    """Settings of the experts' metrics and warnings."""
 
     layers_every_steps: PositiveInt = 10
+    """Steps between metrics of single layers; those over all layers are logged every step."""
     probe_every_steps: PositiveInt = 100
+    """Steps between comparisons of today's choice of experts with that at the stage's start."""
     probe_tokens: PositiveInt = 512
+    """Tokens of the stage's first batch on which that choice is compared."""
     warn_load_max: Annotated[float, Field(gt=1)] = 4.0
+    """Load of the busiest expert over the mean load above which a warning counts."""
     warn_after_steps: PositiveInt = 20
+    """Steps in a row in which an expert got no token, or exceeded its bound, before a warning."""
 
 
 def layer_health(

@@ -32,15 +32,27 @@ class OptimConfig(StrictConfig):
     """AdamW (arXiv:1711.05101) and its schedule; defaults as in ERNIE 4.5's pre-training."""
 
     lr: Positive
+    """Highest learning rate of the schedule."""
     min_lr: NonNegative = 0.0
+    """Learning rate that the schedule falls to."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Course of the learning rate after warm-up; `wsd` holds it, then lets it fall over
+    `decay_fraction` of the steps.
+    """
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None  # of all steps; wsd's own
+    """First steps, over which the rate rises from 0."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of all steps over which the rate of `wsd` falls."""
     weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of AdamW, on matrices alone."""
     beta1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
     beta2: Fraction = 0.95
+    """Decay of AdamW's second moment."""
     eps: Positive = 1e-8
+    """Added to the root of AdamW's second moment."""
     clip_grad_norm: Positive | None = 1.0
+    """Largest global norm of the gradient, which is scaled down to it; `null` for no bound."""
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:

@@ -16,28 +16,30 @@ class Upsample(StrictConfig):
     """Draw documents of more than `longer_than` tokens `factor` times as often as others."""
 
     longer_than: PositiveInt
+    """Tokens beyond which a document is long."""
     factor: Annotated[float, Field(gt=1)]
+    """How many times as often it is drawn."""
 
 
 class RopePhase(StrictConfig):
-    """Settings of one phase of a `rope_schedule`.
-
-    rope_theta: RoPE's base, from the phase's first step on ("jump"), or reached at its last step
-        by the same factor each step ("smooth") from the base before the phase.
-    seq_len: tokens of a row in this phase.
-    steps, tokens: its duration, exactly one of them. Tokens are positions of the batches, padding
-        included; the last step may exceed them.
-    micro_batch_size: rows of a micro-batch; the stage's, unless given.
-    upsample: documents (as split to seq_len) to be drawn more often than they occur.
-    """
+    """Settings of one phase of a `rope_schedule`."""
 
     rope_theta: Annotated[float, Field(gt=1)]
+    """RoPE's base in this phase."""
     seq_len: Annotated[int, Field(ge=2)]
+    """Tokens of a row in this phase; raises `max_position_embeddings` of a model from `path`."""
     steps: PositiveInt | None = None
+    """Duration in steps; give this or `tokens`."""
     tokens: PositiveInt | None = None
+    """Duration in positions of the batches, padding included; the last step may exceed it."""
     transition: Literal["jump", "smooth"] = "jump"
+    """`jump` takes the base from the first step on, `smooth` reaches it at the phase's last step,
+    by the same factor each step.
+    """
     micro_batch_size: PositiveInt | None = None
+    """Rows of a micro-batch; the stage's, unless given."""
     upsample: Upsample | None = None
+    """Draws long documents (as split to `seq_len`) more often than they occur."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RopePhase:

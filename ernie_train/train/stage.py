@@ -23,38 +23,49 @@ from ernie_train.weights.checkpoint import CheckpointConfig
 
 
 class Gate(StrictConfig):
-    """Bar on the recipe's held-out problems that the model must pass before the next stage.
-
-    metric: eval/<task>, eval/<domain> or eval/mean, the share of problems solved.
-    max_regression: how far any domain may fall below its value before the stage.
-    """
+    """Bar on the recipe's held-out problems that the model must pass before the next stage."""
 
     metric: Annotated[str, Field(pattern=r"^eval/.+$")]
+    """`eval/<task>`, `eval/<domain>` or `eval/mean` of the recipe's `evaluation`; in a stage of
+    kind `reward` its own `eval/accuracy`.
+    """
     at_least: Annotated[float, Field(ge=0, le=1)]
+    """Share of problems that must be solved, or of held-out pairs that must be ranked rightly."""
     max_regression: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How far any domain may fall below its value before the stage."""
 
 
 class StageConfig(StrictConfig):
-    """Settings that every kind of stage has.
-
-    lora: pairs of matrices train beside a frozen model; they are merged when the stage ends.
-    train: names of parameters, or parts of names, that train; all by default, none beside `lora`.
-    freeze: those that do not.
-    """
+    """Settings that every kind of stage has."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
+    """Name of the stage, and of its directory `NN-NAME`."""
     micro_batch_size: PositiveInt
+    """Rows (sequences in RL) of one forward and backward pass."""
     optim: OptimConfig
+    """Optimizer and learning rate."""
     lora: LoraConfig | None = None
+    """Pairs of matrices of low rank train beside a frozen model, and are merged when the stage ends
+    (docs/lora.md).
+    """
     train: list[str] = []
+    """Names of parameters, or parts of names, that train: all, unless given; beside `lora` none,
+    unless given.
+    """
     freeze: list[str] = []
+    """Names of parameters that do not train, and take no LoRA pair."""
     balance: BalanceConfig = BalanceConfig()
+    """Terms and updates that keep the experts in use."""
     moe_health: Annotated[MoeHealthConfig, HARMLESS] = MoeHealthConfig()
+    """The experts' metrics and warnings."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, which are kept, which one the stage hands on."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1), HARMLESS] = 0.01
+    """Share of unreadable rows of a source above which it is refused."""
     gate: Annotated[Gate | None, HARMLESS] = None
+    """What the model must solve before the next stage."""
 
-    @field_validator("train", "freeze", mode="before")
+    @field_validator("train", "freeze", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -37,19 +37,26 @@ class SupervisedConfig(StageConfig):
 
     Its rows have one length, `seq_len`, for `steps` or `epochs`; or `rope_schedule` gives the
     length, the duration and RoPE's base of each of its phases.
-
-    validate_every_steps: steps between two measurements of the loss on `validation`; as often as
-        checkpoints are written, unless given. It is always measured at the stage's end.
     """
 
     data: Annotated[list[DataSource], Field(min_length=1)]
+    """Files to train on, mixed by weight."""
     validation: list[DataSource] = []
+    """Files whose loss is measured during the stage."""
     grad_accum_steps: PositiveInt = 1
+    """Micro-batches of a step, on all ranks together."""
     validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
+    """Steps between two measurements of `validation`; as often as checkpoints are written, unless
+    given, and always at the end.
+    """
     seq_len: PositiveInt | None = None
+    """Tokens of a row, into which documents are packed."""
     epochs: PositiveInt | None = None
+    """Duration in passes over the data; give this, `steps` or a `rope_schedule`."""
     steps: PositiveInt | None = None
+    """Duration in optimizer steps."""
     rope_schedule: list[RopePhase] | None = None
+    """Phases with their own RoPE base, length and duration, in place of `seq_len` and `steps`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SupervisedConfig:
@@ -120,20 +127,20 @@ class PretrainConfig(SupervisedConfig):
     """Settings of a pre-training stage: loss on every token; its data rows are texts."""
 
     kind: Literal["pretrain"]
+    """Next-token prediction on all tokens of documents."""
 
 
 class SftConfig(SupervisedConfig):
-    """Settings of an SFT stage: loss on the assistant's tokens; its data rows are conversations.
-
-    normalization: weigh every trained token alike (tokens) or every sample (token_balanced).
-    train_turns: train every turn of the assistant, or the last one alone.
-    train_reasoning: False trains the answers alone, with the reasoning in their context.
-    """
+    """Settings of an SFT stage: loss on the assistant's tokens; its data rows are conversations."""
 
     kind: Literal["sft"]
+    """Supervised fine-tuning on the turns of the assistant in conversations."""
     normalization: Literal["tokens", "token_balanced"] = "tokens"
+    """`tokens` weighs every trained token alike, `token_balanced` every sample."""
     train_turns: Literal["all", "last"] = "all"
+    """Trains every turn of the assistant (`all`) or the `last` one alone."""
     train_reasoning: bool = True
+    """`false` trains answers alone; their reasoning stays in the context."""
 
     @model_validator(mode="before")
     @classmethod

@@ -53,21 +53,26 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointConfig(StrictConfig):
-    """Set when checkpoints are written, which of them are kept and which one ends the stage.
-
-    best_metric: the checkpoint with the best value of it is kept besides the last ones.
-    best_is: which value of it is the best; "lower" for a loss and "higher" for anything else,
-        unless given.
-    load_best_at_end: the stage hands the best checkpoint on to the next stage, to evaluation and
-        export, instead of its last one.
-    """
+    """Set when checkpoints are written, which of them are kept and which one ends the stage."""
 
     every_steps: Annotated[int, HARMLESS] = Field(200, ge=1)
+    """Optimizer steps, or iterations in RL, between checkpoints; there is one at the end too."""
     keep_last: Annotated[int, HARMLESS] = Field(2, ge=1)
+    """Number of newest checkpoints that are kept."""
     best_metric: str | None = None
+    """Keeps the checkpoint with the best value of it as well: `validation_loss` of `pretrain`,
+    `sft` and `dpo`; `validation/accuracies` or `validation/margins` of `dpo`; `eval/accuracy`,
+    `eval/margin` or `eval/loss` of `reward`; `eval/...` of a `upo` stage's `evaluation`.
+    `every_steps` must be a multiple of the interval in which it is measured.
+    """
     best_is: Literal["higher", "lower"] | None = None
+    """`higher` or `lower`; `lower` for a loss and `higher` for anything else, unless given."""
     load_best_at_end: bool = False
+    """The stage hands the best checkpoint on, to the next stage, to evaluation and export, instead
+    of its last one.
+    """
     max_shard_size: Annotated[int | str, HARMLESS] = "5GB"
+    """Largest weights file: a number of bytes, or `5GB`."""
 
     @model_validator(mode="after")
     def _best_of_something(self) -> CheckpointConfig:

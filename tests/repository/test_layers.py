@@ -55,11 +55,11 @@ PACKAGES: dict[str, str] = {
     "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"
     " report pairs loss learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise",
-    "run": "stages foreign_keys quantize recipe lineage advice check referee_script proof export"
+    "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
     "plan": "layout workload memory cost search tables command",
     "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"
-    " status main",
+    " schema status main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16

@@ -13,9 +13,10 @@ import pytest
 from ernie_train.core.errors import ConfigError, UserError, did_you_mean
 from ernie_train.data import load_tokenizer, train_tokenizer
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from ernie_train.run.advice import recipe_warnings
+from ernie_train.run.check import recipe_warnings
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
-from ernie_train.run.recipe import Recipe, load_recipe, tokenizer_directory
+from ernie_train.run.recipe import Recipe, load_recipe
+from ernie_train.run.sources import tokenizer_directory
 from ernie_train.weights import save_pretrained
 from ernie_train.weights.model_directory import find_model
 from tests.workspace import make_workspace

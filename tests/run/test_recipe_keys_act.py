@@ -45,13 +45,14 @@ from ernie_train.rewards.scoring import composition
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService
 from ernie_train.rewards.scoring.worker import _graded
 from ernie_train.rl.reward import scoring
-from ernie_train.run.recipe import ModelSource, Recipe
+from ernie_train.run.recipe import Recipe
+from ernie_train.run.sources import ModelSource
 from ernie_train.train.stage import Gate
 from tests.generate.engine_stand_in import StandIn
-from tests.recipe_keys import Key, recipe_keys
 from tests.run.recipe_probes import CRITIC, PROBES, REMOVED, Changes, Probe
 from tests.small_models import make_model
 from tests.workspace import make_workspace, rows, write_rows
+from tools.recipe_reference import Key, recipe_keys
 
 KEYS = {key.path: key for key in recipe_keys()}
 

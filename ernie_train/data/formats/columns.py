@@ -12,16 +12,16 @@ from ernie_train.data.formats.values import Row, RowError
 
 
 class Column(StrictConfig):
-    """Say where the value of a key comes from: a column of the row, or a constant.
-
-    column: its name, or a path into structs and lists such as reward_model.ground_truth or turns.0.
-    after: keeps the text after the last such marker, as #### before the result in GSM8K.
-    value: the same for every row.
-    """
+    """Say where the value of a key comes from: a column of the row, or a constant."""
 
     column: Annotated[str, Field(min_length=1)] | None = None
+    """Name of a column, or a path into structs and lists such as `reward_model.ground_truth` or
+    `turns.0`.
+    """
     after: Annotated[str, Field(min_length=1)] | None = None
+    """Keeps the text after the last such marker, as `####` before the result in GSM8K."""
     value: Any = None
+    """The same value for every row, in place of a column."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Column":
@@ -40,13 +40,12 @@ Columns = Mapping[str, str | Column]
 
 
 class MappedRows(StrictConfig):
-    """Settings of rows whose columns may have names of their own.
-
-    columns: what a row shall be read as, key: column; see `Column`. Columns that are not named keep
-        their names.
-    """
+    """Settings of rows whose columns may have names of their own."""
 
     columns: Annotated[dict[str, str | Column], Field(min_length=1)] | None = None
+    """The rows' own names of columns, as `key: column`; others keep their names
+    (docs/data.md#columns-of-your-own).
+    """
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -10,27 +10,28 @@ from ernie_train.core.config import HARMLESS, Positive, PositiveInt, StrictConfi
 
 
 class EngineConfig(StrictConfig):
-    """Settings of who samples: our own sampler, or a vLLM or FastDeploy server.
-
-    url: a vLLM server that runs already, up to and without /v1.
-    python: the interpreter that starts the server; that of `ERNIE_TRAIN_VLLM` by default.
-    args: further arguments of the server's command line.
-    dtype: of the weights that it is given; by default that of the model.
-    directory: each version of the weights is written for it to a folder of the run in there; by
-        default to `engine/` in the stage's directory.
-    parallel: requests at a time.
-    timeout_s: for all completions of a call; start_timeout_s: for a start or new weights.
-    """
+    """Settings of who samples: our own sampler, or a vLLM or FastDeploy server."""
 
     kind: Literal["own", "vllm", "fastdeploy"] = "own"
+    """What samples: our own sampler (`own`), `vllm` or `fastdeploy`."""
     url: Annotated[str | None, Field(pattern=r"^https?://[^/\s]+/?$"), HARMLESS] = None
+    """A vLLM server that runs already, up to and without `/v1`."""
     python: Annotated[str | None, Field(min_length=1), HARMLESS] = None
+    """The interpreter that starts the server; by default that of `ERNIE_TRAIN_VLLM`."""
     args: Annotated[list[str], HARMLESS] = []
+    """Further arguments of the server's command line."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights that it is given; that of the model unless given."""
     directory: Annotated[str | None, Field(min_length=1), HARMLESS] = None
+    """Directory to which each version of the weights is written, for one run at a time; `engine/`
+    in the stage's directory unless given.
+    """
     parallel: Annotated[PositiveInt, HARMLESS] = 64
+    """Requests at a time."""
     timeout_s: Annotated[Positive, HARMLESS] = 1800.0
+    """Seconds that all completions of a call may take."""
     start_timeout_s: Annotated[Positive, HARMLESS] = 900.0
+    """Seconds that a start, or loading new weights, may take."""
 
     @field_validator("url")
     @classmethod

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
+from pydantic_core import CoreSchema
 
 from ernie_train.core.config import HARMLESS, StrictConfig
 from ernie_train.core.errors import UserError
@@ -34,9 +35,12 @@ _SHOWN_EXCLUDED = 5
 class RubricItem(StrictConfig):
     """Configure one line of a judge's checklist."""
 
-    criterion: str = Field(min_length=1, description="what the response should do, or should not")
-    marks: float = Field(default=1.0, description="for meeting it; below 0 for a fault")
-    reference: str | None = Field(default=None, description="what meets it, as the judge is told")
+    criterion: str = Field(min_length=1)
+    """What the completion should do, or should not."""
+    marks: float = 1.0
+    """Marks for meeting it; below 0 for a fault."""
+    reference: str | None = None
+    """What meets it, told to the judge."""
 
 
 class LlmJudgeConfig(StrictConfig):
@@ -45,19 +49,20 @@ class LlmJudgeConfig(StrictConfig):
     It compares them with `answer`, or says which criteria of a rubric they meet.
     """
 
-    url: str = Field(
-        pattern=r"^https?://[^/\s]", description="OpenAI-compatible endpoint, up to and with /v1"
-    )
+    url: str = Field(pattern=r"^https?://[^/\s]")
+    """OpenAI-compatible endpoint, up to and with `/v1`."""
     model: str = Field(min_length=1)
-    api_key_env: str | None = Field(
-        default=None, description="the environment variable that holds the key"
-    )
-    timeout_s: float = Field(default=60.0, gt=0, description="for one request")
-    retries: int = Field(default=2, ge=0, le=10, description="further requests after a failure")
-    parallel: int = Field(default=8, ge=1, le=256, description="requests at a time")
-    rubric: list[RubricItem] = Field(
-        default=[], description="the checklist of rows that have none of their own"
-    )
+    """Name of the model at that endpoint."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds that one request may take."""
+    retries: int = Field(default=2, ge=0, le=10)
+    """Further requests after a failure."""
+    parallel: int = Field(default=8, ge=1, le=256)
+    """Requests at a time."""
+    rubric: list[RubricItem] = []
+    """A checklist for rows that have none of their own (docs/rewards.md)."""
 
     @pydantic.model_validator(mode="after")
     def _earns_marks(self) -> "LlmJudgeConfig":
@@ -77,32 +82,35 @@ class RewardModelPart(StrictConfig):
 
     path: Annotated[
         str,
-        Field(min_length=1, description="a run, stage, checkpoint or export of a reward model"),
+        Field(min_length=1),
         HARMLESS,
     ]
-    normalize: bool = Field(
-        default=True, description="less the mean, through the deviation, of its training scores"
-    )
-    clip: float = Field(default=5.0, gt=0, description="bound of a score's size")
-    batch_size: int = Field(default=16, ge=1, description="conversations scored at once")
+    """A run, stage, checkpoint or export of a reward model."""
+    normalize: bool = True
+    """Scores less the mean, divided by the deviation, of those at the end of its training."""
+    clip: float = Field(default=5.0, gt=0)
+    """Bound of a score's size; a completion without an answer gets the lower one."""
+    batch_size: int = Field(default=16, ge=1)
+    """Conversations that it scores at once."""
 
 
 class RewardPart(StrictConfig):
     """Configure one part: exactly one of `name`, `python`, `judge` and `model`."""
 
-    name: str | None = Field(
-        default=None, description="a verifier's name, or `row`: the one in each row's `reward`"
-    )
-    python: str | None = Field(default=None, description="file.py:function, beside the recipe")
+    name: str | None = None
+    """A verifier's name, or `row`: the one in each row's `reward`."""
+    python: str | None = None
+    """`file.py:function`, a reward of your own."""
     judge: LlmJudgeConfig | None = None
+    """A language model that compares with `answer`."""
     model: RewardModelPart | None = None
-    weight: float = Field(default=1.0, description="what its value is multiplied by")
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="of `format` only: longer completions lose half of it"
-    )
-    timeout_s: float | None = Field(
-        default=None, gt=0, description="of `python` only: for one completion; 90 without it"
-    )
+    """A reward model (docs/reward_models.md)."""
+    weight: float = 1.0
+    """What its value is multiplied by."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Of `format` alone: longer completions lose half of it."""
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Of `python` alone: seconds for one completion; 90 without it."""
 
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> "RewardPart":
@@ -137,17 +145,30 @@ class RewardConfig(StrictConfig):
     """Configure the parts of a reward; a recipe may also give a name, a part or a list of parts."""
 
     parts: list[RewardPart] = Field(min_length=1)
+    """Weighted parts, whose values add up."""
     max_excluded_fraction: float = Field(
         default=0.25,
         ge=0,
         le=1,
-        description="share of a batch that may go without a score; above it the run refuses",
     )
+    """Share of a batch that may go without a score; above it the run stops."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
         return cls.in_full(value)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Return the JSON Schema of the section and of its short forms."""
+        full, part = handler(schema), handler(RewardPart.__pydantic_core_schema__)
+        keys = dict(handler.resolve_ref_schema(full)["properties"])
+        one = dict(handler.resolve_ref_schema(part))
+        beside = {key: keys[key] for key in keys if key not in RewardConfig.model_fields}
+        one["properties"] = {**one["properties"], **beside}
+        return {"anyOf": [full, one, {"type": "array", "items": part}, {"type": "string"}]}
 
     @staticmethod
     def in_full(value: Any) -> Any:

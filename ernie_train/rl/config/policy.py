@@ -28,14 +28,16 @@ Aggregation = Literal["token", "sequence", "constant"]
 
 
 class KlConfig(StrictConfig):
-    """Distance to the stage's starting policy, per token, in the loss or in the reward.
-
-    kind: the estimator; None takes k1 in the reward and k3 in the loss.
-    """
+    """Distance to the stage's starting policy, per token, in the loss or in the reward."""
 
     coef: NonNegative
+    """Coefficient of the estimated distance, per token."""
     kind: KlKind | None = None
+    """`k1`, `k2` or `k3`: Schulman's estimators, d, d^2/2 and exp(-d) - 1 + d of the difference d
+    of logprobs; unless given k3 in the loss and k1 in the reward.
+    """
     place: Literal["loss", "reward"] = "loss"
+    """In the `loss` (k2, k3), or in the `reward` of each token (k1)."""
 
     @model_validator(mode="after")
     def _useful(self) -> KlConfig:
@@ -67,16 +69,14 @@ class KlConfig(StrictConfig):
 
 
 class SamplerCorrectionConfig(StrictConfig):
-    """Importance weights of sampled tokens: probability at the update over that of the sampler.
-
-    kind: weights outside of `bounds` are held at them ("truncated", TIS), or are 0 ("masked").
-    level: the weight of each token, or the product over its sequence.
-    bounds: lowest and highest weight; None takes 0 and 2, with "masked" 0.5 and 2.
-    """
+    """Importance weights of sampled tokens: probability at the update over that of the sampler."""
 
     kind: Literal["truncated", "masked"]
+    """Weights out of bounds are held at them (`truncated`), or are 0 (`masked`)."""
     level: Literal["token", "sequence"] = "token"
+    """The weight of each `token`, or the product over its `sequence`."""
     bounds: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] | None = None
+    """Lowest and highest weight; [0, 2] unless given, [0.5, 2] with `masked`."""
 
     @model_validator(mode="after")
     def _around_one(self) -> SamplerCorrectionConfig:
@@ -110,35 +110,55 @@ class PolicyConfig(StrictConfig):
 
     An iteration updates the policy `update_epochs` times over its rollout, in `minibatches`
     optimizer steps each. A coefficient of 0 leaves its term out of the objective.
-
-    objective: clipped surrogate ("ppo"), or clipped weights of the logprobs ("cispo").
-    ratio: of each token, or the geometric mean over its sequence (GSPO).
-    clip_ratio, clip_ratio_high: None takes those of `objective` and `ratio`.
-    aggregation: terms of tokens are means over the step's tokens, means over its sequences of the
-        mean of each (GRPO), or sums divided by max_new_tokens * sequences (Dr. GRPO).
-    baseline: of a group's rewards: their mean, or that of the other completions (RLOO).
-    sampler_correction: weighs tokens where the sampler computes other logprobs than the update.
-    router_replay: tokens take the experts that sampling chose, with weights of the present router.
-    group_scale: group-relative advantages of the verifier's marks are divided by the group's
-        standard deviation, or not.
-    normalize_rewards: "domain" centres and scales the rewards of each domain in an iteration.
     """
 
     coef: NonNegative = 1.0
+    """Coefficient of the policy term; with 0 pairs alone train."""
     objective: PolicyObjective = "ppo"
+    """`ppo`: the clipped surrogate; `cispo`: logprobs, weighted by clipped ratios without gradient
+    (docs/upo.md#objectives).
+    """
     ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each `token`, or the geometric mean over its `sequence` (GSPO)."""
     clip_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """How far a ratio may fall below 1, and rise above it; unless given 0.2, with `ratio: sequence`
+    3e-4, with `cispo` no bound.
+    """
     clip_ratio_high: Positive | None = None
+    """How far it may rise, if not as far; unless given `clip_ratio`, with `ratio: sequence` 4e-4
+    where `clip_ratio` is not given either, with `cispo` 4.
+    """
     aggregation: Aggregation = "token"
+    """Terms of tokens are means over the step's tokens (`token`), means over its sequences of their
+    means (`sequence`, GRPO), or sums divided by `max_new_tokens` x sequences (`constant`, Dr.
+    GRPO).
+    """
     entropy_coef: NonNegative = 0.0
+    """Coefficient of the entropy, which is maximized."""
     kl: KlConfig | None = None
+    """Penalty on the distance to the stage's starting policy."""
     update_epochs: PositiveInt = 1
+    """Updates over each rollout."""
     minibatches: PositiveInt = 1
+    """Optimizer steps of one update."""
     sampler_correction: SamplerCorrectionConfig | None = None
+    """Importance weights of tokens whose sampler computes other logprobs than the update."""
     router_replay: bool = False
-    baseline: AdvantageBaseline | None = None  # None: mean
-    group_scale: Literal["std", "none"] | None = None  # None: std; none with leave_one_out
-    normalize_rewards: Literal["domain", "none"] | None = None  # None: domain where it acts
+    """Tokens take the experts that sampling chose for them, with weights of the present router
+    (docs/upo.md#router-replay).
+    """
+    baseline: AdvantageBaseline | None = None
+    """A completion is compared with the `mean` of its group or, `leave_one_out`, with that of the
+    others; `mean` unless given.
+    """
+    group_scale: Literal["std", "none"] | None = None
+    """`std` divides group-relative advantages of the verifier's marks by the group's deviation,
+    `none` does not; `std` unless given, `none` with `leave_one_out`.
+    """
+    normalize_rewards: Literal["domain", "none"] | None = None
+    """`domain` centres and scales the rewards of each domain in an iteration, `none` does not;
+    `domain` unless given, but nothing under `std`, where it has no effect.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicyConfig:
@@ -172,19 +192,23 @@ class CriticConfig(StrictConfig):
     """A critic, which makes advantages generalized (GAE) instead of group-relative.
 
     It is a model of its own that starts from the stage's policy.
-
-    gamma: discount of GAE (arXiv:1506.02438).
-    lam: trace decay of the returns that the critic learns, and of the policy's advantages unless
-        `policy_lam` has one for these (decoupled GAE, arXiv:2504.05118). Below 1 a reward at the
-        last token is lost on tokens far from it for as long as values are near 0.
-    path: starts it from the `critic/` directory of a checkpoint instead.
-    warmup_iterations: iterations in which the critic learns alone.
     """
 
     optim: OptimConfig
+    """The critic's own optimizer."""
     gamma: Share = 1.0
+    """Discount of GAE (arXiv:1506.02438)."""
     lam: Share = 1.0
+    """Trace decay of the returns that the critic learns. Below 1 a reward at the last token is lost
+    on tokens far from it for as long as values are near 0.
+    """
     policy_lam: Share | None = None
+    """Trace decay of the policy's advantages (decoupled GAE, arXiv:2504.05118); that of `lam`
+    unless given.
+    """
     path: Annotated[str | None, HARMLESS] = None
+    """Starts it from the `critic/` directory of a checkpoint instead of the policy."""
     clip_range: Positive | None = 0.2
+    """How far a value may move from that of the rollout; `null`: anywhere."""
     warmup_iterations: Annotated[int, Field(ge=0)] = 5
+    """Iterations in which the critic learns alone; fewer than `iterations`."""

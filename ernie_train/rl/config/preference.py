@@ -18,24 +18,29 @@ _SIMPO_GAMMA = 0.5
 
 
 class PairLoss(StrictConfig):
-    """Loss of a pair of completions, in DPO stages and in the preference term of RL.
-
-    loss: "sigmoid" (DPO, arXiv:2305.18290), "ipo" (arXiv:2310.12036), or "simpo"
-        (arXiv:2405.14734), which has no reference.
-    beta: of the loss; 2 on length-normalized log-ratios and 0.1 on sums, unless given.
-    length_normalize: log-ratios are means over a completion's tokens, not sums.
-    simpo_gamma: margin of implicit rewards that "simpo" aims at; 0.5 unless given.
-    rpo_alpha: weight of the chosen completion's mean negative log-likelihood beside the loss
-        (RPO, arXiv:2404.19733 and 2405.16436).
-    """
+    """Loss of a pair of completions, in DPO stages and in the preference term of RL."""
 
     sums_by_default: ClassVar[bool] = False
 
     loss: PreferenceKind = "sigmoid"
+    """`sigmoid` (DPO, arXiv:2305.18290), `ipo` (arXiv:2310.12036; a squared distance to the margin
+    1 / (2 `beta`), beyond which a pair is pulled back), or `simpo` (arXiv:2405.14734), which has no
+    reference model.
+    """
     beta: Positive | None = None
+    """Scale of the log-ratios in the loss; 0.1 on sums of them, 2 on means over tokens, unless
+    given.
+    """
     length_normalize: bool | None = None
+    """Takes means over a completion's tokens as log-ratios, not sums. Unless given `true`, but
+    `false` for `sigmoid` in a stage of kind `dpo`.
+    """
     simpo_gamma: NonNegative | None = None
+    """Margin that `simpo` aims at; 0.5 unless given."""
     rpo_alpha: NonNegative = 0.0
+    """Weight of the chosen completion's mean negative log-likelihood beside the loss (RPO,
+    arXiv:2404.19733).
+    """
 
     @model_validator(mode="after")
     def _of_its_loss(self) -> PairLoss:
@@ -66,18 +71,16 @@ class PairLoss(StrictConfig):
 
 
 class OfflinePairs(MappedRows):
-    """Source of offline pairs: a file of preferences, or the stage's starting policy.
-
-    path: rows with a prompt, a chosen and a rejected completion.
-    prompts: how many problems the starting policy completes, `group_size` times each, before the
-        stage begins; its best and worst completion of each make the pairs, kept in the stage's
-        directory.
-    per_iteration: pairs in each iteration's updates.
-    """
+    """Source of offline pairs: a file of preferences, or the stage's starting policy."""
 
     path: Annotated[str | None, HARMLESS] = None
+    """A path of rows with a prompt, a chosen and a rejected completion; give this or `prompts`."""
     prompts: PositiveInt | None = None
+    """Problems that the starting policy completes, `group_size` times each, before the stage
+    begins; its best and worst completion of each make the pairs.
+    """
     per_iteration: PositiveInt
+    """Pairs in each iteration's updates."""
 
     @model_validator(mode="after")
     def _one_source(self) -> OfflinePairs:
@@ -89,12 +92,10 @@ class OfflinePairs(MappedRows):
 
 
 class SharedReward(RewardConfig):
-    """A reward, dearer than the stage's, that judges a share of an iteration's prompts.
-
-    share: of the groups that are sampled, every 1/share-th is judged by it.
-    """
+    """A reward, dearer than the stage's, that judges a share of an iteration's prompts."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the prompts that it judges: 0.25 is every fourth one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,43 +108,48 @@ class SharedReward(RewardConfig):
 
 
 class HintConfig(StrictConfig):
-    """Completions that begin with the row's own solution.
-
-    share: of the solution's tokens that a completion is given.
-    samples: hinted completions of a prompt; the best of them is chosen.
-    """
+    """Completions that begin with the row's own solution."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the solution's tokens that a completion is given."""
     samples: PositiveInt = 4
+    """Hinted completions of a prompt; the best is chosen."""
 
 
 PairSource = Literal["online", "offline", "gold", "hint", "shorter"]
 
 
 class PreferenceConfig(PairLoss):
-    """The preference term, coef * loss of pairs of completions.
-
-    pairs: a source of pairs or a list of them.
-        "online" pairs the best with the worst completion of a prompt, where their rewards differ
-        by `margin`.
-        "gold" and "hint" are of groups that are all wrong: the row's own solution, or a completion
-        that was given the beginning of it, against a wrong one, which it must exceed by `margin`.
-        "shorter" pairs the shortest with the longest completion of groups that are all right.
-        "offline" takes those of `offline`; "both" is online and offline.
-    pair_reward: ranks online pairs instead of the stage's reward, on a share of the prompts.
-    reference: the policy that log-ratios are taken against: at the stage's start, or as it was
-        when the iteration began.
-    """
+    """The preference term, coef * loss of pairs of completions."""
 
     coef: Positive
+    """Coefficient of the pairs' loss in the objective."""
     pairs: Annotated[list[PairSource], Field(min_length=1)]
+    """A source or a list of them: `online`, best and worst completion of a prompt; `gold` and
+    `hint`, the row's own solution or a completion that was given its beginning against a wrong one,
+    in groups that are all wrong; `shorter`, shortest against longest, in groups that are all right;
+    `offline`, those of `offline`. `both` is online and offline.
+    """
     margin: Positive = 0.5
+    """Least difference between the rewards of a pair."""
     reference: Literal["start", "last_iteration"] = "start"
+    """Policy that log-ratios are taken against: the stage's starting policy (`start`), or the
+    policy as it was when the iteration began (`last_iteration`), which costs no second model.
+    """
     pair_reward: SharedReward | None = None
+    """A reward that ranks online pairs in place of `reward`, on a `share` of the prompts; written
+    as `audit_reward` is.
+    """
     hint: HintConfig = HintConfig()
+    """Settings of the pairs of `hint`."""
     offline: OfflinePairs | None = None
+    """Where offline pairs come from."""
 
-    @field_validator("pairs", mode="before")
+    @field_validator(
+        "pairs",
+        mode="before",
+        json_schema_input_type=PairSource | Literal["both"] | list[PairSource],
+    )
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         if isinstance(value, str):

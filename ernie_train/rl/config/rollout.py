@@ -19,67 +19,73 @@ from ernie_train.generate.engines import EngineConfig
 
 
 class PromptSource(MappedRows):
-    """Problems with a verifier: a file of rows, a directory or a pattern of them.
-
-    weight: an epoch holds round(weight * problems) of them.
-    tasks: keeps those of the named tasks or domains; empty keeps all.
-    max_examples: uses the first of each task only.
-    """
+    """Problems with a verifier: a file of rows, a directory or a pattern of them."""
 
     path: Annotated[str, Field(min_length=1), HARMLESS]
+    """A file of problems, a directory, or a pattern (docs/data.md)."""
     weight: SampleWeight = 1.0
+    """An epoch has round(weight x problems) of them."""
     tasks: list[str] = []
+    """Keeps problems of the named tasks or domains; all unless given."""
     max_examples: PositiveInt | None = None
+    """Uses the first so many of each task."""
 
 
 class SkipSolved(StrictConfig):
-    """Prompts that are passed over because the policy solves them anyway.
-
-    rate: share of a draw's completions that must be correct for the prompt to count as solved.
-    after: draws in a row in which it must be.
-    revisit: iterations after its last draw in which it is drawn again; None: never.
-    """
+    """Prompts that are passed over because the policy solves them anyway."""
 
     rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a draw's completions that must be correct for the prompt to count as solved."""
     after: PositiveInt = 2
+    """Draws in a row in which it must be."""
     revisit: PositiveInt | None = None
+    """Iterations after its last draw in which it is drawn again; never, unless given."""
 
 
 class RolloutConfig(StrictConfig):
-    """Sampling of an iteration: `prompts_per_iteration` groups of `group_size` completions.
-
-    max_prompt_tokens: longer prompts are left out.
-    engine: who samples; our own sampler by default.
-    batch_size: sequences that our own sampler samples at once.
-    refill_rounds: further rounds of prompts that replace groups without a difference in reward.
-    skip_solved: passes prompts over that the policy solved before, by their solve rate.
-    truncated: completions cut at max_new_tokens are kept with what they earned ("keep"), left out
-        ("mask"), or kept with their reward less `truncation_penalty` ("punish"). "ramp" takes it
-        off in part already from completions that end within the last `overlong_tokens` before
-        max_new_tokens (soft overlong punishment, arXiv:2503.14476).
-    max_logprob_mismatch: bound of mean exp|recomputed - sampled logprob| - 1; above it the stage
-        stops.
-    dump: writes each iteration's rollout to `rollouts/` in the stage's directory.
-    replay: a directory of such rollouts, which are used instead of sampling.
-    """
+    """Sampling of an iteration: `prompts_per_iteration` groups of `group_size` completions."""
 
     prompts_per_iteration: PositiveInt | None = None
+    """Number of prompts of an iteration."""
     group_size: PositiveInt = 8
+    """Completions sampled for each prompt."""
     engine: EngineConfig = EngineConfig()
+    """What samples; our own sampler by default."""
     max_prompt_tokens: PositiveInt = 512
+    """Longest prompt, in tokens; longer ones are left out, and told."""
     max_new_tokens: PositiveInt
+    """Longest completion, in tokens."""
     temperature: Positive = 1.0
+    """Sampling temperature; all logprobs are at this temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Samples from the likeliest tokens of this total probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
+    """Samples from so many likeliest tokens; 0 for all."""
     batch_size: PositiveInt = 256
+    """Sequences that our own sampler samples at once."""
     refill_rounds: Annotated[int, Field(ge=0)] = 0
+    """Further rounds of prompts that replace groups without a difference in reward."""
     skip_solved: SkipSolved | None = None
+    """Passes over prompts that the policy solved before."""
     truncated: Literal["keep", "mask", "punish", "ramp"] = "keep"
+    """Completions cut at `max_new_tokens` are kept with what they earned (`keep`), left out
+    (`mask`), or kept with less (`punish`); `ramp` punishes those near that end in part too
+    (arXiv:2503.14476).
+    """
     truncation_penalty: NonNegative = 0.0
+    """What `punish` takes off the reward, and `ramp` at most."""
     overlong_tokens: PositiveInt | None = None
+    """Of `ramp`: the last tokens of `max_new_tokens`, over which the penalty rises from 0."""
     max_logprob_mismatch: Annotated[Positive, HARMLESS] = 0.05
+    """Bound of mean exp(abs(recomputed - sampled logprob)) - 1; above it the stage stops, with
+    `policy.sampler_correction` above 20 times as much.
+    """
     dump: Annotated[bool, HARMLESS] = False
+    """Keeps each iteration's rollout in `rollouts/` of the stage's directory."""
     replay: Annotated[str | None, HARMLESS] = None
+    """A directory of such rollouts, used instead of sampling: `refill_rounds`, `curriculum` and
+    `audit_reward` had their say when it was sampled. The stage's prompts must be those of then.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
@@ -132,18 +138,26 @@ class Curriculum(StrictConfig):
     """
 
     start: PositiveInt = 1
+    """Difficulty of the hardest prompts at first."""
     raise_at: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the hardest prompts that must be solved before the next level is drawn."""
 
 
 class StageEvaluation(MappedRows):
     """Held-out problems solved during training; greedy, unless `samples` asks for pass@k."""
 
     path: Annotated[str, HARMLESS]
+    """A file of problems, a directory, or a pattern (docs/data.md)."""
     every_iterations: Annotated[PositiveInt, HARMLESS]
+    """Iterations between evaluations; there is one at the end too."""
     max_examples: PositiveInt | None = None
+    """Problems of each task; all unless given."""
     tasks: list[str] = []
+    """Solves problems of these tasks or domains alone; all unless given."""
     samples: PositiveInt = 1
+    """Completions of each problem, for pass@k and majority votes (docs/evaluation.md)."""
     temperature: NonNegative = 0.0
+    """Sampling temperature; 0 is greedy."""
 
     @model_validator(mode="after")
     def _sampled(self) -> StageEvaluation:

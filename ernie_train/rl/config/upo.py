@@ -60,33 +60,44 @@ _REMOVED_KEYS = {
 
 
 class UpoConfig(StageConfig):
-    """Unified preference optimization: PPO joined with a loss of pairs of completions.
-
-    share_prompts: computes a prompt once for all of its completions in a micro-batch.
-    audit_reward: a dearer reward that stands in for `reward` on a share of the prompts.
-    environment: tools that the policy may call over several turns.
-    canaries: rows on which the reward is tried before the first iteration.
-    samples_per_iteration: rows that an iteration adds to samples.jsonl.
-    term_norms_every: iterations between measurements of each term's gradient norm, besides the
-        first; unless given, 10 where a policy and a preference term are joined, else never.
-    """
+    """Unified preference optimization: PPO joined with a loss of pairs of completions."""
 
     kind: Literal["upo"]
+    """Reinforcement learning on verifiable rewards, joined with pairs of completions."""
     data: Annotated[list[PromptSource], Field(min_length=1)]
+    """Files of prompts, mixed by weight."""
     reward: RewardConfig
+    """What judges completions: a verifier's name, a part, a list of parts, or a section."""
     audit_reward: SharedReward | None = None
+    """A dearer reward in place of `reward` on a share of the prompts."""
     iterations: PositiveInt
+    """Duration: rollouts, each with its updates."""
     rollout: RolloutConfig
+    """Settings of the sampling of an iteration."""
     environment: EnvironmentConfig | None = None
+    """Tools that the policy may call over several turns (docs/tools.md)."""
     policy: PolicyConfig = PolicyConfig()
+    """The objective and its updates."""
     preference: PreferenceConfig | None = None
+    """A term that learns from pairs of completions."""
     critic: CriticConfig | None = None
+    """A critic, for generalized advantages (GAE) instead of group-relative ones."""
     curriculum: Curriculum | None = None
+    """Draws prompts up to a difficulty that rises."""
     evaluation: StageEvaluation | None = None
+    """Held-out problems that are solved during the stage."""
     share_prompts: bool = False
+    """Computes a prompt once for all of its completions in a micro-batch
+    (docs/upo.md#shared-prompts).
+    """
     canaries: Annotated[int, Field(ge=0), HARMLESS] = 16
+    """Rows on which the reward is tried before the first iteration."""
     samples_per_iteration: Annotated[int, Field(ge=0), HARMLESS] = 8
+    """Completions that an iteration adds to `samples.jsonl`."""
     term_norms_every: Annotated[PositiveInt | None, HARMLESS] = None
+    """Iterations between measurements of each term's gradient norm, besides the first; they cost a
+    pass a term. 10 where a policy and a preference term are joined, else never, unless given.
+    """
 
     @model_validator(mode="before")
     @classmethod

@@ -41,25 +41,25 @@ _MODEL_PART = f"{SCORE}/model"
 
 
 class RewardModelConfig(StageConfig, MappedRows):
-    """A reward model: a scalar head on the stage's model, trained on pairs (Bradley-Terry).
-
-    data: a path of rows with a prompt, a chosen and a rejected completion, maybe a margin, and
-        their columns.
-    seq_len: longest prompt with its completion; pairs beyond it are left out.
-    center_coef: coefficient of (score chosen + score rejected)^2, which keeps scores around 0.
-    validation: rows of held-out pairs; their accuracy is what a gate of the stage asks for.
-    validate_every_steps: steps between two measurements on them; by default as often as
-        checkpoints are written.
-    """
+    """A reward model: a scalar head on the stage's model, trained on pairs (Bradley-Terry)."""
 
     kind: Literal["reward"]
+    """A reward model, trained on pairs of completions."""
     data: Annotated[str, Field(min_length=1), HARMLESS]
+    """A path of rows with a prompt, a chosen and a rejected completion, and maybe a `margin`."""
     seq_len: PositiveInt
+    """Longest prompt with its completion; pairs beyond it are left out, and told."""
     steps: PositiveInt
+    """Duration in optimizer steps."""
     pairs_per_step: PositiveInt
+    """Pairs of an optimizer step."""
     center_coef: NonNegative = 0.0
+    """Coefficient of (score chosen + score rejected)^2, which keeps scores around 0; 0.01 is usual.
+    """
     validation: Annotated[str | None, Field(min_length=1), HARMLESS] = None
+    """A path of held-out pairs; `gate` and `checkpoint.best_metric` need them."""
     validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
+    """Steps between two measurements on them; as often as checkpoints, unless given."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardModelConfig:
