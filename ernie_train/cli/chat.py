@@ -69,7 +69,9 @@ class ChatCommand:
         path = best_checkpoint(self.model) if self.best else self.model
         model, tokenizer = open_model(path)
         require_chat_template(tokenizer)
-        environment = (self.environment or recipe_environment(path)) if self.use_tools else None
+        environment = self.environment
+        if environment is None and self.use_tools:
+            environment = recipe_environment(self.model)
         with open_toolbox(environment, tokenizer, Path.cwd()) as toolbox:
             chat = Chat(model, tokenizer, toolbox, self.sampling, console, str(path))
             chat.folded = self.folded
@@ -82,8 +84,12 @@ class ChatCommand:
 
 
 def recipe_environment(path: Path) -> EnvironmentConfig | None:
-    """Return the tools of the last stage that has some in a run's recipe, else its evaluation's."""
-    recipe = recorded_recipe(path) or recorded_recipe(path.parent)
+    """Return the tools of the last stage that has some in a run's recipe, else its evaluation's.
+
+    `path` is the run, a stage of it, a checkpoint or the export; None for any other directory.
+    """
+    places = [path, *path.resolve().parents[:3]]
+    recipe = next(filter(None, map(recorded_recipe, places)), None)
     if recipe is None:
         return None
     sections = [recipe.evaluation, *recipe.stages]

@@ -268,7 +268,9 @@ def chat(
             "run's recipe; none for none"
         ),
     ] = None,
-    max_turns: Annotated[int, whole_number(min=2, help="turns of an answer with --tools")] = 8,
+    max_turns: Annotated[
+        int | None, whole_number(min=2, help="turns of an answer with --tools; default 8")
+    ] = None,
     max_new_tokens: Annotated[int, whole_number(min=1, help="of a turn")] = 1024,
     temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.7,
     top_p: TopP = 0.95,
@@ -287,11 +289,13 @@ def chat(
     from ernie_train.generate.sampler import SamplingConfig
 
     given = tools not in (None, "none")
+    if max_turns is not None and not given:
+        raise UserError("--max-turns needs --tools: those of a recipe have its max_turns")
     ChatCommand(
         model=model,
         best=best,
         system=system,
-        environment=parse_tools(str(tools), max_turns, max_new_tokens) if given else None,
+        environment=parse_tools(str(tools), max_turns or 8, max_new_tokens) if given else None,
         use_tools=tools != "none",
         sampling=SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed),
         folded=fold,

@@ -290,7 +290,8 @@ def test_the_command_talks_to_a_real_model(place, monkeypatch, capsys, tmp_path)
 
 def test_tools_are_those_of_the_flag_or_of_the_recipe(place, monkeypatch, capsys):
     assert recipe_environment(place / "run").tools == ["calculator"]
-    assert recipe_environment(place / "run" / "01-rl").tools == ["calculator"]
+    for inside in ("01-rl", "01-rl/checkpoints/step_000001", "export"):
+        assert recipe_environment(place / "run" / inside).tools == ["calculator"]
     assert recipe_environment(place / "model") is None
     for flags, names in ((("--tools", "calculator,python"), "calculator, python"), ((), "none"),
                          (("--tools", "none"), "none")):  # fmt: skip
@@ -298,5 +299,8 @@ def test_tools_are_those_of_the_flag_or_of_the_recipe(place, monkeypatch, capsys
         assert status == 0 and f"tools: {names};" in told.out
     monkeypatch.setattr(chat_module, "recipe_environment", lambda path: EnvironmentConfig(
         tools=["calculator"]))  # fmt: skip
+    for flags in ((), ("--tools", "none")):
+        status, told = run(monkeypatch, capsys, "", place / "model", *flags, "--max-turns", 3)
+        assert status == 2 and "--max-turns needs --tools" in told.err
     assert "tools: calculator;" in run(monkeypatch, capsys, "", place / "model")[1].out
     assert "tools: none;" in run(monkeypatch, capsys, "", place / "model", "--tools", "none")[1].out
