@@ -3,12 +3,13 @@
 # An environment counts as complete when it holds a stamp: a hash of everything that was installed
 # from. It is written last, so that an interrupted installation is taken up again by the next run,
 # and a changed requirements file is installed by it. Nothing outside the repository is changed,
-# except that missing system packages (python3.11, python3.11-venv, bubblewrap) are installed
+# except that missing system packages (python3.11, python3.11-venv, bubblewrap, chromium) are installed
 # through apt-get where this user may do that without a password.
 #
 #   ERNIE_TRAIN_VENV      an environment of your own for the toolkit; nothing is installed in it
 #   ERNIE_TRAIN_REFEREE   the same for torch and transformers
 #   ERNIE_TRAIN_VLLM      the same for vLLM
+#   ERNIE_TRAIN_CHROMIUM  a Chromium to test the report in
 #   PYTHON                the Python 3.11 that the environments are made with
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -167,6 +168,14 @@ install_vllm() {
     write_stamp "$VLLM" .complete "$stamp"
   fi
   unlock
+}
+
+# install_chromium : the report is tested in it. Not fatal where it is missing.
+install_chromium() {
+  [ -n "${ERNIE_TRAIN_CHROMIUM:-}" ] || command -v chromium >/dev/null && return
+  apt_install chromium && command -v chromium >/dev/null && return
+  say "chromium is missing, so the report is not tested in a browser; install it as root:" \
+    "apt-get install chromium"
 }
 
 # install_bubblewrap : it confines the programs that a model writes. Not fatal where it is missing.

@@ -202,11 +202,36 @@ def preview(
 
 
 @app.command()
-def status(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="go on showing it until the run ends")
+    ] = False,
+) -> None:
     """Show a run's stages, steps and latest metrics."""
     from ernie_train.cli.status import print_status
 
+    if follow:
+        from ernie_train.cli.watch import follow_status
+
+        follow_status(run_dir, _console())
     print_status(run_dir, _console())
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="run directories; several are compared")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page; default report.html in the first directory")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="write it again and again until the runs are complete")
+    ] = False,
+) -> None:
+    """Write a page that shows runs: curves, health, completions, evaluation, recipe."""
+    from ernie_train.cli.watch import report_runs
+
+    report_runs(run_dirs, out, _console(), watch=watch)
 
 
 app.command(name="eval")(evaluate)

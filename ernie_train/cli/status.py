@@ -37,7 +37,7 @@ _OUTSTANDING = {
     _GATE_MISSED: "stage {0} missed its gate: change the gate, or other settings and --from {0}",
     _NOT_JUDGED: "the gate of stage {0}",
 }
-_HEADLINE = ("loss", "validation_loss", "reward", "accuracy", "kl", "grad_norm", "lr")
+HEADLINE = ("loss", "validation_loss", "reward", "accuracy", "kl", "entropy", "grad_norm", "lr")
 
 
 def print_status(run_dir: Path, console: Console) -> None:
@@ -113,7 +113,7 @@ def _stage_cells(directory: Path) -> tuple[str, str, str, str]:
     last = rows[0] if rows else {}
     steps = saved_steps(directory / "checkpoints")
     state = "done" if read_done(directory) else "begun" if last or steps else "waiting"
-    shown = [f"{name} {last[name]:.4g}" for name in _HEADLINE if name in last]
+    shown = [f"{name} {last[name]:.4g}" for name in HEADLINE if name in last]
     times = last.get("time", {})
     if "tokens_per_second" in times:
         shown.append(f"{times['tokens_per_second']:,.0f} tokens/s")

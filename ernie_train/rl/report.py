@@ -15,6 +15,7 @@ from ernie_train.data import Record
 from ernie_train.environments import Toolbox
 from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.eval.prompts import user_prompt
+from ernie_train.io.healthy import ranges_of
 from ernie_train.losses import PairCounts
 from ernie_train.rewards.scoring import RewardPart
 from ernie_train.rl.batch import RolloutBatch
@@ -23,66 +24,6 @@ from ernie_train.rl.data import Prompt
 from ernie_train.rl.rollout import Rollout, ScoredCompletion
 from ernie_train.train.stage import StageRun
 from ernie_train.train.trainer import StepResult
-
-# Metric, what is wrong with it, and the remedy. The bounds are those at which runs are known to
-# have gone astray, not laws.
-_RED_FLAGS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "completions/truncated",
-        lambda value: value > 0.2,
-        "{:.0%} of the completions are cut off: raise rollout.max_new_tokens",
-    ),
-    (
-        "frac_reward_zero_std",
-        lambda value: value > 0.8,
-        "{:.0%} of the groups have one verdict for all completions, which teaches nothing: take "
-        "prompts of middling difficulty, a larger rollout.group_size, or rollout.refill_rounds",
-    ),
-    (
-        "kl",
-        lambda value: value > 0.5,
-        "the policy is {:.2f} nats a token away from its start: raise policy.kl.coef or lower "
-        "optim.lr",
-    ),
-    (
-        "preference/norm_ratio",
-        lambda value: value > 1.0,
-        "the gradient of the pairs is {:.1f} times that of the policy term, which hardly counts "
-        "then: lower preference.coef or preference.rpo_alpha, or leave preference.length_normalize "
-        "true",
-    ),
-    (
-        "reward_model/saturated",
-        lambda value: value > 0.5,
-        "{:.0%} of the reward model's scores lie at their bounds, where completions without an "
-        "answer are too: raise reward.model.clip if they have answers",
-    ),
-    (
-        "reward_model/length_correlation",
-        lambda value: abs(value) > 0.8,
-        "the reward model's scores go with length (correlation {:.2f}): train it on pairs whose "
-        "chosen completion is not always the longer or the shorter one, or lower its weight",
-    ),
-    (
-        "sampler_weight/clipped",
-        lambda value: value > 0.1,
-        "the sampler is far from the policy that learns: the weights of {:.0%} of the tokens are "
-        "out of the bounds of policy.sampler_correction; sample with the same dtype and weights, "
-        "or replay rollouts of a policy that is nearer",
-    ),
-    (
-        "entropy",
-        lambda value: value < 0.01,
-        "entropy fell to {:.4f} nats: completions are nearly all alike; raise policy.entropy_coef, "
-        "policy.clip_ratio_high or rollout.temperature, or lower optim.lr",
-    ),
-    (
-        "entropy",
-        lambda value: value > 3.0,
-        "entropy rose to {:.1f} nats: completions become noise; lower optim.lr or "
-        "policy.entropy_coef",
-    ),
-)
 
 # What else helps against completions that are cut off, by `rollout.truncated`.
 _REMEDIES_OF_TRUNCATION = {
@@ -101,11 +42,11 @@ class HealthWarnings:
         self._remedies = {"completions/truncated": _REMEDIES_OF_TRUNCATION[rollout.truncated]}
 
     def check(self, metrics: dict[str, float]) -> None:
-        for number, (name, is_wrong, text) in enumerate(_RED_FLAGS):
-            if name in metrics:
-                value = metrics[name]
-                told = text.format(value) + self._remedies.get(name, "")
-                self._warnings.check(number, is_wrong(value), told)
+        for healthy in ranges_of(metrics):
+            if healthy.warns:
+                value = metrics[healthy.metric]
+                told = healthy.remedy.format(value) + self._remedies.get(healthy.metric, "")
+                self._warnings.check(healthy, not healthy.holds(value), told)
 
 
 def rollout_metrics(rollout: Rollout, *, every_group: bool = False) -> dict[str, float]:
@@ -124,6 +65,10 @@ def rollout_metrics(rollout: Rollout, *, every_group: bool = False) -> dict[str,
         "groups_trained": kept,
         "prompts_per_trained_group": len(rollout.groups) / max(1, kept),
     }
+    judged = zip(rollout.rewards, rollout.valid, strict=True)
+    spread = [group[valid].std() for group, valid in judged if valid.sum() > 1]
+    if spread:
+        metrics["reward_std"] = float(np.mean(spread))  # within a group
     rewards = rollout.rewards.reshape(-1)
     valid = [(c, r) for c, r in zip(completions, rewards, strict=True) if c.score.trains]
     by_domain: dict[str, list[tuple[ScoredCompletion, float]]] = defaultdict(list)

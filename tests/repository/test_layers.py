@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files signals processes progress blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
-    "io": "files outputs python_files loggers metrics_log run_dir safetensors",
+    "io": "files outputs healthy python_files loggers metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher moe transformer lora partial numpy_layers numpy_decoder",
@@ -57,9 +57,10 @@ PACKAGES: dict[str, str] = {
     "launch": "console rank_files logs launcher rank_group supervise",
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
+    "report": "run_files curves overview reading page",
     "plan": "layout workload memory cost search tables command",
     "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"
-    " schema status main",
+    " schema status watch main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16
@@ -76,7 +77,7 @@ WITHOUT_PADDLE = {
     "core.errors", "core.terminal", "core.foreign_files", "core.yaml", "core.config",
     "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
     "core.cpu", "core.blas", "io.files", "io.python_files", "io.loggers",
-    "launch", "data", "rewards", "environments",
+    "launch", "data", "rewards", "environments", "report",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"core.process_group", "parallel"}
 # They take seconds to import, or drag Paddle in, so only the function that needs one imports it.
@@ -87,6 +88,7 @@ ONLY_IN_FUNCTIONS = {
     "visualdl",
     "matplotlib",
     "tensorboardX",
+    "plotly",
 }
 # Paddle fixes its CPU settings on import, and ernie_train's __init__ imports this package.
 PADDLE_ONLY_IN_FUNCTIONS = {"core"}
