@@ -10,7 +10,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, cast
 
 import typer
 from rich.logging import RichHandler
@@ -36,7 +36,7 @@ from ernie_train.cli.grading import evaluate, score
 from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
-from ernie_train.core.terminal import Terminal
+from ernie_train.core.terminal import CurrentStderr, Terminal
 from ernie_train.io.outputs import check_output_directory
 from ernie_train.launch import LaunchSettings, print_error
 from ernie_train.launch.rank_files import RankReporter, is_supervised
@@ -63,7 +63,8 @@ def _common_options(
 ) -> None:
     context.ensure_object(CommonOptions).debug = debug
     level = logging.DEBUG if debug else logging.WARNING
-    handler = RichHandler(console=Terminal(stderr=True), show_time=False, show_path=debug)
+    console = Terminal(file=cast(IO[str], CurrentStderr()))
+    handler = RichHandler(console=console, show_time=False, show_path=debug)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 

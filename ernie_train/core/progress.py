@@ -1,4 +1,7 @@
-"""Progress of long work: a live bar in a terminal, else a line now and then."""
+"""Progress of long work: a live bar in a terminal, else a line now and then.
+
+The bar keeps its place below what is printed meanwhile, by logging and warnings too.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 LINE_EVERY_S = 5.0
 
@@ -30,7 +35,8 @@ class ProgressDisplay:
 
     Args:
         console: where to show it.
-        bar: True for a live bar in the terminal's last line, False for plain lines.
+        bar: True for a live bar in the terminal's last line, with the values below it; False for
+            plain lines.
         label: what is being done; shown as it is, without markup.
         unit: a word before the count in plain lines, such as `step`.
         total: the count at the end; None if unknown, then no time left is shown.
@@ -54,29 +60,33 @@ class ProgressDisplay:
         self._began = clock()
         self._printed_at: float | None = None
         self._pending = ""  # the last line, while it is not printed
-        self._bar: Progress | None = None
+        self._live: Live | None = None
+        self._values = ""
         if bar:
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[summary]}", markup=False),
+                TextColumn("{task.fields[left]}"),
                 console=console,
                 get_time=clock,
             )
-            self._task = self._bar.add_task(label, total=total, completed=first, summary="")
-            self._bar.start()
+            self._task = self._bar.add_task(label, total=total, completed=first, left="")
+            self._live = Live(get_renderable=self._shown, console=console, refresh_per_second=4)
+            self._live.start()
 
     def update(self, done: int, values: Iterable[str] = ()) -> None:
         """Show that `done` of the total is done, and `values` such as `loss 1.2345`."""
         now = self._clock()
-        parts = [*values]
+        parts, left = [*values], ""
         if self._total is not None and done > self._first:
             seconds_each = (now - self._began) / (done - self._first)
-            parts.append(f"{format_duration(seconds_each * max(0, self._total - done))} left")
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, summary="  ".join(parts))
+            left = f"{format_duration(seconds_each * max(0, self._total - done))} left"
+        if self._live is not None:
+            self._bar.update(self._task, completed=done, left=left)
+            self._values = "  ".join(parts)
             return
+        parts += [left] if left else []
         count = f"{done}/{self._total}" if self._total is not None else str(done)
         head = f"{self._unit} {count}" if self._unit else count
         self._pending = "  ".join([self._label, head, *parts] if self._label else [head, *parts])
@@ -90,9 +100,13 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """End the bar, or print the last line; more than once does no harm."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
         self._print_pending(self._clock())
+
+    def _shown(self) -> RenderableType:
+        """Return the bar, and below it the values in as many lines as they take."""
+        return Group(self._bar, Text(self._values)) if self._values else self._bar
 
     def _print_pending(self, now: float) -> None:
         if self._pending:

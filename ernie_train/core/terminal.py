@@ -7,6 +7,7 @@ cursor, write to the clipboard (OSC 52) or hide a line; a bidirectional control 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,6 +68,30 @@ class Terminal(Console):
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         return _harmless(super().render(renderable, options))
+
+
+class CurrentStderr:
+    """Write to whatever `sys.stderr` is at the moment.
+
+    While a live bar is shown that is a stand-in which prints above the bar. rich's consoles look
+    through it, so that a warning of theirs would break the bar.
+    """
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return sys.stderr.encoding
 
 
 def _harmless(segments: Iterable[Segment]) -> Iterator[Segment]:

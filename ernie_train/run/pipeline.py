@@ -301,6 +301,7 @@ class Pipeline:
             self.weights = run.directory / CHECKPOINTS / done.result["checkpoint"]
             return lineage.after(stage.name, done.result)
         kind = STAGES[stage.kind]
+        self.console.print(self._place_of(stage), style="bold", highlight=False)
         with consensus.fail_together(), run.stop.at_once():
             if process_group.is_main():
                 self.hashes.save()
@@ -317,6 +318,14 @@ class Pipeline:
                 record = stage_record(stage, lineage)
                 write_done(run.directory, StageDone(record["settings"], record["input"], result))
         return lineage.after(stage.name, result)
+
+    def _place_of(self, stage: AnyStageConfig) -> str:
+        """Return where a stage stands among the others, as the terminal shows it."""
+        names = [other.name for other in self.recipe.stages]
+        at = names.index(stage.name)
+        before = f"; done: {', '.join(names[:at])}" if at else ""
+        after = f"; then: {', '.join(names[at + 1 :])}" if names[at + 1 :] else ""
+        return f"stage {at + 1} of {len(names)}: {stage.name} ({stage.kind}){before}{after}"
 
     def _train(self, stage: AnyStageConfig, run: StageRun, prepared: Prepared) -> dict[str, Any]:
         """Run a stage; one that trains a part of the model leaves it as its checkpoint reads."""

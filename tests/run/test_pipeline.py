@@ -16,6 +16,7 @@ import yaml
 import ernie_train
 from ernie_train.cli.main import main
 from ernie_train.core import environment
+from ernie_train.report import write_report
 from ernie_train.train.trainer import Trainer
 from tests.workspace import (
     final_files,
@@ -77,9 +78,18 @@ def test_a_run_leaves_everything_that_the_design_names(whole):
     assert list(directory.glob("01-sft/visualdl/*"))
     steps = [line["step"] for line in metrics_without_time(directory)]
     assert steps == list(range(1, 13))
+    assert "stage 1 of 1: sft (sft)\n" in out
     assert "held-out problems  20/20" in out
     assert "untrained model  5/5" in out
     assert "most frequent answer" in " ".join(out.split())
+
+
+def test_the_report_of_a_run_misses_nothing(whole, tmp_path):
+    path, (read,) = write_report([whole[0]], tmp_path / "report.html")
+    assert read.remarks == [] and read.is_complete
+    page = path.read_text()
+    for told in ("12 of 12", "validation_loss", ">end<", "What is", "train.jsonl"):
+        assert told in page
 
 
 def test_the_loss_falls(whole):

@@ -75,7 +75,7 @@ def shoot_terminal(browser: Browser, run_dir: Path, svg: Path) -> None:
     console.print(status_table(read_run(run_dir)))
     console.save_svg(str(svg), title=f"ernie-train status {run_dir.name} --follow")
     shown = browser.new_page(viewport={"width": 1100, "height": 420})
-    shown.goto(svg.as_uri())
+    shown.set_content(svg.read_text(encoding="utf-8"))
     save(shown.locator("svg").first.screenshot(), "terminal")
 
 
