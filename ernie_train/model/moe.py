@@ -16,6 +16,8 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_train.model import batched_experts
+from ernie_train.model.batched_experts import BatchedSwiGLU
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.layers import ACTIVATIONS, MLP
 from ernie_train.model.pylayer import cast, needs_grad, select_grads
@@ -201,6 +203,8 @@ class Experts(nn.Layer):
         parameters = (self.gate_proj, self.up_proj, self.down_proj)
         weights = cast(weights, rows.dtype)
         if self.hidden_act in ("silu", "swish"):
+            if rows.place.is_gpu_place() and batched_experts.pays(tokens_per_expert):
+                return BatchedSwiGLU.apply(rows, weights, *parameters, tokens_per_expert)
             return _GroupedSwiGLU.apply(rows, weights, *parameters, tokens_per_expert)
         act = ACTIVATIONS[self.hidden_act]
         return experts_by_autograd(rows, weights, parameters, tokens_per_expert, act)

@@ -127,3 +127,24 @@ def test_a_tensor_on_the_processor_takes_the_other_kernels(monkeypatch):
 
     monkeypatch.setattr(F, "flashmask_attention", refuse)
     attend(BatchLayout.from_document_ids(IDS))
+
+
+@pytest.mark.parametrize("length", [7, 200, 1100])
+def test_without_the_kernel_bfloat16_is_computed_in_float32(length):
+    """Masks are float32, and a product of two types fails; FlashMask refuses some head sizes."""
+    layout = BatchLayout.full_rows(1, length)
+    rows = [length * heads for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    rng = np.random.default_rng(1)
+    rounded = [paddle.to_tensor(rng.normal(size=(n, HEAD_DIM)), "bfloat16") for n in rows]
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        leaves = [x.astype(dtype).detach() for x in rounded]
+        for leaf in leaves:
+            leaf.stop_gradient = False
+        output = layer.document_attention(*leaves, layout.attention(HEADS, KEY_HEADS))
+        assert output.dtype == leaves[0].dtype
+        output.astype("float32").square().sum().backward()
+        assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
+        found.append([x.astype("float32").numpy() for x in (output, *(x.grad for x in leaves))])
+    for ours, other in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, other, atol=0.02 * np.abs(other).max())

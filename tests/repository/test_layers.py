@@ -21,7 +21,8 @@ PACKAGES: dict[str, str] = {
     "io": "files outputs healthy python_files loggers metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration pylayer batch_layout rope layers kv_cache"
-    " attention token_dispatcher moe transformer lora partial numpy_layers numpy_decoder",
+    " attention token_dispatcher batched_experts moe transformer lora partial numpy_layers"
+    " numpy_decoder",
     "model.attention": "blocked online flashmask layer",
     "data": "completion_format documents cache formats files reader packing loader chat_template"
     " tokenizer report chat_messages conversation chat encoding sources",

@@ -21,7 +21,7 @@ from ernie_train.model.attention import blocked, flashmask, online
 from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket, GatheredDocuments
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import CacheStep, KVCache
-from ernie_train.model.pylayer import needs_grad, select_grads
+from ernie_train.model.pylayer import cast, needs_grad, select_grads
 from ernie_train.model.rope import RopeTables, apply_rope
 
 
@@ -97,7 +97,9 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout)
     """
     if flashmask.available(q):
         return flashmask.document_attention(q, k, v, layout)
-    return _DocumentAttention.apply(q, k, v, layout.gathered)
+    # These kernels mix in masks and sums of float32, and FlashMask keeps scores in it too.
+    q32, k32, v32 = (cast(x, paddle.float32) for x in (q, k, v))
+    return cast(_DocumentAttention.apply(q32, k32, v32, layout.gathered), q.dtype)
 
 
 def cached_attention(q: Tensor, step: CacheStep, keys: Tensor, values: Tensor) -> Tensor:
