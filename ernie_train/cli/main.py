@@ -429,8 +429,25 @@ def schema() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Show versions, device, kernels and CPU set-up, and what is slow."""
+def doctor(
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="compute, compare and measure on this device")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="of the self-test: attention,ranks or other checks alone")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="report of the self-test to write, .md or .json")
+    ] = None,
+) -> None:
+    """Show versions, device, kernels and CPU set-up, and what is slow; or test the device."""
+    if selftest:
+        from ernie_train.selftest.command import selftest as run_selftest
+
+        names = [name.strip() for name in only.split(",")] if only else []
+        raise typer.Exit(0 if run_selftest(names, out, _console()) else 1)
+    if only is not None or out is not None:
+        raise UserError("--only and --out belong to doctor --selftest")
     from ernie_train.cli.doctor import doctor_report, print_doctor_report
 
     print_doctor_report(doctor_report())

@@ -60,6 +60,7 @@ PACKAGES: dict[str, str] = {
     " llama_reference import_model render finalize earlier pipeline",
     "report": "run_files curves overview reading page",
     "plan": "layout workload memory cost search tables command",
+    "selftest": "check fixture graph kernels training ranks report command",
     "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"
     " schema status watch main",
 }

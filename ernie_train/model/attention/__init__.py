@@ -4,6 +4,10 @@
 softmax for long documents (`online`), or Paddle's FlashMask on GPUs (`flashmask`).
 """
 
+from ernie_train.model.attention.flashmask import available as flashmask_available
+from ernie_train.model.attention.flashmask import (
+    document_attention as flashmask_document_attention,
+)
 from ernie_train.model.attention.layer import (
     Attention,
     AttentionTables,
@@ -16,4 +20,6 @@ __all__ = [
     "AttentionTables",
     "cached_attention",
     "document_attention",
+    "flashmask_available",
+    "flashmask_document_attention",
 ]
