@@ -40,7 +40,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What a check measured, and a note on what ran."""
+    """The figures of a check, and a note on what ran."""
 
     figures: list[Figure]
     note: str = ""
