@@ -48,7 +48,9 @@ temperature_option: Callable[..., Any] = partial(
     typer.Option, min=0, max=100, callback=_temperature
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="a YAML recipe")]
+RecipePath = Annotated[
+    Path, typer.Argument(help="a YAML recipe, or the name of one that comes along: tiny")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change: stages.sft.optim.lr=1e-4 ...")
 ]

@@ -22,6 +22,7 @@ from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_toke
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.io.loggers import LoggerChoice, LoggerSettings
 from ernie_train.io.run_dir import ENVIRONMENT, RECIPE
+from ernie_train.io.shipped import read_recipe
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
@@ -274,9 +275,12 @@ class Recipe(StrictConfig):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read and check a recipe. Raises `ConfigError` that lists every mistake with its path."""
-    data: dict[str, Any] = load_yaml(Path(path))
-    return parse_config(Recipe, apply_overrides(data, overrides or []), str(path))
+    """Read and check a recipe, by its file or by the name of one that comes with the package.
+
+    Raises `ConfigError` that lists every mistake with its path.
+    """
+    data = apply_overrides(read_recipe(path), overrides or [])
+    return parse_config(Recipe, data, str(path))
 
 
 def recorded_recipe(run_dir: Path) -> Recipe | None:

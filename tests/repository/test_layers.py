@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files signals processes progress blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
-    "io": "files outputs healthy python_files loggers metrics_log run_dir safetensors",
+    "io": "files shipped outputs healthy python_files loggers metrics_log run_dir safetensors",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher batched_experts moe transformer lora partial numpy_layers"
