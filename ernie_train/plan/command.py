@@ -19,6 +19,7 @@ from ernie_train.plan.tables import (
     memory_table,
     own_layout,
     print_assumptions,
+    rollout_notes,
     shortage,
     step_table,
 )
@@ -70,7 +71,7 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
     console.print(f"the {'best' if fitting else 'smallest'}: {describe(shown.layout)}")
     console.print(memory_table(request.loads, shown))
     console.print(step_table(request, shown))
-    for line in idle_ranks(request.loads, shown):
+    for line in [*idle_ranks(request.loads, shown), *rollout_notes(request)]:
         console.print(line, highlight=False)
     own = recipe.parallel
     of_recipe = Layout(own.expert, own.data, own.sharding, own.recompute)

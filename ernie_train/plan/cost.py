@@ -143,7 +143,10 @@ def step_cost(
         per_token -= flops.layers
     per_token += flops.training(again) - 3 * flops.head if load.critic else 0.0
     trained = load.updates * -(-load.micro_batches // ranks) * batch.tokens  # of the fullest rank
-    scored = -(-load.scored // ranks) * batch.seq_len * load.scoring_models
+    # Reward models read conversations of their own, which share nothing.
+    others = len(load.reward_models)
+    scored = (load.scoring_models - others) * (1 - batch.shared) + others
+    scored *= -(-load.scored // ranks) * batch.seq_len
     exchanges = _exchanges(config, layout.recompute) * (2 if load.critic else 1)
     exchange = _exchange_bytes(config, precision, layout)
     sent = {"all-to-all": exchange * (exchanges * trained + 2 * scored)}
@@ -154,7 +157,7 @@ def step_cost(
         "gradients": rates.seconds_to_send(sent["gradients"], ranks),
         "weights": rates.seconds_to_send(sent["weights"], ranks),
     }
-    if load.sampling is not None:
+    if load.sampling is not None and load.sampling.by_ranks:
         sent["rollouts"], seconds["rollouts"] = _sampling_cost(
             config, precision, layout, rates, load.sampling
         )

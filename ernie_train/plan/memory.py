@@ -66,13 +66,14 @@ class MemoryDemand:
     reward_models: float
     activations: float
     rollouts: float
+    recorded_experts: float
     reserve: float
 
     @property
     def resident(self) -> float:
         """Return the bytes that stay allocated from step to step."""
         models = self.weights + self.optimizer + self.reference + self.critic
-        return models + self.reward_models + self.reserve
+        return models + self.reward_models + self.recorded_experts + self.reserve
 
     @property
     def step(self) -> float:
@@ -96,7 +97,7 @@ def memory_demand(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
 ) -> MemoryDemand:
     """Return the memory of the fullest rank: the one that updates most parameters."""
-    part = load.part
+    part, sampling = load.part, load.sampling
     weights, states = _model_bytes(config, machine, layout, count_parameters(config), part)
     critic = (0.0, 0.0)
     if load.critic:  # its gradients and those of the policy exist in turn
@@ -113,7 +114,10 @@ def memory_demand(
             for own in load.reward_models
         ),
         activations=activations,
-        rollouts=rollout_bytes(config, machine, layout, load.sampling) if load.sampling else 0.0,
+        rollouts=rollout_bytes(config, machine, layout, sampling)
+        if sampling and sampling.by_ranks
+        else 0.0,
+        recorded_experts=recorded_bytes(config, sampling) if not machine.on_gpu else 0.0,
         reserve=GPU_RESERVE_BYTES if machine.on_gpu else 0.0,
     )
 
@@ -330,6 +334,27 @@ def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: 
     """Return bytes of keys and values, 2 x layers x K x D x b for each token of `sequences`."""
     row = int(config.num_key_value_heads or 0) * config.attention_head_dim * width
     return 2.0 * config.num_hidden_layers * sequences * tokens * row
+
+
+def recorded_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling | None) -> float:
+    """Return bytes of an iteration's recorded experts in the memory of each rank's processor.
+
+    Two for each MoE layer and expert of a token; a prompt's are kept once for its group.
+    """
+    if sampling is None or not sampling.records_experts:
+        return 0.0
+    prompts = -(-sampling.sequences // sampling.group_size) * sampling.prompt_tokens
+    tokens = prompts + sampling.sequences * sampling.new_tokens
+    return 2.0 * moe_layers(config) * config.moe_k * tokens
+
+
+def dumped_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling) -> float:
+    """Return the most bytes of experts that an iteration's dump has, in base64, uncompressed.
+
+    Each completion is written with its prompt.
+    """
+    tokens = sampling.sequences * (sampling.prompt_tokens + sampling.new_tokens)
+    return 2.0 * moe_layers(config) * config.moe_k * tokens * 4 / 3
 
 
 def rollout_bytes(

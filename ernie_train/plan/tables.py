@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ernie_train.plan.layout import GB, Layout, count_parameters
+from ernie_train.plan.memory import dumped_bytes, recorded_bytes
 from ernie_train.plan.search import MOST_RANKS, Candidate, PlanRequest
 from ernie_train.plan.workload import Workload
 
 _PARTS = (
     "weights", "gradients", "optimizer", "reference", "critic", "reward_models", "activations",
-    "rollouts", "reserve",
+    "rollouts", "recorded_experts", "reserve",
 )  # fmt: skip
 
 _REMEDIES = {
@@ -142,6 +143,38 @@ def idle_ranks(loads: Sequence[Workload], candidate: Candidate) -> list[str]:
         for phase, cost in zip(loads, candidate.cost, strict=True)
         if cost.busy_ranks < candidate.layout.ranks
     ]
+
+
+def rollout_notes(request: PlanRequest) -> list[str]:
+    """Return what the tables do not show of stages that sample: experts, prompts, engines."""
+    lines = []
+    for load in request.loads:
+        if (sampling := load.sampling) is None:
+            continue
+        if recorded := recorded_bytes(request.config, sampling):
+            lines.append(
+                f"{load.name}: router_replay keeps up to {_gb(recorded)} GB of experts in the "
+                "memory of each rank's processor"
+            )
+            if sampling.dumps:
+                size = dumped_bytes(request.config, sampling)
+                lines.append(
+                    f"{load.name}: dump writes up to {_gb(size)} GB of experts an iteration, "
+                    f"{_gb(size * (load.steps or 1))} in the stage, less as far as they compress"
+                )
+        if load.micro_batch.shared_tokens:
+            lines.append(
+                f"{load.name}: share_prompts leaves out {load.micro_batch.shared:.1%} of the "
+                "tokens of scoring and training"
+            )
+        if not sampling.by_ranks:
+            size = count_parameters(request.config).total * request.machine.precision.width
+            lines.append(
+                f"{load.name}: completions come from {sampling.engine}, whose memory and time are "
+                f"not counted: give it GPUs of its own; a version of the weights takes "
+                f"{_gb(size)} GB of disk for it, two versions while one is loaded"
+            )
+    return lines
 
 
 def describe(layout: Layout) -> str:

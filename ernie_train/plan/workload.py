@@ -22,26 +22,47 @@ from ernie_train.weights.model_directory import find_model
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Hold `rows` full rows of `seq_len` tokens, packed from documents of `document_tokens`."""
+    """Hold `rows` full rows of `seq_len` tokens, packed from documents of `document_tokens`.
+
+    shared_tokens: those of prompts that other rows have too, which are computed once.
+    """
 
     rows: int
     seq_len: int
     document_tokens: int
+    shared_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.seq_len
+        """Return the tokens that go through the model."""
+        return self.rows * self.seq_len - self.shared_tokens
+
+    @property
+    def shared(self) -> float:
+        """Return the share of the rows' tokens that is not computed again."""
+        return self.shared_tokens / (self.rows * self.seq_len)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Hold an iteration's completions over all ranks: `batch_size` at once on each rank."""
+    """Hold an iteration's completions over all ranks: `batch_size` at once on each rank.
+
+    engine: who samples. records_experts: each token's experts are kept. dumps: all is written.
+    """
 
     sequences: int
     group_size: int
     prompt_tokens: int
     new_tokens: int
     batch_size: int
+    engine: str = "own"
+    records_experts: bool = False
+    dumps: bool = False
+
+    @property
+    def by_ranks(self) -> bool:
+        """Return whether the learner's ranks sample, not a server."""
+        return self.engine == "own"
 
     def on_rank(self, ranks: int) -> int:
         """Return the sequences of the fullest rank."""
@@ -153,10 +174,14 @@ def _reinforced(stage: UpoConfig) -> Workload:
         rollout.max_prompt_tokens,
         rollout.max_new_tokens,
         rollout.batch_size,
+        rollout.engine.kind,
+        stage.policy.router_replay,
+        rollout.dump,
     )
+    shared = rows - -(-rows // rollout.group_size) if stage.share_prompts else 0
     return Workload(
         stage.name,
-        MicroBatch(rows, length, length),
+        MicroBatch(rows, length, length, shared * rollout.max_prompt_tokens),
         updates=stage.policy.update_epochs * stage.policy.minibatches,
         micro_batches=-(-per_update // rows),
         steps=stage.iterations,

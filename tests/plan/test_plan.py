@@ -21,10 +21,10 @@ from ernie_train.plan import PlanSettings, print_plan
 from ernie_train.plan.command import plan_request
 from ernie_train.plan.cost import Rates, mean_context, recomputed_flops, step_cost, token_flops
 from ernie_train.plan.layout import CHUNK_TOKENS, Layout, Precision, count_parameters, layouts
-from ernie_train.plan.memory import Machine
+from ernie_train.plan.memory import Machine, memory_demand
 from ernie_train.plan.search import PlanRequest, candidates, smallest_cluster
 from ernie_train.plan.workload import MicroBatch, Workload, recipe_workloads
-from ernie_train.run.recipe import ParallelConfig, Recipe
+from ernie_train.run.recipe import ParallelConfig, Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = Precision("bfloat16", "bfloat16")
@@ -204,6 +204,64 @@ def test_an_iteration_of_rl() -> None:
     assert load.sampling is not None
     assert load.sampling.sequences == 512
     assert (load.reference, load.critic, load.scoring_models) == (True, True, 3)
+
+
+def test_recorded_experts_are_counted_in_memory_and_on_the_disk() -> None:
+    """By hand: 27 MoE layers of 6 experts, 2 bytes each; 64 prompts of 1024, 512 x 7168 tokens."""
+    rollout = {"rollout": {**RL["rollout"], "dump": True}}
+    of = recipe(RL | rollout | {"policy": {"minibatches": 4, "router_replay": True}})
+    (load,) = recipe_workloads(of)
+    size = 27 * 6 * 2 * (64 * 1024 + 512 * 7168)
+    said = printed(of, PlanSettings())
+    assert f"router_replay keeps up to {size / 1e9:.2f} GB of experts" in said
+    assert f"dump writes up to {27 * 6 * 2 * 512 * 8192 * 4 / 3 / 1e9:.2f} GB" in said
+    free = replace(load, sampling=replace(load.sampling, records_experts=False))
+    for on_gpu, more in ((True, 0), (False, size)):  # of a rank's memory
+        machine = Machine(on_gpu, BF16)
+        with_them, without = (
+            memory_demand(of.model.build(), machine, Layout(8, 1, True, True), one)
+            for one in (load, free)
+        )
+        assert with_them.peak - without.peak == pytest.approx(more)
+    assert "GB of experts" not in printed(recipe(RL), PlanSettings())
+
+
+def test_shared_prompts_leave_tokens_out() -> None:
+    """A micro-batch of 4 of a group of 8 computes one prompt of 1024 instead of four."""
+    stage = RL | {"micro_batch_size": 4, "preference": None}
+    (alone,), (shared,) = (
+        recipe_workloads(recipe(stage | {"share_prompts": share})) for share in (False, True)
+    )
+    assert alone.micro_batch.tokens - shared.micro_batch.tokens == 3 * 1024
+    of = recipe(stage | {"share_prompts": True})
+    assert f"leaves out {3 * 1024 / (4 * 8191):.1%} of the tokens" in printed(of, PlanSettings())
+    costs = [
+        step_cost(of.model.build(), BF16, Layout(8, 1, True, True), RATES, load)
+        for load in (alone, shared)
+    ]
+    share = costs[1].seconds["compute"] / costs[0].seconds["compute"]
+    assert share == pytest.approx(1 - 3 * 1024 / (4 * 8191))
+
+
+def test_an_engine_samples_beside_the_ranks() -> None:
+    engine = {"rollout": {**RL["rollout"], "batch_size": 256, "engine": {"kind": "vllm"}}}
+    of = recipe(RL | engine)
+    (load,) = recipe_workloads(of)
+    assert (
+        "rollouts"
+        not in step_cost(of.model.build(), BF16, Layout(8, 1, True, True), RATES, load).seconds
+    )
+    demand = memory_demand(of.model.build(), Machine(True, BF16), Layout(8, 1, True, True), load)
+    assert demand.rollouts == 0
+    assert "completions come from vllm" in (said := printed(of, PlanSettings()))
+    assert "a version of the weights takes 43.65 GB of disk" in said
+
+
+def test_the_large_recipe_of_rl_is_planned_with_its_experts() -> None:
+    of = load_recipe(ROOT / "recipes/ernie-21b-a3b-prl.yaml")
+    said = printed(of, PlanSettings(ranks=8))
+    for stage in of.stages:
+        assert f"{stage.name}: router_replay keeps up to 1.21 GB" in said
 
 
 def test_dpo_trains_pairs_and_samples_nothing() -> None:

@@ -50,7 +50,7 @@ PACKAGES: dict[str, str] = {
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " step_loop supervised_data supervised",
     "eval": "prompts estimates evaluation gates",
-    "rl.config": "rollout policy preference upo",
+    "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
     "rl.rollout": "records files sampler",
     "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"

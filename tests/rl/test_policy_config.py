@@ -64,7 +64,10 @@ def test_the_settings_of_a_stage_reach_its_loss():
         "micro_batch_size": 1, "optim": {"lr": 1e-3},
         "rollout": {"prompts_per_iteration": 1, "max_new_tokens": 7},
     }  # fmt: skip
-    plain = _policy_loss(UpoConfig(**stage))
+    twice = {"update_epochs": 2}
+    plain = _policy_loss(UpoConfig(**stage, policy=twice))
     assert plain.max_new_tokens == 7 and not plain.router_replay
     for key, (value, changes) in expected.items():
-        assert _policy_loss(UpoConfig(**stage, policy={key: value})) == replace(plain, **changes)
+        assert _policy_loss(UpoConfig(**stage, policy={**twice, key: value})) == replace(
+            plain, **changes
+        )

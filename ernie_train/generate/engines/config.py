@@ -23,15 +23,15 @@ class EngineConfig(StrictConfig):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights that it is given; that of the model unless given."""
     directory: Annotated[str | None, Field(min_length=1), HARMLESS] = None
-    """Directory to which each version of the weights is written, for one run at a time; `engine/`
-    in the stage's directory unless given.
+    """Directory in which a folder of the run takes each version of the weights; `engine/` in the
+    stage's directory unless given.
     """
     parallel: Annotated[PositiveInt, HARMLESS] = 64
     """Requests at a time."""
     timeout_s: Annotated[Positive, HARMLESS] = 1800.0
-    """Seconds that all completions of a call may take."""
+    """Seconds that all completions of an iteration, or of a turn of its episodes, may take."""
     start_timeout_s: Annotated[Positive, HARMLESS] = 900.0
-    """Seconds that a start, or loading new weights, may take."""
+    """Seconds that a start, loading new weights, or any other request may take."""
 
     @field_validator("url")
     @classmethod

@@ -46,6 +46,8 @@ class KlConfig(StrictConfig):
                 f"kind={self.kind!r} has no useful gradient in the loss: use "
                 f"{' or '.join(KL_IN_LOSS_KINDS)}, or place: reward"
             )
+        if self.coef == 0 and (self.kind is not None or self.place != "loss"):
+            raise ValueError("kind and place: no effect with coef: 0; leave them out")
         # The policy gradient of a reward of -k1 is that of -KL(policy | reference); that of -k3 is
         # nearly orthogonal to it while the policy is near the reference (arXiv:2506.09477).
         if self.place == "reward" and self.kind not in (None, "k1"):
@@ -140,7 +142,7 @@ class PolicyConfig(StrictConfig):
     update_epochs: PositiveInt = 1
     """Updates over each rollout."""
     minibatches: PositiveInt = 1
-    """Optimizer steps of one update."""
+    """Optimizer steps of one update, which share out an iteration's groups; not more than these."""
     sampler_correction: SamplerCorrectionConfig | None = None
     """Importance weights of tokens whose sampler computes other logprobs than the update."""
     router_replay: bool = False

@@ -83,8 +83,9 @@ class RolloutConfig(StrictConfig):
     dump: Annotated[bool, HARMLESS] = False
     """Keeps each iteration's rollout in `rollouts/` of the stage's directory."""
     replay: Annotated[str | None, HARMLESS] = None
-    """A directory of such rollouts, used instead of sampling: `refill_rounds`, `curriculum` and
-    `audit_reward` had their say when it was sampled. The stage's prompts must be those of then.
+    """A directory of such rollouts, used instead of sampling: `top_p`, `top_k`, `batch_size`,
+    `refill_rounds`, `curriculum` and `audit_reward` had their say when it was sampled, and are
+    refused beside it. The stage's prompts and `group_size` must be those of then.
     """
 
     @model_validator(mode="after")

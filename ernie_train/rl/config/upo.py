@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ernie_train.core.config import HARMLESS, PositiveInt
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.rewards.scoring import RewardConfig
+from ernie_train.rl.config.idle import settings_without_effect
 from ernie_train.rl.config.policy import CriticConfig, PolicyConfig
 from ernie_train.rl.config.preference import OfflinePairs, PreferenceConfig, SharedReward
 from ernie_train.rl.config.rollout import (
@@ -123,12 +124,6 @@ class UpoConfig(StageConfig):
         samples_pairs = preference is not None and preference.samples_completions
         if rollout.replay is not None and not samples_pairs:
             raise ValueError("rollout.engine has no effect with replay: nothing is sampled")
-        default = RolloutConfig.model_fields["batch_size"].default
-        if rollout.batch_size != default and self.evaluation is None:
-            raise ValueError(
-                "rollout.batch_size is that of our own sampler: an engine has engine.parallel "
-                "requests"
-            )
         return self
 
     @model_validator(mode="after")
@@ -151,17 +146,11 @@ class UpoConfig(StageConfig):
             problems.append("without a critic rollout.group_size must be at least 2")
         if self.policy.coef == 0 and preference is None:
             problems.append("policy.coef is 0 and there is no preference: nothing would be learnt")
-        if self.samples_each_iteration != (self.rollout.prompts_per_iteration is not None):
-            problems.append(
-                "rollout.prompts_per_iteration must be given"
-                if self.samples_each_iteration
-                else "rollout.prompts_per_iteration has no effect: iterations sample nothing"
-            )
-        if self.rollout.skip_solved is not None and not self.samples_each_iteration:
-            problems.append("rollout.skip_solved has no effect: iterations sample nothing")
+        if self.samples_each_iteration and self.rollout.prompts_per_iteration is None:
+            problems.append("rollout.prompts_per_iteration must be given")
         if preference is not None:
             problems += self._pair_problems(preference)
-        problems += self._environment_problems()
+        problems += self._environment_problems() + settings_without_effect(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self

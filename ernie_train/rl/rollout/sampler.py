@@ -94,9 +94,14 @@ class RolloutSampler:
         return Rollout.of(groups, config)
 
     def _require_prompts(self, groups: Sequence[PromptGroup], path: Path) -> None:
-        """Refuse a replay whose completions are of other prompts than the stage has by number."""
-        prompts = self.prepared.prompts
+        """Refuse a replay of other prompts than the stage has by number, or of other groups."""
+        prompts, size = self.prepared.prompts, self.config.rollout.group_size
         for group in groups:
+            if len(group) != size:
+                raise CheckpointError(
+                    f"{path}: a group of {len(group)} completions, though "
+                    f"rollout.group_size={size}: give that of the recipe that sampled them"
+                )
             for c in group:
                 known = 0 <= c.prompt < len(prompts)
                 if not known or prompts[c.prompt].prompt_ids != c.prompt_ids:
