@@ -15,6 +15,7 @@ from ernie_train.core.errors import StorageError
 from ernie_train.generate.engines import served
 from tests.conftest import REPOSITORY
 from tests.generate.engine_stand_in import BAD, StandIn, serving
+from tests.parallel.test_runs import apart, run_on
 from tests.rl import test_upo
 from tests.rl.test_upo import run, stage
 
@@ -27,16 +28,21 @@ def server() -> Iterator[StandIn]:
         yield state
 
 
-def run_with(
-    root: Path, directory: Path, engine: dict[str, Any], model: Any = None, **changes: Any
-) -> int:
+def recipe_with(
+    root: Path, name: str, engine: dict[str, Any], model: Any = None, **changes: Any
+) -> Path:
     recipe = yaml.safe_load((root / "recipe.yaml").read_text())
     recipe["model"] = model or recipe["model"]
     rollout = {"prompts_per_iteration": 3, "max_new_tokens": 6, "engine": engine}
     changes = {"iterations": 3, "rollout": rollout, **changes}
     recipe["stages"] = [stage(root, **changes)]
-    path = root / f"{directory.name}.yaml"
+    path = root / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def run_with(root: Path, directory: Path, *given: Any, **changes: Any) -> int:
+    path = recipe_with(root, directory.name, *given, **changes)
     return run("run", path, "--run-dir", directory)
 
 
@@ -82,6 +88,29 @@ def test_a_server_that_dies_loses_nothing(
     del server.faults["/v1/completions"]
     assert run_with(workspace, directory, engine) == 0
     assert [line["step"] for line in lines(directory)] == [1, 2, 3]
+
+
+def test_two_ranks_learn_from_one_server(workspace: Path, tmp_path: Path, server: StandIn) -> None:
+    """As one rank does; where the server dies, both end, with one message."""
+
+    def dies(state: StandIn, body: dict[str, Any]) -> Any:
+        return BAD if state.counts["/collective_rpc"] == 4 else state.completion(body)
+
+    server.faults["/v1/completions"] = dies
+    two, dead, one = (tmp_path / name for name in ("two", "dead", "one"))
+    path = recipe_with(workspace, "two", {"kind": "vllm", "url": server.url}, iterations=2)
+    commands = [["run", str(path), "parallel.data=2", "--run-dir", str(d)] for d in (two, dead)]
+    statuses, printed = run_on(2, tmp_path, commands)
+    assert statuses == [[0, 1], [0, 1]]
+    assert printed.count("cannot be reached") == 1 and "Traceback" not in printed
+    assert "step_000001 is saved" in " ".join(printed.split())
+    assert server.counts["/collective_rpc"] == 4, "the main rank alone talks to it"
+    assert run("run", path, "--run-dir", one) == 0
+    for ours, theirs in zip(lines(one), lines(two), strict=True):
+        assert theirs["reward"] == pytest.approx(ours["reward"], rel=1e-6)
+        assert theirs["logprob_mismatch"] < 1e-4
+    ends = [directory / "01-rl/checkpoints/step_000002" for directory in (one, two)]
+    assert apart(*ends) < 1e-4
 
 
 def test_a_disk_that_fills_with_weights_for_a_server_loses_nothing(
