@@ -25,9 +25,9 @@ from ernie_train.core.config import HARMLESS
 from ernie_train.core.errors import ErnieTrainError
 from ernie_train.rl.config import UpoConfig
 from ernie_train.train.stage import StageConfig
-from tests.recipe_keys import sections_in
 from tests.rl.test_iteration import BOTH, FAR, IN_REWARD, ONLINE, RAMP, RL_CRITIC
 from tests.rl.toy_stage import GROUP, Outcome, expected, observed, toy_config
+from tools.recipe_reference import sections_in
 
 BASES: list[dict[str, Any]] = [
     {"policy": {"minibatches": 1, "update_epochs": 1}},
@@ -177,6 +177,11 @@ def plain(outcome: Outcome) -> str:
     lines = [{k: v for k, v in line.items() if k != "time"} for line in outcome.lines]
     arrays = [outcome.gradients, outcome.weights]
     return repr((lines, outcome.advantages)) + json.dumps(arrays, default=np.ndarray.tolist)
+
+
+def test_a_replay_of_groups_of_another_size_is_refused(stages: Stages) -> None:
+    told = stages.of(toy_config(rollout={"group_size": GROUP + 1}))
+    assert f"group of {GROUP} completions, though rollout.group_size={GROUP + 1}" in str(told)
 
 
 def meaning(config: UpoConfig) -> Any:
