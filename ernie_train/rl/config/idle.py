@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from math import floor
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ernie_train.core.config import StrictConfig
 
-if TYPE_CHECKING:
-    from ernie_train.rl.config.upo import UpoConfig
+_Stage = Any  # an UpoConfig, whose module imports this one
 
 
-def settings_without_effect(config: UpoConfig) -> list[str]:
+def settings_without_effect(config: _Stage) -> list[str]:
     """Return a message for each group of settings that cannot act beside the others."""
     return [
         *_in_one_step(config),
@@ -47,7 +46,7 @@ def _message(idle: list[str], why: str, or_else: str = "") -> Iterator[str]:
         yield f"{', '.join(idle)} {have} no effect {why}: leave {them} out{or_else}"
 
 
-def _in_one_step(config: UpoConfig) -> Iterator[str]:
+def _in_one_step(config: _Stage) -> Iterator[str]:
     """Before the only step of a rollout the policy is still the one of its old logprobs."""
     policy, lora = config.policy, config.lora
     if policy.update_epochs * policy.minibatches > 1 or (lora is not None and lora.dropout):
@@ -61,7 +60,7 @@ def _in_one_step(config: UpoConfig) -> Iterator[str]:
     )
 
 
-def _beyond_the_groups(config: UpoConfig) -> Iterator[str]:
+def _beyond_the_groups(config: _Stage) -> Iterator[str]:
     rollout, policy, preference = config.rollout, config.policy, config.preference
     rounds = 1
     if config.learns_from_every_group or (preference is not None and preference.of_rollouts):
@@ -76,7 +75,7 @@ def _beyond_the_groups(config: UpoConfig) -> Iterator[str]:
         )
 
 
-def _under_replay(config: UpoConfig) -> Iterator[str]:
+def _under_replay(config: _Stage) -> Iterator[str]:
     """Prompts, completions and rewards of a replay are recorded."""
     rollout, preference = config.rollout, config.preference
     if rollout.replay is None or not config.samples_each_iteration:
@@ -90,7 +89,7 @@ def _under_replay(config: UpoConfig) -> Iterator[str]:
     yield from _message(idle, "with rollout.replay, which has what was sampled and scored")
 
 
-def _without_rollouts(config: UpoConfig) -> Iterator[str]:
+def _without_rollouts(config: _Stage) -> Iterator[str]:
     """On offline pairs alone iterations sample nothing."""
     if config.samples_each_iteration:
         return
@@ -104,7 +103,7 @@ def _without_rollouts(config: UpoConfig) -> Iterator[str]:
     yield from _message(idle, "where iterations sample nothing")
 
 
-def _shares(config: UpoConfig) -> Iterator[str]:
+def _shares(config: _Stage) -> Iterator[str]:
     """A share of fewer than one of the stage's groups is none."""
     if not config.samples_each_iteration:
         return
@@ -118,7 +117,7 @@ def _shares(config: UpoConfig) -> Iterator[str]:
             yield f"{name}.share={reward.share:g} of the stage's {groups} groups is none: raise it"
 
 
-def _shared_prompts(config: UpoConfig) -> Iterator[str]:
+def _shared_prompts(config: _Stage) -> Iterator[str]:
     if not config.share_prompts:
         return
     if config.micro_batch_size < 2:
@@ -130,7 +129,7 @@ def _shared_prompts(config: UpoConfig) -> Iterator[str]:
         yield "share_prompts has no effect with rollout.group_size=1: no two completions share one"
 
 
-def _of_our_own_sampler(config: UpoConfig) -> Iterator[str]:
+def _of_our_own_sampler(config: _Stage) -> Iterator[str]:
     """An engine has no use for the settings of our own sampler, nor all that it records."""
     rollout = config.rollout
     if rollout.engine.kind == "own":
