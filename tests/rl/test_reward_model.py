@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -393,6 +394,16 @@ def test_a_score_that_is_not_finite_is_refused(whole: Path) -> None:
         scores_of(scorer, ANSWER.format(5))
     with pytest.raises(WeightsError, match="must hold finite numbers"):
         scorer.model.load_head({"score.weight": np.full((1, 32), np.inf, np.float32)})
+
+
+def test_a_reward_model_beside_the_tokenizer_of_another_is_refused(
+    whole: Path, monkeypatch: Any
+) -> None:
+    """Its own may differ from the policy's, but the ids must be those of its model."""
+    large = SimpleNamespace(vocab_size=99_999)
+    monkeypatch.setattr("ernie_train.rl.reward.scoring.load_tokenizer", lambda path: large)
+    with pytest.raises(UserError, match="tokenizer of 99999 tokens beside a model of"):
+        scorer_of(whole)
 
 
 def upo(root: Path, reward: Any) -> dict[str, Any]:

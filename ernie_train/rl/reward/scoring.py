@@ -51,6 +51,11 @@ class RewardModelScorer:
         self.part = part
         self.tokenizer: Tokenizer = load_tokenizer(place.tokenizer)
         backbone = load_pretrained(place.weights, dtype=dtype)
+        if self.tokenizer.vocab_size > backbone.config.vocab_size:
+            raise UserError(
+                f"reward: {part.path} has a tokenizer of {self.tokenizer.vocab_size} tokens beside "
+                f"a model of {backbone.config.vocab_size}: it is that of another model"
+            )
         self.longest = backbone.config.max_position_embeddings
         self.model = RewardModel(backbone)
         for parameter in self.model.parameters():
