@@ -112,12 +112,14 @@ def run(
         max_restarts=max_restarts,
         hang_timeout_s=hang_timeout_s,
     )
+    debug = context.ensure_object(CommonOptions).debug
     if nproc is not None:
-        debug = context.ensure_object(CommonOptions).debug
         raise typer.Exit(command.launch(settings, _console(stderr=True), debug=debug))
     if settings != LaunchSettings(nproc=1):
         raise UserError("the options of a launch need --nproc, the ranks of this machine")
-    command.run_here(_console(quiet=not process_group.is_main()))
+    console = _console(quiet=not process_group.is_main())
+    if status := command.run_on_cores(console, _console(stderr=True), debug=debug):
+        raise typer.Exit(status)
 
 
 @app.command()

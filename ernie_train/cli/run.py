@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ernie_train.core import consensus
+from ernie_train.core.errors import UserError
 from ernie_train.io.run_dir import refuse_if_in_use
 from ernie_train.launch import LaunchSettings, supervise
+from ernie_train.launch.rank_files import is_supervised
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,27 @@ class RunCommand:
     last: str | None
     extend: bool
     referee: str | None  # an interpreter
+
+    def run_on_cores(self, console: Console, launch_console: Console, *, debug: bool) -> int:
+        """Run the recipe here, or as ranks where those use the cores better; return the status."""
+        from ernie_train.core import process_group
+        from ernie_train.core.config import apply_overrides, load_yaml
+        from ernie_train.launch.cores import plan_cores
+
+        plan = None
+        if process_group.world_size() == 1 and not is_supervised():
+            with suppress(UserError):  # reported by the run, with all that is wrong beside it
+                values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
+                directory = self._directory(str(values.get("name")))
+                plan = plan_cores(values, directory, Path.cwd())
+        if plan is None or plan.ranks == 1:
+            if plan is not None:
+                console.print(plan.line, highlight=False)
+            self.run_here(console)
+            return 0
+        launch_console.print(plan.line, highlight=False)
+        shared = replace(self, overrides=[*self.overrides, f"parallel.data={plan.ranks}"])
+        return shared.launch(LaunchSettings(plan.ranks), launch_console, debug=debug)
 
     def run_here(self, console: Console) -> None:
         """Run the recipe in this process, which may be one of several ranks."""

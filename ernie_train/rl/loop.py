@@ -126,7 +126,7 @@ class _UpoLoop:
         )
         self.sampler.audit = self.audit.audited if self.audit is not None else None
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
-        self.state = IterationState()
+        self.state, self.update_seconds = IterationState(), 0.0
         saved = self.store.load_latest()
         if saved is not None:
             self._restore(saved)
@@ -201,8 +201,11 @@ class _UpoLoop:
             self.sampler.raise_level(rollout)
         self._append_samples(iteration, rollout, batch)
         seconds, total = self.sampler.seconds, time.perf_counter() - started
-        learning = total - sum(seconds.values())
-        timings = {**seconds, "training_seconds": learning, "seconds": total}
+        learning = {
+            "training_seconds": total - sum(seconds.values()),
+            "update_seconds": self.update_seconds,
+        }
+        timings = {**seconds, **learning, "seconds": total}
         state = self.state
         state.finished, state.is_updating, state.evaluation = iteration, False, {}
         state.prompts = self.sampler.state_dict()
@@ -237,6 +240,7 @@ class _UpoLoop:
         self, iteration: int, rollout: Rollout, pairs: PairSources | None
     ) -> tuple[RolloutBatch, dict[str, float]]:
         """Update the weights on a rollout, if it teaches anything; return the batch and metrics."""
+        self.update_seconds = 0.0
         metrics = rollout_metrics(rollout, every_group=self.config.learns_from_every_group)
         metrics |= reward_model_metrics(rollout, self.config.reward.parts)
         found, counts = pairs.find(iteration, rollout) if pairs is not None else ([], {})
@@ -249,7 +253,10 @@ class _UpoLoop:
             return batch, metrics
         self._leave_if_asked(f"before the update of iteration {iteration}")
         self.state.is_updating = True
-        return batch, metrics | self.learner.update(batch, iteration, self.health)
+        started = time.perf_counter()
+        metrics |= self.learner.update(batch, iteration, self.health)
+        self.update_seconds = time.perf_counter() - started
+        return batch, metrics
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         settings = self.config.evaluation

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from paddle import Tensor
@@ -26,13 +26,31 @@ from ernie_train.train.optimizer import Optimizer, learning_rate
 
 @dataclass(frozen=True)
 class StepResult:
-    """Metrics of one optimizer step over all ranks."""
+    """Metrics of one optimizer step over all ranks.
+
+    phases: seconds of this rank's forward and backward passes and of the rest, reduction and
+        update. A GPU works on while the processor goes ahead, so there they say little.
+    """
 
     step: int
     metrics: dict[str, float]
     seconds: float
     tokens: int
     load: RouterStatsAccumulator
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Laps:
+    """A stopwatch that adds the time since its last reading to a phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
 
 
 class Throughput:
@@ -51,6 +69,7 @@ class Throughput:
         self._tokens += result.tokens
         return {
             "seconds": result.seconds,
+            **result.phases,
             "tokens_per_second": result.tokens / result.seconds,
             "tokens_per_second_overall": self._tokens / (self._clock() - self._began),
         }
@@ -113,7 +132,7 @@ class Trainer(Generic[ModelT, BatchT]):
 
         `micro_batches` are those of all ranks, the same on each.
         """
-        started = time.perf_counter()
+        laps = _Laps()
         # Every rank has all micro-batches, so counts of the whole step need no reduction, and a
         # loss is divided by them before its backward pass.
         counts = self._counts(micro_batches, loss_fn)
@@ -126,9 +145,11 @@ class Trainer(Generic[ModelT, BatchT]):
             set_dropout_key(self.model, self.step, place)
             output = loss_fn(self.model, batch)
             terms = [*output.terms, *self.balancer.terms(output.router_stats)]
+            laps.end("forward_seconds")
             if number == last:
                 self.optimizer.begin_last_backward()
             _backward(terms, counts, output.grad_anchor)
+            laps.end("backward_seconds")
             load.add(output.router_stats)
             for term in terms:
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
@@ -148,7 +169,9 @@ class Trainer(Generic[ModelT, BatchT]):
         metrics.update(self.balancer.after_step(load))
         self.step += 1
         tokens = sum(batch.num_tokens for batch in micro_batches)
-        return StepResult(self.step, metrics, time.perf_counter() - started, tokens, load)
+        laps.end("update_seconds")
+        seconds = sum(laps.seconds.values())
+        return StepResult(self.step, metrics, seconds, tokens, load, laps.seconds)
 
     def term_gradient_norms(
         self, micro_batches: Sequence[BatchT], loss_fn: LossFn[ModelT, BatchT]

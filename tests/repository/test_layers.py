@@ -55,7 +55,7 @@ PACKAGES: dict[str, str] = {
     "rl.rollout": "records files sampler",
     "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"
     " report pairs loss learner loop dpo",
-    "launch": "console rank_files logs launcher rank_group supervise",
+    "launch": "console rank_files logs launcher rank_group supervise cores",
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
     "report": "run_files curves overview reading page",

@@ -1,0 +1,162 @@
+"""The one place that decides how a run uses the cores of a machine without a GPU.
+
+Paddle's elementwise operators use one thread, so data ranks of one thread each train faster than
+one process with several (on two cores 1.8 times as fast as one, against 1.2 times). A step's
+micro-batches are split evenly over ranks, so that their number decides how many there can be. All
+that samples, evaluates or scores in a rank shares its cores (`core.cpu` counts them), so that there
+are never more busy processes than cores.
+
+The recipe is read as it is written: the ranks validate it, which takes Paddle. What cannot be read
+counts as nothing to share out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+from ernie_train.core.config import load_yaml
+from ernie_train.core.cpu import THREAD_VARIABLES, CpuSetup, cpu_setup
+from ernie_train.core.environment import memory_bytes
+from ernie_train.core.errors import UserError
+
+# In fewer tokens a further rank does not win back the seconds that its start takes.
+WORTHWHILE_TOKENS = 30_000
+# Float32 weights, gradients and two moments beside the bfloat16 file of most models; a rank holds
+# all of them. No more than this share of the memory is planned with: activations come on top.
+_BYTES_PER_FILE_BYTE, _MEMORY_SHARE = 8, 0.6
+# Guesses, to tell short runs from long ones.
+_ROLLOUT_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
+
+
+@dataclass(frozen=True)
+class CorePlan:
+    """How many data ranks a run is started as, and why, in one line for the user."""
+
+    ranks: int
+    line: str
+
+
+def plan_cores(
+    values: Mapping[str, Any], run_dir: Path | None, base_dir: Path, setup: CpuSetup | None = None
+) -> CorePlan | None:
+    """Return how a run uses this machine's cores, or None where that is not for us to say.
+
+    values: the recipe as written, with overrides. A recipe that sets its own layout decides, and
+    so does a GPU. A run that began with a number of ranks keeps it, so that it resumes to the same
+    bits, unless this machine has too few cores.
+    """
+    setup = setup or cpu_setup()
+    layout = values.get("parallel") or {}
+    if _may_use_gpu(values.get("device", "auto")) or not isinstance(layout, Mapping):
+        return None
+    if {"data", "expert", "sharding"} & layout.keys():
+        return None
+    threads = setup.threads if any(name in setup.kept for name in THREAD_VARIABLES) else 1
+    most = max(1, setup.cores // threads)
+    ranks, why = _wanted_ranks(values, most, base_dir)
+    begun = _recorded_ranks(run_dir)
+    if begun is not None and begun <= most:
+        ranks, why = begun, "as this run began"
+    elif begun is not None:
+        why = f"this run began with {begun}, results differ by rounding"
+    each = threads if threads > 1 else max(1, setup.cores // ranks)
+    cores = f"{setup.cores} core{'s' if setup.cores > 1 else ''}"
+    share = f"{ranks} data ranks" if ranks > 1 else "one process"
+    line = f"{cores}: {share} with {each} thread{'s' if each > 1 else ''}{' each' * (ranks > 1)}"
+    notes = [why, "--nproc 1 switches ranks off" if ranks > 1 else ""]
+    said = "; ".join(filter(None, notes))
+    return CorePlan(ranks, f"{line} ({said})" if said else line)
+
+
+def _may_use_gpu(device: object) -> bool:
+    if device != "auto":
+        return device != "cpu"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
+        return False
+    try:
+        importlib.metadata.version("paddlepaddle-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _wanted_ranks(values: Mapping[str, Any], most: int, base_dir: Path) -> tuple[int, str]:
+    """Return the number of ranks for a run that begins, and the reason where it is one."""
+    if most == 1:
+        return 1, ""
+    written = values.get("stages")
+    stages = [
+        _Stage.of(stage, base_dir) for stage in (written if isinstance(written, list) else [])
+    ]
+    shared = gcd(*(stage.micro_batches for stage in stages))
+    ranks = max((n for n in range(1, most + 1) if shared % n == 0), default=1) if shared else 1
+    if ranks == 1:
+        return 1, "a step's micro-batches cannot be shared out: see grad_accum_steps"
+    if (tokens := sum(stage.tokens for stage in stages)) < WORTHWHILE_TOKENS:
+        return 1, f"for {tokens} tokens further ranks do not pay"
+    return _within_memory(ranks, shared, values, base_dir)
+
+
+def _within_memory(
+    ranks: int, shared: int, values: Mapping[str, Any], base_dir: Path
+) -> tuple[int, str]:
+    model = values.get("model")
+    path = model.get("path") if isinstance(model, Mapping) else None
+    if not isinstance(path, str):
+        return ranks, ""
+    size = sum(file.stat().st_size for file in (base_dir / path).rglob("*.safetensors"))
+    room = _MEMORY_SHARE * memory_bytes()["total"] / max(1, size * _BYTES_PER_FILE_BYTE)
+    fits = max((n for n in range(1, ranks + 1) if shared % n == 0 and n <= room), default=1)
+    return fits, "" if fits == ranks else "memory holds no more copies of the model"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the written settings of a stage say of its work; 0 where they do not say it."""
+
+    micro_batches: int = 0  # of an optimizer step
+    tokens: int = 0  # about, in all
+
+    @classmethod
+    def of(cls, stage: Any, base_dir: Path) -> _Stage:
+        with suppress(LookupError, TypeError, ValueError, ArithmeticError, AttributeError, OSError):
+            rows, kind = int(stage["micro_batch_size"]), stage["kind"]
+            if kind in ("pretrain", "sft"):
+                count = int(stage.get("grad_accum_steps", 1))
+                if "epochs" in stage:
+                    data = sum(_data_bytes(base_dir, source["path"]) for source in stage["data"])
+                    return cls(count, int(stage["epochs"]) * data // _BYTES_PER_TOKEN)
+                return cls(count, int(stage["steps"]) * count * rows * int(stage["seq_len"]))
+            if kind in ("dpo", "reward"):
+                pairs, length = int(stage["pairs_per_step"]), int(stage["seq_len"])
+                return cls(-(-pairs // (rows // 2)), int(stage["steps"]) * pairs * 2 * length)
+            rollout, policy = stage["rollout"], stage.get("policy") or {}
+            sequences = int(rollout["prompts_per_iteration"]) * int(rollout.get("group_size", 8))
+            length = _ROLLOUT_PROMPT_TOKENS + int(rollout["max_new_tokens"])
+            count = -(-sequences // int(policy.get("minibatches", 1)) // rows)
+            return cls(count, int(stage["iterations"]) * sequences * length)
+        return cls(1)
+
+
+def _data_bytes(base_dir: Path, path: str) -> int:
+    """Return the size of a file of rows, or of those of a directory or a pattern."""
+    whole = base_dir / path
+    found = whole.rglob("*") if whole.is_dir() else whole.parent.glob(whole.name)
+    return sum(file.stat().st_size for file in found if file.is_file())
+
+
+def _recorded_ranks(run_dir: Path | None) -> int | None:
+    """Return the data ranks that a run was started with, None where nothing has begun."""
+    if run_dir is None or not (run_dir / "recipe.yaml").is_file():
+        return None
+    with suppress(UserError, OSError, AttributeError, KeyError, TypeError, ValueError):
+        return int(load_yaml(run_dir / "recipe.yaml")["parallel"]["data"])
+    return None

@@ -1,0 +1,146 @@
+"""How a run uses the cores: ranks where the work can be shared out, threads otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ernie_train.cli.run import RunCommand
+from ernie_train.core.blas import Processor
+from ernie_train.core.cpu import CpuSetup
+from ernie_train.launch import LaunchSettings, cores
+from ernie_train.launch.cores import CorePlan, plan_cores
+
+SFT = {
+    "kind": "sft", "micro_batch_size": 4, "grad_accum_steps": 4, "seq_len": 512, "steps": 100,
+}  # fmt: skip
+RL = {
+    "kind": "upo", "micro_batch_size": 16, "iterations": 50,
+    "rollout": {"prompts_per_iteration": 16, "group_size": 8, "max_new_tokens": 64},
+    "policy": {"minibatches": 2},
+}  # fmt: skip
+
+
+def plan(
+    *stages: Any, count: int = 2, run_dir: Path | None = None, chosen: str = "", **values: Any
+) -> CorePlan | None:
+    """The plan on a machine of `count` cores; `chosen`: OMP_NUM_THREADS of the user."""
+    setup = CpuSetup(Processor(), cores=count, threads=int(chosen) if chosen else count)
+    setup.kept = {"OMP_NUM_THREADS": chosen} if chosen else {}
+    recipe = {"device": "cpu", "stages": list(stages), **values}
+    return plan_cores(recipe, run_dir, Path(), setup)
+
+
+def ranks(*stages: Any, **settings: Any) -> int:
+    found = plan(*stages, **settings)
+    assert found is not None
+    return found.ranks
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (2, 2), (3, 2), (4, 4), (6, 4), (64, 4)])
+def test_as_many_ranks_as_share_the_micro_batches_evenly(count: int, expected: int) -> None:
+    assert ranks(SFT, count=count) == expected
+
+
+def test_every_stage_must_share_out_evenly() -> None:
+    assert ranks(SFT, {**SFT, "grad_accum_steps": 6}, count=4) == 2
+    assert ranks(SFT, RL, count=8) == 4  # 128 / 2 / 16 micro-batches
+    assert ranks(SFT, {**SFT, "grad_accum_steps": 1}, count=4) == 1
+    assert (
+        ranks(
+            {"kind": "dpo", "micro_batch_size": 4, "pairs_per_step": 8, "steps": 99, "seq_len": 64}
+        )
+        == 2
+    )
+
+
+def test_the_line_says_what_was_chosen_and_how_to_switch_it_off() -> None:
+    assert (found := plan(SFT, count=6)) is not None
+    assert found.line == "6 cores: 4 data ranks with 1 thread each (--nproc 1 switches ranks off)"
+    assert (found := plan({**SFT, "grad_accum_steps": 1})) is not None
+    assert found.line.startswith("2 cores: one process with 2 threads (a step's micro-batches")
+    assert (found := plan(SFT, count=1)) is not None
+    assert found.line == "1 core: one process with 1 thread"
+
+
+def test_short_runs_are_one_process(tmp_path: Path) -> None:
+    assert ranks({**SFT, "steps": 2}) == 1
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "a.jsonl").write_text("x" * 40_000)
+    epochs = {k: v for k, v in SFT.items() if k != "steps"} | {"data": [{"path": str(rows)}]}
+    assert ranks({**epochs, "epochs": 2}) == 1
+    assert ranks({**epochs, "epochs": 4}) == 2
+    assert ranks({**epochs, "epochs": 4, "data": [{"path": str(rows / "*.jsonl")}]}) == 2
+
+
+def test_threads_that_the_user_chose_stay_and_leave_fewer_ranks() -> None:
+    assert ranks(SFT, count=4, chosen="2") == 2
+    assert ranks(SFT, count=4, chosen="8") == 1
+    assert ranks(SFT, count=4, chosen="1") == 4
+
+
+@pytest.mark.parametrize("layout", [{"data": 1}, {"expert": 2}, {"sharding": True}])
+def test_a_layout_of_the_recipe_decides(layout: dict[str, Any]) -> None:
+    assert plan(SFT, parallel=layout) is None
+    assert ranks(SFT, parallel={"recompute": True}) == 2
+
+
+def test_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores.importlib.metadata, "version", lambda name: "3.3.1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert plan(SFT, device="gpu") is None and plan(SFT, device="auto") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert ranks(SFT, device="auto") == 2
+
+
+def test_a_run_keeps_its_ranks_where_there_are_cores_for_them(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("parallel: {data: 2}\n")
+    assert (kept := plan(SFT, count=4, run_dir=tmp_path)) is not None
+    assert kept.ranks == 2 and "as this run began" in kept.line
+    assert (fewer := plan(SFT, count=1, run_dir=tmp_path)) is not None
+    assert fewer.ranks == 1 and "this run began with 2, results differ by rounding" in fewer.line
+    (tmp_path / "recipe.yaml").write_text("parallel: {data: 1}\n")
+    assert ranks(SFT, count=4, run_dir=tmp_path) == 1
+
+
+@pytest.mark.parametrize("stages", [3, {"a": 1}, [None], ["sft"], [{**SFT, "steps": "many"}], []])
+def test_what_cannot_be_read_is_left_to_the_run(stages: Any) -> None:
+    assert ranks(stages=stages) == 1
+
+
+def test_copies_of_the_model_must_fit_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    model = {"path": str(tmp_path)}
+    for total, expected in ((100_000, 4), (30_000, 2), (9_000, 1)):
+        monkeypatch.setattr(cores, "memory_bytes", lambda total=total: {"total": total})
+        assert ranks(SFT, count=4, model=model) == expected
+
+
+def test_the_verb_starts_the_ranks_or_runs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: x\n")
+    done: list[Any] = []
+    monkeypatch.setattr(RunCommand, "run_here", lambda self, console: done.append("here"))
+    monkeypatch.setattr(
+        RunCommand,
+        "launch",
+        lambda self, settings, console, debug: done.append((settings, self.overrides)) or 3,
+    )
+    command = RunCommand(recipe, ["seed=2"], tmp_path / "run", None, None, False, None)
+    console = type("Silent", (), {"print": lambda *_, **__: None})()
+    for number in (1, 2):
+        monkeypatch.setattr(
+            "ernie_train.launch.cores.plan_cores", lambda *_, number=number: CorePlan(number, "")
+        )
+        assert command.run_on_cores(console, console, debug=False) == (3 if number == 2 else 0)
+    assert done == ["here", (LaunchSettings(2), ["seed=2", "parallel.data=2"])]
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")  # in a rank nothing is planned again
+    command.run_on_cores(console, console, debug=False)
+    assert done[2:] == ["here"]
