@@ -1,4 +1,4 @@
-"""The one place that decides how a run uses the cores of a machine without a GPU.
+"""Decide how a run uses the cores of a machine without a GPU.
 
 Paddle's elementwise operators use one thread, so data ranks of one thread each train faster than
 one process with several (on two cores 1.8 times as fast as one, against 1.2 times). A step's
@@ -37,7 +37,7 @@ _ROLLOUT_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
 
 @dataclass(frozen=True)
 class CorePlan:
-    """How many data ranks a run is started as, and why, in one line for the user."""
+    """Data ranks that a run is started as, and one line for the user that says why."""
 
     ranks: int
     line: str
@@ -120,7 +120,7 @@ def _within_memory(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the written settings of a stage say of its work; 0 where they do not say it."""
+    """Work of a stage by its settings as written; 0 where they do not say it."""
 
     micro_batches: int = 0  # of an optimizer step
     tokens: int = 0  # about, in all

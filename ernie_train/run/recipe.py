@@ -59,6 +59,7 @@ class ParallelConfig(StrictConfig):
     """Consecutive ranks over which the experts of a layer are split."""
     data: PositiveInt = 1
     """Copies of every expert; there are `expert` x `data` ranks, and all hold the dense parameters.
+    Where a recipe gives no layout, `run` chooses on a CPU, see launch.md.
     """
     sharding: bool = False
     """Splits optimizer state over the ranks that hold the same parameter (ZeRO-1)."""

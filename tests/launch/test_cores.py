@@ -1,4 +1,4 @@
-"""How a run uses the cores: ranks where the work can be shared out, threads otherwise."""
+"""Uses of the cores by a run: ranks where the work can be shared out, threads otherwise."""
 
 from __future__ import annotations
 
