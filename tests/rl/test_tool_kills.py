@@ -136,9 +136,11 @@ def test_twenty_kills_at_random_moments_change_nothing(workspace, whole, tmp_pat
     if replayed:
         options = [f"stages.rl.rollout.replay={directory / STAGE / 'rollouts'}"]
         directory = shutil.copytree(workspace / "taught", tmp_path / "replayed")
+        began = time.monotonic()
         process = run(workspace, directory, *options)
         _, told = process.communicate()
         assert process.returncode == 0, told
+        seconds = time.monotonic() - began  # a replay takes less
         assert results(directory)[2:] == results(whole[0])[2:]
     expected = results(directory)
     rng, kills = random.Random(5), 0
