@@ -143,6 +143,12 @@ def _device() -> list[Finding]:
     findings += [Finding("CPU set-up", line) for line in cpu.cpu_setup_report()]
     findings.append(Finding("Paddle's matmul", speed, advice))
     findings.append(check_numpy_kernels(measure_numpy_gflops(), gflops, setup))
+    if device == "cpu":
+        from ernie_train import kernels
+
+        native = kernels.describe_kernels()
+        slow = "" if native.startswith("native") else "training is about 1.4 times slower"
+        findings.append(Finding("training kernels", native, slow))
     present = [name for name in FUSED_KERNELS if devices.kernel_available(name, device)]
     absent = [name for name in FUSED_KERNELS if name not in present]
     findings.append(Finding("fused kernels", ", ".join(present) or "none"))

@@ -13,8 +13,9 @@ import psutil
 from ernie_train.core.cpu import __version__, cpu_setup
 
 VERSIONED = (
-    "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "safetensors", "sentencepiece",
-    "pydantic", "typer", "rich", "visualdl", "matplotlib", "math-verify", "reasoning-gym",
+    "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "numba", "safetensors",
+    "sentencepiece", "pydantic", "typer", "rich", "visualdl", "matplotlib", "math-verify",
+    "reasoning-gym",
 )  # fmt: skip
 GIT_TIMEOUT_S = 5.0  # a checkout on a slow network file system must not hold up a run
 _CHECKOUT = Path(__file__).resolve().parents[2]

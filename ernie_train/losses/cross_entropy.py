@@ -14,6 +14,8 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_train import kernels
+
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # most logits of a chunk (32 MiB in float32)
 
 
@@ -29,6 +31,15 @@ class _LinearCrossEntropy(PyLayer):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
         token_weights: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+        ctx.frozen = tuple(tensor.stop_gradient for tensor in inputs)
+        if bias is None and kernels.usable(hidden, weight, token_weights):
+            token_losses, grad_hidden, grad_weight = kernels.linear_cross_entropy(
+                hidden, weight, labels, token_weights, trains=(not ctx.frozen[0], not ctx.frozen[1])
+            )
+            ctx.save_for_backward(grad_hidden)
+            ctx.grad_weight, ctx.grad_bias = grad_weight, None
+            return (token_losses * token_weights).sum(), token_losses
         grad_hidden, losses = [], []
         grad_weight, grad_bias = None, None
         for part in chunks(hidden.shape[0], weight.shape[0]):
@@ -44,8 +55,6 @@ class _LinearCrossEntropy(PyLayer):
         token_losses = paddle.concat(losses)
         ctx.save_for_backward(paddle.concat(grad_hidden))
         ctx.grad_weight, ctx.grad_bias = grad_weight, grad_bias
-        inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-        ctx.frozen = tuple(tensor.stop_gradient for tensor in inputs)
         return (token_losses * token_weights).sum(), token_losses
 
     @staticmethod

@@ -112,6 +112,19 @@ class AttentionLayout:
         return _gather_documents(self)
 
     @cached_property
+    def document_table(self) -> np.ndarray:
+        """Return [n,4] int64: start and length of each document and of what it continues."""
+        rows = [
+            (
+                d.start,
+                d.length,
+                *((d.continues.start, d.continues.length) if d.continues else (0, 0)),
+            )
+            for d in self.documents
+        ]
+        return np.array(rows, np.int64)
+
+    @cached_property
     def document_ends(self) -> Tensor:
         """Return, for each token, where its document ends, [1,1,T,1] int32.
 

@@ -13,6 +13,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_train import kernels
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.pylayer import cast, needs_grad, select_grads
 
@@ -37,7 +38,25 @@ class MLP(nn.Layer):
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.act is F.silu and kernels.usable(gate, up):
+            return self.down_proj(_NativeSwiGLU.apply(gate, up))
+        return self.down_proj(self.act(gate) * up)
+
+
+class _NativeSwiGLU(PyLayer):
+    """silu(gate) * up; saves its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.needs_grad = needs_grad(gate, up)
+        return kernels.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensor()
+        return select_grads(ctx.needs_grad, kernels.swiglu_backward(gate, up, grads[0]))
 
 
 def _expand(column: Tensor, width: int) -> Tensor:
@@ -85,6 +104,23 @@ class _RMSNorm(PyLayer):
         return select_grads(ctx.needs_grad, grads)
 
 
+class _NativeRMSNorm(PyLayer):
+    """The same; saves x, which others keep anyway, and 1 / rms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = kernels.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.needs_grad = needs_grad(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensor()
+        made = kernels.rms_norm_backward(x, weight, inverse, grads[0])
+        return select_grads(ctx.needs_grad, made)
+
+
 class RMSNorm(nn.Layer):
     """Root-mean-square norm over the last axis of x [T,H] (arXiv:1910.07467)."""
 
@@ -96,4 +132,5 @@ class RMSNorm(nn.Layer):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        norm = _NativeRMSNorm if kernels.usable(x, self.weight) else _RMSNorm
+        return norm.apply(x, self.weight, self.eps)

@@ -16,6 +16,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_train import kernels
 from ernie_train.model import batched_experts
 from ernie_train.model.batched_experts import BatchedSwiGLU
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
@@ -151,6 +152,33 @@ class _GroupedSwiGLU(PyLayer):
         return select_grads(ctx.needs_grad, (paddle.concat(dx), paddle.concat(dweights), *stacks))
 
 
+class _NativeExperts(PyLayer):
+    """The same; saves x Wg and x Wu besides its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        rows: list[int],
+    ) -> Tensor:
+        y, *inner = kernels.experts(x, weights, (gate, up, down), rows)
+        ctx.save_for_backward(x, weights, gate, up, down, *inner)
+        ctx.rows, ctx.needs_grad = rows, needs_grad(x, weights, gate, up, down)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, gate, up, down, *inner = ctx.saved_tensor()
+        made = kernels.experts_backward(
+            x, weights, (gate, up, down), ctx.rows, tuple(inner), grads[0], ctx.needs_grad[2:]
+        )
+        return select_grads(ctx.needs_grad, made)
+
+
 def _stack(grads: list[Any], parameter: Tensor) -> Tensor:
     """Stack the gradients of the experts into [E,..]; one without rows has a gradient of zero."""
     shape = parameter.shape[1:]
@@ -205,7 +233,9 @@ class Experts(nn.Layer):
         if self.hidden_act in ("silu", "swish"):
             if rows.place.is_gpu_place() and batched_experts.pays(tokens_per_expert):
                 return BatchedSwiGLU.apply(rows, weights, *parameters, tokens_per_expert)
-            return _GroupedSwiGLU.apply(rows, weights, *parameters, tokens_per_expert)
+            native = kernels.usable(rows, weights, *parameters)
+            function = _NativeExperts if native else _GroupedSwiGLU
+            return function.apply(rows, weights, *parameters, tokens_per_expert)
         act = ACTIVATIONS[self.hidden_act]
         return experts_by_autograd(rows, weights, parameters, tokens_per_expert, act)
 

@@ -5,7 +5,7 @@ Shapes: T tokens, N heads, D head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_train import kernels
 from ernie_train.model.pylayer import cast
 
 
@@ -54,6 +55,7 @@ class RopeTables:
     cos: Tensor  # [T,D] float32
     sin: Tensor  # [T,D] float32
     rotation: Tensor  # [D,D]
+    _wide: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # `for_heads`, made once
 
     @classmethod
     def build(cls, position_ids: Tensor, theta: float, head_dim: int) -> RopeTables:
@@ -62,6 +64,15 @@ class RopeTables:
         angles = position_ids.astype("float32").unsqueeze(-1) * paddle.to_tensor(frequencies)
         rotation = paddle.to_tensor(_pair_rotation(head_dim))
         return cls(paddle.cos(angles), paddle.sin(angles), rotation)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate x [T*N,D], one row per token and head, tokens outermost."""
+        if kernels.usable(x):
+            return _NativeRope.apply(x, self.cos, self.sin)
+        heads = x.shape[0] // self.cos.shape[0]
+        if heads not in self._wide:
+            self._wide[heads] = self.for_heads(heads)
+        return apply_rope(x, *self._wide[heads], self.rotation)
 
     def for_heads(self, num_heads: int) -> tuple[Tensor, Tensor]:
         """Return (cos, sin), each [T*N,D]: one row per token and head, tokens outermost."""
@@ -91,6 +102,17 @@ class _ApplyRope(PyLayer):
         grad32 = cast(grad, paddle.float32)
         grad_x = paddle.matmul(grad32 * sin, rotation, transpose_y=True).add_(grad32 * cos)
         return cast(grad_x, grad.dtype), None, None, None
+
+
+class _NativeRope(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return kernels.rope(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return kernels.rope(grads[0], *ctx.saved_tensor(), backward=True), None, None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor) -> Tensor:

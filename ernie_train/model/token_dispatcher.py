@@ -13,6 +13,8 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_train import kernels
+
 MetadataT = TypeVar("MetadataT")  # what one kind of dispatcher keeps between its three calls
 
 
@@ -103,7 +105,7 @@ class Permute(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
         ctx.routing = routing
-        return paddle.gather(x, routing.token_of_row)
+        return _gather(x, routing.token_of_row)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -120,11 +122,17 @@ class Unpermute(PyLayer):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return paddle.gather(grads[0], ctx.routing.token_of_row)
+        return _gather(grads[0], ctx.routing.token_of_row)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return kernels.gather_rows(x, index) if kernels.usable(x) else paddle.gather(x, index)
 
 
 def _sum_pairs(rows: Tensor, routing: Routing) -> Tensor:
     tokens = routing.tokens
+    if kernels.usable(rows):
+        return kernels.sum_pairs(rows, routing.row_of_pair, tokens)
     if routing.dropped:
         rows = paddle.concat([rows, paddle.zeros([1, rows.shape[-1]], rows.dtype)])
     pairs = paddle.gather(rows, routing.row_of_pair)

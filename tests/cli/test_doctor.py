@@ -22,7 +22,7 @@ def test_the_report_covers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {finding.name for finding in findings}
     assert {
         "python", "paddlepaddle", "device", "CPU set-up", "Paddle's matmul", "numpy's matmul",
-        "fused kernels", "sandbox", "free disk", "memory", "git",
+        "training kernels", "fused kernels", "sandbox", "free disk", "memory", "git",
     } <= names  # fmt: skip
     (matmul,) = (finding for finding in findings if finding.name == "Paddle's matmul")
     assert matmul.value.startswith("500 GFLOP/s") and matmul.advice == ""

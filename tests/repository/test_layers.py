@@ -19,6 +19,7 @@ PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files signals processes progress blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
     "io": "files shipped outputs healthy python_files loggers metrics_log run_dir safetensors",
+    "kernels": "compiled loading call rows experts attention",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration pylayer batch_layout rope layers kv_cache"
     " attention token_dispatcher batched_experts moe transformer lora partial numpy_layers"

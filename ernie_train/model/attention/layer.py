@@ -1,7 +1,8 @@
 """Grouped-query causal attention within documents, and against a key/value cache.
 
-On a GPU with a FlashMask kernel, `flashmask` computes it. Elsewhere documents are gathered into
-buckets, computed by `blocked` or, beyond a length, by `online`.
+On a GPU with a FlashMask kernel, `flashmask` computes it, on a processor the native kernel where it
+can be loaded. Elsewhere documents are gathered into buckets, computed by `blocked` or, beyond a
+length, by `online`.
 
 Shapes: T tokens, H hidden size, N query heads, K key/value heads, G = N/K, D head dimension,
 C capacity of a cache.
@@ -17,12 +18,13 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from ernie_train import kernels
 from ernie_train.model.attention import blocked, flashmask, online
 from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket, GatheredDocuments
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import CacheStep, KVCache
 from ernie_train.model.pylayer import cast, needs_grad, select_grads
-from ernie_train.model.rope import RopeTables, apply_rope
+from ernie_train.model.rope import RopeTables
 
 
 class _DocumentAttention(PyLayer):
@@ -89,6 +91,26 @@ def _concat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else paddle.concat(parts)
 
 
+class _NativeAttention(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
+        heads = (layout.num_heads, layout.num_key_value_heads)
+        result, log_sums = kernels.attention(q, k, v, layout.document_table, heads)
+        ctx.save_for_backward(q, k, v, result, log_sums)
+        ctx.layout, ctx.needs_grad = layout, needs_grad(q, k, v)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, result, log_sums = ctx.saved_tensor()
+        layout = ctx.layout
+        heads = (layout.num_heads, layout.num_key_value_heads)
+        made = kernels.attention_backward(
+            tuple(tensors), layout.document_table, heads, (result, log_sums), grads[0]
+        )
+        return select_grads(ctx.needs_grad, made)
+
+
 def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     """Compute causal attention of every token within its own document.
 
@@ -97,6 +119,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout)
     """
     if flashmask.available(q):
         return flashmask.document_attention(q, k, v, layout)
+    if kernels.usable(q, k, v):
+        return _NativeAttention.apply(q, k, v, layout)
     # These kernels mix in masks and sums of float32, and FlashMask keeps scores in it too.
     q32, k32, v32 = (cast(x, paddle.float32) for x in (q, k, v))
     return cast(_DocumentAttention.apply(q32, k32, v32, layout.gathered), q.dtype)
@@ -130,9 +154,8 @@ class Attention(nn.Layer):
 
     def forward(self, x: Tensor, tables: AttentionTables, cache: KVCache | None = None) -> Tensor:
         """Compute x [T,H] -> [T,H]."""
-        rotation = tables.rope.rotation
-        q = apply_rope(self.q_proj(x).reshape([-1, self.head_dim]), *tables.query, rotation)
-        k = apply_rope(self.k_proj(x).reshape([-1, self.head_dim]), *tables.key, rotation)
+        q = tables.rope.rotate(self.q_proj(x).reshape([-1, self.head_dim]))
+        k = tables.rope.rotate(self.k_proj(x).reshape([-1, self.head_dim]))
         v = self.v_proj(x).reshape([-1, self.head_dim])
         if cache is not None:
             keys, values = cache.append(self.layer, k, v)
@@ -148,8 +171,6 @@ class AttentionTables:
 
     def __init__(self, config: Ernie4_5_MoeConfig, batch: BatchLayout, rope: RopeTables) -> None:
         self.rope = rope
-        self.query = rope.for_heads(config.num_attention_heads)
-        self.key = rope.for_heads(int(config.num_key_value_heads or 0))
         self.layout = batch.attention(
             config.num_attention_heads, int(config.num_key_value_heads or 0)
         )

@@ -1,0 +1,35 @@
+"""Fused passes for processors, compiled by numba: tensors in, tensors out, no autograd.
+
+`usable` says whether they can be called; each has a plain twin where it is used, to which it falls
+back and against which tests hold it. `ERNIE_TRAIN_KERNELS=plain` switches them off.
+"""
+
+from ernie_train.kernels.attention import attention, attention_backward
+from ernie_train.kernels.experts import experts, experts_backward, gather_rows, sum_pairs
+from ernie_train.kernels.loading import KERNELS, describe_kernels, usable
+from ernie_train.kernels.rows import (
+    linear_cross_entropy,
+    rms_norm,
+    rms_norm_backward,
+    rope,
+    swiglu,
+    swiglu_backward,
+)
+
+__all__ = [
+    "KERNELS",
+    "attention",
+    "attention_backward",
+    "describe_kernels",
+    "experts",
+    "experts_backward",
+    "gather_rows",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "sum_pairs",
+    "swiglu",
+    "swiglu_backward",
+    "usable",
+]
