@@ -103,6 +103,7 @@ def _wait(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
             return
         time.sleep(1)
     lines = [line for line in log.read_text(errors="replace").splitlines() if "Error: " in line]
+    lines = [line for line in lines if "See root cause above" not in line] or lines
     raise UserError(f"the server did not start: {(lines or ['no message'])[-1].strip()}")
 
 
@@ -130,8 +131,11 @@ def with_vllm(export: Path, python: str, dtype: str, log: Path) -> Answers:
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(export),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model",
-        "--dtype", dtype, "--enforce-eager", "--max-model-len", "1024", *PARSERS,
+        "--dtype", dtype, "--enforce-eager", "--max-model-len", "1024",
     ]  # fmt: skip
+    template = tokenizer.chat.template
+    if template is not None and "<think>" in template.source:  # others have no such tokens
+        command += PARSERS
     with server(command, f"{url}/health", log):
         return ask(python, url, "model", prompts_of(tokenizer), chats_of(tokenizer).values())
 
