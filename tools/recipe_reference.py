@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
-from ernie_train.cli.schema import recipe_schema, schema_text
-from ernie_train.run.recipe import Recipe
+from ernie_train.run.recipe import Recipe, recipe_schema, schema_text
 from ernie_train.train.stage import StageConfig
 
 ROOT = Path(__file__).resolve().parents[1]

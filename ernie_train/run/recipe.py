@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -325,3 +326,17 @@ def _recorded_version(run_dir: Path) -> str:
         return f"ernie_train {facts['ernie_train']}" + (f" at commit {commit}" if commit else "")
     except (OSError, ValueError, KeyError, AttributeError):
         return "an unknown version of ernie_train"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a recipe, by which editors complete and check one.
+
+    It knows keys, types, bounds and defaults; what settings ask of each other `check` alone does.
+    """
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **Recipe.model_json_schema()}
+
+
+def schema_text() -> str:
+    """Return the schema as the text of a file."""
+    return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"

@@ -63,7 +63,7 @@ PACKAGES: dict[str, str] = {
     "plan": "layout workload memory cost search tables command",
     "selftest": "check fixture graph kernels training ranks report command",
     "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"
-    " schema status watch main",
+    " init recipes status watch main",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16

@@ -1,0 +1,176 @@
+"""The verb init: its recipes are valid, fit the memory, and run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from ernie_train.cli import recipes
+from ernie_train.cli.init import LEAST_STEPS, SCHEMA, answers
+from ernie_train.cli.main import main
+from ernie_train.core.errors import UserError
+from ernie_train.core.yaml import load_yaml
+from ernie_train.data import encode_chat, load_tokenizer, read_records
+from tests.workspace import make_workspace, rows, save_model, write_rows
+
+ASKED = {"prompt": "What is 1 + 1?"}
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "messages": rows(30, 1),
+    "alpaca": [{"instruction": "Add 1.", "input": str(i), "output": str(i + 1)} for i in range(9)],
+    "texts": [{"text": f"{i} and {i + 1} are numbers."} for i in range(40)],
+    "pairs": [{**ASKED, "chosen": "2", "rejected": str(i)} for i in range(3, 12)],
+    "mapped": [{"frage": "1 + 1?", "antwort": f"so #### {i}"} for i in range(9)],
+}  # fmt: skip
+STAGES = {"texts": "pretrain", "pairs": "dpo"}
+COLUMNS = "{prompt: frage, completion: {column: antwort, after: '####'}}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("init")
+    make_workspace(root)
+    save_model(root)
+    return root
+
+
+@pytest.fixture
+def cli(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return int(str(ended.value.code)), printed.out + printed.err
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_of_each_kind_of_rows_passes_check(
+    place: Path, cli: Any, tmp_path: Path, kind: str
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", KINDS[kind])
+    mapped = ("--columns", COLUMNS) if kind == "mapped" else ()
+    given = ("--model", place / "model", "--data", "rows.jsonl", "--out", "my own.yaml", *mapped)
+    status, told = cli("init", *given)
+    assert status == 0, told
+    recipe = load_yaml(tmp_path / "my own.yaml")
+    stage = recipe["stages"][0]
+    assert stage["kind"] == STAGES.get(kind, "sft") and recipe["name"] == "my-own"
+    assert "lora" not in stage and f"{len(KINDS[kind])} rows" in told
+    status, told = cli("check", "my own.yaml")
+    assert status == 0 and "warning" not in told, told
+    first = (tmp_path / "my own.yaml").read_text().splitlines()[0]
+    assert first == f"# yaml-language-server: $schema={SCHEMA}"
+    schema = json.loads((tmp_path / SCHEMA).read_text())
+    assert list(Draft202012Validator(schema).iter_errors(recipe)) == []
+
+
+def test_the_recipe_runs(place: Path, cli: Any, tmp_path: Path) -> None:
+    assert cli("init", "--model", place / "model", "--data", place / "train.jsonl")[0] == 0
+    shorter = ("stages.sft.epochs=null", "stages.sft.steps=2", "export=null")
+    status, told = cli("run", "recipe.yaml", "--run-dir", "run", *shorter)
+    assert status == 0, told
+    assert len((tmp_path / "run/01-sft/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_longest_row_fits_and_few_rows_make_several_steps(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    made = rows(100, 4)
+    made[50]["messages"][0]["content"] = "What is this? " * 20
+    write_rows(tmp_path / "rows.jsonl", made)
+    assert cli("init", "--model", place / "model", "--data", "rows.jsonl")[0] == 0
+    tokenizer = load_tokenizer(place / "tokenizer")
+    records, _ = read_records(tmp_path / "rows.jsonl")
+    lengths = [len(encode_chat(tokenizer, record.messages)[0]) for record in records]
+    stage = load_yaml(tmp_path / "recipe.yaml")["stages"][0]
+    assert max(lengths) <= stage["seq_len"] < max(lengths) + 64
+    step = stage["grad_accum_steps"] * stage["seq_len"]
+    assert sum(lengths) // step >= LEAST_STEPS or stage["grad_accum_steps"] == 1
+    assert f"{sum(lengths)} tokens; the longest that fits has {max(lengths)}" in cli(
+        "init", "--model", place / "model", "--data", "rows.jsonl", "--out", "b.yaml"
+    )[1].replace("\n", " ")
+
+
+def test_what_exceeds_the_memory_is_lora_and_then_recomputed(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    model = ("--model", place / "model", "--data", place / "train.jsonl")
+    found = []
+    for number, memory in enumerate((1.0, 0.0022, 0.001)):
+        status, told = cli("init", *model, "--out", f"{number}.yaml", "--memory-gb", memory)
+        assert status == 0, told
+        recipe = load_yaml(tmp_path / f"{number}.yaml")
+        found.append(("lora" in recipe["stages"][0], "parallel" in recipe, "warning" in told))
+    assert found[0] == (False, False, False)
+    assert found[-1] == (True, True, True)
+    full = cli("init", *model, "--out", "full.yaml", "--memory-gb", 0.001, "--method", "full")
+    assert "lora" not in load_yaml(tmp_path / "full.yaml")["stages"][0] and full[0] == 0
+    assert cli("init", *model, "--out", "lora.yaml", "--method", "lora")[0] == 0
+    assert load_yaml(tmp_path / "lora.yaml")["stages"][0]["lora"] == {"rank": 16}
+
+
+def test_nothing_is_overwritten(place: Path, cli: Any, tmp_path: Path) -> None:
+    given = ("--model", place / "model", "--data", place / "train.jsonl")
+    (tmp_path / "recipe.yaml").write_text("mine")
+    status, told = cli("init", *given)
+    assert status == 2 and "recipe.yaml exists" in told
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    (tmp_path / SCHEMA).write_text("{}")
+    status, told = cli("init", *given, "--out", "other.yaml")
+    assert status == 2 and SCHEMA in told
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.schema.json", "recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "nowhere"}, "nowhere"),
+        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"--data": "prompts.jsonl"}, "rows of prompt are none"),
+        ({"--data": "odd.jsonl"}, "cannot tell the format"),
+        ({"--out": "recipe.txt"}, "a recipe is a .yaml file"),
+        ({"--out": "no/where.yaml"}, "there is no directory no"),
+        ({"--method": "qlora"}, "--method qlora"),
+        ({"--template": "nothing.jinja"}, "nothing.jinja"),
+        ({"--seq-len": "3"}, "no row has at most 3 tokens"),
+        ({"--seq-len": "100000"}, "seq_len"),
+    ],
+)
+def test_mistakes_are_one_message(
+    place: Path, cli: Any, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "1 + 1?", "reward": "math"}])
+    write_rows(tmp_path / "odd.jsonl", [{"frage": "1 + 1?"}])
+    before = sorted(tmp_path.iterdir())
+    given = {"--model": str(place / "model"), "--data": str(place / "train.jsonl"), **changes}
+    status, told = cli("init", *(part for pair in given.items() for part in pair))
+    assert status == 2 and message in told and "Traceback" not in told, told
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_not_given_is_asked_in_a_terminal(
+    place: Path, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, told = cli("init")
+    assert status == 2 and "--model and --data must be given" in told
+    with pytest.raises(UserError, match=r"^--data must be given"):
+        answers(place, None, None, None)
+    asked: list[str] = []
+
+    def ask(what: str, default: str) -> str:
+        asked.append(what)
+        return {"m": str(place / "model"), "d": str(place / "train.jsonl")}.get(what[0], default)
+
+    monkeypatch.setattr(recipes, "_ask", ask)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert cli("init", "--method", "lora")[0] == 0
+    assert [what.split()[0] for what in asked] == ["model", "data:", "recipe"]
+    assert (tmp_path / "recipe.yaml").exists()
