@@ -8,7 +8,8 @@ far they are valid, so that encoding goes on where it was interrupted. Finished 
 memory-mapped. Deleting a directory costs the time to encode again, nothing else.
 
 DIRECTORY is $ERNIE_TRAIN_CACHE ("off" switches the cache off), else ernie_train in $XDG_CACHE_HOME
-or ~/.cache.
+or ~/.cache. After rows were encoded, those used longest ago are removed until all together have at
+most $ERNIE_TRAIN_CACHE_GB; what a process has opened stays.
 """
 
 import fcntl
@@ -16,28 +17,32 @@ import functools
 import hashlib
 import logging
 import os
+import re
+import shutil
 import time
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from ernie_train.core.errors import storage_errors
+from ernie_train.core.errors import ConfigError, storage_errors
 from ernie_train.core.foreign_files import read_json
 from ernie_train.data.documents import DocumentBuilder, Documents, Origins
 from ernie_train.io.files import digest_file, fingerprint, sync_path, write_json
 
 _log = logging.getLogger(__name__)
 
-VARIABLE = "ERNIE_TRAIN_CACHE"
+VARIABLE, BOUND = "ERNIE_TRAIN_CACHE", "ERNIE_TRAIN_CACHE_GB"
+DEFAULT_GB = 100.0
 # Smaller sources are encoded in a moment, and need no files. Files may be compressed: the 9350 rows
 # of 265 kB with which `recipes/tiny.yaml` begins take 14 s.
 LEAST_BYTES = 2**15
 STATE = "state.json"
+LOCK, IN_USE = "lock", "in_use"
 ARRAYS = {
     "tokens": np.dtype(np.int32),
     "trainable": np.dtype(np.bool_),
@@ -47,6 +52,7 @@ ARRAYS = {
 }
 POLL_S = 0.1
 _CHUNK_BYTES = 2**24
+_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None:
@@ -95,14 +101,92 @@ def exclusive(directory: Path) -> Iterator[None]:
 
     The lock ends with its process, however that ends.
     """
-    with storage_errors("cannot lock", directory), (directory / "lock").open("wb") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(POLL_S)  # a blocking call would not see signals
+    with storage_errors("cannot lock", directory), _waited_for(directory):
         yield
+
+
+def _waited_for(directory: Path) -> IO[bytes]:
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
+        stream = (directory / LOCK).open("wb")
+        if _locks(stream, fcntl.LOCK_EX) and _is_at(stream, directory / LOCK):
+            return stream
+        stream.close()
+        time.sleep(POLL_S)  # a blocking call would not see signals
+
+
+def _locks(stream: IO[bytes], kind: int) -> bool:
+    try:
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(stream: IO[bytes], path: Path) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(stream.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+
+
+_held: list[IO[bytes]] = []  # locks of what this process maps; they end with it
+
+
+def hold(directory: Path) -> None:
+    """Keep a directory, which this process has locked, from being removed while it runs."""
+    with storage_errors("cannot lock", directory):
+        stream = (directory / IN_USE).open("wb")
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        os.utime(directory / IN_USE)
+    _held.append(stream)
+
+
+def cache_bound() -> int:
+    """Return the bytes that all directories of the cache may have; raises `ConfigError`."""
+    text = os.environ.get(BOUND) or str(DEFAULT_GB)
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = -1.0
+    if not 0 <= bound < float("inf"):
+        raise ConfigError(f"{BOUND}={text}: it must be a number of GB, such as {DEFAULT_GB:g}")
+    return int(bound * 1e9)
+
+
+def evict(root: Path, bound: int) -> list[Path]:
+    """Remove what was used longest ago until the cache in `root` has at most `bound` bytes.
+
+    Nothing that a process holds or encodes is removed, and no directory that is not the cache's.
+    Returns what was removed.
+    """
+    found = []
+    for directory in root.iterdir():
+        if _KEY.fullmatch(directory.name) and (directory / LOCK).is_file():
+            with suppress(FileNotFoundError):  # another process removes it too
+                files = [file.stat() for file in directory.iterdir()]
+                used = max(file.st_mtime for file in files)
+                found.append((used, sum(file.st_size for file in files), directory))
+    total, removed = sum(size for _, size, _ in found), []
+    for _, size, directory in sorted(found):
+        if total <= bound:
+            break
+        if _remove_unused(directory):
+            total -= size
+            removed.append(directory)
+    return removed
+
+
+def _remove_unused(directory: Path) -> bool:
+    try:
+        with (directory / LOCK).open("rb+") as lock, (directory / IN_USE).open("ab") as use:
+            if not (_locks(lock, fcntl.LOCK_EX) and _locks(use, fcntl.LOCK_EX)):
+                return False
+            shutil.rmtree(directory)
+    except OSError as error:  # another process removes it too, or it is someone else's
+        _log.warning("an old cache stays: %s", error)
+        return False
+    return True
 
 
 class DocumentStore:

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.cache import DocumentStore, cache_directory, exclusive
+from ernie_train.data.cache import (
+    DocumentStore,
+    cache_bound,
+    cache_directory,
+    evict,
+    exclusive,
+    hold,
+)
 from ernie_train.data.chat import ChatTraining
 from ernie_train.data.conversation import require_chat_template
 from ernie_train.data.documents import Documents
@@ -135,13 +142,17 @@ def _load(
         work.run()
         documents = work.builder.build()
     else:
+        bound = cache_bound()
         with exclusive(directory):
+            hold(directory)
             store = DocumentStore(directory)
             work.restore(store)
-            if not store.finished:
+            if is_new := not store.finished:
                 work.run(store)
             documents = store.documents()
             work.lengths = store.lengths()
+        if is_new:
+            evict(directory.parent, bound)
     work.read.check(max_bad_fraction)
     return documents, work.report(documents)
 

@@ -141,15 +141,16 @@ def check_problems(
     most_tokens: int,
     environment: EnvironmentConfig | None,
     base_directory: Path,
+    few_shot: FewShot | None = None,
 ) -> None:
-    """Check that all problems can be asked, in their environment if there is one.
+    """Check that all problems can be asked, in their environment and behind examples, if any.
 
     Raises the errors of `open_toolbox`, `require_episodes` and `encode_problems`.
     """
     with open_toolbox(environment, tokenizer, base_directory) as toolbox:
         require_episodes(toolbox, problems)
         asked = [toolbox.offer(problem) if toolbox else problem for problem in problems]
-        encode_problems(tokenizer, asked, most_tokens)
+        encode_problems(tokenizer, asked, most_tokens, few_shot)
 
 
 def is_episode(toolbox: Toolbox, offered: Record) -> bool:

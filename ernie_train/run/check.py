@@ -62,12 +62,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         _check_stage(stage, StageData(base_dir, tokenizer, recipe.stage_seed(index)), console)
         if line := describe_training(stage, config):
             console.print(line, highlight=False)
-    if (asked := recipe.evaluation) is not None:
-        problems = load_problems(base_dir / asked.path, columns=asked.columns)
-        require_verifiers(problems)
-        check_gates(recipe, problems)
-        room = config.max_position_embeddings - asked.max_new_tokens
-        check_problems(tokenizer, problems, room, asked.environment, base_dir)
+    if problems := check_evaluation(recipe, config, tokenizer, base_dir):
         tasks = {record.fields["task"] for record in problems}
         console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
 
@@ -82,6 +77,21 @@ def _tokenizer_or_fallback(recipe: Recipe, base_dir: Path, console: Console) -> 
         highlight=False,
     )
     return recipe.load_tokenizer(base_dir, stand_in=True)
+
+
+def check_evaluation(
+    recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer, base_dir: Path
+) -> list[Record]:
+    """Return the recipe's problems, none without an evaluation, if all can be asked and scored."""
+    if (asked := recipe.evaluation) is None:
+        return []
+    problems = load_problems(base_dir / asked.path, columns=asked.columns)
+    require_verifiers(problems)
+    check_gates(recipe, problems)
+    room = config.max_position_embeddings - asked.max_new_tokens
+    examples = asked.examples(base_dir, recipe.seed)
+    check_problems(tokenizer, problems, room, asked.environment, base_dir, examples)
+    return problems
 
 
 def check_gates(recipe: Recipe, problems: Sequence[Record]) -> None:

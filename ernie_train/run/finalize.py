@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ernie_train.core import consensus, devices
 from ernie_train.core.signals import StopFlag
-from ernie_train.data import Tokenizer
+from ernie_train.data import Record, Tokenizer
 from ernie_train.environments import open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
 from ernie_train.eval.gates import check_gate
@@ -32,6 +32,7 @@ EVALUATION = "evaluation.json"
 SAMPLES = "evaluation_samples.jsonl"
 EXPORT = "export"
 EXPORT_RECORD = "export.json"
+_LATER_KEYS = ("samples", "temperature", "k", "few_shot", "shots")  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,10 @@ class Finalizer:
         config = EvalConfig(
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
+            samples=settings.samples,
+            temperature=settings.temperature,
+            seed=self.recipe.seed,
+            k=tuple(settings.k),
         )
         with open_toolbox(settings.environment, self.tokenizer, Path.cwd()) as toolbox:
             return evaluate(
@@ -168,22 +173,32 @@ class Finalizer:
                 config,
                 console=self.console,
                 label=label,
+                few_shot=settings.examples(Path.cwd(), self.recipe.seed),
                 toolbox=toolbox,
                 stop_requested=lambda: self.stop.requested,
             )
 
 
 def evaluation_identity(settings: EvaluationConfig, lineage: Lineage) -> str:
-    """Return a hash of the model, the settings, the files of tools, and the problems.
+    """Return a hash of the model, the settings, the files of tools, the problems and the examples.
 
-    The problems may lie anywhere.
+    Problems and examples may lie anywhere. Settings that recipes did not have before count where
+    they are set, so that results kept from then are found.
     """
-    asked = load_problems(settings.path, columns=settings.columns)
-    facts = [[record.messages, record.tools, record.fields] for record in asked]
-    problems = hashlib.sha256(json.dumps(facts, default=repr, sort_keys=True).encode()).hexdigest()
+    problems = _content(load_problems(settings.path, columns=settings.columns))
     files = settings.environment.files if settings.environment else []
-    tools = [hash_files([Path.cwd() / Path(file).expanduser() for file in files])] if files else []
-    return _identity(settings, lineage, problems, *tools, without={"path", "columns"})
+    more = [hash_files([Path.cwd() / Path(file).expanduser() for file in files])] if files else []
+    if examples := settings.examples(Path.cwd(), seed=0):
+        more.append(_content(examples.examples))
+    fields = type(settings).model_fields
+    unset = {key for key in _LATER_KEYS if getattr(settings, key) == fields[key].default}
+    without = {"path", "columns", "few_shot", *unset}
+    return _identity(settings, lineage, problems, *more, without=without)
+
+
+def _content(records: Sequence[Record]) -> str:
+    facts = [[record.messages, record.tools, record.fields] for record in records]
+    return hashlib.sha256(json.dumps(facts, default=repr, sort_keys=True).encode()).hexdigest()
 
 
 def _read_if_same(path: Path, identity: str) -> dict[str, Any] | None:

@@ -36,8 +36,6 @@ from ernie_train.core.process_group import Grid
 from ernie_train.core.signals import NOTICE, StopFlag
 from ernie_train.core.terminal import Terminal
 from ernie_train.data import Tokenizer
-from ernie_train.eval.evaluation import load_problems, require_verifiers
-from ernie_train.eval.prompts import check_problems
 from ernie_train.io.files import fingerprint, verify_manifest, write_json, write_text
 from ernie_train.io.outputs import check_run_directory
 from ernie_train.io.run_dir import (
@@ -53,7 +51,7 @@ from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.rl.reward import find_score
-from ernie_train.run.check import check_fit, check_gates, describe_training, recipe_warnings
+from ernie_train.run.check import check_evaluation, check_fit, describe_training, recipe_warnings
 from ernie_train.run.earlier import CHECKPOINTS, EarlierStarts, Selection, record_stage
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer
@@ -211,12 +209,8 @@ class Pipeline:
         """Check that the recipe's problems can be scored; return its tokenizer."""
         self.recipe.loggers(self.base_dir).check()
         tokenizer = self.recipe.load_tokenizer(self.base_dir)
-        if (asked := self.recipe.evaluation) is not None:
-            problems = load_problems(self.base_dir / asked.path, columns=asked.columns)
-            require_verifiers(problems)
-            check_gates(self.recipe, problems)
-            room = self.recipe.model.build().max_position_embeddings - asked.max_new_tokens
-            check_problems(tokenizer, problems, room, asked.environment, self.base_dir)
+        if self.recipe.evaluation is not None:
+            check_evaluation(self.recipe, self.recipe.model.build(), tokenizer, self.base_dir)
         for line in recipe_warnings(self.recipe, tokenizer):
             self.console.print(line, style="yellow", highlight=False)
         return tokenizer

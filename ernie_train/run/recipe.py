@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import (
+    NonNegative,
     PositiveInt,
     StrictConfig,
     apply_overrides,
@@ -21,6 +22,7 @@ from ernie_train.core.errors import CheckpointError, ConfigError, DataError, hub
 from ernie_train.core.foreign_files import read_json
 from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_tokenizer
 from ernie_train.environments import EnvironmentConfig
+from ernie_train.eval.prompts import FewShot, load_few_shot
 from ernie_train.io.loggers import LoggerChoice, LoggerSettings
 from ernie_train.io.run_dir import ENVIRONMENT, RECIPE
 from ernie_train.io.shipped import read_recipe
@@ -96,6 +98,32 @@ class EvaluationConfig(MappedRows):
     """Solves them after every stage, which gates need."""
     environment: EnvironmentConfig | None = None
     """Tools that may be called over several turns, with the keys of a stage's (docs/tools.md)."""
+    samples: PositiveInt = 1
+    """Completions of each problem, for pass@k and majority votes (docs/evaluation.md)."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature; 0 is greedy."""
+    k: list[PositiveInt] = []
+    """Sizes for which pass@k is estimated; 1 and `samples`, unless given."""
+    few_shot: str | None = None
+    """A file of worked examples, some of which stand before each problem (docs/evaluation.md)."""
+    shots: PositiveInt | None = None
+    """Examples before each problem; 4, unless given."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluationConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 need a temperature: greedy completions are all equal")
+        if wrong := [k for k in self.k if k > self.samples]:
+            raise ValueError(f"k={wrong[0]}: pass@k needs 1 to samples={self.samples} completions")
+        if self.shots is not None and self.few_shot is None:
+            raise ValueError("shots needs few_shot, the file of the examples")
+        return self
+
+    def examples(self, base_dir: Path, seed: int) -> FewShot | None:
+        """Return the worked examples, if there are any; raises the errors of `load_few_shot`."""
+        if self.few_shot is None:
+            return None
+        return load_few_shot(base_dir / self.few_shot, self.shots or 4, seed, self.columns)
 
 
 class ExportConfig(StrictConfig):

@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ernie_train.core.errors import ConfigError
 from ernie_train.data import DataReport, DataSource, Documents, Tokenizer, encoding, load_sources
 from ernie_train.data import cache as module
 
@@ -188,3 +192,79 @@ def test_one_process_encodes_and_the_others_wait(tmp_path: Path) -> None:
         assert sign.read_text() == "let go"
     process.join()
     assert process.exitcode == 0
+
+
+def release() -> None:
+    """Let go of what this process holds, as its end does."""
+    for stream in module._held:
+        stream.close()
+    module._held.clear()
+
+
+def test_caches_used_longest_ago_are_removed_beyond_the_bound(
+    tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release()
+    expected = {length: facts(*load(tokenizer, data, seq_len=length)) for length in (32, 40, 48)}
+    release()
+    made = sorted(home.iterdir(), key=lambda path: (path / "in_use").stat().st_mtime_ns)
+    for age, directory in enumerate(reversed(made)):
+        for file in directory.iterdir():
+            os.utime(file, (1e9 - age, 1e9 - age))
+    others = [home / "photos", home / ("a" * 32)]
+    for other in others:
+        other.mkdir()
+        (other / "mine").write_text("x" * 10**6)
+    assert facts(*load(tokenizer, data, seq_len=32)) == expected[32]  # used again, and held
+    assert sorted(home.iterdir()) == sorted([*made, *others]), "nothing new was encoded"
+    monkeypatch.setenv("ERNIE_TRAIN_CACHE_GB", str(3.5e-9 * size(made[2])))
+    load(tokenizer, data, seq_len=56)
+    assert [path.exists() for path in made] == [True, False, True], "the oldest, but for the held"
+    assert all(other.exists() for other in others)
+    monkeypatch.setenv("ERNIE_TRAIN_CACHE_GB", "0")
+    documents, report = load(tokenizer, data, seq_len=60)
+    assert [path.exists() for path in made] == [True, False, False]
+    assert facts(documents, report) == facts(*load(tokenizer, data, seq_len=60))
+    release()
+    load(tokenizer, data, seq_len=64)
+    assert not made[0].exists() and len(list(home.iterdir())) == 1 + len(others)
+
+
+def size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def test_a_cache_that_is_encoded_or_read_stays(tmp_path: Path) -> None:
+    directory = tmp_path / ("b" * 32)
+    with module.exclusive(directory):
+        (directory / "tokens.bin").write_text("x")
+        assert module.evict(tmp_path, 0) == []
+        module.hold(directory)
+    assert module.evict(tmp_path, 0) == [] and directory.exists()
+    release()
+    assert module.evict(tmp_path, 0) == [directory] and not directory.exists()
+
+
+def test_who_waited_for_a_cache_that_was_removed_makes_it_anew(tmp_path: Path) -> None:
+    directory = tmp_path / ("c" * 32)
+    entered = threading.Event()
+
+    def wait() -> None:
+        with module.exclusive(directory):
+            (directory / "state.json").write_text("{}")
+            entered.set()
+
+    waiting = threading.Thread(target=wait)
+    with module.exclusive(directory):
+        waiting.start()
+        time.sleep(0.02)
+        shutil.rmtree(directory)
+    waiting.join(timeout=10)
+    assert entered.is_set() and (directory / "lock").exists()
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "inf", "nan"])
+def test_a_bound_that_is_no_size_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("ERNIE_TRAIN_CACHE_GB", text)
+    with pytest.raises(ConfigError, match=f"ERNIE_TRAIN_CACHE_GB={text}: it must be a number"):
+        module.cache_bound()

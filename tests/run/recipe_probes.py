@@ -77,6 +77,8 @@ DIALOGUES = {"@data": [{"path": "{root}/dialogues.jsonl"}], "@seq_len": 160}
 OTHER_COLUMNS = {"@data.0.path": "{root}/other_columns.jsonl"}
 LONG_PROMPTS = {"@rollout.max_prompt_tokens": 500, "model.max_position_embeddings": 600}
 TOOLS = {**LONG_PROMPTS, "@environment": {"tools": ["calculator"], "max_tool_tokens": 4}}
+SAMPLED = {"evaluation.temperature": 1.0}
+FEW_SHOT = {"evaluation.few_shot": "{root}/train.jsonl", "model.max_position_embeddings": 600}
 SAME = {"columns": {"answer": "answer"}}
 
 PROBES: dict[str, Probe] = {
@@ -148,6 +150,14 @@ PROBES: dict[str, Probe] = {
     "evaluation.environment": Probe(  # its tools make prompts longer than the model can read
         "evaluated", {"evaluation.environment": {"tools": ["calculator"], "max_tool_tokens": 2}}
     ),
+    "evaluation.samples": Probe("evaluated", {"evaluation.samples": 2}, SAMPLED),
+    "evaluation.temperature": Probe("evaluated", {"evaluation.temperature": 1.0}),
+    "evaluation.k": Probe(
+        "evaluated", {"evaluation.k": [2]}, {**SAMPLED, "evaluation.samples": 3}
+    ),
+    "evaluation.few_shot": Probe("evaluated", FEW_SHOT),
+    # so many examples leave a prompt no room
+    "evaluation.shots": Probe("evaluated", {"evaluation.shots": 30}, FEW_SHOT),
     "evaluation.after_each_stage": Probe("evaluated", {"evaluation.after_each_stage": True}),
     # ---- every stage
     "stages[].name": Probe("sft", {"@name": "other"}),
