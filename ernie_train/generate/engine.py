@@ -17,14 +17,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import paddle
-from paddle import Tensor
 
 from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import Interrupted
 from ernie_train.core.worker_pool import WorkerPool, can_limit_blas, one_blas_thread, shared_zeros
+from ernie_train.generate.paddle_decoder import PaddleDecoder
 from ernie_train.generate.prompt_experts import PromptExperts
 from ernie_train.generate.sampler import Sampler, SamplingConfig
-from ernie_train.model import Ernie4_5_MoeForCausalLM, KVCache
+from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.numpy_decoder import NumpyDecoder, Prediction, can_decode
 
 _COMPACT_SHARE = 0.125  # the cache is compacted once this share of the batch has finished
@@ -44,7 +44,7 @@ class _Cache(Protocol):
 
 
 class _Decoder(Protocol):
-    """Computes the logits of next tokens: `NumpyDecoder` or `_PaddleDecoder`."""
+    """Computes the logits of next tokens: `NumpyDecoder` or `PaddleDecoder`."""
 
     def prefill(self, prompts: _Prompts, recorded: _Recorded = None) -> tuple[Prediction, Any]: ...
 
@@ -116,7 +116,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     try:
         with paddle.no_grad():
             decoder: _Decoder
-            decoder = NumpyDecoder(model) if can_decode(model) else _PaddleDecoder(model)
+            decoder = NumpyDecoder(model) if can_decode(model) else PaddleDecoder(model)
             at_once = min(len(prompts), batch_size)
             processes = 1 if on_token else _num_processes(decoder, at_once)
             batches = _partition(prompts, processes, batch_size)
@@ -368,43 +368,3 @@ def _prefill(
         cache.select(owner)
         logits, experts = logits[owner], [chosen[owner] for chosen in experts]
     return (logits, experts), cache
-
-
-class _PaddleDecoder:
-    """Decodes with the model's own forward pass, where `NumpyDecoder` cannot compute the model."""
-
-    def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        self.model = model
-
-    def prefill(self, prompts: _Prompts, recorded: _Recorded = None) -> tuple[Prediction, KVCache]:
-        """Return the prediction after each prompt and the filled cache, as `NumpyDecoder` does."""
-        cache = self.model.new_cache(len(prompts))
-        input_ids, document_ids = _right_padded(prompts)
-        output = self.model.model(input_ids, document_ids=document_ids, kv_cache=cache)
-        ends = np.cumsum(output.layout.row_counts)
-        if recorded is not None and output.router_stats:
-            chosen = np.stack([stats.expert_ids.numpy() for stats in output.router_stats], 1)
-            recorded += [part[:-1] for part in np.split(chosen, ends[:-1])]
-        last = paddle.to_tensor(ends - 1)
-        experts = [paddle.gather(stats.expert_ids, last) for stats in output.router_stats]
-        return self._prediction(paddle.gather(output.hidden, last), experts), cache
-
-    def __call__(self, tokens: np.ndarray, cache: KVCache) -> Prediction:
-        """Append `tokens` [B] to the sequences of `cache` and predict the next ones."""
-        output = self.model.model(paddle.to_tensor(tokens[:, None]), kv_cache=cache)
-        return self._prediction(output.hidden, [stats.expert_ids for stats in output.router_stats])
-
-    def _prediction(self, hidden: Tensor, experts: list[Tensor]) -> Prediction:
-        logits = self.model.logits(hidden).astype("float32").numpy()
-        return logits, [chosen.numpy() for chosen in experts]
-
-
-def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return input ids and document ids, each [B, longest prompt]; document id 0 is padding."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), width), np.int64)
-    document_ids = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-        document_ids[row, : len(prompt)] = 1
-    return paddle.to_tensor(ids), paddle.to_tensor(document_ids)

@@ -379,10 +379,8 @@ def minibatches(
         *filter(batch.is_trained, range(batch.num_in_groups)),
         *map(min, batch.pairs),  # a solution stands behind the groups, its partner in one
     ]
-    groups_that_teach = np.unique(
-        [p // batch.group_size for p in places if p < batch.num_in_groups]
-    )
-    order = groups_that_teach[permutation(len(groups_that_teach), *key)]
+    teaching = np.unique([p // batch.group_size for p in places if p < batch.num_in_groups])
+    order = teaching[permutation(len(teaching), *key)]
     group_home: dict[int, int] = {}
     found = [Minibatch([], []) for _ in range(count)]
     for home, groups in enumerate(np.array_split(order, count)):

@@ -10,6 +10,7 @@ from ernie_train.core.errors import Interrupted
 from ernie_train.generate import engine as generate_engine
 from ernie_train.generate.engine import generate
 from ernie_train.generate.engines import OwnEngine
+from ernie_train.generate.paddle_decoder import PaddleDecoder
 from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from tests.small_models import make_model
@@ -183,7 +184,7 @@ def test_equal_prompts_are_computed_once_and_sampled_apart(
 ):
     if own_forward:
         monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
-    engine = generate_engine._PaddleDecoder if own_forward else generate_engine.NumpyDecoder
+    engine = PaddleDecoder if own_forward else generate_engine.NumpyDecoder
     computed = []
     prefill = engine.prefill
 

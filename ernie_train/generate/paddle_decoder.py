@@ -1,0 +1,54 @@
+"""The decoder of `generate` that computes with the model's own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ernie_train.model import Ernie4_5_MoeForCausalLM, KVCache
+from ernie_train.model.numpy_decoder import Prediction
+
+
+class PaddleDecoder:
+    """Decodes with the model's own forward pass, where `NumpyDecoder` cannot compute the model."""
+
+    def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
+        self.model = model
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], recorded: list[np.ndarray] | None = None
+    ) -> tuple[Prediction, KVCache]:
+        """Return the prediction after each prompt and the filled cache, as `NumpyDecoder` does."""
+        cache = self.model.new_cache(len(prompts))
+        input_ids, document_ids = _right_padded(prompts)
+        output = self.model.model(input_ids, document_ids=document_ids, kv_cache=cache)
+        ends = np.cumsum(output.layout.row_counts)
+        if recorded is not None and output.router_stats:
+            chosen = np.stack([stats.expert_ids.numpy() for stats in output.router_stats], 1)
+            recorded += [part[:-1] for part in np.split(chosen, ends[:-1])]
+        last = paddle.to_tensor(ends - 1)
+        experts = [paddle.gather(stats.expert_ids, last) for stats in output.router_stats]
+        return self._prediction(paddle.gather(output.hidden, last), experts), cache
+
+    def __call__(self, tokens: np.ndarray, cache: KVCache) -> Prediction:
+        """Append `tokens` [B] to the sequences of `cache` and predict the next ones."""
+        output = self.model.model(paddle.to_tensor(tokens[:, None]), kv_cache=cache)
+        return self._prediction(output.hidden, [stats.expert_ids for stats in output.router_stats])
+
+    def _prediction(self, hidden: Tensor, experts: list[Tensor]) -> Prediction:
+        logits = self.model.logits(hidden).astype("float32").numpy()
+        return logits, [chosen.numpy() for chosen in experts]
+
+
+def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return input ids and document ids, each [B, longest prompt]; document id 0 is padding."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = np.zeros((len(prompts), width), np.int64)
+    document_ids = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+        document_ids[row, : len(prompt)] = 1
+    return paddle.to_tensor(ids), paddle.to_tensor(document_ids)
