@@ -53,7 +53,8 @@ def load_kernels() -> Kernels | str:
         _check(module)
     # Whatever keeps numba, LLVM or MKL from working here, training can do without them.
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        said, _, _ = str(error).strip().partition("\n")
+        reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
         if process_group.rank() == 0:
             line = f"native kernels cannot be loaded ({reason}): plain operators, slower"
             print(line, file=sys.stderr)

@@ -17,6 +17,7 @@ from paddle.autograd import PyLayer
 from ernie_train import kernels
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # most logits of a chunk (32 MiB in float32)
+Trains = tuple[bool, bool, bool]  # whether hidden, weight and bias take a gradient
 
 
 class _LinearCrossEntropy(PyLayer):
@@ -29,55 +30,44 @@ class _LinearCrossEntropy(PyLayer):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-        token_weights: Tensor,
+        token_weights: Tensor, trains: Trains,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-        ctx.frozen = tuple(tensor.stop_gradient for tensor in inputs)
         if bias is None and kernels.usable(hidden, weight, token_weights):
-            token_losses, grad_hidden, grad_weight = kernels.linear_cross_entropy(
-                hidden, weight, labels, token_weights, trains=(not ctx.frozen[0], not ctx.frozen[1])
+            token_losses, *ctx.gradients = kernels.linear_cross_entropy(
+                hidden, weight, labels, token_weights, trains=trains[:2]
             )
-            ctx.save_for_backward(grad_hidden)
-            ctx.grad_weight, ctx.grad_bias = grad_weight, None
             return (token_losses * token_weights).sum(), token_losses
-        grad_hidden, losses = [], []
-        grad_weight, grad_bias = None, None
+        losses, grad_hidden = [], []
+        grad_weight = grad_bias = None
         for part in chunks(hidden.shape[0], weight.shape[0]):
             h, y, w = hidden[part], labels[part], token_weights[part].unsqueeze(1)
-            loss, (dh, dw, db) = _chunk(h, weight, bias, y, w)
+            loss, (dh, dw, db) = _chunk(h, weight, bias, y, w, trains)
             losses.append(loss)
             grad_hidden.append(dh)
-            if dw is not None:
-                grad_weight = dw if grad_weight is None else grad_weight.add_(dw)
-            if bias is not None:
-                grad_bias = db if grad_bias is None else grad_bias.add_(db)
+            grad_weight = dw if grad_weight is None else grad_weight.add_(dw)
+            grad_bias = db if grad_bias is None else grad_bias.add_(db)
             del dw  # [V,H], before the next one is made
         token_losses = paddle.concat(losses)
-        ctx.save_for_backward(paddle.concat(grad_hidden))
-        ctx.grad_weight, ctx.grad_bias = grad_weight, grad_bias
+        ctx.gradients = [paddle.concat(grad_hidden) if trains[0] else None, grad_weight]
+        if bias is not None:
+            ctx.gradients.append(grad_bias)
         return (token_losses * token_weights).sum(), token_losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensor()
-        scale = grads[0].astype(grad_hidden.dtype)
-        grads_by_input = [grad_hidden, ctx.grad_weight]
-        if ctx.grad_bias is not None:
-            grads_by_input.append(ctx.grad_bias)
-        frozen = zip(grads_by_input, ctx.frozen, strict=True)
-        scaled = tuple(None if is_frozen else grad * scale for grad, is_frozen in frozen)
+        scaled = (g if g is None else g * grads[0].astype(g.dtype) for g in ctx.gradients)
         return (*scaled, None, None)
 
 
 def _chunk(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, w: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor]]:
+    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, w: Tensor, trains: Trains
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the losses and gradients of a chunk, whose logits are freed on return."""
     logits = paddle.matmul(h, weight, transpose_y=True)
     if bias is not None:
         logits = logits + bias
     losses, probs = cross_entropy_rows(logits, labels)
-    return losses, _chunk_gradients(probs, h, weight, labels, w)
+    return losses, _chunk_gradients(probs, h, weight, labels, w, trains)
 
 
 def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
@@ -104,22 +94,25 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunk_gradients(
-    probs: Tensor, h: Tensor, weight: Tensor, labels: Tensor, w: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    probs: Tensor, h: Tensor, weight: Tensor, labels: Tensor, w: Tensor, trains: Trains
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of sum_n w_n * loss_n; the one-hot part of p - onehot is gathered.
 
-    A frozen weight has none: its product would be a third of the head's work.
+    What is frozen has none: each product would be a third of the head's work.
     """
     p = probs if probs.dtype == weight.dtype else probs.astype(weight.dtype)
     w = w.astype(weight.dtype)
-    weighted = h * paddle.expand(w, h.shape)
-    dh = paddle.matmul(p, weight).subtract_(paddle.gather(weight, labels))
-    dh = dh.multiply_(paddle.expand(w, dh.shape))
-    dw = None
-    if not weight.stop_gradient:
+    dh = dw = db = None
+    if trains[0]:
+        dh = paddle.matmul(p, weight).subtract_(paddle.gather(weight, labels))
+        dh = dh.multiply_(paddle.expand(w, dh.shape))
+    if trains[1]:
+        weighted = h * paddle.expand(w, h.shape)
         dw = paddle.index_add_(paddle.matmul(p, weighted, transpose_x=True), labels, 0, -weighted)
-    db = paddle.matmul(p, w, transpose_x=True).squeeze(1)
-    return dh, dw, paddle.index_add(db, labels, 0, -w.squeeze(1))
+    if trains[2]:
+        db = paddle.matmul(p, w, transpose_x=True).squeeze(1)
+        db = paddle.index_add(db, labels, 0, -w.squeeze(1))
+    return dh, dw, db
 
 
 def linear_cross_entropy(
@@ -131,7 +124,11 @@ def linear_cross_entropy(
     (sum over n of token_weights[n] * loss[n], a scalar with gradient; the losses [N] themselves in
     nats, without gradient). `token_weights` takes no gradient.
     """
-    total, token_losses = _LinearCrossEntropy.apply(hidden, weight, bias, labels, token_weights)
+    grad = paddle.is_grad_enabled()  # a forward pass that no backward pass follows computes none
+    takes = [grad and t is not None and not t.stop_gradient for t in (hidden, weight, bias)]
+    total, token_losses = _LinearCrossEntropy.apply(
+        hidden, weight, bias, labels, token_weights, tuple(takes)
+    )
     return total, token_losses.detach()
 
 

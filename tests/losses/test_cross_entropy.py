@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import paddle
 import pytest
 
+from ernie_train import kernels
 from ernie_train.losses import cross_entropy, linear_cross_entropy, token_balanced_loss
 
 
@@ -46,6 +49,64 @@ def test_equals_float64_and_its_gradients(monkeypatch, with_bias, chunk_elements
     for leaf, grad in zip(leaves, grads, strict=False):
         np.testing.assert_allclose(leaf.grad.numpy(), 3.0 * grad, atol=1e-5)
     assert losses.stop_gradient, "the shown losses must carry no gradient"
+
+
+@pytest.mark.parametrize("way", ["native", "plain"])
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
+def test_only_what_trains_gets_a_gradient(monkeypatch, way, frozen):
+    """An LM head that alone trains, as LoRA on it does, included; the third is a bias."""
+    if way == "plain":
+        monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape) for shape in ((13, 6), (7, 6), (7,))]
+    labels, token_weights = rng.integers(0, 7, 13), rng.random(13)
+    for with_bias in (False, True):
+        leaves = [
+            paddle.to_tensor(x.astype(np.float32), stop_gradient=still)
+            for x, still in zip(arrays, frozen, strict=True)
+        ][: 2 + with_bias]
+        total, _ = linear_cross_entropy(
+            *leaves, *([] if with_bias else [None]), paddle.to_tensor(labels),
+            paddle.to_tensor(token_weights.astype(np.float32)),
+        )  # fmt: skip
+        still = [leaf.stop_gradient for leaf in leaves]
+        assert total.stop_gradient == all(still)
+        if not all(still):
+            total.backward()
+        _, _, grads = reference(*arrays[:2], arrays[2] * with_bias, labels, token_weights)
+        for leaf, grad in zip(leaves, grads, strict=False):
+            assert (leaf.grad is None) == leaf.stop_gradient
+            if leaf.grad is not None:
+                np.testing.assert_allclose(leaf.grad.numpy(), grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["native", "plain"])
+def test_without_a_backward_pass_no_gradient_is_computed(monkeypatch, way):
+    seen = []
+    if way == "plain":
+        monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+        plain = cross_entropy._chunk_gradients
+        monkeypatch.setattr(
+            cross_entropy, "_chunk_gradients", lambda *a: seen.append(plain(*a)) or seen[-1]
+        )
+    else:
+        native = kernels.linear_cross_entropy
+        monkeypatch.setattr(
+            kernels,
+            "linear_cross_entropy",
+            lambda *a, trains: (
+                seen.append(native(*a, trains=trains)[1:]) or native(*a, trains=trains)
+            ),
+        )
+    leaves = [paddle.ones(shape) for shape in ([3, 2], [5, 2])]
+    for leaf in leaves:
+        leaf.stop_gradient = False
+    arguments = (*leaves, None, paddle.zeros([3], "int64"), paddle.ones([3]))
+    with paddle.no_grad():
+        quiet, _ = linear_cross_entropy(*arguments)
+    assert all(gradient is None for found in seen for gradient in found) and seen
+    loud, _ = linear_cross_entropy(*arguments)
+    assert float(quiet) == float(loud) and not loud.stop_gradient
 
 
 def test_extreme_logits_stay_finite():
