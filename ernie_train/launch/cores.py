@@ -33,6 +33,7 @@ WORTHWHILE_TOKENS = 30_000
 _BYTES_PER_FILE_BYTE, _MEMORY_SHARE = 8, 0.6
 # Guesses, to tell short runs from long ones.
 _ROLLOUT_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
+_UNSHARED = "a step's micro-batches cannot be shared out: see grad_accum_steps"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def plan_cores(
 
     values: the recipe as written, with overrides. A recipe that sets its own layout decides, and
     so does a GPU. A run that began with a number of ranks keeps it, so that it resumes to the same
-    bits, unless this machine has too few cores.
+    bits, unless this machine has too few cores or the recipe no longer allows it.
     """
     setup = setup or cpu_setup()
     layout = values.get("parallel") or {}
@@ -60,12 +61,7 @@ def plan_cores(
         return None
     threads = setup.threads if any(name in setup.kept for name in THREAD_VARIABLES) else 1
     most = max(1, setup.cores // threads)
-    ranks, why = _wanted_ranks(values, most, base_dir)
-    begun = _recorded_ranks(run_dir)
-    if begun is not None and begun <= most:
-        ranks, why = begun, "as this run began"
-    elif begun is not None:
-        why = f"this run began with {begun}, results differ by rounding"
+    ranks, why = _chosen_ranks(values, most, base_dir, _recorded_ranks(run_dir))
     each = threads if threads > 1 else max(1, setup.cores // ranks)
     cores = f"{setup.cores} core{'s' if setup.cores > 1 else ''}"
     share = f"{ranks} data ranks" if ranks > 1 else "one process"
@@ -88,34 +84,58 @@ def _may_use_gpu(device: object) -> bool:
     return True
 
 
-def _wanted_ranks(values: Mapping[str, Any], most: int, base_dir: Path) -> tuple[int, str]:
-    """Return the number of ranks for a run that begins, and the reason where it is one."""
-    if most == 1:
-        return 1, ""
+def _chosen_ranks(
+    values: Mapping[str, Any], most: int, base_dir: Path, begun: int | None
+) -> tuple[int, str]:
+    """Return the number of ranks, and the reason unless it is all that the cores allow.
+
+    begun: the number that the run began with, None where it begins now.
+    """
     written = values.get("stages")
     stages = [
         _Stage.of(stage, base_dir) for stage in (written if isinstance(written, list) else [])
     ]
+    shared, export = gcd(*(stage.micro_batches for stage in stages)), values.get("export")
+    refused = ""  # why several ranks cannot be
+    if isinstance(export, Mapping) and export.get("quantize"):
+        refused = "export.quantize: one rank quantizes the whole model"
+    elif shared == 1:
+        refused = _UNSHARED
+    allowed = begun is not None and (begun == 1 or (not refused and shared % begun == 0))
+    if begun is not None and begun <= most and allowed:
+        return begun, "as this run began"
+    ranks, why = 1, refused if most > 1 else ""
+    if most > 1 and not refused:
+        ranks, why = _worthwhile_ranks(values, most, base_dir, stages)
+    changed = f"this run began with {begun}, results differ by rounding" if begun else ""
+    return ranks, "; ".join(filter(None, (changed, why)))
+
+
+def _worthwhile_ranks(
+    values: Mapping[str, Any], most: int, base_dir: Path, stages: list[_Stage]
+) -> tuple[int, str]:
+    """Return the most ranks that share the work evenly, pay and fit, and why there are no more."""
     shared = gcd(*(stage.micro_batches for stage in stages))
     ranks = max((n for n in range(1, most + 1) if shared % n == 0), default=1) if shared else 1
     if ranks == 1:
-        return 1, "a step's micro-batches cannot be shared out: see grad_accum_steps"
+        return 1, _UNSHARED
     if (tokens := sum(stage.tokens for stage in stages)) < WORTHWHILE_TOKENS:
         return 1, f"for {tokens} tokens further ranks do not pay"
-    return _within_memory(ranks, shared, values, base_dir)
-
-
-def _within_memory(
-    ranks: int, shared: int, values: Mapping[str, Any], base_dir: Path
-) -> tuple[int, str]:
-    model = values.get("model")
-    path = model.get("path") if isinstance(model, Mapping) else None
-    if not isinstance(path, str):
-        return ranks, ""
-    size = sum(file.stat().st_size for file in (base_dir / path).rglob("*.safetensors"))
-    room = _MEMORY_SHARE * memory_bytes()["total"] / max(1, size * _BYTES_PER_FILE_BYTE)
+    copy = _BYTES_PER_FILE_BYTE * max(1, _model_bytes(values.get("model"), base_dir))
+    room = _MEMORY_SHARE * memory_bytes()["total"] / copy
     fits = max((n for n in range(1, ranks + 1) if shared % n == 0 and n <= room), default=1)
     return fits, "" if fits == ranks else "memory holds no more copies of the model"
+
+
+def _model_bytes(model: Any, base_dir: Path) -> int:
+    """Return the size of the files of a recipe's `model`, 0 where that is not known."""
+    path = model.get("path") if isinstance(model, Mapping) else None
+    if not isinstance(path, str):
+        return 0
+    with suppress(OSError, ValueError):
+        found = (base_dir / path).rglob("*.safetensors")
+        return sum(file.stat().st_size for file in found if file.is_file())  # a link may dangle
+    return 0
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,28 @@ def test_a_run_keeps_its_ranks_where_there_are_cores_for_them(tmp_path: Path) ->
     assert ranks(SFT, count=4, run_dir=tmp_path) == 1
 
 
+def test_a_run_leaves_ranks_that_its_recipe_no_longer_allows(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("parallel: {data: 4}\n")
+    for added, expected in ((1, 1), (6, 2), (8, 4)):
+        stages = SFT, {**SFT, "grad_accum_steps": added}
+        assert (found := plan(*stages, count=4, run_dir=tmp_path)) is not None
+        assert found.ranks == expected
+        said = "as this run began" if expected == 4 else "this run began with 4, results differ"
+        assert said in found.line
+
+
+@pytest.mark.parametrize("begun", [None, 1, 4])
+def test_one_process_quantizes_the_export(begun: int | None, tmp_path: Path) -> None:
+    if begun is not None:
+        (tmp_path / "recipe.yaml").write_text(f"parallel: {{data: {begun}}}\n")
+    export = {"path": "out", "quantize": {"method": "rtn"}}
+    assert (found := plan(SFT, count=4, run_dir=tmp_path, export=export)) is not None
+    assert found.ranks == 1
+    assert begun == 1 or "export.quantize: one rank quantizes" in found.line
+    assert ranks(SFT, count=4, export={"quantize": None}) == 4
+    assert ranks(SFT, count=4, export=None) == 4
+
+
 @pytest.mark.parametrize("stages", [3, {"a": 1}, [None], ["sft"], [{**SFT, "steps": "many"}], []])
 def test_what_cannot_be_read_is_left_to_the_run(stages: Any) -> None:
     assert ranks(stages=stages) == 1
@@ -115,6 +137,7 @@ def test_copies_of_the_model_must_fit_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "more.safetensors").symlink_to("nowhere")
     model = {"path": str(tmp_path)}
     for total, expected in ((100_000, 4), (30_000, 2), (9_000, 1)):
         monkeypatch.setattr(cores, "memory_bytes", lambda total=total: {"total": total})
