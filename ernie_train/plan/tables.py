@@ -33,10 +33,12 @@ def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Conso
         f"{_count(counts.experts)} in routed experts), {_count(active)} active for a token",
         highlight=False,
     )
-    kind = "GPUs" if request.machine.on_gpu else "CPU ranks"
+    on_gpu = request.machine.on_gpu
+    kind = "GPUs" if on_gpu else "CPU ranks"
+    less = "" if on_gpu else "; plain operators, while native kernels keep less for the way back"
     console.print(
         f"assumed: {ranks} {kind} of {request.memory_gb:g} GB (10^9 bytes); weights "
-        f"{precision.weights}, gradients {precision.gradients} ({why})",
+        f"{precision.weights}, gradients {precision.gradients} ({why}){less}",
         highlight=False,
     )
     rates = request.rates

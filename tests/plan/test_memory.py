@@ -1,6 +1,7 @@
 """The memory that `plan` states: known figures, closed forms, and measured peaks."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -207,12 +208,23 @@ def test_the_peak_of_a_real_step(
 
     The formula leaves out temporaries, about 1 % of a step.
     """
-    case = json.dumps(["tiny", seq_len, rows, documents, recompute, more])
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, case], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = measured(seq_len, rows, documents, recompute, more, **bench.PLAIN_KERNELS)
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.02)
+
+
+def measured(*case: Any, **environment: str) -> dict[str, float]:
+    command = [sys.executable, "-c", MEASURE, json.dumps(["tiny", *case])]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_native_kernels_need_less_than_the_plan_says() -> None:
+    found = measured(512, 1, 512, False, {}, ERNIE_TRAIN_KERNELS="native")
+    assert 0.6 * found["planned"] < found["tensors"] < 0.9 * found["planned"]
 
 
 def mini_peak(recompute: Recompute, *, tokens: int = 2048, ranks: int = 1) -> float:
