@@ -35,6 +35,9 @@ class Harmless:
 
 HARMLESS = Harmless()
 
+# In the context of a validation: the settings are those of a run, and what had no effect may stand.
+RECORDED = "recorded"
+
 KeyPath = tuple[str | int, ...]
 
 
@@ -85,8 +88,12 @@ def _decisive(setting: Any, value: Any) -> Any:
     return value
 
 
-def parse_config(cls: type[Config], data: dict[str, Any], source: str) -> Config:
+def parse_config(
+    cls: type[Config], data: dict[str, Any], source: str, *, recorded: bool = False
+) -> Config:
     """Build `cls` from plain values such as `load_yaml` returns.
+
+    `recorded`: a run was made with them, so that those without an effect are let stand.
 
     Raises:
         ConfigError: everything that is wrong, one line each, with the dotted path of the key.
@@ -102,7 +109,7 @@ def parse_config(cls: type[Config], data: dict[str, Any], source: str) -> Config
     except (TypeError, ValueError) as error:
         raise ConfigError(f"settings must be plain values: {error}", source) from None
     try:
-        return cls.model_validate_json(text)
+        return cls.model_validate_json(text, context={RECORDED: recorded})
     except pydantic.ValidationError as error:
         problems = list_problems(cls, data, error.errors(include_url=False))
         raise ConfigError(problems, source) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -11,12 +12,13 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from ernie_train.core.config import decisive_settings
-from ernie_train.core.errors import DataError
+from ernie_train.core.config import apply_overrides, decisive_settings, parse_config
+from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.foreign_files import read_json
 from ernie_train.data import Tokenizer, find_files
 from ernie_train.io.files import digest_file, fingerprint, write_json
 from ernie_train.io.run_dir import differences
+from ernie_train.rl.config import UpoConfig, settings_without_effect
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig
 from ernie_train.weights.model_directory import find_model
@@ -147,6 +149,19 @@ def stage_changes(
 ) -> list[str]:
     """Return how settings and inputs that a stage's result depends on differ from a record."""
     now = stage_record(stage, lineage)
-    pairs = (recorded.get("settings"), now["settings"])
-    before, after = (decisive_settings(stage, s if isinstance(s, dict) else {}) for s in pairs)
+    settings = recorded.get("settings")
+    before = _without_idle(settings) if isinstance(settings, dict) else {}
+    before, after = (decisive_settings(stage, each) for each in (before, now["settings"]))
     return differences(before, after) + differences(recorded.get("input"), now["input"], "input")
+
+
+def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with those that had no effect, and are refused today, reset."""
+    if settings.get("kind") != "upo":
+        return settings
+    try:
+        stage = parse_config(UpoConfig, settings, "stage", recorded=True)
+    except ConfigError:  # of a version that differs in more, as the comparison then tells
+        return settings
+    resets = [reset for idle in settings_without_effect(stage) for reset in idle.same.items()]
+    return apply_overrides(settings, [f"{path}={json.dumps(value)}" for path, value in resets])

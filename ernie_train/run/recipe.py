@@ -323,7 +323,7 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
         return None
     try:
         data = _as_written_today(load_yaml(path))
-        return parse_config(Recipe, data, str(path))
+        return parse_config(Recipe, data, str(path), recorded=True)
     except ConfigError as error:
         first, _, rest = error.problems[0].partition("; ")
         more = " (and more)" if rest or len(error.problems) > 1 else ""

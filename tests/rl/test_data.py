@@ -113,7 +113,9 @@ def test_the_remedy_for_cut_completions_fits_the_setting(settings, remedy):
 def test_recipes_that_an_earlier_version_resolved_still_open(root, tmp_path):
     import yaml
 
-    stage = upo_stage(root, rollout={"truncated": "punish", "truncation_penalty": 0.0})
+    policy = {"clip_ratio": 0.2, "minibatches": 1}  # its default, which had no effect
+    rollout = {"truncated": "punish", "truncation_penalty": 0.0}
+    stage = upo_stage(root, rollout=rollout, policy=policy)
     recipe = yaml.safe_load((root / "recipe.yaml").read_text()) | {"stages": [stage]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     found = recorded_recipe(tmp_path)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from ernie_train.core.errors import DataError
+from ernie_train.core.config import parse_config
+from ernie_train.core.errors import ConfigError, DataError
+from ernie_train.rl.config import PolicyConfig, UpoConfig
 from ernie_train.run import lineage
 from ernie_train.run.lineage import (
     HashMemory,
@@ -116,7 +118,8 @@ DECISIVE = {
     "dpo": [{"beta": 0.2}, {"seq_len": 64}, {"pairs_per_step": 4}],
     "reward": [{"center_coef": 0.2}, {"seq_len": 64}, {"pairs_per_step": 4}],
     "upo": [
-        {"policy": {"clip_ratio": 0.1}}, {"rollout": {**STAGES["upo"]["rollout"], "top_k": 3}},
+        {"policy": {"aggregation": "sequence"}},
+        {"rollout": {**STAGES["upo"]["rollout"], "top_k": 3}},
         {"reward": {"name": "exact", "weight": 2.0}}, {"curriculum": {"start": 1}},
     ],
 }  # fmt: skip
@@ -133,6 +136,33 @@ def changes(kind: str, change: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("kind", STAGES)
 def test_settings_that_change_no_result_may_change(kind: str) -> None:
     assert [changes(kind, change) for change in HARMLESS[kind]] == [[]] * len(HARMLESS[kind])
+
+
+ROLLOUT = STAGES["upo"]["rollout"]
+AUDIT = {"name": "exact", "share": 0.01}
+IDLE = [
+    ({"policy": {"clip_ratio": 0.3}}, {}),
+    ({"policy": {"clip_ratio": 0.3, "clip_ratio_high": 0.4}}, {"policy": {}}),
+    ({"share_prompts": True, "micro_batch_size": 1}, {"micro_batch_size": 1}),
+    ({"audit_reward": AUDIT}, {}),
+    ({"rollout": {**ROLLOUT, "replay": "x", "refill_rounds": 2}},
+     {"rollout": {**ROLLOUT, "replay": "x"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recorded", "now"), IDLE)
+def test_a_stage_goes_on_without_settings_that_had_no_effect(recorded, now) -> None:
+    made_from = Lineage("7", "m", "t")
+    common = {"name": "x", "kind": "upo", "micro_batch_size": 2, "optim": {"lr": 1.0}}
+    common |= STAGES["upo"]
+    before = parse_config(UpoConfig, {**common, **recorded}, "stage", recorded=True)
+    with pytest.raises(ConfigError):  # so that the lines must go
+        parse_config(UpoConfig, {**common, **recorded}, "stage")
+    record = stage_record(before, made_from)
+    stage = parse_config(UpoConfig, {**common, **now}, "stage")
+    assert stage_changes(stage, made_from, record) == []
+    longer = stage.model_copy(update={"policy": PolicyConfig(minibatches=2, clip_ratio=0.3)})
+    assert any("policy.clip_ratio" in line for line in stage_changes(longer, made_from, record))
 
 
 @pytest.mark.parametrize("kind", STAGES)

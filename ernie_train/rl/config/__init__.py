@@ -3,6 +3,7 @@
 Each module holds the settings of one part; `upo` joins them and checks them against each other.
 """
 
+from ernie_train.rl.config.idle import settings_without_effect
 from ernie_train.rl.config.policy import (
     Aggregation,
     CriticConfig,
@@ -46,4 +47,5 @@ __all__ = [
     "SkipSolved",
     "StageEvaluation",
     "UpoConfig",
+    "settings_without_effect",
 ]

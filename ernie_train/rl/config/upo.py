@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from ernie_train.core.config import HARMLESS, PositiveInt
+from ernie_train.core.config import HARMLESS, RECORDED, PositiveInt
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.rewards.scoring import RewardConfig
 from ernie_train.rl.config.idle import settings_without_effect
@@ -127,7 +127,7 @@ class UpoConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _consistent(self) -> UpoConfig:
+    def _consistent(self, info: ValidationInfo) -> UpoConfig:
         problems = []
         group_size, preference = self.rollout.group_size, self.preference
         problems += self._best_metric_problems()
@@ -150,7 +150,9 @@ class UpoConfig(StageConfig):
             problems.append("rollout.prompts_per_iteration must be given")
         if preference is not None:
             problems += self._pair_problems(preference)
-        problems += self._environment_problems() + settings_without_effect(self)
+        problems += self._environment_problems()
+        if not (info.context or {}).get(RECORDED):
+            problems += [idle.message for idle in settings_without_effect(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
