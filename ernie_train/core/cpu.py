@@ -25,7 +25,8 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,21 +80,43 @@ class CpuSetup:
 _setup: CpuSetup | None = None
 
 
-def _read_quota_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Return how many cores the control group's CPU quota allows, or None without a quota."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            words = " ".join((root / name).read_text() for name in files).split()
-            quota, period = words[0], float(words[1])
-        except (OSError, IndexError, ValueError):
-            continue
-        if quota != "max" and float(quota) > 0 and period > 0:
-            return float(quota) / period
-    return None
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def control_groups(
+    controller: str, root: Path = _GROUPS, own: Path = _OWN_GROUPS
+) -> Iterator[Path]:
+    """Yield the directories of this process's control groups, from its own to the root.
+
+    Limits of every one hold. Version 2 has one tree, version 1 one for each `controller`; with both
+    (hybrid) that of version 2 may lie in `unified`. Inside a container the own group's path may be
+    the host's, which is not mounted: the root is the container's then.
+    """
+    paths = {"": ".", controller: "."}
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            shown = path.strip("/") if ".." not in path.split("/") else "."
+            paths |= dict.fromkeys(names.split(","), shown)
+    for tree, name in ((root, ""), (root / "unified", ""), (root / controller, controller)):
+        group = tree / paths[name]
+        yield from (part for part in (group, *group.parents) if part.is_relative_to(tree))
+
+
+def _read_quota_cores(root: Path = _GROUPS, own: Path = _OWN_GROUPS) -> float | None:
+    """Return how many cores the control groups' CPU quotas allow, or None without a quota."""
+    quotas = []
+    for group in control_groups("cpu", root, own):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with suppress(OSError, IndexError, ValueError):
+                words = " ".join((group / name).read_text() for name in files).split()
+                quota, period = float(words[0]), float(words[1])  # "max" is no number
+                quotas += [quota / period] if quota > 0 and period > 0 else []
+    return min(quotas, default=None)
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use, by its affinity and its control group's quota.
+    """Return how many cores this process may use, by its affinity and its control groups' quotas.
 
     os.cpu_count and psutil know nothing of the quota, by which containers are limited.
     """

@@ -5,12 +5,13 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ernie_train.core.cpu import __version__, cpu_setup
+from ernie_train.core.cpu import __version__, control_groups, cpu_setup
 
 VERSIONED = (
     "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "numba", "safetensors",
@@ -33,9 +34,14 @@ def installed_versions() -> dict[str, str]:
 
 
 def memory_bytes() -> dict[str, int]:
-    """Return `total` and `available` memory of the machine in bytes."""
-    memory = psutil.virtual_memory()
-    return {"total": memory.total, "available": memory.available}
+    """Return `total` and `available` memory in bytes, both at most what a container may use."""
+    memory, limits = psutil.virtual_memory(), []
+    for group in control_groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # "max" is no number
+                limits.append(int((group / name).read_text()))
+    limit = min(limits, default=memory.total)
+    return {"total": min(memory.total, limit), "available": min(memory.available, limit)}
 
 
 def code_version(checkout: Path = _CHECKOUT) -> dict[str, Any]:

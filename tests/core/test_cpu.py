@@ -43,7 +43,33 @@ def test_the_quota_of_the_control_group(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert cpu._read_quota_cores(tmp_path) == cores
+    assert cpu._read_quota_cores(tmp_path, tmp_path / "none") == cores
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2.0),
+        ("0::/a/b", {"a/b/cpu.max": "150000 100000", "a/cpu.max": "800000 100000"}, 1.5),
+        ("0::/a/b", {"a/other/cpu.max": "100000 100000"}, None),
+        ("0::/../b", {"cpu.max": "300000 100000", "b/cpu.max": "100000 100000"}, 3.0),
+        ("0::/on/the/host", {"cpu.max": "300000 100000"}, 3.0),
+        ("0::/u", {"unified/u/cpu.max": "300000 100000"}, 3.0),
+        (
+            "4:memory:/m\n3:cpu,cpuacct:/a\n0::/",
+            {"cpu/a/cpu.cfs_quota_us": "250000", "cpu/a/cpu.cfs_period_us": "100000"},
+            2.5,
+        ),
+        ("nonsense", {"cpu.max": "300000 100000"}, 3.0),
+    ],
+)
+def test_the_smallest_quota_from_the_own_group_up_counts(
+    own: str, files: dict[str, str], cores: float | None, tmp_path: Path
+) -> None:
+    for name, text in {"own": own, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cpu._read_quota_cores(tmp_path, tmp_path / "own") == cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(None, 8), (100.0, 8), (2.9, 2), (0.5, 1)])

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import ernie_train
@@ -43,6 +44,25 @@ def test_the_environment_is_described_in_plain_values() -> None:
     assert described["versions"]["numpy"] == np.__version__
     assert described["cpu"]["cores"] == cpu.available_cores()
     assert described["memory_bytes"]["total"] >= described["memory_bytes"]["available"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "expected"),
+    [
+        ("memory.max", "3000000", 3_000_000),
+        ("memory.max", "max", None),
+        ("memory.limit_in_bytes", "3000000", 3_000_000),
+        ("memory.limit_in_bytes", "9223372036854771712", None),
+    ],
+)
+def test_the_memory_is_what_the_control_group_allows(
+    name: str, limit: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text(limit + "\n")
+    monkeypatch.setattr(environment, "control_groups", lambda controller: [tmp_path])
+    total = psutil.virtual_memory().total
+    found = environment.memory_bytes()
+    assert found["total"] == (expected or total) and 0 < found["available"] <= found["total"]
 
 
 def test_the_version_is_the_same_everywhere() -> None:
