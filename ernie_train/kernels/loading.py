@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib
 import os
 import shutil
 import sys
@@ -21,6 +22,10 @@ from ernie_train.core.errors import UserError
 
 KERNELS = "ERNIE_TRAIN_KERNELS"  # "native" (the default) or "plain"
 CHOICES = ("native", "plain")
+
+
+class WrongResultError(RuntimeError):
+    """Compiled kernels compute something else here."""
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -49,17 +54,18 @@ def load_kernels() -> Kernels | str:
     if chosen == "plain":
         return f"switched off by {KERNELS}=plain"
     try:
-        module = _import_compiled()
-        _check(module)
+        return Kernels(_checked(_import_compiled()))
     # Whatever keeps numba, LLVM or MKL from working here, training can do without them.
     except Exception as error:
         said, _, _ = str(error).strip().partition("\n")
         reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
-        if process_group.rank() == 0:
-            line = f"native kernels cannot be loaded ({reason}): plain operators, slower"
-            print(line, file=sys.stderr)
+        _say(f"native kernels cannot be loaded ({reason}): plain operators, slower")
         return reason
-    return Kernels(module)
+
+
+def _say(line: str) -> None:
+    if process_group.rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def describe_kernels() -> str:
@@ -76,24 +82,63 @@ def _import_compiled() -> Any:
     address = ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value
     llvmlite.binding.add_symbol("ernie_train_cblas_sgemm", address)
     try:
-        from ernie_train.kernels import compiled
+        return importlib.import_module("ernie_train.kernels.compiled")
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-    else:
-        return compiled
-    # Neither this directory nor the user's cache can be written: keep them for this process alone.
+    # Neither this directory nor the user's cache can be written.
+    return _compile_for_this_process()
+
+
+def _checked(module: Any) -> Any:
+    """Return the functions, once called; compiled again where the cache is damaged or full."""
+    try:
+        _check(module)
+    except WrongResultError:
+        raise
+    except Exception:
+        place = module.rms_norm.stats.cache_path
+        _say(f"the compiled kernels in {place} cannot be used: compiled again, for this process "
+             f"alone; remove {place}/compiled.*.nb? or make room there")  # fmt: skip
+        del sys.modules["ernie_train.kernels.compiled"]
+        module = _compile_for_this_process()
+        _check(module)
+    return module
+
+
+def _compile_for_this_process() -> Any:
     import numba
 
     numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="ernie-train-kernels-")
     atexit.register(shutil.rmtree, numba.config.CACHE_DIR, ignore_errors=True)
-    from ernie_train.kernels import compiled
-
-    return compiled
+    return importlib.import_module("ernie_train.kernels.compiled")
 
 
 def _check(module: Any) -> None:
-    """Raise `RuntimeError` if a small product and exponential by the kernels are wrong."""
+    """Call every kernel once, so that none is loaded or compiled within training.
+
+    Raises `WrongResultError` if a product and exponential are wrong, or a result is not finite.
+    """
+    rows = np.ones((16, 64), np.float32)  # room for each argument
+    at = [row.ctypes.data for row in rows]
+    index, counts, documents = np.array([0, 1]), np.array([2]), np.array([0, 2, 0, 0])
+    shape = (documents.ctypes.data, 1, 1, 1, 4, 0.5)
+    module.rms_norm(*at[:2], 1e-5, 2, 4, *at[2:4])
+    module.rms_norm_backward(*at[:4], 2, 4, *at[4:7])
+    module.rope(*at[:3], 1.0, 2, 1, 4, at[3])
+    module.swiglu(*at[:2], 8, at[2])
+    module.swiglu_backward(*at[:3], 8, *at[3:5])
+    module.gather_rows(at[0], index.ctypes.data, 2, 2, 4, at[1])
+    module.sum_pairs(at[0], index.ctypes.data, 2, 1, 2, 4, at[1])
+    module.experts(*at[:5], counts.ctypes.data, 1, 4, 4, *at[5:9])
+    module.experts_backward(*at[:5], counts.ctypes.data, 1, 4, 4, *at[5:14], 2)
+    module.attention(*at[:3], *shape, *at[3:6])
+    module.attention_backward(*at[:3], *shape, *at[3:11])
+    if not (np.isfinite(rows).all() and _loss_is_right(module)):
+        raise WrongResultError("a result by the kernels is wrong on this processor")
+
+
+def _loss_is_right(module: Any) -> bool:
     rng = np.random.default_rng(0)
     hidden, head = (rng.standard_normal((5, 8)).astype(np.float32) for _ in range(2))
     labels, weights = np.arange(5), np.ones(5, np.float32)
@@ -104,5 +149,4 @@ def _check(module: Any) -> None:
     )
     scores = hidden.astype(np.float64) @ head.T.astype(np.float64)
     exact = np.log(np.exp(scores).sum(1)) - np.diag(scores)
-    if not np.abs(losses - exact).max() < 1e-5:
-        raise RuntimeError("a loss by the kernels is wrong on this processor")
+    return bool(np.abs(losses - exact).max() < 1e-5)

@@ -12,11 +12,12 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+from numba.core.dispatcher import Dispatcher
 from paddle import Tensor
 
 from ernie_train import kernels
 from ernie_train.core.errors import UserError
-from ernie_train.kernels import loading
+from ernie_train.kernels import compiled, loading
 from ernie_train.losses import linear_cross_entropy
 from ernie_train.model.attention import document_attention
 from ernie_train.model.batch_layout import AttentionLayout, Document
@@ -275,6 +276,45 @@ def no_words() -> None:
     raise EOFError
 
 
+NAMES = [name for name, made in vars(compiled).items()
+         if isinstance(made, Dispatcher) and not name.startswith("_")]  # fmt: skip
+
+
+def test_no_kernel_is_compiled_or_loaded_within_training(fresh) -> None:
+    called = []
+
+    def recorded(name: str) -> Callable:
+        return lambda *a: called.append((name, tuple(map(type, a)))) or getattr(compiled, name)(*a)
+
+    loading._check(SimpleNamespace(**{name: recorded(name) for name in NAMES}))
+    at_load = set(called)
+    assert {name for name, _ in called} == set(NAMES) and len(NAMES) == 12
+    module = SimpleNamespace(QUERY_BLOCK=64, **{name: recorded(name) for name in NAMES})
+    fresh.setattr(loading, "_import_compiled", lambda: module)
+    for function, _, shapes in CASES.values():
+        run(function, leaves(shapes), "float32")
+    assert len(called) > 2 * len(NAMES) and set(called) == at_load
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_is_told_and_done_without(tmp_path) -> None:
+    """Every kernel is compiled twice in a process of its own."""
+    code = (
+        "import sys, paddle; from ernie_train import kernels\n"
+        "print(kernels.usable(paddle.zeros([1])), kernels.swiglu(*[paddle.ones([1])] * 2).item())"
+    )
+    environ = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for damage in (False, True):
+        if damage:
+            for file in tmp_path.rglob("compiled.rms_norm_backward-*.nbi"):
+                file.write_bytes(file.read_bytes()[:20])
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ
+        )
+        assert done.stdout.startswith("True 0.731"), done.stderr
+        assert ("cannot be used: compiled again" in done.stderr) == damage
+
+
 def wrong(*arguments: object) -> int:
     return -1
 
@@ -286,8 +326,8 @@ def wrong(*arguments: object) -> int:
         ("_import_compiled", no_words, "EOFError"),
         (
             "_import_compiled",
-            lambda: SimpleNamespace(linear_cross_entropy=wrong),
-            "RuntimeError: a loss by the kernels is wrong on this processor",
+            lambda: SimpleNamespace(**dict.fromkeys(NAMES, wrong)),
+            "WrongResultError: a result by the kernels is wrong on this processor",
         ),
     ],
 )
