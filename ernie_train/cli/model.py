@@ -22,7 +22,7 @@ from ernie_train.run.export import (
 from ernie_train.run.finalize import EVALUATION
 from ernie_train.run.import_model import RECEIPT as IMPORT_RECEIPT
 from ernie_train.run.import_model import import_model
-from ernie_train.run.quantize import QuantizeConfig, Quantizer, stage_rows
+from ernie_train.run.quantize import QuantizeConfig, Quantizer
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.render import model_card, receipt_line
 from ernie_train.weights.hf import check_dtype, load_pretrained
@@ -68,9 +68,11 @@ def export_model(
         card = model_card(recipe, read_result(path / EVALUATION))
     quantizer = None
     if quantize is not None:
-        rows = stage_rows(recipe.stages) if recipe is not None else []
-        rows = rows if calibration is None else [DataSource(path=calibration)]
-        quantizer = Quantizer(quantize, rows, Path.cwd())
+        if calibration is not None:
+            quantizer = Quantizer(quantize, [DataSource(path=calibration)], Path.cwd())
+        else:
+            stages = recipe.stages if recipe is not None else []
+            quantizer = Quantizer.on_rows_of(stages, quantize, Path.cwd())
     receipt = export(
         model,
         tokenizer,
@@ -88,7 +90,7 @@ def quantize_config(
     """Return the settings that the options of `export` name; None without --quantize.
 
     Raises:
-        UserError: options of quantization without --quantize, or --calibration for rtn.
+        UserError: options of quantization without --quantize, or those of rows for rtn.
         ConfigError: an impossible value.
     """
     given = {key: value for key, value in settings.items() if value is not None}
@@ -100,8 +102,9 @@ def quantize_config(
             )
         return None
     found = parse_config(QuantizeConfig, {"to": to, **given}, "--quantize")
-    if found.method == "rtn" and calibration is not None:
-        raise UserError("--calibration: rtn looks at no rows; leave it out, or take gptq")
+    if found.method == "rtn" and (calibration is not None or "calibration_tokens" in given):
+        option = "--calibration-tokens" if calibration is None else "--calibration"
+        raise UserError(f"{option}: rtn looks at no rows; leave it out, or take gptq")
     return found
 
 

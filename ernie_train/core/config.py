@@ -38,6 +38,12 @@ HARMLESS = Harmless()
 # In the context of a validation: the settings are those of a run, and what had no effect may stand.
 RECORDED = "recorded"
 
+
+def is_recorded(info: pydantic.ValidationInfo) -> bool:
+    """Return whether a validator, given `info`, sees settings that a run was made with."""
+    return bool((info.context or {}).get(RECORDED))
+
+
 KeyPath = tuple[str | int, ...]
 
 

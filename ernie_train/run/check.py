@@ -125,13 +125,18 @@ def _recompute_problems(recompute: Recompute, config: Ernie4_5_MoeConfig) -> lis
 
 
 def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> None:
-    """Raise `ConfigError` if tokenizer, sequence lengths or layout do not fit the model."""
+    """Raise `ConfigError` if tokenizer, sequence lengths layout or export do not fit the model."""
     problems = []
     try:
         check_expert_degree(recipe.parallel.expert, config)
     except ConfigError as error:
         problems += error.problems
     problems += _recompute_problems(recipe.parallel.recompute, config)
+    if recipe.export is not None and recipe.export.quantize is not None:
+        try:
+            recipe.export.quantize.scheme(config)
+        except UserError as error:
+            problems.append(f"export.quantize: {error}")
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(
             f"tokenizer.path: {recipe.tokenizer.path} has {tokenizer.vocab_size} tokens, "

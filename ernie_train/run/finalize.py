@@ -24,7 +24,7 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import Extras, WeightFormat, export
 from ernie_train.run.lineage import Lineage, hash_files
 from ernie_train.run.proof import Receipt
-from ernie_train.run.quantize import Quantizer, stage_rows
+from ernie_train.run.quantize import Quantizer
 from ernie_train.run.recipe import EvaluationConfig, Recipe
 from ernie_train.run.render import evaluation_table, model_card, receipt_line, stage_table
 
@@ -123,7 +123,8 @@ class Finalizer:
         settings = self.recipe.export and self.recipe.export.quantize
         if not settings:
             return None
-        return Quantizer(settings, stage_rows(self.recipe.stages), Path.cwd(), self.recipe.seed)
+        recipe = self.recipe
+        return Quantizer.on_rows_of(recipe.stages, settings, Path.cwd(), recipe.seed)
 
     def _stage_file(self, index: int) -> Path:
         return self.run_dir / self.recipe.stage_directory(index) / EVALUATION

@@ -29,7 +29,7 @@ from ernie_train.io.shipped import read_recipe
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
-from ernie_train.run.quantize import QuantizeConfig, stage_rows
+from ernie_train.run.quantize import QuantizeConfig, stage_with_rows
 from ernie_train.run.sources import ModelSource, TokenizerSource, tokenizer_directory
 from ernie_train.run.stages import AnyStageConfig, RewardModelConfig
 from ernie_train.train.supervised_data import SupervisedConfig
@@ -231,7 +231,7 @@ class Recipe(StrictConfig):
                 "export.quantize: one rank quantizes the whole model; leave it out here, and run "
                 "ernie-train export RUN OUT --quantize afterwards"
             )
-        if quantize and quantize.method == "gptq" and not stage_rows(self.stages):
+        if quantize and quantize.method == "gptq" and stage_with_rows(self.stages) is None:
             raise ValueError(
                 "export.quantize: gptq calibrates on the rows of a pretrain or sft stage, and "
                 "there is none; set method: rtn"

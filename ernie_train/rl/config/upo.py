@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from ernie_train.core.config import HARMLESS, RECORDED, PositiveInt
+from ernie_train.core.config import HARMLESS, PositiveInt, is_recorded
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.rewards.scoring import RewardConfig
 from ernie_train.rl.config.idle import settings_without_effect
@@ -151,7 +151,7 @@ class UpoConfig(StageConfig):
         if preference is not None:
             problems += self._pair_problems(preference)
         problems += self._environment_problems()
-        if not (info.context or {}).get(RECORDED):
+        if not is_recorded(info):
             problems += [idle.message for idle in settings_without_effect(self)]
         if problems:
             raise ValueError("; ".join(problems))
