@@ -36,6 +36,7 @@ class RunCommand:
         """Run the recipe here, or as ranks where those use the cores better; return the status."""
         from ernie_train.core import process_group
         from ernie_train.core.config import apply_overrides, load_yaml
+        from ernie_train.core.cpu import use_threads
         from ernie_train.launch.cores import plan_cores
 
         plan = None
@@ -44,6 +45,8 @@ class RunCommand:
                 values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
                 directory = self._directory(str(values.get("name")))
                 plan = plan_cores(values, directory, Path.cwd())
+        if plan is not None and plan.threads is not None:
+            use_threads(plan.threads)
         if plan is None or plan.ranks == 1:
             if plan is not None:
                 console.print(plan.line, highlight=False)

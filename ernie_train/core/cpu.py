@@ -219,6 +219,18 @@ def _threads_chosen_by_user(environ: MutableMapping[str, str]) -> int:
     return 1
 
 
+def use_threads(threads: int) -> None:
+    """Set the threads of this process's matrix products, and of the ranks that it starts.
+
+    To be called before Paddle is imported, for another number than `configure_process` chose. The
+    ranks find it as one that the user set, and keep it.
+    """
+    os.environ["MKL_NUM_THREADS"] = str(threads)
+    if "OPENBLAS_NUM_THREADS" not in cpu_setup().kept:
+        os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
+    cpu_setup().threads = threads
+
+
 def cpu_setup() -> CpuSetup:
     """Return the record of `configure_process`, which importing `ernie_train` has called."""
     if _setup is None:

@@ -25,6 +25,7 @@ from ernie_train.core.config import load_yaml
 from ernie_train.core.cpu import THREAD_VARIABLES, CpuSetup, cpu_setup
 from ernie_train.core.environment import memory_bytes
 from ernie_train.core.errors import UserError
+from ernie_train.core.foreign_files import read_json
 
 # In fewer tokens a further rank does not win back the seconds that its start takes.
 WORTHWHILE_TOKENS = 30_000
@@ -42,6 +43,7 @@ class CorePlan:
 
     ranks: int
     line: str
+    threads: int | None = None  # of each rank, where it is to have fewer than its share
 
 
 def plan_cores(
@@ -50,8 +52,8 @@ def plan_cores(
     """Return how a run uses this machine's cores, or None where that is not for us to say.
 
     values: the recipe as written, with overrides. A recipe that sets its own layout decides, and
-    so does a GPU. A run that began with a number of ranks keeps it, so that it resumes to the same
-    bits, unless this machine has too few cores or the recipe no longer allows it.
+    so does a GPU. A run keeps the ranks and threads that it began with, so that it resumes to the
+    same bits, unless this machine has too few cores or the recipe no longer allows it.
     """
     setup = setup or cpu_setup()
     layout = values.get("parallel") or {}
@@ -59,16 +61,31 @@ def plan_cores(
         return None
     if {"data", "expert", "sharding"} & layout.keys():
         return None
-    threads = setup.threads if any(name in setup.kept for name in THREAD_VARIABLES) else 1
-    most = max(1, setup.cores // threads)
-    ranks, why = _chosen_ranks(values, most, base_dir, _recorded_ranks(run_dir))
-    each = threads if threads > 1 else max(1, setup.cores // ranks)
-    cores = f"{setup.cores} core{'s' if setup.cores > 1 else ''}"
-    share = f"{ranks} data ranks" if ranks > 1 else "one process"
-    line = f"{cores}: {share} with {each} thread{'s' if each > 1 else ''}{' each' * (ranks > 1)}"
+    chosen = any(name in setup.kept for name in THREAD_VARIABLES)
+    begun = _recorded_ranks(run_dir)
+    most = max(1, setup.cores // (setup.threads if chosen else 1))
+    ranks, why = _chosen_ranks(values, most, base_dir, begun)
+    each = setup.threads if chosen else max(1, setup.cores // ranks)
+    begun_threads = _recorded_threads(run_dir) if ranks == begun else None
+    kept = None
+    if (
+        begun_threads is not None and begun_threads != each
+    ):  # matrix products round by the number of threads
+        if chosen or begun_threads > each:
+            began = _count(begun_threads, "thread")
+            why = f"this run began with {began}, results differ by rounding"
+        else:
+            kept = each = begun_threads
+    share = _count(ranks, "data rank") if ranks > 1 else "one process"
+    line = f"{_count(setup.cores, 'core')}: {share} with {_count(each, 'thread')}"
     notes = [why, "--nproc 1 switches ranks off" if ranks > 1 else ""]
     said = "; ".join(filter(None, notes))
-    return CorePlan(ranks, f"{line} ({said})" if said else line)
+    line += " each" if ranks > 1 else ""
+    return CorePlan(ranks, f"{line} ({said})" if said else line, kept)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _may_use_gpu(device: object) -> bool:
@@ -179,4 +196,12 @@ def _recorded_ranks(run_dir: Path | None) -> int | None:
         return None
     with suppress(UserError, OSError, AttributeError, KeyError, TypeError, ValueError):
         return int(load_yaml(run_dir / "recipe.yaml")["parallel"]["data"])
+    return None
+
+
+def _recorded_threads(run_dir: Path | None) -> int | None:
+    """Return the threads of each rank at the last start of a run, None where that is not known."""
+    with suppress(OSError, LookupError, TypeError, ValueError):
+        threads = read_json(Path(str(run_dir)) / "environment.json")["cpu"]["threads"]
+        return int(threads) if threads > 0 else None
     return None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +110,50 @@ def test_a_run_keeps_its_ranks_where_there_are_cores_for_them(tmp_path: Path) ->
     assert ranks(SFT, count=4, run_dir=tmp_path) == 1
 
 
+@pytest.mark.parametrize(
+    ("data", "threads", "count", "chosen", "kept", "line"),
+    [
+        (2, 1, 4, "", 1, "4 cores: 2 data ranks with 1 thread each (as this run began"),
+        (2, 2, 4, "", None, "4 cores: 2 data ranks with 2 threads each (as this run began"),
+        (1, 2, 8, "", 2, "8 cores: one process with 2 threads (as this run began)"),
+        (1, 8, 4, "", None, "one process with 4 threads (this run began with 8 threads, results"),
+        (2, 1, 4, "2", None, "2 threads each (this run began with 1 thread, results differ"),
+        (2, 3, 1, "", None, "this run began with 2, results differ"),
+        (2, "many", 4, "", None, "2 data ranks with 2 threads each (as this run began"),
+    ],
+)
+def test_a_run_keeps_the_threads_of_its_ranks(
+    data: int, threads: Any, count: int, chosen: str, kept: int | None, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"parallel: {{data: {data}}}\n")
+    (tmp_path / "environment.json").write_text(json.dumps({"cpu": {"threads": threads}}))
+    assert (found := plan(SFT, count=count, run_dir=tmp_path, chosen=chosen)) is not None
+    assert found.threads == kept and line in found.line
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [(1, 3), (2, 1)])
+def test_the_process_and_its_ranks_take_the_threads_that_a_run_keeps(
+    ranks: int, threads: int
+) -> None:
+    program = (
+        "import os, subprocess, sys\n"
+        "from ernie_train.core import cpu\n"
+        f"cpu.use_threads({threads})\n"
+        "show = 'import os; from ernie_train.core import cpu; print(cpu.cpu_setup().threads, '\\\n"
+        '    \'os.environ["MKL_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"])\'\n'
+        "exec(show)\n"
+        f"environ = {{**os.environ, 'PADDLE_LOCAL_SIZE': '{ranks}'}}\n"
+        "subprocess.run([sys.executable, '-c', show], env=environ, check=True)\n"
+    )
+    names = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ERNIE_TRAIN_CPU_SETUP")
+    environ = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", program],
+        env=environ, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [f"{threads} {threads} {threads}"] * 2
+
+
 def test_a_run_leaves_ranks_that_its_recipe_no_longer_allows(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("parallel: {data: 4}\n")
     for added, expected in ((1, 1), (6, 2), (8, 4)):
@@ -158,11 +206,15 @@ def test_the_verb_starts_the_ranks_or_runs_here(
     )
     command = RunCommand(recipe, ["seed=2"], tmp_path / "run", None, None, False, None)
     console = type("Silent", (), {"print": lambda *_, **__: None})()
+    used: list[int] = []
+    monkeypatch.setattr("ernie_train.core.cpu.use_threads", used.append)
     for number in (1, 2):
         monkeypatch.setattr(
-            "ernie_train.launch.cores.plan_cores", lambda *_, number=number: CorePlan(number, "")
+            "ernie_train.launch.cores.plan_cores",
+            lambda *_, number=number: CorePlan(number, "", 3 if number == 2 else None),
         )
         assert command.run_on_cores(console, console, debug=False) == (3 if number == 2 else 0)
+    assert used == [3]
     assert done == ["here", (LaunchSettings(2), ["seed=2", "parallel.data=2"])]
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")  # in a rank nothing is planned again
     command.run_on_cores(console, console, debug=False)
