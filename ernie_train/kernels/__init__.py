@@ -6,7 +6,7 @@ back and against which tests hold it. `ERNIE_TRAIN_KERNELS=plain` switches them 
 
 from ernie_train.kernels.attention import attention, attention_backward
 from ernie_train.kernels.experts import experts, experts_backward, gather_rows, sum_pairs
-from ernie_train.kernels.loading import KERNELS, describe_kernels, usable
+from ernie_train.kernels.loading import KERNELS, describe_kernels, plain_operators, usable
 from ernie_train.kernels.rows import (
     linear_cross_entropy,
     rms_norm,
@@ -25,6 +25,7 @@ __all__ = [
     "experts_backward",
     "gather_rows",
     "linear_cross_entropy",
+    "plain_operators",
     "rms_norm",
     "rms_norm_backward",
     "rope",

@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from ernie_train.core.errors import UserError
 
 KERNELS = "ERNIE_TRAIN_KERNELS"  # "native" (the default) or "plain"
 CHOICES = ("native", "plain")
+_switched_off = False  # within `plain_operators`
 
 
 class WrongResultError(RuntimeError):
@@ -30,9 +33,22 @@ class WrongResultError(RuntimeError):
 
 def usable(*tensors: Tensor) -> bool:
     """Return whether kernels can take these tensors: float32 on a processor, and kernels there."""
-    return all(
-        t.dtype == paddle.float32 and t.place.is_cpu_place() for t in tensors
-    ) and isinstance(load_kernels(), Kernels)
+    return (
+        not _switched_off
+        and all(t.dtype == paddle.float32 and t.place.is_cpu_place() for t in tensors)
+        and isinstance(load_kernels(), Kernels)
+    )
+
+
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Compute without the kernels within the context, as a reference for them."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
 
 
 class Kernels:

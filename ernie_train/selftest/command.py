@@ -28,6 +28,7 @@ CHECKS: dict[str, Check] = {
     "attention": kernels.attention,
     "flashmask": kernels.flashmask_attention,
     "experts": kernels.experts,
+    "native": kernels.native,
     "bfloat16": training.low_precision,
     "step": training.training_step,
     "recompute": training.recompute,

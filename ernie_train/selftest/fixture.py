@@ -25,9 +25,9 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def small_config() -> Ernie4_5_MoeConfig:
-    """Return the configuration of a model of a dense and two MoE layers."""
-    return Ernie4_5_MoeConfig.preset("tiny", **SMALL)
+def small_config(**changes: Any) -> Ernie4_5_MoeConfig:
+    """Return the configuration of a model of a dense and two MoE layers, with these changes."""
+    return Ernie4_5_MoeConfig.preset("tiny", **SMALL | changes)
 
 
 def training_dtype(device: str) -> str:

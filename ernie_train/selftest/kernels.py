@@ -10,6 +10,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from ernie_train.kernels import describe_kernels, plain_operators, usable
+from ernie_train.losses import linear_cross_entropy
 from ernie_train.model.attention import (
     document_attention,
     flashmask_available,
@@ -17,9 +19,11 @@ from ernie_train.model.attention import (
 )
 from ernie_train.model.batch_layout import AttentionLayout, BatchLayout
 from ernie_train.model.batched_experts import BatchedSwiGLU
-from ernie_train.model.moe import experts_by_autograd
+from ernie_train.model.layers import MLP, RMSNorm
+from ernie_train.model.moe import MoE, experts_by_autograd
+from ernie_train.model.rope import RopeTables
 from ernie_train.selftest.check import Figure, Result, Skip
-from ernie_train.selftest.fixture import relative_error
+from ernie_train.selftest.fixture import relative_error, small_config
 from ernie_train.selftest.graph import operators_by_inference
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 64
@@ -110,16 +114,68 @@ def _one_by_one(x: Tensor, weights: Tensor, *rest: Any) -> Tensor:
 
 def _experts_outcome(run: Callable[..., Tensor], rows: list[int]) -> list[np.ndarray]:
     hidden, width, experts_held = 64, 96, len(rows)
-    rng = np.random.default_rng(6)
     shapes = [
         [sum(rows), hidden], [sum(rows), 1], [experts_held, hidden, width],
         [experts_held, hidden, width], [experts_held, width, hidden],
     ]  # fmt: skip
+    return _outcome(lambda *leaves: run(*leaves, rows), [], shapes)
+
+
+def native(device: str) -> Result:
+    """Compare the passes that native kernels fuse with plain operators, in float32."""
+    if device != "cpu":
+        raise Skip("native kernels serve processors alone")
+    if not usable(paddle.zeros([1])):
+        raise Skip(describe_kernels())
+    figures = []
+    for name, (run, parameters, shapes) in _fused_passes().items():
+        ours = _outcome(run, parameters, shapes)
+        with plain_operators():
+            theirs = _outcome(run, parameters, shapes)
+        error = max(map(relative_error, ours, theirs))
+        figures.append(Figure(f"{name}: output and gradients", error, EXACT))
+    return Result(figures, f"{sum(DOCUMENTS)} tokens, float32, beside plain operators")
+
+
+def _fused_passes() -> dict[str, tuple[Callable[..., Tensor], list[Tensor], list[list[int]]]]:
+    """Return what computes each, its parameters and the shapes of its inputs."""
+    config, layout = small_config(), _layout()
+    tokens, hidden, vocab = layout.num_tokens, config.hidden_size, config.vocab_size
+    paddle.seed(0)
+    norm, mlp = RMSNorm(hidden, 1e-5), MLP(config, 96)
+    moe = MoE(small_config(moe_num_shared_experts=0))  # they would outweigh what is routed
+    rope = RopeTables.build(paddle.arange(tokens), 1e4, HEAD_DIM)
+    labels, weights = paddle.arange(tokens) % vocab, paddle.linspace(0, 1, tokens)
+    x, heads = [tokens, hidden], [[tokens * n, HEAD_DIM] for n in (HEADS, KEY_HEADS, KEY_HEADS)]
+
+    def head(states: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(states, weight, None, labels, weights)[0]
+
+    return {
+        "RMSNorm": (norm, norm.parameters(), [x]),
+        "RoPE": (rope.rotate, [], heads[:1]),
+        "MLP": (mlp, mlp.parameters(), [x]),
+        "MoE": (lambda rows: moe(rows)[0], moe.parameters(), [x]),
+        "attention": (lambda q, k, v: document_attention(q, k, v, layout), [], heads),
+        "LM head": (head, [], [x, [vocab, hidden]]),
+    }
+
+
+def _outcome(
+    run: Callable[..., Tensor], parameters: list[Tensor], shapes: list[list[int]]
+) -> list[np.ndarray]:
+    """Return the output, and the gradients of inputs and parameters that have one."""
+    rng = np.random.default_rng(6)
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     leaves = [paddle.to_tensor(a, stop_gradient=False) for a in arrays]
-    output = run(*leaves, rows)
+    output = run(*leaves)
     output.backward(paddle.to_tensor(rng.normal(size=output.shape).astype(np.float32)))
-    return [output.numpy(), *(leaf.grad.numpy() for leaf in leaves)]
+    found = [output.numpy()]
+    for leaf in (*leaves, *parameters):
+        if leaf.grad is not None:
+            found.append(leaf.grad.numpy())
+            leaf.clear_gradient()
+    return found
 
 
 def operators(device: str) -> Result:

@@ -13,6 +13,7 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
+from ernie_train import kernels as native_kernels
 from ernie_train.core.errors import UserError
 from ernie_train.core.terminal import Terminal
 from ernie_train.model.batch_layout import AttentionLayout
@@ -56,6 +57,10 @@ def plant_experts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchedSwiGLU, "apply", scaled(BatchedSwiGLU.apply, 1.001))
 
 
+def plant_native(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(native_kernels, "swiglu", scaled(native_kernels.swiglu, 1.001))
+
+
 def plant_step(patch: pytest.MonkeyPatch) -> None:
     train, calls = fixture.train_small, []
 
@@ -92,6 +97,7 @@ def plant_speed(patch: pytest.MonkeyPatch) -> None:
 
 PLANTED = {
     "operators": plant_operators, "attention": plant_attention, "experts": plant_experts,
+    "native": plant_native,
     "step": plant_step, "recompute": plant_recompute, "sampling": plant_sampling,
     "memory": plant_memory, "speed": plant_speed,
 }  # fmt: skip
@@ -107,6 +113,35 @@ def test_a_check_passes_and_a_planted_fault_turns_it_red(
     assert sound.figures and all(math.isfinite(figure.value) for figure in sound.figures)
     PLANTED[name](monkeypatch)
     assert outcome_of(name).status == FAIL
+
+
+BACKWARD = {"rms_norm_backward": 1, "swiglu_backward": 1, "experts_backward": 4,
+            "attention_backward": 2, "linear_cross_entropy": 2, "rope": None, "sum_pairs": None,
+            "gather_rows": None}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_a_wrong_gradient_of_a_native_kernel_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, at = getattr(native_kernels, name), BACKWARD[name]
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        made = right(*args, **kwargs)
+        if at is None:  # forward and backward are one function
+            return made * 1.01
+        return (*made[:at], None if made[at] is None else made[at] * 1.01, *made[at + 1 :])
+
+    monkeypatch.setattr(native_kernels, name, wrong)
+    assert outcome_of("native").status == FAIL
+
+
+def test_a_step_is_compared_with_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native_kernels.swiglu_backward
+    monkeypatch.setattr(
+        native_kernels, "swiglu_backward", lambda *a: tuple(2.0 * g for g in right(*a))
+    )
+    assert outcome_of("step").status == FAIL
 
 
 def test_an_index_of_the_wrong_type_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
