@@ -12,6 +12,7 @@ counts as nothing to share out.
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import os
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ WORTHWHILE_TOKENS = 30_000
 _BYTES_PER_FILE_BYTE, _MEMORY_SHARE = 8, 0.6
 # Guesses, to tell short runs from long ones.
 _ROLLOUT_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
+_COMPRESSED, _TEXT_PER_BYTE = (".gz", ".zst", ".parquet"), 4
 _UNSHARED = "a step's micro-batches cannot be shared out: see grad_accum_steps"
 
 
@@ -168,10 +170,11 @@ class _Stage:
             rows, kind = int(stage["micro_batch_size"]), stage["kind"]
             if kind in ("pretrain", "sft"):
                 count = int(stage.get("grad_accum_steps", 1))
-                if "epochs" in stage:
+                if stage.get("epochs") is not None:
                     data = sum(_data_bytes(base_dir, source["path"]) for source in stage["data"])
                     return cls(count, int(stage["epochs"]) * data // _BYTES_PER_TOKEN)
-                return cls(count, int(stage["steps"]) * count * rows * int(stage["seq_len"]))
+                phases = stage.get("rope_schedule") or [stage]
+                return cls(count, sum(_phase_tokens(phase, rows, count) for phase in phases))
             if kind in ("dpo", "reward"):
                 pairs, length = int(stage["pairs_per_step"]), int(stage["seq_len"])
                 return cls(-(-pairs // (rows // 2)), int(stage["steps"]) * pairs * 2 * length)
@@ -183,11 +186,24 @@ class _Stage:
         return cls(1)
 
 
+def _phase_tokens(phase: Mapping[str, Any], rows: int, count: int) -> int:
+    """Return the positions of a phase of a `rope_schedule`, or of a stage of one length."""
+    if phase.get("tokens") is not None:
+        return int(phase["tokens"])
+    rows = int(phase.get("micro_batch_size") or rows)
+    return int(phase["steps"]) * count * rows * int(phase["seq_len"])
+
+
 def _data_bytes(base_dir: Path, path: str) -> int:
-    """Return the size of a file of rows, or of those of a directory or a pattern."""
-    whole = base_dir / path
-    found = whole.rglob("*") if whole.is_dir() else whole.parent.glob(whole.name)
-    return sum(file.stat().st_size for file in found if file.is_file())
+    """Return about the size of the text in the files of a path: file, directory or pattern."""
+    found = {Path(match) for match in glob.glob(str(base_dir / path), recursive=True)}
+    found |= {base_dir / path}  # its name may hold what a pattern holds
+    files = {below for match in found for below in match.rglob("*")} | found
+    return sum(
+        file.stat().st_size * (_TEXT_PER_BYTE if file.suffix in _COMPRESSED else 1)
+        for file in files
+        if file.is_file()
+    )
 
 
 def _recorded_ranks(run_dir: Path | None) -> int | None:

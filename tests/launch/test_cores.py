@@ -80,6 +80,43 @@ def test_short_runs_are_one_process(tmp_path: Path) -> None:
     assert ranks({**epochs, "epochs": 4, "data": [{"path": str(rows / "*.jsonl")}]}) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "path", "expected"),
+    [
+        ("a/b.jsonl", 40_000, "a", 2),
+        ("a/b.jsonl", 40_000, "*/b.jsonl", 2),
+        ("a/b/c.jsonl", 40_000, "**/*.jsonl", 2),
+        ("a/b/c.jsonl", 40_000, "a/*", 2),
+        ("a/b.jsonl", 20_000, "**", 1),  # once, though its directory matches too
+        ("a/[b].jsonl", 40_000, "a/[b].jsonl", 2),
+        ("b.jsonl.gz", 10_000, "b.jsonl.gz", 2),
+        ("b.parquet", 10_000, "b.parquet", 2),
+        ("b.parquet", 5_000, "*.parquet", 1),
+    ],
+)
+def test_data_are_found_as_the_run_finds_them(
+    name: str, size: int, path: str, expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(bytes(size))
+    stage = {key: value for key, value in SFT.items() if key != "steps"}
+    assert ranks({**stage, "epochs": 4, "data": [{"path": f"{tmp_path}/{path}"}]}) == expected
+
+
+@pytest.mark.parametrize(
+    ("phases", "expected"),
+    [
+        ([{"seq_len": 512, "steps": 2}], 1),
+        ([{"seq_len": 512, "steps": 2}, {"seq_len": 4096, "steps": 1}], 2),
+        ([{"seq_len": 512, "tokens": 40_000}], 2),
+        ([{"seq_len": 512, "steps": 2, "micro_batch_size": 16}], 2),
+    ],
+)
+def test_phases_of_a_schedule_count(phases: list[dict[str, Any]], expected: int) -> None:
+    stage = {"kind": "pretrain", "micro_batch_size": 2, "grad_accum_steps": 4}
+    assert ranks({**stage, "rope_schedule": phases}) == expected
+
+
 def test_threads_that_the_user_chose_stay_and_leave_fewer_ranks() -> None:
     assert ranks(SFT, count=4, chosen="2") == 2
     assert ranks(SFT, count=4, chosen="8") == 1
