@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import glob
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +36,10 @@ WORTHWHILE_TOKENS = 30_000
 # Float32 weights, gradients and two moments beside the bfloat16 file of most models; a rank holds
 # all of them. No more than this share of the memory is planned with: activations come on top.
 _BYTES_PER_FILE_BYTE, _MEMORY_SHARE = 8, 0.6
+# Of the presets as they are, so that a run with one starts without asking for its configuration.
+PRESET_PARAMETERS = {
+    "tiny": 2_362_496, "mini": 20_013_312, "0.3b": 360_748_032, "21b-a3b": 21_825_436_160,
+}  # fmt: skip
 # Guesses, to tell short runs from long ones.
 _ROLLOUT_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
 _COMPRESSED, _TEXT_PER_BYTE = (".gz", ".zst", ".parquet"), 4
@@ -147,14 +154,37 @@ def _worthwhile_ranks(
 
 
 def _model_bytes(model: Any, base_dir: Path) -> int:
-    """Return the size of the files of a recipe's `model`, 0 where that is not known."""
-    path = model.get("path") if isinstance(model, Mapping) else None
-    if not isinstance(path, str):
+    """Return the size of a recipe's `model` in files of bfloat16, 0 where that is not known."""
+    if not isinstance(model, Mapping):
         return 0
-    with suppress(OSError, ValueError):
-        found = (base_dir / path).rglob("*.safetensors")
-        return sum(file.stat().st_size for file in found if file.is_file())  # a link may dangle
+    with suppress(OSError, ValueError, TypeError):
+        if model.get("path") is not None:
+            found = (base_dir / model["path"]).rglob("*.safetensors")
+            return sum(file.stat().st_size for file in found if file.is_file())  # a link may dangle
+        preset, sizes = str(model.get("preset")), {**model}
+        sizes.pop("preset", None)
+        return 2 * (_count_parameters(preset, sizes) if sizes else PRESET_PARAMETERS.get(preset, 0))
     return 0
+
+
+def _count_parameters(preset: str, sizes: Mapping[str, Any]) -> int:
+    """Return the parameters of a preset with other sizes, 0 where these are impossible.
+
+    Another process counts: the model's configuration takes Paddle, which a supervisor of ranks does
+    without.
+    """
+    program = (
+        "import json, sys\nfrom ernie_train.model import Ernie4_5_MoeConfig\n"
+        "config = Ernie4_5_MoeConfig.preset(sys.argv[1], **json.loads(sys.argv[2]))\n"
+        "print(config.num_parameters()[0])"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, preset, json.dumps(sizes)]
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0  # the run says what is wrong
 
 
 @dataclass(frozen=True)

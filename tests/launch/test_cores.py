@@ -16,6 +16,7 @@ from ernie_train.core.blas import Processor
 from ernie_train.core.cpu import CpuSetup
 from ernie_train.launch import LaunchSettings, cores
 from ernie_train.launch.cores import CorePlan, plan_cores
+from ernie_train.model.configuration import PRESETS, Ernie4_5_MoeConfig
 
 SFT = {
     "kind": "sft", "micro_batch_size": 4, "grad_accum_steps": 4, "seq_len": 512, "steps": 100,
@@ -227,6 +228,20 @@ def test_copies_of_the_model_must_fit_the_memory(
     for total, expected in ((100_000, 4), (30_000, 2), (9_000, 1)):
         monkeypatch.setattr(cores, "memory_bytes", lambda total=total: {"total": total})
         assert ranks(SFT, count=4, model=model) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_count_as_large_as_they_are(name: str) -> None:
+    assert cores.PRESET_PARAMETERS[name] == Ernie4_5_MoeConfig.preset(name).num_parameters()[0]
+
+
+def test_copies_of_a_preset_must_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "memory_bytes", lambda: {"total": 20_000_000_000})
+    assert ranks(SFT, count=4, model={"preset": "tiny"}) == 4
+    assert ranks(SFT, count=4, model={"preset": "0.3b"}) == 2
+    assert ranks(SFT, count=4, model={"preset": "21b-a3b"}) == 1
+    assert ranks(SFT, count=4, model={"preset": "no such"}) == 4  # the run refuses it
+    assert ranks(SFT, count=4, model={"preset": "tiny", "hidden_size": 65536}) == 1
 
 
 def test_the_verb_starts_the_ranks_or_runs_here(
