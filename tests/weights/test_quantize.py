@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import paddle
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_train.core.errors import ConfigError, UserError
+from ernie_train.core.errors import ConfigError, UserError, WeightsError
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.weights.layout import is_mtp_name
 from ernie_train.weights.quantize import (
     QuantizationScheme,
     choose_scheme,
@@ -193,3 +195,51 @@ def test_the_entry_in_config_json_is_read_back_and_others_are_refused():
     for other in (entry, {"quant_method": "gptq", "bits": 4}, {}, None, {"config_groups": [1]}):
         with pytest.raises(ConfigError, match="pack-quantized"):
             QuantizationScheme.from_config(other, "config.json")
+
+
+def test_earlier_exports_are_read_and_prediction_blocks_are_left_alone():
+    config = SCHEMES[0].to_config()
+    names = {"model.mtp_block.0.self_attn.q_proj": True, "mtp_linear_proj.0": True,
+             "model.layers.0.self_attn.q_proj": False}  # fmt: skip
+    patterns = [entry.removeprefix("re:") for entry in config["ignore"] if entry.startswith("re:")]
+    for name, left in names.items():
+        assert any(re.match(pattern, name) for pattern in patterns) == left == is_mtp_name(name)
+    config["ignore"] = config["ignore"][:2]
+    assert QuantizationScheme.from_config(config, "config.json") == SCHEMES[0]
+
+
+@pytest.mark.parametrize("calibration", [(), [[1, 2, 3, 4] * 20]], ids=["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("value", "dtype", "why"),
+    [(np.nan, "BF16", "NaN or infinite"), (np.inf, "F32", "NaN or infinite"),
+     (1e7, "F16", r"7.84e\+04 is too large for float16")],
+)  # fmt: skip
+def test_a_weight_without_finite_scales_is_named(value, dtype, why, calibration):
+    model = new_model()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weight = model.state_dict()[name].numpy()
+    weight[3, 4] = value
+    model.state_dict()[name].set_value(weight)
+    with pytest.raises(WeightsError, match=f"{name} cannot be quantized: .*{why}"):
+        quantize_model(model, SCHEMES[0], dtype, calibration)
+
+
+def test_inputs_that_are_not_finite_are_told_with_the_weight_that_reads_them():
+    model = new_model()
+    embedding = model.model.embed_tokens.weight
+    embedding.set_value(np.full(embedding.shape, np.nan, np.float32))
+    with pytest.raises(WeightsError, match=r"layers\.0\..* its inputs are NaN or infinite"):
+        quantize_model(model, SCHEMES[0], "BF16", [[1, 2, 3, 4] * 20])
+
+
+def test_scales_that_lose_digits_are_told(caplog):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    for factor, dtype, told in ((0.0, "F16", False), (1e-5, "F16", True), (1e-5, "BF16", False)):
+        model = new_model(moe_num_experts=0)
+        weight = model.state_dict()[name]
+        array = weight.numpy()
+        array[:, 3] *= factor  # an output's row, as stored
+        weight.set_value(array)
+        caplog.clear()
+        quantize_model(model, SCHEMES[0], dtype)
+        assert (f"{name}: scales below the normal numbers of F16" in caplog.text) == told

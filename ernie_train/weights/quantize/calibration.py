@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden size, R rows routed to experts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie_train.core.errors import DataError
+from ernie_train.core.errors import DataError, WeightsError
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.layers import ACTIVATIONS
 from ernie_train.weights.layout import TensorMapping, tensor_mappings
@@ -23,6 +24,8 @@ from ernie_train.weights.quantize.scheme import (
     QuantizedTensor,
     round_to_nearest,
 )
+
+_log = logging.getLogger(__name__)
 
 # What reads the same input: its Hessian is that of the projection named here.
 _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -69,6 +72,9 @@ def quantize_model(
         scheme: bits and groups.
         dtype: the stored dtype of the scales, "F32", "BF16" or "F16".
         calibration: documents of one token or more.
+
+    Raises:
+        WeightsError: names a weight with a scale or inputs that are NaN or infinite.
     """
     result = Quantization(scheme, tokens=sum(map(len, calibration)))
     mappings = [m for m in tensor_mappings(model.config) if is_quantized(m.stored)]
@@ -128,7 +134,15 @@ def _replace(
         array = state[name].astype("float32").numpy()
         for mapping in (m for m in mappings if m.parameter == name):
             weight = np.ascontiguousarray(mapping.to_stored(array))
-            quantized = quantize(mapping, weight)
+            try:
+                quantized = quantize(mapping, weight)
+            except WeightsError as error:
+                raise WeightsError(f"{mapping.stored} cannot be quantized: {error}") from None
+            if quantized.is_coarse():
+                _log.warning(
+                    "%s: scales below the normal numbers of %s lose digits; export as bfloat16",
+                    mapping.stored, quantized.dtype,
+                )  # fmt: skip
             result.tensors[mapping.stored] = quantized
             mapping.copy_from_stored(array, quantized.dequantize())
         state[name].set_value(array)
@@ -170,7 +184,10 @@ class _LayerInputs:
     def factor(self, key: _Input) -> np.ndarray:
         """Return the `inverse_factor` of an input's sum, which several weights may share."""
         if key not in self._factors:
-            self._factors[key] = inverse_factor(self._hessians.pop(key))
+            hessian = self._hessians.pop(key)
+            if not np.isfinite(hessian).all():
+                raise WeightsError("on rows of the calibration its inputs are NaN or infinite")
+            self._factors[key] = inverse_factor(hessian)
         return self._factors[key]
 
     def _add(self, key: _Input, x: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_train.core.errors import ConfigError, UserError
+from ernie_train.core.errors import ConfigError, UserError, WeightsError
 from ernie_train.io.safetensors import convert, from_bfloat16
 from ernie_train.weights.quantize.packing import pack, unpack
 
@@ -20,6 +20,9 @@ GROUP_SIZES = (128, 32)  # those of int4, the first that divides the inputs of e
 FORMAT = "pack-quantized"
 # Modules that stay as they are: compressed-tensors targets every other Linear.
 IGNORED = ("lm_head", r"re:.*\.mlp\.gate$")
+# So do those of multi-token prediction, which a model may carry (`is_mtp_name`).
+IGNORED_MTP = r"re:(?:.*\.)?mtp.*"
+_SMALLEST_NORMAL = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126}
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,17 @@ class QuantizationScheme:
         return columns // (self.group_size or columns)
 
     def scales(self, weight: np.ndarray, dtype: str) -> np.ndarray:
-        """Return the scales [out,groups] of a weight [out,in], rounded to a stored dtype."""
+        """Return the scales [out,groups] of a weight [out,in], rounded to a stored dtype.
+
+        Raises:
+            WeightsError: the weight holds NaN or infinity, or a scale is too large for the dtype.
+        """
         grouped = weight.reshape(len(weight), self.groups(weight.shape[1]), -1)
         # From -2^(B-1) to 2^(B-1)-1 are 2^B - 1 steps: half of them on each side of zero.
         found = np.abs(grouped).max(-1) / ((2**self.bits - 1) / 2)
         found = rounded(found.astype(np.float32), dtype)
+        if not np.isfinite(found).all():
+            raise WeightsError("a number of it is NaN or infinite")
         return np.where(found == 0, np.finfo(np.float32).eps, found).astype(np.float32)
 
     def encode(self, weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -81,7 +90,7 @@ class QuantizationScheme:
         return {
             "quant_method": "compressed-tensors", "format": FORMAT,
             "quantization_status": "compressed", "config_groups": {"group_0": group},
-            "ignore": list(IGNORED), "kv_cache_scheme": None,
+            "ignore": [*IGNORED, IGNORED_MTP], "kv_cache_scheme": None,
         }  # fmt: skip
 
     @classmethod
@@ -112,7 +121,8 @@ def _essence(config: Mapping[str, Any]) -> list[Any]:
     weights = group["weights"]
     keys = ("num_bits", "type", "symmetric", "strategy", "group_size", "actorder")
     return [
-        config["quant_method"], config["format"], group["targets"], sorted(config["ignore"]),
+        config["quant_method"], config["format"], group["targets"],
+        sorted({*config["ignore"]} - {IGNORED_MTP}),  # versions before wrote it not
         group.get("input_activations"), *(weights.get(key) for key in keys),
     ]  # fmt: skip
 
@@ -137,6 +147,17 @@ class QuantizedTensor:
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.words), self.columns
+
+    def is_coarse(self) -> bool:
+        """Return whether a scale is so small that its dtype keeps few of its digits.
+
+        A group of zeros has no use for its scale and does not count.
+        """
+        small = self.scales < _SMALLEST_NORMAL[self.dtype]
+        if not small.any():
+            return False
+        codes = unpack(self.words, self.scheme.bits, self.columns)
+        return bool(codes.reshape(*self.scales.shape, -1).any(-1)[small].any())
 
     def dequantize(self) -> np.ndarray:
         """Return the float32 weight [out,in], rounded to `dtype` as loaders do."""
