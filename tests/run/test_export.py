@@ -74,7 +74,8 @@ def test_the_example_of_the_readme_answers_a_prompt(tokenizer, tmp_path, referee
 
 
 def quantizer(root, **settings):
-    config = QuantizeConfig(**{"to": "int4", "calibration_tokens": 700, **settings})
+    tokens = {} if settings.get("method") == "rtn" else {"calibration_tokens": 700}
+    config = QuantizeConfig(**{"to": "int4", **tokens, **settings})
     return Quantizer(config, [DataSource(path=str(root / "train.jsonl"))], root)
 
 
