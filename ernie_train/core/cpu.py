@@ -225,10 +225,11 @@ def use_threads(threads: int) -> None:
     To be called before Paddle is imported, for another number than `configure_process` chose. The
     ranks find it as one that the user set, and keep it.
     """
-    os.environ["MKL_NUM_THREADS"] = str(threads)
-    if "OPENBLAS_NUM_THREADS" not in cpu_setup().kept:
-        os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
-    cpu_setup().threads = threads
+    setup = cpu_setup()
+    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        if name not in setup.kept:
+            os.environ[name] = setup.done[name] = str(threads)
+    setup.threads = threads
 
 
 def cpu_setup() -> CpuSetup:

@@ -177,6 +177,7 @@ def test_the_process_and_its_ranks_take_the_threads_that_a_run_keeps(
         "import os, subprocess, sys\n"
         "from ernie_train.core import cpu\n"
         f"cpu.use_threads({threads})\n"
+        f"assert cpu.cpu_setup().done['MKL_NUM_THREADS'] == '{threads}'\n"
         "show = 'import os; from ernie_train.core import cpu; print(cpu.cpu_setup().threads, '\\\n"
         '    \'os.environ["MKL_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"])\'\n'
         "exec(show)\n"
