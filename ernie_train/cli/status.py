@@ -94,8 +94,11 @@ def _is_as_written_here(run_dir: Path) -> bool:
 def _state_at_gate(
     stage: Mapping[str, Any], result: dict[str, Any] | None, before: dict[str, Any] | None
 ) -> str:
-    """Return the state of a finished stage: its gate may be missed, or not be judged yet."""
-    if stage.get("gate") is None:
+    """Return the state of a finished stage: its gate may be missed, or not be judged yet.
+
+    A reward model's stage judges its gate by held-out pairs before it is finished.
+    """
+    if stage.get("gate") is None or stage["kind"] == "reward":
         return "done"
     if result is None:
         return _NOT_JUDGED

@@ -20,10 +20,11 @@ import os
 import re
 import shutil
 import time
+import uuid
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,6 +54,7 @@ ARRAYS = {
 POLL_S = 0.1
 _CHUNK_BYTES = 2**24
 _KEY = re.compile(r"[0-9a-f]{32}")
+_REMOVED = re.compile(rf"{_KEY.pattern}\.removed-{_KEY.pattern}")
 
 
 def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None:
@@ -107,8 +109,11 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 def _waited_for(directory: Path) -> IO[bytes]:
     while True:
-        directory.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
-        stream = (directory / LOCK).open("wb")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
+            stream = (directory / LOCK).open("wb")
+        except FileNotFoundError:  # removed between the two
+            continue
         if _locks(stream, fcntl.LOCK_EX) and _is_at(stream, directory / LOCK):
             return stream
         stream.close()
@@ -136,8 +141,12 @@ _held: list[IO[bytes]] = []  # locks of what this process maps; they end with it
 def hold(directory: Path) -> None:
     """Keep a directory, which this process has locked, from being removed while it runs."""
     with storage_errors("cannot lock", directory):
-        stream = (directory / IN_USE).open("wb")
-        fcntl.flock(stream, fcntl.LOCK_SH)
+        while True:
+            stream = (directory / IN_USE).open("wb")
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            if _is_at(stream, directory / IN_USE):
+                break
+            stream.close()  # of a directory that was removed meanwhile
         os.utime(directory / IN_USE)
     _held.append(stream)
 
@@ -157,13 +166,18 @@ def cache_bound() -> int:
 def evict(root: Path, bound: int) -> list[Path]:
     """Remove what was used longest ago until the cache in `root` has at most `bound` bytes.
 
-    Nothing that a process holds or encodes is removed, and no directory that is not the cache's.
-    Returns what was removed.
+    Nothing that a process holds or encodes is removed, and no directory that is not the cache's;
+    one that belongs to someone else stays, which is logged. Returns what was removed.
     """
-    found = []
-    for directory in root.iterdir():
-        if _KEY.fullmatch(directory.name) and (directory / LOCK).is_file():
-            with suppress(FileNotFoundError):  # another process removes it too
+    entries: list[Path] = []
+    found: list[tuple[float, int, Path]] = []
+    with _problems_logged(root):
+        entries += root.iterdir()
+    for directory in entries:
+        with _problems_logged(directory):
+            if _REMOVED.fullmatch(directory.name):  # what a process left that was ended
+                shutil.rmtree(directory)
+            elif _KEY.fullmatch(directory.name) and (directory / LOCK).is_file():
                 files = [file.stat() for file in directory.iterdir()]
                 used = max(file.st_mtime for file in files)
                 found.append((used, sum(file.st_size for file in files), directory))
@@ -171,21 +185,37 @@ def evict(root: Path, bound: int) -> list[Path]:
     for _, size, directory in sorted(found):
         if total <= bound:
             break
-        if _remove_unused(directory):
-            total -= size
-            removed.append(directory)
+        with _problems_logged(directory):
+            if _remove_unused(directory):
+                total -= size
+                removed.append(directory)
     return removed
 
 
-def _remove_unused(directory: Path) -> bool:
+@contextmanager
+def _problems_logged(path: Path) -> Iterator[None]:
+    """Log what keeps a part of the cache from being removed, instead of stopping the work."""
     try:
-        with (directory / LOCK).open("rb+") as lock, (directory / IN_USE).open("ab") as use:
-            if not (_locks(lock, fcntl.LOCK_EX) and _locks(use, fcntl.LOCK_EX)):
+        yield
+    except FileNotFoundError:
+        pass  # another process removes it too
+    except OSError as error:
+        _log.warning("the cache %s stays: %s", path, error)
+
+
+def _remove_unused(directory: Path) -> bool:
+    """Remove a directory that no process holds; its name is free before its files are gone.
+
+    Whoever waits for its lock finds then that the lock is no more at that name.
+    """
+    doomed = directory.with_name(f"{directory.name}.removed-{uuid.uuid4().hex}")
+    with (directory / LOCK).open("rb+") as lock, (directory / IN_USE).open("ab") as use:
+        for stream, name in ((lock, LOCK), (use, IN_USE)):
+            if not (_locks(stream, fcntl.LOCK_EX) and _is_at(stream, directory / name)):
                 return False
-            shutil.rmtree(directory)
-    except OSError as error:  # another process removes it too, or it is someone else's
-        _log.warning("an old cache stays: %s", error)
-        return False
+        directory.rename(doomed)
+        with _problems_logged(doomed):
+            shutil.rmtree(doomed)
     return True
 
 

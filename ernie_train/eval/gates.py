@@ -38,6 +38,13 @@ def check_gate(
     gate: Gate, stage: str, evaluation: dict[str, Any], before: dict[str, Any] | None
 ) -> None:
     """Raise `GateError` if a stage misses its gate; `before` is the evaluation before the stage."""
+    _refuse(stage, gate_problems(gate, evaluation, before))
+
+
+def gate_problems(
+    gate: Gate, evaluation: dict[str, Any], before: dict[str, Any] | None
+) -> list[str]:
+    """Return what an evaluation lacks for a gate, none where the gate is passed."""
     problems = _too_low(gate, evaluation_metrics(evaluation))
     if gate.max_regression is not None and before is not None:
         for domain, now in evaluation["domains"].items():
@@ -47,7 +54,7 @@ def check_gate(
                     f"eval/{domain} fell from {was:.3f} to {now['accuracy']:.3f}, more than "
                     f"max_regression={gate.max_regression:g}"
                 )
-    _refuse(stage, problems)
+    return problems
 
 
 def check_metric(gate: Gate, stage: str, metrics: Mapping[str, float]) -> None:

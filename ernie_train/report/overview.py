@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from ernie_train.core.progress import format_duration
 from ernie_train.core.terminal import one_line, printable, shorten
+from ernie_train.eval.gates import evaluation_metrics, gate_problems
 from ernie_train.io.healthy import HEALTHY, HealthyRange
 from ernie_train.report.run_files import RunFiles, StageFiles
 
@@ -93,40 +96,34 @@ def _duration(stage: StageFiles) -> str:
     return format_duration(min(float(values[np.isfinite(values)].sum()), 1e12))
 
 
-def _accuracies(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return what an evaluation found under the names of gates; nothing from a damaged one."""
-    trained = _mapping(_mapping(evaluation).get("trained"))
-    tasks = trained.get("tasks")
-    found = {"eval/mean": trained.get("mean_accuracy")}
-    found |= {
-        f"eval/{task.get('task')}": task.get("accuracy")
-        for task in (tasks if isinstance(tasks, list) else [])
-        if isinstance(task, dict)
-    }
-    domains = _mapping(trained.get("domains"))
-    found |= {f"eval/{name}": _mapping(v).get("accuracy") for name, v in domains.items()}
-    return {name: float(v) for name, v in found.items() if _is_number(v)}
-
-
 def _gate(stage: StageFiles, before: Mapping[str, Any] | None) -> tuple[str, str]:
     """Return a stage's gate in words, and how it stands: passed, missed, open, none."""
     gate = _mapping(stage.settings.get("gate"))
     if not gate:
         return "", "none"
-    metric, bar = str(gate.get("metric")), gate.get("at_least")
-    text, found = shown(f"{metric} at least {bar}"), _accuracies(stage.evaluation)
-    if stage.evaluation is None and (logged := stage.curves.last(metric)) is not None:
-        found = {metric: logged}  # of a stage that measures itself
-    if metric not in found or not _is_number(bar):
-        return f"{text}: not judged yet", "open"
-    missed, told = found[metric] < float(bar), f"{text}: {found[metric]:.3f}"
-    fall, domains = gate.get("max_regression"), _mapping(_trained(stage).get("domains"))
-    earlier = _accuracies(before)
-    for name in (f"eval/{domain}" for domain in domains):
-        lost = earlier.get(name, -math.inf) - found.get(name, math.inf)
-        if _is_number(fall) and lost > float(fall):
-            missed, told = True, f"{told}; {shown(name)} fell by {lost:.3f}"
-    return told, "missed" if missed else "passed"
+    metric = str(gate.get("metric"))
+    text = shown(f"{metric} at least {gate.get('at_least')}")
+    if stage.kind == "reward":
+        return _own_gate(stage, metric, text)
+    earlier = _mapping(before).get("trained")
+    try:
+        trained = _mapping(stage.evaluation)["trained"]
+        told = f"{text}: {evaluation_metrics(trained)[metric]:.3f}"
+        missed = gate_problems(SimpleNamespace(**gate), trained, earlier)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return f"{text}: not judged yet", "open"  # or the evaluation is damaged
+    return (shown("; ".join([told, *missed]), 1000), "missed") if missed else (told, "passed")
+
+
+def _own_gate(stage: StageFiles, metric: str, text: str) -> tuple[str, str]:
+    """Return the gate of a stage that measures itself: it is finished only if it passes."""
+    if stage.done is None:
+        last = stage.curves.last(metric)
+        return f"{text}: {'not judged yet' if last is None else f'{last:.3f} so far'}", "open"
+    checkpoint = str(_mapping(stage.done.get("result")).get("checkpoint"))
+    step = re.fullmatch(r"step_(\d{6,18})", checkpoint)
+    found = stage.curves.at(metric, int(step[1])) if step else None
+    return text if found is None else f"{text}: {found:.3f}", "passed"
 
 
 # ---- health
@@ -283,10 +280,6 @@ def _starts(environment: Mapping[str, Any]) -> Iterator[Any]:
 
 def _first(values: list[Any]) -> list[Any]:
     return values[:_MOST_ITEMS]
-
-
-def _trained(stage: StageFiles) -> Mapping[str, Any]:
-    return _mapping(_mapping(stage.evaluation).get("trained"))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -50,6 +50,11 @@ class Curves:
         """Return the last value of a metric, None if it was never logged."""
         return self.values[name][-1] if name in self.values else None
 
+    def at(self, name: str, step: int) -> float | None:
+        """Return the last value of a metric that was logged at a step."""
+        steps, values = self.steps.get(name, ()), self.values.get(name, ())
+        return next((v for s, v in zip(steps[::-1], values[::-1], strict=True) if s == step), None)
+
 
 @dataclass
 class StageFiles:
@@ -209,7 +214,7 @@ def _stages(run_dir: Path, recipe: dict[str, Any], remark: Remark) -> list[Stage
 
 def _stage(directory: Path, settings: dict[str, Any], remark: Remark) -> StageFiles:
     begun = directory.is_dir()
-    asks = bool(settings.get("gate"))
+    asks = bool(settings.get("gate")) and settings.get("kind") != "reward"  # which measures itself
     done = _object(directory / DONE, remark, asked=False)
     curves = read_curves(directory / FILE_NAME, remark)
     if begun and not curves.lines:

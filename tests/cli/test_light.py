@@ -29,6 +29,11 @@ RECIPE = {
     "stages": [
         {"name": "sft", "kind": "sft", "gate": None},
         {
+            "name": "judge",
+            "kind": "reward",
+            "gate": {"metric": "eval/accuracy", "at_least": 0.9, "max_regression": None},
+        },
+        {
             "name": "rl",
             "kind": "upo",
             "gate": {"metric": "eval/mean", "at_least": 0.5, "max_regression": None},
@@ -41,17 +46,17 @@ RECIPE = {
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run of this version whose second stage is finished and was evaluated."""
+    """A run of this version whose stages are finished; the last one was evaluated."""
     text = dump_yaml(RECIPE)
     write_text(tmp_path / "recipe.yaml", text)
     facts = {"ernie_train": ernie_train.__version__, "recipe": fingerprint(text)}
     write_json(tmp_path / "environment.json", facts)
-    for stage in ("01-sft", "02-rl"):
+    for stage in ("01-sft", "02-judge", "03-rl"):
         done = {"settings": {}, "inputs": {}, "result": {"steps": 7}}
         (tmp_path / stage / "checkpoints" / "step_000007").mkdir(parents=True)
         write_json(tmp_path / stage / "DONE", {**done, "sha256": fingerprint(done)})
     trained = {"tasks": [], "domains": {}, "mean_accuracy": 0.25}
-    write_json(tmp_path / "02-rl" / "evaluation.json", {"trained": trained})
+    write_json(tmp_path / "03-rl" / "evaluation.json", {"trained": trained})
     return tmp_path
 
 
@@ -79,6 +84,7 @@ def test_status_loads_nothing_heavy(run_dir: Path) -> None:
     status, message, modules, output = run_alone("status", run_dir)
     assert (status, message) == (0, "")
     assert sorted(modules & HEAVY) == []
+    assert "gate not judged" not in output
     assert "gate missed" in output and "next: stage rl missed its gate" in output
 
 

@@ -245,6 +245,80 @@ def test_a_cache_that_is_encoded_or_read_stays(tmp_path: Path) -> None:
     assert module.evict(tmp_path, 0) == [directory] and not directory.exists()
 
 
+@pytest.fixture
+def unused(tmp_path: Path) -> Path:
+    """A finished directory of the cache that no process holds."""
+    directory = tmp_path / ("b" * 32)
+    with module.exclusive(directory):
+        (directory / "tokens.bin").write_text("x")
+        module.hold(directory)
+    release()
+    return directory
+
+
+def test_a_cache_is_gone_from_its_name_before_its_files_are(
+    unused: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def remove(path: Path) -> None:
+        with module.exclusive(unused):  # by a process that comes at this moment
+            seen.append(sorted(file.name for file in unused.iterdir()))
+            (unused / "state.json").write_text("{}")
+        original(path)
+
+    original = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert module.evict(unused.parent, 0) == [unused]
+    assert seen == [["lock"]], "nothing half removed is seen"
+    assert list(unused.parent.iterdir()) == [unused] and (unused / "state.json").exists()
+
+
+def test_a_cache_that_was_made_anew_meanwhile_stays(
+    unused: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locks(stream: Any, kind: int) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_locks", original)
+            shutil.rmtree(unused)
+            with module.exclusive(unused):
+                module.hold(unused)
+        return original(stream, kind)
+
+    original = module._locks
+    monkeypatch.setattr(module, "_locks", locks)
+    assert module.evict(unused.parent, 0) == [] and unused.exists()
+    release()
+
+
+def test_what_an_interrupted_removal_left_is_removed(unused: Path) -> None:
+    left = unused.with_name(f"{unused.name}.removed-{'a' * 32}")
+    left.mkdir()
+    (left / "tokens.bin").write_text("x")
+    assert module.evict(unused.parent, 10**6) == []
+    assert list(unused.parent.iterdir()) == [unused]
+
+
+@pytest.mark.parametrize("call", ["iterdir", "rename", "root"])
+def test_a_cache_of_someone_else_stays_and_stops_nothing(
+    unused: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, call: str
+) -> None:
+    theirs = unused.parent if call == "root" else unused.parent / ("f" * 32)
+    if call != "root":
+        shutil.copytree(unused, theirs)
+    name = "iterdir" if call == "root" else call
+    original = getattr(Path, name)
+
+    def refuse(path: Path, *arguments: Any) -> Any:
+        if path == theirs:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments)
+
+    monkeypatch.setattr(Path, name, refuse)
+    assert module.evict(unused.parent, 0) == ([] if call == "root" else [unused])
+    assert theirs.exists() and f"the cache {theirs} stays" in caplog.text
+
+
 def test_who_waited_for_a_cache_that_was_removed_makes_it_anew(tmp_path: Path) -> None:
     directory = tmp_path / ("c" * 32)
     entered = threading.Event()

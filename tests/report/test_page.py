@@ -285,6 +285,21 @@ def test_gates_are_judged_as_the_run_judges_them() -> None:
     assert states == {"passed", "missed"}
 
 
+def test_the_gate_of_a_reward_model_is_told_by_its_own_measurements() -> None:
+    gate = {"metric": "eval/accuracy", "at_least": 0.9, "max_regression": None}
+    curves = Curves()
+    stage = StageFiles(Path(), "judge", {"kind": "reward", "gate": gate}, curves, None, None, None)
+    text = "eval/accuracy at least 0.9"
+    assert overview._gate(stage, None) == (f"{text}: not judged yet", "open")
+    for step, value in ((10, 0.95), (20, 0.85)):
+        curves.add(step, "eval/accuracy", value)
+    assert overview._gate(stage, None) == (f"{text}: 0.850 so far", "open")
+    stage.done = {"result": {"steps": 20, "checkpoint": "step_000010"}}  # the best one
+    assert overview._gate(stage, None) == (f"{text}: 0.950", "passed")
+    stage.done = {"result": {"checkpoint": ["gone"]}}
+    assert overview._gate(stage, None) == (text, "passed")
+
+
 # ---- the verbs
 
 
