@@ -24,6 +24,7 @@ from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.io.files import write_jsonl
 from ernie_train.io.outputs import check_output_file
 
+BATCH_SIZE = 64
 ROW_KEYS = ("prompt", "completion", "finished", "tokens")  # of each row of the output
 
 
@@ -39,7 +40,7 @@ class GenerateCommand:
     system: str | None
     raw: bool
     sampling: SamplingConfig
-    batch_size: int
+    batch_size: int | None  # for `prompts`; BATCH_SIZE unless given
     out: Path | None
     force: bool
 
@@ -52,6 +53,7 @@ class GenerateCommand:
             raise UserError("give either --prompt TEXT or --prompts FILE")
         if self.system is not None and self.raw:
             raise UserError("--system has no place in --raw, which has no chat format")
+        self._refuse_idle_options()
         if self.out is not None:
             inputs = [path for path in (self.prompts, self.model) if path is not None]
             check_output_file(self.out, ROW_KEYS, inputs=inputs, force=self.force)
@@ -76,6 +78,18 @@ class GenerateCommand:
                 return
             with progress_bar(progress, "completions", len(prompts)) as update:
                 write_jsonl(self.out, _counted(rows, update))
+
+    def _refuse_idle_options(self) -> None:
+        sampling = self.sampling
+        if self.prompts is None and self.columns is not None:
+            raise UserError("--columns names keys of the rows of --prompts: leave it out")
+        if self.prompts is None and self.batch_size is not None:
+            raise UserError("--batch-size is that of --prompts: leave it out")
+        if self.out is None and self.force:
+            raise UserError("--force replaces what lies at --out: give that, or leave it out")
+        if not sampling.temperature and (sampling.top_p < 1 or sampling.top_k):
+            option = "--top-k" if sampling.top_k else "--top-p"
+            raise UserError(f"{option} has no effect at --temperature 0, which is greedy")
 
     def _records(self) -> list[Record]:
         """Return what is asked, without answers that rows may hold."""
@@ -126,8 +140,9 @@ class GenerateCommand:
         prompts: Sequence[list[int]],
     ) -> Iterator[dict[str, Any]]:
         """Yield a row for each prompt, in order, batch after batch."""
-        for start in range(0, len(prompts), self.batch_size):
-            batch = range(start, min(start + self.batch_size, len(prompts)))
+        size = self.batch_size or BATCH_SIZE
+        for start in range(0, len(prompts), size):
+            batch = range(start, min(start + size, len(prompts)))
             found = sample([prompts[at] for at in batch], sequence_ids=batch)
             for at, completion in zip(batch, found, strict=True):
                 record = records[at]

@@ -178,7 +178,9 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = 0,
-    batch_size: Annotated[int, whole_number(min=1, help="prompts at once")] = 64,
+    batch_size: Annotated[
+        int | None, whole_number(min=1, help="of --prompts at once; default 64")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="write JSONL here; default: print it, row by row")
     ] = None,

@@ -185,6 +185,14 @@ class Recipe(StrictConfig):
             )
         return value
 
+    @field_validator("metrics")
+    @classmethod
+    def _refuse_doubled(cls, metrics: list[LoggerChoice]) -> list[LoggerChoice]:
+        if doubled := next((one for one in metrics if metrics.count(one) > 1), None):
+            name = doubled if isinstance(doubled, str) else doubled.python
+            raise ValueError(f"{name} is named twice: once is enough")
+        return metrics
+
     @model_validator(mode="after")
     def _check_names(self) -> Recipe:
         names = [stage.name for stage in self.stages]

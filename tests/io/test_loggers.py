@@ -11,9 +11,11 @@ import crc32c
 import pytest
 import rich.console
 
-from ernie_train.core.errors import UserError
+from ernie_train.core.errors import ConfigError, UserError
 from ernie_train.io.loggers import LoggerChoice, LoggerSettings, PythonLogger
 from ernie_train.io.metrics_log import MetricsWriter
+from ernie_train.run.recipe import load_recipe
+from tests.workspace import write_recipe
 
 
 def write(
@@ -137,3 +139,10 @@ def test_a_logger_that_is_not_there_is_a_mistake_before_training(
     (tmp_path / "broken.py").write_text("class Logger(:")
     with pytest.raises(UserError, match=told):
         LoggerSettings([PythonLogger(python=text)], tmp_path).check()
+
+
+@pytest.mark.parametrize("twice", ["tensorboard", {"python": "a.py:Logger"}])
+def test_a_viewer_that_is_named_twice_is_refused(tmp_path, twice):
+    recipe = write_recipe(tmp_path, metrics=["visualdl", twice, twice])
+    with pytest.raises(ConfigError, match=r"metrics: (tensorboard|a\.py:Logger) is named twice"):
+        load_recipe(recipe)
