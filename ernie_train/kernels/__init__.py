@@ -6,7 +6,13 @@ back and against which tests hold it. `ERNIE_TRAIN_KERNELS=plain` switches them 
 
 from ernie_train.kernels.attention import attention, attention_backward
 from ernie_train.kernels.experts import experts, experts_backward, gather_rows, sum_pairs
-from ernie_train.kernels.loading import KERNELS, describe_kernels, plain_operators, usable
+from ernie_train.kernels.loading import (
+    KERNELS,
+    agree_over_ranks,
+    describe_kernels,
+    plain_operators,
+    usable,
+)
 from ernie_train.kernels.rows import (
     linear_cross_entropy,
     rms_norm,
@@ -18,6 +24,7 @@ from ernie_train.kernels.rows import (
 
 __all__ = [
     "KERNELS",
+    "agree_over_ranks",
     "attention",
     "attention_backward",
     "describe_kernels",

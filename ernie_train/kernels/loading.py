@@ -90,6 +90,22 @@ def describe_kernels() -> str:
     return f"plain operators: {loaded}" if isinstance(loaded, str) else "native, by numba"
 
 
+def agree_over_ranks() -> str:
+    """Switch the kernels off where a rank has none, and return in words what this job computes by.
+
+    A collective call, before the first step.
+    """
+    global _switched_off
+    if not paddle.get_device().startswith("cpu"):
+        return "the GPU's operators"
+    missing = isinstance(load_kernels(), str)
+    if process_group.any_rank(missing) and not missing:
+        _switched_off = True
+        _say("another rank has no native kernels: plain operators on all, slower")
+        return "plain operators: another rank has no native kernels"
+    return describe_kernels()
+
+
 def _import_compiled() -> Any:
     import llvmlite.binding
 

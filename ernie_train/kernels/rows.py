@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden size, N heads, D head dimension, V vocabulary.
 
 from __future__ import annotations
 
+import paddle
 from paddle import Tensor
 
 from ernie_train.kernels.call import addresses, module, room, whole
@@ -67,9 +68,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return cross-entropies [T] of hidden head^T, and gradients of their sum under `weights` [T].
 
-    hidden [T,H], head [V,H], labels [T] int64. trains: whether hidden and head take a gradient;
+    hidden [T,H], head [V,H], labels [T]. trains: whether hidden and head take a gradient;
     that of one which does not is None. Raises `ValueError` for a label outside the vocabulary.
     """
+    labels = labels if labels.dtype == paddle.int64 else labels.astype("int64")
     hidden, head, labels, weights = whole(hidden, head, labels, weights)
     (tokens, size), vocab = hidden.shape, head.shape[0]
     losses = room(tokens)

@@ -122,8 +122,10 @@ def linear_cross_entropy(
 
     hidden [N,H], weight [V,H], bias [V] or None, labels [N] int64, token_weights [N] float32 ->
     (sum over n of token_weights[n] * loss[n], a scalar with gradient; the losses [N] themselves in
-    nats, without gradient). `token_weights` takes no gradient.
+    nats, without gradient). `token_weights` takes no gradient. Raises `ValueError` for no tokens.
     """
+    if hidden.shape[0] == 0:
+        raise ValueError("no tokens: hidden is empty")
     grad = paddle.is_grad_enabled()  # a forward pass that no backward pass follows computes none
     takes = [grad and t is not None and not t.stop_gradient for t in (hidden, weight, bias)]
     total, token_losses = _LinearCrossEntropy.apply(

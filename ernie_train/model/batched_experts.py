@@ -18,7 +18,7 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernie_train.model.pylayer import needs_grad, select_grads
+from ernie_train.model.pylayer import needs_grad, once_differentiable, select_grads
 
 MOST_SLOTS_PER_ROW = 2.0  # beyond it the zeros cost more than kernels that start one by one
 
@@ -84,6 +84,7 @@ class BatchedSwiGLU(PyLayer):
         return slots.collect(paddle.matmul(weighted, down))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, gate, up, down, u, sigmoid, silu = ctx.saved_tensor()
         slots, needed = ctx.slots, ctx.needs_grad

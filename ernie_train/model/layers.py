@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer
 
 from ernie_train import kernels
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.pylayer import cast, needs_grad, select_grads
+from ernie_train.model.pylayer import cast, needs_grad, once_differentiable, select_grads
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -54,6 +54,7 @@ class _NativeSwiGLU(PyLayer):
         return kernels.swiglu(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensor()
         return select_grads(ctx.needs_grad, kernels.swiglu_backward(gate, up, grads[0]))
@@ -87,6 +88,7 @@ class _RMSNorm(PyLayer):
         return cast(y, x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         normalized, inverse_rms, weight = ctx.saved_tensor()
@@ -115,6 +117,7 @@ class _NativeRMSNorm(PyLayer):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensor()
         made = kernels.rms_norm_backward(x, weight, inverse, grads[0])

@@ -21,7 +21,7 @@ from ernie_train.model import batched_experts
 from ernie_train.model.batched_experts import BatchedSwiGLU
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.layers import ACTIVATIONS, MLP
-from ernie_train.model.pylayer import cast, needs_grad, select_grads
+from ernie_train.model.pylayer import cast, needs_grad, once_differentiable, select_grads
 from ernie_train.model.token_dispatcher import LocalDispatcher, Placement, make_routing
 
 LOCAL_PLACEMENT = Placement(None, LocalDispatcher())
@@ -116,6 +116,7 @@ class _GroupedSwiGLU(PyLayer):
         return paddle.concat(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         (grad,) = grads
         x, gate, up, down = ctx.saved_tensor()
@@ -171,6 +172,7 @@ class _NativeExperts(PyLayer):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, gate, up, down, *inner = ctx.saved_tensor()
         made = kernels.experts_backward(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import paddle
 from paddle import Tensor
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -45,6 +48,21 @@ def needs_grad(*inputs: Tensor) -> tuple[bool, ...]:
 def select_grads(needed: tuple[bool, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the gradients with None for inputs that need none, as Paddle's `PyLayer` demands."""
     return tuple(grad if need else None for need, grad in zip(needed, grads, strict=True))
+
+
+def once_differentiable(backward: Callable[..., T]) -> Callable[..., T]:
+    """Let a backward pass that Paddle cannot differentiate refuse second derivatives.
+
+    They would be missing without a word: its results do not depend on anything by Paddle's tape.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> T:
+        if paddle.is_grad_enabled():  # Paddle says so where `create_graph` was asked for
+            raise RuntimeError("this backward pass has no derivative: create_graph is not possible")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def cast(tensor: Tensor, dtype: Any) -> Tensor:

@@ -15,7 +15,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
-from ernie_train.model.pylayer import cast
+from ernie_train.model.pylayer import cast, once_differentiable
 
 
 def inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:
@@ -96,6 +96,7 @@ class _ApplyRope(PyLayer):
         return cast(rotated, x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         cos, sin, rotation = ctx.saved_tensor()
@@ -111,6 +112,7 @@ class _NativeRope(PyLayer):
         return kernels.rope(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return kernels.rope(grads[0], *ctx.saved_tensor(), backward=True), None, None
 

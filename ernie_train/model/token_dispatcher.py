@@ -14,6 +14,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
+from ernie_train.model.pylayer import once_differentiable
 
 MetadataT = TypeVar("MetadataT")  # what one kind of dispatcher keeps between its three calls
 
@@ -108,6 +109,7 @@ class Permute(PyLayer):
         return _gather(x, routing.token_of_row)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _sum_pairs(grads[0], ctx.routing)
 
@@ -121,6 +123,7 @@ class Unpermute(PyLayer):
         return _sum_pairs(rows, routing)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _gather(grads[0], ctx.routing.token_of_row)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ernie_train import parallel
+from ernie_train import kernels, parallel
 from ernie_train.core import blas, consensus, devices, environment, process_group
 from ernie_train.core.config import dump_yaml
 from ernie_train.core.cpu import cpu_setup
@@ -153,8 +153,9 @@ class Pipeline:
         hashes = lineage.to_dict()
         consensus.require_same({f"the {name}": found for name, found in hashes.items()})
         with consensus.fail_together():
+            computed_by = kernels.agree_over_ranks()
             if process_group.is_main():
-                self._record_run(tokenizer)
+                self._record_run(tokenizer, computed_by)
                 earlier.make_room(changed)
                 rank_files.write_marker(rank_files.STAGES_SET_ASIDE)
         self.has_begun = True
@@ -270,7 +271,7 @@ class Pipeline:
         parallel.enable_recompute(model, self.recipe.parallel.recompute)
         return model
 
-    def _record_run(self, tokenizer: Tokenizer) -> None:
+    def _record_run(self, tokenizer: Tokenizer, computed_by: str) -> None:
         """Write the resolved recipe, the tokenizer and a description of the environment."""
         with storage_errors("cannot write to the run directory", self.run_dir):
             # First, since `check_run_directory` knows a run by it.
@@ -278,7 +279,10 @@ class Pipeline:
             recipe = dump_yaml(self.recipe.model_dump(mode="json"))
             # With the recipe's fingerprint `status` knows it as unchanged, without validating it.
             now = {**environment.describe_environment(), "recipe": fingerprint(recipe)}
-            write_json(path, _with_history(now, read_result(path)))
+            before = read_result(path)
+            if changed := change_of_kernels(before, computed_by):
+                self.console.print(changed, style="yellow", highlight=False)
+            write_json(path, _with_history({**now, "kernels": computed_by}, before))
             write_text(self.run_dir / RECIPE, recipe)
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
 
@@ -361,6 +365,17 @@ class Pipeline:
 
     def _with_data(self, lineage: Lineage, stage: AnyStageConfig) -> Lineage:
         return lineage.with_data([self.base_dir / path for path in stage.paths()], self.hashes)
+
+
+def change_of_kernels(before: dict[str, Any] | None, computed_by: str) -> str | None:
+    """Return a warning where a run goes on by other kernels than its last start's."""
+    last = (before or {}).get("kernels", computed_by)
+    if last.partition(":")[0] == computed_by.partition(":")[0]:
+        return None
+    return (
+        f"warning: this start computes by {computed_by}, the last one by {last}: figures differ "
+        "by rounding"
+    )
 
 
 def _with_history(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:

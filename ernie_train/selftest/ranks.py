@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import paddle
@@ -57,9 +58,7 @@ def _on_two_ranks(device: str) -> dict[str, dict[str, float]]:
                             command, env={**os.environ, **own}, stdout=stream, stderr=stream
                         )
                     )
-            statuses = [rank.wait(LIMIT_S) for rank in ranks]
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"the ranks did not end in {LIMIT_S:.0f} s") from None
+            statuses = _wait(ranks)
         finally:
             for rank in ranks:
                 rank.kill()
@@ -70,6 +69,16 @@ def _on_two_ranks(device: str) -> dict[str, dict[str, float]]:
             raise RuntimeError(f"rank {first} ended with {statuses[first]}: {' | '.join(end)}")
         found: dict[str, dict[str, float]] = json.loads(out.read_text())
         return found
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Return how the ranks ended, None for one that still waits for another, which failed."""
+    end = time.monotonic() + LIMIT_S
+    while None in (statuses := [rank.poll() for rank in ranks]) and not any(statuses):
+        if time.monotonic() > end:
+            raise RuntimeError(f"the ranks did not end in {LIMIT_S:.0f} s")
+        time.sleep(0.05)
+    return statuses
 
 
 def _environments(device: str) -> list[dict[str, str]]:

@@ -63,7 +63,10 @@ def write_report(path: Path, outcomes: Sequence[Outcome], known: dict[str, Any])
     """Write the report as Markdown, or as JSON to a file named `.json`."""
     if path.suffix == ".json":
         rows = [o.as_dict() for o in outcomes]
-        write_json(path, json.loads(without_paths(json.dumps({**known, "checks": rows}))))
+        write_json(
+            path,
+            json.loads(without_paths(json.dumps({**known, "checks": rows}, ensure_ascii=False))),
+        )
     else:
         write_text(path, as_markdown(outcomes, known))
 

@@ -26,6 +26,7 @@ from ernie_train.model.layers import MLP, RMSNorm
 from ernie_train.model.moe import Experts
 from ernie_train.model.rope import RopeTables
 from ernie_train.model.token_dispatcher import LocalDispatcher, make_routing
+from ernie_train.run.pipeline import change_of_kernels
 
 TOKENS, HIDDEN, WIDTH, VOCAB = 150, 24, 12, 37
 PROMPT = Document(70, 20)
@@ -212,6 +213,19 @@ def test_the_same_input_gives_the_same_bits_and_a_frozen_one_no_gradient(name: s
         assert all(np.array_equal(a, b) for a, b in zip(got, kept, strict=True))
 
 
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"head", "mlp"}))
+@pytest.mark.parametrize("way", ["native", "plain"])
+def test_second_derivatives_are_refused_not_missing(name: str, way: str, plain) -> None:
+    if way == "plain":
+        plain()
+    function, _, shapes = CASES[name]
+    inputs = [paddle.to_tensor(a, stop_gradient=False) for a in leaves(shapes)]
+    output = function(*inputs).sum()
+    # Paddle wraps what a backward pass raises.
+    with pytest.raises(OSError, match="RuntimeError: this backward pass has no derivative"):
+        paddle.grad(output, inputs, create_graph=True)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_not_hidden(name: str, value: float) -> None:
@@ -351,3 +365,16 @@ def test_nothing_is_loaded_before_the_first_tensor_asks() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
     assert done.stdout.split() == ["False"]
+
+
+def test_ranks_take_plain_operators_together_and_a_resume_by_others_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(loading, "_switched_off", False)
+    native = kernels.agree_over_ranks()
+    assert native == "native, by numba" and kernels.usable(paddle.zeros([1]))
+    monkeypatch.setattr(loading.process_group, "any_rank", lambda flag: True)
+    plain = kernels.agree_over_ranks()
+    assert plain == "plain operators: another rank has no native kernels"
+    assert not kernels.usable(paddle.zeros([1]))
+    assert change_of_kernels(None, plain) is None
+    assert change_of_kernels({"kernels": "plain operators: x"}, plain) is None
+    assert "by native, by numba: figures differ" in change_of_kernels({"kernels": native}, plain)

@@ -138,3 +138,14 @@ def test_same_document_id_in_two_rows_is_two_samples():
     losses = np.array([[1, 3], [7, 9]], np.float32)
     total, samples = token_balanced_loss(*map(paddle.to_tensor, (losses, mask, document_ids)))
     assert (float(total), float(samples)) == (pytest.approx(2.0 + 7.0), 2.0)
+
+
+def test_labels_of_int32_are_read_as_such_and_no_tokens_are_refused():
+    hidden, weight, labels = paddle.ones([3, 2]), paddle.eye(2), paddle.to_tensor([0, 1, 1])
+    both = [
+        linear_cross_entropy(hidden, weight, None, labels.astype(dtype), paddle.ones([3]))
+        for dtype in ("int32", "int64")
+    ]
+    assert float(both[0][0]) == float(both[1][0])
+    with pytest.raises(ValueError, match="no tokens"):
+        linear_cross_entropy(hidden[:0], weight, None, paddle.zeros([0], "int64"), paddle.ones([0]))

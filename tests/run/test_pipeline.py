@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import ernie_train
+from ernie_train import kernels
 from ernie_train.cli.main import main
 from ernie_train.core import environment
 from ernie_train.report import write_report
@@ -72,6 +73,7 @@ def test_a_run_leaves_everything_that_the_design_names(whole):
     recorded = json.loads((directory / "environment.json").read_text())
     assert recorded["ernie_train"] == ernie_train.__version__
     assert recorded["code"]["commit"] == environment.code_version()["commit"]
+    assert recorded["kernels"] == kernels.describe_kernels()
     receipt = json.loads((directory / "export/export_receipt.json").read_text())
     assert receipt["passed"]
     assert receipt["max_logit_difference"] <= 2e-5

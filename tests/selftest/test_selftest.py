@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -273,3 +275,22 @@ def test_paths_are_left_out() -> None:
 def test_the_whole_self_test_passes_here(tmp_path: Path) -> None:
     out = tmp_path / "report.md"
     assert command.selftest([], out, Terminal(quiet=True)), out.read_text()
+
+
+def test_a_home_beyond_ascii_stays_out_of_the_report(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/jos\u00e9")
+    outcome = Outcome("ranks", FAIL, note="cannot read /home/jos\u00e9/x")
+    for name in ("a.json", "a.md"):
+        report.write_report(tmp_path / name, [outcome], {"ernie_train": "0"})
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "~/x" in text and "/home" not in text
+
+
+def test_a_rank_that_died_is_found_while_the_other_waits() -> None:
+    code = "import sys, time; time.sleep(float(sys.argv[1])); sys.exit(3)"
+    started = [subprocess.Popen([sys.executable, "-c", code, s]) for s in ("60", "0")]
+    try:
+        assert ranks._wait(started) == [None, 3]
+    finally:
+        started[0].kill()
+        started[0].wait()

@@ -23,7 +23,7 @@ from ernie_train.model.attention import blocked, flashmask, online
 from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket, GatheredDocuments
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.kv_cache import CacheStep, KVCache
-from ernie_train.model.pylayer import cast, needs_grad, select_grads
+from ernie_train.model.pylayer import cast, needs_grad, once_differentiable, select_grads
 from ernie_train.model.rope import RopeTables
 
 
@@ -49,6 +49,7 @@ class _DocumentAttention(PyLayer):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         (output,) = ctx.saved_tensor()
@@ -101,6 +102,7 @@ class _NativeAttention(PyLayer):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, result, log_sums = ctx.saved_tensor()
         layout = ctx.layout
