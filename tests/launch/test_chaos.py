@@ -171,7 +171,7 @@ def assert_same(directory: Path, expected: Path, stage_name: str) -> None:
 
 def sft_recipe(root: Path) -> Path:
     recipe = yaml.safe_load(make_workspace(root).read_text())
-    recipe["stages"][0] |= {"steps": 60, "validate_every_steps": 15}
+    recipe["stages"][0] |= {"steps": 60, "validate_every_steps": 3}
     recipe["stages"][0]["checkpoint"]["every_steps"] = 3
     return rewrite(root, recipe | {"evaluation": None, "parallel": {"expert": 2}})
 
