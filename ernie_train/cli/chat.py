@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +34,9 @@ from ernie_train.generate.engine import Completion, generate
 from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.io.files import write_jsonl
 from ernie_train.io.outputs import check_output_file
+from ernie_train.io.run_dir import ENVIRONMENT
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.run.finalize import EXPORT
 from ernie_train.run.recipe import recorded_recipe
 
 Message = dict[str, Any]
@@ -88,13 +92,21 @@ def recipe_environment(path: Path) -> EnvironmentConfig | None:
 
     `path` is the run, a stage of it, a checkpoint or the export; None for any other directory.
     """
-    places = [path, *path.resolve().parents[:3]]
-    recipe = next(filter(None, map(recorded_recipe, places)), None)
+    place = path.resolve()
+    runs = (run for run in (place, *place.parents[:3]) if _is_in_run(place, run))
+    recipe = next(filter(None, map(recorded_recipe, runs)), None)
     if recipe is None:
         return None
     sections = [recipe.evaluation, *recipe.stages]
     found = [getattr(section, "environment", None) for section in sections]
     return next(filter(None, reversed(found)), None)
+
+
+def _is_in_run(place: Path, run: Path) -> bool:
+    """Return whether `run` is a recorded run, not just a directory with a recipe, and holds it."""
+    inside = place.relative_to(run).parts[:1]
+    of_run = not inside or inside[0] == EXPORT or re.fullmatch(r"\d{2,}-.+", inside[0])
+    return bool(of_run) and (run / ENVIRONMENT).is_file()
 
 
 class Chat:
@@ -106,7 +118,7 @@ class Chat:
         thinking: the reasoning of the last answer.
         folded: whether reasoning is shown as one line.
         transcript: where the conversations are written after each answer, None for nowhere.
-        earlier: rows of the conversations before this one.
+        earlier: rows of this chat's conversations before the present one.
     """
 
     def __init__(
@@ -126,6 +138,8 @@ class Chat:
         self.folded = False
         self.transcript: Path | None = None
         self.earlier: list[dict[str, Any]] = []
+        self._written: dict[Path, list[dict[str, Any]]] = {}  # rows of this chat in its files
+        self._replaces = False  # the transcript's file, when it is next written
         self._turns = 0  # of the assistant; the random numbers of each are its own
         self._stop = StopFlag()
         self._environment: ToolEnvironment | None = None
@@ -295,13 +309,22 @@ class Chat:
         Raises `UserError` for a file of anything else, which `force` replaces.
         """
         check_output_file(path, TRANSCRIPT_KEYS, force=force)
-        if path.is_file() and path.stat().st_size and not force:
-            self.earlier = read_rows(path) + self.earlier
-        self.transcript = path
+        self.transcript, self._replaces = path, force
 
     def _save(self) -> None:
-        if self.transcript is not None:
-            write_jsonl(self.transcript, [*self.earlier, *self._rows()])
+        """Write this chat's rows behind those that its file has from elsewhere, read anew."""
+        path = self.transcript
+        if path is None:
+            return
+        others: list[dict[str, Any]] = []
+        if path.is_file() and path.stat().st_size and not self._replaces:
+            others = read_rows(path)
+            for row in self._written.get(path.resolve(), ()):
+                if row in others:
+                    others.remove(row)
+        rows = [*self.earlier, *self._rows()]
+        write_jsonl(path, [*others, *rows])
+        self._written[path.resolve()], self._replaces = json.loads(json.dumps(rows)), False
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return the row of this conversation, once a question was answered."""

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from ernie_train.cli.model import best_checkpoint, open_model
 from ernie_train.cli.turn_view import TokenText
-from ernie_train.core.errors import DataError, UserError
+from ernie_train.core.errors import DataError, Interrupted, UserError
 from ernie_train.core.progress import progress_bar
 from ernie_train.core.signals import StopFlag
 from ernie_train.core.terminal import printable
-from ernie_train.data import Columns, Record, Tokenizer, read_records
+from ernie_train.data import Columns, Record, Tokenizer, find_files, read_records
 from ernie_train.eval.prompts import completion_text, encode_problems, encode_prompt, user_prompt
 from ernie_train.generate.engine import Completion, generate
 from ernie_train.generate.sampler import SamplingConfig
@@ -55,7 +55,8 @@ class GenerateCommand:
             raise UserError("--system has no place in --raw, which has no chat format")
         self._refuse_idle_options()
         if self.out is not None:
-            inputs = [path for path in (self.prompts, self.model) if path is not None]
+            prompts_read = find_files(self.prompts).files if self.prompts is not None else []
+            inputs = [*prompts_read, self.model]
             check_output_file(self.out, ROW_KEYS, inputs=inputs, force=self.force)
         records = self._records()
         model, tokenizer = open_model(best_checkpoint(self.model) if self.best else self.model)
@@ -77,7 +78,7 @@ class GenerateCommand:
                     print(json.dumps(row), flush=True)  # ASCII alone: harmless, and JSON
                 return
             with progress_bar(progress, "completions", len(prompts)) as update:
-                write_jsonl(self.out, _counted(rows, update))
+                _write(self.out, rows, len(prompts), update)
 
     def _refuse_idle_options(self) -> None:
         sampling = self.sampling
@@ -169,7 +170,23 @@ def _stream(
     print(printable(text.end()))
 
 
-def _counted(rows: Iterator[dict[str, Any]], update: Callable[[int], None]) -> Iterator[Any]:
-    for count, row in enumerate(rows, start=1):
-        yield row
-        update(count)
+def _write(
+    out: Path, rows: Iterator[dict[str, Any]], total: int, update: Callable[[int], None]
+) -> None:
+    """Write rows; on `Interrupted`, which is raised then, those that are finished."""
+    written, stopped = 0, False
+
+    def finished() -> Iterator[dict[str, Any]]:
+        nonlocal written, stopped
+        try:
+            for written, row in enumerate(rows, start=1):
+                yield row
+                update(written)
+        except Interrupted:
+            if not written:
+                raise  # an earlier output stays
+            stopped = True
+
+    write_jsonl(out, finished())
+    if stopped:
+        raise Interrupted(f"stopped; {out} has the first {written} of {total} completions")

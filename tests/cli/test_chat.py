@@ -212,6 +212,40 @@ def test_transcripts_are_rows_of_data_and_are_added_to(talk, tokenizer, tmp_path
     assert "no earlier output" in chat.shown() and "precious" in path.read_text()
 
 
+def questions(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row["messages"][0]["content"] for row in rows]
+
+
+def test_a_transcript_has_each_conversation_once(talk, tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    chat = talk(answer("0"))
+    chat.keep_transcript(first)
+    chat.run(lines("old"))
+    chat = talk(answer("1"), answer("2"), answer("3"))
+    chat.keep_transcript(first)
+    chat.run(lines("new", f"/save {first}", f"/save {tmp_path / '.' / 'a.jsonl'}"))
+    assert questions(first) == ["old", "new"]
+    chat.run(lines(f"/save {second}", "more", "/clear", "last", f"/save {first}"))
+    assert questions(second) == ["new", "last"], "rows of the other file stay there"
+    assert questions(first) == ["old", "new", "last"]
+
+
+def test_two_chats_keep_one_transcript(talk, tmp_path):
+    path = tmp_path / "t.jsonl"
+    chats = []
+    for name in "ab":
+        chats.append(talk())
+        chats[-1].keep_transcript(path)
+        chats[-1].name = name
+    for chat, question in zip(chats * 2, ("1", "2", "3", "4"), strict=True):
+        chat.begin("")
+        chat.messages = [{"role": "user", "content": question},
+                         {"role": "assistant", "content": "same"}]  # fmt: skip
+        chat._save()
+    assert sorted(questions(path)) == ["1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_the_answer_and_sigterm_the_chat_too(talk, tmp_path, monkeypatch, name):
     chat = talk("x\n</think>\n\n<response>\na long answer", answer("fine"))
@@ -268,6 +302,7 @@ def place(tmp_path_factory):
     recipe |= {"stages": [stage(root, environment={"tools": ["calculator"], "max_tool_tokens": 4})]}
     (root / "run").mkdir()
     (root / "run/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (root / "run/environment.json").write_text("{}")
     return root
 
 
@@ -288,11 +323,19 @@ def test_the_command_talks_to_a_real_model(place, monkeypatch, capsys, tmp_path)
     assert status == 2
 
 
+@pytest.mark.parametrize("text", ["stages: [", "flour: 200 g\n"])
+def test_a_recipe_that_is_no_run_s_is_passed_over(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert recipe_environment(tmp_path) is None
+    assert recipe_environment(tmp_path / "export") is None
+
+
 def test_tools_are_those_of_the_flag_or_of_the_recipe(place, monkeypatch, capsys):
     assert recipe_environment(place / "run").tools == ["calculator"]
     for inside in ("01-rl", "01-rl/checkpoints/step_000001", "export"):
         assert recipe_environment(place / "run" / inside).tools == ["calculator"]
     assert recipe_environment(place / "model") is None
+    assert recipe_environment(place / "run/models/tiny") is None, "it only lies there"
     for flags, names in ((("--tools", "calculator,python"), "calculator, python"), ((), "none"),
                          (("--tools", "none"), "none")):  # fmt: skip
         status, told = run(monkeypatch, capsys, "", place / "model", *flags)

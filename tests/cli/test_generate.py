@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from ernie_train.cli import generate as generate_module
 from ernie_train.cli.main import main
 from ernie_train.cli.score import pair_up, read_data, read_rows
+from ernie_train.core.errors import Interrupted
 from ernie_train.core.terminal import printable
 from ernie_train.generate import generate
 from ernie_train.weights.hf import load_pretrained
@@ -83,6 +85,7 @@ def test_system_and_raw_change_what_is_asked(place, call, tmp_path):
         (("--prompt", "x", "--top-k", 5), "--top-k has no effect at --temperature 0"),
         (("--prompts", "{none}"), "none.jsonl"),
         (("--prompts", "{p}", "--out", "{p}"), "is read by this command"),
+        (("--prompts", "{all}", "--out", "{p}"), "is read by this command"),
         (("--prompts", "{p}", "--out", "{precious}"), "no earlier output"),
         (("--prompts", "{p}", "--max-new-tokens", 250), "p.jsonl:1: the prompt has"),
         (("--prompts", "{p}", "--raw", "--max-new-tokens", 255), "p.jsonl:1 has"),
@@ -93,11 +96,35 @@ def test_what_cannot_be_asked_is_refused_before_any_work(call, tmp_path, argumen
     write_rows(tmp_path / "p.jsonl", [{"prompt": "1 + 1?"}])
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "text.jsonl").write_text('{"text": "once"}\n')
-    names = {"p": "p.jsonl", "none": "none.jsonl", "precious": "precious", "text": "text.jsonl"}
+    names = {
+        "p": "p.jsonl",
+        "all": "p*.jsonl",
+        "none": "none.jsonl",
+        "precious": "precious",
+        "text": "text.jsonl",
+    }
     paths = {key: tmp_path / name for key, name in names.items()}
     status, _, err = call(*[str(a).format(**paths) for a in arguments])
     assert status == 2 and told in err, err
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_a_stop_keeps_the_batches_that_are_finished(call, tmp_path, monkeypatch, batches):
+    def sample(*arguments, **options):
+        if len(done) == batches:
+            raise Interrupted("stopped")
+        done.append(1)
+        return original(*arguments, **options)
+
+    done, original, out = [], generate_module.generate, tmp_path / "out.jsonl"
+    monkeypatch.setattr(generate_module, "generate", sample)
+    prompts = tmp_path / "p.jsonl"
+    write_rows(prompts, [{"prompt": f"{n} + 1?"} for n in range(5)])
+    status, _, err = call("--prompts", prompts, "--batch-size", 2, "--out", out)
+    assert status == 3 and out.exists() == bool(batches)
+    if batches:
+        assert len(read_rows(out)) == 2 and "has the first 2 of 5 completions" in err
 
 
 def test_tokens_are_given_as_they_are_sampled(place):
