@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -236,11 +236,11 @@ def _tasks(evaluation: Mapping[str, Any] | None, which: str) -> dict[str, dict[s
 
 
 def _cell(task: Mapping[str, Any] | None) -> tuple[float, float | None, float | None] | None:
-    if task is None or not _is_number(task.get("accuracy")):
+    if task is None or not is_number(task.get("accuracy")):
         return None
     estimate = _mapping(_mapping(task.get("estimates")).get("pass@1"))
     low, high = estimate.get("low"), estimate.get("high")
-    if not (_is_number(low) and _is_number(high)):
+    if not (is_number(low) and is_number(high)):
         low = high = None
     return float(task["accuracy"]), low, high
 
@@ -272,7 +272,7 @@ def _starts(environment: Mapping[str, Any]) -> Iterator[Any]:
     starts = environment.get("starts")
     for start in starts if isinstance(starts, list) else []:
         at = _mapping(start).get("unix_s")
-        if _is_number(at) and 0 <= at < 2**33:
+        if is_number(at) and 0 <= at < 2**33:
             yield {**start, "unix_s": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))}
         else:
             yield start
@@ -286,5 +286,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> TypeGuard[float]:
+    """Tell if a value is a finite number that a float holds; JSON's integers have no end."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max

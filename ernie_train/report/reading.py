@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ernie_train.report.overview import LONGEST_TEXT, shown, shown_text
+from ernie_train.report.overview import LONGEST_TEXT, is_number, shown, shown_text
 from ernie_train.report.run_files import SAMPLES, SOLVED, Remark, RunFiles, iter_rows
 
 MOST_ITERATIONS = 40  # of a stage, evenly chosen, the first and the last among them
@@ -85,9 +85,9 @@ def _problem(row: Mapping[str, Any]) -> str:
 def _shown_row(row: Mapping[str, Any], longest: int) -> dict[str, Any]:
     facts = {name: shown(row[name]) for name in ("task", "status", "tokens") if name in row}
     numbers = {
-        name: f"{row[key]:.3g}"
-        for name, key in (("reward", "reward"), ("value", "value"), ("advantage", "advantage"))
-        if isinstance(row.get(key), int | float)
+        name: _number(row[name])
+        for name in ("reward", "value", "advantage")
+        if isinstance(row.get(name), int | float)
     }
     parts = row.get("parts")
     return {
@@ -103,8 +103,11 @@ def _shown_row(row: Mapping[str, Any], longest: int) -> dict[str, Any]:
 
 def _parts(parts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in list(parts.items())[:_MOST_PARTS]:
-        number = f"{value:.3g}" if isinstance(value, int | float) else shown(value, 40)
-        yield shown(name, 60), number
+        yield shown(name, 60), _number(value)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if is_number(value) or isinstance(value, float) else shown(value, 40)
 
 
 def _said(row: Mapping[str, Any]) -> list[dict[str, Any]]:

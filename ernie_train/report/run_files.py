@@ -209,7 +209,14 @@ def _stages(run_dir: Path, recipe: dict[str, Any], remark: Remark) -> list[Stage
     if not named:
         found = sorted(p.parent.name for p in run_dir.glob(f"[0-9][0-9]-*/{FILE_NAME}"))
         named = [(name, {}) for name in found]
-    return [_stage(run_dir / Path(name).name, values, remark) for name, values in named]
+    return [_stage(run_dir / _file_name(name), values, remark) for name, values in named]
+
+
+def _file_name(name: str) -> str:
+    """Return a name that a directory may have; recipes that a program wrote have no other."""
+    return (
+        Path(name.replace("\0", "")).name.encode("utf-8", "replace")[:255].decode(errors="ignore")
+    )
 
 
 def _stage(directory: Path, settings: dict[str, Any], remark: Remark) -> StageFiles:

@@ -153,6 +153,24 @@ def break_missing(run: Path) -> str:
     return "recipe.yaml is missing"
 
 
+def break_stage_names(run: Path) -> str:
+    names = json.dumps(["a\0b", "x" * 300, "\ud800", "../../up", ""])
+    stages = [{"name": name, "kind": "sft"} for name in json.loads(names)]
+    (run / "recipe.yaml").write_text(json.dumps({"name": "odd", "stages": stages}))
+    return "xxxx"
+
+
+def break_numbers(run: Path) -> str:
+    huge = 10**400
+    odd = [{"step": 1, "reward": huge, "advantage": -huge, "parts": {"a": huge, "b": float("inf")}}]
+    write_lines(run / "02-rl/samples.jsonl", odd)
+    result = json.loads((run / "evaluation.json").read_text())
+    result["trained"]["tasks"][0]["accuracy"] = huge
+    (run / "evaluation.json").write_text(json.dumps(result))
+    (run / "environment.json").write_text(json.dumps({"starts": [{"unix_s": huge}]}))
+    return "complete"
+
+
 def break_json(run: Path) -> str:
     for name in ("environment.json", "01-sft/evaluation.json", "02-rl/DONE"):
         (run / name).write_text('{"a":' * 100_000)
