@@ -148,6 +148,12 @@ class Referee:
             "groups_trained": sum(by_group),
             "prompts_per_trained_group": len(self.groups) / max(1, sum(by_group)),
         }
+        spread = [
+            self.rewards[kept].std()
+            for group in self.groups if len(kept := [i for i in group if self.valid[i]]) > 1
+        ]  # fmt: skip
+        if spread:
+            metrics["reward_std"] = np.mean(spread)
         scored = [i for i, c in enumerate(flat) if c.score.status in ("correct", "wrong")]
         for suffix in ("", "/a", "/b"):
             own = [i for i in scored if suffix in ("", f"/{flat[i].domain}")]

@@ -212,6 +212,7 @@ def test_with_a_critic_pairs_and_kl_it_learns_too(workspace, tmp_path):
         "coef": 0.2, "pairs": "online", "margin": 0.01,
     }  # fmt: skip
     changes["rollout"] = TOOLS["rollout"]
+    changes["audit_reward"] = {"name": "exact", "share": 0.5}  # one of two groups
     assert run_stage(workspace, tmp_path / "gae", **{**TOOLS, **changes, "iterations": 1}) == 0
     (*_, line) = metrics_without_time(tmp_path / "gae", "01-rl")
     assert line["pairs"] > 0 and np.isfinite([line["policy"], line["critic/value_loss"]]).all()

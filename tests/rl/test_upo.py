@@ -111,7 +111,7 @@ GAE = {
 
 ONLINE_PAIRS = {"coef": 0.2, "pairs": "online"}
 OFFLINE_ONLY = {
-    "rollout": {"prompts_per_iteration": None}, "policy": {"coef": 0.0},
+    "rollout": {"prompts_per_iteration": None}, "policy": {"coef": 0.0, "minibatches": 1},
     "preference": {
         "coef": 1.0, "pairs": "offline", "offline": {"prompts": 4, "per_iteration": 1}
     },
