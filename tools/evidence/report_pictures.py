@@ -1,4 +1,4 @@
-"""Make the pictures of the report and of the terminal in docs/pictures/ from a run directory.
+"""Make the pictures of the report and of the terminal in docs/images/ from a run directory.
 
     python -m tools.evidence.report_pictures runs/tiny
 
@@ -22,14 +22,14 @@ from rich.console import Console
 from ernie_train.cli.watch import status_table
 from ernie_train.report import read_run, write_report
 
-PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
+IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 COLOURS = 96
 
 
 def main() -> None:
     run_dir = Path(sys.argv[1])
     chromium = os.environ.get("ERNIE_TRAIN_CHROMIUM") or shutil.which("chromium")
-    PICTURES.mkdir(exist_ok=True)
+    IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as driver:
         page, _ = write_report([run_dir], Path(scratch) / "report.html")
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -82,7 +82,7 @@ def shoot_terminal(browser: Browser, run_dir: Path, svg: Path) -> None:
 def save(png: bytes, name: str) -> None:
     """Write a picture with a palette, which halves its size and more."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    path = PICTURES / f"{name}.png"
+    path = IMAGES / f"{name}.png"
     image.quantize(COLOURS).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size // 1024} kB")
 
