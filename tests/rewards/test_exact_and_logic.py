@@ -241,6 +241,9 @@ def test_talk_about_a_label_is_no_answer(response):
         ("True", "\u7b54\u6848\u662f\uff1a\u771f"),
         ("False", "\u6240\u4ee5\u8fd9\u4e2a\u7ed3\u8bba\u662f\u9519\u8bef\u7684\u3002"),
         ("Unknown", "\u65e0\u6cd5\u786e\u5b9a"),
+        ("True", "`True`"),
+        ("True", "Label: True"),
+        ("False", "**Verdict:** False"),
     ],
 )
 def test_sentences_that_state_a_label(gold, response):
@@ -259,7 +262,8 @@ FOUR = {"answer": "D", "choices": ["thermal", "classical", "mixed", "quantum"]}
         "The right choice is (D) quantum.",
         "\u9009D", "\u6545\u9009\uff1aD\u3002", "\u7b54\u6848\u9009D", "\u7b54\u6848\u662fD\u3002",
         "D\u9009\u9879\u6b63\u786e", "\u6b63\u786e\u7b54\u6848\uff1aD\u3001quantum",
-        "The answer is D, because A is thermal.",
+        "The answer is D, because A is thermal.", "\u672c\u9898\u9009D\u3002",
+        "\u3010\u7b54\u6848\u3011D", "\u6545\u9009D\u9879", "D\u9009\u9879",
     ],
 )  # fmt: skip
 def test_choices_in_the_styles_of_models(response):
@@ -273,7 +277,8 @@ def test_choices_in_the_styles_of_models(response):
         "\u4e0d\u9009D", r"\boxed{D} \boxed{A}", "I choose A. Not D.", "D is wrong",
         "Option D is thermal", r"\boxed{D} \boxed{}",
         "He says D is correct", "The correct option is D or A", "\u9009D\u6216A",
-        "\u9009D\u662f\u9519\u7684",
+        "\u9009D\u662f\u9519\u7684", "\u4e0d\u9009D\u9879",
+        "D\u9009\u9879\u9519\u8bef", "D might be right",
         r"\boxed{A}.\n\n**Answer: D**".replace(r"\n", "\n"), "The answer is not D.",
     ],
 )  # fmt: skip
@@ -300,6 +305,8 @@ PAIR = {"Zoey": "knight", "Ethan": "knave"}
         (PAIR, "Therefore, Zoey is a knight, and Ethan is a knave."),
         (PAIR, "Zoey must be a knight, Ethan must be a knave."),
         (PAIR, "Knights: Zoey\nKnaves: Ethan"),
+        (PAIR, "1. Zoey - knight\n2. Ethan - knave"),
+        (PAIR, "Zoey (knight), Ethan (knave)"),
         (PAIR, "The knight is Zoey, and the knave is Ethan."),
         ({**PAIR, "Bo": "knight"}, "Knights: Zoey, Bo. Knaves: Ethan."),
         ({**PAIR, "Bo": "knight"}, "The knights are Zoey and Bo, and the knave is Ethan."),
@@ -324,6 +331,11 @@ def test_ways_to_write_an_assignment(people, response):
         "Nobody thinks Zoey is a knight, Ethan is a knave.",
         "zoey is a knave. Zoey is a knight, Ethan is a knave.",
         "Zoey is a knight, Ethan is a knave, he is a knight",
+        "Zoey said Zoey is a knight and Ethan is a knave",
+        'Bo told me: "Zoey is a knight, Ethan is a knave."',
+        "Zoey is a knight? Ethan is a knave?",
+        "Zoey is a knight!? no. Ethan is a knave",
+        "Zoey (knight or knave), Ethan (knave)",
         "Zoey is a knight/knave, Ethan is a knave",
         "Zoey is a knight-knave, Ethan is a knave",
         "Zoey Ann is a knight, Ethan is a software knave",

@@ -123,6 +123,6 @@ def test_large_expressions_are_wrong_before_they_are_computed(gold, response):
     "unit", ["\\boxed", "\\boxed{", "answer is ", "\\[", "$$", "1,", "x<", "(", "10^"]
 )
 def test_hostile_repetition_takes_little_time(unit):
-    started = time.monotonic()
+    started = time.process_time()
     status("5", unit * (90_000 // len(unit)))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5

@@ -29,7 +29,7 @@ _MARKER = re.compile(
     r"\banswers?[ *]{0,4}(?:is\b|are\b|:|=)[ *:]*|^[#*\s]{0,8}(?:final )?answer[#*\s]{0,8}$"
     r"|\b(?:solutions|roots) are[ *:]+(?=[-$\\\d(]|x\b)"
     r"|(?:正确|最终|最后)?(?:答案|结果)[ *]{0,4}(?:应该?)?[是为选:=\uff1a][ *:\uff1a]*"
-    r"|^[*\s]{0,4}答[:\uff1a][ *]*",
+    r"|(?:^|(?<=[,;\uff0c\u3002\uff1b]))[*\s]{0,4}答[:\uff1a][ *]*|【(?:答案|解答)】[ *]*",
     re.IGNORECASE | re.MULTILINE,
 )
 _ANNOUNCES_AGAIN = re.compile(
@@ -45,16 +45,18 @@ _FOLDED = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 # Words by which a text withdraws a statement or leaves it open.
 HEDGES = frozenset({
     "or", "not", "nor", "either", "neither", "maybe", "perhaps", "possibly", "if", "unless",
-    "assume", "suppose", "cannot",
+    "assume", "suppose", "cannot", "might",
 })  # fmt: skip
 # Words that turn their neighbour into its opposite.
 _DENIALS = frozenset({
     "except", "excluding", "excluded", "opposite", "hardly", "never", "nobody", "anything", "wrong",
-    "incorrect", "untrue", "false", "denies", "lie", "rule", "ruled",
+    "incorrect", "untrue", "false", "denies", "lie", "rule", "ruled", "mistake", "mistaken",
 })  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
-_CHINESE_HEDGE = re.compile(r"或|不|并?非|没|无|未|可能|也许|大概|如果|假设|假如|除非")
-_CHINESE_DENIAL = re.compile(r"错|相反|除了|除外")
+_CHINESE_HEDGE = re.compile(
+    r"或|不(?!同的|等式)|(?<![分区类特])别[写选填]|并?非|没|无|未|可能|也许|大概|如果|假设|假如|除非"
+)
+_CHINESE_DENIAL = re.compile(r"错|相反|除了|除[^,\uff0c\u3002]{0,12}外")
 # Words of someone who speaks about an answer, and does not give it.
 _TALK = frozenset({
     "said", "say", "says", "saying", "tell", "tells", "told", "refuse", "refuses", "refused",
@@ -79,7 +81,8 @@ _DENIED_AFTER = re.compile(
     r"|[.,;]?\s*(?:or (?!about|approx|roughly|around|equivalently)"
     r"|no\b|wait\b|actually\b|but\b|rather\b)"
     r"[^.\n\\]{0,20}\d"
-    r"|,?\s*or\s+(?:maybe|perhaps|possibly|not|else|\$?-?\d)|,?\s*not\b|\?|\uff1f"
+    r"|,?\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?or\b[\s}]*(?:maybe|perhaps|possibly|not|else|\$?-?\d)"
+    r"|,?\s*not\b|\?|\uff1f|\\neq?(?![a-z])|\\not\s*=|\u2260"
     r"|[,\uff0c.\u3002]?\s*(?:这|那)?是?(?:不对|不正确|错|不是))",
     re.IGNORECASE,
 )
@@ -91,6 +94,8 @@ _REASONED = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _CONTEXT = 60
+# The sign of a number that stands before its box; "8 - \boxed{3}" is a difference.
+_SIGN_BEFORE = re.compile(r"(?:^|\n|[=($[{:,\uff1a是为]|\b(?:is|be))\s*[-\u2212]\Z")
 
 
 def squeeze(text: str) -> str:
@@ -127,6 +132,8 @@ def _find_boxes(text: str) -> Iterator[tuple[str, int]]:
         else:
             bare = re.sub(r"(?:[.,;:!*\u3002]|\\[)\]])+$", "", opening["bare"] or "")
             content = bare.removesuffix("\\")
+        if content and _SIGN_BEFORE.search(text, max(0, start - _CONTEXT), start):
+            content = f"-{content}"
         if content and is_denied(text, start, position):
             content = f"not {content}"
         yield content, position
@@ -201,6 +208,8 @@ def tagged(response: str) -> list[str]:
 def _hashed(response: str) -> list[str]:
     """Return the text after "####" on the last lines; elsewhere it begins a heading."""
     lines = [line.strip() for line in response.splitlines() if line.strip()]
+    if lines and not lines[-1].startswith("#") and "####" in lines[-1]:  # no heading within a line
+        return [lines[-1].rpartition("####")[2]]
     hashed = itertools.takewhile(lambda line: line.startswith("####"), reversed(lines))
     return [line.removeprefix("####") for line in hashed][::-1]
 

@@ -55,8 +55,8 @@ _MAX_MEMBERS = 16
 _WORD_ANSWER = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+|(?i:no)")
 _NOTHING = {"\\emptyset", "\\{\\}", "no solution", "no solutions", "no real solution", "empty set",
             "no real solutions", "the empty set", "\u65e0\u89e3", "\u7a7a\u96c6"}  # fmt: skip
-_LETTER = re.compile(r"\(?([A-Z])\)?[.)]?")
-_BASE = re.compile(r"([\dA-F]+)_\{?(\d+)\}?")
+_LETTER = re.compile(r"(?:(?:选择?|[Oo]ption|[Cc]hoice)[:\s]*)?\(?([A-Z])\)?[.)]?")
+_BASE = re.compile(r"\(?([\dA-F]+)\)?(?:_\{?|\s*\(?(?:in )?base )(\d+)[})]?")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|neq|in|subset|approx|sim|equiv|lt|gt)(?![A-Za-z])")
 # Adjacent numbers, alternatives, several lines, words among symbols.
 _NO_VALUE = re.compile(
@@ -197,15 +197,18 @@ class _Comparison:
             return self._same_quantity(gold, answer, gold_quantity, quantity)
         if fold(gold) in _NOTHING and fold(answer) in _NOTHING:
             return True
-        if _WORD_ANSWER.fullmatch(gold) or _WORD_ANSWER.fullmatch(answer):
-            return fold(gold) == fold(answer)
         letters = _LETTER.fullmatch(gold), _LETTER.fullmatch(answer)
         if letters[0] and letters[1]:
             return letters[0][1] == letters[1][1]
+        if _WORD_ANSWER.fullmatch(gold) or _WORD_ANSWER.fullmatch(answer):
+            return fold(gold) == fold(answer)
         bases = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
         if bases[0] or bases[1]:
             # A gold answer may have a base that the response leaves out, not the other way round.
-            return bases[0] is not None and compact(answer) in (compact(gold), bases[0][1])
+            if bases[0] is None:
+                return False
+            told = bases[1].groups() if bases[1] else (compact(answer), bases[0][2])
+            return bases[0].groups() == told
         sides = [squeeze(side) for side in answer.split("=")]
         if len(sides) > 1 and "=" not in gold:  # 8 + 9 = 17: each side must be the answer
             if name_and_value(f"{sides[0]} = 0")[0]:

@@ -41,8 +41,11 @@ _WORDS = (
     "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
     "twenty",
 )  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SAID = re.compile(
-    rf"^(?:(negative|minus)\s+)?(?:({'|'.join(_WORDS)})(?![\w-])|(?=\d))", re.IGNORECASE
+    rf"^(?:(negative|minus)\s+)?(?:({'|'.join(_TENS)})(?:[- ]({'|'.join(_WORDS[1:10])}))?(?![\w-])"
+    rf"|({'|'.join(_WORDS)})(?![\w-])|(?=\d))",
+    re.IGNORECASE,
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|per ?cent|\uff05)")
 _PER_HUNDRED = re.compile(r"百分之\s*(\d+(?:\.\d+)?)", re.ASCII)
@@ -83,6 +86,7 @@ for _kind, _names in {
     "power": "W:1 kW:1000 watt:1 瓦:1 千瓦:1000",
     "pressure": "Pa:1 kPa:1000 pascal:1 帕:1",
     "frequency": "Hz:1 kHz:1000 MHz:1000000 hertz:1 赫兹:1",
+    "resistance": "ohm:1 kiloohm:1000 欧:1 欧姆:1",
     "voltage": "mV:1/1000 V:1 kV:1000 volt:1 伏:1",
     "current": "mA:1/1000 A:1 ampere:1 安:1",
     "amount": "mol:1 mole:1",
@@ -90,7 +94,7 @@ for _kind, _names in {
     for _entry in _names.split():
         _name, _, _factor = _entry.partition(":")
         _UNITS[_name] = (_kind, Fraction(_factor))
-_UNIT = re.compile(r"([A-Za-z]+|[\u4e00-\u9fff]+)(?:\s?\^\s?\{?([1-4])\}?)?")
+_UNIT = re.compile(r"([A-Za-z]+|[\u4e00-\u9fff]+)(?:\s?\^\s?\{?(-?[1-4])\}?)?")
 _UNIT_TEXT = re.compile(r"[A-Za-z\u4e00-\u9fff][A-Za-z0-9\u4e00-\u9fff /^{}*.-]{0,60}")
 _MAX_UNIT_WORDS = 4
 # Words that look like units after a number and belong to an expression.
@@ -107,7 +111,8 @@ _NO_COUNTS = _NO_UNITS | set(_SCALES) | {
     "percents", "fails", "lies", "loses", "misses", "works", "seems", "looks", "gives", "makes",
     "equals", "always", "sometimes", "besides", "others", "else", "but", "as", "so", "because",
     "since", "which", "with", "without", "by", "yes", "thanks", "guess", "said", "says", "claims",
-    "wrong", "false", "never",
+    "wrong", "false", "never", "off", "too", "ones", "tens", "sevenths", "ninths",
+    "hundredths", "thousandths",
 }  # fmt: skip
 _PLURALS_WITHOUT_S = re.compile(
     r"people|children|(?:wo)?men|feet|teeth|mice|sheep|fish|deer|geese|oxen|dice|data|\w+ices"
@@ -204,6 +209,8 @@ def parse_quantity(text: str) -> Quantity | None:
         rest = rest[scale.end() :]
     if _PERCENT.fullmatch(rest.rstrip()):
         return Quantity(value / 100, None)
+    if rest.strip() in _CURRENCIES.keys() - {"$"}:
+        return Quantity(value, _known_unit(_CURRENCIES[rest.strip()]))
     if not rest.strip():
         return Quantity(value, _known_unit(_CURRENCIES[money[2]]) if money else None)
     unit = _read_unit(_DEGREES.sub(r" circ\g<scale>", rest) if "^" in rest else rest, value)
@@ -212,7 +219,10 @@ def parse_quantity(text: str) -> Quantity | None:
 
 def _in_digits(said: re.Match[str]) -> str:
     """Return the digits of a number that is said in words, or the sign before digits."""
-    return "-" * bool(said[1]) + (str(_WORDS.index(said[2].lower())) if said[2] else "")
+    sign, tens, ones, word = (text.lower() if text else "" for text in said.groups())
+    number = 10 * (_TENS.index(tens) + 2) + (_WORDS.index(ones) if ones else 0) if tens else None
+    number = _WORDS.index(word) if word else number
+    return "-" * bool(sign) + ("" if number is None else str(number))
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
@@ -259,7 +269,7 @@ def _repeating(part: dict[str, str | None]) -> Fraction | None:
 
 def _read_unit(text: str, value: Fraction) -> Unit | None:
     """Return the unit that follows a number; a thing that is counted is a kind of its own."""
-    apart, text = text[0].isspace(), text.strip()
+    apart, text = text[0].isspace(), re.sub(r"\s*\\cdot\s*", " ", text).strip()
     if apart and text[0] == "(" and text[-1] == ")":
         text = text[1:-1].strip()
     if not _UNIT_TEXT.fullmatch(text):

@@ -15,7 +15,7 @@ _TOKEN = re.compile(
     r"\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\*\*|[A-Za-z]+|[-+*/^!(){}\[\]_%]|\s+", re.ASCII
 )
 _FUNCTIONS = frozenset({
-    "log", "ln", "lg", "exp", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos",
+    "log", "ln", "lg", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos",
     "arctan", "sinh", "cosh", "tanh", "gcd", "lcm", "max", "min",
 })  # fmt: skip
 _TIMES = {"*", "\\cdot", "\\times"}
@@ -202,6 +202,8 @@ class _Parser:
             return Expression(None, {"pi": math.pi, "e": math.e}[name], frozenset({name}))
         if name == "i":
             return Expression(None, None, frozenset({"i"}))
+        if name == "exp":
+            return _raised(Expression(None, math.e, frozenset({"e"})), self.power())
         if name in _FUNCTIONS:
             index = [self.argument()] if self.take("_") else []
             return _function(name, *index, self.power())
@@ -246,7 +248,9 @@ def _mixed(whole: Expression, part: Expression) -> Expression:
 
 def _negated(one: Expression) -> Expression:
     value = None if one.value is None else -one.value
-    return Expression(value, None if one.approximation is None else -one.approximation, one.forms)
+    approximation = None if one.approximation is None else -one.approximation
+    twice = {"sum"} if (value or approximation or 0) > 0 else set()  # -(-5) is to be worked out
+    return Expression(value, approximation, one.forms | twice)
 
 
 def _multiplied(one: Expression, two: Expression) -> Expression:
@@ -307,7 +311,7 @@ def _root(one: Expression, degree: Fraction) -> Expression:
 
 def _function(name: str, *arguments: Expression) -> Expression:
     for one in arguments:
-        if name in ("exp", "binom") and one.value is not None and abs(one.value) > _MAX_FACTORIAL:
+        if name == "binom" and one.value is not None and abs(one.value) > _MAX_FACTORIAL:
             raise TooLargeError
     forms = frozenset().union(*(one.forms for one in arguments))
     return Expression(None, None, forms | {name})

@@ -1,6 +1,7 @@
 r"""Unify the notation of mathematical texts: signs, spaces, delimiters and text commands."""
 
 import re
+from fractions import Fraction
 from functools import partial
 
 from ernie_train.rewards.verifiers.answer_text import boxes, squeeze
@@ -16,9 +17,12 @@ _SIGNS = str.maketrans({
     "\uff0e": ".", "\uff0c": ", ", "\u3001": ", ", "\uff1b": "; ", "\uff1a": ":",
     "\u3002": ".", "\uff08": "(", "\uff09": ")", "\uff05": "%", "\uff1d": "=", "\uff1c": "<",
     "\uff1e": ">",
-    "\u201c": '"', "\u201d": '"',
+    "\u201c": '"', "\u201d": '"', "\u2044": "/", "\u2215": "/", "\u2236": ":",
+    "\u03a9": "ohm", "\u2126": "ohm",
 })  # fmt: skip
-_ROOT_SIGN = re.compile("\u221a\\s*(\\d+|\\([^()]*\\)|[a-z])?", re.ASCII)
+_ROOT_SIGN = re.compile("[\u221a-\u221c]\\s*(\\d+|\\([^()]*\\)|[a-z])?", re.ASCII)
+_ROOTS = {"\u221a": "", "\u221b": "[3]", "\u221c": "[4]"}
+_NEGATIVE = re.compile("\u8d1f\\s*(?=[\\d$\\\\])", re.ASCII)
 # Digits in groups of three, apart by thin spaces: 10\,080 and 10{,}080. "1 2" stays two numbers.
 _THIN_GROUPS = re.compile(
     r"(?<![\d.\\])\d{1,3}(?:(?:\\[,;: ]|\{,\}|\{\\,\})\d{3})+(?!\d)", re.ASCII
@@ -47,7 +51,8 @@ _TEXT = re.compile(
 _COMMANDS = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(le|ge)(?:q?slant|qq?)(?![A-Za-z])"), r"\\\1"),
-    (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne "),
+    (re.compile(r"\\neq(?![A-Za-z])|\\not\s*="), r"\\ne "),
+    (re.compile(r"\\cr(?![A-Za-z])"), r"\\\\ "),
     (re.compile(r"\\lt(?![A-Za-z])"), "<"),
     (re.compile(r"\\gt(?![A-Za-z])"), ">"),
     (re.compile(r"\\(?:varnothing)(?![A-Za-z])"), r"\\emptyset"),
@@ -58,16 +63,34 @@ _COMMANDS = (
      r"\\mathbb{R}"),
     (re.compile(r"\\(?:dotsc|dotsb|cdots|ldots|dots)(?![A-Za-z])"), r"\\ldots"),
 )  # fmt: skip
+# A letter that is a number keeps to the digits before it: 3\mathrm{i}.
+_UNIT_NUMBER = re.compile(r"(?<=\d)\\(?:mathrm|text|operatorname)\s*\{([ie])\}", re.ASCII)
 _PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
 _PLAIN_NAME = re.compile(r"(?<![\\A-Za-z])(pi|ln|log|sin|cos|tan)(?![A-Za-z])")
 _PLAIN = re.compile(r"(?<![\\A-Za-z])(?:sqrt|pi|ln|log|sin|cos|tan)(?![A-Za-z])")
+_INFINITY = re.compile(r"(?<![\\A-Za-z])(?:[Ii]nf(?:inity)?|oo)(?![A-Za-z])")
+_UNION = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
+_STARRED_POWER = re.compile(r"(?<=[\w)\]}])\*\*(?=[\d({-]|[a-z](?![a-z]))", re.ASCII)
+_BARE_POWER = re.compile(
+    r"\^\s*(?:\(([^(){}]{1,20})\)|\{?(-?\d{0,9}\.\d{1,9})(?:\}|(?![\d}])))", re.ASCII
+)
+# "$42$ cm": the formula is a part of the text.
+_SPAN_FIRST = re.compile(
+    r"(?:\$([^$\s](?:[^$]{0,300}[^$\s])?)\$|\\\((.{1,300}?)\\\))(\s*[A-Za-z\u4e00-\u9fff%][^$]{0,60})"
+)
+_PLAIN_SET = re.compile(r"(^|\\in )\{([^{}]*,[^{}]*)\}$")
 _RELATIONS = re.compile(r"<=|=<|>=|!=")
 _RELATION_SIGNS = {"<=": "\\le ", "=<": "\\le ", ">=": "\\ge ", "!=": "\\ne "}
 _NUMERALS = re.compile(r"[0-9 .,/+-]*", re.ASCII)
 _BOLD = re.compile(r"\*\*(?=[\s.,]|$)|(?<=\s)\*\*(?=\S)|^\*\*")
 _COMMAND = re.compile("|".join(pattern.pattern for pattern, _ in _COMMANDS))
 _REWRITES = (("{,}", ","), ("\\%", "%"), ("\\$", "$"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"))
-_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+_WRAPPERS = (
+    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"),
+    ("`", "`"), ('"', '"'),
+)  # fmt: skip
+_FIRST_OF_WRAPPERS = tuple({opening[0] for opening, _ in _WRAPPERS})
+_EQUALS_FIRST = re.compile(r"^=\s*(?=[^=\s])")
 _DIGIT_INDEX = re.compile(r"_\{(\w)\}")
 _LONE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s|\s(?![0-9A-Za-z])", re.ASCII)
 
@@ -85,13 +108,20 @@ def normalize(text: str) -> str:
         text = _plain_commands(text)
     if "=" in text:
         text = _RELATIONS.sub(lambda match: _RELATION_SIGNS[match.group()], text)
+        text = _EQUALS_FIRST.sub("", text)
     if "**" in text:
-        text = _BOLD.sub("", text)
+        text = _BOLD.sub("", _STARRED_POWER.sub("^", text))
+    if "^" in text:
+        text = _BARE_POWER.sub(lambda found: f"^{{{found[1] or Fraction(found[2])}}}", text)
     if _PLAIN.search(text):
         text = _PLAIN_NAME.sub(r"\\\1 ", _PLAIN_ROOT.sub(r"\\sqrt{\1}", text))
+    text = _UNION.sub(r" \\cup ", _INFINITY.sub(r"\\infty ", text))
     text = squeeze(_DIGIT_INDEX.sub(r"_\1", text) if "_" in text else text)
-    if text[:1] in ("$", "\\", "*", "`"):
+    if text[:1] in _FIRST_OF_WRAPPERS:
         text = _unwrapped(_unwrapped(text))
+        if span := _SPAN_FIRST.fullmatch(text):
+            text = squeeze(f"{span[1] or span[2]}{span[3]}")
+    text = _PLAIN_SET.sub(r"\1\\{\2\\}", text)
     text = _unboxed(text)
     return text.removesuffix(".") if not text.endswith("..") else text
 
@@ -100,6 +130,7 @@ def _plain_commands(text: str) -> str:
     """Return a text with one command for each sign, without commands for spacing and fonts."""
     text = text.replace("\\!", "")
     text = _THIN_GROUPS.sub(lambda match: _THIN.sub("", match.group()), text)
+    text = _UNIT_NUMBER.sub(r"\1", text)
     text = _TEXT.sub(r" \1 ", _SPACING.sub(" ", _ROW_SPACING.sub(r"\\\\ ", text)))
     if _COMMAND.search(text):
         for pattern, new in _COMMANDS:
@@ -113,8 +144,13 @@ def _ascii_signs(text: str) -> str:
     """Return a text with commands for signs, scripts and roots that are not ASCII."""
     for sign, run in _SCRIPT_RUNS.items():
         text = run.sub(partial(_script, sign), text)
-    text = _ROOT_SIGN.sub(lambda m: f"\\sqrt{{{m[1].strip('()')}}}" if m[1] else "\\sqrt ", text)
+    text = _NEGATIVE.sub("-", _ROOT_SIGN.sub(_root_command, text))
     return text.translate(_SIGNS)
+
+
+def _root_command(sign: re.Match[str]) -> str:
+    command = f"\\sqrt{_ROOTS[sign[0][0]]}"
+    return f"{command}{{{sign[1].strip('()')}}}" if sign[1] else f"{command} "
 
 
 def _unboxed(text: str) -> str:

@@ -13,6 +13,7 @@ from ernie_train.rewards.verifiers.answer_text import (
 )
 from ernie_train.rewards.verifiers.expressions.arithmetic import TooLargeError, read_expression
 from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
+from ernie_train.rewards.verifiers.expressions.real_sets import read_real_set
 from ernie_train.rewards.verifiers.expressions.structure import name_and_value
 from ernie_train.rewards.verifiers.quantities import parse_quantity
 
@@ -26,11 +27,18 @@ _SPAN_NUMBER = re.compile(
 )
 _HAN = re.compile(r"[\u4e00-\u9fff]")
 _SENTENCE_START = re.compile(r"(?<=[.!?])\s+(?=[A-Z\u4e00-\u9fff])|(?<=[。\uff01\uff1f])")
-# Words around a number that make a bound or an estimate of it.
+# Words around a number that make a bound, an estimate or another number of it.
 _INEXACT = re.compile(
     r"\b(?:at (?:least|most)|up to|about|around|approximately|roughly|nearly|almost|between|minus"
     r"|(?:more|less|fewer|greater|larger|smaller|other|rather) than|exceeds?|over|under)\b"
-    r"|至少|大于|小于|至多|最多|最少|以上|以下|左右|超过|多于|少于|大约|不到|约",
+    r"|\b(?:twice|thrice|doubled?|tripled?|half|negative|near"
+    r"|(?:square|cube|root|negative|opposite|reciprocal|inverse|double|triple|half|quarter|multiple"
+    r"|factorial|logarithm) of)\s+(?=[-$\\\d*(])"
+    r"|\bclose to\b|\badd(?:ing|ed)?\s+\w+\s+to\b"
+    r"|\btoo (?:small|large|big|few|many|much|little|low|high)\b"
+    r"|\d[)*$]*\s+(?:squared|cubed)\b"
+    r"|至少|大于|小于|至多|最多|最少|以上|以下|左右|超过|多于|少于|大约|不到|约|近(?=[\d$])|将近|接近|几乎"
+    r"|差不多|比[^,\uff0c\u3002]{1,12}[大小多少高低]",
     re.IGNORECASE,
 )
 _APPROXIMATION = re.compile(
@@ -42,15 +50,18 @@ _APPROXIMATION = re.compile(
 _ARITHMETIC = re.compile(r"\d\s*[-+*/^\u00d7\u00f7\u2212]\s*\(?\d")
 _LEAD = re.compile(
     r"(?:(?:thus|therefore|hence|so|then|finally|and|we (?:get|have|find|obtain)|it follows that"
-    r"|\u6240\u4ee5|\u56e0\u6b64|\u6545)(?![a-z])[,:\uff0c]?\s*)+"
+    r"|\u2234|\\therefore|\u6240\u4ee5|\u56e0\u6b64|\u6545)(?![a-z])[,:\uff0c]?\s*)+"
     r"|[A-Z][a-z]+(?: [a-z]+){0,2}: ?(?=[-$\\\d(])",
     re.IGNORECASE,
 )
+_FENCED = re.compile(r"\s*(```|~~~)\w{0,20}\n(?P<line>[^\n]+)\n\1\s*")
 _PEOPLE = re.compile(r"[A-Z][\w'-]*(?:(?:, (?:and )?| and )[A-Z][\w'-]*)*")
 
 
 def answer_of(response: str) -> str | None:
     """Return the answer of a response, normalized; a list if it names several; None for none."""
+    if fenced := _FENCED.fullmatch(response):
+        response = fenced["line"]
     named = [normalize(without_reason(text)) for text in named_answers(response)]
     if any(len(text) > MAX_ANSWER_CHARACTERS for text in named):
         return None
@@ -79,7 +90,7 @@ def _without_lead(line: str) -> str:
     lead = _LEAD.match(line)
     if lead and not (hedges(lead[0]) or denies(lead[0]) or talks(lead[0])):
         line = line[lead.end() :]
-    return re.sub(r"(?<=\w)\s+equals\s+(?=[-$\\\d(])", " = ", line)
+    return re.sub(r"(?<=\w)\s+(?:equals|is)\s+(?=[-$\\\d(])", " = ", line)
 
 
 def _key(text: str) -> object:
@@ -89,7 +100,12 @@ def _key(text: str) -> object:
 
 
 def _is_prose(line: str) -> bool:
-    if parse_quantity(normalize(line)) is not None or _PEOPLE.fullmatch(line.strip(" .")):
+    text = normalize(line)
+    if (
+        parse_quantity(text) is not None
+        or read_real_set(text.lower())
+        or _PEOPLE.fullmatch(line.strip(" ."))
+    ):
         return False
     return len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", line)) > 2 or _is_chinese_sentence(line)
 

@@ -12,7 +12,9 @@ _NAMED = re.compile(
     r"(\([a-z](?:,\s?[a-z])+\)|[A-Za-z](?:_\{?\w+\}?)?'*(?:\([\w, +-]{1,12}\))?"
     r"|(?:m\s?)?\\(?:angle|triangle|overline|overrightarrow|vec|hat|widehat|bar)\s*\{?\s?[A-Z]{1,4}\}?"
     r"|\|?[A-Z]{2,4}\|?|[A-Z][a-z]{2,}(?:\s[a-z]{2,}){0,2}|[a-z]{4,}(?:\s[a-z]{2,}){0,2}"
-    r"|[a-z](?:\s?\+\s?[a-z]){1,3}|\\(?:sin|cos|tan|cot)\s?\\?[A-Za-z]+|\\[a-z]+(?:_\{?\w+\}?)?)"
+    r"|[a-z](?:\s?\+\s?[a-z]){1,3}|\\(?:sin|cos|tan|cot)\s?\\?[A-Za-z]+"
+    r"|\\(?:alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi"
+    r"|rho|sigma|tau|upsilon|(?:var)?phi|chi|psi|omega|ell)(?:_\{?\w+\}?)?)"
     r"\s*(=|\\in\b)\s*"
 )
 _LIST = re.compile(r",(?!\d{3}(?!\d))|,(?=\s)|;|\b(?:or|and)\b|或者?|和|与|以?及")

@@ -18,10 +18,17 @@ from ernie_train.rewards.verifiers.answer_text import (
     hedges,
     named_answers,
     squeeze,
+    talks,
 )
 
 _NAME = r"[A-Z][A-Za-z'-]{0,40}"
-_IS = r"\s*(?:\b(?:is|are|must be)\b|:|=|->|\u2192|\|)\s*(?:both\s|all\s)?(?:an?\s|the\s)?\s*"
+_IS = (
+    r"\s*(?:\b(?:is|are|must be)\b|:|=|->|\u2192|\||\(|(?<=\s)[-\u2013\u2014](?=\s))"
+    r"\s*(?:both\s|all\s)?(?:an?\s|the\s)?\s*"
+)
+_CLAUSE_END = re.compile(r"[.;\n]")
+_CLAUSE_CHARACTERS = 80
+_ASKED = re.compile(r"[^.;\n]{0,20}[?\uff1f]")
 _NUMBERS = re.compile(r"\(\d+\)|(?m:^[ \t]*(?:\d+[.)]|[-*])\s)")
 # Capitalized words at the start of a sentence that are not names.
 _CONNECTIVES = {"therefore", "thus", "hence", "so", "then", "finally", "and"}
@@ -53,6 +60,11 @@ def parse_assignment(
             continue
         rest.append(text[read : listed.start()])
         position = read = said.end()
+        clause = _CLAUSE_END.split(
+            text[max(0, listed.start() - _CLAUSE_CHARACTERS) : listed.start()]
+        )
+        if talks(clause[-1]) or _ASKED.match(text, position):
+            return None
         for name in name_word.findall(listed.group()):
             if name not in people and fold(name) in _CONNECTIVES:
                 continue

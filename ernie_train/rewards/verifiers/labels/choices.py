@@ -26,7 +26,7 @@ _SYNONYMS = {
 }  # fmt: skip
 _LABEL = rf"(?P<label>{'|'.join((*TRUTH_LABELS, *sorted(_SYNONYMS, key=len, reverse=True)))})"
 _SO = (
-    r"(?:(?:therefore|thus|hence|so|then|finally|in conclusion|overall|所以|因此|故|综上)"
+    r"(?:(?:therefore|thus|hence|so|then|finally|in conclusion|overall|本题|此题|所以|因此|故|综上)"
     r"[,\uff0c]?\s*)*"
 )
 # "The statement is therefore true.", "It must be false", "这个结论是错误的。"
@@ -42,6 +42,10 @@ _TRUTH_SENTENCE = re.compile(
     rf"{_LABEL.replace('label', 'chinese')}的?",
     re.IGNORECASE,
 )
+_LABELLED = re.compile(
+    r"^[*\s]*(?:final )?(?:label|verdict|conclusion|truth value|judge?ment)[*\s]*[:=][*\s]*",
+    re.IGNORECASE,
+)
 _PREFIX = re.compile(r"\(?([A-Z])\s?(?:[).:\u3001\uff1a]|[-\u2013]\s)\s*(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:\u3002]?", re.IGNORECASE)
 # "So option B is right.", "The correct choice is (B) 21.5", "I choose B", "B is correct", "故选B。"
@@ -52,14 +56,14 @@ _SPOKEN = re.compile(
     rf"|(?:I|we)\s+(?:choose|pick|select|go with)\s+(?:option\s|choice\s)?{_OPTION}"
     rf"|(?:应该?)?选项?(?:是|为)?[:\uff1a]?\s*{_OPTION}"
     rf"|{_OPTION}\s*(?=(?:is|must be)\s+(?:the\s+)?(?:correct|right|best|answer)"
-    r"|选?项?(?:是)?正确))"
+    r"|选?项?(?:是)?正确|选?项$))"
     r"(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _RIGHT = re.compile(
     r"\s*(?:(?:is|must be)\s+(?:the\s+)?(?:correct|right|best|answer)"
     r"(?:\s+(?:one|answer|choice|option))?"
-    r"|选?项?(?:是)?正确(?:的|答案)?)\s*",
+    r"|选?项?(?:是)?正确(?:的|答案)?|选?项)\s*",
     re.IGNORECASE,
 )
 # Neither a program that mentions a label nor a question is an answer.
@@ -85,7 +89,7 @@ def grade_truth(gold: str, response: str) -> Score:
 
 def _truth_said(text: str) -> str | None:
     """Return the label of a text that is one, or whose last sentence says that something is."""
-    text = without_reason(text, besides=TRUTH_LABELS).strip()
+    text = without_reason(_LABELLED.sub("", text), besides=TRUTH_LABELS).strip()
     if (label := truth_label(text.strip("*\"' "))) is not None:
         return label
     if _CODE.search(text):
@@ -172,7 +176,7 @@ def _texts(response: str, is_answer: Callable[[str], bool]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return _LATEX_TEXT.sub(r"\1", text).strip(" $*\n\t")
+    return _LATEX_TEXT.sub(r"\1", text).strip(" $*`\n\t")
 
 
 def _without_letter(choice: str, place: int) -> str:
