@@ -207,8 +207,8 @@ class _Comparison:
             # A gold answer may have a base that the response leaves out, not the other way round.
             if bases[0] is None:
                 return False
-            told = bases[1].groups() if bases[1] else (compact(answer), bases[0][2])
-            return bases[0].groups() == told
+            digits, base = bases[1].groups() if bases[1] else (compact(answer), bases[0][2])
+            return bases[0].groups() == (digits, base)
         sides = [squeeze(side) for side in answer.split("=")]
         if len(sides) > 1 and "=" not in gold:  # 8 + 9 = 17: each side must be the answer
             if name_and_value(f"{sides[0]} = 0")[0]:
