@@ -3,7 +3,7 @@ VENV ?= $(or $(ERNIE_TRAIN_VENV),.venv)
 PYTHON := $(VENV)/bin/python
 TEST ?= tests
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks test test-all test-slow golden lint format types docs bench evidence clean
+.PHONY: help setup hooks test test-all test-slow golden lint format types docs docs-check bench evidence clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,7 +37,11 @@ format:  ## let ruff mend and format what it can
 types:  ## mypy
 	$(PYTHON) -m mypy
 
-docs:  ## check links and the code that the documents name
+docs:  ## build the documentation as a site in site/; broken links and anchors are errors
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+docs-check:  ## what documents say: commands, recipes and code that they show, links
 	$(PYTHON) -m pytest -q tests/repository
 
 bench:  ## compare a training step and sampling with transformers on torch, one thread
@@ -48,5 +52,5 @@ evidence:  ## list the commands that remake the figures of the documents
 	@grep -hE '^python -m tools.evidence' docs/*.md README.md
 
 clean:  ## remove caches, not runs and not environments
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,10 +1,10 @@
-"""What MkDocs does besides: the first page is README, and links into the repository work on the site.
+"""What MkDocs does besides: README is the first page, links into the repository work on the site.
 
-Documents are written to be read where they lie: README links to `docs/data.md`, a page of `docs/` to
-`../recipes/tiny.yaml`. MkDocs knows `docs/` alone. So each file outside of it that a page links to
-becomes a page as well, Markdown as it is and other texts as one block of code, and links are written
-anew to lead there. A link to a file that does not exist is left as it stands: MkDocs warns of it, which
-`--strict` makes an error.
+Documents are written to be read where they lie: README links to `docs/data.md`, a page of `docs/`
+to `../recipes/tiny.yaml`. MkDocs knows `docs/` alone. So each file outside of it that a page links
+to becomes a page as well, Markdown as it is and other texts as one block of code, and links are
+written anew to lead there. A link to a file that does not exist is left as it stands: MkDocs warns
+of it, which `--strict` makes an error.
 
     python -m mkdocs build --strict      # what `make docs` does
 """

@@ -18,7 +18,6 @@ from ernie_train.cli.watch import follow_status, report_runs
 from ernie_train.core.errors import GateError, UserError
 from ernie_train.core.terminal import Terminal
 from ernie_train.eval.gates import check_gate
-from ernie_train.io.healthy import HEALTHY
 from ernie_train.io.run_dir import RunLock
 from ernie_train.report import overview, read_run, write_report
 from ernie_train.report.curves import MOST_POINTS, curve
@@ -396,10 +395,3 @@ def test_a_directory_that_is_no_run_cannot_be_followed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         follow_status(tmp_path, Terminal(file=io.StringIO()))
     assert read_run(make_run(tmp_path / "run")).is_complete
-
-
-def test_the_page_on_reports_names_every_healthy_range() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs/report.md").read_text(encoding="utf-8")
-    for metric in dict.fromkeys(healthy.metric for healthy in HEALTHY):
-        bounds = " and ".join(h.bounds for h in HEALTHY if h.metric == metric)
-        assert f"| `{metric}` | {bounds} |" in text

@@ -139,5 +139,5 @@ def test_names_on_the_site() -> None:
     assert site_name("docs/adr/README.md") == "adr/README.md"
     assert site_name("recipes/tiny.yaml") == "repository/recipes/tiny.yaml.md"
     assert site_name("README.md") == PAGES["README.md"] == "index.md"
-    text = '<img src="docs/pictures/report.png"> [x](https://x.org) [y](../z.md)'
+    text = '<img src="docs/images/report.png"> [x](https://x.org) [y](../z.md)'
     assert rewritten(text, "README.md", ROOT) == text.replace("docs/", "", 1)

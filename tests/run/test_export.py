@@ -61,10 +61,10 @@ def test_transformers_gives_the_receipt(tokenizer, tmp_path, dtype, keys):
 
 
 @pytest.mark.parametrize("version", ["newest", "4.57"])
-def test_the_example_of_the_readme_answers_a_prompt(tokenizer, tmp_path, referee, version):
+def test_the_example_of_the_page_answers_a_prompt(tokenizer, tmp_path, referee, version):
     write(new_model(), tokenizer, tmp_path / "out")
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    page = (REPOSITORY / "docs/serving.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (example,) = [text for text in examples if "AutoModelForCausalLM" in text]
     script = tmp_path / "example.py"
     script.write_text(example.replace("runs/tiny/export", str(tmp_path / "out")))

@@ -1,7 +1,8 @@
-"""The commands that README and docs/own_model.md show, on a small model."""
+"""The commands of README, docs/quick_start.md and docs/own_model.md, on a small model."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -60,16 +61,37 @@ def test_three_commands_lead_to_a_proven_export(
             for n in range(60)]  # fmt: skip
     write_rows(place / "my-data.jsonl", made)
     shown = [words[1:] for words in commands("README.md", "Your model and your data")]
-    assert [arguments[0] for arguments in shown] == ["import", "check", "run"]
+    assert [arguments[0] for arguments in shown] == ["import", "init", "run"]
     write_model(place / shown[0][1])
     for arguments in shown:
         run(arguments, capsys)
-    export = place / "runs" / "own" / "export"
+    export = place / "runs" / "my-recipe" / "export"
     assert json.loads((export / "export_receipt.json").read_text())["passed"]
     assert (export / "chat_template.jinja").read_text() == CHATML
     losses = [json.loads(line)["loss"] for line in
-              (place / "runs/own/01-sft/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+              (place / "runs/my-recipe/01-sft/metrics.jsonl").read_text().splitlines()]  # fmt: skip
     assert losses[-1] < losses[0]
+
+
+def test_the_quick_start(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the import on, with the row that the page shows."""
+    page = (ROOT / "docs/quick_start.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"```json\n(.*?)```", page, re.S)
+    (place / "my-data.jsonl").write_text(row * 60)
+    *_, imported = commands("docs/quick_start.md", "A model")
+    write_model(place / imported[2])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/exit\n"))
+    later = [commands("docs/quick_start.md", heading) for heading in ("Train", "Look, talk, serve")]
+    shown = [imported, *later[0], *later[1]]
+    verbs = [words[1] for words in shown]
+    assert verbs == ["import", "init", "check", "run", "report", "generate", "chat"]
+    for _, verb, *arguments in shown:
+        short = ["--max-new-tokens", "4"] if verb in ("generate", "chat") else []
+        run([verb, *arguments, *short], capsys)
+    assert (place / "runs/my-recipe/report.html").exists()
+    assert json.loads((place / "runs/my-recipe/export/export_receipt.json").read_text())["passed"]
 
 
 def test_the_commands_of_the_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
