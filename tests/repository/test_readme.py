@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ernie_train.core.config import load_yaml, parse_config
+from ernie_train.run.foreign_keys import FOREIGN_KEYS
 from ernie_train.run.recipe import Recipe, load_recipe
 from ernie_train.run.stages import SftConfig
 from tools import cli_reference
@@ -62,6 +63,19 @@ def test_recipes_and_parts_of_recipes_are_valid(page: str, number: int, tmp_path
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     assert parse_config(Recipe, as_recipe(load_yaml(path)), page).stages
+
+
+def test_keys_of_other_kits_are_those_that_errors_name() -> None:
+    page = (ROOT / "docs/writing_recipes.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| ", page.partition("## Coming from")[2], re.M)
+    assert len(rows) > 12
+    for there, here in rows:
+        known = re.findall(r"`(\w+)`", there)
+        ours = re.findall(r"`([\w.]+)`", here)
+        assert not set(known) - FOREIGN_KEYS.keys(), known
+        named = [FOREIGN_KEYS[key].replace("stages[].", "S.") for key in known]
+        for target in named:
+            assert " " in target or target in ours, (known, target)
 
 
 def test_the_recipe_for_a_model_of_ones_own_is_valid() -> None:
