@@ -83,7 +83,7 @@ def test_a_mistake_is_found() -> None:
     for text in (
         "ernie-train run recipes/tiny.yaml stages.sft.optim.rate=1",
         "ernie-train run recipes/tiny.yaml --directory runs/x",
-        "ernie-train trian recipes/tiny.yaml",
+        "ernie-train teach recipes/tiny.yaml",
         "python -m tools.evidence.nothing",
     ):
         with pytest.raises(Exception):  # noqa: B017  each layer has an error of its own
