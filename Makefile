@@ -38,7 +38,7 @@ types:  ## mypy
 	$(PYTHON) -m mypy
 
 docs:  ## build the documentation as a site in site/; broken links and anchors are errors
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 	@echo "open site/index.html"
 
 docs-check:  ## what documents say: commands, recipes and code that they show, links

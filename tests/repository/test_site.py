@@ -123,6 +123,13 @@ def test_links_into_the_repository_lead_to_pages(site: Path) -> None:
     assert "stages" in (site / "repository/recipes/tiny.yaml.html").read_text("utf-8")
 
 
+def test_ci_and_make_do_not_silence_warnings() -> None:
+    """With --quiet MkDocs counts no warnings, and --strict finds none."""
+    for name in ("Makefile", ".ci/run"):
+        (line,) = [x for x in (ROOT / name).read_text("utf-8").splitlines() if "mkdocs build" in x]
+        assert "--strict" in line and "-q" not in line
+
+
 def test_names_on_the_site() -> None:
     assert site_name("docs/adr/README.md") == "adr/README.md"
     assert site_name("recipes/tiny.yaml") == "repository/recipes/tiny.yaml.md"
