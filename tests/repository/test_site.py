@@ -76,7 +76,7 @@ def test_a_browser_asks_no_other_place_and_finds_words(site: Path) -> None:
         page.on("console", lambda message: told.append(message.text))
         page.goto((site / "index.html").as_uri(), timeout=60_000)
         page.goto((site / "recipes.html").as_uri(), timeout=60_000)
-        page.fill("input[name=query]", "bias_update_rate")
+        page.locator("input[name=query]").press_sequentially("bias_update_rate")
         page.wait_for_selector(".md-search-result__item", timeout=60_000)
         browser.close()
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
