@@ -83,8 +83,7 @@ class WorkerPool:
             if sent:
                 pickled, text = pickle.loads(sent)
                 error = pickle.loads(pickled)
-                error.add_note(f"It was raised in a forked process:\n{text}")
-                raise error
+                raise error from ErnieTrainError(f"It was raised in a forked process:\n{text}")
             if status:
                 raise ErnieTrainError(f"a forked process {_describe_status(status)}")
 

@@ -57,8 +57,7 @@ def test_an_error_arrives_as_itself():
         pool.start(fail)
         pool.wait()
     assert str(caught.value) == "recipe.yaml: key: wrong"
-    (note,) = caught.value.__notes__
-    assert "in fail" in note
+    assert "in fail" in str(caught.value.__cause__)
 
 
 class Stubborn(Exception):

@@ -26,8 +26,8 @@ def leaf(array):
 def surrogate(logprobs, old, advantages, mask, low, high):
     """PPO's objective by cases; also how many tokens lie where it is flat."""
     total, flat = 0.0, 0
-    for i in np.argwhere(mask):
-        x, a = np.exp(logprobs[*i] - old[*i]), advantages[*i]
+    for i in map(tuple, np.argwhere(mask)):
+        x, a = np.exp(logprobs[i] - old[i]), advantages[i]
         if a > 0 and x > 1 + high:
             total, flat = total - (1 + high) * a, flat + 1
         elif a < 0 and x < 1 - low:
@@ -202,8 +202,8 @@ def test_what_is_masked_has_no_influence_on_any_loss():
 
 def critic_error(values, old, returns, mask, clip_range):
     total = 0.0
-    for i in np.argwhere(mask):
-        v, o, r = values[*i], old[*i], returns[*i]
+    for i in map(tuple, np.argwhere(mask)):
+        v, o, r = values[i], old[i], returns[i]
         near = min(max(v, o - clip_range), o + clip_range)
         total += 0.5 * max((v - r) ** 2, (near - r) ** 2)
     return total

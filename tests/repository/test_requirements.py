@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -14,16 +16,23 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def pins(file: str) -> dict[str, str]:
-    """Name -> version of a requirements file, with the files that it includes."""
+PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)(?: ; (python_version (?:<|>=) \"3\.11\"))?")
+PYTHONS = ("3.10", "3.11", "3.12")
+THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def pins(file: str, python: str = THIS_PYTHON) -> dict[str, str]:
+    """Name -> version of a requirements file on a Python, with the files that it includes."""
     found: dict[str, str] = {}
     for line in (REPOSITORY / file).read_text().splitlines():
         line = line.partition("#")[0].strip()
         if line.startswith("-r "):
-            found |= pins(line.removeprefix("-r "))
+            found |= pins(line.removeprefix("-r "), python)
         elif line:
-            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)", line)
+            match = PIN.fullmatch(line)
             assert match, f"{file}: not an exact pin: {line}"
+            if match[3] and not Marker(match[3]).evaluate({"python_version": python}):
+                continue
             assert normal(match[1]) not in found, f"{file}: {match[1]} stands twice"
             found[normal(match[1])] = match[2]
     return found
@@ -36,10 +45,21 @@ def needs(name: str, extras: tuple[str, ...] = ("",)) -> list[Requirement]:
     ]
 
 
-def test_the_gpu_set_differs_in_paddle_only() -> None:
-    cpu, gpu = pins("requirements.txt"), pins("requirements-gpu.txt")
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_gpu_set_differs_in_paddle_only(python: str) -> None:
+    cpu, gpu = pins("requirements.txt", python), pins("requirements-gpu.txt", python)
     assert cpu.pop("paddlepaddle") == gpu.pop("paddlepaddle-gpu")
     assert cpu == gpu
+
+
+def test_python_310_gets_everything_and_what_later_ones_have_built_in() -> None:
+    oldest, *others = (pins("requirements.txt", python) for python in PYTHONS)
+    assert others[0] == others[1]
+    assert set(oldest) - set(others[0]) == {"async-timeout", "exceptiongroup"}
+    assert set(others[0]) <= set(oldest)
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    assert 'requires-python = ">=3.10,<3.13"' in project
+    assert all(f'"Programming Language :: Python :: {python}"' in project for python in PYTHONS)
 
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -139,16 +140,18 @@ class Endpoint:
         """
 
         async def run() -> T:
-            task = asyncio.create_task(work)
+            task, ends = asyncio.create_task(work), time.monotonic() + timeout_s
             try:
-                async with asyncio.timeout(timeout_s):
-                    while not task.done():
-                        if stop_requested():
-                            raise Interrupted(
-                                f"stopped on a signal while waiting for the engine's {path}"
-                            )
-                        await asyncio.wait([task], timeout=_POLL_S)
-                    return task.result()
+                while not task.done():
+                    if stop_requested():
+                        raise Interrupted(
+                            f"stopped on a signal while waiting for the engine's {path}"
+                        )
+                    left_s = ends - time.monotonic()
+                    if left_s <= 0:
+                        raise TimeoutError
+                    await asyncio.wait([task], timeout=min(_POLL_S, left_s))
+                return task.result()
             finally:
                 await _end([task])
 
