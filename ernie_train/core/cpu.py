@@ -32,7 +32,7 @@ from pathlib import Path
 
 from ernie_train.core import blas
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 
 # Lists the variables that an ernie_train process set, so that the processes it starts can tell

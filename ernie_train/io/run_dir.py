@@ -134,6 +134,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def recorded_version(run_dir: Path) -> str:
+    """Return which ernie_train wrote a run directory last, with its commit where that is known."""
+    try:
+        facts = read_json(run_dir / ENVIRONMENT)
+        commit = facts.get("code", {}).get("commit")
+        return f"ernie_train {facts['ernie_train']}" + (f" at commit {commit}" if commit else "")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return "an unknown version of ernie_train"
+
+
 @dataclass(frozen=True)
 class StageDone:
     """Describe a finished stage: its settings, inputs (name -> hash) and result."""

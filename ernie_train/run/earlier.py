@@ -14,10 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
+from ernie_train.core.cpu import __version__
 from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
+from ernie_train.core.foreign_files import read_json
 from ernie_train.io.files import write_json
-from ernie_train.io.run_dir import DONE, read_done, read_result
+from ernie_train.io.run_dir import DONE, ENVIRONMENT, read_done, read_result, recorded_version
 from ernie_train.run.finalize import EVALUATION, EXPORT, EXPORT_RECORD, SAMPLES
+from ernie_train.run.foreign_keys import minor_version
 from ernie_train.run.lineage import HashMemory, Lineage, stage_changes, stage_record
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig
@@ -95,6 +98,13 @@ class EarlierStarts:
             changes, done = stage_changes(stage, lineage, recorded), read_done(directory)
             if changes and done is None and not _has_trained(directory):
                 return Changed(repeated=stage.name)
+            if changes and (other := _other_version(self.run_dir)):
+                raise CheckpointError(
+                    f"{self.run_dir} was written by {other}, and its stage {stage.name} cannot go "
+                    f"on with ernie_train {__version__}. Use that version; or give another "
+                    f"--run-dir, with model.path={self.run_dir} tokenizer.path={self.run_dir} to "
+                    f"start from what it trained; or repeat the stage here: --from {stage.name}"
+                )
             if changes:
                 extends = stage is last and all(map(_EXTENDED.match, changes))
                 hindrance = self._hindrance(recorded["settings"]) if extends else None
@@ -210,6 +220,19 @@ def record_stage(directory: Path, stage: AnyStageConfig, lineage: Lineage) -> No
     before = read_result(directory / STAGE) or {}
     kept = {key: before[key] for key in ("extensions",) if key in before}
     write_json(directory / STAGE, {**stage_record(stage, lineage), **kept})
+
+
+def _other_version(run_dir: Path) -> str | None:
+    """Return the version that wrote a run directory last, None if it is as good as this one.
+
+    Settings and hashes of another minor version cannot be compared with those of this one.
+    """
+    try:
+        recorded = str(read_json(run_dir / ENVIRONMENT)["ernie_train"])
+        same = minor_version(recorded) == minor_version(__version__)
+    except (OSError, ValueError, KeyError, TypeError):  # unknown
+        return None
+    return None if same else recorded_version(run_dir)
 
 
 def _has_trained(directory: Path) -> bool:

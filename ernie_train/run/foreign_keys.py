@@ -1,6 +1,10 @@
-"""The names that other training kits give to settings, and what they are called here."""
+"""What other training kits and earlier versions call settings, and what they are called here."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from ernie_train.core.cpu import __version__
 
 _RUN_DIR = "where to write is said by --run-dir"
 _PRECISION = "delete it: weights are bfloat16 on GPUs and float32 on CPUs"
@@ -103,3 +107,47 @@ FOREIGN_KEYS = {
     "load_in_4bit": "delete it: quantized weights cannot be trained here",
     "load_in_8bit": "delete it: quantized weights cannot be trained here",
 }
+
+
+# ---- versions ------------------------------------------------------------------------------------
+
+
+def later_version(version: str) -> bool:
+    """Return whether `version`, such as `0.3`, is later than this one."""
+    return minor_version(version) > minor_version(__version__)
+
+
+def version_advice(version: object) -> str | None:
+    """Return what to tell of a recipe with mistakes that was written for an earlier version."""
+    try:
+        if not isinstance(version, str) or minor_version(version) >= minor_version(__version__):
+            return None
+    except ValueError:  # no version, as the schema tells
+        return None
+    return (
+        f"version: the recipe was written for ernie_train {version}, this is {__version__}; "
+        "CHANGELOG.md lists under each version what recipes must change"
+    )
+
+
+def minor_version(version: str) -> tuple[int, int]:
+    """Return major and minor number of a version; raises `ValueError` if it is none."""
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
+def as_written_today(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a resolved recipe of 0.2 with what is refused today under its name of today."""
+    formats = []
+    for stage in data.get("stages") or []:
+        rollout = stage.get("rollout") or {}
+        if rollout.get("truncated") == "punish" and not rollout.get("truncation_penalty"):
+            rollout["truncated"] = "keep"
+        policy = stage.get("policy") or {}
+        if not stage.get("critic") and policy.get("group_scale") != "none":
+            policy.pop("normalize_rewards", None)  # it had no effect
+        if stage.get("kind") == "sft" and isinstance(stage.get("thinking"), bool):
+            formats.append("ernie_thinking" if stage.pop("thinking") else "ernie_plain")
+    if formats and not data.get("chat"):  # the last SFT stage chose the format
+        data["chat"] = {"template": formats[-1]}
+    return data

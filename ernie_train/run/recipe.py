@@ -18,17 +18,22 @@ from ernie_train.core.config import (
     load_yaml,
     parse_config,
 )
+from ernie_train.core.cpu import __version__
 from ernie_train.core.errors import CheckpointError, ConfigError, DataError, hub_hint
-from ernie_train.core.foreign_files import read_json
 from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_tokenizer
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.eval.prompts import FewShot, load_few_shot
 from ernie_train.io.loggers import LoggerChoice, LoggerSettings
-from ernie_train.io.run_dir import ENVIRONMENT, RECIPE
+from ernie_train.io.run_dir import RECIPE, recorded_version
 from ernie_train.io.shipped import read_recipe
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
-from ernie_train.run.foreign_keys import FOREIGN_KEYS
+from ernie_train.run.foreign_keys import (
+    FOREIGN_KEYS,
+    as_written_today,
+    later_version,
+    version_advice,
+)
 from ernie_train.run.quantize import QuantizeConfig, stage_with_rows
 from ernie_train.run.sources import ModelSource, TokenizerSource, tokenizer_directory
 from ernie_train.run.stages import AnyStageConfig, RewardModelConfig
@@ -146,6 +151,10 @@ class Recipe(StrictConfig):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     """Name of the run, and of its directory `runs/NAME`."""
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
+    """Version of ernie_train that the recipe was written for, `"0.3"`: an earlier one refuses it, a
+    later one says what changed where it cannot take it.
+    """
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of random weights, order of data and sampling; each stage derives its own from it."""
     model: ModelSource
@@ -184,6 +193,13 @@ class Recipe(StrictConfig):
                 "newer)"
             )
         return value
+
+    @field_validator("version")
+    @classmethod
+    def _refuse_later(cls, version: str | None) -> str | None:
+        if version is not None and later_version(version):
+            raise ValueError(f"{version} is needed, this is ernie_train {__version__}: update it")
+        return version
 
     @field_validator("metrics")
     @classmethod
@@ -318,7 +334,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises `ConfigError` that lists every mistake with its path.
     """
     data = apply_overrides(read_recipe(path), overrides or [])
-    return parse_config(Recipe, data, str(path))
+    try:
+        return parse_config(Recipe, data, str(path))
+    except ConfigError as error:
+        if advice := version_advice(data.get("version")):
+            raise ConfigError([advice, *error.problems], error.source) from None
+        raise
 
 
 def recorded_recipe(run_dir: Path) -> Recipe | None:
@@ -330,38 +351,17 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
     if not path.exists():
         return None
     try:
-        data = _as_written_today(load_yaml(path))
+        data = as_written_today(load_yaml(path))
         return parse_config(Recipe, data, str(path), recorded=True)
     except ConfigError as error:
         first, _, rest = error.problems[0].partition("; ")
         more = " (and more)" if rest or len(error.problems) > 1 else ""
         raise CheckpointError(
-            f"{path} was recorded by {_recorded_version(run_dir)}, and its settings have changed "
+            f"{path} was recorded by {recorded_version(run_dir)}, and its settings have changed "
             f"since. Use that version, or one of the run's checkpoints, such as "
             f"{run_dir / 'NN-STAGE' / 'checkpoints' / 'step_NNNNNN'}, as the model. "
             f"{first}{more}"
         ) from None
-
-
-def _as_written_today(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a resolved recipe of 0.2.0 with what is refused today under its name of today."""
-    for stage in data.get("stages") or []:
-        rollout = stage.get("rollout") or {}
-        if rollout.get("truncated") == "punish" and not rollout.get("truncation_penalty"):
-            rollout["truncated"] = "keep"
-        policy = stage.get("policy") or {}
-        if not stage.get("critic") and policy.get("group_scale") != "none":
-            policy.pop("normalize_rewards", None)  # it had no effect
-    return data
-
-
-def _recorded_version(run_dir: Path) -> str:
-    try:
-        facts = read_json(run_dir / ENVIRONMENT)
-        commit = facts.get("code", {}).get("commit")
-        return f"ernie_train {facts['ernie_train']}" + (f" at commit {commit}" if commit else "")
-    except (OSError, ValueError, KeyError, AttributeError):
-        return "an unknown version of ernie_train"
 
 
 def recipe_schema() -> dict[str, Any]:

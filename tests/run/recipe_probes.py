@@ -85,6 +85,7 @@ PROBES: dict[str, Probe] = {
     # ---- the recipe
     "name": Probe("sft", {"name": "other"}, observe="directory"),
     "seed": Probe("sft", {"seed": 6}),
+    "version": Probe("sft", {"version": "9.0"}),
     "model": Probe("sft", {"model.moe_k": 1}),
     "model.preset": Probe("sft", {"model": {"preset": "mini"}}, observe="model"),
     "model.path": Probe("sft", {"model": {"path": "{root}/of_base"}}),
