@@ -220,7 +220,7 @@ class ChatTemplate:
 
 def shipped_template(name: str, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
     """Return one of the `SHIPPED_TEMPLATES` by its name."""
-    source = files("ernie_train.data").joinpath("templates", f"{name}.jinja")
+    source = files("ernie_train.data").joinpath("templates").joinpath(f"{name}.jinja")
     return ChatTemplate(source.read_text(encoding="utf-8"), special_tokens or {}, f"{name}.jinja")
 
 
