@@ -38,7 +38,7 @@ _CI_VERSION = "3.11"
 
 
 class Cell(NamedTuple):
-    """What is claimed of a feature on a device, and the tests that must back it."""
+    """Hold the claim of a feature on a device, and the tests that must back it."""
 
     claim: str
     tests: tuple[str, ...]
@@ -115,7 +115,7 @@ def faults(matrix: Matrix, root: Path = ROOT) -> list[str]:
 
 
 class Outcomes:
-    """What pytest recorded of tests, parameters taken together."""
+    """Read what pytest recorded of tests, parameters taken together."""
 
     def __init__(self, junit: Path) -> None:
         self._seen: dict[str, Counter[str]] = {}
