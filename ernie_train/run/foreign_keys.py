@@ -1,4 +1,4 @@
-"""What other training kits and earlier versions call settings, and what they are called here."""
+"""Names that other training kits and earlier versions give to settings, and those of today."""
 
 from __future__ import annotations
 
