@@ -32,7 +32,7 @@ from ernie_train.environments import (
 )
 from ernie_train.generate.engine import Completion, generate
 from ernie_train.generate.sampler import SamplingConfig
-from ernie_train.io.files import write_jsonl
+from ernie_train.io.files import lock_directory, write_jsonl
 from ernie_train.io.outputs import check_output_file
 from ernie_train.io.run_dir import ENVIRONMENT
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -313,9 +313,11 @@ class Chat:
 
     def _save(self) -> None:
         """Write this chat's rows behind those that its file has from elsewhere, read anew."""
-        path = self.transcript
-        if path is None:
-            return
+        if self.transcript is not None:
+            with lock_directory(self.transcript.resolve().parent):  # other chats may save to it
+                self._save_to(self.transcript)
+
+    def _save_to(self, path: Path) -> None:
         others: list[dict[str, Any]] = []
         if path.is_file() and path.stat().st_size and not self._replaces:
             others = read_rows(path)

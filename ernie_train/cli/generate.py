@@ -14,9 +14,8 @@ from rich.console import Console
 from ernie_train.cli.model import best_checkpoint, open_model
 from ernie_train.cli.turn_view import TokenText
 from ernie_train.core.errors import DataError, Interrupted, UserError
-from ernie_train.core.progress import progress_bar
 from ernie_train.core.signals import StopFlag
-from ernie_train.core.terminal import printable
+from ernie_train.core.terminal import printable, progress_bar
 from ernie_train.data import Columns, Record, Tokenizer, find_files, read_records
 from ernie_train.eval.prompts import completion_text, encode_problems, encode_prompt, user_prompt
 from ernie_train.generate.engine import Completion, generate

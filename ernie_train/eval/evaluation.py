@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ernie_train.core.config import describe
 from ernie_train.core.errors import ConfigError, DataError
-from ernie_train.core.progress import progress_bar
+from ernie_train.core.terminal import progress_bar
 from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
 from ernie_train.data.completion_format import parse_completion
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes

@@ -44,16 +44,26 @@ def check_gate(
 def gate_problems(
     gate: Gate, evaluation: dict[str, Any], before: dict[str, Any] | None
 ) -> list[str]:
-    """Return what an evaluation lacks for a gate, none where the gate is passed."""
+    """Return what an evaluation lacks for a gate, none where the gate is passed.
+
+    The problems may have changed since `before`: a domain that is new has not fallen, but one that
+    is gone cannot be judged.
+    """
     problems = _too_low(gate, evaluation_metrics(evaluation))
-    if gate.max_regression is not None and before is not None:
-        for domain, now in evaluation["domains"].items():
-            was = before["domains"][domain]["accuracy"]
-            if was - now["accuracy"] > gate.max_regression:
-                problems.append(
-                    f"eval/{domain} fell from {was:.3f} to {now['accuracy']:.3f}, more than "
-                    f"max_regression={gate.max_regression:g}"
-                )
+    if gate.max_regression is None or before is None:
+        return problems
+    for domain, earlier in before["domains"].items():
+        was, now = earlier["accuracy"], evaluation["domains"].get(domain)
+        if now is None:
+            problems.append(
+                f"eval/{domain} was measured before the stage alone, so that max_regression cannot "
+                "judge it: the problems have changed"
+            )
+        elif was - now["accuracy"] > gate.max_regression:
+            problems.append(
+                f"eval/{domain} fell from {was:.3f} to {now['accuracy']:.3f}, more than "
+                f"max_regression={gate.max_regression:g}"
+            )
     return problems
 
 

@@ -9,6 +9,7 @@ moved to `<name>.old`; `recover` moves it back if the new one was never renamed 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -46,6 +47,21 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lock_directory(path: Path) -> Iterator[None]:
+    """Let one process at a time be in this context for a directory; others wait.
+
+    On a file system without locks, which raises `OSError`, all of them go on.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
 
 
 def digest_file(path: Path) -> FileDigest:

@@ -21,8 +21,7 @@ import rich.console
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, storage_errors
 from ernie_train.core.foreign_files import open_regular, parse_json
-from ernie_train.core.progress import ProgressDisplay
-from ernie_train.core.terminal import Terminal
+from ernie_train.core.terminal import ProgressDisplay, Terminal
 from ernie_train.io.files import write_text
 from ernie_train.io.loggers import LoggerSettings
 

@@ -11,6 +11,10 @@ from ernie_train.core.foreign_files import open_regular, parse_json
 from ernie_train.io.files import check_replaceable
 
 LONGEST_ROW_BYTES = 2**24
+_NO_EARLIER_OUTPUT = (
+    "{} exists and is no earlier output of this command: give another path, or --force to replace "
+    "it"
+)
 
 
 def check_output_directory(
@@ -22,14 +26,19 @@ def check_output_directory(
         path: the directory.
         mark: name of a file that only directories of the same kind have.
         inputs: paths that the work reads: not replaced either.
-        force: True to replace anything else that this program wrote.
+        force: True to replace these too, and anything else that this program wrote.
 
     Raises:
         UserError: something else is there; the message says what to do.
     """
     check_replaceable(path)
-    if path.is_dir() and any(path.iterdir()) and not force:
-        _refuse(path, (path / mark).is_file(), inputs)
+    if not path.is_dir() or not any(path.iterdir()) or force:
+        return
+    place = path.resolve()
+    if any(place == used or place in used.parents for used in (i.resolve() for i in inputs)):
+        raise UserError(f"{path} is read by this command: give another path, or --force")
+    if not (path / mark).is_file():
+        raise UserError(_NO_EARLIER_OUTPUT.format(path))
 
 
 def check_output_file(
@@ -38,7 +47,8 @@ def check_output_file(
     """Check that the .jsonl file `path` may be written; its rows have `keys`.
 
     Pipes and devices are written to as they are. The other arguments are those of
-    `check_output_directory`, as is the error; a file that `force` replaces may be anyone's.
+    `check_output_directory`, as is the error; a file that `force` replaces may be anyone's, but
+    none of `inputs`.
     """
     if path.is_dir():
         raise UserError(f"{path} is a directory, not a file")
@@ -46,8 +56,14 @@ def check_output_file(
         raise UserError(f"{path}: there is no directory {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{path}: no permission to write")
-    if path.is_file() and path.stat().st_size and not force:
-        _refuse(path, _has_rows(path, keys), inputs)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    place, is_same_kind = path.resolve(), _has_rows(path, keys)
+    for used in (i.resolve() for i in inputs):
+        if place == used or (used in place.parents and not is_same_kind):
+            raise UserError(f"{path} is read by this command: give another path")
+    if not force and not is_same_kind:
+        raise UserError(_NO_EARLIER_OUTPUT.format(path))
 
 
 def check_run_directory(path: Path, mark: str, written: Sequence[str]) -> None:
@@ -66,17 +82,6 @@ def check_run_directory(path: Path, mark: str, written: Sequence[str]) -> None:
         raise UserError(
             f"{path} is no run directory, and a run would replace its {', '.join(taken)}: give "
             "another --run-dir"
-        )
-
-
-def _refuse(path: Path, is_same_kind: bool, inputs: Sequence[Path]) -> None:
-    place = path.resolve()
-    if any(place == used or place in used.parents for used in (i.resolve() for i in inputs)):
-        raise UserError(f"{path} is read by this command: give another path, or --force")
-    if not is_same_kind:
-        raise UserError(
-            f"{path} exists and is no earlier output of this command: give another path, or "
-            "--force to replace it"
         )
 
 

@@ -29,5 +29,8 @@ def addresses(*tensors: Tensor) -> list[int]:
 
 
 def room(*shape: int) -> Tensor:
-    """Return float32 of unknown values, aligned as Paddle aligns: MKL's bits depend on that."""
-    return paddle.empty(shape, "float32")
+    """Return float32 of unknown values, aligned as Paddle aligns: MKL's bits depend on that.
+
+    It lies where kernels compute, which need not be Paddle's default device.
+    """
+    return paddle.empty(shape, "float32", device="cpu")

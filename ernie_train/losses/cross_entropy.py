@@ -15,6 +15,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
+from ernie_train.core.autograd import once_differentiable
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # most logits of a chunk (32 MiB in float32)
 Trains = tuple[bool, bool, bool]  # whether hidden, weight and bias take a gradient
@@ -54,6 +55,7 @@ class _LinearCrossEntropy(PyLayer):
         return (token_losses * token_weights).sum(), token_losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (g if g is None else g * grads[0].astype(g.dtype) for g in ctx.gradients)
         return (*scaled, None, None)

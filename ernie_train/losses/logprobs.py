@@ -11,6 +11,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_train.core.autograd import once_differentiable
 from ernie_train.losses.cross_entropy import chunks, cross_entropy_rows
 
 
@@ -61,6 +62,7 @@ class _TokenLogprobs(PyLayer):
         return paddle.concat(logprobs), paddle.concat(entropies)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, ids = ctx.saved_tensor()
         scaled = [None if grad is None else grad / ctx.temperature for grad in grads]

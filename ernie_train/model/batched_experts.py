@@ -18,7 +18,7 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernie_train.model.pylayer import needs_grad, once_differentiable, select_grads
+from ernie_train.core.autograd import needs_grad, once_differentiable, select_grads
 
 MOST_SLOTS_PER_ROW = 2.0  # beyond it the zeros cost more than kernels that start one by one
 

@@ -14,8 +14,9 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
+from ernie_train.core.autograd import needs_grad, once_differentiable, select_grads
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.pylayer import cast, needs_grad, once_differentiable, select_grads
+from ernie_train.model.dtypes import cast
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

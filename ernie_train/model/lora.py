@@ -22,9 +22,9 @@ from paddle import Tensor, nn
 from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import Positive, PositiveInt, StrictConfig
+from ernie_train.model.dtypes import dtype_name
 from ernie_train.model.layers import ACTIVATIONS
 from ernie_train.model.moe import Experts
-from ernie_train.model.pylayer import dtype_name
 from ernie_train.model.token_dispatcher import is_expert_parameter
 from ernie_train.model.transformer import Ernie4_5_MoeForCausalLM, LMHead
 

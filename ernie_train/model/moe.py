@@ -17,11 +17,12 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
+from ernie_train.core.autograd import needs_grad, once_differentiable, select_grads
 from ernie_train.model import batched_experts
 from ernie_train.model.batched_experts import BatchedSwiGLU
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.dtypes import cast
 from ernie_train.model.layers import ACTIVATIONS, MLP
-from ernie_train.model.pylayer import cast, needs_grad, once_differentiable, select_grads
 from ernie_train.model.token_dispatcher import LocalDispatcher, Placement, make_routing
 
 LOCAL_PLACEMENT = Placement(None, LocalDispatcher())

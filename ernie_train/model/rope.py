@@ -15,7 +15,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
-from ernie_train.model.pylayer import cast, once_differentiable
+from ernie_train.core.autograd import once_differentiable
+from ernie_train.model.dtypes import cast
 
 
 def inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:

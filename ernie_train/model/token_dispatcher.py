@@ -14,7 +14,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
-from ernie_train.model.pylayer import once_differentiable
+from ernie_train.core.autograd import once_differentiable
 
 MetadataT = TypeVar("MetadataT")  # what one kind of dispatcher keeps between its three calls
 

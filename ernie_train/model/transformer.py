@@ -19,10 +19,10 @@ from paddle import Tensor, nn
 from ernie_train.model.attention import Attention, AttentionTables
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.dtypes import dtype_name, zero_parameters
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.layers import MLP, RMSNorm
 from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats
-from ernie_train.model.pylayer import dtype_name, zero_parameters
 from ernie_train.model.rope import RopeTables
 from ernie_train.model.token_dispatcher import Placement, is_expert_parameter
 

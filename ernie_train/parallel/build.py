@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from ernie_train.model.pylayer import default_dtype, dtype_name
+from ernie_train.model.dtypes import default_dtype, dtype_name
 from ernie_train.parallel.expert import expert_placement
 
 

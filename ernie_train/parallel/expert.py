@@ -19,10 +19,11 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie_train.core import process_group
+from ernie_train.core.autograd import needs_grad, once_differentiable, select_grads
 from ernie_train.core.errors import ConfigError
 from ernie_train.model import Ernie4_5_MoeConfig, Placement
+from ernie_train.model.dtypes import cast
 from ernie_train.model.moe import LOCAL_PLACEMENT
-from ernie_train.model.pylayer import cast, needs_grad, select_grads
 from ernie_train.model.token_dispatcher import Dispatched, InFlight, Permute, Routing, Unpermute
 from ernie_train.parallel.collectives import (
     Collectives,
@@ -124,6 +125,7 @@ class _StartDispatch(PyLayer):
         return paddle.zeros([1], rows.dtype), x.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return select_grads(ctx.needs_grad, (grads[1], *_unpack(ctx.transfer.take().wait())))
 
@@ -145,6 +147,7 @@ class _WaitDispatch(PyLayer):
         return *arrived, overlapped.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if ctx.needs_grad[0]:
             ctx.transfer.work = ctx.transfer.plan.start_combine(_pack(*grads[:2]))
@@ -160,6 +163,7 @@ class _Combine(PyLayer):
         return plan.start_combine(rows).wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return ctx.plan.wait_dispatch(ctx.plan.start_dispatch(grads[0]))
 

@@ -19,6 +19,7 @@ from paddle.distributed.fleet import utils
 from pydantic import ValidationInfo, field_validator
 
 from ernie_train.core import process_group
+from ernie_train.core.autograd import once_differentiable
 from ernie_train.core.config import PositiveInt, StrictConfig
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.attention import AttentionTables
@@ -209,6 +210,7 @@ class _ChunkedBlock(PyLayer):
         return joined
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor:
         (x,) = ctx.saved_tensor()
         with paddle.enable_grad():

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from ernie_train.core.progress import format_duration
-from ernie_train.core.terminal import one_line, printable, shorten
+from ernie_train.core.terminal import format_duration, one_line, printable, shorten
 from ernie_train.eval.gates import evaluation_metrics, gate_problems
 from ernie_train.io.healthy import HEALTHY, HealthyRange
 from ernie_train.report.run_files import RunFiles, StageFiles

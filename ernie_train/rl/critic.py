@@ -21,7 +21,7 @@ from ernie_train.model import (
     Ernie4_5_MoeModel,
     HiddenOutput,
 )
-from ernie_train.model.pylayer import default_dtype, dtype_name
+from ernie_train.model.dtypes import default_dtype, dtype_name
 from ernie_train.parallel import owned_names
 from ernie_train.weights.adapters import from_disk, to_disk
 

@@ -18,7 +18,7 @@ from ernie_train.environments import Toolbox, open_toolbox
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate.engines import Engine, build_engine
 from ernie_train.io.metrics_log import PendingLine, StageMetrics, cut_after
-from ernie_train.model.pylayer import dtype_name
+from ernie_train.model.dtypes import dtype_name
 from ernie_train.rewards.scoring import (
     ComposedReward,
     build_reward,

@@ -17,8 +17,8 @@ from ernie_train.core import process_group
 from ernie_train.core.config import NonNegative, Positive, StrictConfig
 from ernie_train.core.errors import CheckpointError
 from ernie_train.io.safetensors import ArraysByOtherNames
+from ernie_train.model.dtypes import cast
 from ernie_train.model.partial import trained_parameters
-from ernie_train.model.pylayer import cast
 from ernie_train.weights.adapters import Rename
 
 # Paddle's names of AdamW's state: `<parameter>_<slot>_0` in `state_dict`.

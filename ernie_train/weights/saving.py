@@ -23,7 +23,7 @@ from ernie_train.io.safetensors import (
     write_tensor_files,
 )
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-from ernie_train.model.pylayer import dtype_name
+from ernie_train.model.dtypes import dtype_name
 from ernie_train.parallel import owned_names
 from ernie_train.weights.hf import DTYPES, check_dtype
 from ernie_train.weights.layout import TensorMapping, tensor_mappings

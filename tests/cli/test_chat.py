@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -244,6 +245,30 @@ def test_two_chats_keep_one_transcript(talk, tmp_path):
                          {"role": "assistant", "content": "same"}]  # fmt: skip
         chat._save()
     assert sorted(questions(path)) == ["1", "2", "3", "4"]
+
+
+def test_two_chats_that_save_at_once_lose_no_row(talk, tmp_path, monkeypatch):
+    path = tmp_path / "t.jsonl"
+    first, second = talk(), talk()
+    for chat, question in ((first, "1"), (second, "2")):
+        chat.keep_transcript(path)
+        chat.messages = [{"role": "user", "content": question},
+                         {"role": "assistant", "content": "same"}]  # fmt: skip
+    path.write_text(json.dumps({"messages": [{"content": "0"}], "model": "", "sampling": {}}))
+    other = threading.Thread(target=second._save)
+    read = chat_module.read_rows
+
+    def read_and_let_the_other_save(path):
+        rows = read(path)
+        if not other.ident:
+            other.start()
+            other.join(0.3)  # it is done by then, or waits for the first
+        return rows
+
+    monkeypatch.setattr(chat_module, "read_rows", read_and_let_the_other_save)
+    first._save()
+    other.join()
+    assert sorted(questions(path)) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -86,6 +86,7 @@ def test_system_and_raw_change_what_is_asked(place, call, tmp_path):
         (("--prompts", "{none}"), "none.jsonl"),
         (("--prompts", "{p}", "--out", "{p}"), "is read by this command"),
         (("--prompts", "{all}", "--out", "{p}"), "is read by this command"),
+        (("--prompts", "{all}", "--out", "{p}", "--force"), "is read by this command"),
         (("--prompts", "{p}", "--out", "{precious}"), "no earlier output"),
         (("--prompts", "{p}", "--max-new-tokens", 250), "p.jsonl:1: the prompt has"),
         (("--prompts", "{p}", "--raw", "--max-new-tokens", 255), "p.jsonl:1 has"),

@@ -8,9 +8,8 @@ import pytest
 import rich.console
 
 from ernie_train.cli.main import main
-from ernie_train.core import progress
-from ernie_train.core.progress import ProgressDisplay, format_duration, progress_bar
-from ernie_train.core.terminal import Terminal
+from ernie_train.core import terminal as terminals
+from ernie_train.core.terminal import ProgressDisplay, Terminal, format_duration, progress_bar
 
 
 @pytest.mark.parametrize(
@@ -25,7 +24,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_bar_in_a_terminal_and_lines_elsewhere(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY_S", 1000.0)
+    monkeypatch.setattr(terminals, "LINE_EVERY_S", 1000.0)
     text = io.StringIO()
     console = rich.console.Console(file=text, width=100, force_terminal=terminal)
     with progress_bar(console, "[problems]", 30) as advance_to:

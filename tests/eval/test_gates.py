@@ -40,6 +40,16 @@ def test_a_domain_must_not_fall_by_more_than_the_bound():
         check_gate(gate, "rl", evaluation(logic=0.9, math=0.74), before)
 
 
+def test_domains_that_came_or_went_with_the_problems():
+    """A new domain has not fallen; one that is gone may have, and nobody can tell."""
+    gate = Gate(metric="eval/logic", at_least=0.0, max_regression=0.05)
+    before = evaluation(logic=0.5, math=0.8)
+    check_gate(gate, "rl", evaluation(logic=0.9, math=0.8, code=0.0), before)
+    with pytest.raises(GateError, match="eval/math was measured before the stage alone"):
+        check_gate(gate, "rl", evaluation(logic=0.9, code=0.0), before)
+    check_gate(Gate(metric="eval/logic", at_least=0.0), "rl", evaluation(logic=0.9), before)
+
+
 @pytest.fixture(autouse=True)
 def _own_reader(monkeypatch):
     """Exports are read back by this toolkit alone: test_export lets transformers do it."""

@@ -72,11 +72,17 @@ def test_a_file_is_replaced_by_the_keys_of_its_rows(tmp_path, text, allowed):
     check_output_file(out, KEYS, force=True)
 
 
-def test_a_file_that_is_read_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_is_read_is_never_replaced(tmp_path, force):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"value": 1, "status": "ok"}))
     with pytest.raises(UserError, match="is read by this command"):
-        check_output_file(data, KEYS, inputs=[tmp_path / "x" / ".." / "data.jsonl"])
+        check_output_file(data, KEYS, inputs=[tmp_path / "x" / ".." / "data.jsonl"], force=force)
+    model = written(tmp_path / "model", "config.json")
+    with pytest.raises(UserError, match="is read by this command"):
+        check_output_file(model / "config.json", KEYS, inputs=[model], force=force)
+    (model / "scores.jsonl").write_text(data.read_text())
+    check_output_file(model / "scores.jsonl", KEYS, inputs=[model], force=force)
 
 
 def test_places_where_no_file_can_be_are_told_before_the_work(tmp_path):

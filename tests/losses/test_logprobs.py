@@ -236,3 +236,12 @@ def test_mistakes_are_refused(tokens, temperature, message):
         token_logprobs(
             paddle.ones([tokens, 3]), paddle.ones([4, 3]), None, ids, temperature=temperature
         )
+
+
+def test_second_derivatives_are_refused_not_missing(case):
+    (hidden, weight, bias), ids, _ = case
+    leaves = [paddle.to_tensor(a.astype(np.float32), stop_gradient=False) for a in (hidden, weight)]
+    logprobs, _ = token_logprobs(*leaves, paddle.to_tensor(bias, "float32"), paddle.to_tensor(ids))
+    # Paddle wraps what a backward pass raises.
+    with pytest.raises(OSError, match="RuntimeError: this backward pass has no derivative"):
+        paddle.grad(logprobs.sum(), leaves, create_graph=True)

@@ -12,6 +12,7 @@ from ernie_train.core.errors import ConfigError
 from ernie_train.core.process_group import Grid, set_grid
 from ernie_train.parallel import check_expert_degree, collectives
 from ernie_train.parallel.collectives import _partners
+from ernie_train.parallel.expert import _Combine, _StartDispatch, _Transfer, _WaitDispatch
 from tests.parallel.empty_ranks import everything
 from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_config
@@ -36,6 +37,39 @@ def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(ranks, tmp_path
             )
         for name in ("load", "experts again: load", "experts again: dropped"):
             np.testing.assert_array_equal(result[name], one[name])
+
+
+class Alone:
+    """An all-to-all plan of one rank: what is sent comes back."""
+
+    def start_dispatch(self, rows: paddle.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(wait=rows.clone)
+
+    start_combine = start_dispatch
+
+    def wait_dispatch(self, work: SimpleNamespace) -> paddle.Tensor:
+        return work.wait()
+
+
+def dispatched(rows: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
+    transfer = _Transfer(Alone())
+    dummy, _ = _StartDispatch.apply(rows, rows, weights, transfer)
+    return _WaitDispatch.apply(dummy, None, transfer)[0]
+
+
+def started(rows: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
+    return _StartDispatch.apply(rows, rows, weights, _Transfer(Alone()))[1]
+
+
+@pytest.mark.parametrize(
+    "pass_rows", [dispatched, started, lambda rows, _: _Combine.apply(rows, Alone())]
+)
+def test_second_derivatives_of_an_exchange_are_refused_not_missing(pass_rows):
+    rows, weights = (paddle.ones([3, n], "float32") for n in (4, 1))
+    rows.stop_gradient = weights.stop_gradient = False
+    # Paddle wraps what a backward pass raises.
+    with pytest.raises(OSError, match="RuntimeError: this backward pass has no derivative"):
+        paddle.grad(pass_rows(rows, weights).sum(), [rows], create_graph=True)
 
 
 @pytest.mark.parametrize("size", [2, 4, 6, 8])

@@ -19,6 +19,7 @@ from ernie_train.core.config import parse_config
 from ernie_train.core.errors import ConfigError
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Recompute, RecomputeConfig, clone_model, enable_recompute
+from ernie_train.parallel.recompute import _ChunkedBlock
 from ernie_train.rl.critic import Critic
 from ernie_train.run.recipe import ParallelConfig
 from ernie_train.train.moe_balance import BalanceConfig
@@ -95,6 +96,16 @@ def test_the_named_parts_of_the_first_layers_run_twice(name, attention, experts,
     wanted = {f"attention {layer}": 1 + (layer < attention) for layer in range(3)}
     wanted |= {f"experts {layer}": 1 + (layer < experts) for layer in range(3)}
     assert counts == wanted
+
+
+def test_second_derivatives_through_chunks_are_refused_not_missing():
+    x = paddle.ones([4, 2])
+    x.stop_gradient = False
+    chunks = [slice(0, 2), slice(2, 4)]
+    (output,) = _ChunkedBlock.apply(x, lambda part, _: (part**3, None), None, chunks)
+    # Paddle wraps what a backward pass raises.
+    with pytest.raises(OSError, match="RuntimeError: this backward pass has no derivative"):
+        paddle.grad(output.sum(), [x], create_graph=True)
 
 
 @pytest.mark.parametrize("name", [*CHOICES, *CHUNKED])

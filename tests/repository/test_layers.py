@@ -16,12 +16,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 
 PACKAGES: dict[str, str] = {
-    "core": "errors terminal foreign_files signals processes progress blas cpu devices environment"
+    "core": "errors terminal foreign_files autograd signals processes blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
     "io": "files shipped outputs healthy python_files loggers metrics_log run_dir safetensors",
     "kernels": "compiled loading call rows experts attention",
     "losses": "advantages balance cross_entropy policy preference logprobs",
-    "model": "foreign_keys configuration pylayer batch_layout rope layers kv_cache"
+    "model": "foreign_keys configuration dtypes batch_layout rope layers kv_cache"
     " attention token_dispatcher batched_experts moe transformer lora partial numpy_layers"
     " numpy_decoder",
     "model.attention": "blocked online flashmask layer",
@@ -78,7 +78,7 @@ INDEPENDENT = {
 # Numpy at most: these start fast and run in workers that must not load Paddle.
 WITHOUT_PADDLE = {
     "core.errors", "core.terminal", "core.foreign_files", "core.yaml", "core.config",
-    "core.progress", "core.processes", "core.worker_pool", "core.barrier", "core.signals",
+    "core.processes", "core.worker_pool", "core.barrier", "core.signals",
     "core.cpu", "core.blas", "io.files", "io.python_files", "io.loggers",
     "launch", "data", "rewards", "environments", "report",
 }  # fmt: skip

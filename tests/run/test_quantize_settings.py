@@ -82,3 +82,10 @@ def test_calibration_draws_by_the_weights_of_sources(root):
     config = QuantizeConfig(to="int8", calibration_tokens=100_000)
     drawn = [tokenizer.decode(ids) for ids in documents(root, Quantizer(config, sources, root))]
     assert [sum(word in text for text in drawn) for word in ("alpha", "beta")] == [4, 40]
+
+
+def test_sources_of_no_weight_are_refused_not_rounded(root):
+    write_rows(root / "a.jsonl", [{"text": "alpha"}] * 4)
+    config = QuantizeConfig(to="int8")
+    with pytest.raises(DataError, match="the weights are so small that an epoch holds none"):
+        documents(root, Quantizer(config, [DataSource(path="a.jsonl", weight=0.1)], root))

@@ -23,7 +23,7 @@ from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.generate.sharded import generate_sharded
 from ernie_train.io.files import read_manifest, remove_directory
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.model.pylayer import dtype_name
+from ernie_train.model.dtypes import dtype_name
 from ernie_train.weights.saving import save_pretrained
 
 _PROBES, _PROBE_TOKENS = 4, 8

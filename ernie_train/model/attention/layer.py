@@ -19,11 +19,12 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from ernie_train import kernels
+from ernie_train.core.autograd import needs_grad, once_differentiable, select_grads
 from ernie_train.model.attention import blocked, flashmask, online
 from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket, GatheredDocuments
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.dtypes import cast
 from ernie_train.model.kv_cache import CacheStep, KVCache
-from ernie_train.model.pylayer import cast, needs_grad, once_differentiable, select_grads
 from ernie_train.model.rope import RopeTables
 
 

@@ -26,7 +26,7 @@ from paddle import Tensor
 
 from ernie_train.model.attention.blocked import causal_mask, with_column, with_ones
 from ernie_train.model.batch_layout import Bucket
-from ernie_train.model.pylayer import cast
+from ernie_train.model.dtypes import cast
 
 _HEADROOM = 40.0  # exp(40) = 2e17; float32 ends at 3e38, and a row sums some 1e5 of them
 
