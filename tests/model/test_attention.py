@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import numpy as np
 import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ernie_train import kernels
+from ernie_train.model import batch_layout
 from ernie_train.model.attention import blocked, online
 from ernie_train.model.attention.layer import document_attention
 from ernie_train.model.batch_layout import BatchLayout
@@ -36,30 +41,38 @@ def compare(document_ids, heads, key_heads, head_dim=4, seed=0):
     weight = paddle.to_tensor(rng.normal(size=shapes[0]).astype(np.float32))
     owner = np.concatenate([np.full(s.length, i) for i, s in enumerate(layout.documents)])
     results = []
-    for attend in (
-        lambda *x: document_attention(*x, layout.attention(heads, key_heads)),
-        lambda *x: plain_attention(*x, owner, heads, key_heads),
+    ours = partial(document_attention, layout=layout.attention(heads, key_heads))
+    masked = partial(plain_attention, segment_of_token=owner, heads=heads, key_heads=key_heads)
+    for attend, operators in (
+        (masked, nullcontext),
+        (ours, nullcontext),  # the native kernel
+        (ours, kernels.plain_operators),  # `blocked` and `online`
     ):
         leaves = [paddle.to_tensor(a, stop_gradient=False) for a in arrays]
-        out = attend(*leaves)
-        (out * weight).sum().backward()
+        with operators():
+            out = attend(*leaves)
+            (out * weight).sum().backward()
         results.append([out.numpy(), *(leaf.grad.numpy() for leaf in leaves)])
-    for ours, plain in zip(*results, strict=True):
-        np.testing.assert_allclose(ours, plain, atol=2e-5)
+    expected, *found = results
+    for one in found:
+        for a, b in zip(one, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     "lengths",
     [
         [[5, 3, 9, 1]],
-        [[300], [300]],  # longer than a batched block, equal lengths in one bucket
-        [[200, 130, 40], [385]],  # blocked documents whose last block is partly empty
+        [[250], [250]],  # longer than a batched block, equal lengths in one bucket
+        [[200, 130, 40], [255]],  # blocked documents whose last block is partly empty
         [[192, 193]],  # both sides of the border
-        [[1024, 1025]],  # and of the one beyond which nothing is kept
-        [[1100, 30], [500, 1100]],  # long ones of equal length in one bucket
+        [[256, 257]],  # and of the one beyond which nothing is kept
+        [[280, 30], [140, 280]],  # long ones of equal length in one bucket
     ],
 )
-def test_equals_a_full_mask_with_gradients(lengths):
+def test_equals_a_full_mask_with_gradients(monkeypatch, lengths):
+    for name, size in (("KEPT_LENGTH", 256), ("_LONG_BLOCK", 96)):  # 1024 takes the mask 10 s
+        monkeypatch.setattr(batch_layout, name, size)
     width = max(sum(row) for row in lengths) + 7
     ids = np.zeros((len(lengths), width), np.int64)
     for row, documents in zip(ids, lengths, strict=True):
