@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Annotated, Any, cast
 
@@ -361,11 +362,17 @@ def _console(*, stderr: bool = False, quiet: bool = False) -> Terminal:
     return Terminal(stderr=stderr, quiet=quiet)
 
 
+@cache
+def _command() -> Any:
+    """Return the verbs with their options, which Typer reads from the signatures above."""
+    return typer.main.get_command(app)
+
+
 def _run(arguments: list[str] | None) -> tuple[int, str]:
     """Return the exit status and the message that explains it, "" if there is none."""
     options = CommonOptions()
     try:
-        result: Any = app(arguments, standalone_mode=False, obj=options)
+        result: Any = _command()(arguments, standalone_mode=False, obj=options)
     except ErnieTrainError as error:
         return _failure(error, error.exit_status, debug=options.debug)
     except typer.Exit as stop:

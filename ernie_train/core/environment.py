@@ -5,8 +5,11 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -22,7 +25,8 @@ GIT_TIMEOUT_S = 5.0  # a checkout on a slow network file system must not hold up
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def installed_versions() -> dict[str, str]:
+@cache
+def installed_versions() -> Mapping[str, str]:
     """Return the version of each installed distribution of `VERSIONED`; imports none of them."""
     versions = {}
     for name in VERSIONED:
@@ -30,7 +34,7 @@ def installed_versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return MappingProxyType(versions)
 
 
 def memory_bytes() -> dict[str, int]:
@@ -89,7 +93,7 @@ def describe_environment() -> dict[str, Any]:
         "code": code_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": installed_versions(),
+        "versions": dict(installed_versions()),
         "device": paddle.get_device(),
         "gpus": [paddle.device.cuda.get_device_name(index) for index in range(gpus)],
         "cpu": {
