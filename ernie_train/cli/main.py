@@ -116,11 +116,11 @@ def run(
     )
     debug = context.ensure_object(CommonOptions).debug
     if nproc is not None:
-        raise typer.Exit(command.launch(settings, _console(stderr=True), debug=debug))
+        raise typer.Exit(command.launch(settings, Terminal(stderr=True), debug=debug))
     if settings != LaunchSettings(nproc=1):
         raise UserError("the options of a launch need --nproc, the ranks of this machine")
-    console = _console(quiet=not process_group.is_main())
-    if status := command.run_on_cores(console, _console(stderr=True), debug=debug):
+    console = Terminal(quiet=not process_group.is_main())
+    if status := command.run_on_cores(console, Terminal(stderr=True), debug=debug):
         raise typer.Exit(status)
 
 
@@ -137,8 +137,8 @@ def status(
     if follow:
         from ernie_train.cli.watch import follow_status
 
-        follow_status(run_dir, _console())
-    print_status(run_dir, _console())
+        follow_status(run_dir, Terminal())
+    print_status(run_dir, Terminal())
 
 
 @app.command()
@@ -154,7 +154,7 @@ def report(
     """Write a page that shows runs: curves, health, completions, evaluation, recipe."""
     from ernie_train.cli.watch import report_runs
 
-    report_runs(run_dirs, out, _console(), watch=watch)
+    report_runs(run_dirs, out, Terminal(), watch=watch)
 
 
 for _verb in (check, doctor, init, plan, preview, schema, score):
@@ -205,7 +205,7 @@ def generate(
         batch_size=batch_size,
         out=out,
         force=force,
-    ).run(_console(stderr=True))
+    ).run(Terminal(stderr=True))
 
 
 @app.command()
@@ -252,7 +252,7 @@ def chat(
         folded=fold,
         transcript=transcript,
         force=force,
-    ).run(_console(), line_reader())
+    ).run(Terminal(), line_reader())
 
 
 @app.command()
@@ -298,10 +298,10 @@ def export(
     check_output_directory(out, mark, inputs=[model], force=force)
     model = best_checkpoint(model) if best else model
     if adapter:
-        export_adapter_of(model, out, _console())
+        export_adapter_of(model, out, Terminal())
         return
     export_model(
-        model, out, dtype, max_shard_size, referee_interpreter(referee), _console(),
+        model, out, dtype, max_shard_size, referee_interpreter(referee), Terminal(),
         quantize=settings, calibration=calibration,
     )  # fmt: skip
 
@@ -340,7 +340,7 @@ def import_(
     check_output_directory(out, RECEIPT, inputs=[source], force=force)
     upcycling = experts and top_k and Upcycling(experts, top_k, shared, noise, seed)
     import_source(
-        source, out, _console(), upcycling=upcycling or None, dtype=dtype,
+        source, out, Terminal(), upcycling=upcycling or None, dtype=dtype,
         max_shard_size=max_shard_size, referee=referee_interpreter(referee),
     )  # fmt: skip
 
@@ -355,11 +355,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(status)
     reporter.start()
     reporter.finish(*_run(arguments))
-
-
-def _console(*, stderr: bool = False, quiet: bool = False) -> Terminal:
-    """Return a console on which foreign text is harmless."""
-    return Terminal(stderr=stderr, quiet=quiet)
 
 
 @cache

@@ -31,7 +31,7 @@ from ernie_train.generate.engine import Completion
 from ernie_train.generate.sampler import SamplingConfig
 from tests.core.test_terminal import HOSTILE, controls
 from tests.environments.conftest import TOKENIZER, answer, calls
-from tests.rl.test_upo import stage
+from tests.rl.upo_stages import stage
 from tests.workspace import make_workspace, save_model
 
 MULTIPLY = calls(("calculator", {"expression": "6 * 7"}))

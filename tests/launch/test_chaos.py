@@ -21,7 +21,7 @@ import yaml
 
 from ernie_train.core.processes import process_state
 from tests.launch.launched import LIMIT_S, alive, left_behind, ranks_of, wait_for
-from tests.rl.test_upo import GAE, REWARD, stage, write_prompts
+from tests.rl.upo_stages import GAE, REWARD, stage, write_prompts
 from tests.workspace import make_workspace, metrics_without_time, start, write_rows
 
 INCIDENTS = int(os.environ.get("CHAOS_INCIDENTS", "20"))

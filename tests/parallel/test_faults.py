@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.parallel.ranks import start_on_ranks
-from tests.rl.test_upo import GAE, REWARD, merged, stage, write_prompts
+from tests.rl.upo_stages import GAE, REWARD, merged, stage, write_prompts
 from tests.workspace import make_workspace
 
 RANKS = 2

@@ -47,11 +47,6 @@ CPU = Machine(False, Precision("float32", "float32"))
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def large() -> Ernie4_5_MoeConfig:
-    return Ernie4_5_MoeConfig.preset("21b-a3b")
-
-
 def test_reward_models_add_their_weights_alone(tmp_path: Path) -> None:
     """One that is there counts with its own sizes, one that is not yet with the policy's."""
     (tmp_path / "config.json").write_text(json.dumps(Ernie4_5_MoeConfig.preset("mini").to_dict()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import re
@@ -13,13 +12,10 @@ from typing import Any
 
 import pytest
 
-from ernie_train.cli.main import main
-from ernie_train.cli.watch import follow_status, report_runs
-from ernie_train.core.errors import GateError, UserError
-from ernie_train.core.terminal import Terminal
+from ernie_train.core.errors import GateError
 from ernie_train.eval.gates import check_gate
 from ernie_train.io.run_dir import RunLock
-from ernie_train.report import overview, read_run, write_report
+from ernie_train.report import overview, write_report
 from ernie_train.report.curves import MOST_POINTS, curve
 from ernie_train.report.run_files import Curves, StageFiles
 from ernie_train.train.stage import Gate
@@ -47,11 +43,6 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.tags and self.tags[-1][0] not in ("script", "style"):
             self.text += data
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
 
 
 def report(*runs: Path) -> Page:
@@ -315,83 +306,3 @@ def test_the_gate_of_a_reward_model_is_told_by_its_own_measurements() -> None:
     assert overview._gate(stage, None) == (f"{text}: 0.950", "passed")
     stage.done = {"result": {"checkpoint": ["gone"]}}
     assert overview._gate(stage, None) == (text, "passed")
-
-
-# ---- the verbs
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return int(stopped.value.code or 0)
-
-
-@pytest.mark.parametrize("case", ["gone", "file", "other directory", "foreign out", "no parent"])
-def test_mistakes_are_one_message(
-    made: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "notes.html").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    arguments = {
-        "gone": [tmp_path / "gone"],
-        "file": [tmp_path / "notes.html"],
-        "other directory": [tmp_path / "empty"],
-        "foreign out": [made, "--out", tmp_path / "notes.html"],
-        "no parent": [made, "--out", tmp_path / "no/r.html"],
-    }[case]
-    assert run("report", *arguments) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and "Traceback" not in told
-    assert (tmp_path / "notes.html").read_text() == "mine"
-
-
-def test_watching_ends_when_the_run_is_complete(made: Path, tmp_path: Path) -> None:
-    done = (made / "02-rl/DONE").read_text()
-    (made / "02-rl/DONE").unlink()
-    out, sizes = tmp_path / "page.html", []
-
-    def sleep(seconds: float) -> None:
-        sizes.append(out.read_text().count(">done<"))
-        assert len(sizes) < 4
-        if len(sizes) == 2:
-            (made / "02-rl/DONE").write_text(done)
-
-    report_runs([made], out, Terminal(file=io.StringIO()), watch=True, sleep=sleep)
-    assert sizes == [1, 1] and out.read_text().count(">done<") == 2
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_status_follows_until_nobody_runs_it(tmp_path: Path, terminal: bool) -> None:
-    made = make_run(tmp_path / "run", text=HOSTILE)
-    path = made / "02-rl/metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    (made / "02-rl/DONE").unlink()
-    path.write_text("".join(lines[:3]))
-    console = Terminal(file=io.StringIO(), force_terminal=terminal, width=160)
-    lock = RunLock(made)
-    lock.acquire()
-    rounds: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        rounds.append(seconds)
-        if len(rounds) == 2:
-            path.write_text("".join(lines))
-        if len(rounds) == 4:
-            lock.release()
-
-    follow_status(made, console, sleep=sleep)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    if not terminal:
-        steps = re.findall(r"rl  (\S+ ?\S*)  step (\d+) of 12", shown)
-        assert steps == [("running", "3"), ("running", "12"), ("broken off", "12")]
-        assert not CONTROLS.search(shown)
-    else:
-        assert shown.count("entropy fell to") == 1  # once, above the table
-        for sequence in ("\x1b[2J", "\x1b]8", "\x1b]52", "\u202e"):
-            assert sequence not in shown
-
-
-def test_a_directory_that_is_no_run_cannot_be_followed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a run directory"):
-        follow_status(tmp_path, Terminal(file=io.StringIO()))
-    assert read_run(make_run(tmp_path / "run")).is_complete

@@ -21,8 +21,8 @@ from ernie_train.rl.report import HealthWarnings
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.train.stage import StageData
 from ernie_train.weights.model_directory import find_model
-from tests.rl.test_upo import run_stage
-from tests.rl.test_upo import stage as upo_stage
+from tests.rl.upo_stages import run_stage
+from tests.rl.upo_stages import stage as upo_stage
 from tests.workspace import make_workspace, rows, write_rows
 
 

@@ -20,7 +20,7 @@ from ernie_train.rl.loss import PairTerm
 from ernie_train.run.recipe import Recipe
 from ernie_train.train.stage import StageData
 from tests.rl.records import make_sequences
-from tests.rl.test_upo import run
+from tests.rl.upo_stages import run
 from tests.small_models import fill, make_model
 from tests.workspace import make_workspace, metrics_without_time, write_rows
 

@@ -16,10 +16,7 @@ from ernie_train.generate.engines import served
 from tests.conftest import REPOSITORY
 from tests.generate.engine_stand_in import BAD, StandIn, serving
 from tests.parallel.test_runs import apart, run_on
-from tests.rl import test_upo
-from tests.rl.test_upo import run, stage
-
-workspace = test_upo.workspace  # a fixture
+from tests.rl.upo_stages import run, stage
 
 
 @pytest.fixture

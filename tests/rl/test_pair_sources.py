@@ -27,7 +27,7 @@ from ernie_train.rl.rollout import Rollout
 from ernie_train.rl.second_reward import SecondReward
 from ernie_train.train.stage import StageData
 from tests.rl.records import make_scored
-from tests.rl.test_upo import run_stage, stage
+from tests.rl.upo_stages import run_stage, stage
 from tests.workspace import make_workspace, metrics_without_time, rows, write_rows
 
 RIGHT, WRONG, UNKNOWN = Score.correct(), Score.wrong("no"), Score.timeout("slow")

@@ -23,7 +23,7 @@ from ernie_train.rl.rollout import (
     write_rollout,
 )
 from tests.rl.records import make_scored
-from tests.rl.test_upo import stage
+from tests.rl.upo_stages import stage
 
 
 def config(**values):

@@ -18,7 +18,7 @@ import yaml
 from ernie_train.data import load_tokenizer, render_chat, shipped_template, train_tokenizer
 from ernie_train.environments import EnvironmentConfig, open_toolbox
 from tests.rl.test_tools import REWARD
-from tests.rl.test_upo import stage
+from tests.rl.upo_stages import stage
 from tests.workspace import (
     final_files,
     make_workspace,

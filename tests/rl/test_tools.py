@@ -19,7 +19,7 @@ from ernie_train.rl import loop
 from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.rollout import RolloutSampler, read_rollout
-from tests.rl.test_upo import GAE, run_stage, stage
+from tests.rl.upo_stages import GAE, run_stage, stage
 from tests.workspace import make_workspace, metrics_without_time, rows, write_rows
 
 REWARD = '''

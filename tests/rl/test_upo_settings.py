@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.dpo import DpoConfig
-from tests.rl.test_upo import OFFLINE_ONLY, ONLINE, merged, stage
+from tests.rl.upo_stages import OFFLINE_ONLY, ONLINE, merged, stage
 
 CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
 

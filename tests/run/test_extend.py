@@ -12,7 +12,7 @@ import yaml
 
 from ernie_train.cli.main import main
 from ernie_train.rewards.scoring import composition
-from tests.run.test_recipe_keys_act import ScoringHere
+from tests.run.recipe_spies import ScoringHere
 from tests.workspace import final_files, make_workspace, metrics_without_time, rows, write_rows
 
 RATE = {"lr": 0.003, "schedule": "constant"}

@@ -272,9 +272,9 @@ class ComposedReward:
         `whole=False`: these are a part of a batch; the caller calls `check_excluded` on all of it.
 
         Raises UserError if a row names no known verifier, for a reward model whose scores are not
-        given, if `max_tokens` is set and `token_counts`
-        are not given, and if more than `max_excluded_fraction` of the batch has no score;
-        SandboxUnavailable if there are programs to run and no sandbox.
+        given, if `max_tokens` is set and `token_counts` are not given, and if more than
+        `max_excluded_fraction` of the batch has no score; SandboxUnavailable if there are programs
+        to run and no sandbox.
         """
         if len(rows) != len(completions) or len(token_counts or rows) != len(rows):
             raise ValueError("rows, completions and token_counts must have the same length")
@@ -303,12 +303,7 @@ class ComposedReward:
             if part.name == "format":
                 columns[part.label] = _format_scores(part, pairs, token_counts)
             elif part.model is not None:
-                if part.label not in (of_models or {}):
-                    raise UserError(
-                        "a reward model scores in stages of kind upo alone: it needs a policy's "
-                        "device and ranks"
-                    )
-                columns[part.label] = list((of_models or {})[part.label])
+                columns[part.label] = _model_scores(part, of_models or {})
         scores = [
             self._compose({part.label: columns[part.label][i] for part in self.config.parts})
             for i in range(len(pairs))
@@ -371,6 +366,15 @@ def _reward_of_row(row: dict[str, Any]) -> str:
         )
     reward_named(name)
     return name
+
+
+def _model_scores(part: RewardPart, of_models: Mapping[str, Sequence[Score]]) -> list[Score]:
+    if part.label not in of_models:
+        raise UserError(
+            "a reward model scores in stages of kind upo alone: it needs a policy's device and "
+            "ranks"
+        )
+    return list(of_models[part.label])
 
 
 def _format_scores(
