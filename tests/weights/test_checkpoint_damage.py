@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ernie_train.core.errors import CheckpointError, StorageError
+from tests.weights import checkpoints
 from tests.weights.checkpoints import REPOSITORY, check, make_store, save
 
 # ---- damage ------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_full_disk(kind: str, tmp_path: Path) -> None:
         save(store, 1)
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SMALL_DISK),
-             str(directory), kind, __file__],
+             str(directory), kind, checkpoints.__file__],
             capture_output=True, text=True, timeout=120, cwd=REPOSITORY,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
@@ -210,7 +211,8 @@ def kill_while_saving(directory: Path, kills: int) -> None:
     known = 0
     for _ in range(kills):
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SAVER), directory, __file__],
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SAVER), directory,
+             checkpoints.__file__],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
         )  # fmt: skip
         assert process.stdout is not None
