@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from paddle import Tensor
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+Tensor = Any  # Paddle's, which is loaded when a function first needs it
 
 
 def needs_grad(*inputs: Tensor) -> tuple[bool, ...]:
