@@ -32,6 +32,8 @@ from ernie_train.data.report import splits_warning
 from ernie_train.weights.model_directory import find_model
 
 SHOWN_LEFT_OUT = 10
+# Of a turn, a text, or the fields of a row: one of a million would run the row out of the terminal.
+SHOWN_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,14 @@ def _print_record(
     for name, turn in turns:
         _print_turn(name, turn, console)
     if record.text is not None and tokenizer is None:
-        console.print(record.text, highlight=False)
+        console.print(_shown(record.text), highlight=False)
     fields = {key: value for key, value in record.fields.items() if key != "tools"}
     if record.tools:
-        console.print(f"tools: {json.dumps(record.tools, ensure_ascii=False)}", highlight=False)
+        tools = json.dumps(record.tools, ensure_ascii=False)
+        console.print(f"tools: {_shown(tools)}", highlight=False)
     if fields:
         written = json.dumps(fields, ensure_ascii=False, default=str)
-        console.print(f"fields: {written}", highlight=False)
+        console.print(f"fields: {_shown(written)}", highlight=False)
     if tokenizer is not None:
         _print_encoded(record, tokenizer, settings, console)
 
@@ -146,7 +149,15 @@ def _print_turn(name: str, turn: dict[str, Any], console: Console) -> None:
     for call in turn.get("tool_calls", []):
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         parts.append(f"calls {call['function']['name']}({arguments})")
-    console.print("\n".join(parts), highlight=False)
+    console.print(_shown("\n".join(parts)), highlight=False)
+
+
+def _shown(text: str) -> str:
+    left_out = len(text) - SHOWN_CHARACTERS
+    if left_out <= 0:
+        return text
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]} ... {left_out:,} characters ... {text[-half:]}"
 
 
 def _print_encoded(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,15 @@ def zero_parameters() -> Iterator[None]:
         yield
     finally:
         paddle.nn.initializer.set_global_initializer(None)
+
+
+def zero_parameter(shape: Sequence[int], dtype: str) -> Tensor:
+    """Return a parameter of zeros that trains.
+
+    Paddle 3.3.1 has no default initializer for bfloat16 outside layers, and refuses it without one.
+    """
+    zero = paddle.nn.initializer.Constant(0.0)
+    return paddle.create_parameter(list(shape), dtype, default_initializer=zero)
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -23,7 +23,6 @@ from ernie_train.model.lora import (
     Pair,
     adapted_layer,
     new_pair,
-    pair_names,
     pair_shapes,
 )
 from ernie_train.model.token_dispatcher import is_expert_parameter
@@ -131,9 +130,9 @@ def trained_sizes(
 ) -> dict[str, int]:
     """Return the number of elements of each parameter that trains, those of pairs included."""
     sizes = {name: math.prod(shapes[name]) for name in selection.whole}
-    for name in selection.adapted:
-        made = pair_shapes(name, shapes[name], lora.rank if lora is not None else 0)
-        sizes |= {pair: math.prod(s) for pair, s in zip(pair_names(name), made, strict=True)}
+    for name in selection.adapted if lora is not None else ():
+        made = pair_shapes(name, shapes[name], lora.rank, dora=lora.dora)
+        sizes |= {matrix: math.prod(shape) for matrix, shape in made.items()}
     return sizes
 
 

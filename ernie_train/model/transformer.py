@@ -19,7 +19,7 @@ from paddle import Tensor, nn
 from ernie_train.model.attention import Attention, AttentionTables
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.model.dtypes import dtype_name, zero_parameters
+from ernie_train.model.dtypes import dtype_name, zero_parameter, zero_parameters
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.layers import MLP, RMSNorm
 from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats
@@ -179,7 +179,7 @@ def _with_mean_rows(weight: Tensor, size: int) -> Tensor:
     """Return a parameter of `size` rows: those of `weight` [V,...], then their mean."""
     mean = weight.astype("float32").mean(axis=0, keepdim=True)
     new = paddle.concat([mean] * (size - weight.shape[0])).astype(weight.dtype)
-    grown = paddle.create_parameter([size, *weight.shape[1:]], str(weight.dtype).split(".")[-1])
+    grown = zero_parameter([size, *weight.shape[1:]], dtype_name(weight))
     grown.set_value(paddle.concat([weight, new]))
     return grown
 

@@ -111,6 +111,7 @@ class TrainedPart:
     trained: Parameters
     pairs: Parameters
     rank: int = 0  # of the pairs
+    dora: bool = False  # whether magnitudes lie beside them
 
     @property
     def adapter_alone(self) -> bool:
@@ -138,7 +139,9 @@ def count_part(
         return Parameters(sum(sizes[name] for name in names) - experts, experts)
 
     pairs = count(sizes.keys() - set(selection.whole))
-    return TrainedPart(count(list(sizes)), pairs, lora.rank if lora is not None else 0)
+    if lora is None:
+        return TrainedPart(count(list(sizes)), pairs)
+    return TrainedPart(count(list(sizes)), pairs, lora.rank, lora.dora)
 
 
 def moe_layers(config: Ernie4_5_MoeConfig) -> int:

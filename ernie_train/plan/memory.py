@@ -167,7 +167,7 @@ def layer_bytes(
     attention: H (4 + b) + 2 (N + K) D b, and on a CPU the probabilities of documents up to
     KEPT_LENGTH. experts: H (4 + b) + 4 H + r (H + 5 I) b for r rows, and four times the width of
     shared experts (or of a dense MLP) times b. With LoRA each pair keeps as many numbers as its
-    rank, and experts with pairs r (2 H + 4 I) b.
+    rank, and experts with pairs r (2 H + 4 I) b; with DoRA as many more as its matrix has outputs.
     """
     width, hidden = machine.precision.width, config.hidden_size
     heads = config.num_attention_heads
@@ -177,15 +177,25 @@ def layer_bytes(
     if not machine.on_gpu and document_tokens <= KEPT_LENGTH:
         scores = min(document_tokens, (document_tokens + KEPT_BLOCK) / 2)
         attention += heads * scores * width
-    pairs = 3 * part.rank if part is not None else 0  # of a gate, an up and a down projection
-    attention += pairs * 4 / 3 * width
+    rank, dora = (part.rank, part.dora) if part is not None else (0, False)
+    outputs = all_heads + int(config.num_key_value_heads or 0)  # of q, k and v
+    attention += (4 * rank + dora * (outputs * config.attention_head_dim + hidden)) * width
+
+    def pairs(inner: int) -> int:  # of a gate, an up and a down projection
+        return 3 * rank + dora * (2 * inner + hidden)
+
     if not moe:
-        mlp = (MLP_TENSORS * config.intermediate_size + pairs) * width
-        return {"attention": attention, "experts": norm + mlp}
-    shared = MLP_TENSORS * config.moe_num_shared_experts * config.moe_intermediate_size + pairs
-    row = hidden + EXPERT_TENSORS * config.moe_intermediate_size
+        inner = config.intermediate_size
+        return {
+            "attention": attention,
+            "experts": norm + (MLP_TENSORS * inner + pairs(inner)) * width,
+        }
+    inner = config.moe_intermediate_size
+    of_shared = config.moe_num_shared_experts * inner
+    shared = MLP_TENSORS * of_shared + pairs(of_shared)
+    row = hidden + EXPERT_TENSORS * inner
     if part is not None and part.pairs.experts:
-        row = 2 * hidden + 4 * config.moe_intermediate_size + pairs
+        row = 2 * hidden + 4 * inner + pairs(inner)
     rows = rows_per_token(config, layout)
     experts = norm + hidden * _FLOAT + (rows * row + shared) * width
     return {"attention": attention, "experts": experts}

@@ -46,16 +46,9 @@ from ernie_train.run.proof import (
     trace,
 )
 from ernie_train.run.quantize import Quantizer, describe
-from ernie_train.weights.adapters import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    BASE,
-    describe_base,
-    find_base,
-    is_partial,
-    read_json_object,
-)
+from ernie_train.weights.adapters import ADAPTER, BASE, describe_base, find_base, is_partial
 from ernie_train.weights.hf import DTYPES, load_pretrained, read_parameters
+from ernie_train.weights.peft_config import ADAPTER_CONFIG, read_json_object
 from ernie_train.weights.saving import save_pretrained, tensor_entries
 
 

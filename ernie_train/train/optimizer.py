@@ -18,6 +18,7 @@ from ernie_train.core.config import NonNegative, Positive, StrictConfig
 from ernie_train.core.errors import CheckpointError
 from ernie_train.io.safetensors import ArraysByOtherNames
 from ernie_train.model.dtypes import cast
+from ernie_train.model.lora import MAGNITUDE
 from ernie_train.model.partial import trained_parameters
 from ernie_train.weights.adapters import Rename
 
@@ -96,8 +97,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Return whether weight decay applies: to matrices, not to biases and norms."""
-    return parameter.ndim > 1 and not name.endswith("bias")
+    """Return whether weight decay applies: to matrices, not to biases, norms and magnitudes."""
+    return parameter.ndim > 1 and not name.endswith(("bias", MAGNITUDE))
 
 
 class Optimizer:

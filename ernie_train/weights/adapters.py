@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +27,15 @@ from ernie_train.core.errors import WeightsError
 from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_json
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5_MoeModel
-from ernie_train.model.lora import EMBEDDING, HEAD, pair_names, pair_shapes
+from ernie_train.model.lora import (
+    EMBEDDING,
+    HEAD,
+    MAGNITUDE,
+    magnitude_name,
+    merge,
+    pair_names,
+    pair_shapes,
+)
 from ernie_train.model.partial import adapter_of
 from ernie_train.parallel import owned_names
 from ernie_train.weights.layout import (
@@ -39,16 +46,17 @@ from ernie_train.weights.layout import (
     tensor_mappings,
     to_stored,
 )
-from ernie_train.weights.peft_config import describe_adapter
+from ernie_train.weights.peft_config import (
+    ADAPTER_CONFIG,
+    AdapterSettings,
+    describe_adapter,
+    read_json_object,
+    read_settings,
+)
 
-BASE, ADAPTER, ADAPTER_CONFIG = "base.json", "adapter_model", "adapter_config.json"
+BASE, ADAPTER = "base.json", "adapter_model"
 _PREFIX = "base_model.model."
 _HASHED = ("model*.safetensors", f"{ADAPTER}*.safetensors", ADAPTER_CONFIG)
-# Keys of PEFT that change what an adapter computes, with the only value that is read here.
-_PLAIN = {
-    "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
-    "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
-}  # fmt: skip
 
 
 # ---- bases ---------------------------------------------------------------------------------------
@@ -109,17 +117,6 @@ def find_base(directory: Path, *, verify: bool = False) -> Path:
     return base
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; `WeightsError` if it cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: must be a JSON object")
-    return found
-
-
 # ---- names ---------------------------------------------------------------------------------------
 
 
@@ -128,19 +125,25 @@ def pair_mappings(
     adapted: tuple[str, ...],
     rank: int,
     experts: range | None = None,
+    *,
+    dora: bool,
 ) -> list[TensorMapping]:
-    """Return the mappings of the pairs of `adapted` parameters to PEFT's tensors, [out,in] each.
+    """Return the mappings of the pairs of `adapted` parameters to PEFT's tensors.
 
-    Experts have a tensor each, as in the model's own layout.
+    Matrices are [out,in] there, magnitudes [out]. Experts have tensors each, as in the model's own
+    layout.
     """
     wanted, result = set(adapted), []
     for mapping in tensor_mappings(config, experts=experts):
         if mapping.parameter not in wanted:
             continue
         module = _PREFIX + mapping.stored.removesuffix(".weight")
-        shapes = pair_shapes(mapping.parameter, mapping.shape, rank)
-        for name, shape in zip(pair_names(mapping.parameter), shapes, strict=True):
+        shapes = pair_shapes(mapping.parameter, mapping.shape, rank, dora=dora)
+        for name, shape in shapes.items():
             stored = f"{module}.{name.rpartition('.')[2]}"
+            if name.endswith(MAGNITUDE):
+                result.append(TensorMapping(name, shape, stored, shape[-1:], at=mapping.at))
+                continue
             stored += "" if "lora_embedding" in name else ".weight"
             stored_shape = (shape[-1], shape[-2])
             result.append(TensorMapping(name, shape, stored, stored_shape, True, mapping.at))
@@ -176,7 +179,8 @@ def _trained_mappings(model: _AroundDecoder, experts: range | None) -> list[Tens
     """Return the mappings of a model's parameters, and of its pairs if it has some."""
     result, adapter = tensor_mappings(model.config, experts=experts), adapter_of(model)
     if adapter is not None:
-        result += pair_mappings(model.config, tuple(adapter.pairs), adapter.config.rank, experts)
+        adapted, lora = tuple(adapter.pairs), adapter.config
+        result += pair_mappings(model.config, adapted, lora.rank, experts, dora=lora.dora)
     return result
 
 
@@ -237,7 +241,7 @@ class Part:
     directory: Path
     base: Any
     whole: dict[str, np.ndarray]
-    pairs: Mapping[str, np.ndarray]  # names of A and B -> arrays
+    pairs: Mapping[str, np.ndarray]  # names of A, B and magnitudes -> arrays
     scale: float
 
     def report(self) -> Any:
@@ -254,23 +258,32 @@ class Part:
         Raises:
             WeightsError: no pair adds anything: the merge would equal the base.
         """
-        if (
-            merge
-            and self.pairs
-            and not any(self.pairs[name].any() for name in self.pairs if name.endswith("lora_B"))
-            and not any(self.pairs[name].any() for name in self.pairs if "embedding_A" in name)
-        ):
-            raise WeightsError(
-                f"{self.directory}: every product of the adapter is zero, so that merged it equals "
-                "its base: nothing was trained"
-            )
+        if merge:
+            self._refuse_untrained()
         for name, array in self.base.parameters():
-            array = self.whole.get(name, array)
-            a, b = pair_names(name)
-            if merge and a in self.pairs:
-                product = np.matmul(self.pairs[a], self.pairs[b]) * np.float32(self.scale)
-                array = array + (product.T if name == HEAD else product)
-            yield name, array
+            whole = self.whole.get(name, array)
+            yield name, self._merged(name, whole) if merge else whole
+
+    def _merged(self, name: str, array: np.ndarray) -> np.ndarray:
+        a, b = pair_names(name)
+        if a not in self.pairs:
+            return array
+        product = np.matmul(self.pairs[a], self.pairs[b]) * np.float32(self.scale)
+        magnitude = self.pairs.get(magnitude_name(name))
+        return merge(array, product, magnitude, is_head=name == HEAD)
+
+    def _refuse_untrained(self) -> None:
+        factors = {n: a for n, a in self.pairs.items() if n.endswith(("lora_B", "embedding_A"))}
+        if not factors or any(array.any() for array in factors.values()):
+            return
+        if any(name.endswith(MAGNITUDE) for name in self.pairs):  # they may have trained alone
+            for name, array in self.base.parameters():
+                if not np.allclose(self._merged(name, array), array, rtol=1e-5, atol=0):
+                    return
+        raise WeightsError(
+            f"{self.directory}: the adapter changes nothing, so that merged it equals its base: "
+            "nothing was trained"
+        )
 
 
 def read_part(
@@ -287,16 +300,17 @@ def read_part(
     pairs: dict[str, np.ndarray] = {}
     scale = 0.0
     if (directory / ADAPTER_CONFIG).exists():
-        settings = _adapter_settings(directory)
-        scale, rank = settings["scale"], settings["r"]
+        settings = read_settings(directory / ADAPTER_CONFIG)
+        scale = settings.scale
         files = TensorFiles(directory, ADAPTER)
         stored |= {
             name.removeprefix(_PREFIX): files[name] for name in files if ".lora_" not in name
         }
-        every = pair_mappings(config, tuple(_adaptable(config)), rank)
-        here = pair_mappings(config, tuple(_adaptable(config)), rank, experts)
+        adaptable, rank, dora = tuple(_adaptable(config)), settings.rank, settings.dora
+        every = pair_mappings(config, adaptable, rank, dora=dora)
+        here = pair_mappings(config, adaptable, rank, experts, dora=dora)
         found = {name: files[name] for name in files if ".lora_" in name}
-        _check_pairs(directory, found, every, rank)
+        _check_pairs(directory, found, every, settings)
         pairs = dict(from_stored(every, found, here))
     try:
         whole = dict(from_hf(config, stored, experts))
@@ -314,40 +328,28 @@ def load_pairs(model: Ernie4_5_MoeForCausalLM, directory: Path) -> None:
             matrix.set_value(paddle.to_tensor(found[name]).astype(matrix.dtype))
 
 
-def _adapter_settings(directory: Path) -> dict[str, Any]:
-    path = directory / ADAPTER_CONFIG
-    settings = read_json_object(path)
-    odd = [
-        f"{key}: {settings[key]}"
-        for key, plain in _PLAIN.items()
-        if settings.get(key) not in (None, plain)
-    ]
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-        odd.append(f"init_lora_weights: {start}, which changes the base")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if odd:
-        raise WeightsError(f"{path}: cannot be read here: {', '.join(odd)}")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        raise WeightsError(f"{path}: r and lora_alpha must be numbers, r at least 1")
-    root = math.sqrt(rank) if settings.get("use_rslora") else rank
-    return {"r": rank, "scale": alpha / root}
-
-
 def _adaptable(config: Ernie4_5_MoeConfig) -> list[str]:
     names = dict.fromkeys(mapping.parameter for mapping in tensor_mappings(config))
     return [n for n in names if ("_proj" in n and not n.endswith("bias")) or n in (EMBEDDING, HEAD)]
 
 
 def _check_pairs(
-    directory: Path, found: Mapping[str, np.ndarray], every: list[TensorMapping], rank: int
+    directory: Path,
+    found: Mapping[str, np.ndarray],
+    every: list[TensorMapping],
+    settings: AdapterSettings,
 ) -> None:
     expected = {mapping.stored: mapping.stored_shape for mapping in every}
-    ranks = {array.shape[0 if "_A" in name else -1] for name, array in found.items()}
-    if ranks - {rank}:
+    matrices = {name: array for name, array in found.items() if not name.endswith(MAGNITUDE)}
+    if len(matrices) < len(found) and not settings.dora:
+        raise WeightsError(
+            f"{directory}: holds magnitudes of DoRA, but {ADAPTER_CONFIG} says use_dora: false"
+        )
+    ranks = {array.shape[0 if "_A" in name else -1] for name, array in matrices.items()}
+    if ranks - {settings.rank}:
         raise WeightsError(
             f"{directory}: the matrices have rank {', '.join(map(str, sorted(ranks)))}, "
-            f"{ADAPTER_CONFIG} says r: {rank}"
+            f"{ADAPTER_CONFIG} says r: {settings.rank}"
         )
     wrong = [
         f"{name} {list(array.shape)} instead of {list(expected[name])}"
@@ -355,9 +357,7 @@ def _check_pairs(
         if name in expected and array.shape != expected[name]
     ]
     unknown = [name for name in found if name not in expected]
-    other = {"_A": "_B", "_B": "_A"}
-    partners = {re.sub(r"_[AB](?=\.weight$|$)", lambda end: other[end[0]], name) for name in found}
-    missing = [name for name in partners if name not in found]
+    missing = sorted(_wanted(found, dora=settings.dora) - found.keys())
     if any(".experts.lora_" in name or ".experts.base_layer." in name for name in unknown):
         raise WeightsError(
             f"{directory}: its pairs are of fused experts, as peft saves them on transformers 5; "
@@ -365,3 +365,14 @@ def _check_pairs(
         )
     if problems := describe_names(missing, unknown, wrong):
         raise WeightsError(f"{directory}: an adapter of another base: {'; '.join(problems)}")
+
+
+def _wanted(names: Iterable[str], *, dora: bool) -> set[str]:
+    """Return the names of all tensors of the pairs of which `names` are some."""
+    wanted: set[str] = set()
+    for name in names:
+        module, _, tensor = name.rpartition(".lora_")
+        ends = [re.sub("[AB]", letter, tensor) for letter in "AB" if "magnitude" not in tensor]
+        wanted |= {f"{module}.lora_{end}" for end in ends}
+        wanted |= {f"{module}.{MAGNITUDE}"} if dora else set()
+    return wanted

@@ -101,6 +101,16 @@ def test_a_long_row_shows_its_end(preview, data, root):
     assert "more tokens ...]" in shown and shown.rstrip().endswith("⟧")
 
 
+def test_a_field_of_a_million_characters_is_shown_by_its_ends(preview, tmp_path):
+    answer = "begin " + "x" * 1_000_000 + " end"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "answer": answer}) + "\n")
+    out = preview(tmp_path / "a.jsonl")
+    assert len(out) < 10_000
+    assert "assistant: begin xxx" in out
+    assert "996,010 characters" in out
+    assert "xxx end" in out
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [

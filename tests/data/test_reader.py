@@ -217,6 +217,7 @@ def test_a_bad_row_is_left_out_with_line_and_reason(write_rows: Any, row: Any, r
         ({"conversations": [turn("system", "x")], "system": "y"}, "two system messages"),
         ({"prompt": "q", "completion": ""}, "completion is empty"),
         ({"prompt": " ", "completion": "a"}, "prompt is empty"),
+        ({"question": 5, "answer": "a"}, "question must be text or a list of messages, not int"),
         ({"chosen": [Q, A], "rejected": [Q, A]}, "begin alike and end differently"),
         ({"chosen": "a", "rejected": "b"}, "begin alike and end differently"),
         ({"text": "  "}, "text is empty"),

@@ -8,8 +8,9 @@ import pytest
 
 from ernie_train.core.errors import DataError
 from ernie_train.data import load_tokenizer
+from ernie_train.parallel import new_model
 from ernie_train.weights import load_pretrained, save_pretrained
-from tests.small_models import VARIANTS, make_model
+from tests.small_models import VARIANTS, make_config, make_model
 
 
 @pytest.mark.parametrize("variant", ["moe", "untied", "bias"])
@@ -31,6 +32,13 @@ def test_new_rows_are_the_mean_of_the_others(variant, tmp_path):
     np.testing.assert_array_equal(load_pretrained(tmp_path / "out")(ids).logits.numpy(), after)
     model.grow_vocabulary(50)
     assert model.config.vocab_size == 99
+
+
+def test_a_bfloat16_model_grows_too():
+    model = new_model(make_config(), "bfloat16")
+    model.grow_vocabulary(99)
+    assert model.model.embed_tokens.weight.shape == [99, 32]
+    assert model.model.embed_tokens.weight.dtype == paddle.bfloat16
 
 
 def test_added_tokens_are_one_id_and_saved(tmp_path):

@@ -1,4 +1,9 @@
-"""On every rank: trains LoRA pairs under a grid `expert,data,sharding`, saves, and reads back."""
+"""On every rank: trains pairs under a grid `expert,data,sharding`, saves, and reads back.
+
+    lora_ranks.py BASE OUT METHOD:GRID ...
+
+METHOD is `lora` or `dora`.
+"""
 
 import sys
 from pathlib import Path
@@ -22,12 +27,12 @@ from tests.parallel.scenario import step_batches
 STEPS = 3
 
 
-def train(base: Path, out: Path, grid: Grid) -> None:
+def train(base: Path, out: Path, grid: Grid, *, dora: bool) -> None:
     """Writes `out`/step_000003: the pairs after some steps, and AdamW's moments."""
     process_group.set_grid(grid)
     model = load_pretrained(base)
     parallel.enable_recompute(model)
-    lora = LoraConfig(rank=3, targets=["all-linear", "lm_head"])
+    lora = LoraConfig(rank=3, targets=["all-linear", "lm_head"], dora=dora)
     selection = select(parameter_shapes(model.config), lora, ["model.norm"], [])
     begin_partial_training(model, selection, lora, describe_base(base), seed=7)
     model.train()
@@ -48,5 +53,7 @@ def train(base: Path, out: Path, grid: Grid) -> None:
 
 if __name__ == "__main__":
     for text in sys.argv[3:]:
-        expert, data, sharding = map(int, text.split(","))
-        train(Path(sys.argv[1]), Path(sys.argv[2]) / text, Grid(expert, data, sharding > 0))
+        method, _, sizes = text.partition(":")
+        expert, data, sharding = map(int, sizes.split(","))
+        grid = Grid(expert, data, sharding > 0)
+        train(Path(sys.argv[1]), Path(sys.argv[2]) / text, grid, dora=method == "dora")

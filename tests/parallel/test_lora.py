@@ -13,23 +13,25 @@ from tests.parallel.lora_ranks import train
 from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_model
 
-GRIDS = ["2,1,0", "2,1,1", "1,2,1"]
+CASES = ["lora:2,1,0", "lora:2,1,1", "lora:1,2,1", "dora:2,1,0", "dora:2,1,1", "dora:1,2,1"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("lora")
     save_pretrained(make_model(tie_word_embeddings=False), out / "base")
-    train(out / "base", out / "1,1,0", Grid())
+    for method in ("lora", "dora"):
+        train(out / "base", out / method, Grid(), dora=method == "dora")
     process_group.set_grid(Grid())
-    start_on_ranks(2, "lora_ranks.py", out / "base", out, *GRIDS, timeout_s=300)
+    start_on_ranks(2, "lora_ranks.py", out / "base", out, *CASES, timeout_s=300)
     return out
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stem", ["adapter_model", "model", "optimizer"])
-def test_ranks_save_what_one_rank_does(found: Path, grid: str, stem: str) -> None:
-    one, ranks = (TensorFiles(found / name / "step_000003", stem) for name in ("1,1,0", grid))
+def test_ranks_save_what_one_rank_does(found: Path, case: str, stem: str) -> None:
+    names = case.partition(":")[0], case
+    one, ranks = (TensorFiles(found / name / "step_000003", stem) for name in names)
     assert set(ranks) == set(one)
     for name in one:
         scale = max(np.abs(one[name]).max(), 1e-6)

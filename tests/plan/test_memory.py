@@ -187,6 +187,7 @@ print(json.dumps(plan.measure(plan.Case(*case, **more))))
         (512, 1, 512, False, {}),  # blocks of a longer document
         (512, 1, 512, False, {"micro_batches": 2}),  # the second one meets gradients
         (512, 1, 512, False, {"lora": 16}),
+        (512, 1, 512, False, {"lora": 16, "dora": True}),
         (512, 2, 64, False, {}),  # short documents, scored as a whole
         (1280, 1, 1280, False, {}),  # probabilities are not kept
         (1024, 1, 128, True, {}),

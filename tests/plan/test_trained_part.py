@@ -31,7 +31,12 @@ def stage(**changes: Any) -> DpoConfig:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lora": {"rank": 4}}, {"lora": {"rank": 2}, "train": ["*norm*"]}, {"freeze": ["experts"]}],
+    [
+        {"lora": {"rank": 4}},
+        {"lora": {"rank": 4, "dora": True}},
+        {"lora": {"rank": 2}, "train": ["*norm*"]},
+        {"freeze": ["experts"]},
+    ],
 )
 def test_the_plan_counts_the_parameters_that_train(changes: dict[str, Any]) -> None:
     model, settings = make_model(), stage(**changes)
@@ -76,3 +81,15 @@ def test_experts_with_pairs_keep_more_of_each_row() -> None:
     assert some["experts"] - plain["experts"] == 4 * 3 * 4
     more = config.moe_k * (hidden - width + 3 * 4) * 4
     assert all_of_them["experts"] - some["experts"] == more
+
+
+def test_dora_keeps_the_outputs_before_they_are_scaled() -> None:
+    config = make_model().config
+    lora, dora = (
+        layer_bytes(config, CPU, ONE, 8, True, count_trained(config, stage(lora=settings)))
+        for settings in ({"rank": 4}, {"rank": 4, "dora": True})
+    )
+    q, k, hidden, width = 32, 16, config.hidden_size, config.moe_intermediate_size
+    assert dora["attention"] - lora["attention"] == (q + 2 * k + hidden) * 4
+    expert = 2 * width + hidden
+    assert dora["experts"] - lora["experts"] == (config.moe_k + 1) * expert * 4

@@ -4,7 +4,8 @@
 
 WORK_DIR/cases.json lists for each case its directory, which holds `base` and `adapter`, and
 `inputs.npz` with input_ids [B,S]. It leaves logits.npz there with `logits` [B,S,V], and `merged`,
-those after `merge_and_unload`. A case with `steps` trains as well: see `train`. A case without
+those after `merge_and_unload`. A case with `steps` trains as well: see `train`. A case with `make`,
+arguments of peft's LoraConfig, gets its `adapter` from peft, of random numbers. A case without
 `adapter` trains and computes with the base itself.
 
 Any warning of peft's about keys that are missing or left over is an error.
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 
@@ -45,6 +46,19 @@ def train(model: torch.nn.Module, ids: torch.Tensor, settings: dict[str, Any]) -
     return losses
 
 
+def make_adapter(base: Path, directory: Path, settings: dict[str, Any]) -> None:
+    """Saves an adapter of random numbers as peft does."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
+        elif parameter.requires_grad:
+            parameter.data = 0.2 * torch.randn_like(parameter)
+    adapted.save_pretrained(directory)
+
+
 def main() -> None:
     """Runs every case of the work directory."""
     torch.set_num_threads(1)
@@ -52,6 +66,8 @@ def main() -> None:
     for case in json.loads((work / "cases.json").read_text()):
         directory = work / case["name"]
         inputs = {k: torch.from_numpy(v) for k, v in np.load(directory / "inputs.npz").items()}
+        if "make" in case:
+            make_adapter(directory / "base", directory / "adapter", case["make"])
         base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
         model = base
         if (directory / "adapter").is_dir():

@@ -25,6 +25,7 @@ PACKAGES: dict[str, str] = {
     " attention token_dispatcher batched_experts moe transformer lora partial numpy_layers"
     " numpy_decoder",
     "model.attention": "blocked online flashmask layer",
+    "model.lora": "config pairs layers",
     "data": "completion_format documents cache formats files reader packing loader chat_template"
     " tokenizer report chat_messages conversation chat encoding sources",
     "data.chat_template": "sandbox template",

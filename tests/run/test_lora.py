@@ -21,7 +21,7 @@ from ernie_train.weights import load_pretrained
 from tests.small_models import state
 from tests.workspace import final_files, make_workspace, metrics_without_time, write_rows
 
-LORA = {"rank": 4, "dropout": 0.1}
+DORA = {"rank": 4, "dropout": 0.1, "dora": True}
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +101,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, stage: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> Path:
-    """SFT with dropout, then DPO, both by LoRA, and the export."""
-    stages = sft(workspace, lora=LORA), dpo(workspace, lora={"rank": 2, "targets": "q_proj"})
+    """SFT by DoRA with dropout, then DPO by LoRA, and the export."""
+    stages = sft(workspace, lora=DORA), dpo(workspace, lora={"rank": 2, "targets": "q_proj"})
     path = recipe(workspace, workspace / "two.yaml", *stages, export={"dtype": "float32"})
     assert run("run", path, "--run-dir", workspace / "two") == 0
     return workspace / "two"
@@ -117,6 +117,8 @@ def test_checkpoints_hold_what_trains_and_name_the_base(whole: Path) -> None:
     assert not list(first.glob("model*.safetensors"))
     pairs = set(TensorFiles(first, "adapter_model"))
     assert "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_B.weight" in pairs
+    assert "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_magnitude_vector" in pairs
+    assert not [name for name in TensorFiles(second, "adapter_model") if "magnitude" in name]
     moments = TensorFiles(first, "optimizer")
     assert {name.partition("/")[2] for name in moments} == pairs
     assert json.loads((first / "base.json").read_text())["relative"] == "../../../initial"
@@ -134,12 +136,17 @@ def test_the_export_is_the_base_and_both_adapters(whole: Path) -> None:
         for name in (n for n in files if n.endswith("lora_A.weight")):
             product = scale * files[name.replace("lora_A", "lora_B")] @ files[name]
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            place: tuple[int, ...] = ()
             if ".experts." in module and "shared" not in module:
                 layer, _, rest = module.partition(".experts.")
                 expert, _, projection = rest.partition(".")
-                arrays[f"{layer}.experts.{projection}"][int(expert)] += product.T
-            else:
-                arrays[f"{module}.weight"] += product.T
+                module, place = f"{layer}.experts.{projection}", (int(expert),)
+            parameter = arrays[module if place else f"{module}.weight"]
+            whole = parameter[place].T + product  # [out,in]
+            magnitudes = name.replace("lora_A.weight", "lora_magnitude_vector")
+            if stage == "01-sft":
+                whole *= (files[magnitudes] / np.linalg.norm(whole, axis=1))[:, None]
+            parameter[place] = whole.T
     for name, array in arrays.items():
         np.testing.assert_allclose(exported[name], array, atol=1e-6, err_msg=name)
     moved = exported["model.layers.0.self_attn.k_proj.weight"]
@@ -242,7 +249,10 @@ def models_made(monkeypatch: pytest.MonkeyPatch) -> list[Ernie4_5_MoeForCausalLM
     return made
 
 
-@pytest.mark.parametrize(("changes", "models"), [({"lora": {"rank": 2}}, 1), ({}, 2)])
+@pytest.mark.parametrize(
+    ("changes", "models"),
+    [({"lora": {"rank": 2}}, 1), ({"lora": {"rank": 2, "dora": True}}, 1), ({}, 2)],
+)
 def test_dpo_with_lora_holds_no_second_model(
     workspace: Path, tmp_path: Path, models_made: list[Any], changes: dict[str, Any], models: int
 ) -> None:
@@ -255,10 +265,13 @@ def test_dpo_with_lora_holds_no_second_model(
     assert losses[-1] < losses[0] - 1e-3
 
 
+@pytest.mark.parametrize("dora", [False, True])
 def test_rl_with_lora_samples_with_its_adapter_and_holds_no_second_model(
-    workspace: Path, tmp_path: Path, models_made: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = recipe(workspace, tmp_path / "recipe.yaml", upo(workspace, lora={"rank": 4}))
+    workspace: Path, tmp_path: Path, models_made: list[Any], monkeypatch: pytest.MonkeyPatch,
+    dora: bool,
+) -> None:  # fmt: skip
+    lora = {"rank": 4, "dora": dora}
+    path = recipe(workspace, tmp_path / "recipe.yaml", upo(workspace, lora=lora))
     assert run("run", path, "--run-dir", tmp_path / "run") == 0
     assert len(models_made) == 1
     lines = metrics_without_time(tmp_path / "run", "01-rl")
@@ -281,7 +294,6 @@ def test_rl_with_lora_samples_with_its_adapter_and_holds_no_second_model(
     [
         ({"lora": {"rank": 0}}, "stages.0.lora.rank: must be >= 1"),
         ({"lora": {"r": 8}}, "r is called rank"),
-        ({"lora": {"rank": 4, "dora": True}}, "lora.dora: DoRA is not implemented"),
         ({"lora": {"rank": 4, "targets": ["q_porj"]}}, "stages.0.lora.targets: 'q_porj' matches "
          "no parameter; did you mean 'q_proj'?"),
         ({"lora": {"rank": 4, "targets": ["mlp.gate"]}}, "'mlp.gate' is the router"),

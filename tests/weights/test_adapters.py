@@ -27,13 +27,21 @@ from ernie_train.weights.layout import parameter_shapes
 from tests.small_models import VARIANTS, make_model, state
 
 Referee = Callable[..., Any]
+ALL = ["all-linear", "embed_tokens", "lm_head"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "everything": ("untied", {"targets": ["all-linear", "embed_tokens", "lm_head"]}),
+    "everything": ("untied", {"targets": ALL}),
     "moe": ("moe", {"rslora": True}),
     "dense": ("dense", {"rslora": True, "dropout": 0.1}),
     "attention": ("moe", {"targets": ["q_proj", "layers.1.self_attn.v_proj"]}),
     "shared": ("moe", {"targets": ["shared_experts", "layers.0.mlp"]}),
     "experts": ("no-shared", {"targets": "experts", "dropout": 0.1}),
+    "dora-dense": ("dense-bias", {"dora": True, "dropout": 0.1, "targets": ALL}),
+    "dora-attention": ("moe", {"dora": True, "rslora": True, "targets": "self_attn"}),
+}
+# peft fuses experts on transformers 5 as parameters, for which it has no DoRA.
+ON_457_ALONE = {
+    "dora": ("untied", {"dora": True, "targets": ALL}),
+    "dora-experts": ("no-shared", {"dora": True, "rslora": True, "targets": "experts"}),
 }
 
 
@@ -75,15 +83,15 @@ def logits(model: Ernie4_5_MoeForCausalLM) -> np.ndarray:
 
 @pytest.mark.parametrize("transformers", ["newest", "4.57"])
 def test_peft_computes_what_we_do(tmp_path: Path, referee: Referee, transformers: str) -> None:
-    expected = {}
-    for name, (variant, settings) in CASES.items():
+    expected, cases = {}, CASES | (ON_457_ALONE if transformers == "4.57" else {})
+    for name, (variant, settings) in cases.items():
         model = begin(tmp_path / name, VARIANTS[variant], **settings)
         expected[name] = logits(model)
         adapter = save(model, tmp_path / name)
         np.savez(tmp_path / name / "inputs.npz", input_ids=tokens())
         merged = load_pretrained(adapter)  # an adapter reads as a model: its base, merged
         np.testing.assert_allclose(logits(merged), expected[name], atol=1e-5)
-    (tmp_path / "cases.json").write_text(json.dumps([{"name": name} for name in CASES]))
+    (tmp_path / "cases.json").write_text(json.dumps([{"name": name} for name in cases]))
     referee("peft_lora.py", tmp_path, transformers=transformers)
     for name, ours in expected.items():
         found = np.load(tmp_path / name / "logits.npz")
@@ -109,18 +117,20 @@ def full_batch(ids: np.ndarray) -> Batch:
 def test_thirty_steps_are_those_of_transformers_and_peft(tmp_path: Path, referee: Referee) -> None:
     """The same weights, batches and AdamW: losses step by step, and the model after them.
 
-    LoRA and all parameters, dense and with experts. On transformers 4.57: peft trains on 5 more
-    than one pair an expert, since it fuses those of gate and up into one of twice the rank.
+    LoRA, DoRA and all parameters, dense and with experts. On transformers 4.57: peft trains on 5
+    more than one pair an expert, since it fuses those of gate and up into one of twice the rank.
     """
-    rates = {"everything": 5e-3, "dense": 5e-3, "moe": 5e-3, "all-dense": 1e-3, "all-moe": 1e-3}
+    rates = {"everything": 5e-3, "dense": 5e-3, "moe": 5e-3, "dora": 5e-3, "dora-dense": 5e-3,
+             "all-dense": 1e-3, "all-moe": 1e-3}  # fmt: skip
     # Without id 0, padding, whose embedding takes no gradient in transformers.
     batches = np.random.default_rng(4).integers(1, 96, (3, 2, 16))
     expected, after = {}, {}
     for name, rate in rates.items():
         # Every token goes to all experts: choosing among them, the two would part at the first tie.
-        sizes = {**VARIANTS[CASES[name][0] if name in CASES else name[4:]], "moe_k": 4}
-        if name in CASES:
-            model = begin(tmp_path / name, sizes, zero_b=True, **CASES[name][1] | {"dropout": 0.0})
+        variant, settings = (CASES | ON_457_ALONE).get(name, (name[4:], {}))
+        sizes = {**VARIANTS[variant], "moe_k": 4}
+        if settings:
+            model = begin(tmp_path / name, sizes, zero_b=True, **settings | {"dropout": 0.0})
             save(model, tmp_path / name)
         else:
             model = make_model(**sizes)
@@ -140,6 +150,58 @@ def test_thirty_steps_are_those_of_transformers_and_peft(tmp_path: Path, referee
         np.testing.assert_allclose(found["losses"], ours, atol=1e-5, err_msg=name)
         assert found["losses"][0] - found["losses"][-1] > 0.3, name
         np.testing.assert_allclose(found["logits"], after[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_pairs_of_a_bfloat16_model_are_saved_and_read_back(tmp_path: Path, dora: bool) -> None:
+    save_pretrained(make_model(), tmp_path / "base")
+    model = load_pretrained(tmp_path / "base", dtype="bfloat16")
+    lora = LoraConfig(rank=3, dora=dora)
+    selection = select(parameter_shapes(model.config), lora, [], [])
+    begin_partial_training(model, selection, lora, describe_base(tmp_path / "base"), seed=1)
+    random, trained = np.random.default_rng(1), trained_parameters(model)
+    for matrix in trained.values():
+        numbers = paddle.to_tensor(random.normal(0, 0.1, matrix.shape).astype(np.float32))
+        matrix.set_value(numbers.astype(matrix.dtype))
+    before = {name: p.astype("float32").numpy() for name, p in trained.items()}
+    store = CheckpointStore(tmp_path / "checkpoints")
+    path = store.save(1, model=model, optimizer={}, state={})
+    for matrix in trained.values():
+        matrix.set_value(paddle.zeros(matrix.shape, matrix.dtype))
+    store.load(path).load_model(model)
+    for name, matrix in trained_parameters(model).items():
+        np.testing.assert_array_equal(matrix.astype("float32").numpy(), before[name], err_msg=name)
+
+
+PEFTS_OWN = {
+    "dense": ("dense-bias", {"target_modules": ["q_proj", "o_proj", "gate_proj", "lm_head"]}),
+    "embedding": ("dense", {"target_modules": ["embed_tokens", "v_proj"], "use_rslora": True}),
+    "experts": ("no-shared", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+}
+
+
+def test_an_adapter_that_peft_made_computes_the_same_here(tmp_path: Path, referee: Referee) -> None:
+    """Made with random numbers and saved by peft, of LoRA and DoRA."""
+    cases = {
+        f"{name}-{'dora' if dora else 'lora'}": (variant, {**settings, "use_dora": dora})
+        for name, (variant, settings) in PEFTS_OWN.items()
+        for dora in (False, True)
+    }
+    for name, (variant, _) in cases.items():
+        save_pretrained(make_model(**VARIANTS[variant]), tmp_path / name / "base")
+        np.savez(tmp_path / name / "inputs.npz", input_ids=tokens())
+    made = [
+        {"name": name, "make": {"r": 3, "lora_alpha": 8, **settings}}
+        for name, (_, settings) in cases.items()
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(made))
+    referee("peft_lora.py", tmp_path, transformers="4.57")
+    for name in cases:
+        here = logits(load_pretrained(tmp_path / name / "adapter"))
+        found = np.load(tmp_path / name / "logits.npz")
+        np.testing.assert_allclose(here, found["logits"], atol=1e-5, err_msg=name)
+        base = logits(load_pretrained(tmp_path / name / "base"))
+        assert np.abs(here - base).max() > 0.05, name
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -179,10 +241,19 @@ def settings(adapter: Path, **changes: Any) -> None:
 
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+Q_M = Q_A.replace("lora_A.weight", "lora_magnitude_vector")
 E_A = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank": (lambda d: settings(d, r=4), "have rank 3, adapter_config.json says r: 4"),
-    "dora": (lambda d: settings(d, use_dora=True), "cannot be read here: use_dora: True"),
+    "dora without magnitudes": (
+        lambda d: settings(d, use_dora=True),
+        r"an adapter of another base: missing .*lora_magnitude_vector",
+    ),
+    "magnitudes without dora": (
+        lambda d: rewrite(d, lambda a: a.update({Q_M: np.ones(32, np.float32)})),
+        "holds magnitudes of DoRA, but adapter_config.json says use_dora: false",
+    ),
+    "another kind": (lambda d: settings(d, use_qalora=True), "cannot be read here: use_qalora"),
     "patterns": (lambda d: settings(d, rank_pattern={"q_proj": 8}), "rank_pattern"),
     "pissa": (lambda d: settings(d, init_lora_weights="pissa_niter_4"), "changes the base"),
     "fused": (
@@ -221,6 +292,17 @@ def test_a_faulty_adapter_is_one_message(adapter: Path, case: str) -> None:
     with pytest.raises(WeightsError, match=message) as caught:
         load_pretrained(adapter)
     assert str(adapter) in str(caught.value)
+
+
+def test_magnitudes_alone_are_a_change_and_fresh_ones_are_none(tmp_path: Path) -> None:
+    """With B at zero the merge equals the base unless a magnitude moved."""
+    adapter = save(begin(tmp_path, VARIANTS["dense"], zero_b=True, dora=True), tmp_path)
+    with pytest.raises(WeightsError, match="merged it equals its base"):
+        load_pretrained(adapter)
+    rewrite(adapter, lambda arrays: arrays.update({Q_M: 1.5 * arrays[Q_M]}))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before, after = (state(load_pretrained(d)) for d in (tmp_path / "base", adapter))
+    np.testing.assert_allclose(after[name], 1.5 * before[name], rtol=1e-5)
 
 
 def test_weights_of_another_base_of_the_same_size_are_noticed(adapter: Path) -> None:

@@ -59,6 +59,7 @@ class Case:
         with prompts and completions of half `seq_len` each.
     micro_batches: of a step, on each rank.
     lora: the rank of pairs beside all matrices, which then train alone; 0 trains the whole model.
+    dora: whether the pairs are DoRA's.
     """
 
     preset: str
@@ -72,6 +73,7 @@ class Case:
     sequences: int = 0
     micro_batches: int = 1
     lora: int = 0
+    dora: bool = False
 
     @property
     def ranks(self) -> int:
@@ -138,20 +140,20 @@ def planned_bytes(case: Case) -> float:
     sampling = Sampling(case.sequences, 1, half, half, case.sequences) if case.sequences else None
     batch = MicroBatch(case.rows, case.seq_len, case.document_tokens)
     config = Ernie4_5_MoeConfig.preset(case.preset)
-    part = count_part(config, *pairs(config, case.lora)) if case.lora else None
+    part = count_part(config, *pairs(config, case)) if case.lora else None
     micro_batches = case.micro_batches * case.ranks
     load = Workload("case", batch, micro_batches=micro_batches, sampling=sampling, part=part)
     demand = memory_demand(config, machine, case.layout(), load)
     return demand.resident + demand.rollouts if case.sequences else demand.peak
 
 
-def pairs(config: Ernie4_5_MoeConfig, rank: int) -> tuple[Selection, LoraConfig]:
+def pairs(config: Ernie4_5_MoeConfig, case: Case) -> tuple[Selection, LoraConfig]:
     """Return pairs of LoRA beside all matrices of a model."""
     from ernie_train.model.lora import LoraConfig
     from ernie_train.model.partial import select
     from ernie_train.weights.layout import parameter_shapes
 
-    lora = LoraConfig(rank=rank)
+    lora = LoraConfig(rank=case.lora, dora=case.dora)
     return select(parameter_shapes(config), lora, [], []), lora
 
 
@@ -170,7 +172,7 @@ def train(config: Any, case: Case) -> Any:
     model.train()
     enable_recompute(model, case.layout().recompute)
     if case.lora:
-        begin_partial_training(model, *pairs(config, case.lora), {}, seed=0)
+        begin_partial_training(model, *pairs(config, case), {}, seed=0)
     optimizer = Optimizer(model, OptimConfig(lr=1e-4, schedule="constant"))
     trainer: Trainer[Any, Batch] = Trainer(model, optimizer)
     random = np.random.default_rng(0)

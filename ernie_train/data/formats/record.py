@@ -97,6 +97,8 @@ def turns_at(row: Row, key: str, role: str) -> list[Message]:
     value = [value] if isinstance(value, dict) else value
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]  # one conversation in a list of conversations
+    if not isinstance(value, list):
+        raise RowError(f"{key} must be text or a list of messages, not {type(value).__name__}")
     return read_messages(list_of({key: value}, key))
 
 
