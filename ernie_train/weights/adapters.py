@@ -303,8 +303,11 @@ def read_part(
         settings = read_settings(directory / ADAPTER_CONFIG)
         scale = settings.scale
         files = TensorFiles(directory, ADAPTER)
+        # PEFT saves an embedding or a head that has a pair with it, under its wrapper's name.
         stored |= {
-            name.removeprefix(_PREFIX): files[name] for name in files if ".lora_" not in name
+            name.removeprefix(_PREFIX).replace(".base_layer.", "."): files[name]
+            for name in files
+            if ".lora_" not in name
         }
         adaptable, rank, dora = tuple(_adaptable(config)), settings.rank, settings.dora
         every = pair_mappings(config, adaptable, rank, dora=dora)
@@ -312,6 +315,12 @@ def read_part(
         found = {name: files[name] for name in files if ".lora_" in name}
         _check_pairs(directory, found, every, settings)
         pairs = dict(from_stored(every, found, here))
+        if config.tie_word_embeddings and pair_names(EMBEDDING)[0] in pairs:
+            raise WeightsError(
+                f"{directory}: has a pair beside the embedding, which is the head too in this "
+                "model (tie_word_embeddings); PEFT leaves the head as it was, which the merged "
+                "model cannot: train the embedding whole (modules_to_save), or untie the base"
+            )
     try:
         whole = dict(from_hf(config, stored, experts))
     except WeightsError as error:

@@ -142,11 +142,11 @@ def test_the_export_is_the_base_and_both_adapters(whole: Path) -> None:
                 expert, _, projection = rest.partition(".")
                 module, place = f"{layer}.experts.{projection}", (int(expert),)
             parameter = arrays[module if place else f"{module}.weight"]
-            whole = parameter[place].T + product  # [out,in]
+            merged = parameter[place].T + product  # [out,in]
             magnitudes = name.replace("lora_A.weight", "lora_magnitude_vector")
             if stage == "01-sft":
-                whole *= (files[magnitudes] / np.linalg.norm(whole, axis=1))[:, None]
-            parameter[place] = whole.T
+                merged *= (files[magnitudes] / np.linalg.norm(merged, axis=1))[:, None]
+            parameter[place] = merged.T
     for name, array in arrays.items():
         np.testing.assert_allclose(exported[name], array, atol=1e-6, err_msg=name)
     moved = exported["model.layers.0.self_attn.k_proj.weight"]

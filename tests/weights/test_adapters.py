@@ -175,7 +175,10 @@ def test_pairs_of_a_bfloat16_model_are_saved_and_read_back(tmp_path: Path, dora:
 
 PEFTS_OWN = {
     "dense": ("dense-bias", {"target_modules": ["q_proj", "o_proj", "gate_proj", "lm_head"]}),
-    "embedding": ("dense", {"target_modules": ["embed_tokens", "v_proj"], "use_rslora": True}),
+    "embedding": (
+        "dense-bias",
+        {"target_modules": ["embed_tokens", "v_proj"], "use_rslora": True},
+    ),
     "experts": ("no-shared", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
 }
 
@@ -241,6 +244,7 @@ def settings(adapter: Path, **changes: Any) -> None:
 
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+EMBED = "base_model.model.model.embed_tokens.lora_embedding"
 Q_M = Q_A.replace("lora_A.weight", "lora_magnitude_vector")
 E_A = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -261,6 +265,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
             d, lambda a: a.update({E_A.replace("0.gate_proj.", "base_layer."): np.ones((3, 2))})
         ),
         "fused experts, as peft saves them on transformers 5",
+    ),
+    "tied embedding": (
+        lambda d: rewrite(
+            d,
+            lambda a: a.update(
+                {f"{EMBED}_A": np.ones((3, 96), "f4"), f"{EMBED}_B": np.ones((32, 3), "f4")}
+            ),
+        ),
+        "a pair beside the embedding, which is the head too",
     ),
     "no rank": (lambda d: settings(d, r=None), "r and lora_alpha must be numbers"),
     "damaged": (lambda d: (d / "adapter_config.json").write_text("{"), "cannot be read"),
