@@ -130,7 +130,9 @@ def trained_sizes(
 ) -> dict[str, int]:
     """Return the number of elements of each parameter that trains, those of pairs included."""
     sizes = {name: math.prod(shapes[name]) for name in selection.whole}
-    for name in selection.adapted if lora is not None else ():
+    if lora is None:
+        return sizes
+    for name in selection.adapted:
         made = pair_shapes(name, shapes[name], lora.rank, dora=lora.dora)
         sizes |= {matrix: math.prod(shape) for matrix, shape in made.items()}
     return sizes

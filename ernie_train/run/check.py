@@ -236,11 +236,10 @@ def describe_training(stage: AnyStageConfig, config: Ernie4_5_MoeConfig) -> str:
         return ""
     count = sum(trained_sizes(shapes, selection, stage.lora).values())
     total, _ = config.num_parameters()
-    parts = (
-        [f"LoRA of rank {stage.lora.rank} on {len(selection.adapted)} weights"]
-        if stage.lora
-        else []
-    )
+    parts = []
+    if stage.lora:
+        method = "DoRA" if stage.lora.dora else "LoRA"
+        parts = [f"{method} of rank {stage.lora.rank} on {len(selection.adapted)} weights"]
     parts += [f"{len(selection.whole)} tensors as a whole"] if selection.whole else []
     return f"trains {count:,} of {total:,} parameters ({count / total:.2%}): {' and '.join(parts)}"
 

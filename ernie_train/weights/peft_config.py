@@ -25,7 +25,7 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What an adapter's matrices mean: a pair adds scale * B A; `dora`: magnitudes lie beside."""
+    """Say how an adapter computes: a pair adds scale * B A; with `dora` magnitudes lie beside."""
 
     rank: int
     scale: float
