@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ernie_train.core.config import load_yaml, parse_config
 from ernie_train.run.foreign_keys import FOREIGN_KEYS
@@ -34,7 +35,7 @@ STAGE: dict[str, Any] = {
 }  # fmt: skip
 RL: dict[str, Any] = {
     "name": "first", "kind": "upo", "data": [{"path": "x"}], "reward": "math", "iterations": 1,
-    "micro_batch_size": 8, "rollout": {"prompts_per_iteration": 1, "max_new_tokens": 8},
+    "micro_batch_size": 8, "rollout": {"prompts_per_iteration": 4, "max_new_tokens": 8},
     "optim": {"lr": 1e-3},
 }  # fmt: skip
 
@@ -63,6 +64,22 @@ def test_recipes_and_parts_of_recipes_are_valid(page: str, number: int, tmp_path
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     assert parse_config(Recipe, as_recipe(load_yaml(path)), page).stages
+
+
+def test_the_names_of_other_algorithms_are_settings_that_there_are() -> None:
+    page = (ROOT / "docs/concepts/rl.md").read_text("utf-8")
+    shown = re.findall(r"`((?:policy|reward): (?:[^`.]|\\.\\d)*)`", page)
+    assert len(shown) >= 6
+    for text in shown:
+        stage = {**RL, **yaml.safe_load(text)}
+        assert parse_config(Recipe, {**as_recipe({}), "stages": [stage]}, text).stages
+
+
+def test_readme_has_the_table_of_the_main_job() -> None:
+    head = "| task | SFT | rl-logic |"
+    texts = (README, (ROOT / "docs/tiny.md").read_text("utf-8"))
+    tables = [text[text.index(head) :].partition("\n\n")[0] for text in texts]
+    assert tables[0] == tables[1] and len(tables[0].splitlines()) == 14
 
 
 def test_keys_of_other_kits_are_those_that_errors_name() -> None:
