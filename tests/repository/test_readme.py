@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     "README.md", "docs/writing_recipes.md", "docs/train_long_context.md", "docs/my_reward.md",
     "docs/concepts/moe_balance.md", "docs/reward_models.md", "docs/tools.md", "docs/data.md",
-    "docs/chat.md", "docs/report.md", "docs/engines.md", "docs/lora.md", "docs/rewards.md", "docs/scaling.md",
+    "docs/chat.md", "docs/report.md", "docs/engines.md", "docs/lora.md",
+    "docs/rewards.md", "docs/scaling.md",
 ]  # fmt: skip
 
 
