@@ -143,10 +143,11 @@ def step_cost(
         per_token -= flops.layers
     per_token += flops.training(again) - 3 * flops.head if load.critic else 0.0
     trained = load.updates * -(-load.micro_batches // ranks) * batch.tokens  # of the fullest rank
-    # Reward models read conversations of their own, which share nothing.
     others = len(load.reward_models)
-    scored = (load.scoring_models - others) * (1 - batch.shared) + others
-    scored *= -(-load.scored // ranks) * batch.seq_len
+    scored = (load.scoring_models - others) * (1 - batch.shared) * -(-load.scored // ranks)
+    # Reward models read all that is sampled, as conversations of their own, which share nothing.
+    scored += others * -(-(load.sampling.total if load.sampling else load.scored) // ranks)
+    scored *= batch.seq_len
     exchanges = _exchanges(config, layout.recompute) * (2 if load.critic else 1)
     exchange = _exchange_bytes(config, precision, layout)
     sent = {"all-to-all": exchange * (exchanges * trained + 2 * scored)}
@@ -200,7 +201,7 @@ def _update_bytes(
 def _sampling_cost(
     config: Ernie4_5_MoeConfig, precision: Precision, layout: Layout, rates: Rates, load: Sampling
 ) -> tuple[float, float]:
-    """Return bytes sent and seconds of sampling all completions to their full length.
+    """Return bytes sent and seconds of sampling all rounds of completions to their full length.
 
     A token of every sequence takes as long as reading all weights and the cache, or as its
     operations at the rate of training, whichever is more.
@@ -217,4 +218,4 @@ def _sampling_cost(
     sent = 2 * _exchange_bytes(config, precision, layout) * tokens
     seconds = batches * load.new_tokens * max(reading / (rates.memory_gb_per_s * 1e9), computing)
     seconds += rates.seconds_to_compute(first) + rates.seconds_to_send(sent, layout.expert)
-    return sent, seconds
+    return load.rounds * sent, load.rounds * seconds

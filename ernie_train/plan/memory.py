@@ -353,8 +353,8 @@ def recorded_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling | None) -> flo
     """
     if sampling is None or not sampling.records_experts:
         return 0.0
-    prompts = -(-sampling.sequences // sampling.group_size) * sampling.prompt_tokens
-    tokens = prompts + sampling.sequences * sampling.new_tokens
+    prompts = -(-sampling.total // sampling.group_size) * sampling.prompt_tokens
+    tokens = prompts + sampling.total * sampling.new_tokens
     return 2.0 * moe_layers(config) * config.moe_k * tokens
 
 
@@ -363,7 +363,7 @@ def dumped_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling) -> float:
 
     Each completion is written with its prompt.
     """
-    tokens = sampling.sequences * (sampling.prompt_tokens + sampling.new_tokens)
+    tokens = sampling.total * (sampling.prompt_tokens + sampling.new_tokens)
     return 2.0 * moe_layers(config) * config.moe_k * tokens * 4 / 3
 
 

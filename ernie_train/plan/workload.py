@@ -45,9 +45,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Hold an iteration's completions over all ranks: `batch_size` at once on each rank.
+    """Hold a round of an iteration's completions over all ranks: `batch_size` at once on each rank.
 
     engine: who samples. records_experts: each token's experts are kept. dumps: all is written.
+    rounds: the most of them that an iteration takes, those that refill as full as the first.
     """
 
     sequences: int
@@ -58,6 +59,12 @@ class Sampling:
     engine: str = "own"
     records_experts: bool = False
     dumps: bool = False
+    rounds: int = 1
+
+    @property
+    def total(self) -> int:
+        """Return the most completions of an iteration."""
+        return self.rounds * self.sequences
 
     @property
     def by_ranks(self) -> bool:
@@ -65,7 +72,7 @@ class Sampling:
         return self.engine == "own"
 
     def on_rank(self, ranks: int) -> int:
-        """Return the sequences of the fullest rank."""
+        """Return the sequences of a round on the fullest rank."""
         return -(-self.sequences // ranks)
 
     def at_once(self, ranks: int) -> int:
@@ -177,6 +184,7 @@ def _reinforced(stage: UpoConfig) -> Workload:
         rollout.engine.kind,
         stage.policy.router_replay,
         rollout.dump,
+        1 + rollout.refill_rounds,
     )
     shared = rows - -(-rows // rollout.group_size) if stage.share_prompts else 0
     return Workload(
@@ -205,11 +213,17 @@ def _reward_model(path: str) -> Ernie4_5_MoeConfig | None:
 
 
 def _trained_samples(stage: UpoConfig, sampled: int) -> int:
-    """Return the completions that an iteration learns from: all that were sampled, or pairs."""
-    trained = sampled if stage.policy.coef else 0
-    pairs = stage.preference
+    """Return the completions that an iteration learns from: all that were sampled, or pairs.
+
+    Refills replace groups that teach nothing, unless pairs or what a critic expected tell them
+    apart: then the most that an iteration can have are learned from.
+    """
+    pairs, rounds = stage.preference, 1
+    if stage.learns_from_every_group or (pairs is not None and pairs.of_rollouts):
+        rounds += stage.rollout.refill_rounds
+    trained = rounds * sampled if stage.policy.coef else 0
     if pairs is not None and pairs.of_rollouts:
-        prompts = stage.rollout.prompts_per_iteration or 0
+        prompts = rounds * (stage.rollout.prompts_per_iteration or 0)
         # Beside the policy term the two of a pair are trained anyway, but for a solution.
         trained += (pairs.of_solutions if trained else 2) * prompts
     if stage.offline is not None:

@@ -7,7 +7,7 @@ import pytest
 from ernie_train.plan import PlanSettings
 from ernie_train.plan.cost import step_cost, token_flops
 from ernie_train.plan.layout import Layout
-from ernie_train.plan.memory import Machine, memory_demand
+from ernie_train.plan.memory import Machine, dumped_bytes, memory_demand, recorded_bytes
 from ernie_train.plan.workload import MicroBatch, recipe_workloads
 from ernie_train.run.recipe import load_recipe
 from tests.plan.plans import BF16, CRITIC, RATES, RL, ROOT, printed, recipe
@@ -43,6 +43,27 @@ def test_an_iteration_of_rl() -> None:
     assert load.sampling is not None
     assert load.sampling.sequences == 512
     assert (load.reference, load.critic, load.scoring_models) == (True, True, 3)
+
+
+@pytest.mark.parametrize("learns_from", ["informative groups", "critic", "pairs"])
+def test_refills_are_counted_as_full_rounds(learns_from: str) -> None:
+    """They are sampled, scored, kept and written; what they replace is not trained on, if it is."""
+    rollout, one, three = {**RL["rollout"], "dump": True}, [], []
+    more = {
+        "informative groups": {"preference": None}, "pairs": {},
+        "critic": {**CRITIC, "preference": None},
+    }[learns_from]  # fmt: skip
+    policy = {"policy": {"minibatches": 4, "router_replay": True}}
+    for refills, found in ((0, one), (2, three)):
+        of = recipe(RL | policy | more | {"rollout": {**rollout, "refill_rounds": refills}})
+        (load,) = recipe_workloads(of)
+        assert load.sampling is not None
+        cost = step_cost(of.model.build(), BF16, Layout(8, 1, True, True), RATES, load)
+        config, sampling = of.model.build(), load.sampling
+        found += [cost.seconds["rollouts"], cost.sent["rollouts"], recorded_bytes(config, sampling),
+                  dumped_bytes(config, sampling), load.scored, load.tokens]  # fmt: skip
+    times = [3, 3, 3, 3, *([1, 1] if learns_from == "informative groups" else [3, 3])]
+    assert three == pytest.approx([a * b for a, b in zip(one, times, strict=True)])
 
 
 def test_recorded_experts_are_counted_in_memory_and_on_the_disk() -> None:
@@ -100,7 +121,7 @@ def test_the_large_recipe_of_rl_is_planned_with_its_experts() -> None:
     of = load_recipe(ROOT / "recipes/ernie-21b-a3b-prl.yaml")
     said = printed(of, PlanSettings(ranks=8))
     for stage in of.stages:
-        assert f"{stage.name}: router_replay keeps up to 1.21 GB" in said
+        assert f"{stage.name}: router_replay keeps up to 2.42 GB" in said
 
 
 def test_dpo_trains_pairs_and_samples_nothing() -> None:
