@@ -23,6 +23,15 @@ from ernie_train.data.completion_format import (
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_PROTOCOL_KEYS = frozenset((
+    "role", "content", "weight", "tool_calls", "tool_call_id", "id", "type", "function", "name",
+    "arguments", "description", "parameters", "properties", "required", "items", "enum",
+    *REASONING_KEYS,
+))  # fmt: skip
+_PROTOCOL_VALUES = {
+    "role": ROLES,
+    "type": ("function", "object", "array", "string", "integer", "number", "boolean", "null"),
+}
 _SCHEMA_KEYS = frozenset(("type", "properties", "$ref", "$defs", "anyOf", "oneOf", "allOf"))
 
 
@@ -181,9 +190,17 @@ def _without_nulls(value: Any) -> Any:
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to every text in messages or tools."""
+    """Apply `change` to every text in messages or tools, but for the words of their protocol.
+
+    Templates read keys, roles and types by name, also if a tokenizer has such a word as a token.
+    """
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {change(key): map_texts(item, change) for key, item in value.items()}
+        return {
+            key if key in _PROTOCOL_KEYS else change(key): item
+            if isinstance(item, str) and item in _PROTOCOL_VALUES.get(key, ())
+            else map_texts(item, change)
+            for key, item in value.items()
+        }
     return [map_texts(item, change) for item in value] if isinstance(value, list) else value

@@ -1,5 +1,6 @@
 """Tokenizers of other kinds, by their tokenizer.json alone: transformers gives the same ids."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from ernie_train.core.errors import DataError
+from ernie_train.data import encode_conversation, render_chat
 from ernie_train.data.tokenizer import load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]
@@ -115,3 +118,57 @@ def test_offsets_and_plain_control_tokens(directories: dict[str, Path], name: st
     assert ends == ["</s>"]
     plain = own.encode_plain(text, "a row")
     assert not {own.token_id(token) for token in ("<|im_end|>", "</s>")} & set(plain)
+
+
+def test_special_tokens_that_are_words_of_the_protocol(
+    directories: dict[str, Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """A template reads keys and roles by name; what a row writes is text all the same."""
+    shutil.copytree(directories["byte_level"], tmp_path / "words")
+    file = tmp_path / "words" / "tokenizer.json"
+    backend = Backend.from_file(str(file))
+    words = ["user", "assistant", "role", "content", "name", "function", "properties", "string"]
+    tokens = ["<|im_start|>", "<think>", *words]
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens])
+    backend.save(str(file))
+    shutil.copy(tokenizer_dir / "chat_template.jinja", tmp_path / "words")
+    call = {"function": {"name": "find", "arguments": {"user": "content", "type": "role"}}}
+    place = {"type": "object", "properties": {"user": {"type": "string"}}}
+    messages = [
+        {"role": "user", "content": "role"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "function"},
+        {"role": "assistant", "content": "my name"},
+    ]
+    tools = [{"type": "function", "function": {"name": "find", "parameters": place}}]
+    own, usual = load_tokenizer(tmp_path / "words"), load_tokenizer(tokenizer_dir)
+    sample = encode_conversation(own, messages, tools).samples[0]
+    text = render_chat(usual, messages, tools)
+    assert own.decode(sample.ids) == text.rstrip("\n")
+    counts = {word: sample.ids.count(own.token_id(word) or -1) for word in words}
+    # The template writes roles; the words of the row are characters.
+    assert counts["user"] == text.count("<|im_start|>user") > 0
+    assert counts["role"] == 0
+    strict = load_tokenizer(tmp_path / "words")
+    strict.chat = dataclasses.replace(strict.chat, control_tokens="refuse")
+    encode_conversation(
+        strict, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    )
+    with pytest.raises(DataError, match="message 1 contains the control token role"):
+        encode_conversation(strict, messages)
+
+
+def test_merges_that_are_left_out_by_chance_are_refused(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    """With dropout each reading of a text has other ids: no run could be repeated."""
+    shutil.copytree(directories["byte_level"], tmp_path / "chance")
+    file = tmp_path / "chance" / "tokenizer.json"
+    written = json.loads(file.read_text())
+    for dropout in (0.1, 0.0):
+        written["model"]["dropout"] = dropout
+        file.write_text(json.dumps(written))
+        if dropout:
+            with pytest.raises(DataError, match=r"tokenizer\.json.*dropout.*0\.1.*null"):
+                load_tokenizer(tmp_path / "chance")
+    assert load_tokenizer(tmp_path / "chance").encode("the sum")

@@ -41,6 +41,11 @@ class HuggingFaceTokenizer(Tokenizer):
             self._backend = Backend.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(f"{path} is not a tokenizer: {error}") from error
+        if dropout := getattr(self._backend.model, "dropout", None):
+            raise DataError(
+                f"{path}: its model has dropout {dropout:g}, by which a text has other ids each "
+                "time; a run could not be repeated. Write null there"
+            )
         self._backend.no_truncation()
         self._backend.no_padding()
         self._add(config.added_tokens(), special=False)
