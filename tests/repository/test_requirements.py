@@ -16,7 +16,9 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)(?: ; (python_version (?:<|>=) \"3\.1[12]\"))?")
+PIN = re.compile(
+    r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)(?: ; (python_version (?:<|>=) \"3\.1[12]\"))?"
+)
 PYTHONS = ("3.10", "3.11", "3.12")
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
