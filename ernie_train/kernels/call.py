@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import paddle
-from paddle import Tensor
+from paddle import Tensor, _C_ops
 
 from ernie_train.kernels.loading import Kernels, load_kernels
+
+_CPU = paddle.CPUPlace()
 
 
 def module() -> Any:
@@ -28,9 +31,19 @@ def addresses(*tensors: Tensor) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
+def elements(tensor: Tensor) -> int:
+    """Return the number of elements; Paddle's own `size` takes 12 us."""
+    return math.prod(tensor.shape)
+
+
 def room(*shape: int) -> Tensor:
     """Return float32 of unknown values, aligned as Paddle aligns: MKL's bits depend on that.
 
     It lies where kernels compute, which need not be Paddle's default device.
     """
-    return paddle.empty(shape, "float32", device="cpu")
+    return _C_ops.empty(shape, paddle.float32, _CPU)  # 3 us; `paddle.empty` takes 8
+
+
+def integers(*shape: int) -> Tensor:
+    """Return int64 of unknown values, there too."""
+    return _C_ops.empty(shape, paddle.int64, _CPU)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ernie_train.core.errors import UserError
 
 KERNELS = "ERNIE_TRAIN_KERNELS"  # "native" (the default) or "plain"
 CHOICES = ("native", "plain")
+_MODULES = ("compiled", "compiled_steps")
 _switched_off = False  # within `plain_operators`
 
 
@@ -114,12 +116,19 @@ def _import_compiled() -> Any:
     address = ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value
     llvmlite.binding.add_symbol("ernie_train_cblas_sgemm", address)
     try:
-        return importlib.import_module("ernie_train.kernels.compiled")
+        return _import_modules()
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
     # Neither this directory nor the user's cache can be written.
     return _compile_for_this_process()
+
+
+def _import_modules() -> SimpleNamespace:
+    """Return what both modules of kernels hold."""
+    first = importlib.import_module("ernie_train.kernels.compiled")
+    second = importlib.import_module("ernie_train.kernels.compiled_steps")
+    return SimpleNamespace(**{**vars(first), **vars(second)})
 
 
 def _checked(module: Any) -> Any:
@@ -132,7 +141,8 @@ def _checked(module: Any) -> Any:
         place = module.rms_norm.stats.cache_path
         _say(f"the compiled kernels in {place} cannot be used: compiled again, for this process "
              f"alone; remove {place}/compiled.*.nb? or make room there")  # fmt: skip
-        del sys.modules["ernie_train.kernels.compiled"]
+        for name in _MODULES:
+            sys.modules.pop(f"ernie_train.kernels.{name}", None)
         module = _compile_for_this_process()
         _check(module)
     return module
@@ -143,7 +153,7 @@ def _compile_for_this_process() -> Any:
 
     numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="ernie-train-kernels-")
     atexit.register(shutil.rmtree, numba.config.CACHE_DIR, ignore_errors=True)
-    return importlib.import_module("ernie_train.kernels.compiled")
+    return _import_modules()
 
 
 def _check(module: Any) -> None:
@@ -166,8 +176,27 @@ def _check(module: Any) -> None:
     module.experts_backward(*at[:5], counts.ctypes.data, 1, 4, 4, *at[5:14], 2)
     module.attention(*at[:3], *shape, *at[3:6])
     module.attention_backward(*at[:3], *shape, *at[3:11])
+    _check_steps(module, at)
     if not (np.isfinite(rows).all() and _loss_is_right(module)):
         raise WrongResultError("a result by the kernels is wrong on this processor")
+
+
+def _check_steps(module: Any, at: list[int]) -> None:
+    """Call the kernels of `compiled_steps`."""
+    ids, counts, token_of_row, row_of_pair = np.zeros((4, 2), np.int64)
+    index = (ids.ctypes.data, row_of_pair.ctypes.data)
+    module.product(0, 2, 4, 4, *at[:2], 0.0, at[2])
+    module.route(*at[:3], 2, 4, 2, 1, 1e-12, *at[3:5], ids.ctypes.data, at[5])
+    module.sort_pairs(
+        ids.ctypes.data, at[5], 2, 1, 2, counts.ctypes.data, token_of_row.ctypes.data,
+        row_of_pair.ctypes.data, at[6],
+    )  # fmt: skip
+    module.route_backward(at[4], *index, at[5], 0, 2, 2, 1, 1e-12, at[7])
+    sizes = (2, 4, 5, 2)
+    module.token_logprobs(*at[:2], ids.ctypes.data, 1.0, *sizes, *at[2:6])
+    module.token_logprobs_backward(
+        *at[:2], ids.ctypes.data, 1.0, at[5], at[6], at[4], at[7], 0, *sizes, at[2], *at[8:10]
+    )
 
 
 def _loss_is_right(module: Any) -> bool:

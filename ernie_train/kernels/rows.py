@@ -8,7 +8,7 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
-from ernie_train.kernels.call import addresses, module, room, whole
+from ernie_train.kernels.call import addresses, elements, module, room, whole
 
 # Logits of a chunk: 8 MB where the vocabulary is small, so that they stay in the cache between two
 # products; at least 128 rows, or the sum of the head's gradient costs more than the products.
@@ -41,7 +41,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tens
     x, cos, sin = whole(x, cos, sin)
     tokens, dim = cos.shape
     y = room(*x.shape)
-    heads, sign = int(x.size) // (tokens * dim), -1.0 if backward else 1.0
+    heads, sign = elements(x) // (tokens * dim), -1.0 if backward else 1.0
     module().rope(*addresses(x, cos, sin), sign, tokens, heads, dim, *addresses(y))
     return y
 
@@ -50,7 +50,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up."""
     gate, up = whole(gate, up)
     y = room(*gate.shape)
-    module().swiglu(*addresses(gate, up), int(gate.size), *addresses(y))
+    module().swiglu(*addresses(gate, up), elements(gate), *addresses(y))
     return y
 
 
@@ -58,7 +58,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
     """Return the gradients of gate and up."""
     gate, up, grad = whole(gate, up, grad)
     dgate, dup = room(*gate.shape), room(*gate.shape)
-    size, outputs = int(gate.size), addresses(dgate, dup)
+    size, outputs = elements(gate), addresses(dgate, dup)
     module().swiglu_backward(*addresses(gate, up, grad), size, *outputs)
     return dgate, dup
 

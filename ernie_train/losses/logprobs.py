@@ -11,6 +11,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from ernie_train import kernels
 from ernie_train.core.autograd import once_differentiable
 from ernie_train.losses.cross_entropy import chunks, cross_entropy_rows
 
@@ -35,8 +36,47 @@ def token_logprobs(
         raise ValueError("no tokens: hidden is empty")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
+    if bias is None and kernels.usable(hidden, weight):
+        grad = paddle.is_grad_enabled()
+        trains = tuple(grad and not t.stop_gradient for t in (hidden, weight))
+        logprobs, *entropy = _NativeTokenLogprobs.apply(
+            hidden, weight, ids, temperature, with_entropy, trains
+        )
+        return logprobs, entropy[0] if with_entropy else None
     logprobs, *entropy = _TokenLogprobs.apply(hidden, weight, bias, ids, temperature, with_entropy)
     return logprobs, entropy[0] if with_entropy else None
+
+
+class _NativeTokenLogprobs(PyLayer):
+    """The same by native kernels; probabilities are kept where they fit into one chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float,
+        with_entropy: bool, trains: tuple[bool, bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        logprobs, state = kernels.token_logprobs(
+            hidden, weight, ids, temperature, with_entropy=with_entropy
+        )
+        if any(trains):
+            ctx.save_for_backward(hidden, weight, ids)
+            ctx.state, ctx.temperature, ctx.trains = state, temperature, trains
+            ctx.set_materialize_grads(False)
+        if state.entropies is None:
+            return (logprobs,)
+        return logprobs, state.entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, ids = ctx.saved_tensor()
+        of_logprobs = paddle.zeros([len(ids)]) if grads[0] is None else grads[0]
+        of_entropy = grads[1] if len(grads) > 1 else None
+        state, ctx.state = ctx.state, None
+        made = kernels.token_logprobs_backward(
+            hidden, weight, ids, ctx.temperature, state, (of_logprobs, of_entropy), ctx.trains
+        )
+        return (*made, None)
 
 
 class _TokenLogprobs(PyLayer):

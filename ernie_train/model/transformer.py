@@ -16,6 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+from ernie_train.model import fused
 from ernie_train.model.attention import Attention, AttentionTables
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
@@ -71,6 +72,10 @@ class DecoderLayer(nn.Layer):
 
     def attn_block(self, x: Tensor, tables: AttentionTables, cache: KVCache | None) -> Tensor:
         """Return x [T,H] plus the attention of its norm."""
+        if cache is None:
+            made = fused.attention_block(self.input_layernorm, self.self_attn, x, tables)
+            if made is not None:
+                return made
         return x + self.self_attn(self.input_layernorm(x), tables, cache)
 
     def mlp_block(self, x: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, RouterOutput]:
@@ -78,9 +83,14 @@ class DecoderLayer(nn.Layer):
 
         replayed [T,K]: as in `Router.forward`.
         """
-        y = self.post_attention_layernorm(x)
+        norm = self.post_attention_layernorm
         if not self.is_moe:
-            return x + self.mlp(y), None
+            made = fused.mlp_block(norm, self.mlp, x)
+            return (x + self.mlp(norm(x)) if made is None else made), None
+        routed = None if replayed is not None else fused.moe_block(norm, self.mlp, x)
+        if routed is not None:
+            return routed[0], (routed[1], routed[2], 0)
+        y = norm(x)
         y, router_logits, expert_ids, dropped = self.mlp(y, replayed)
         return x + y, (router_logits, expert_ids, dropped)
 

@@ -17,15 +17,17 @@ from paddle import Tensor
 
 from ernie_train import kernels
 from ernie_train.core.errors import UserError
-from ernie_train.kernels import compiled, loading
-from ernie_train.losses import linear_cross_entropy
+from ernie_train.kernels import compiled, compiled_steps, loading
+from ernie_train.losses import linear_cross_entropy, token_logprobs
+from ernie_train.model import fused
 from ernie_train.model.attention import document_attention
 from ernie_train.model.batch_layout import AttentionLayout, Document
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.layers import MLP, RMSNorm
-from ernie_train.model.moe import Experts
+from ernie_train.model.moe import LOCAL_PLACEMENT, Experts
 from ernie_train.model.rope import RopeTables
 from ernie_train.model.token_dispatcher import LocalDispatcher, make_routing
+from ernie_train.model.transformer import DecoderLayer
 from ernie_train.run.pipeline import change_of_kernels
 
 TOKENS, HIDDEN, WIDTH, VOCAB = 150, 24, 12, 37
@@ -36,9 +38,9 @@ DOCUMENTS = [Document(0, 67), Document(67, 3), PROMPT, Document(90, 30, PROMPT),
 LAYOUT = AttentionLayout(DOCUMENTS, TOKENS, 4, 2)
 COUNTS = [40, 0, 85, 25]  # an expert without rows
 CONFIG = Ernie4_5_MoeConfig(
-    vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDTH, num_hidden_layers=1,
+    vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDTH, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, moe_num_experts=4, moe_intermediate_size=WIDTH,
-    moe_k=2,
+    moe_k=2, moe_layer_start_index=1, moe_num_shared_experts=1,
 )  # fmt: skip
 LABELS = np.random.default_rng(2).integers(0, VOCAB, TOKENS)
 CHOSEN = np.random.default_rng(3).integers(0, 4, (TOKENS, 2))
@@ -68,14 +70,15 @@ def rope(x: Tensor) -> Tensor:
 
 
 def rope_64(x: Tensor) -> Tensor:
+    heads = x.shape[-1] // 6
     angle = paddle.arange(TOKENS, dtype="float64").unsqueeze(1) * 1e4 ** (
         -paddle.arange(0, 6, 2, dtype="float64") / 6
     )
     cos, sin = (f(angle).unsqueeze(1) for f in (paddle.cos, paddle.sin))
-    pairs = x.reshape([TOKENS, 4, 3, 2])
+    pairs = x.reshape([TOKENS, heads, 3, 2])
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = paddle.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return turned.reshape([TOKENS * 4, 6])
+    return turned.reshape([TOKENS * heads, 6])
 
 
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -145,7 +148,84 @@ def head_64(hidden: Tensor, weight: Tensor) -> Tensor:
     return (losses.reshape([-1]) * paddle.linspace(0, 1, TOKENS, dtype="float64")).sum()
 
 
+def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logprobs and entropies, whose gradients come back together."""
+    pair = token_logprobs(
+        hidden, weight, None, paddle.to_tensor(LABELS), temperature=0.7, with_entropy=True
+    )
+    return paddle.stack(pair)
+
+
+def logprobs_64(hidden: Tensor, weight: Tensor) -> Tensor:
+    rows = F.log_softmax(hidden @ weight.T / 0.7)
+    chosen = paddle.take_along_axis(rows, paddle.to_tensor(LABELS).unsqueeze(1), 1).squeeze(1)
+    return paddle.stack([chosen, -(rows.exp() * rows).sum(-1)])
+
+
+def logprobs_alone(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Without entropies: probabilities are kept, not computed again."""
+    return token_logprobs(hidden, weight, None, paddle.to_tensor(LABELS), temperature=0.7)[0]
+
+
+def logprobs_alone_64(hidden: Tensor, weight: Tensor) -> Tensor:
+    return logprobs_64(hidden, weight)[0]
+
+
+def attention_block(x: Tensor, norm: Tensor, *projections: Tensor) -> Tensor:
+    layer = DecoderLayer(CONFIG, 0, LOCAL_PLACEMENT)
+    with_parameters(layer.input_layernorm, norm)
+    with_parameters(layer.self_attn, *(0.3 * w for w in projections))
+    rope = RopeTables.build(paddle.arange(TOKENS), 1e4, 6)
+    return layer.attn_block(x, SimpleNamespace(rope=rope, layout=LAYOUT), None)
+
+
+def attention_block_64(x: Tensor, norm: Tensor, *projections: Tensor) -> Tensor:
+    h = rms_norm_64(x, norm)
+    q, k, v, o = (0.3 * w for w in projections)  # scores of moderate size
+    turned = (rope_64(h @ w).reshape([TOKENS, -1]) for w in (q, k))
+    return x + attention_64(*turned, h @ v).reshape([TOKENS, HIDDEN]) @ o
+
+
+def mlp_block(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+    layer = DecoderLayer(CONFIG, 0, LOCAL_PLACEMENT)
+    with_parameters(layer.post_attention_layernorm, norm)
+    with_parameters(layer.mlp, *weights)
+    return layer.mlp_block(x)[0]
+
+
+def mlp_block_64(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+    return x + mlp_64(rms_norm_64(x, norm), *weights)
+
+
+def moe_block(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+    """The output with a share of the router's logits, as balance losses read them."""
+    layer = DecoderLayer(CONFIG, 1, LOCAL_PLACEMENT)
+    with_parameters(layer.post_attention_layernorm, norm)
+    with_parameters(layer.mlp, *weights)
+    layer.mlp.moe_statics.e_score_correction_bias.set_value(BIAS)
+    y, (logits, ids, dropped) = layer.mlp_block(x)
+    assert ids.shape == [TOKENS, 2] and dropped == 0
+    return y + 0.1 * logits.square().sum(-1, keepdim=True)
+
+
+def moe_block_64(x: Tensor, norm: Tensor, router: Tensor, *weights: Tensor) -> Tensor:
+    h = rms_norm_64(x, norm)
+    logits = h @ router
+    probs = F.softmax(logits)
+    _, ids = paddle.topk(probs.detach() + paddle.to_tensor(BIAS.astype(np.float64)), 2)
+    chosen = probs * F.one_hot(ids, 4).sum(1).astype("float64")
+    share = chosen / chosen.sum(-1, keepdim=True)
+    gate, up, down = weights[:3]
+    y = x + mlp_64(h, *weights[3:]) + 0.1 * logits.square().sum(-1, keepdim=True)
+    for e in range(4):
+        y = y + share[:, e : e + 1] * mlp_64(h, gate[e], up[e], down[e])
+    return y
+
+
+BIAS = np.array([[0.2, 0.0, -0.1, 0.05]], np.float32)
 STACKS = ((4, HIDDEN, WIDTH), (4, HIDDEN, WIDTH), (4, WIDTH, HIDDEN))
+MLP_SHAPES = tuple(shape[1:] for shape in STACKS)
+ATTENTION = ((HIDDEN,), (HIDDEN, HIDDEN), (HIDDEN, 12), (HIDDEN, 12), (HIDDEN, HIDDEN))
 CASES: dict[str, tuple[Callable, Callable, tuple[tuple[int, ...], ...]]] = {
     "rms_norm": (rms_norm, rms_norm_64, ((TOKENS, HIDDEN), (HIDDEN,))),
     "rope": (rope, rope_64, ((TOKENS, HIDDEN),)),
@@ -154,7 +234,15 @@ CASES: dict[str, tuple[Callable, Callable, tuple[tuple[int, ...], ...]]] = {
     "dispatch": (dispatch, dispatch_64, ((TOKENS, HIDDEN), (TOKENS, 2))),
     "attention": (attention, attention_64, ((TOKENS, HIDDEN), (TOKENS, 12), (TOKENS, 12))),
     "head": (head, head_64, ((TOKENS, HIDDEN), (VOCAB, HIDDEN))),
-}
+    "logprobs": (logprobs, logprobs_64, ((TOKENS, HIDDEN), (VOCAB, HIDDEN))),
+    "logprobs alone": (logprobs_alone, logprobs_alone_64, ((TOKENS, HIDDEN), (VOCAB, HIDDEN))),
+    "attention block": (attention_block, attention_block_64, ((TOKENS, HIDDEN), *ATTENTION)),
+    "mlp block": (mlp_block, mlp_block_64, ((TOKENS, HIDDEN), (HIDDEN,), *MLP_SHAPES)),
+    "moe block": (
+        moe_block, moe_block_64,
+        ((TOKENS, HIDDEN), (HIDDEN,), (HIDDEN, 4), *STACKS, *MLP_SHAPES),
+    ),
+}  # fmt: skip
 
 
 def leaves(shapes: tuple[tuple[int, ...], ...]) -> list[np.ndarray]:
@@ -173,6 +261,58 @@ def run(
     spread = np.random.default_rng(8).standard_normal(output.shape).astype(dtype)
     (output * paddle.to_tensor(spread)).sum().backward()
     return [output.numpy(), *(None if x.grad is None else x.grad.numpy() for x in inputs)]
+
+
+def with_hook(layer: DecoderLayer) -> None:
+    layer.self_attn.q_proj.register_forward_post_hook(lambda *_: None)
+    layer.mlp.gate.register_forward_post_hook(lambda *_: None)
+
+
+def with_other_linear(layer: DecoderLayer) -> None:
+    class Other(paddle.nn.Linear):
+        pass
+
+    layer.self_attn.v_proj = Other(HIDDEN, 12, bias_attr=False)
+    layer.mlp.shared_experts.down_proj = Other(WIDTH, HIDDEN, bias_attr=False)
+
+
+def with_bias(layer: DecoderLayer) -> None:
+    layer.self_attn.k_proj = paddle.nn.Linear(HIDDEN, 12)
+    layer.mlp.shared_experts.up_proj = paddle.nn.Linear(HIDDEN, WIDTH)
+
+
+@pytest.mark.parametrize("change", [None, with_hook, with_other_linear, with_bias])
+def test_a_block_is_fused_where_its_modules_are_ordinary(change: Callable | None) -> None:
+    layer = DecoderLayer(CONFIG, 1, LOCAL_PLACEMENT)
+    if change is not None:
+        change(layer)
+    x = paddle.randn([TOKENS, HIDDEN])
+    rope = RopeTables.build(paddle.arange(TOKENS), 1e4, 6)
+    tables = SimpleNamespace(rope=rope, layout=LAYOUT)
+    made = (
+        fused.attention_block(layer.input_layernorm, layer.self_attn, x, tables),
+        fused.moe_block(layer.post_attention_layernorm, layer.mlp, x),
+    )
+    assert [m is not None for m in made] == [change is None] * 2
+    with kernels.plain_operators():
+        exact = layer.attn_block(x, tables, None), layer.mlp_block(x)[0]
+    ours = layer.attn_block(x, tables, None), layer.mlp_block(x)[0]
+    for a, b in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-5)
+
+
+def test_a_capacity_other_ranks_and_replayed_experts_are_not_fused() -> None:
+    x = paddle.randn([TOKENS, HIDDEN])
+    layer = DecoderLayer(CONFIG, 1, LOCAL_PLACEMENT)
+    elsewhere = DecoderLayer(CONFIG, 1, LOCAL_PLACEMENT)
+    elsewhere.mlp.dispatcher = SimpleNamespace()
+    limited = DecoderLayer(CONFIG.with_overrides({"moe_capacity_factor": 1.0}), 1, LOCAL_PLACEMENT)
+    for made in (elsewhere, limited):
+        assert fused.moe_block(made.post_attention_layernorm, made.mlp, x) is None
+    replayed = paddle.full([TOKENS, 2], 1, "int64")
+    replayed[:, 1] = 3
+    _, (_, ids, _) = layer.mlp_block(x, replayed)
+    assert np.array_equal(ids.numpy(), replayed.numpy())
 
 
 @pytest.fixture
@@ -303,19 +443,20 @@ def no_words() -> None:
     raise EOFError
 
 
-NAMES = [name for name, made in vars(compiled).items()
-         if isinstance(made, Dispatcher) and not name.startswith("_")]  # fmt: skip
+COMPILED = {name: made for name, made in {**vars(compiled), **vars(compiled_steps)}.items()
+            if isinstance(made, Dispatcher) and not name.startswith("_")}  # fmt: skip
+NAMES = list(COMPILED)
 
 
 def test_no_kernel_is_compiled_or_loaded_within_training(fresh) -> None:
     called = []
 
     def recorded(name: str) -> Callable:
-        return lambda *a: called.append((name, tuple(map(type, a)))) or getattr(compiled, name)(*a)
+        return lambda *a: called.append((name, tuple(map(type, a)))) or COMPILED[name](*a)
 
     loading._check(SimpleNamespace(**{name: recorded(name) for name in NAMES}))
     at_load = set(called)
-    assert {name for name, _ in called} == set(NAMES) and len(NAMES) == 12
+    assert {name for name, _ in called} == set(NAMES) and len(NAMES) == 18
     module = SimpleNamespace(QUERY_BLOCK=64, **{name: recorded(name) for name in NAMES})
     fresh.setattr(loading, "_import_compiled", lambda: module)
     for function, _, shapes in CASES.values():

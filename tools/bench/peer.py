@@ -72,20 +72,47 @@ class TrainingPeer:
         self.vocab_size = model.config.vocab_size
         self.random = np.random.default_rng(request["seed"])
         self.forward = torch.compile(model) if request["compile"] else model
+        self.padded_documents = request.get("padded_documents", 0)  # that share a batch
 
     def work(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run `steps` optimizer steps on fresh batches; return their mean losses per token."""
-        return {"losses": [self._step(*request["batch"]) for _ in range(request["steps"])]}
+        return {"losses": [self._step(request) for _ in range(request["steps"])]}
 
-    def _step(self, rows: int, length: int) -> float:
+    def _step(self, request: dict[str, Any]) -> float:
+        if lengths := request.get("documents"):
+            loss = self._documents(lengths)
+        else:
+            loss = self._rows(*request["batch"])
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _rows(self, rows: int, length: int) -> float:
+        """Run both passes over rows without padding; return the mean loss."""
         ids = torch.from_numpy(self.random.integers(1, self.vocab_size, (rows, length + 1)))
         logits = self.forward(input_ids=ids[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+    def _documents(self, lengths: list[int]) -> float:
+        """Run both passes over documents, those of similar length padded in one batch."""
+        documents = [torch.from_numpy(self.random.integers(1, self.vocab_size, n)) for n in lengths]
+        documents.sort(key=len)
+        count, total, size = sum(lengths) - len(lengths), 0.0, self.padded_documents
+        for first in range(0, len(documents), size):
+            members = documents[first : first + size]
+            ids = torch.nn.utils.rnn.pad_sequence(members, batch_first=True)
+            labels = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-100)
+            mask = (labels >= 0).long()
+            logits = self.forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+            )
+            (loss / count).backward()
+            total += loss.item()
+        return total / count
 
 
 class RolloutPeer:
@@ -127,6 +154,7 @@ def describe() -> dict[str, Any]:
         "attention": ["sdpa", "eager"],
         "experts": ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.keys())],
         "cache": ["dynamic", "static"],
+        "padded_documents": [8, 4, 16, 64],
     }
 
 

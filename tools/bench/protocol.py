@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -120,6 +121,35 @@ class Side:
         if kind is not None:
             self.process.terminate()
         self.process.wait()
+
+
+def document_lengths(seed: int, tokens: int, mean: int) -> list[int]:
+    """Return lengths of documents, from a quarter of the mean to seven, that sum to `tokens`."""
+    chosen, lengths = random.Random(seed), []
+    while tokens > 0:
+        length = min(7 * mean, mean // 4 + round(chosen.expovariate(1 / (0.75 * mean))))
+        lengths.append(min(tokens, length))
+        tokens -= lengths[-1]
+    return lengths
+
+
+def random_documents(random: Generator, vocab_size: int, lengths: list[int]) -> Batch:
+    """Return one row of documents of random tokens, the last of each without a label."""
+    import numpy as np
+
+    from ernie_train.data import Batch
+
+    ids = np.concatenate([random.integers(1, vocab_size, n) for n in lengths])
+    ends = np.cumsum(lengths) - 1
+    mask = np.ones(len(ids), np.float32)
+    mask[ends] = 0.0
+    return Batch(
+        input_ids=ids[None],
+        labels=np.append(ids[1:], 0)[None],
+        position_ids=np.concatenate([np.arange(n) for n in lengths])[None],
+        document_ids=np.repeat(np.arange(1, len(lengths) + 1), lengths)[None],
+        loss_mask=mask[None],
+    )
 
 
 def random_batch(

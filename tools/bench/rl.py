@@ -27,7 +27,7 @@ HEROES = (
 )  # fmt: skip
 UPDATES = 2
 TOKENS_TOLERANCE = 0.03  # completions end by chance
-REWARD_TOLERANCE = 0.2  # so do they, and broken bytes of a random model are shown differently
+REWARD_ERRORS = 4.0  # standard errors by which the mean rewards of the sides may differ
 
 
 class RlComparison(Comparison):
@@ -37,7 +37,8 @@ class RlComparison(Comparison):
         o = self.options
         return (
             f"GRPO iteration, model {self.model}, {o.prompts} prompts x {o.group} completions of "
-            f"{o.new_tokens} tokens, {UPDATES} optimizer steps"
+            f"{o.new_tokens} tokens, {UPDATES} optimizer steps, our prompts "
+            + ("computed for each completion" if o.separate_prompts else "shared in a group")
         )
 
     def write_rows(self) -> None:
@@ -67,7 +68,7 @@ class RlComparison(Comparison):
                 "max_new_tokens": o.new_tokens, "temperature": o.temperature,
             },
             "policy": {"minibatches": UPDATES, "clip_ratio": 0.2},
-            "share_prompts": True, "samples_per_iteration": 0, "canaries": 0,
+            "share_prompts": not o.separate_prompts, "samples_per_iteration": 0, "canaries": 0,
             "optim": {**OPTIM, "schedule": "constant", "warmup_steps": 0},
         }  # fmt: skip
 
@@ -97,14 +98,18 @@ class RlComparison(Comparison):
             ours.mean(lambda line: line["completions/mean_length"] * count),
             peer.mean(lambda line: line["completion_tokens"]),
         ]
-        rewards = [ours.mean(lambda line: line["reward"]), peer.mean(lambda line: line["reward"])]
-        for name, (a, b), allowed in (
-            ("tokens", tokens, TOKENS_TOLERANCE), ("rewards", rewards, REWARD_TOLERANCE),
-        ):  # fmt: skip
-            check_near(name, a, b, allowed)
+        check_near("tokens", tokens[0], tokens[1], TOKENS_TOLERANCE)
+        rewards = [side.mean(lambda line: line["reward"]) for side in (ours, peer)]
+        error = math.hypot(*(mean_reward_error(side, count) for side in (ours, peer)))
+        if not abs(rewards[0] - rewards[1]) <= REWARD_ERRORS * error:
+            raise RuntimeError(
+                f"the sides do different work: rewards {rewards[0]:g} (ours), {rewards[1]:g} "
+                f"(TRL), standard error of the difference {error:g}"
+            )
         return (
             f"same work: {told} prompt tokens; an iteration samples {tokens[0]:.0f} tokens (ours), "
-            f"{tokens[1]:.0f} (TRL); mean reward {rewards[0]:.3f}, {rewards[1]:.3f}"
+            f"{tokens[1]:.0f} (TRL); mean reward {rewards[0]:.3f}, {rewards[1]:.3f}, standard "
+            f"error of their difference {error:.3f}"
         )
 
     def phases(self, line: Line, side: str) -> dict[str, float]:
@@ -121,6 +126,12 @@ class RlComparison(Comparison):
         return {**told, "update and rest": line["seconds"] - math.fsum(told.values())}
 
 
+def mean_reward_error(run: Run, completions: int) -> float:
+    """Return the standard error of a run's mean reward, from the deviations within groups."""
+    variance = run.mean(lambda line: line["reward_std"] ** 2)
+    return math.sqrt(variance / (completions * len(run.lines)))
+
+
 def check_near(name: str, ours: float, peer: float, tolerance: float) -> None:
     """Raise `RuntimeError` where the sides differ by more than a share of TRL's value."""
     if not abs(ours - peer) <= tolerance * abs(peer):
@@ -134,6 +145,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences in one of ours")
+    parser.add_argument(
+        "--separate-prompts", action="store_true", help="compute the prompt for each completion"
+    )
     runs.compare(parser, RlComparison)
 
 

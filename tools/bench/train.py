@@ -1,9 +1,11 @@
 """Tokens per second of our training step beside that of transformers on torch.
 
-    python -m tools.bench.train --threads 1 [--compile]
+    python -m tools.bench.train --threads 1 [--compile] [--documents 90]
 
 Both train the same model on the same batches with the same optimizer settings; the losses must
-agree. `versus.py` says how the sides are measured and the figures read.
+agree. With `--documents` a batch has as many tokens in documents of that mean length: ours packs
+them, the peer pads documents of similar length in its best batch. `versus.py` says how the sides
+are measured and the figures read.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tools.bench import versus
-from tools.bench.protocol import Side, random_batch
+from tools.bench.protocol import Side, document_lengths, random_batch, random_documents
 from tools.bench.versus import MODEL, Bench, Ours, Work
 
 if TYPE_CHECKING:
@@ -51,38 +53,52 @@ class OurTraining(Ours):
 
     def work(self, request: Work) -> dict[str, Any]:
         """Run `steps` optimizer steps on fresh batches; return their mean losses per token."""
-        return {"losses": [self._step(*request["batch"]) for _ in range(request["steps"])]}
+        return {"losses": [self._step(request) for _ in range(request["steps"])]}
 
-    def _step(self, rows: int, length: int) -> float:
-        batch = random_batch(self.random, self.vocab_size, rows, length)
+    def _step(self, request: Work) -> float:
+        if lengths := request.get("documents"):
+            batch = random_documents(self.random, self.vocab_size, lengths)
+        else:
+            batch = random_batch(self.random, self.vocab_size, *request["batch"])
         return self.trainer.train_step([batch], self.loss_fn, sys.maxsize).metrics["loss"]
 
 
 class TrainBench(Bench):
     module = "tools.bench.train"
-    dimensions = ("experts", "attention")
+    dimensions: tuple[str, ...] = ("experts", "attention")
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options, MODEL)
         self.batch = (options.rows, options.length)
         self.peer_request = {"optim": OPTIM, "seed": SEED}
+        if options.documents:
+            self.dimensions = (*self.dimensions, "padded_documents")
 
     def title(self) -> str:
         rows, length = self.batch
-        return f"model {MODEL}\noptimizer AdamW {OPTIM}, fused\nbatch {rows} x {length} tokens"
+        batch = f"{rows} x {length} tokens"
+        if mean := self.options.documents:
+            batch = f"{rows * length} tokens in documents of {mean} on average"
+        return f"model {MODEL}\noptimizer AdamW {OPTIM}, fused\nbatch {batch}"
+
+    def _work(self, rows: int, length: int, steps: int) -> Work:
+        work: Work = {"batch": [rows, length], "steps": steps}
+        if mean := self.options.documents:
+            work["documents"] = document_lengths(SEED, rows * length, mean)
+        return work
 
     def trials(self) -> Iterator[tuple[Work, int]]:
         sizes = [SCREENING_BATCH] * 2 + [self.batch] * (WARM_UP_STEPS + self.options.trials)
         for rows, length in sizes:
-            yield {"batch": [rows, length], "steps": 1}, rows * length
+            yield self._work(rows, length, 1), rows * length
 
     def round(self, number: int) -> tuple[Work, int]:
         rows, length = self.batch
         steps = self.options.steps
-        return {"batch": [rows, length], "steps": steps}, rows * length * steps
+        return self._work(rows, length, steps), rows * length * steps
 
     def check_start(self, ours: Side, peer: Side) -> str:
-        work = {"batch": list(self.batch), "steps": WARM_UP_STEPS}
+        work = self._work(*self.batch, WARM_UP_STEPS)
         first, other = (side.ask(work=work)["losses"][0] for side in (ours, peer))
         check_losses(first, other, FIRST_LOSS_TOLERANCE)
         return f"same start: first losses {first:.5f} (ours), {other:.5f} (peer)"
@@ -103,6 +119,7 @@ def main() -> None:
     parser = versus.parser(__doc__)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--documents", type=int, default=0, help="mean length of short documents")
     parser.add_argument("--steps", type=int, default=2, help="steps a side does in each round")
     options = versus.parse(parser)
     if options.serve_ours:

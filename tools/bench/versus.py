@@ -31,7 +31,12 @@ MODEL: dict[str, Any] = {
     "rope_theta": 500000.0, "moe_num_experts": 16, "moe_intermediate_size": 128, "moe_k": 4,
     "moe_num_shared_experts": 2, "moe_layer_start_index": 0, "tie_word_embeddings": True,
 }  # fmt: skip
-IMPLEMENTATIONS = ("attention", "experts", "cache")  # that the peer has several of
+IMPLEMENTATIONS = (
+    "attention",
+    "experts",
+    "cache",
+    "padded_documents",
+)  # that the peer has several of
 GIVE_UP_FACTOR = 6  # slower than the best setting so far: no further trials
 PEER = "tools.bench.peer"
 
@@ -88,7 +93,7 @@ class Bench:
     """The driver; a benchmark says what is built and worked on, and how the sides must agree."""
 
     module: ClassVar[str]  # serves our side
-    dimensions: ClassVar[tuple[str, ...]]  # settings of the peer to choose from
+    dimensions: tuple[str, ...]  # settings of the peer to choose from
     compile_with: ClassVar[Setting] = {}  # what torch.compile needs of the other settings
 
     def __init__(self, options: argparse.Namespace, model: str | dict[str, Any]) -> None:

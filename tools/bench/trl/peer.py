@@ -194,7 +194,9 @@ def _watch(trainer: Any, clock: Clock) -> None:
 
     def scored(*args: Any, **kwargs: Any) -> Any:
         found = rewards(*args, **kwargs)
+        groups = found.reshape(-1, trainer.num_generations)
         clock.facts["reward"] = float(found.mean())
+        clock.facts["reward_std"] = float(groups.std(1, correction=0).mean())
         return found
 
     def old_logprobs(*args: Any, **kwargs: Any) -> Any:
