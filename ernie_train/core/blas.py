@@ -10,11 +10,13 @@ would kill its process.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,8 @@ from ernie_train.core.errors import UserError
 
 CORE_TYPE = "OPENBLAS_CORETYPE"
 _PROBE_TIMEOUT_S = 20.0
+SLOW_FACTOR = 5.0  # AMD's AVX-512 of the first kind reaches a half of what is counted here
+TIMED_SIZE = 320  # of a product: 0.7 ms of one core at 100 GFLOP/s
 PRODUCT_TOLERANCE = 1e-5  # relative; sums of 192 products in float32 differ by about 1e-7
 
 # Instruction sets, best first: name, what /proc/cpuinfo must list, float32 operations in a cycle
@@ -225,3 +229,32 @@ def require_sound_products(processor: Processor) -> str:
             "another of OpenBLAS's core types, and look at `doctor`"
         )
     return kernel_problem(core, processor)
+
+
+def core_gflops(multiply: Callable[[], object], tries: int = 5) -> float:
+    """Return the GFLOP per processor second of a `TIMED_SIZE`^3 product, the best of some.
+
+    By processor time of all threads, so that neither their number nor other programs count.
+    """
+    multiply()
+    best = math.inf
+    for _ in range(tries):
+        began = time.process_time_ns()
+        multiply()
+        best = min(best, time.process_time_ns() - began)
+    return 2.0 * TIMED_SIZE**3 / max(best, 1.0)
+
+
+def speed_problem(library: str, gflops: float, processor: Processor) -> str:
+    """Say in one line that products of a core are several times too slow; "" if they are not.
+
+    gflops: as `core_gflops` measures them. Nothing is said where the processor is not known.
+    """
+    best, peak = processor.vector_set, processor.peak_gflops(1)
+    if best is None or peak is None or gflops * SLOW_FACTOR >= peak:
+        return ""
+    return (
+        f"{library}'s matrix products run at {gflops:.1f} GFLOP/s a core, where {best[0]} allows "
+        f"about {peak:.0f}: this run is several times slower than it could be; see "
+        "`ernie-train doctor`"
+    )

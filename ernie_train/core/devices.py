@@ -3,6 +3,7 @@
 import os
 import random
 
+from ernie_train.core import blas
 from ernie_train.core.errors import ConfigError
 
 
@@ -72,3 +73,18 @@ def kernel_available(op_name: str, device: str) -> bool:
         raise ValueError(f"device must be cpu or gpu, not {device!r}")
     kernels = core._get_registered_phi_kernels("all").get(op_name, [])
     return any(kernel.startswith(backends) for kernel in kernels)
+
+
+def slow_products(processor: blas.Processor) -> list[str]:
+    """Measure products of numpy and of Paddle on the processor; return a line for each slow one."""
+    import numpy as np
+    import paddle
+
+    array = np.ones((blas.TIMED_SIZE, blas.TIMED_SIZE), np.float32)
+    measured = {"numpy": blas.core_gflops(lambda: array @ array)}
+    if paddle.get_device().startswith("cpu"):
+        tensor = paddle.to_tensor(array)
+        with paddle.no_grad():
+            measured["Paddle"] = blas.core_gflops(lambda: paddle.matmul(tensor, tensor))
+    lines = (blas.speed_problem(name, gflops, processor) for name, gflops in measured.items())
+    return [line for line in lines if line]

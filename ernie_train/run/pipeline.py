@@ -123,8 +123,10 @@ class Pipeline:
             process_group.set_grid(Grid(layout.expert, layout.data, layout.sharding))
             selection.check(self.recipe)
             tokenizer = self._check_inputs()
-            if warning := blas.require_sound_products(cpu_setup().processor):
-                self.console.print(warning, style="yellow", highlight=False)
+            processor = cpu_setup().processor
+            warning = blas.require_sound_products(processor)
+            for line in [warning] if warning else devices.slow_products(processor):
+                self.console.print(line, style="yellow", highlight=False)
         self._require_same_on_all_ranks(selection)
         with ExitStack() as held:
             with consensus.fail_together():

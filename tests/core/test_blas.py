@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ernie_train.core import blas, cpu
+from ernie_train.core import blas, cpu, devices
 from ernie_train.core.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -148,6 +149,45 @@ def test_wrong_products_stop_a_run_and_right_ones_do_not(monkeypatch: pytest.Mon
     monkeypatch.setattr(blas, "product_error", lambda: 0.1)
     with pytest.raises(UserError, match=r"products are wrong on this processor, by 1\.0e-01"):
         blas.require_sound_products(PROCESSORS["AMD with AVX2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "mhz", "gflops", "warns"),
+    [
+        ("unknown Intel with AVX-512", 2100.0, 15.0, True),  # Prescott's kernels
+        ("unknown Intel with AVX-512", 2100.0, 60.0, False),  # Haswell's
+        ("AMD with AVX-512", 3700.0, 50.0, False),  # 256 bits at a time
+        ("AMD with AVX-512", 3700.0, 40.0, True),
+        ("AMD with AVX2", 2500.0, 14.0, True),
+        ("AMD with AVX2", 2500.0, 40.0, False),
+        ("AVX alone", 2500.0, 7.0, True),
+        ("AMD with AVX2", 0.0, 0.1, False),  # its clock is not known
+        ("Intel without AVX", 2500.0, 0.1, False),
+        ("aarch64", 2500.0, 0.1, False),
+        ("nothing known", 2500.0, 0.1, False),
+    ],
+)
+def test_products_several_times_too_slow_are_told_in_one_line(
+    name: str, mhz: float, gflops: float, warns: bool
+) -> None:
+    told = blas.speed_problem("Paddle", gflops, replace(PROCESSORS[name], mhz=mhz))
+    assert bool(told) == warns and "\n" not in told
+    assert not warns or told.startswith(f"Paddle's matrix products run at {gflops:.1f} GFLOP/s")
+
+
+def test_the_speed_of_both_libraries_is_measured_by_processor_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(0, 10**12, 10**9))  # a second from one look to the next
+    monkeypatch.setattr(blas.time, "process_time_ns", lambda: next(clock))
+    calls: list[int] = []
+    gflops = blas.core_gflops(lambda: calls.append(1), tries=3)
+    assert gflops == pytest.approx(2 * blas.TIMED_SIZE**3 / 1e9) and len(calls) == 4
+    slow = replace(PROCESSORS["AMD with AVX2"], mhz=3000.0)
+    lines = devices.slow_products(slow)
+    assert [line.split("'")[0] for line in lines] == ["numpy", "Paddle"]
+    monkeypatch.undo()
+    assert devices.slow_products(replace(slow, mhz=1.0)) == []
 
 
 @pytest.mark.skipif(
