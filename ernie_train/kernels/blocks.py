@@ -58,7 +58,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What attention needs besides tensors: documents as in `attention`, heads, norm's epsilon."""
+    """Holds what attention needs besides tensors: documents as in `attention`, heads, norm's epsilon."""
 
     documents: np.ndarray
     heads: tuple[int, int]
@@ -186,7 +186,7 @@ class MoEShape:
 
 @dataclass(frozen=True)
 class Routed:
-    """Where the rows of a block went, as its backward pass needs it; `counts` per expert."""
+    """Holds where the rows of a block went, as its backward pass needs it; `counts` per expert."""
 
     probs: Tensor  # [T,E]
     ids: Tensor  # [T,C]

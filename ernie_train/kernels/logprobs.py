@@ -16,7 +16,7 @@ from ernie_train.kernels.rows import CHUNK_ELEMENTS, LEAST_ROWS
 
 @dataclass(frozen=True)
 class LogprobsState:
-    """What the backward pass of `token_logprobs` needs of the forward pass.
+    """Holds what the backward pass of `token_logprobs` needs of the forward pass.
 
     probs [T,V] where they fit into one chunk; else they are computed again.
     """
