@@ -58,7 +58,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Holds what attention needs besides tensors: documents as in `attention`, heads, norm's epsilon."""
+    """Holds what attention needs besides tensors; documents as in `attention`."""
 
     documents: np.ndarray
     heads: tuple[int, int]

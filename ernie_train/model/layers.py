@@ -138,3 +138,68 @@ class RMSNorm(nn.Layer):
     def forward(self, x: Tensor) -> Tensor:
         norm = _NativeRMSNorm if kernels.usable(x, self.weight) else _RMSNorm
         return norm.apply(x, self.weight, self.eps)
+
+
+# ---- blocks at once ------------------------------------------------------------------------------
+
+_ORDINARY: set[type] = {nn.Linear, RMSNorm, MLP}
+
+
+def ordinary(layer: type) -> type:
+    """Let `is_ordinary` know a class of layers; a decorator."""
+    _ORDINARY.add(layer)
+    return layer
+
+
+def acting(module: nn.Layer) -> nn.Layer:
+    """Return the layer that computes: an adapted one that is switched off acts as its base."""
+    if type(module) in _ORDINARY or getattr(module, "is_on", True):
+        return module
+    base: nn.Layer = module.base
+    return base
+
+
+def is_ordinary(*modules: nn.Layer) -> bool:
+    """Return whether native kernels may compute a block of these modules at once.
+
+    They are the model's own, without bias, and nobody watches them by hooks.
+    """
+    return all(
+        (type(m) in _ORDINARY)
+        and not m._forward_pre_hooks
+        and not m._forward_post_hooks
+        and (type(m) is not nn.Linear or m.bias is None)
+        for m in modules
+    )
+
+
+def mlp_block(norm: RMSNorm, mlp: MLP, x: Tensor) -> Tensor | None:
+    """Return x + mlp(norm(x)) for x [T,H]; None where it is not computed here."""
+    projections = [acting(m) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    if not (
+        is_ordinary(norm, mlp, *projections)
+        and mlp.act is F.silu
+        and kernels.usable(x, norm.weight)
+    ):
+        return None
+    return _MLPBlock.apply(x, norm.weight, *(p.weight for p in projections), norm.eps)
+
+
+class _MLPBlock(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
+    ) -> Tensor:
+        parameters = (norm, gate, up, down)
+        out, saved = kernels.mlp_block(x, parameters, eps)
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.eps, ctx.needs_grad = eps, needs_grad(x, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensor()
+        needs_x, *trains = ctx.needs_grad
+        dx, made = kernels.mlp_block_backward(x, rest[:4], ctx.eps, rest[4:], grads[0], trains)
+        return dx if needs_x else None, *made

@@ -22,7 +22,7 @@ from ernie_train.model import batched_experts
 from ernie_train.model.batched_experts import BatchedSwiGLU
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.dtypes import cast
-from ernie_train.model.layers import ACTIVATIONS, MLP
+from ernie_train.model.layers import ACTIVATIONS, MLP, RMSNorm, acting, is_ordinary, ordinary
 from ernie_train.model.token_dispatcher import LocalDispatcher, Placement, make_routing
 
 LOCAL_PLACEMENT = Placement(None, LocalDispatcher())
@@ -39,6 +39,7 @@ class RouterStats:
     dropped: int  # routed rows that a capacity limit dropped
 
 
+@ordinary
 class Router(nn.Layer):
     """p = softmax(x W) in float32; experts are topk(p + bias), their weights come from p alone.
 
@@ -208,6 +209,7 @@ def experts_by_autograd(
     return paddle.concat(outputs)
 
 
+@ordinary
 class Experts(nn.Layer):
     """Gated MLPs of `local_experts`, stacked: gate and up [E,H,I], down [E,I,H]."""
 
@@ -243,6 +245,7 @@ class Experts(nn.Layer):
         return experts_by_autograd(rows, weights, parameters, tokens_per_expert, act)
 
 
+@ordinary
 class MoE(nn.Layer):
     """Routed experts plus shared experts, which see every token."""
 
@@ -284,3 +287,56 @@ class MoE(nn.Layer):
         if factor is None:
             return None
         return max(1, math.ceil(factor * tokens * self.config.moe_k / self.config.moe_num_experts))
+
+
+def moe_block(norm: RMSNorm, moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return x + moe(norm(x)), router logits [T,E] and expert ids [T,K]; None: not computed here.
+
+    Nothing is dropped: a layer with a capacity is not computed here, nor one whose experts lie on
+    several ranks.
+    """
+    shared, experts = moe.shared_experts, acting(moe.experts)
+    modules: list[nn.Layer] = [norm, moe, moe.gate, experts]
+    if shared is not None:
+        projections = (shared.gate_proj, shared.up_proj, shared.down_proj)
+        modules += [shared, *(acting(m) for m in projections)]
+    if not (
+        is_ordinary(*modules)
+        and type(moe.dispatcher) is LocalDispatcher
+        and moe.config.moe_capacity_factor is None
+        and experts.hidden_act in ("silu", "swish")
+        and kernels.usable(x, norm.weight)
+    ):
+        return None
+    stacks = (experts.gate_proj, experts.up_proj, experts.down_proj)
+    of_shared = [] if shared is None else [m.weight for m in modules[5:]]
+    bias = moe.moe_statics.e_score_correction_bias
+    shape = kernels.MoEShape(moe.gate.top_k, moe.gate.norm_min, norm.eps)
+    parameters = (norm.weight, moe.gate.weight, *stacks, *of_shared)
+    return _MoEBlock.apply(x, bias, shape, *parameters)
+
+
+class _MoEBlock(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor, shape: kernels.MoEShape, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, logits, routed, saved = kernels.moe_block(x, bias, parameters, shape)
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.shape, ctx.routed, ctx.count = shape, routed, len(parameters)
+        ctx.needs_grad = needs_grad(x, *parameters)
+        ctx.set_materialize_grads(False)  # a gradient of None: no loss reads the logits
+        ctx.mark_non_differentiable(routed.ids)
+        return out, logits, routed.ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensor()
+        needs_x, *trains = ctx.needs_grad
+        grad = paddle.zeros_like(x) if grads[0] is None else grads[0]
+        routed: kernels.Routed = ctx.routed
+        dx, made = kernels.moe_block_backward(
+            x, rest[: ctx.count], ctx.shape, routed, rest[ctx.count :], (grad, grads[1]), trains
+        )
+        return dx if needs_x else None, None, *made

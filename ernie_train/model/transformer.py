@@ -16,14 +16,13 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from ernie_train.model import fused
-from ernie_train.model.attention import Attention, AttentionTables
+from ernie_train.model.attention import Attention, AttentionTables, attention_block
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.dtypes import dtype_name, zero_parameter, zero_parameters
 from ernie_train.model.kv_cache import KVCache
-from ernie_train.model.layers import MLP, RMSNorm
-from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats
+from ernie_train.model.layers import MLP, RMSNorm, mlp_block
+from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats, moe_block
 from ernie_train.model.rope import RopeTables
 from ernie_train.model.token_dispatcher import Placement, is_expert_parameter
 
@@ -73,7 +72,7 @@ class DecoderLayer(nn.Layer):
     def attn_block(self, x: Tensor, tables: AttentionTables, cache: KVCache | None) -> Tensor:
         """Return x [T,H] plus the attention of its norm."""
         if cache is None:
-            made = fused.attention_block(self.input_layernorm, self.self_attn, x, tables)
+            made = attention_block(self.input_layernorm, self.self_attn, x, tables)
             if made is not None:
                 return made
         return x + self.self_attn(self.input_layernorm(x), tables, cache)
@@ -85,9 +84,9 @@ class DecoderLayer(nn.Layer):
         """
         norm = self.post_attention_layernorm
         if not self.is_moe:
-            made = fused.mlp_block(norm, self.mlp, x)
+            made = mlp_block(norm, self.mlp, x)
             return (x + self.mlp(norm(x)) if made is None else made), None
-        routed = None if replayed is not None else fused.moe_block(norm, self.mlp, x)
+        routed = None if replayed is not None else moe_block(norm, self.mlp, x)
         if routed is not None:
             return routed[0], (routed[1], routed[2], 0)
         y = norm(x)

@@ -19,12 +19,13 @@ from ernie_train import kernels
 from ernie_train.core.errors import UserError
 from ernie_train.kernels import compiled, compiled_steps, loading
 from ernie_train.losses import linear_cross_entropy, token_logprobs
-from ernie_train.model import fused
+from ernie_train.model.attention import attention_block as fused_attention
 from ernie_train.model.attention import document_attention
 from ernie_train.model.batch_layout import AttentionLayout, Document
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.layers import MLP, RMSNorm
 from ernie_train.model.moe import LOCAL_PLACEMENT, Experts
+from ernie_train.model.moe import moe_block as fused_moe
 from ernie_train.model.rope import RopeTables
 from ernie_train.model.token_dispatcher import LocalDispatcher, make_routing
 from ernie_train.model.transformer import DecoderLayer
@@ -290,8 +291,8 @@ def test_a_block_is_fused_where_its_modules_are_ordinary(change: Callable | None
     rope = RopeTables.build(paddle.arange(TOKENS), 1e4, 6)
     tables = SimpleNamespace(rope=rope, layout=LAYOUT)
     made = (
-        fused.attention_block(layer.input_layernorm, layer.self_attn, x, tables),
-        fused.moe_block(layer.post_attention_layernorm, layer.mlp, x),
+        fused_attention(layer.input_layernorm, layer.self_attn, x, tables),
+        fused_moe(layer.post_attention_layernorm, layer.mlp, x),
     )
     assert [m is not None for m in made] == [change is None] * 2
     with kernels.plain_operators():
@@ -308,7 +309,7 @@ def test_a_capacity_other_ranks_and_replayed_experts_are_not_fused() -> None:
     elsewhere.mlp.dispatcher = SimpleNamespace()
     limited = DecoderLayer(CONFIG.with_overrides({"moe_capacity_factor": 1.0}), 1, LOCAL_PLACEMENT)
     for made in (elsewhere, limited):
-        assert fused.moe_block(made.post_attention_layernorm, made.mlp, x) is None
+        assert fused_moe(made.post_attention_layernorm, made.mlp, x) is None
     replayed = paddle.full([TOKENS, 2], 1, "int64")
     replayed[:, 1] = 3
     _, (_, ids, _) = layer.mlp_block(x, replayed)

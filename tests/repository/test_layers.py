@@ -22,7 +22,7 @@ PACKAGES: dict[str, str] = {
     "kernels": "compiled compiled_steps loading call rows experts attention logprobs blocks",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration dtypes batch_layout rope layers kv_cache"
-    " attention token_dispatcher batched_experts moe fused transformer lora partial numpy_layers"
+    " attention token_dispatcher batched_experts moe transformer lora partial numpy_layers"
     " numpy_decoder",
     "model.attention": "blocked online flashmask layer",
     "model.lora": "config pairs layers",

@@ -11,6 +11,7 @@ from ernie_train.model.attention.flashmask import (
 from ernie_train.model.attention.layer import (
     Attention,
     AttentionTables,
+    attention_block,
     cached_attention,
     document_attention,
 )
@@ -18,6 +19,7 @@ from ernie_train.model.attention.layer import (
 __all__ = [
     "Attention",
     "AttentionTables",
+    "attention_block",
     "cached_attention",
     "document_attention",
     "flashmask_available",

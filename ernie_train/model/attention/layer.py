@@ -25,6 +25,7 @@ from ernie_train.model.batch_layout import AttentionLayout, BatchLayout, Bucket,
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.dtypes import cast
 from ernie_train.model.kv_cache import CacheStep, KVCache
+from ernie_train.model.layers import RMSNorm, acting, is_ordinary, ordinary
 from ernie_train.model.rope import RopeTables
 
 
@@ -138,6 +139,7 @@ def cached_attention(q: Tensor, step: CacheStep, keys: Tensor, values: Tensor) -
     return paddle.gather(output.reshape([-1, head_dim]), step.query_return)
 
 
+@ordinary
 class Attention(nn.Layer):
     """Projections, rotary embedding and attention of one layer."""
 
@@ -177,3 +179,49 @@ class AttentionTables:
         self.layout = batch.attention(
             config.num_attention_heads, int(config.num_key_value_heads or 0)
         )
+
+
+def attention_block(
+    norm: RMSNorm, attention: Attention, x: Tensor, tables: AttentionTables
+) -> Tensor | None:
+    """Return x + attention(norm(x)) for x [T,H]; None where it is not computed here."""
+    own = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    projections = [acting(m) for m in own]
+    if not (is_ordinary(norm, attention, *projections) and kernels.usable(x, norm.weight)):
+        return None
+    layout = tables.layout
+    shape = kernels.AttentionShape(
+        layout.document_table,
+        (layout.num_heads, layout.num_key_value_heads),
+        attention.head_dim,
+        norm.eps,
+    )
+    weights = (p.weight for p in projections)
+    rope = tables.rope
+    return _AttentionBlock.apply(x, rope.cos, rope.sin, shape, norm.weight, *weights)
+
+
+class _AttentionBlock(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        shape: kernels.AttentionShape,
+        *parameters: Tensor,
+    ) -> Tensor:
+        out, saved = kernels.attention_block(x, parameters, (cos, sin), shape)
+        ctx.save_for_backward(x, *parameters, cos, sin, *saved)
+        ctx.shape, ctx.needs_grad = shape, needs_grad(x, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensor()
+        needs_x, *trains = ctx.needs_grad
+        dx, made = kernels.attention_block_backward(
+            x, rest[:5], (rest[5], rest[6]), ctx.shape, rest[7:], grads[0], trains
+        )
+        return dx if needs_x else None, None, None, *made
