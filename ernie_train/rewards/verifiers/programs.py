@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 from ernie_train.rewards.verifiers.tested_names import bound_names
 
-_PYTHON = {"python", "python3", "py", "py3"}
+_PYTHON = {"python", "python3", "py", "py3", "ipython", "ipython3"}
+# A fence in a block quote: its lines stand behind "> ".
+_QUOTED_FENCE = re.compile(r"^[ \t]*>[> \t]*(?:```|~~~)", re.MULTILINE)
+_QUOTE = re.compile(r"^[ \t]*> ?", re.MULTILINE)
 _OPENING = re.compile(
     r"(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)"
 )
@@ -65,7 +68,9 @@ def program_of(response: str, names: Collection[str] = ()) -> str:
     are added in front as far as they define what it uses. Without any block it is all of the
     response.
     """
-    blocks = [_Block(language, source, None) for language, source in fenced_blocks(response)]
+    quoted = _QUOTED_FENCE.search(response) is not None
+    text = _QUOTE.sub("", response) if quoted else response
+    blocks = [_Block(language, source, None) for language, source in fenced_blocks(text)]
     python = [block for block in blocks if block.language in _PYTHON]
     usable = [block for block in blocks if block in python or not block.language][-_MAX_BLOCKS:]
     if not usable or _parsed(response) is not None:
