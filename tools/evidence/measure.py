@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,17 @@ import numpy as np
 from ernie_train.cli.model import open_model
 from ernie_train.core.config import load_yaml
 from ernie_train.data import Record, Tokenizer
+from ernie_train.eval.estimates import pass_at_k
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import encode_prompt, problem_row
 from ernie_train.generate.engine import generate
 from ernie_train.io.metrics_log import read_metrics
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.batch import RolloutBatch, TokenizedCompletion, micro_batches
-from ernie_train.rl.estimators import policy_logprobs
+from ernie_train.rl.estimators import policy_logprobs, sequence_logprobs
 from tools.data import make_needles
 from tools.data.make_needles import NeedleText
+from tools.evidence.real_model import tokens_of
 from tools.evidence.rl_rewards import mentions
 from tools.evidence.runs import ROOT, write_json
 
@@ -196,14 +199,17 @@ class Sampled(NamedTuple):
 
 
 def _sample(
-    model: Ernie4_5_MoeForCausalLM, tokenizer: Tokenizer, problems: Sequence[Record]
+    model: Ernie4_5_MoeForCausalLM,
+    tokenizer: Tokenizer,
+    problems: Sequence[Record],
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Sampled]:
     """Return one completion of each problem at temperature 1."""
     prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     completions = generate(
         model,
         prompts,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         temperature=1.0,
         seed=SEED,
         eos_token_id=tokenizer.stop_token_ids,
@@ -243,6 +249,82 @@ def distance(
     }
 
 
+# ---- pass@k of a policy --------------------------------------------------------------------------
+
+
+def passes(run_dir: Path, **options: Any) -> Figures:
+    """Return what `passes_of` does of a finished run, with its tokens and its curves."""
+    recipe = load_yaml(run_dir / "recipe.yaml")
+    figures = passes_of(run_dir, start=recipe["model"]["path"], **options)
+    figures |= {f"tokens/{name}": n for name, n in tokens_of(run_dir).items()}
+    rows = list(read_metrics(run_dir / "01-rl" / "metrics.jsonl"))
+    curve = [round(row["accuracy"], 4) for row in rows if "accuracy" in row]
+    return {**figures, "curve/solved": curve}
+
+
+def passes_of(
+    model: Path,
+    *,
+    start: str,
+    problems: str,
+    samples: int,
+    ks: Sequence[int],
+    max_new_tokens: int,
+    unseen: str | None = None,
+    unseen_samples: int = 8,
+) -> Figures:
+    """Return pass@k, length and distance from `start` of completions at temperature 1.
+
+    Each figure is a mean over the problems of a file, and has its values under `by_problem`; pass@1
+    also by task, and of the problems of `unseen`. The distance is that of a problem's first
+    completion: log p - log p_start of all of its tokens.
+    """
+    policy, tokenizer = open_model(model)
+    policy.eval()
+    found = load_problems(problems)
+    config = EvalConfig(max_new_tokens, samples=samples, temperature=1.0, seed=SEED, k=tuple(ks))
+    values = _passes(policy, tokenizer, found, config)
+    if unseen is not None:
+        fewer = replace(config, samples=unseen_samples, k=(1,))
+        values["unseen"] = _passes(policy, tokenizer, load_problems(unseen), fewer)["pass@1"]
+    own = Path(start).resolve() == model.resolve()
+    drawn = [s.sequence for s in _sample(policy, tokenizer, found, max_new_tokens)]
+    values["kl"] = [0.0] * len(drawn) if own else _log_ratios(policy, Path(start), drawn)
+    means = {name: float(np.mean(row)) for name, row in values.items()}
+    return {**means, "by_problem": values}
+
+
+def _passes(
+    model: Ernie4_5_MoeForCausalLM,
+    tokenizer: Tokenizer,
+    problems: Sequence[Record],
+    config: EvalConfig,
+) -> dict[str, list[float]]:
+    rows = evaluate(model, tokenizer, problems, config).samples
+    n = config.samples
+    groups = [rows[at : at + n] for at in range(0, len(rows), n)]
+    correct = [sum(row["status"] == "correct" for row in group) for group in groups]
+    values = {f"pass@{k}": [pass_at_k(n, right, k) for right in correct] for k in config.ks}
+    values["length"] = [float(np.mean([row["tokens"] for row in group])) for group in groups]
+    for task in dict.fromkeys(str(problem.fields["task"]) for problem in problems):
+        mine = [at for at, problem in enumerate(problems) if problem.fields["task"] == task]
+        values[f"pass@1/{task}"] = [values["pass@1"][at] for at in mine]
+    return values
+
+
+def _log_ratios(
+    policy: Ernie4_5_MoeForCausalLM, start: Path, drawn: Sequence[TokenizedCompletion]
+) -> list[float]:
+    """Return log p(completion) - log p_start(completion) in nats."""
+    reference, _ = open_model(start)
+    ours, theirs = (
+        sequence_logprobs(model, drawn, temperature=1.0, batch_size=BATCH).logprobs
+        for model in (policy, reference)
+    )
+    return [float(np.sum(a, dtype=np.float64) - np.sum(b, dtype=np.float64))
+            for a, b in zip(ours, theirs, strict=True)]  # fmt: skip
+
+
 # ---- stages --------------------------------------------------------------------------------------
 
 
@@ -269,6 +351,8 @@ MEASUREMENTS: dict[str, Callable[..., Figures]] = {
     "needles": needles,
     "policy": policy,
     "policy_in_domain": policy_in_domain,
+    "passes": passes,
+    "passes_of": passes_of,
     "stages": stages,
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 from ernie_train.core.config import load_yaml
 from ernie_train.io.run_dir import read_done
 from tools.data import make_data, make_needles
+from tools.evidence import real_model
 from tools.evidence.measure import DOMAIN, LOOSE_DOMAIN
 from tools.evidence.runs import ROOT, run_program, train
 
@@ -139,6 +140,17 @@ def continued_sft(run_dir: Path) -> list[str]:
     ]
 
 
-PREPARE: dict[str, Callable[..., Starts]] = {"needles": needles, "rl_start": rl_start}
-RECIPES = {"rl_start": [START_RECIPE]}  # besides the sweep's own, that results depend on
-DERIVED: dict[str, Callable[[Path], list[str]]] = {"continued_sft": continued_sft}
+PREPARE: dict[str, Callable[..., Starts]] = {
+    "needles": needles,
+    "rl_start": rl_start,
+    "real_start": real_model.real_start,
+    "real_test": real_model.real_test,
+}
+RECIPES = {  # besides the sweep's own, that results depend on
+    "rl_start": [START_RECIPE],
+    "real_start": [real_model.START_RECIPE],
+}
+DERIVED: dict[str, Callable[[Path], list[str]]] = {
+    "continued_sft": continued_sft,
+    **real_model.DERIVED,
+}

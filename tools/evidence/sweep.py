@@ -6,6 +6,10 @@ The first argument is a file, or the name of one in `tools/evidence/sweeps`: a r
 overrides of it), seeds, a measurement (`measure.py`), tables and plots. Its own keys are overridden
 like a recipe's: `seeds=[1]`. Writes table.md, results.json and the plots into --out.
 
+A sweep may name learning rates to choose between: each arm is then tried with each of its rates
+first, and goes on with the one that its `best` figure is highest for. What `fresh` makes, such as
+test problems, is made after that choice.
+
 A finished run leaves `result.json` in its directory and is not repeated, an interrupted one
 continues, so a sweep may be stopped and started again at any time. Results of other settings are
 refused, never mixed.
@@ -17,7 +21,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -57,8 +61,27 @@ class Derived(StrictConfig):
     by: str
 
 
+class Rates(StrictConfig):
+    """Learning rates of each arm, and the short trials that choose one of them.
+
+    An arm may name another arm instead, whose rate it takes. Trials have a seed of their own and
+    the overrides of `trial` after those of the arm.
+    """
+
+    key: str = "stages.rl.optim.lr"
+    arms: dict[str, list[float] | str]
+    trial_seed: int
+    trial: dict[str, Any] = {}
+    measure: Step
+    best: str
+
+    def candidates(self) -> dict[str, list[float]]:
+        """Return the rates of the arms that are tried."""
+        return {arm: rates for arm, rates in self.arms.items() if isinstance(rates, list)}
+
+
 class Sweep(StrictConfig):
-    """A sweep file. In values of `shared` and `arms`, `{out}` is the output directory."""
+    """A sweep file. In values of `shared`, `arms` and options `{out}` is the output directory."""
 
     recipe: str
     seeds: list[int]
@@ -67,6 +90,9 @@ class Sweep(StrictConfig):
     shared: dict[str, Any] = {}  # overrides of all arms but the derived, before their own
     arms: dict[str, dict[str, Any]]
     derived: dict[str, Derived] = {}
+    some_seeds: dict[str, list[int]] = {}  # of arms that do not take all
+    rates: Rates | None = None  # chosen before the runs
+    fresh: Step | None = None  # makes what no choice may have seen; measures the starts on it
     overrides: list[str] = []  # the same after their own, for trials
     tables: list[Table]
     plots: dict[str, Curves | Comparison] = {}
@@ -98,6 +124,7 @@ def claim(sweep: Sweep, out: Path) -> None:
     if sweep.prepare:
         recipes += prepare.RECIPES.get(sweep.prepare.name, [])
     shared = {"recipe", "prepare", "measure", "overrides"}
+    shared |= {key for key in ("rates", "fresh") if getattr(sweep, key) is not None}
     settings = json.loads(sweep.model_dump_json(include=shared))
     settings["sha256"] = {
         name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in recipes
@@ -111,12 +138,25 @@ def claim(sweep: Sweep, out: Path) -> None:
 
 
 class Runner:
-    """Runs of a sweep in the directory `out`, `jobs` at a time."""
+    """Runs of a sweep in the directory `out`, `jobs` at a time.
 
-    def __init__(self, sweep: Sweep, out: Path, jobs: int = 1) -> None:
+    root: what `{out}` stands for, `out` unless given; rates: values of `rates.key` by arm.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        out: Path,
+        jobs: int = 1,
+        *,
+        root: Path | None = None,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
         self.sweep = sweep
         self.out = out
         self.jobs = jobs
+        self.root = root or out
+        self.rates = rates or {}
 
     def run_dir(self, arm: str, seed: int) -> Path:
         return self.out / f"{arm}-seed{seed}"
@@ -126,7 +166,9 @@ class Runner:
         results: list[Result] = []
         for derived in (False, True):
             chosen = [arm for arm in arms if (arm in self.sweep.derived) == derived]
-            results += self._run_all([(arm, seed) for seed in seeds for arm in chosen])
+            some = self.sweep.some_seeds
+            tasks = [(a, seed) for seed in seeds for a in chosen if seed in some.get(a, seeds)]
+            results += self._run_all(tasks)
         write_json(self.out / "results.json", results)
         return results
 
@@ -166,15 +208,63 @@ class Runner:
                 raise ValueError(f"{file} is of other settings; choose another --out or delete it")
             return known
         spent = train(self.sweep.recipe, [f"seed={seed}", *overrides], run_dir)
-        result = {**identity, **spent, **measured(run_dir, self.sweep.measure)}
+        measure = placed(self.sweep.measure, self.root)
+        result = {**identity, **spent, **measured(run_dir, measure)}
         write_json(file, result)
         return result
 
     def _overrides(self, arm: str, seed: int) -> list[str]:
         derived = self.sweep.derived.get(arm)
         if derived is None:
-            return self.sweep.overrides_of(arm, self.out)
-        return prepare.DERIVED[derived.by](self.run_dir(derived.arm, seed))
+            overrides = self.sweep.overrides_of(arm, self.root)
+        else:
+            overrides = prepare.DERIVED[derived.by](self.run_dir(derived.arm, seed))
+        if self.sweep.rates is None or arm not in self.rates:
+            return overrides
+        return [*overrides, f"{self.sweep.rates.key}={self.rates[arm]}"]
+
+
+def placed(step: Step, out: Path) -> Step:
+    """Return a step with `{out}` in its options replaced."""
+    text = json.dumps(step.options).replace("{out}", str(out))
+    return Step(name=step.name, options=json.loads(text))
+
+
+def choose_rates(sweep: Sweep, out: Path, jobs: int) -> dict[str, float]:
+    """Return the rate of each arm: the one whose trial has the highest `best` figure.
+
+    Trials are runs of a sweep of their own in `out/rates`, an arm and a rate each; one that derives
+    from another arm derives from that arm's first rate. Equal figures give the lower rate. What was
+    measured is in `out/rates.json`.
+    """
+    rates = sweep.rates
+    if rates is None:
+        return {}
+    named = {f"{arm}-at-{r:g}": (arm, r) for arm, rs in rates.candidates().items() for r in rs}
+    first = {arm: f"{arm}-at-{rs[0]:g}" for arm, rs in rates.candidates().items()}
+    arms: dict[str, dict[str, Any]] = {}
+    derived: dict[str, Derived] = {}
+    for name, (arm, _) in named.items():
+        if arm in sweep.arms:
+            arms[name] = {**sweep.arms[arm], **rates.trial}
+        else:
+            source = sweep.derived[arm]
+            derived[name] = Derived(arm=first[source.arm], by=source.by)
+    changes = {"arms": arms, "derived": derived, "measure": rates.measure, "some_seeds": {}}
+    trials = sweep.model_copy(update=changes)
+    directory = out / "rates"
+    directory.mkdir(parents=True, exist_ok=True)
+    tried = {name: rate for name, (_, rate) in named.items()}
+    runner = Runner(trials, directory, jobs, root=out, rates=tried)
+    found = runner.results(list(named), [rates.trial_seed])
+    figures = {result["arm"]: result[rates.best] for result in found}
+    chosen = {
+        arm: max(rs, key=lambda rate: (figures[f"{arm}-at-{rate:g}"], -rate))
+        for arm, rs in rates.candidates().items()
+    }
+    chosen |= {arm: chosen[other] for arm, other in rates.arms.items() if isinstance(other, str)}
+    write_json(out / "rates.json", {"best": rates.best, "chosen": chosen, "figures": figures})
+    return chosen
 
 
 def measured(run_dir: Path, step: Step, name: str = "figures.json") -> Result:
@@ -206,10 +296,14 @@ def run(options: argparse.Namespace) -> None:
     out: Path = (options.out or Path("runs") / Path(options.sweep).stem).resolve()
     out.mkdir(parents=True, exist_ok=True)
     claim(sweep, out)
-    step = sweep.prepare
-    starts = prepare.PREPARE[step.name](out, sweep.recipe, **step.options) if step else {}
+    starts: prepare.Starts = {}
+    if sweep.prepare:
+        starts |= prepare.PREPARE[sweep.prepare.name](out, sweep.recipe, **sweep.prepare.options)
+    rates = choose_rates(sweep, out, options.jobs)
+    if sweep.fresh:
+        starts |= prepare.PREPARE[sweep.fresh.name](out, sweep.recipe, **sweep.fresh.options)
     chosen = [arm for arm in known if not options.arms or arm in options.arms]
-    results = Runner(sweep, out, options.jobs).results(chosen, sweep.seeds)
+    results = Runner(sweep, out, options.jobs, rates=rates).results(chosen, sweep.seeds)
     begun = [{"arm": name, "seed": None, **figures} for name, figures in starts.items()]
     text = report(sweep, [*begun, *results], out, options.images or out)
     if options.page:

@@ -8,10 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ernie_train.core.config import StrictConfig
 
 Results = Sequence[Mapping[str, Any]]
-SPREADS = {"deviation": "standard deviation", "interval": "95 % confidence interval"}
+SPREADS = {
+    "deviation": "standard deviation",
+    "interval": "95 % confidence interval",
+    "bootstrap": "95 % bootstrap interval",
+}
+RESAMPLES = 4000
 MARKERS = ("<!-- tables of tools.evidence.sweep -->", "<!-- end of the tables -->")
 
 
@@ -64,10 +71,36 @@ class Cell(StrictConfig):
             return {seed: value - theirs[None] for seed, value in values.items()}
         return {seed: value - theirs[seed] for seed, value in values.items() if seed in theirs}
 
+    def by_problem(self, results: Results) -> np.ndarray | None:
+        """Return the figure less that of `minus` for each seed and test problem, [S,P].
+
+        Results have it under `by_problem`; None where they do not, or for a cell less itself.
+        """
+        mine = self._rows(results)
+        if mine is None or self.minus is None:
+            return mine
+        changed = {name: getattr(self.minus, name) for name in self.minus.model_fields_set}
+        other = self.model_copy(update={**changed, "minus": None})
+        if (self.arm, self.key) == (other.arm, other.key):
+            return None
+        theirs = other._rows(results)
+        if theirs is None or (len(theirs) > 1 and len(theirs) != len(mine)):
+            return None
+        return mine - theirs
+
+    def _rows(self, results: Results) -> np.ndarray | None:
+        key = (self.key or "").format(**self.names)
+        mine = [r.get("by_problem", {}) for r in results if r["arm"] == self.arm]
+        rows = [figures[key] for figures in mine if key in figures]
+        return self.scale * np.array(rows, np.float64) if rows else None
+
     def render(self, results: Results, spread: str) -> str:
         """Return the cell's text: the mean over seeds, and their spread."""
         if self.text is not None:
             return self.text.format(**self.names)
+        if spread == "bootstrap":
+            table = self.by_problem(results)
+            return "" if table is None else mean_with_bootstrap(table, self.digits)
         values = list(self.differences(results).values())
         return mean_with(spread, values, self.digits) if values else ""
 
@@ -77,7 +110,7 @@ class Table(StrictConfig):
 
     head: str = "arm"
     before: str = ""
-    spread: Literal["deviation", "interval"] = "deviation"
+    spread: Literal["deviation", "interval", "bootstrap"] = "deviation"
     rows: dict[str, Cell] | None = None
     columns: dict[str, Cell]
 
@@ -110,6 +143,21 @@ def mean_with(spread: str, values: Sequence[float], digits: int) -> str:
         return mean
     width = interval(values) if spread == "interval" else statistics.stdev(values)
     return f"{mean} ± {width:.{digits}f}"
+
+
+def mean_with_bootstrap(table: np.ndarray, digits: int) -> str:
+    """Return the mean of [S,P] and its 95 % percentile interval over seeds and problems.
+
+    Seeds and problems are drawn with replacement, each for itself: an arm's runs share their test
+    problems. A single row, such as that of a start, is resampled over problems alone.
+    """
+    seeds, problems = table.shape
+    rng = np.random.Generator(np.random.Philox(key=0))
+    rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    columns = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems
+    means = np.einsum("rs,sp,rp->r", rows, table, columns, optimize=True)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return f"{table.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def interval(values: Sequence[float]) -> float:

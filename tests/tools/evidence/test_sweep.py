@@ -104,6 +104,11 @@ def test_a_derived_arm_runs_after_the_others(
     assert results[-1]["overrides"] == ["model.path=slow-seed2"]
 
 
+def test_an_arm_may_take_some_of_the_seeds(tmp_path: Path, trained: list[str]) -> None:
+    Runner(make_sweep(some_seeds={"slow": [2]}), tmp_path).results(["quick", "slow"], [1, 2])
+    assert trained == ["quick-seed1", "quick-seed2", "slow-seed2"]
+
+
 def test_a_mistake_in_a_sweep_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("recipe: r.yaml\nseed: [1]\nmeasure: {name: balance}\narms: {}\ntables: []\n")
@@ -224,3 +229,97 @@ def test_a_sweep_makes_everything_and_continues(
     monkeypatch.setattr(prepare, "train", None)
     sweep.main(command)
     assert (out / "table.md").read_text() == text
+
+
+# ---- rates ---------------------------------------------------------------------------------------
+
+
+def with_rates(**changes: Any) -> Sweep:
+    rates = {
+        "key": "lr", "trial_seed": 9, "best": "loss", "trial": {"steps": 2},
+        "measure": {"name": "balance", "options": {"on": "{out}/validation"}},
+        "arms": {"quick": [0.1, 0.3], "slow": "quick", "control": [0.1, 0.3]},
+    }  # fmt: skip
+    arms = {"quick": {"a": "{out}/x"}, "slow": {"a": 2}}
+    derived = {"control": {"arm": "quick", "by": "later"}}
+    return make_sweep(arms=arms, derived=derived, rates={**rates, **changes})
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], str]]:
+    """Notes of name, overrides and what was measured on; the loss is 1 at a rate of 0.3, else 0."""
+    notes: list[tuple[str, list[str], str]] = []
+
+    def train(recipe: str, overrides: list[str], run_dir: Path) -> dict[str, float]:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        notes.append((f"{run_dir.parent.name}/{run_dir.name}", overrides, ""))
+        return {"wall_s": 2.0, "cpu_s": 1.0, "peak_gb": 0.1}
+
+    def measured(run_dir: Path, step: Step) -> dict[str, Any]:
+        name, overrides, _ = notes[-1]
+        notes[-1] = (name, overrides, step.options.get("on", ""))
+        best = "lr=0.1" if "control" in name else "lr=0.3"
+        return {"loss": float(best in overrides)}
+
+    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(sweep, "measured", measured)
+    monkeypatch.setitem(prepare.DERIVED, "later", lambda run_dir: [f"from={run_dir.name}"])
+    return notes
+
+
+def test_each_arm_takes_the_rate_whose_trial_is_best(
+    tmp_path: Path, tried: list[tuple[str, list[str], str]]
+) -> None:
+    made = with_rates()
+    rates = sweep.choose_rates(made, tmp_path, 1)
+    assert rates == {"quick": 0.3, "slow": 0.3, "control": 0.1}
+    own, later = [f'a="{tmp_path}/x"', "steps=2"], ["from=quick-at-0.1-seed9"]
+    assert [(name, overrides[1:]) for name, overrides, _ in tried] == [
+        ("rates/quick-at-0.1-seed9", [*own, "lr=0.1"]),
+        ("rates/quick-at-0.3-seed9", [*own, "lr=0.3"]),
+        ("rates/control-at-0.1-seed9", [*later, "lr=0.1"]),
+        ("rates/control-at-0.3-seed9", [*later, "lr=0.3"]),
+    ]
+    assert {on for _, _, on in tried} == {f"{tmp_path}/validation"}
+    assert all(overrides[0] == "seed=9" for _, overrides, _ in tried)
+    written = json.loads((tmp_path / "rates.json").read_text())
+    assert written["chosen"] == rates and written["figures"]["quick-at-0.3"] == 1.0
+    tried.clear()
+    assert sweep.choose_rates(made, tmp_path, 1) == rates and not tried, "trials are kept"
+    Runner(made, tmp_path, rates=rates).results(["quick", "slow", "control"], [1])
+    ends = {name.split("/")[-1]: overrides[-1] for name, overrides, _ in tried}
+    assert ends == {"quick-seed1": "lr=0.3", "slow-seed1": "lr=0.3", "control-seed1": "lr=0.1"}
+
+
+def test_equal_trials_give_the_lower_rate(
+    tmp_path: Path, tried: list[tuple[str, list[str], str]]
+) -> None:
+    made = with_rates(arms={"quick": [0.5, 0.2], "slow": [0.7, 0.4]})
+    assert sweep.choose_rates(made, tmp_path, 1) == {"quick": 0.2, "slow": 0.4}
+    assert sweep.choose_rates(make_sweep(), tmp_path, 1) == {}
+
+
+def test_what_no_choice_may_see_is_made_after_the_choice(
+    tmp_path: Path, tried: list[tuple[str, list[str], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def fresh(out: Path, recipe: str, **options: Any) -> prepare.Starts:
+        assert (out / "rates.json").exists()
+        seen.extend([f"{len(tried)} trials", options["of"]])
+        return {"start": {"loss": 0.5}}
+
+    monkeypatch.setitem(prepare.PREPARE, "fresh", fresh)
+    made = with_rates().model_dump(exclude_none=True)
+    made |= {"fresh": {"name": "fresh", "options": {"of": "x"}}, "seeds": [1]}
+    made["tables"] = [{"columns": {"loss": {"key": "loss"}}}]
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(made))
+    sweep.main([str(file), "--out", str(tmp_path / "out")])
+    assert seen == ["4 trials", "x"]
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| start | 0.5 |" in table and "| control |" in table
+    changed = {**made, "rates": {**made["rates"], "trial_seed": 8}}
+    file.write_text(json.dumps(changed))
+    with pytest.raises(SystemExit, match="other rates; choose another --out"):
+        sweep.main([str(file), "--out", str(tmp_path / "out")])

@@ -35,9 +35,14 @@ def stages(name: str) -> dict[str, Any]:
 def test_names_are_of_functions_and_arms(name: str) -> None:
     sweep = load_sweep(name)
     assert sweep.measure.name in measure.MEASUREMENTS
-    assert sweep.prepare is None or sweep.prepare.name in prepare.PREPARE
+    assert all(
+        step is None or step.name in prepare.PREPARE for step in (sweep.prepare, sweep.fresh)
+    )
     assert all(d.by in prepare.DERIVED and d.arm in sweep.arms for d in sweep.derived.values())
-    arms = {*sweep.arms, *sweep.derived, "start", "loose-start"}
+    arms = {*sweep.arms, *sweep.derived, "start", "loose-start", "moe-start"}
+    if sweep.rates is not None:
+        assert sweep.rates.measure.name in measure.MEASUREMENTS
+        assert {*sweep.rates.arms} <= arms
     drawn = {arm.arm for plot in sweep.plots.values() for arm in plot.arms.values()}
     cells = [c for t in sweep.tables for c in [*t.columns.values(), *(t.rows or {}).values()]]
     assert drawn | {cell.arm for cell in cells if cell.arm} <= arms

@@ -33,6 +33,45 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
         tables.interval([1.0])
 
 
+def by_problem(arm: str, seed: int | None, values: list[float]) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "x": 0.0, "by_problem": {"x": values}}
+
+
+def test_the_bootstrap_draws_seeds_and_problems() -> None:
+    """Of one seed it is the binomial's normal interval; seeds widen it as they differ."""
+    solved = np.arange(400) < 100
+    cell = tables.Cell(arm="one", key="x", scale=100.0, digits=2)
+    text = cell.render([by_problem("one", 1, solved.astype(float).tolist())], "bootstrap")
+    mean, low, high = (float(word.strip("()")) for word in text.replace("to", "").split())
+    half = 196 * np.sqrt(0.25 * 0.75 / 400)
+    assert mean == 25.0
+    assert (low, high) == (pytest.approx(25 - half, abs=0.4), pytest.approx(25 + half, abs=0.4))
+    same = [by_problem("one", seed, [0.5] * 10) for seed in (1, 2, 3)]
+    assert cell.render(same, "bootstrap") == "50.00 (50.00 to 50.00)"
+    differ = [by_problem("one", seed, [value] * 10) for seed, value in ((1, 0.0), (2, 1.0))]
+    assert cell.render(differ, "bootstrap") == "50.00 (0.00 to 100.00)"
+
+
+def test_a_difference_is_taken_problem_by_problem_and_seed_by_seed() -> None:
+    hard = [0.0, 1.0] * 20
+    results = [
+        by_problem("start", None, hard),
+        by_problem("one", 1, [value + 0.25 for value in hard]),
+        by_problem("one", 2, [value + 0.25 for value in hard]),
+        by_problem("two", 1, [value + 0.5 for value in hard]),
+        by_problem("two", 2, [value + 0.5 for value in hard]),
+    ]
+    cell = tables.Cell(arm="two", key="x", digits=2, minus=tables.Minus(arm="one"))
+    assert cell.render(results, "bootstrap") == "0.25 (0.25 to 0.25)", "no problem adds spread"
+    against = cell.model_copy(update={"minus": tables.Minus(arm="start")})
+    assert against.render(results, "bootstrap") == "0.50 (0.50 to 0.50)"
+    itself = cell.model_copy(update={"minus": tables.Minus(arm="two")})
+    assert itself.render(results, "bootstrap") == ""
+    assert cell.render(results[1:4], "bootstrap") == "", "an arm of other seeds is not compared"
+    absent = cell.model_copy(update={"key": "y"})
+    assert absent.render(results, "bootstrap") == ""
+
+
 def test_a_table() -> None:
     table = tables.markdown_table(["arm", "loss"], [["none", "1.0"]])
     assert table == "| arm | loss |\n| --- | ---: |\n| none | 1.0 |\n"
