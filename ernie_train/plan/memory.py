@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ernie_train.losses.cross_entropy import CHUNK_ELEMENTS
 from ernie_train.model.batch_layout import KEPT_BLOCK, KEPT_LENGTH
+from ernie_train.model.batched_experts import MOST_SLOTS_PER_ROW
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.numpy_decoder import PROMPT_CHUNK_TOKENS
 from ernie_train.parallel import chunk_tokens, recomputed_parts
@@ -33,6 +34,9 @@ from ernie_train.plan.workload import Sampling, Workload
 # gradient in a backward pass, of a chunk's logits, of the head's gradient while the loss is made.
 EXPERT_TENSORS, MLP_TENSORS, STREAM_GRADIENTS, ROW_GRADIENTS = 5, 4, 3, 2.5
 LOGITS_TENSORS, HEAD_GRADIENTS = {"cross_entropy": 2, "logprobs": 5}, 2
+# Of experts in slots (model/batched_experts.py): tensors of an expert's width that are kept, and in
+# a backward pass those of a row's and of an expert's width. Up to MOST_SLOTS_PER_ROW pad each row.
+SLOT_TENSORS, SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 3, 5, 4
 # Rows of the fullest rank of an expert group, compared with the mean.
 LOAD_IMBALANCE = 1.25
 # Keys, then values, are copied as the cache grows; numpy's cache grows layer by layer.
@@ -165,9 +169,9 @@ def layer_bytes(
     """Return the bytes that each part of a layer keeps of a token for its backward pass.
 
     attention: H (4 + b) + 2 (N + K) D b, and on a CPU the probabilities of documents up to
-    KEPT_LENGTH. experts: H (4 + b) + 4 H + r (H + 5 I) b for r rows, and four times the width of
-    shared experts (or of a dense MLP) times b. With LoRA each pair keeps as many numbers as its
-    rank, and experts with pairs r (2 H + 4 I) b; with DoRA as many more as its matrix has outputs.
+    KEPT_LENGTH. experts: H (4 + b) + 4 H + r (H + 5 I) b for r rows, 6 I with a GPU's padding, and
+    four times the width of shared experts (or of a dense MLP) times b. Each LoRA pair keeps as many
+    numbers as its rank, experts with pairs r (2 H + 4 I) b; DoRA as many more as outputs.
     """
     width, hidden = machine.precision.width, config.hidden_size
     heads = config.num_attention_heads
@@ -193,7 +197,7 @@ def layer_bytes(
     inner = config.moe_intermediate_size
     of_shared = config.moe_num_shared_experts * inner
     shared = MLP_TENSORS * of_shared + pairs(of_shared)
-    row = hidden + EXPERT_TENSORS * inner
+    row = hidden + (SLOT_TENSORS * MOST_SLOTS_PER_ROW if machine.on_gpu else EXPERT_TENSORS) * inner
     if part is not None and part.pairs.experts:
         row = 2 * hidden + 4 * inner + pairs(inner)
     rows = rows_per_token(config, layout)
@@ -330,13 +334,15 @@ def _backward_bytes(
     batch, trains_all = load.micro_batch, _trains_all(load)
     tokens = _experts_at_once(layout, batch.tokens)
     numbers: float = STREAM_GRADIENTS * batch.tokens
-    numbers += ROW_GRADIENTS * tokens * rows_per_token(config, layout)
+    row, width = ROW_GRADIENTS, config.moe_intermediate_size / config.hidden_size
+    if machine.on_gpu and moe_layers(config) and not (load.part and load.part.pairs.experts):
+        row = MOST_SLOTS_PER_ROW * (SLOT_ROW_GRADIENTS + SLOT_EXPERT_GRADIENTS * width)
+    numbers += row * tokens * rows_per_token(config, layout)
     numbers += config.vocab_size * (config.tie_word_embeddings and trains_all)
     experts = config.moe_num_experts // layout.expert * config.moe_intermediate_size
     copies = 3 if tokens < batch.tokens else 2
-    numbers += (
-        copies * 3 * trains_all * (experts if moe_layers(config) else config.intermediate_size)
-    )
+    stacks = experts if moe_layers(config) else config.intermediate_size
+    numbers += copies * 3 * trains_all * stacks
     return numbers * config.hidden_size * machine.precision.width
 
 

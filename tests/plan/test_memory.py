@@ -31,7 +31,9 @@ from ernie_train.plan.layout import (
 )
 from ernie_train.plan.memory import (
     Machine,
+    _backward_bytes,
     cache_bytes,
+    layer_bytes,
     memory_demand,
     rollout_bytes,
     step_bytes,
@@ -250,8 +252,8 @@ def test_chunks_keep_the_experts_of_a_long_row_small(large: Ernie4_5_MoeConfig) 
     for recompute in (True, RecomputeConfig(chunk_tokens=16384)):
         layout = Layout(8, 1, True, recompute)
         peaks.append(sum(step_bytes(large, GPU, layout, Workload("", batch))) / GB)
-    # 26 GB of experts and 15 GB of gradients of rows, of which an eighth stays.
-    assert peaks[0] - peaks[1] == pytest.approx((26 + 15) * 7 / 8, rel=0.05)
+    # 29 GB of experts and 75 GB of rows in slots and their gradients, of which an eighth stays.
+    assert peaks[0] - peaks[1] == pytest.approx((29 + 75) * 7 / 8, rel=0.05)
 
 
 def test_states_of_all_layouts_fall_with_sharding(large: Ernie4_5_MoeConfig) -> None:
@@ -260,6 +262,23 @@ def test_states_of_all_layouts_fall_with_sharding(large: Ernie4_5_MoeConfig) -> 
         updated = updated_parameters(large, layout, counts)
         assert updated * layout.ranks >= counts.total
         assert updated <= counts.on_rank(layout).total
+
+
+def test_the_padding_of_batched_experts_counts_on_a_gpu(large: Ernie4_5_MoeConfig) -> None:
+    """By hand: up to two slots a row. Three tensors of I are kept of each, on a CPU five of a row.
+
+    A backward pass has five of H and four of I of each slot, on a CPU 2.5 of H of a row.
+    """
+    rows, hidden, inner = 6 * 8192, large.hidden_size, large.moe_intermediate_size
+    kept, passing = {}, {}
+    for machine in (GPU, replace(CPU, precision=GPU.precision)):
+        layer = layer_bytes(large, machine, Layout(1, 1, False, False), 8192, moe=True)
+        kept[machine.on_gpu] = 8192 * layer["experts"]
+        load = Workload("", MicroBatch(1, 8192, 8192))
+        passing[machine.on_gpu] = _backward_bytes(large, machine, Layout(1, 1, False, False), load)
+    assert kept[True] - kept[False] == rows * (2 * 3 - 5) * inner * 2
+    more = rows * (2 * (5 * hidden + 4 * inner) - 2.5 * hidden) * 2
+    assert passing[True] - passing[False] == pytest.approx(more)
 
 
 # ---- rollouts ------------------------------------------------------------------------------------
