@@ -158,6 +158,11 @@ RIGHT = [
     ("-42", r"The answer is $-\boxed{42}$."),
     ("42", r"- \boxed{42}"),
     ("3", r"$8 - \boxed{3} = 5$"),
+    ("42", "\u5c0f\u660e\u6bd4\u5c0f\u7ea2\u591a42\u4e2a\u3002"),
+    ("42", "\u5979\u6bd4\u4ed6\u5927 $42$ \u5c81\u3002"),
+    ("42", "Adding these to the rest gives 42."),
+    ("42", "The school close to the park has 42 children."),
+    ("42", "He ate too many, so 42 are left."),
     # A formula with its unit behind it, signs of other keyboards, marks of Markdown.
     ("42", "The answer is $42$ cm."),
     ("42", "\u7b54\u6848\u662f$42$\u5398\u7c73\u3002"),

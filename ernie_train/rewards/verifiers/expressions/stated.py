@@ -34,11 +34,11 @@ _INEXACT = re.compile(
     r"|\b(?:twice|thrice|doubled?|tripled?|half|negative|near"
     r"|(?:square|cube|root|negative|opposite|reciprocal|inverse|double|triple|half|quarter|multiple"
     r"|factorial|logarithm) of)\s+(?=[-$\\\d*(])"
-    r"|\bclose to\b|\badd(?:ing|ed)?\s+\w+\s+to\b"
-    r"|\btoo (?:small|large|big|few|many|much|little|low|high)\b"
+    r"|\b(?:close to|add(?:ing|ed)?\s+\w+\s+to)\s+(?=[-$\\\d*(])"
+    r"|\d[)*$]*\s+(?:is|was|are|were|seems?|looks?)\s+(?:far |much )?too\b"
     r"|\d[)*$]*\s+(?:squared|cubed)\b"
-    r"|至少|大于|小于|至多|最多|最少|以上|以下|左右|超过|多于|少于|大约|不到|约|近(?=[\d$])|将近|接近|几乎"
-    r"|差不多|比[^,\uff0c\u3002]{1,12}[大小多少高低]",
+    r"|至少|大于|小于|至多|最多|最少|以上|以下|左右|超过|多于|少于|大约|不到|约|(?<![附最])近(?=[\d$])|将近|接近|几乎"
+    r"|差不多|比\s*[$\d][\d.,$]*\s*[还要]?[大小多少高低]",
     re.IGNORECASE,
 )
 _APPROXIMATION = re.compile(
