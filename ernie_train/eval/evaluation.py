@@ -37,7 +37,6 @@ LONGEST_NAME = 200  # characters of a task, a domain or a verifier
 SHOWN_PROBLEMS = 10
 # Fields that verifiers grade by: a row has one of them, but for a verifier of the user's.
 GOLD = {"answer", "tests", "hidden_tests", "expected_calls", "assignment", "choices", "rg_entry"}
-SAMPLE_KEYS = ("task", "prompt", "completion", "status")  # of each sample, and others
 
 
 @dataclass(frozen=True)

@@ -270,29 +270,12 @@ def normalize_name(name: str) -> str:
 # ---- arrays ------------------------------------------------------------------------------------
 
 
-def to_hf(
-    config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray], experts: range | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name on disk, array as on disk) of parameters or of their Adam moments.
-
-    Args:
-        config: the model's configuration.
-        named: name in memory -> array; may be only some of the parameters.
-        experts: the experts of each layer that the arrays hold; None for all.
-
-    Yields:
-        Views of the arrays, in the "hf" layout.
-
-    Raises:
-        WeightsError: a name or shape is not the model's.
-    """
-    yield from to_stored(tensor_mappings(config, experts=experts), named)
-
-
 def to_stored(
     mappings: list[TensorMapping], named: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name on disk, view as on disk) of arrays that `mappings` map; see `to_hf`.
+    """Yield (name on disk, view as on disk) of parameters or of their Adam moments.
+
+    `mappings` map them; `named`, by name in memory, may have only some of them.
 
     Raises:
         WeightsError: no mapping has a name or its shape.
@@ -314,7 +297,7 @@ def to_stored(
 def from_hf(
     config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray], experts: range | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name in memory, array) of parameters or of their Adam moments: undo `to_hf`.
+    """Yield (name in memory, array) of parameters or of their Adam moments: undo `to_stored`.
 
     Args:
         config: the model's configuration.

@@ -24,7 +24,7 @@ import pytest
 
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.hf import load_pretrained
-from ernie_train.weights.layout import to_hf
+from ernie_train.weights.layout import tensor_mappings, to_stored
 
 LOGITS_ATOL = 2e-5
 GRADIENT_RTOL = 1e-4  # of the largest entry of the same tensor
@@ -186,7 +186,7 @@ def gradients(model: Ernie4_5_MoeForCausalLM) -> dict[str, np.ndarray]:
         for name, p in model.named_parameters()
         if not p.stop_gradient
     }
-    return dict(to_hf(model.config, named))
+    return dict(to_stored(tensor_mappings(model.config), named))
 
 
 @pytest.mark.parametrize("kind", ["plain", "padded", "packed"])

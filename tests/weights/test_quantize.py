@@ -22,7 +22,7 @@ from ernie_train.weights.quantize import (
     quantize_model,
     round_to_nearest,
 )
-from ernie_train.weights.quantize.packing import pack, unpack
+from ernie_train.weights.quantize.scheme import pack, unpack
 
 SCHEMES = [QuantizationScheme(8), QuantizationScheme(4, 32), QuantizationScheme(4, 128)]
 RNG = np.random.default_rng(3)

@@ -1,7 +1,8 @@
 """Weight-only quantization: its scheme, rounding to nearest, and its entry in config.json.
 
 The scheme is symmetric: weight = code * scale, one scale for a row of a Linear weight [out,in] or
-for each group of its inputs. Scales are those of compressed-tensors' `calculate_qparams`.
+for each group of its inputs. Scales are those of compressed-tensors' `calculate_qparams`, packed
+codes those of its `pack-quantized` (compressors/pack_quantized/helpers.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import numpy as np
 
 from ernie_train.core.errors import ConfigError, UserError, WeightsError
 from ernie_train.io.safetensors import convert, from_bfloat16
-from ernie_train.weights.quantize.packing import pack, unpack
 
 GROUP_SIZES = (128, 32)  # those of int4, the first that divides the inputs of every weight
 FORMAT = "pack-quantized"
@@ -203,3 +203,28 @@ def choose_scheme(
         f"int4: groups of {' or '.join(map(str, sizes))} do not divide the {shapes[odd[0]][1]} "
         f"inputs of {odd[0]}: choose int8, or another group size"
     )
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack codes [out,in] -> int32 words [out, ceil(in * bits / 32)].
+
+    Value v of B bits is stored as v + 2^(B-1); value i of a row lies in word i // (32/B), from bit
+    B * (i mod (32/B)) on; the last word of a row is filled up with zeros.
+    """
+    rows, columns = codes.shape
+    per_word = 32 // bits
+    words = np.zeros((rows, -(-columns // per_word)), np.uint32)
+    unsigned = (codes.astype(np.int64) + 2 ** (bits - 1)).astype(np.uint32)
+    for place in range(per_word):
+        part = unsigned[:, place::per_word]
+        words[:, : part.shape[1]] |= part << np.uint32(bits * place)
+    return words.view(np.int32)
+
+
+def unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Unpack words [out, ...] -> codes [out, columns] int8: undo `pack`."""
+    per_word = 32 // bits
+    shifts = (bits * np.arange(per_word)).astype(np.uint32)
+    unsigned = (words.view(np.uint32)[:, :, None] >> shifts) & np.uint32(2**bits - 1)
+    flat = unsigned.reshape(len(words), -1)[:, :columns].astype(np.int16)
+    return (flat - 2 ** (bits - 1)).astype(np.int8)
