@@ -207,7 +207,7 @@ def _python_row(version: str, found: Mapping[str, Any] | None, pins: str) -> lis
     if version == _CI_VERSION:
         return [TESTED, "all tests, with every change"]
     if found is None:
-        return ["never tried", ""]
+        return ["not run yet", "every pin has a release for it"]
     state = TESTED if found["works"] else "does not work"
     if found["requirements"] != pins:
         state += " with earlier pins"

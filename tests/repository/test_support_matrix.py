@@ -107,7 +107,7 @@ def test_cells_without_proof_are_refused(tmp_path: Path, cell: str) -> None:
 
 def test_a_python_is_tested_by_a_run_with_todays_pins_alone(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(support_matrix, "PYTHONS", tmp_path / "pythons.json")
-    assert "| 3.12 | never tried |" in render({})
+    assert "| 3.12 | not run yet |" in render({})
     found = {"python": "3.12.1", "requirements": "other", "works": True, "tests": "9 passed"}
     support_matrix.PYTHONS.write_text(json.dumps({"3.12": found}))
     assert "| 3.12 | tested with earlier pins | Python 3.12.1: 9 passed |" in render({})
