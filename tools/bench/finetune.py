@@ -159,8 +159,9 @@ def main() -> None:
 
     def describe(_: Any) -> dict[str, Any]:
         from ernie_train.core.cpu import cpu_setup_report
+        from ernie_train.kernels import describe_kernels
 
-        return {"set_up": cpu_setup_report()}
+        return {"set_up": [f"kernels: {describe_kernels()}", *cpu_setup_report()]}
 
     handlers = {
         "build": build,
