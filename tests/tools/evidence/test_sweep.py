@@ -317,6 +317,10 @@ def test_what_no_choice_may_see_is_made_after_the_choice(
     file.write_text(json.dumps(made))
     sweep.main([str(file), "--out", str(tmp_path / "out")])
     assert seen == ["4 trials", "x"]
+    ends = {name: overrides[-1] for name, overrides, _ in tried[4:]}
+    assert ends == {
+        "out/quick-seed1": "lr=0.3", "out/slow-seed1": "lr=0.3", "out/control-seed1": "lr=0.1",
+    }  # fmt: skip
     table = (tmp_path / "out/table.md").read_text()
     assert "| start | 0.5 |" in table and "| control |" in table
     changed = {**made, "rates": {**made["rates"], "trial_seed": 8}}
