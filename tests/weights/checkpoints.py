@@ -10,7 +10,7 @@ from ernie_train.weights.checkpoint import (
     CheckpointConfig,
     CheckpointStore,
 )
-from ernie_train.weights.layout import to_hf
+from ernie_train.weights.layout import tensor_mappings, to_stored
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = {
@@ -33,7 +33,10 @@ def weights(model: Ernie4_5_MoeForCausalLM) -> dict[str, np.ndarray]:
 
 
 def moments(model: Ernie4_5_MoeForCausalLM) -> dict[str, np.ndarray]:
-    return {f"m/{name}": array * 2 for name, array in to_hf(model.config, weights(model))}
+    return {
+        f"m/{name}": array * 2
+        for name, array in to_stored(tensor_mappings(model.config), weights(model))
+    }
 
 
 def save(store: CheckpointStore, step: int, **metrics: float) -> Path:

@@ -19,7 +19,7 @@ from ernie_train.weights.layout import (
     from_hf,
     parameter_shapes,
     tensor_mappings,
-    to_hf,
+    to_stored,
 )
 from ernie_train.weights.saving import save_pretrained
 from tests.small_models import (
@@ -85,7 +85,7 @@ def test_mappings_cover_every_number_once(layout: Layout) -> None:
 def test_moments_go_to_disk_names_and_back() -> None:
     model = make_model()
     moments = {n: a for n, a in state(model).items() if "layers.1.mlp" in n or n.endswith("norm")}
-    stored = dict(to_hf(model.config, moments))
+    stored = dict(to_stored(tensor_mappings(model.config), moments))
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in stored
     assert_same(dict(from_hf(model.config, stored)), moments)
 
@@ -93,8 +93,17 @@ def test_moments_go_to_disk_names_and_back() -> None:
 def test_moments_of_another_model() -> None:
     config = make_config()
     with pytest.raises(WeightsError, match=r"not of this model \(1\): model.other.*wrong shape"):
-        dict(to_hf(config, {"model.other": np.zeros(1), "model.norm.weight": np.zeros(3)}))
-    stored = dict(to_hf(config, {"model.layers.1.mlp.experts.gate_proj": np.zeros((4, 32, 16))}))
+        dict(
+            to_stored(
+                tensor_mappings(config),
+                {"model.other": np.zeros(1), "model.norm.weight": np.zeros(3)},
+            )
+        )
+    stored = dict(
+        to_stored(
+            tensor_mappings(config), {"model.layers.1.mlp.experts.gate_proj": np.zeros((4, 32, 16))}
+        )
+    )
     stored.pop("model.layers.1.mlp.experts.2.gate_proj.weight")
     with pytest.raises(WeightsError, match=r"missing \(1\): .*experts.2.gate_proj"):
         dict(from_hf(config, stored))
