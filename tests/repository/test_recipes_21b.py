@@ -65,7 +65,7 @@ def test_eighty_columns_cut_nothing_off(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, told = cli("plan", SFT, "stages.sft.seq_len=131072", "--gpus", "16")
     assert "…" not in told
-    assert "layers, chunks of 16384 75.09" in told
+    assert "layers, chunks of 16384 77.64" in told
 
 
 def test_the_tables_of_the_page_are_what_plan_says():
@@ -104,9 +104,9 @@ def test_rows_of_128k_name_the_smallest_cluster_and_fit_it(cli):
     assert "the smallest cluster that holds it: 16 ranks" in told
     chunks = "parallel.recompute={chunk_tokens: 16384}"
     comment = " ".join((ROOT / SFT).read_text("utf-8").replace("#", "").split())
-    assert f"{long} parallel.data=2 '{chunks}'" in comment
+    assert f"{long} parallel.expert=16 '{chunks}'" in comment
     sixteen = ("--gpus", "16", "--gpu-memory-gb", "80")
-    status, told = cli("plan", SFT, *sixteen, long, "parallel.data=2", chunks)
+    status, told = cli("plan", SFT, *sixteen, long, "parallel.expert=16", chunks)
     assert status == 0, told
     assert "chunks of 16384 fits: " in told
 

@@ -268,6 +268,7 @@ def test_ci_checks_tests_style_types_and_the_main_job(
         "-m ruff check .",
         "-m ruff format --check .",
         "-m mypy",
+        "-m mkdocs build --strict",
         "-m ernie_train doctor --selftest",
         f"-m ernie_train run recipes/tiny.yaml --run-dir {scratch}/run",
         f"- {scratch}/run",  # the program on standard input that reads what the run reached

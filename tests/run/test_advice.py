@@ -56,7 +56,7 @@ def test_every_path_in_the_table_of_foreign_keys_exists():
         ("lora={}", "did you mean 'stages[].lora'?"),
         ("stages.sft.weight_decay=0", "did you mean 'optim.weight_decay'?"),
         ("stages.sft.micro_batch_sise=2", "did you mean 'micro_batch_size'?"),
-        ("zzz=1", "known are name, seed"),
+        ("zzz=1", "known are name, version, seed"),
     ],
 )  # fmt: skip
 def test_the_key_that_was_meant(recipe, override, hint):

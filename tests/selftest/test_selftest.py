@@ -138,11 +138,17 @@ def test_a_wrong_gradient_of_a_native_kernel_is_found(
     assert outcome_of("native").status == FAIL
 
 
-def test_a_step_is_compared_with_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = native_kernels.swiglu_backward
-    monkeypatch.setattr(
-        native_kernels, "swiglu_backward", lambda *a: tuple(2.0 * g for g in right(*a))
-    )
+@pytest.mark.parametrize("name", ["attention_block_backward", "moe_block_backward"])
+def test_a_step_is_compared_with_plain_operators(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(native_kernels, name)
+
+    def wrong(*args: Any) -> Any:
+        dx, made = right(*args)
+        return 2.0 * dx, made
+
+    monkeypatch.setattr(native_kernels, name, wrong)
     assert outcome_of("step").status == FAIL
 
 
