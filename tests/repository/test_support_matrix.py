@@ -70,6 +70,27 @@ def test_a_test_proves_only_what_ran_and_passed(outcomes: Outcomes, name, why) -
     assert (f"| f | {NOT_PROVEN} |" in render(matrix, outcomes)) == (why is not None)
 
 
+@pytest.mark.parametrize(("name", "status"), [("test_partly", None), ("test_bad", 1)])
+def test_what_a_machine_skips_is_told_and_what_fails_is_an_error(
+    tmp_path: Path, monkeypatch, capsys, name: str, status: int | None
+) -> None:
+    (tmp_path / "junit.xml").write_text(JUNIT)
+    cells = {device: Cell(TESTED, (f"tests/a/test_x.py::{name}",)) for device in ("cpu",)}
+    matrix = {"S": {"f": {device: Cell("-", ()) for device in support_matrix.DEVICES} | cells}}
+    page = tmp_path / "support.md"
+    page.write_text(render(matrix))
+    monkeypatch.setattr(support_matrix, "PAGE", page)
+    monkeypatch.setattr(support_matrix, "read_matrix", lambda: matrix)
+    monkeypatch.setattr(support_matrix, "faults", lambda matrix: [])
+    monkeypatch.setattr("sys.argv", ["support_matrix", "--junit", str(tmp_path / "junit.xml")])
+    if status is None:
+        support_matrix.main()
+        assert f"{name} was skipped" in capsys.readouterr().err
+    else:
+        with pytest.raises(SystemExit, match=f"{name} failed"):
+            support_matrix.main()
+
+
 def test_slow_tests_count_where_they_ran(outcomes: Outcomes) -> None:
     assert unproven(Cell(SLOW, ("tests/a/test_x.py::test_gone",)), outcomes) == []
     assert unproven(Cell(SLOW, ("tests/a/test_x.py::test_bad",)), outcomes)
