@@ -16,7 +16,7 @@ import yaml
 import ernie_train
 from ernie_train import kernels
 from ernie_train.cli.main import main
-from ernie_train.core import environment
+from ernie_train.core import devices, environment
 from ernie_train.report import write_report
 from ernie_train.train.trainer import Trainer
 from tests.workspace import (
@@ -106,6 +106,15 @@ def test_running_again_changes_nothing(whole, workspace):
     before = final_files(directory)
     assert run("run", workspace / "recipe.yaml", "--run-dir", directory) == 0
     assert final_files(directory) == before
+
+
+def test_slow_matrix_products_are_told_once(whole, workspace, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "run"
+    shutil.copytree(whole[0], directory)
+    line = "Paddle's matrix products run at 9 GFLOP/s a core"
+    monkeypatch.setattr(devices, "slow_products", lambda processor: [line])
+    assert run("run", workspace / "recipe.yaml", "--run-dir", directory) == 0
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def test_sigterm_saves_exits_3_and_continues_bit_for_bit(workspace, whole, monkeypatch, tmp_path):
