@@ -177,9 +177,9 @@ def mlp_block_backward(
 
 @dataclass(frozen=True)
 class MoEShape:
-    """Experts of a token, the least sum of their probabilities, the norm's epsilon."""
+    """Holds the experts of a token, the least sum of their probabilities, the norm's epsilon."""
 
-    choices: int
+    top_k: int
     norm_min: float
     eps: float
 
@@ -198,17 +198,17 @@ class Routed:
 
 def _route(h: Tensor, weight: Tensor, bias: Tensor, shape: MoEShape) -> tuple[Tensor, Routed]:
     """Return the router's logits [T,E], and where it sends tokens."""
-    (tokens, size), num, choices = h.shape, weight.shape[1], shape.choices
+    (tokens, size), num, top_k = h.shape, weight.shape[1], shape.top_k
     logits, probs = room(tokens, num), room(tokens, num)
-    ids, weights = integers(tokens, choices), room(tokens, choices)
+    ids, weights = integers(tokens, top_k), room(tokens, top_k)
     module().route(
-        *addresses(h, weight, bias), tokens, size, num, choices, shape.norm_min,
+        *addresses(h, weight, bias), tokens, size, num, top_k, shape.norm_min,
         *addresses(logits, probs, ids, weights),
     )  # fmt: skip
-    counts, rows = np.empty(num, np.int64), tokens * choices
+    counts, rows = np.empty(num, np.int64), tokens * top_k
     token_of_row, row_of_pair, row_weights = integers(rows), integers(rows), room(rows, 1)
     module().sort_pairs(
-        *addresses(ids, weights), tokens, choices, num, counts.ctypes.data,
+        *addresses(ids, weights), tokens, top_k, num, counts.ctypes.data,
         *addresses(token_of_row, row_of_pair, row_weights),
     )  # fmt: skip
     per_expert: list[int] = counts.tolist()
@@ -266,7 +266,7 @@ def _route_backward(
     (more,) = (None,) if extra is None else whole(extra)
     module().route_backward(
         *addresses(routed.probs, routed.ids, routed.row_of_pair, drow_weights),
-        0 if more is None else more.data_ptr(), tokens, num, shape.choices, shape.norm_min,
+        0 if more is None else more.data_ptr(), tokens, num, shape.top_k, shape.norm_min,
         *addresses(made),
     )  # fmt: skip
     return made
