@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import yaml
 
 from ernie_train.data import load_tokenizer, render_chat, shipped_template, train_tokenizer
 from ernie_train.environments import EnvironmentConfig, open_toolbox
+from tests.kills import Begin, Pace, finish, kill_often, kill_until_through
 from tests.rl.test_tools import REWARD
 from tests.rl.upo_stages import stage
 from tests.workspace import (
@@ -31,6 +31,7 @@ from tests.workspace import (
 pytestmark = pytest.mark.slow
 
 STAGE, KILLS = "02-rl", 20
+METRICS = f"{STAGE}/metrics.jsonl"
 OWN_TOOL = '''
 def count(code: str) -> int:
     """Return the number of characters of a text."""
@@ -97,14 +98,15 @@ def run(root: Path, directory: Path, *options: str) -> subprocess.Popen[str]:
     return start("run", root / "recipe.yaml", "--run-dir", directory, *options)
 
 
+def begin(root: Path, directory: Path, *options: str) -> Begin:
+    return lambda: run(root, directory, *options)
+
+
 @pytest.fixture(scope="module")
-def whole(workspace) -> tuple[Path, float]:
-    """The run that nobody killed, and its seconds."""
-    directory, began = shutil.copytree(workspace / "taught", workspace / "whole"), time.monotonic()
-    process = run(workspace, directory)
-    _, told = process.communicate()
-    assert process.returncode == 0, told
-    return directory, time.monotonic() - began
+def whole(workspace) -> tuple[Path, Pace]:
+    """The run that nobody killed, and how fast its stage with tools is."""
+    directory = shutil.copytree(workspace / "taught", workspace / "whole")
+    return directory, finish(begin(workspace, directory), directory / METRICS)
 
 
 def results(directory: Path) -> list[Any]:
@@ -131,33 +133,21 @@ def test_the_policy_calls_tools_learns_and_no_token_changes_its_experts(whole):
 @pytest.mark.parametrize("replayed", [False, True], ids=["sampled", "replayed"])
 def test_twenty_kills_at_random_moments_change_nothing(workspace, whole, tmp_path, replayed):
     """SIGKILL while episodes are played, tools run, weights are updated or saved."""
-    directory, seconds = whole
+    directory, pace = whole
     options = []
     if replayed:
         options = [f"stages.rl.rollout.replay={directory / STAGE / 'rollouts'}"]
         directory = shutil.copytree(workspace / "taught", tmp_path / "replayed")
-        began = time.monotonic()
-        process = run(workspace, directory, *options)
-        _, told = process.communicate()
-        assert process.returncode == 0, told
-        seconds = time.monotonic() - began  # a replay takes less
+        pace = finish(begin(workspace, directory, *options), directory / METRICS)
         assert results(directory)[2:] == results(whole[0])[2:]
-    expected = results(directory)
-    rng, kills = random.Random(5), 0
-    for attempt in range(40):  # how many kills hit the stage depends on the machine
-        killed = shutil.copytree(workspace / "taught", tmp_path / f"killed-{attempt}")
-        while True:
-            process = run(workspace, killed, *options)
-            try:
-                _, told = process.communicate(timeout=rng.uniform(0.3, 1.2) * seconds)
-                assert process.returncode == 0, told
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
+    expected, rng = results(directory), random.Random(5)
+
+    def killed_run(number: int) -> int:
+        killed = shutil.copytree(workspace / "taught", tmp_path / f"killed-{number}")
+        again = begin(workspace, killed, *options)
+        kills = kill_until_through(again, killed / METRICS, pace, rng)
         assert results(killed) == expected
         shutil.rmtree(killed)
-        if kills >= KILLS:
-            return
-    raise AssertionError(f"only {kills} kills hit a running stage")
+        return kills
+
+    kill_often(KILLS, killed_run)

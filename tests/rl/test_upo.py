@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from ernie_train.rl.config import (
 from ernie_train.rl.learner import Learner
 from ernie_train.rl.rollout import RolloutSampler, read_rollout
 from ernie_train.train.trainer import Trainer
+from tests.kills import Begin, finish, kill_often, kill_until_through
 from tests.rl.upo_stages import (
     GAE,
     OFFLINE_ONLY,
@@ -34,6 +33,8 @@ from tests.rl.upo_stages import (
     stage,
 )
 from tests.workspace import metrics_without_time, start
+
+METRICS = "01-rl/metrics.jsonl"
 
 # ---- it learns -----------------------------------------------------------------------------------
 
@@ -134,31 +135,23 @@ def test_twenty_kills_at_random_moments_change_nothing(workspace, whole, tmp_pat
     often = {**GAE, "checkpoint": {"every_steps": 1, "keep_last": 2}}
     recipe["stages"] = [stage(workspace, **often)]
     (workspace / "killed.yaml").write_text(yaml.safe_dump(recipe))
-    uninterrupted, began = tmp_path / "uninterrupted", time.monotonic()
-    process = start("run", workspace / "killed.yaml", "--run-dir", uninterrupted)
-    process.communicate()
-    assert process.returncode == 0
-    whole_s = time.monotonic() - began
-    rng, kills = random.Random(5), 0
-    for attempt in range(40):  # how many kills hit a stage depends on the machine
-        directory = tmp_path / f"killed-{attempt}"
-        while True:
-            process = start("run", workspace / "killed.yaml", "--run-dir", directory)
-            try:
-                process.communicate(timeout=rng.uniform(0.3, 1.2) * whole_s)
-                assert process.returncode == 0
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
+    uninterrupted = tmp_path / "uninterrupted"
+
+    def begin(directory: Path) -> Begin:
+        return lambda: start("run", workspace / "killed.yaml", "--run-dir", directory)
+
+    pace, rng = finish(begin(uninterrupted), uninterrupted / METRICS), random.Random(5)
+
+    def killed_run(number: int) -> int:
+        directory = tmp_path / f"killed-{number}"
+        kills = kill_until_through(begin(directory), directory / METRICS, pace, rng)
         assert metrics_without_time(directory, "01-rl") == metrics_without_time(
             uninterrupted, "01-rl"
         )
         assert rl_files(directory) == rl_files(uninterrupted)
-        if kills >= 20:
-            return
-    raise AssertionError(f"only {kills} kills hit a running stage")
+        return kills
+
+    kill_often(20, killed_run)
 
 
 def test_dpo_raises_its_margin_and_continues_to_the_same_bits(workspace, tmp_path, monkeypatch):
