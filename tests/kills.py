@@ -17,15 +17,22 @@ from pathlib import Path
 Begin = Callable[[], "subprocess.Popen[str]"]
 POLL_S = 0.005
 MOST_STEPS = 2  # of a process before it is killed
-MOST_RUNS = 20
+MOST_RUNS = 40
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pace:
-    """Seconds of a run that nobody kills: until its first step is written, and of a further one."""
+    """Seconds of the last processes: until their first step was written, and of a further one."""
 
     first_s: float
     step_s: float
+
+    def follow(self, times: list[float], began: float) -> None:
+        """Take those of a process; a machine that grows busy or idle changes them."""
+        if times:
+            self.first_s = times[0] - began
+        if len(times) > 1:
+            self.step_s = (times[-1] - times[0]) / (len(times) - 1)
 
 
 def finish(begin: Begin, metrics: Path) -> Pace:
@@ -33,8 +40,9 @@ def finish(begin: Begin, metrics: Path) -> Pace:
     began, process = time.time(), begin()
     _, told = process.communicate()
     assert process.returncode == 0, told
-    first, *later = step_times(metrics, began)
-    return Pace(first - began, (later[-1] - first) / len(later))
+    pace = Pace(0.0, 0.0)
+    pace.follow(step_times(metrics, began), began)
+    return pace
 
 
 def step_times(metrics: Path, since: float) -> list[float]:
@@ -50,7 +58,7 @@ def kill_until_through(begin: Begin, metrics: Path, pace: Pace, rng: random.Rand
     """Start a run again after each kill until it is through; return the number of kills.
 
     One kill of three comes at any moment until the first step of a process, the others in the step
-    behind one that it has written, or while that is saved.
+    behind one that it has written, or while that is saved. `pace` follows the processes.
     """
     kills = 0
     while True:
@@ -61,13 +69,14 @@ def kill_until_through(begin: Begin, metrics: Path, pace: Pace, rng: random.Rand
         moment_s = rng.uniform(0, pace.step_s if steps else pace.first_s)
         try:
             _, told = process.communicate(timeout=moment_s)
+            assert process.returncode == 0, told
+            return kills
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
-        else:
-            assert process.returncode == 0, told
-            return kills
+        finally:
+            pace.follow(step_times(metrics, began), began)
 
 
 def kill_often(kills: int, killed_run: Callable[[int], int]) -> None:
