@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,8 @@ class Side:
         """Send {name: argument} and wait for the answer, which may be {"error": reason}."""
         if self.process.stdin is None or self.process.stdout is None:
             raise RuntimeError("the process was started without pipes")
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended, and no line will come
+            print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with {self.process.wait()}; see its messages")
@@ -117,10 +119,13 @@ class Side:
         trace: TracebackType | None,
     ) -> None:
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # what an ended process has not read is lost
+                self.process.stdin.close()
         if kind is not None:
             self.process.terminate()
         self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 def document_lengths(seed: int, tokens: int, mean: int) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 from tools.bench.protocol import ROOT
 from tools.bench.rl import check_near
 from tools.bench.trl.reward import score
-from tools.bench.trl.runs import watch_run
+from tools.bench.trl.runs import versions_in, watch_run
 
 RL = ["rl", "--prompts", "2", "--group", "4", "--new-tokens", "8", "--micro-batch", "4"]
 SFT = ["sft", "--rows", "8", "--seq-len", "256"]
@@ -68,3 +68,10 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
     with pytest.raises(RuntimeError, match="no such model"):
         watch_run(command, {}, 1, tmp_path / "lines")
+
+
+def test_packages_that_the_peer_lacks_are_named() -> None:
+    (found,) = versions_in(Path(sys.executable), "pytest")
+    assert found == f"pytest {pytest.__version__}"
+    with pytest.raises(SystemExit, match="has no no-such, nor-this: pip install -r"):
+        versions_in(Path(sys.executable), "pytest", "no-such", "nor-this")

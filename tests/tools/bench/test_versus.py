@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tools.bench.protocol import ROOT
+from tools.bench.protocol import ROOT, Side
 from tools.bench.rollout import COMPARED_TOKENS, check_agreement
 from tools.bench.train import check_losses
 
@@ -45,6 +45,14 @@ def test_both_sides_do_the_same_work(arguments: list[str], agreement: str, refer
     assert agreement in done.stdout
     ratio = re.search(r"^ratio ours / peer: (\d+\.\d+) with 1 thread", done.stdout, re.M)
     assert ratio is not None and float(ratio[1]) > 0
+
+
+def test_a_side_that_has_ended_says_how() -> None:
+    """As one does whose environment lacks a package: before it reads what it is asked."""
+    side = Side([sys.executable, "-c", "raise SystemExit(3)"], {})
+    side.process.wait()
+    with pytest.raises(RuntimeError, match="ended with 3; see its messages"), side:
+        side.ask(describe={})
 
 
 def test_different_training_is_an_error() -> None:

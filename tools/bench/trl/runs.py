@@ -272,16 +272,31 @@ def describe_machine(referee: Path) -> None:
     )
     instructions = (blas.read_processor().vector_set or ("unknown vectors",))[0]
     ours = environment.installed_versions()
-    code = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]))"
-    names = ["torch", "transformers", "trl"]
-    command = [str(referee), "-c", code, *names]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    theirs = ", ".join(f"{name} {version}" for name, version in zip(names, found, strict=True))
+    theirs = ", ".join(versions_in(referee, "torch", "transformers", "trl"))
     print(f"{name}, {instructions}; numpy's products: OpenBLAS {blas.core_in_use()}")
     print(
         f"paddle {ours.get('paddlepaddle')}, numpy {ours['numpy']}; {theirs} (torch's own MKL); "
         f"{len(os.sched_getaffinity(0))} cores"
     )
+
+
+def versions_in(python: Path, *names: str) -> list[str]:
+    """Return names and versions of packages in another interpreter's environment.
+
+    Raises `SystemExit` with the packages that are not there.
+    """
+    code = (
+        "import sys, importlib.metadata as m; found = {d.name: d.version for d in "
+        "m.distributions()}; print(*(found.get(name, '-') for name in sys.argv[1:]))"
+    )
+    command = [str(python), "-c", code, *names]
+    versions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    found = dict(zip(names, versions, strict=True))
+    if lacking := [name for name in names if found[name] == "-"]:
+        raise SystemExit(
+            f"{python} has no {', '.join(lacking)}: pip install -r requirements-referee.txt"
+        )
+    return [f"{name} {version}" for name, version in found.items()]
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
