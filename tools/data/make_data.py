@@ -1,7 +1,8 @@
-"""Writes the generated data sets: data/{train,validation,test,hard}/<domain>.jsonl.
+"""Writes the generated data sets: data/{train,problems,validation,test,hard}/<domain>.jsonl.
 
-`data/collected/<domain>.jsonl.gz` has the training problems as careless people solve them: where a
-problem invites its task's usual mistake, most solutions make it. The verifier's fields are right.
+Every task has three levels. `train` demonstrates the first. `problems` asks for the first and the
+second, with a verifier and without solutions, for reinforcement learning; `validation` and `test`
+have both. `hard` has the third, which nothing is trained on.
 
     python -m tools.data.make_data --out data
 
@@ -14,30 +15,34 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.data.tasks import DOMAINS, HARD_TASKS, TASKS, Item, Task, to_row
+from tools.data.tasks import DOMAINS, TASKS, Item, Task, to_row
 
 SEED = 20250701
-SIZES = {"train": 850, "validation": 100, "test": 300}
-HARD_SIZES = {"hard": 50}
-COLLECTED = "collected"
-SLIP_SHARE = 0.6  # of the solutions of problems that invite a mistake
-# Shares of the problem space that belong to each split, in percent.
-_SHARES = {"test": 15, "validation": 5, "train": 80}
-_MAX_DRAWS_PER_ROW = 60
+# Rows a task, by level.
+SIZES: dict[int, dict[str, int]] = {
+    1: {"train": 400, "problems": 300, "validation": 50, "test": 150},
+    2: {"problems": 600, "validation": 50, "test": 150},
+    3: {"hard": 50},
+}
+SPLITS = tuple(dict.fromkeys(split for sizes in SIZES.values() for split in sizes))
+PROBLEMS = "problems"
+# Shares of the problem space of a level that belong to each of its splits.
+_SHARES = {"test": 15, "validation": 5, "train": 45, PROBLEMS: 35, "hard": 100}
+_MAX_DRAWS_PER_ROW = 200
+
+Sizes = dict[int, dict[str, int]]
 
 
-def split_of(task: Task, item: Item, splits: Iterable[str]) -> str:
-    """Return the split that a problem belongs to, by the hash of its key."""
-    names = list(splits)
-    if len(names) == 1:
-        return names[0]
+def split_of(task: Task, level: int, item: Item) -> str:
+    """Return the split that a problem of a level belongs to, by the hash of its key."""
+    shares = {split: _SHARES[split] for split in SIZES[level]}
     digest = hashlib.sha256(f"{task.name}\0{item.key}".encode()).digest()
-    bucket = int.from_bytes(digest[:8], "big") % sum(_SHARES.values())
-    for split, share in _SHARES.items():
+    bucket = int.from_bytes(digest[:8], "big") % sum(shares.values())
+    for split, share in shares.items():
         if bucket < share:
             return split
         bucket -= share
@@ -49,44 +54,34 @@ def prompt_identity(row: dict[str, Any]) -> str:
     return json.dumps([row["messages"][0]["content"], row.get("tools")], sort_keys=True)
 
 
-def build_task(task: Task, sizes: dict[str, int], seed: int = SEED) -> dict[str, list[Item]]:
-    """Return problems of one task for every split.
+def build_task(
+    task: Task, level: int, sizes: dict[str, int], seed: int = SEED, *, solutions: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Return rows of one level of a task for every split; with `solutions` problems have theirs.
 
     Raises RuntimeError if the generator cannot fill the splits with different prompts.
     """
-    items: dict[str, list[Item]] = {split: [] for split in sizes}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in sizes}
     seen: set[str] = set()
     for number in range(_MAX_DRAWS_PER_ROW * sum(sizes.values())):
-        if all(len(items[split]) == size for split, size in sizes.items()):
-            return items
+        if all(len(rows[split]) == size for split, size in sizes.items()):
+            return rows
         # A text seed is hashed with SHA-512 by `random`, not by PYTHONHASHSEED's hash().
-        item = task.generate(random.Random(f"{seed}/{task.name}/{number}"))
+        item = task.generate(random.Random(f"{seed}/{task.name}/{level}/{number}"), level)
         if item is None:
             continue
-        split = split_of(task, item, sizes)
-        identity = prompt_identity(to_row(task, item))
-        if len(items[split]) == sizes[split] or identity in seen:
+        split = split_of(task, level, item)
+        if split not in sizes or len(rows[split]) == sizes[split]:
+            continue
+        solved = solutions or split != PROBLEMS
+        row = to_row(task, level, item, solved=solved, verifiable=split != "train")
+        identity = prompt_identity(row)
+        if identity in seen:
             continue
         seen.add(identity)
-        items[split].append(item)
-    counts = {split: len(made) for split, made in items.items()}
-    raise RuntimeError(f"{task.name}: too few different prompts, got {counts} of {sizes}")
-
-
-def rows_of_split(
-    task: Task,
-    split: str,
-    items: dict[str, list[Item]],
-    *,
-    seed: int = SEED,
-    verifiable_train: bool = False,
-) -> list[dict[str, Any]]:
-    """Return the rows of a split; those of `collected` are of the problems of `train`."""
-    if split != COLLECTED:
-        verifiable = verifiable_train or split != "train"
-        return [to_row(task, item, verifiable=verifiable) for item in items[split]]
-    chance = random.Random(f"{seed}/{task.name}/{COLLECTED}")
-    return [to_row(task, item, slipped=chance.random() < SLIP_SHARE) for item in items["train"]]
+        rows[split].append(row)
+    counts = {split: len(made) for split, made in rows.items()}
+    raise RuntimeError(f"{task.name}, level {level}: too few prompts, {counts} of {sizes}")
 
 
 def interleave(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -100,45 +95,60 @@ def to_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
+def rows_of_domain(
+    domain: str, sizes: Sizes = SIZES, seed: int = SEED, *, solutions: bool = False
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each split and its rows, tasks and levels taking turns."""
+    own = [task for task in TASKS if task.domain == domain]
+    built = [
+        build_task(task, level, rows, seed, solutions=solutions)
+        for task in own
+        for level, rows in sizes.items()
+        if rows
+    ]
+    for split in SPLITS:
+        groups = [rows[split] for rows in built if split in rows]
+        if groups:
+            yield split, interleave(groups)
+
+
+def file_of(out: Path, split: str, domain: str) -> Path:
+    """Return the path of a split; prompts for reinforcement learning are gzipped."""
+    return out / split / f"{domain}.jsonl{'.gz' if split == PROBLEMS else ''}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write every file and print its size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data"))
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
-    parser.add_argument("--train-rows", type=int, default=SIZES["train"], help="rows a task")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument(
-        "--verifiable-train",
+        "--rows",
+        type=float,
+        default=1.0,
+        metavar="TIMES",
+        help="more or fewer rows of every split, as far as the problems last",
+    )
+    parser.add_argument(
+        "--solutions",
         action="store_true",
-        help="give training rows the verifier's fields too, as reinforcement learning needs them",
+        help="end rows of `problems` in worked solutions too",
     )
     options = parser.parse_args(argv)
-    groups = [
-        (TASKS, {**SIZES, "train": options.train_rows}),
-        (HARD_TASKS, HARD_SIZES),
-    ]
+    sizes = {
+        level: {s: max(1, round(n * options.rows)) for s, n in own.items() if s in options.splits}
+        for level, own in SIZES.items()
+    }
     for domain in options.domains:
-        for tasks, sizes in groups:
-            own = [task for task in tasks if task.domain == domain]
-            built = [build_task(task, sizes, options.seed) for task in own]
-            for split in [*sizes, COLLECTED] if "train" in sizes else sizes:
-                rows = [
-                    rows_of_split(
-                        task,
-                        split,
-                        items,
-                        seed=options.seed,
-                        verifiable_train=options.verifiable_train,
-                    )
-                    for task, items in zip(own, built, strict=True)
-                ]
-                suffix = ".jsonl.gz" if split == COLLECTED else ".jsonl"
-                _write(options.out / split / f"{domain}{suffix}", rows)
+        made = rows_of_domain(domain, sizes, options.seed, solutions=options.solutions)
+        for split, rows in made:
+            _write(file_of(options.out, split, domain), rows)
 
 
-def _write(path: Path, groups: list[list[dict[str, Any]]]) -> None:
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = interleave(groups)
     text = "".join(map(to_line, rows)).encode()
     # Without a date in it, the same rows give the same file.
     path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)

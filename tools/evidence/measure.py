@@ -21,7 +21,6 @@ import numpy as np
 from ernie_train.cli.model import open_model
 from ernie_train.core.config import load_yaml
 from ernie_train.data import Record, Tokenizer
-from ernie_train.eval.estimates import pass_at_k
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.eval.prompts import encode_prompt, problem_row
 from ernie_train.generate.engine import generate
@@ -31,7 +30,9 @@ from ernie_train.rl.batch import RolloutBatch, TokenizedCompletion, micro_batche
 from ernie_train.rl.estimators import policy_logprobs, sequence_logprobs
 from tools.data import make_needles
 from tools.data.make_needles import NeedleText
-from tools.evidence.real_model import tokens_of
+from tools.evidence import main_job
+from tools.evidence.passes import solve
+from tools.evidence.rivals import tokens_of
 from tools.evidence.rl_rewards import mentions
 from tools.evidence.runs import ROOT, write_json
 
@@ -147,7 +148,9 @@ def policy(run_dir: Path, *, problems: int) -> Figures:
     """
     recipe = load_yaml(run_dir / "recipe.yaml")
     start, data = recipe["model"]["path"], recipe["stages"][0]["data"][0]["path"]
-    figures = policy_in_domain(run_dir, domain=Path(data).stem, start=start, problems=problems)
+    figures = policy_in_domain(
+        run_dir, domain=Path(data).name.partition(".")[0], start=start, problems=problems
+    )
     rows = list(read_metrics(run_dir / "01-rl" / "metrics.jsonl"))
     curves = {
         f"curve/{name}": [round(row[key], 4) for row in rows if key in row]
@@ -283,33 +286,15 @@ def passes_of(
     policy.eval()
     found = load_problems(problems)
     config = EvalConfig(max_new_tokens, samples=samples, temperature=1.0, seed=SEED, k=tuple(ks))
-    values = _passes(policy, tokenizer, found, config)
+    values = solve(policy, tokenizer, found, config)
     if unseen is not None:
         fewer = replace(config, samples=unseen_samples, k=(1,))
-        values["unseen"] = _passes(policy, tokenizer, load_problems(unseen), fewer)["pass@1"]
+        values["unseen"] = solve(policy, tokenizer, load_problems(unseen), fewer)["pass@1"]
     own = Path(start).resolve() == model.resolve()
     drawn = [s.sequence for s in _sample(policy, tokenizer, found, max_new_tokens)]
     values["kl"] = [0.0] * len(drawn) if own else _log_ratios(policy, Path(start), drawn)
     means = {name: float(np.mean(row)) for name, row in values.items()}
     return {**means, "by_problem": values}
-
-
-def _passes(
-    model: Ernie4_5_MoeForCausalLM,
-    tokenizer: Tokenizer,
-    problems: Sequence[Record],
-    config: EvalConfig,
-) -> dict[str, list[float]]:
-    rows = evaluate(model, tokenizer, problems, config).samples
-    n = config.samples
-    groups = [rows[at : at + n] for at in range(0, len(rows), n)]
-    correct = [sum(row["status"] == "correct" for row in group) for group in groups]
-    values = {f"pass@{k}": [pass_at_k(n, right, k) for right in correct] for k in config.ks}
-    values["length"] = [float(np.mean([row["tokens"] for row in group])) for group in groups]
-    for task in dict.fromkeys(str(problem.fields["task"]) for problem in problems):
-        mine = [at for at, problem in enumerate(problems) if problem.fields["task"] == task]
-        values[f"pass@1/{task}"] = [values["pass@1"][at] for at in mine]
-    return values
 
 
 def _log_ratios(
@@ -325,27 +310,6 @@ def _log_ratios(
             for a, b in zip(ours, theirs, strict=True)]  # fmt: skip
 
 
-# ---- stages --------------------------------------------------------------------------------------
-
-
-def stages(run_dir: Path) -> Figures:
-    """Return the percentage solved after each stage, as `sft/boolean`, and its seconds of training.
-
-    For tasks, domains and `mean`, the mean over tasks, as the run wrote them.
-    """
-    figures: Figures = {"seconds": {}}
-    for directory in sorted(run_dir.glob("[0-9][0-9]-*")):
-        stage = directory.name[3:]
-        found = json.loads((directory / "evaluation.json").read_text("utf-8"))["trained"]
-        solved = {task["task"]: task["accuracy"] for task in found["tasks"]}
-        solved |= {domain: values["accuracy"] for domain, values in found["domains"].items()}
-        solved["mean"] = found["mean_accuracy"]
-        figures |= {f"{stage}/{name}": 100 * value for name, value in solved.items()}
-        rows = read_metrics(directory / "metrics.jsonl")
-        figures["seconds"][stage] = sum(row["time"]["seconds"] for row in rows)
-    return figures
-
-
 MEASUREMENTS: dict[str, Callable[..., Figures]] = {
     "balance": balance,
     "needles": needles,
@@ -353,7 +317,7 @@ MEASUREMENTS: dict[str, Callable[..., Figures]] = {
     "policy_in_domain": policy_in_domain,
     "passes": passes,
     "passes_of": passes_of,
-    "stages": stages,
+    "main_job": main_job.measured,
 }
 
 

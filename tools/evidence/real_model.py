@@ -14,13 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_train.core.config import load_yaml, parse_config
-from ernie_train.rl.config import UpoConfig
-from ernie_train.rl.rollout import Rollout, read_rollout
-from ernie_train.run.recipe import Recipe, recorded_recipe
-from ernie_train.train.stage import StageData
-from ernie_train.train.supervised_data import SftConfig
-from ernie_train.train.supervised_data import prepare as prepare_rows
+from ernie_train.core.config import load_yaml
+from tools.evidence import rivals
 from tools.evidence.real_tasks import LEVELS, LIKE, TASKS, write_all_levels, write_split
 from tools.evidence.runs import ROOT, run_program, train, write_json
 
@@ -176,99 +171,31 @@ def questions(file: Path) -> list[str]:
 
 
 def on_accepted(run_dir: Path) -> list[str]:
-    """Return overrides for SFT on what the verifier accepts of the start's own completions.
-
-    They are as many as those of the arm of RL in `run_dir`, sampled with its recipe and seed; its
-    first iteration's are the same ones.
-    """
-    recipe = load_yaml(run_dir / "recipe.yaml")
-    rows = run_dir.parent / f"{run_dir.name}-accepted.jsonl"
-    if not rows.exists():
-        sampler = ("-m", "tools.evidence.rejection_sampling", "sample")
-        files = (str(run_dir), str(rows), "--model", recipe["model"]["path"])
-        run_program(*sampler, *files)
-    return as_sft(run_dir, rows)
+    """Return overrides for SFT on what the verifier accepts of the start's own completions."""
+    return as_sft(run_dir, rivals.accepted(run_dir))
 
 
 def on_solutions(run_dir: Path) -> list[str]:
     """Return overrides for SFT on worked solutions of the prompts of an arm of RL."""
-    recipe = load_yaml(run_dir / "recipe.yaml")
-    return as_sft(run_dir, Path(recipe["stages"][0]["data"][0]["path"]))
+    return as_sft(run_dir, [_prompts(run_dir)])
 
 
 def on_demonstrations(run_dir: Path) -> list[str]:
     """Return overrides for more SFT on the demonstrations that made the start."""
-    recipe = load_yaml(run_dir / "recipe.yaml")
-    prompts = Path(recipe["stages"][0]["data"][0]["path"])
-    return as_sft(run_dir, prompts.with_name("demonstrations.jsonl"))
+    return as_sft(run_dir, [_prompts(run_dir).with_name("demonstrations.jsonl")])
 
 
-def as_sft(run_dir: Path, rows: Path) -> list[str]:
+def _prompts(run_dir: Path) -> Path:
+    return Path(load_yaml(run_dir / "recipe.yaml")["stages"][0]["data"][0]["path"])
+
+
+def as_sft(run_dir: Path, rows: Sequence[Path]) -> list[str]:
     """Return overrides for SFT on `rows`, of as many trained tokens as the RL of `run_dir` had."""
-    recipe = recipe_of(run_dir)
-    rl = recipe.stages[0]
+    rl = rivals.recipe_of(run_dir).stages[0]
     values = rl.model_dump(mode="json", include={"name", "optim", "lora", "train"})
-    stage = {"kind": "sft", "data": [{"path": str(rows)}], **SFT_SHAPE, **values}
-    stage |= {"checkpoint": {"every_steps": 10_000, "keep_last": 1}, "steps": 1}
-    config = parse_config(SftConfig, stage, "the arm of SFT")
-    tokenizer = recipe.load_tokenizer(ROOT)
-    report = prepare_rows(config, StageData(ROOT, tokenizer, recipe.seed)).report
-    budget = sum(tokens_of_rl(run_dir)["trained"])
-    steps = max(1, round(budget / tokens_of_step(report.to_dict(), stage)))
-    model, where = recipe.model.path, recipe.tokenizer.path
-    return [
-        f"model.path={model}", f"tokenizer.path={where}",
-        f"stages={json.dumps([{**stage, 'steps': steps}])}",
-    ]  # fmt: skip
-
-
-def recipe_of(run_dir: Path) -> Recipe:
-    """Return the recipe of a run; `ValueError` where none is recorded."""
-    recipe = recorded_recipe(run_dir)
-    if recipe is None:
-        raise ValueError(f"{run_dir} is no run directory")
-    return recipe
-
-
-def tokens_of_step(report: Mapping[str, Any], stage: Mapping[str, Any]) -> float:
-    """Return the trained tokens of a step of SFT, by its report of the data."""
-    total = report["total"]
-    held = stage["seq_len"] * stage["micro_batch_size"] * stage["grad_accum_steps"]
-    return float(
-        held * report["packing_fill"] * total["trainable_tokens"] / max(1, total["tokens"])
-    )
-
-
-def tokens_of_rl(run_dir: Path) -> dict[str, list[int]]:
-    """Return the sampled and the trained tokens of each iteration, by its dumped rollouts.
-
-    Trained ones are those of the policy's term; a critic and pairs go through some of them again.
-    """
-    recipe = recipe_of(run_dir)
-    config = recipe.stages[0]
-    assert isinstance(config, UpoConfig)
-    tokens: dict[str, list[int]] = {"sampled": [], "trained": []}
-    for file in sorted((run_dir / recipe.stage_directory(0) / "rollouts").glob("*.jsonl")):
-        rollout = Rollout.of(read_rollout(file), config.rollout)
-        lengths = [completion.num_sampled for completion in rollout.completions()]
-        trained = rollout.trained(every_group=config.learns_from_every_group).reshape(-1)
-        tokens["sampled"].append(sum(lengths))
-        tokens["trained"].append(sum(n for n, on in zip(lengths, trained, strict=True) if on))
-    return tokens
-
-
-def tokens_of(run_dir: Path) -> dict[str, float]:
-    """Return the sampled and trained tokens of a finished arm, of RL or of SFT."""
-    recipe = recipe_of(run_dir)
-    if isinstance(recipe.stages[0], UpoConfig):
-        return {name: float(sum(found)) for name, found in tokens_of_rl(run_dir).items()}
-    directory = run_dir / recipe.stage_directory(0)
-    stage = load_yaml(run_dir / "recipe.yaml")["stages"][0]
-    report = json.loads((directory / "data_report.json").read_text("utf-8"))
-    summary = Path(f"{stage['data'][0]['path']}.summary.json")
-    sampled = json.loads(summary.read_text("utf-8"))["sampled_tokens"] if summary.exists() else 0
-    trained = stage["steps"] * tokens_of_step(report, stage)
-    return {"sampled": float(sampled), "trained": trained}
+    stage = {"kind": "sft", "data": [{"path": str(path)} for path in rows], **SFT_SHAPE, **values}
+    stage |= {"checkpoint": {"every_steps": 10_000, "keep_last": 1}}
+    return rivals.as_sft(run_dir, stage)
 
 
 DERIVED: dict[str, Callable[[Path], list[str]]] = {

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from ernie_train.cli.main import main as ernie_train
 from ernie_train.core.config import load_yaml
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.rollout import read_rollout
 from ernie_train.run.recipe import load_recipe
 from tests.small_writer import save_writer
-from tools.evidence import measure, real_model, rejection_sampling, sweep
+from tests.tools.evidence.in_process import in_this_process, train_here
+from tools.evidence import real_model, rivals, sweep
 from tools.evidence.real_tasks import TASKS, UNSEEN, make_rows, write_rows
 from tools.evidence.runs import ROOT
 from tools.evidence.sweep import load_sweep
@@ -76,27 +76,6 @@ def make_start(root: Path) -> Path:
     return save_writer(root, [message["content"] for row in rows for message in row["messages"]])
 
 
-def in_this_process(*arguments: str, note: Any = None) -> dict[str, float]:
-    """Stand for `run_program`."""
-    module, given = arguments[1], list(arguments[2:])
-    if module == "ernie_train":
-        with pytest.raises(SystemExit) as ended:
-            ernie_train(given)
-        assert ended.value.code == 0, given
-    elif module == "tools.evidence.measure":
-        measure.main(given)
-    else:
-        assert module == "tools.evidence.rejection_sampling"
-        rejection_sampling.main(given)
-    return {"wall_s": 1.0, "cpu_s": 1.0, "peak_gb": 0.1}
-
-
-def train_here(recipe: str, overrides: list[str], run_dir: Path) -> dict[str, float]:
-    return in_this_process(
-        "-m", "ernie_train", "run", recipe, "--run-dir", str(run_dir), *overrides
-    )
-
-
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("real")
@@ -129,7 +108,7 @@ def out(command: list[str]) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "train", train_here)
         patch.setattr(real_model, "train", train_here)
-        for module in (sweep, real_model):
+        for module in (sweep, real_model, rivals):
             patch.setattr(module, "run_program", in_this_process)
         patch.delenv("ERNIE_TRAIN_REFEREE", raising=False)  # torch takes seconds to load
         sweep.main(command)
@@ -157,7 +136,7 @@ def test_the_arms_of_sft_train_as_many_tokens_as_the_policy_gradient(out: Path) 
     for arm in ("rejection", "demonstrations"):
         recipe = load_yaml(out / f"{arm}-seed1" / "recipe.yaml")
         report = json.loads((out / f"{arm}-seed1/01-rl/data_report.json").read_text())
-        step = real_model.tokens_of_step(report, recipe["stages"][0])
+        step = rivals.tokens_of_step(report, recipe["stages"][0])
         assert abs(figures(out, f"{arm}-seed1")["tokens/trained"] - trained) <= max(step / 2, step)
         assert recipe["model"]["path"] == str(out / "start")
         assert (
@@ -177,10 +156,10 @@ def test_rejection_sampling_has_the_arms_own_first_completions_and_keeps_the_acc
         return [c.text for group in read_rollout(directory / "000001.jsonl") for c in group]
 
     theirs = out / "group-seed1/01-rl/rollouts"
-    assert texts(out / "group-seed1-accepted.jsonl.rollouts") == texts(theirs)
+    assert texts(out / "group-seed1-accepted-rl.jsonl.rollouts") == texts(theirs)
     recipe = load_yaml(out / "rejection-seed1" / "recipe.yaml")
     data = Path(recipe["stages"][0]["data"][0]["path"])
-    assert data == out / "group-seed1-accepted.jsonl"
+    assert data == out / "group-seed1-accepted-rl.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     assert rows and all(len(row["messages"][-1]["content"]) % 3 > 0 for row in rows)
     summary = json.loads(Path(f"{data}.summary.json").read_text())
@@ -250,6 +229,7 @@ def test_the_same_command_again_does_nothing_twice(
     }
     for module in (sweep, real_model):
         monkeypatch.setattr(module, "train", refuse)
+    for module in (sweep, real_model, rivals):
         monkeypatch.setattr(module, "run_program", refuse)
     table = (out / "table.md").read_text()
     seed = (out / "test_seed.json").read_text()

@@ -177,29 +177,38 @@ def test_rl_shows_gains_over_the_start_and_differences_by_seed(tmp_path: Path) -
     assert "| PPO with a critic" not in lines  # it was not run
 
 
-def test_a_lift_is_over_the_stage_before(tmp_path: Path) -> None:
-    names = [
-        (row.names["domain"]) for row in (load_sweep("tiny_seeds").tables[1].rows or {}).values()
-    ]
-    tasks = [row.names["task"] for row in (load_sweep("tiny_seeds").tables[0].rows or {}).values()]
+def test_a_stage_of_the_main_job_is_held_to_the_one_before_and_rl_to_its_rivals(
+    tmp_path: Path,
+) -> None:
+    table = next(t for t in load_sweep("tiny_seeds").tables if "trained in" in t.columns)
+    assert table.rows is not None
 
-    def solved(stage: str, **domains: float) -> dict[str, float]:
-        found = {**dict.fromkeys([*tasks, *names], 40.0), **domains}
-        return {f"{stage}/{name}": value for name, value in found.items()}
+    def solved(stage: str, **domains: float) -> dict[str, Any]:
+        found = {**dict.fromkeys([*(table.rows or {}), "all"], 0.4), **domains}
+        values = {f"{stage}/{name}/2": [value, value] for name, value in found.items()}
+        return {"by_problem": values}
+
+    def joined(*parts: dict[str, Any]) -> dict[str, Any]:
+        return {"by_problem": {k: v for part in parts for k, v in part["by_problem"].items()}}
 
     results: list[dict[str, Any]] = []
-    for seed, lift in ((1, 10.0), (2, 14.0)):
-        stages = {
-            **solved("sft"),
-            **solved("rl-logic", logic=40 + lift),
-            **solved("rl-math-code", logic=38 + lift, math=60),
-            **solved("rl-general", logic=38 + lift, math=60, science=55),
-        }
+    for seed in (1, 2):
+        stages = joined(
+            solved("sft"),
+            solved("rl-logic", logic=0.5),
+            solved("rl-math-code", logic=0.48, math=0.6),
+            solved("rl-general", logic=0.47, math=0.6, science=0.55),
+        )
         results.append({"arm": "pipeline", "seed": seed, **stages})
-        results.append({"arm": "control", "seed": seed, **solved("sft", logic=41.0)})
-    lines = render("tiny_seeds", results, tmp_path)
-    # Student's t for one degree of freedom: 12.706 * 2.828 / sqrt(2).
-    assert lines["logic"] == ["rl-logic", "12.0 ± 25.4", "-2.0 ± 0.0", "10.0 ± 25.4", "1.0 ± 0.0"]
-    assert lines["math"][1] == "20.0 ± 0.0"
-    assert lines["science"][1:3] == ["15.0 ± 0.0", ""]
-    assert lines["`mean`"] == ["40.0 ± 0.0"] * 5
+        results.append({"arm": "rejection", "seed": seed, **solved("sft", logic=0.41)})
+
+    def cells(rendered: str) -> dict[str, list[str]]:
+        rows = [line.strip("| ").split(" | ") for line in rendered.splitlines() if "|" in line]
+        return {row[0]: [cell.split(" (")[0] for cell in row[1:]] for row in rows}
+
+    lines = cells(table.render(results))
+    assert lines["logic"] == ["rl-logic", "40.0", "10.0", "-3.0"]
+    assert lines["math"][1:] == ["40.0", "20.0", "0.0"]
+    assert lines["science"][1:3] == ["40.0", "15.0"]
+    lines = cells(load_sweep("tiny_seeds").tables[0].render(results))
+    assert lines["logic"] == ["40.0", "47.0", "", "41.0", "7.0", "6.0"]

@@ -1,13 +1,13 @@
-"""The generated tasks, by domain: those of the main mix, and harder ones."""
+"""The generated tasks, by domain, each at three levels."""
 
 from collections.abc import Iterable
 
 from .base import Generator, Item, Task, to_row
-from .code import list_function, number_function, number_function_four
-from .logic import aiw, boolean, boolean_four, family_relationships
-from .mathematics import chain_sum, column_sum, leg_counting, leg_counting_four, simple_equations
-from .science import formula, unit_conversion, unit_conversion_decimal
-from .toolcalls import tool_arguments, tool_choice, tool_choice_four
+from .code import list_function, number_function
+from .logic import aiw, boolean
+from .mathematics import chain_sum, leg_counting, simple_equations
+from .science import formula, unit_conversion
+from .toolcalls import tool_arguments, tool_choice
 
 
 def _tasks(**domains: Iterable[Generator]) -> tuple[Task, ...]:
@@ -23,15 +23,6 @@ TASKS = _tasks(
     science=[formula, unit_conversion],
     tools=[tool_arguments, tool_choice],
 )
-# The same kinds of problems, one step harder than what a model of some million parameters learns
-# in minutes: for reinforcement learning, and to see how far a model generalises.
-HARD_TASKS = _tasks(
-    logic=[boolean_four, family_relationships],
-    math=[column_sum, leg_counting_four],
-    code=[number_function_four],
-    science=[unit_conversion_decimal],
-    tools=[tool_choice_four],
-)
 DOMAINS = tuple(dict.fromkeys(task.domain for task in TASKS))
 
-__all__ = ["DOMAINS", "HARD_TASKS", "TASKS", "Item", "Task", "to_row"]
+__all__ = ["DOMAINS", "TASKS", "Item", "Task", "to_row"]

@@ -1,10 +1,11 @@
 """Problems as task generators return them, and as rows of a data file.
 
-A generator is a pure function `generate(rng) -> Item | None`; None means "this draw is no good,
-take the next one". All randomness comes from the given generator, so that a row depends on
+A generator is a pure function `generate(rng, level) -> Item | None`; None means "this draw is no
+good, take the next one". All randomness comes from the given generator, so that a row depends on
 nothing but the seed and its number.
 """
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,21 +13,12 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Slip:
-    """A worked solution with one usual mistake, which the answer need not show."""
-
-    think: str
-    answer: str
-    calls: list[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
 class Item:
     """One problem with its worked solution.
 
     `key` names the problem without its wording: two prompts with one key are the same problem,
-    and all of them fall into the same split. `reward` and `fields` are what the verifier needs.
-    `slip` is None unless the problem invites its task's mistake.
+    and all of them fall into the same split. `think` works the solution out; `reward` and `fields`
+    are what the verifier needs.
     """
 
     key: str
@@ -37,10 +29,9 @@ class Item:
     fields: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
     calls: list[dict[str, Any]] | None = None
-    slip: Slip | None = None
 
 
-Generator = Callable[[random.Random], Item | None]
+Generator = Callable[[random.Random, int], Item | None]
 
 
 @dataclass(frozen=True)
@@ -53,32 +44,43 @@ class Task:
 
 
 def to_row(
-    task: Task, item: Item, *, verifiable: bool = True, slipped: bool = False
+    task: Task, level: int, item: Item, *, solved: bool = True, verifiable: bool = True
 ) -> dict[str, Any]:
     """Return the JSON object of one line: messages in OpenAI form, and what a verifier needs.
 
-    Without `verifiable` the verifier's fields are left out: training on worked solutions does not
-    read them, and they are a third of a file. A `slipped` row shows the item's slip, if it has
-    one; the verifier's fields are right all the same.
+    `solved` rows end in the worked solution. Without `verifiable` the verifier's fields are left
+    out: training on worked solutions does not read them, and they are a third of a file.
     """
-    shown = item.slip if slipped and item.slip is not None else item
-    assistant: dict[str, Any] = {"role": "assistant", "reasoning_content": shown.think}
-    if shown.calls is None:
-        assistant["content"] = shown.answer
-    else:
-        assistant["tool_calls"] = [{"type": "function", "function": c} for c in shown.calls]
     row: dict[str, Any] = {
         "domain": task.domain,
-        "task": task.name,
-        "messages": [{"role": "user", "content": item.prompt}, assistant],
+        "task": task.name if level == 1 else f"{task.name}_{level}",
+        "messages": [{"role": "user", "content": item.prompt}],
     }
+    if solved:
+        row["messages"].append(_solution(item))
     if item.tools is not None:
         row["tools"] = item.tools
     if verifiable:
         row |= {"answer": item.answer, "reward": item.reward, **item.fields}
-        if shown is not item and item.reward == "code":
-            row["solution"] = item.answer  # else a program in the messages is taken for it
     return row
+
+
+def _solution(item: Item) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": "assistant", "reasoning_content": item.think}
+    if item.calls is None:
+        turn["content"] = item.answer
+    else:
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in item.calls]
+    return turn
+
+
+def held_out(*parts: object, share: float = 0.3) -> bool:
+    """Whether a combination is one of those that no demonstration shows.
+
+    The hash of its parts decides, so that it is the same in every draw and under every seed.
+    """
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def count_on(start: int, step: int, times: int) -> str:

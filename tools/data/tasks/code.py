@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Item, Slip
+from .base import Item, held_out
 
 
 @dataclass(frozen=True)
@@ -37,40 +37,31 @@ _STEPS = [
 ]
 
 
-def number_function(rng: random.Random) -> Item | None:
-    """Ask for a function of one number: two or three operations in a row."""
-    return _number_function(rng, rng.choice([2, 3]))
+def number_function(rng: random.Random, level: int) -> Item | None:
+    """Ask for a function of one number: two or three operations in a row, four at the third level.
 
-
-def number_function_four(rng: random.Random) -> Item | None:
-    """Ask for four operations in a row."""
-    return _number_function(rng, 4)
-
-
-def _number_function(rng: random.Random, operations: int) -> Item:
+    At the second level one at least follows another as no demonstration shows it.
+    """
+    operations = 4 if level == 3 else rng.choice([2, 3])
     name, variable = rng.choice("fgh"), rng.choice("xnt")
     inputs = [0, 7, -4, rng.randint(10, 99)]
     expression, outputs, atomic = variable, list(inputs), True
-    careless = variable  # the same without parentheses
-    careless_lines: list[str] = []
     words: list[str] = []
     lines: list[str] = []
     previous: _Step | None = None
+    unseen = False
     for _ in range(operations):
         step = rng.choice([s for s in _STEPS if s is not previous])
+        unseen = unseen or (previous is not None and held_out(previous.words, step.words))
         number = rng.randint(2, 9)
         inner = expression if atomic or not step.tight else f"({expression})"
         expression = step.text.format(x=inner, n=number)
         outputs = [step.apply(value, number) for value in outputs]
         words.append(step.words.format(n=number))
         lines.append(expression)
-        careless = step.text.format(x=careless, n=number)
-        careless_lines.append(careless)
         previous, atomic = step, step.text.startswith("abs(")
-    slip = None
-    # Our own few operators on small numbers: where precedence makes no difference, nothing slipped.
-    if [eval(careless, {variable: x, "abs": abs}) for x in inputs] != outputs:
-        slip = Slip("\n".join(careless_lines), f"def {name}({variable}):\n    return {careless}")
+    if level < 3 and unseen != (level == 2):
+        return None
     return Item(
         key=", ".join(words),
         prompt=f"Write {name}({variable}): {', then '.join(words)}.",
@@ -81,7 +72,6 @@ def _number_function(rng: random.Random, operations: int) -> Item:
             "entry_point": name,
             "tests": [[[given], value] for given, value in zip(inputs, outputs, strict=True)],
         },
-        slip=slip,
     )
 
 
@@ -96,11 +86,11 @@ _FILTERS: list[tuple[str, str, Callable[[int, int], bool]]] = [
     ("the numbers divisible by {n}", "x % {n} == 0", lambda x, n: x % n == 0),
 ]
 _MAPS: list[tuple[str, str, Callable[[int, int], int]]] = [
-    ("add {n} to each", "x + {n}", lambda x, n: x + n),
-    ("subtract {n} from each", "x - {n}", lambda x, n: x - n),
-    ("multiply each by {n}", "x * {n}", lambda x, n: x * n),
-    ("square each", "x ** 2", lambda x, n: x * x),
-    ("negate each", "-x", lambda x, n: -x),
+    ("add {n} to each", "{x} + {n}", lambda x, n: x + n),
+    ("subtract {n} from each", "{x} - {n}", lambda x, n: x - n),
+    ("multiply each by {n}", "{x} * {n}", lambda x, n: x * n),
+    ("square each", "{x} ** 2", lambda x, n: x * x),
+    ("negate each", "-{x}", lambda x, n: -x),
 ]
 _RESULTS: list[tuple[str, str, Callable[[list[int]], Any]]] = [
     ("the sum", "sum({v})", sum),
@@ -112,43 +102,54 @@ _RESULTS: list[tuple[str, str, Callable[[list[int]], Any]]] = [
 ]
 
 
-def list_function(rng: random.Random) -> Item | None:
-    """Ask for a function of a list: filter, transform, collect."""
-    filter_words, condition, keep = rng.choice(_FILTERS)
-    map_words, change, convert = rng.choice(_MAPS)
+def list_function(rng: random.Random, level: int) -> Item | None:
+    """Ask for a function of a list: filter, change, collect; two filters at the third level.
+
+    One or two changes; at the second level two that follow each other as no demonstration has it.
+    """
+    filters, changes = (2 if level == 3 else 1), (1 if level == 3 else rng.choice([1, 2]))
+    name, bound = rng.choice("fgh"), rng.randint(2, 9)
+    words, conditions, keeps, converts = [], [], [], []
+    for filter_words, condition, keep in rng.sample(_FILTERS, filters):
+        n = rng.randint(2, 9)
+        words.append(f"keep {filter_words.format(n=n)}")
+        conditions.append(condition.format(n=n))
+        keeps.append((keep, n))
+    changed = rng.sample(_MAPS, changes)
+    pair = [change_words for change_words, _, _ in changed] if changes == 2 else []
+    if level < 3 and (pair != [] and held_out("list", *pair)) != (level == 2):
+        return None
+    change = "x"
+    for map_words, template, convert in changed:
+        n = rng.randint(2, 9)
+        words.append(map_words.format(n=n))
+        change = template.format(n=n, x=f"({change})" if len(change) > 1 else change)
+        converts.append((convert, n))
     result_words, template, collect = rng.choice(_RESULTS)
-    bound, number, name = rng.randint(2, 9), rng.randint(2, 9), rng.choice("fgh")
-    condition, change = condition.format(n=bound), change.format(n=number)
-    words = f"keep {filter_words.format(n=bound)}, {map_words.format(n=number)}"
-    value = template.format(v=f"{change} for x in items if {condition}")
+    value = template.format(v=f"{change} for x in items if {' and '.join(conditions)}")
     inputs: list[list[int]] = [
         [],
-        [bound, number, bound + 1, 2 * bound],
-        [rng.randint(-30, 30) for _ in range(6)],
+        [bound, 4, bound + 1, 2 * bound],
+        [rng.randint(-30, 30) for _ in range(9)],
+        [rng.randint(-12, 12) for _ in range(9)],
     ]
-    outputs = [collect([convert(x, number) for x in given if keep(x, bound)]) for given in inputs]
-    think = f"keep: {condition}\nchange: {change}\nreturn: {template.replace('{v}', '')}"
-    answer = f"def {name}(items):\n    return {value}"
+    outputs = []
+    for given in inputs:
+        kept = [x for x in given if all(keep(x, n) for keep, n in keeps)]
+        for convert, n in converts:
+            kept = [convert(x, n) for x in kept]
+        outputs.append(collect(kept))
+    lines = [f"keep: {text}" for text in conditions]
+    lines += [f"change: {change}", f"return: {template.replace('{v}', '')}"]
+    said = ", ".join(words)
     return Item(
-        key=f"{words}, {result_words}",
-        prompt=f"Write {name}(items): {words}, return {result_words}.",
-        think=think,
-        answer=answer,
+        key=f"{said}, {result_words}",
+        prompt=f"Write {name}(items): {said}, return {result_words}.",
+        think="\n".join(lines),
+        answer=f"def {name}(items):\n    return {value}",
         reward="code",
         fields={
             "entry_point": name,
             "tests": [[[given], output] for given, output in zip(inputs, outputs, strict=True)],
         },
-        slip=_list_slip(think, answer, condition if convert(bound, number) else ""),
     )
-
-
-def _list_slip(think: str, answer: str, bounded: str) -> Slip | None:
-    """Forget the empty list, or let the bound of `bounded` in; None if neither applies."""
-    if ", default=0" in answer:
-        return Slip(think.replace(", default=0", ""), answer.replace(", default=0", ""))
-    for operator in ("x > ", "x < "):
-        if bounded.startswith(operator) and not bounded.endswith(" 0"):
-            closed = bounded.replace(operator, f"{operator.strip()}= ")
-            return Slip(think.replace(bounded, closed), answer.replace(bounded, closed))
-    return None

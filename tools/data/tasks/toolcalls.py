@@ -4,7 +4,7 @@ import json
 import random
 from typing import Any
 
-from .base import Item, Slip
+from .base import Item, held_out
 
 _CITIES = ["Paris", "London", "Berlin", "Madrid", "Rome", "Oslo", "Tokyo", "Delhi", "Cairo", "Lima"]
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -60,6 +60,16 @@ _TOOLS: dict[str, tuple[list[str], list[str], list[str]]] = {
 }  # fmt: skip
 
 
+# Values that no demonstration has, for the third level.
+_NEW: dict[str, list[str]] = {
+    "city": ["Vienna", "Prague", "Lisbon", "Dublin", "Athens"],
+    "person": ["Karen", "Nancy", "Robert", "Thomas", "Daniel"],
+    "word": ["summer", "window", "letter", "bridge", "forest"],
+    "dish": ["bread", "stew", "noodles", "fish", "beans"],
+    "room": ["cellar", "studio", "library", "bathroom", "lobby"],
+}
+
+
 def _signature(rng: random.Random, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a tool of that kind in short form, and the parameter name that each slot got."""
     names, slots, _ = _TOOLS[kind]
@@ -68,38 +78,33 @@ def _signature(rng: random.Random, kind: str) -> tuple[dict[str, Any], dict[str,
     return {"name": rng.choice(names), "parameters": parameters}, chosen
 
 
-def _request(rng: random.Random, kind: str) -> tuple[str, dict[str, Any]]:
-    """Return a user's wording and the value of each slot."""
-    values = {slot: _SLOTS[slot][2](rng) for slot in _TOOLS[kind][1]}
-    return rng.choice(_TOOLS[kind][2]).format(**values), values
+def _values(rng: random.Random, kind: str) -> dict[str, Any]:
+    """Return a value for each slot of a tool."""
+    return {slot: _SLOTS[slot][2](rng) for slot in _TOOLS[kind][1]}
 
 
 def _item(
-    rng: random.Random, wanted: str, signatures: dict[str, tuple[dict[str, Any], dict[str, str]]]
+    rng: random.Random,
+    wanted: str,
+    values: dict[str, Any],
+    signatures: dict[str, tuple[dict[str, Any], dict[str, str]]],
 ) -> Item | None:
     """Return a request for the wanted one of some tools; the worked part: its name, each value."""
-    prompt, values = _request(rng, wanted)
     if values.get("city", "") == values.get("goal"):
         return None
+    prompt = rng.choice(_TOOLS[wanted][2]).format(**values)
     tool, chosen = signatures[wanted]
     slot_of = {name: slot for slot, name in chosen.items()}
     arguments = {name: values[slot_of[name]] for name in tool["parameters"]}
     call = {"name": tool["name"], "arguments": arguments}
-    lines = [tool["name"], *(f"{name}: {value}" for name, value in arguments.items())]
-    slip = None
-    words = {name: value for name, value in arguments.items() if not isinstance(value, int)}
-    if words != arguments:  # the number is left out
-        lines_left = [tool["name"], *(f"{name}: {value}" for name, value in words.items())]
-        slip = Slip("\n".join(lines_left), "", [{"name": tool["name"], "arguments": words}])
     return Item(
         key=f"{prompt} {json.dumps(call)}",
         prompt=prompt,
-        think="\n".join(lines),
+        think="\n".join([tool["name"], *(f"{name}: {value}" for name, value in arguments.items())]),
         answer=json.dumps(call),
         reward="tool_call",
         tools=[_as_offered(signature) for signature, _ in signatures.values()],
         calls=[call],
-        slip=slip,
     )
 
 
@@ -110,22 +115,23 @@ def _as_offered(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": tool["name"], "parameters": schema}}
 
 
-def tool_arguments(rng: random.Random) -> Item | None:
-    """Offer one tool: read the arguments off the request, under the names of the signature."""
+def tool_arguments(rng: random.Random, level: int) -> Item | None:
+    """Offer one tool: read the arguments off the request, under the names of the signature.
+
+    At the second level the first argument is one that no demonstration gives to this tool, at the
+    third one that none gives to any.
+    """
     kind = rng.choice(list(_TOOLS))
-    return _item(rng, kind, {kind: _signature(rng, kind)})
+    values, first = _values(rng, kind), _TOOLS[kind][1][0]
+    if level == 3:
+        values[first] = rng.choice(_NEW[first])
+    elif held_out(kind, values[first]) != (level == 2):
+        return None
+    return _item(rng, kind, values, {kind: _signature(rng, kind)})
 
 
-def tool_choice(rng: random.Random) -> Item | None:
-    """Offer two tools: find the one that the request needs, then fill it in."""
-    return _tool_choice(rng, tools=2)
-
-
-def tool_choice_four(rng: random.Random) -> Item | None:
-    """Offer four tools."""
-    return _tool_choice(rng, tools=4)
-
-
-def _tool_choice(rng: random.Random, tools: int) -> Item | None:
-    kinds = rng.sample(list(_TOOLS), tools)
-    return _item(rng, rng.choice(kinds), {kind: _signature(rng, kind) for kind in kinds})
+def tool_choice(rng: random.Random, level: int) -> Item | None:
+    """Offer `level` + 1 tools: find the one that the request needs, then fill it in."""
+    kinds = rng.sample(list(_TOOLS), level + 1)
+    kind = rng.choice(kinds)
+    return _item(rng, kind, _values(rng, kind), {one: _signature(rng, one) for one in kinds})
