@@ -14,6 +14,7 @@ from typing import Any, Literal
 import paddle
 from rich.console import Console
 
+from ernie_train import __version__
 from ernie_train.core import devices
 from ernie_train.core.config import dump_yaml, parse_config
 from ernie_train.core.environment import memory_bytes
@@ -36,6 +37,7 @@ from ernie_train.plan.layout import GB, Layout
 from ernie_train.plan.search import candidates
 from ernie_train.rl.preference_data import read_pairs
 from ernie_train.run.check import check_fit
+from ernie_train.run.foreign_keys import minor_version
 from ernie_train.run.recipe import Recipe, schema_text
 from ernie_train.weights.hf import load_config
 from ernie_train.weights.model_directory import find_model
@@ -229,6 +231,7 @@ class InitCommand:
         stage |= {"lora": {"rank": 16}} if lora else {}
         stage |= {"optim": optim}
         return {
+            "version": "{}.{}".format(*minor_version(__version__)),
             "name": re.sub(r"[^A-Za-z0-9._-]+", "-", self.out.stem).lstrip("._-")[:100] or "run",
             "model": {"path": str(self.model)},
             "tokenizer": {"path": str(self.model)},

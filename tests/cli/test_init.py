@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from ernie_train import __version__
 from ernie_train.cli import recipes
 from ernie_train.cli.init import LEAST_STEPS, SCHEMA, answers
 from ernie_train.cli.main import main
@@ -61,6 +62,7 @@ def test_the_recipe_of_each_kind_of_rows_passes_check(
     assert status == 0, told
     recipe = load_yaml(tmp_path / "my own.yaml")
     stage = recipe["stages"][0]
+    assert __version__.startswith(f"{recipe['version']}.")
     assert stage["kind"] == STAGES.get(kind, "sft") and recipe["name"] == "my-own"
     assert "lora" not in stage and f"{len(KINDS[kind])} rows" in told
     status, told = cli("check", "my own.yaml")

@@ -177,7 +177,6 @@ def steps(text, separator):
 COMBINATIONS = {  # what a level holds out, from prompt and answer
     "number_function": lambda asked, _: steps(asked.partition(": ")[2].rstrip("."), ", then "),
     "list_function": lambda asked, _: steps("".join(re.findall(r", (.*), return", asked)), ", "),
-    "leg_counting": lambda asked, _: re.findall(r"(\d+) ([a-z ]+?)s?[,?]", asked),
     "aiw": lambda asked, _: re.findall(r"(\d+) (sister|female)", asked),
     "unit_conversion": lambda asked, answer: [min(numbers(asked)[0], numbers(answer)[0])],
     "formula": lambda asked, answer: [tuple(sorted(numbers(f"{amounts(asked)} {answer}"))[:2])],

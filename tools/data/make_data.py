@@ -24,7 +24,7 @@ from tools.data.tasks import DOMAINS, TASKS, Item, Task, to_row
 SEED = 20250701
 # Rows a task, by level.
 SIZES: dict[int, dict[str, int]] = {
-    1: {"train": 400, "problems": 300, "validation": 50, "test": 150},
+    1: {"train": 800, "problems": 300, "validation": 50, "test": 150},
     2: {"problems": 600, "validation": 50, "test": 150},
     3: {"hard": 50},
 }
@@ -32,7 +32,7 @@ SPLITS = tuple(dict.fromkeys(split for sizes in SIZES.values() for split in size
 PROBLEMS = "problems"
 # Shares of the problem space of a level that belong to each of its splits.
 _SHARES = {"test": 15, "validation": 5, "train": 45, PROBLEMS: 35, "hard": 100}
-_MAX_DRAWS_PER_ROW = 200
+_MAX_DRAWS_PER_ROW = 1000
 
 Sizes = dict[int, dict[str, int]]
 

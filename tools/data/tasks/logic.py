@@ -8,39 +8,39 @@ from .gym import draw
 
 
 def boolean(rng: random.Random, level: int) -> Item | None:
-    """Ask for the value of three variables, joined from left to right; of four at the third level.
+    """Ask for the truth after each of three variables, joined from left to right; four at level 3.
 
-    At most one of them is negated at the first level, and at least two at the second.
+    At most one of them is negated at the first level, and at least two at the second. All of the
+    values are asked for, each as often, since one alone is guessed every second time.
     """
     names = rng.sample("pqrstuv", 4 if level == 3 else 3)
     values = {name: rng.random() < 0.5 for name in names}
-    wanted = rng.random() < 0.5  # both answers equally often, whatever the operators
-    text, total, lines = "", False, []
+    wanted = [rng.random() < 0.5 for _ in names]
+    text, lines, totals = "", [], []
     for name in names:
-        operator = rng.choice(["and", "or"]) if text else ""
         negated = rng.random() < 0.4
         value = values[name] != negated
         term = f"not {name}" if negated else name
-        line = f"{term}: "
-        if negated:
-            line += f"not {_truth(values[name])} = "
+        line = f"{term}: not {_truth(values[name])} = " if negated else f"{term}: "
         line += _truth(value)
-        if operator:
-            joined = (total and value) if operator == "and" else (total or value)
-            line += f", {_truth(total)} {operator} {_truth(value)} = {_truth(joined)}"
-            total = joined
+        if totals:
+            operator = rng.choice(["and", "or"])
+            joined = (totals[-1] and value) if operator == "and" else (totals[-1] or value)
+            line += f", {_truth(totals[-1])} {operator} {_truth(value)} = {_truth(joined)}"
+            text += f" {operator} {term}"
+            totals.append(joined)
         else:
-            total = value
-        text += f" {operator} {term}" if text else term
+            text = term
+            totals.append(value)
         lines.append(line)
-    if total != wanted or (level < 3 and (text.count("not ") > 1) != (level == 2)):
+    if totals != wanted or (level < 3 and (text.count("not ") > 1) != (level == 2)):
         return None
     given = ", ".join(f"{name} = {_truth(values[name])}" for name in sorted(names))
     return Item(
         key=f"{given}: {text}",
-        prompt=f"{given}. From left to right, what is {text}?",
+        prompt=f"{given}. From left to right, what is {text} after each term?",
         think="\n".join(lines),
-        answer=_truth(wanted),
+        answer=", ".join(map(_truth, totals)),
         reward="exact",
     )
 

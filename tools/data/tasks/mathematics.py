@@ -3,7 +3,7 @@
 import random
 import re
 
-from .base import Item, count_down, count_on, held_out
+from .base import Item, count_down, count_on
 from .gym import draw
 
 
@@ -41,8 +41,7 @@ def _count(total: int, operator: str, term: int) -> str:
 def leg_counting(rng: random.Random, level: int) -> Item | None:
     """Ask for the legs of two kinds of animals, at most eight and even, up to three of each.
 
-    At the second level one kind at least in a number of which there is no demonstration; at the
-    third three kinds.
+    Up to three animals in all at the first level, more at the second; three kinds at the third.
     """
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
@@ -53,8 +52,7 @@ def leg_counting(rng: random.Random, level: int) -> Item | None:
     legs = {animal: ANIMALS[animal] for animal in counts}
     if not set(legs.values()) <= {0, 2, 4, 6, 8}:
         return None
-    unseen = any(held_out(animal, number) for animal, number in counts.items())
-    if level < 3 and unseen != (level == 2):
+    if level < 3 and (sum(counts.values()) > 3) != (level == 2):
         return None
     total, lines = 0, []
     for animal, number in counts.items():

@@ -29,8 +29,8 @@ _WORDINGS = [
 def formula(rng: random.Random, level: int) -> Item | None:
     """Ask for one of the three quantities of a law from the other two.
 
-    Two numbers up to 9; at the second level two that no demonstration multiplies or divides, at the
-    third the one that is wanted is 10 to 12.
+    Two numbers up to 9, one of them at most 5; at the second level two that no demonstration
+    multiplies or divides, at the third the one that is wanted is 10 to 12.
     """
     product, unit, first, unit1, second, unit2 = rng.choice(_LAWS)
     a, b = rng.randint(2, 12), rng.randint(2, 12)
@@ -41,7 +41,7 @@ def formula(rng: random.Random, level: int) -> Item | None:
     if level == 3:
         if wanted == product or result < 10 or known > 9:
             return None
-    elif max(a, b) > 9 or held_out("product", *sorted((a, b))) != (level == 2):
+    elif max(a, b) > 9 or min(a, b) > 5 or held_out("product", *sorted((a, b))) != (level == 2):
         return None
     given = " and ".join(f"{name} {amounts[name]}" for name in amounts if name != wanted)
     if wanted == product:
