@@ -10,14 +10,14 @@ from .gym import draw
 def chain_sum(rng: random.Random, level: int) -> Item | None:
     """Ask for three numbers of one digit, added and subtracted from left to right.
 
-    At the first level the last two are at most 10 together, at the second they are more; four
-    numbers at the third.
+    The last two are at most 10 together at the first level, 11 to 14 at the second, and more at the
+    third.
     """
-    terms = 4 if level == 3 else 3
-    entry = draw("chain_sum", rng, min_terms=terms, max_terms=terms, min_digits=1, max_digits=1)
+    entry = draw("chain_sum", rng, min_terms=3, max_terms=3, min_digits=1, max_digits=1)
     expression = entry["metadata"]["expression"]
     first, *rest = expression.split()
-    if level < 3 and (sum(map(int, rest[1::2])) > 10) != (level == 2):
+    together = sum(map(int, rest[1::2]))
+    if level != (1 if together <= 10 else 2 if together <= 14 else 3):
         return None
     total, lines = int(first), []
     for operator, text in zip(rest[::2], rest[1::2], strict=True):
@@ -41,18 +41,18 @@ def _count(total: int, operator: str, term: int) -> str:
 def leg_counting(rng: random.Random, level: int) -> Item | None:
     """Ask for the legs of two kinds of animals, at most eight and even, up to three of each.
 
-    Up to three animals in all at the first level, more at the second; three kinds at the third.
+    Up to three animals in all at the first level, four at the second, more at the third.
     """
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    kinds = 3 if level == 3 else 2
-    entry = draw("leg_counting", rng, min_animals=kinds, max_animals=kinds, max_instances=3)
+    entry = draw("leg_counting", rng, min_animals=2, max_animals=2, max_instances=3)
     question = entry["question"].split("\n\n")[1]  # The first paragraph is the same everywhere.
     counts = entry["metadata"]["animals"]
     legs = {animal: ANIMALS[animal] for animal in counts}
     if not set(legs.values()) <= {0, 2, 4, 6, 8}:
         return None
-    if level < 3 and (sum(counts.values()) > 3) != (level == 2):
+    number = sum(counts.values())
+    if level != (1 if number <= 3 else 2 if number == 4 else 3):
         return None
     total, lines = 0, []
     for animal, number in counts.items():
@@ -75,8 +75,8 @@ _EQUATION = re.compile(
 def simple_equations(rng: random.Random, level: int) -> Item | None:
     """Ask for the unknown of a linear equation: the constant to the other side, then divide.
 
-    Of factor and constant one at least is small at the first level, neither at the second; the
-    unknown is at most 6, and 7 to 9 at the third.
+    Of factor and constant one at least is small at the first level; neither is at the second, where
+    the unknown is at most 4, and at the third, where it is 5 or 6.
     """
     entry = draw("simple_equations", rng, max_terms=2, max_value=9)
     equation, answer = entry["metadata"]["equation"], int(entry["answer"])
@@ -84,7 +84,7 @@ def simple_equations(rng: random.Random, level: int) -> Item | None:
     if found is None or int(found["factor"] or 1) > 6:
         return None
     large = int(found["factor"] or 1) > 3 and int(found["shift"] or 0) > 4
-    if (answer > 6) != (level == 3) or answer > 9 or (level < 3 and large != (level == 2)):
+    if answer > 6 or level != (1 if not large else 2 if answer <= 4 else 3):
         return None
     factor, right, lines = int(found["factor"] or 1), int(found["right"]), []
     if found["shift"] is not None:
