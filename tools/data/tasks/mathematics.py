@@ -51,8 +51,8 @@ def leg_counting(rng: random.Random, level: int) -> Item | None:
     legs = {animal: ANIMALS[animal] for animal in counts}
     if not set(legs.values()) <= {0, 2, 4, 6, 8}:
         return None
-    number = sum(counts.values())
-    if level != (1 if number <= 3 else 2 if number == 4 else 3):
+    animals = sum(counts.values())
+    if level != (1 if animals <= 3 else 2 if animals == 4 else 3):
         return None
     total, lines = 0, []
     for animal, number in counts.items():
