@@ -86,7 +86,7 @@ def test_the_names_of_other_algorithms_are_settings_that_there_are() -> None:
 
 
 def test_readme_has_the_table_of_the_main_job() -> None:
-    head = "| domain | start | RL |"
+    head = "| domain | SFT | rl-logic |"
     texts = (README, (ROOT / "docs/tiny.md").read_text("utf-8"))
     tables = [text[text.index(head) :].partition("\n\n")[0] for text in texts]
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 8
