@@ -46,7 +46,7 @@ INSTEAD = {
 ELSEWHERE = {
     "ablate_rl": ("rl_ablation.md", "five seeds of each arm, an hour of a core"),
     "ablate_rl_start": ("rl_ablation.md", "the start of the arms"),
-    "tiny": ("tiny.md", "three seeds, held-out problems after each stage"),
+    "tiny": ("tiny.md", "held-out problems after each stage"),
     "sft": ("worked_steps.md", "held-out problems with and without worked steps"),
     "tools": ("tools.md", "what demonstrations and RL reach"),
     "balance": ("balance.md", "each term beside the others"),

@@ -25,7 +25,7 @@ from tools.evidence.runs import write_json
 FRESH_SPLITS = ("test", "hard")
 TEST_SEED = "test_seed.json"
 SAMPLES = 8
-# A warm restart: the start is from the end of a cosine. Chosen on validation problems.
+# A warm restart: the start is from the end of a cosine.
 RATES = {"demonstrations": 1.0e-3, "accepted": 1.0e-3}
 
 Figures = dict[str, Any]

@@ -33,26 +33,6 @@ def test_balance_figures_are_those_of_the_last_steps(tmp_path: Path) -> None:
     assert measured["validation_loss"] == steps[-1]
 
 
-def test_stages_are_read_in_percent(tmp_path: Path) -> None:
-    for name, accuracy in (("01-sft", 0.5), ("02-rl-logic", 0.75)):
-        directory = tmp_path / name
-        directory.mkdir()
-        tasks = [{"task": "aiw", "accuracy": accuracy}]
-        solved = {
-            "tasks": tasks,
-            "domains": {"logic": {"accuracy": accuracy}},
-            "mean_accuracy": 0.25,
-        }
-        (directory / "evaluation.json").write_text(json.dumps({"trained": solved}))
-        rows = [{"step": step, "time": {"seconds": 2.0}} for step in (1, 2)]
-        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert measure.stages(tmp_path) == {
-        "seconds": {"sft": 4.0, "rl-logic": 4.0},
-        "sft/aiw": 50.0, "sft/logic": 50.0, "sft/mean": 25.0,
-        "rl-logic/aiw": 75.0, "rl-logic/logic": 75.0, "rl-logic/mean": 25.0,
-    }  # fmt: skip
-
-
 # ---- needles -------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,8 @@ def boolean(rng: random.Random, level: int) -> Item | None:
     names = rng.sample("pqrstuv", 4 if level == 3 else 3)
     values = {name: rng.random() < 0.5 for name in names}
     wanted = [rng.random() < 0.5 for _ in names]
-    text, lines, totals = "", [], []
+    text, lines = "", []
+    totals: list[bool] = []
     for name in names:
         negated = rng.random() < 0.4
         value = values[name] != negated
