@@ -85,7 +85,7 @@ if [ "${1:-}" = --attempt ]; then
 fi
 
 failed=0
-for version in "${@:-3.10 3.11 3.12}"; do
+for version in "${@:-3.11 3.12}"; do
   for one in $version; do
     if ! python=$(find_python "$one"); then
       say "Python $one: none found, skipped"

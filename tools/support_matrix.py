@@ -33,7 +33,7 @@ SOURCE, PAGE, PYTHONS = (
 DEVICES = {"cpu": "CPU, one process", "ranks": "CPU, several ranks", "gpu": "GPU"}
 TESTED, SLOW, WRITTEN, NO = "tested", "tested, slow", "written, untested", "-"
 NOT_PROVEN = "not proven"
-_VERSIONS = ("3.10", "3.11", "3.12")
+_VERSIONS = ("3.11", "3.12")
 _CI_VERSION = "3.11"
 
 
