@@ -51,7 +51,7 @@ LEAST_STEPS = 20  # of an epoch of few rows
 LONGEST_ROW = 8192  # tokens; longer rows are left out
 MEMORY_SHARE = 0.8  # of the machine's; other programs need some of it
 _UNIT = 64  # lengths are multiples of it
-_BAD_ROWS = 0.01
+BAD_ROWS = 0.01
 # Highest learning rate by kind of stage, of LoRA and of the whole model.
 _RATES = {"sft": (2e-4, 2e-5), "pretrain": (2e-4, 5e-5), "dpo": (2e-5, 1e-6)}
 
@@ -84,6 +84,7 @@ class InitCommand:
     seq_len: int | None = None
     epochs: int = 1
     memory_gb: float | None = None
+    max_bad_fraction: float = BAD_ROWS
 
     def run(self, console: Console) -> None:
         """Write the recipe and its schema, and print what was found and what to do next.
@@ -134,7 +135,7 @@ class InitCommand:
         found = iter_records(self.data, "auto", read, self.columns)
         records = list(islice(found, ROWS_READ))
         whole = next(found, None) is None
-        read.check(_BAD_ROWS)
+        read.check(self.max_bad_fraction, "mend them, or let more be left out: --max-bad-fraction")
         if not records:
             raise DataError(f"{self.data}: every row is left out; `preview` says why")
         kinds = {record.kind for record in records}
@@ -149,7 +150,7 @@ class InitCommand:
             require_chat_template(self._tokenizer)
         limit = min(self._config.max_position_embeddings, self.seq_len or LONGEST_ROW)
         if kind == "dpo":
-            pairs, _ = read_pairs(self.data, self._tokenizer, _BAD_ROWS, self.columns)
+            pairs, _ = read_pairs(self.data, self._tokenizer, self.max_bad_fraction, self.columns)
             lengths = [
                 len(one.prompt_ids) + len(one.completion_ids)
                 for pair in pairs for one in pair.completions
@@ -228,6 +229,8 @@ class InitCommand:
         else:
             stage |= {"data": [{"path": self.data, **mapped}], "seq_len": seq_len}
             stage |= {"micro_batch_size": 1, "grad_accum_steps": accumulate, "epochs": self.epochs}
+        if self.max_bad_fraction != BAD_ROWS:
+            stage["max_bad_fraction"] = self.max_bad_fraction
         stage |= {"lora": {"rank": 16}} if lora else {}
         stage |= {"optim": optim}
         return {

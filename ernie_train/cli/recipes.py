@@ -126,6 +126,9 @@ def init(
     memory_gb: Annotated[
         float | None, number(min=0.001, help="memory to fit; default this machine's")
     ] = None,
+    max_bad_fraction: Annotated[
+        float, number(min=0, max=1, help="share of unreadable rows that may be left out")
+    ] = 0.01,
 ) -> None:
     """Write a recipe for a model and a file of rows; ask for what is not given."""
     from ernie_train.cli.init import METHODS, InitCommand, answers
@@ -137,7 +140,16 @@ def init(
     model, data, out = answers(model, data, out, _ask if asks else None)
     mapped = None if columns is None else parse_columns(columns, "--columns")
     InitCommand(
-        model, data, out, mapped, template, METHODS[method], seq_len, epochs, memory_gb
+        model,
+        data,
+        out,
+        mapped,
+        template,
+        METHODS[method],
+        seq_len,
+        epochs,
+        memory_gb,
+        max_bad_fraction,
     ).run(Terminal())
 
 

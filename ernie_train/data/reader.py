@@ -105,8 +105,8 @@ class ReadReport:
         """Return a line for everything that was left out or is not read."""
         return remarks(self.path, self.dropped, self.bad, self.unread, self.passed_over)
 
-    def check(self, max_bad_fraction: float) -> None:
-        """Check that there are rows and that few of them are bad.
+    def check(self, max_bad_fraction: float, remedy: str = "") -> None:
+        """Check that there are rows and that few of them are bad; `remedy` ends the message.
 
         Raises:
             DataError: there are no rows, or more than `max_bad_fraction` (0..1) of them are bad.
@@ -117,6 +117,7 @@ class ReadReport:
             shown = "\n".join(f"  {row}" for row in self.bad[:SHOWN_BAD_ROWS])
             more = len(self.bad) - SHOWN_BAD_ROWS
             rest = f"\n  and {more} more" if more > 0 else ""
+            rest += f"\n{remedy}" if remedy else ""
             raise DataError(
                 f"{self.path}: {len(self.bad)} of {self.rows} rows are bad, more than "
                 f"max_bad_fraction {max_bad_fraction:g} allows:\n{shown}{rest}"

@@ -153,7 +153,9 @@ def _load(
             work.lengths = store.lengths()
         if is_new:
             evict(directory.parent, bound)
-    work.read.check(max_bad_fraction)
+    work.read.check(
+        max_bad_fraction, "mend them, or let more be left out: max_bad_fraction of the stage"
+    )
     return documents, work.report(documents)
 
 

@@ -35,6 +35,7 @@ from ernie_train.rewards.sandbox import layer_in_force
 
 LONGEST_NAME = 200  # characters of a task, a domain or a verifier
 SHOWN_PROBLEMS = 10
+SHOWN_PLACES = 3  # of one mistake
 # Fields that verifiers grade by: a row has one of them, but for a verifier of the user's.
 GOLD = {"answer", "tests", "hidden_tests", "expected_calls", "assignment", "choices", "rg_entry"}
 
@@ -169,20 +170,34 @@ def _with_names(record: Record) -> Record:
 
 def _check_fields(path: str | Path, problems: Sequence[Record], needs_reward: bool) -> None:
     """Raise `DataError` that lists what is wrong with the problems' fields, by file and line."""
+    places: dict[str, list[str]] = {}  # by reason: a file mostly lacks the same in all its rows
+    for record in problems:
+        for reason in _wrong_fields(record, needs_reward):
+            places.setdefault(reason, []).append(record.source)
+    if not places:
+        return
     wrong = [
-        f"{record.source}: {reason}"
-        for record in problems
-        for reason in _wrong_fields(record, needs_reward)
+        ", ".join(found[:SHOWN_PLACES])
+        + (f" and {len(found) - SHOWN_PLACES} more" if len(found) > SHOWN_PLACES else "")
+        + f": {reason}"
+        for reason, found in places.items()
     ]
     if len(wrong) > SHOWN_PROBLEMS:
-        wrong[SHOWN_PROBLEMS:] = [f"and {len(wrong) - SHOWN_PROBLEMS} more"]
-    if wrong:
-        keys = ", ".join(sorted(problems[0].fields))
-        raise DataError(
-            f"{path}: fields of problems are wrong:\n  " + "\n  ".join(wrong) + "\n"
-            f"The first row has {keys}. Keys may also be mapped beside the path (in eval by "
-            "--columns): columns: {answer: gold, reward: {value: math}}"
-        )
+        wrong[SHOWN_PROBLEMS:] = [f"and {len(wrong) - SHOWN_PROBLEMS} other mistakes"]
+    keys = ", ".join(sorted(problems[0].fields.keys() - {"task", "domain"})) or "nothing"
+    if places.keys() == {_needs("reward")}:
+        hint = "One verifier for all rows: {reward: {value: math}}"
+    else:
+        hint = "Other names are mapped: {answer: gold, reward: {value: math}}"
+    raise DataError(
+        f"{path}: fields of problems are wrong:\n  " + "\n  ".join(wrong) + "\n"
+        f"Beside its prompt the first row has {keys}. {hint}, as `columns` beside the path or as "
+        "--columns of eval; docs/rewards.md lists verifiers"
+    )
+
+
+def _needs(key: str) -> str:
+    return f"a problem needs the field {key!r}"
 
 
 def _wrong_fields(record: Record, needs_reward: bool) -> Iterator[str]:
@@ -192,7 +207,7 @@ def _wrong_fields(record: Record, needs_reward: bool) -> Iterator[str]:
     for key in ("task", "domain", *(("reward",) if needs_reward else ())):
         value = fields.get(key)
         if value is None:
-            yield f"a problem needs the field {key!r}"
+            yield _needs(key)
         elif not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
             yield f"{key!r} must be a text of 1 to {LONGEST_NAME} characters, not {describe(value)}"
     if needs_reward and "reward" not in fields and not fields.keys() & GOLD:

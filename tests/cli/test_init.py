@@ -176,3 +176,18 @@ def test_what_is_not_given_is_asked_in_a_terminal(
     assert cli("init", "--method", "lora")[0] == 0
     assert [what.split()[0] for what in asked] == ["model", "data:", "recipe"]
     assert (tmp_path / "recipe.yaml").exists()
+
+
+def test_rows_that_cannot_be_read_are_left_out_where_that_is_asked_for(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", KINDS["alpaca"])
+    with (tmp_path / "rows.jsonl").open("a") as stream:
+        stream.write('{"instruction": "Add 1.", "input": ""}\n')
+    given = ("init", "--model", place / "model", "--data", "rows.jsonl", "--out", "own.yaml")
+    status, told = cli(*given)
+    assert status == 2 and "rows.jsonl:10: it lacks output, which the format alpaca" in told
+    assert "--max-bad-fraction" in told
+    assert cli(*given, "--max-bad-fraction", 0.2)[0] == 0
+    assert load_yaml(tmp_path / "own.yaml")["stages"][0]["max_bad_fraction"] == 0.2
+    assert cli("check", "own.yaml")[0] == 0

@@ -161,6 +161,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ("[1]", "is a list, not an object"),
     ("9" * 5000, "not valid JSON"),
     ("[" * 100_000, "not valid JSON"),
+    ('{"messages": [{"role": "us', "valid JSON: Unterminated string starting at column 24"),
     ({"texts": "x"}, "lacks messages, which the format messages needs"),
     ({"messages": []}, "list of messages that is not empty"),
     ({"messages": "x"}, "list of messages that is not empty"),

@@ -118,12 +118,14 @@ def _json_lines(text: _Text) -> Iterator[Located]:
 
 def _parsed(line: bytes) -> Row | RowError:
     try:
-        text = line.decode("utf-8")
+        # Without its line break, which the message on a row that breaks off would blame.
+        text = line.decode("utf-8").rstrip("\r\n")
         return _as_row(json.loads(text), text)
     except UnicodeDecodeError as error:
         return RowError(f"it is not UTF-8: byte {error.start} is {error.reason}")
     except json.JSONDecodeError as error:
-        return RowError(f"it is not valid JSON: {error.msg} at column {error.colno}")
+        what = error.msg.removesuffix(" at")
+        return RowError(f"it is not valid JSON: {what} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return RowError(f"it is not valid JSON: {error}")
 

@@ -259,9 +259,10 @@ def detect_format(row: Row) -> str | None:
 
 
 def missing_keys(format_name: str, row: Row) -> str | None:
-    """Return a text that names the keys that the row lacks for the format; None if it has all."""
-    marks = FORMATS[format_name].marks
-    if any(keys <= row.keys() for keys in marks):
+    """Return a text that names the fewest keys that the row lacks for the format; None if none."""
+    lacking = [sorted(keys - row.keys()) for keys in FORMATS[format_name].marks]
+    fewest = min(map(len, lacking))
+    if not fewest:
         return None
-    wanted = " or ".join(" + ".join(sorted(keys)) for keys in marks)
+    wanted = " or ".join(" + ".join(keys) for keys in lacking if len(keys) == fewest)
     return f"it lacks {wanted}, which the format {format_name} needs"
