@@ -351,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     if reporter is None:
         status, message = _run(arguments)
         if message:
-            print_error(Terminal(stderr=True), message)
+            print_error(Terminal(stderr=True), message, status)
         sys.exit(status)
     reporter.start()
     reporter.finish(*_run(arguments))

@@ -26,6 +26,7 @@ from ernie_train.io.run_dir import (
     ENVIRONMENT,
     RECIPE,
     is_whole_export,
+    lock_owner,
     read_done,
     read_result,
     saved_steps,
@@ -65,7 +66,12 @@ def print_status(run_dir: Path, console: Console) -> None:
     console.print(table)
     if (launched := last_launch(run_dir)) is not None:
         console.print(f"last launch: {launched}", markup=False, highlight=False)
-    console.print(f"next: {missing[0] if missing else 'nothing, the run is complete'}")
+    if (owner := lock_owner(run_dir)) is not None:
+        console.print(f"running: {owner}", markup=False, highlight=False)
+    elif missing:
+        console.print("no process runs it; the same command goes on", highlight=False)
+    when = "now" if owner is not None and missing else "next"
+    console.print(f"{when}: {missing[0] if missing else 'nothing, the run is complete'}")
 
 
 def _recorded_recipe(run_dir: Path) -> Mapping[str, Any]:

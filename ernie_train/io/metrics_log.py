@@ -323,8 +323,8 @@ def _summary(values: Mapping[str, float]) -> list[str]:
         parts.append(f"RoPE base {values['rope_theta']:,.0f} at {values['seq_len']:.0f} tokens")
     if "moe/load_max" in values:
         parts.append(f"busiest expert {values['moe/load_max']:.1f}x")
-    if values.get("moe/dead_experts", 0) > 0:
-        parts.append(f"{values['moe/dead_experts']:.0f} experts idle")
+    if (idle := values.get("moe/dead_experts", 0)) > 0:
+        parts.append(f"{idle:.0f} expert{'s' if idle > 1 else ''} idle")
     if "tokens_per_second" in values:
         overall = values.get("tokens_per_second_overall")
         beside = "" if overall is None else f" ({overall:,.0f} overall)"

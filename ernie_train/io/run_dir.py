@@ -82,30 +82,46 @@ def refuse_if_in_use(run_dir: str | Path) -> None:
     Raises:
         UserError: a process holds the lock; the message names it.
     """
+    if (owner := lock_owner(run_dir)) is not None:
+        raise _in_use(Path(run_dir), owner)
+
+
+def lock_owner(run_dir: str | Path) -> str | None:
+    """Return which process holds the lock of a run directory, None if none does."""
     try:
         descriptor = os.open(Path(run_dir) / LOCK, os.O_RDONLY)
     except OSError:
-        return  # no run has started here yet; `RunLock` reports other problems
+        return None  # no run has started here yet; `RunLock` reports other problems
     try:
-        _lock(descriptor, fcntl.LOCK_SH, Path(run_dir))
+        return _blocked_by(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
 
 def _lock(descriptor: int, kind: int, run_dir: Path) -> None:
+    if (owner := _blocked_by(descriptor, kind)) is not None:
+        raise _in_use(run_dir, owner)
+
+
+def _blocked_by(descriptor: int, kind: int) -> str | None:
+    """Take the lock and return None, or return which process holds it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        return
+        return None
     except BlockingIOError:
-        time.sleep(0.1)  # `refuse_if_in_use` in another process holds it for a moment
+        time.sleep(0.1)  # `lock_owner` in another process holds it for a moment
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(descriptor, 200).decode(errors="replace").strip()
-        raise UserError(
-            f"{run_dir} is in use by another run ({owner or 'just starting'}): "
-            "wait for it, stop it, or give another --run-dir"
-        ) from None
+        return os.read(descriptor, 200).decode(errors="replace").strip() or "just starting"
+    return None
+
+
+def _in_use(run_dir: Path, owner: str) -> UserError:
+    return UserError(
+        f"{run_dir} is in use by another run ({owner}): "
+        "wait for it, stop it, or give another --run-dir"
+    )
 
 
 # ---- finished stages ---------------------------------------------------------------------------

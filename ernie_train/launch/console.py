@@ -13,6 +13,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
+from ernie_train.core.errors import Interrupted
 from ernie_train.core.terminal import message_text
 
 
@@ -27,9 +28,10 @@ class SafeConsole:
         """Print a text as it is, without markup or line breaks in paths."""
         self._write(message_text(text))
 
-    def error(self, message: str) -> None:
-        """Print why a command ends."""
-        self._write(Text.assemble(("error:", "bold red"), " ", message_text(message)))
+    def error(self, message: str, exit_status: int = 1) -> None:
+        """Print why a command ends; a stop that was asked for (`Interrupted`) is no error."""
+        label = ("", "") if exit_status == Interrupted.exit_status else ("error: ", "bold red")
+        self._write(Text.assemble(label, message_text(message)))
 
     def warn_once(self, name: str, error: OSError) -> None:
         """Print, the first time for this name, that it cannot be written."""

@@ -43,7 +43,7 @@ PRESET_PARAMETERS = {
 # Guesses, to tell short runs from long ones.
 _ROLLOUT_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
 _COMPRESSED, _TEXT_PER_BYTE = (".gz", ".zst", ".parquet"), 4
-_UNSHARED = "a step's micro-batches cannot be shared out: see grad_accum_steps"
+_UNSHARED = "ranks share a step's micro-batches, which do not divide here: see grad_accum_steps"
 
 
 @dataclass(frozen=True)

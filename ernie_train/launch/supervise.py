@@ -58,7 +58,7 @@ def supervise(
             restarts += 1
             safe_console.print(f"starting the ranks again ({restarts} of {settings.max_restarts})")
     if report.status == 3:
-        safe_console.error(report.message)
+        safe_console.error(report.message, report.status)
     return report.status
 
 
@@ -103,16 +103,16 @@ def _print_failure(ranks: RankGroup, report: ExitReport, console: SafeConsole) -
     """Print the message, then the last output of the rank, unless the terminal has shown it."""
     ranks.logs.end_progress_bar()
     if report.message:
-        console.error(_message(report))
+        console.error(_message(report), report.status)
     if report.status == 1 and report.rank and (lines := ranks.logs.last_lines(report.rank)):
         console.print(f"rank {report.rank} printed last ({ranks.logs.path(report.rank)}):")
         for line in lines:
             console.print(f"  {line}")
 
 
-def print_error(console: Console, message: str) -> None:
+def print_error(console: Console, message: str, exit_status: int = 1) -> None:
     """Print why a command ends, if the console can still be written to."""
-    SafeConsole(console).error(message)
+    SafeConsole(console).error(message, exit_status)
 
 
 def _record(

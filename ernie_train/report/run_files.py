@@ -113,6 +113,7 @@ def read_run(run_dir: Path) -> RunFiles:
     stages = _stages(run_dir, recipe, remarks.append)
     if not stages and not recipe:
         raise UserError(f"{run_dir}: not a run directory (it has no {RECIPE} and no stages)")
+    ended = all(stage.done for stage in stages)  # else nothing after them is missing
     return RunFiles(
         path=run_dir,
         name=str(recipe.get("name") or run_dir.resolve().name),
@@ -121,10 +122,12 @@ def read_run(run_dir: Path) -> RunFiles:
         environment=_object(run_dir / ENVIRONMENT, remarks.append),
         stages=stages,
         evaluation=_object(
-            run_dir / EVALUATION, remarks.append, asked=bool(recipe.get("evaluation"))
+            run_dir / EVALUATION, remarks.append, asked=ended and bool(recipe.get("evaluation"))
         ),
         receipt=_object(
-            run_dir / "export/export_receipt.json", remarks.append, asked=bool(recipe.get("export"))
+            run_dir / "export/export_receipt.json",
+            remarks.append,
+            asked=ended and bool(recipe.get("export")),
         ),
         is_running=_is_running(run_dir),
         remarks=remarks,

@@ -45,6 +45,7 @@ from ernie_train.io.run_dir import (
     StageDone,
     read_done,
     read_result,
+    saved_steps,
     write_done,
 )
 from ernie_train.launch import rank_files
@@ -301,7 +302,10 @@ class Pipeline:
             self.weights = run.directory / CHECKPOINTS / done.result["checkpoint"]
             return lineage.after(stage.name, done.result)
         kind = STAGES[stage.kind]
-        self.console.print(self._place_of(stage), style="bold", highlight=False)
+        place = self._place_of(stage)
+        if saved := saved_steps(run.directory / CHECKPOINTS):
+            place += f"; goes on from step {saved[-1]}"
+        self.console.print(place, style="bold", highlight=False)
         with consensus.fail_together(), run.stop.at_once():
             if process_group.is_main():
                 self.hashes.save()

@@ -86,6 +86,7 @@ def test_status_loads_nothing_heavy(run_dir: Path) -> None:
     assert sorted(modules & HEAVY) == []
     assert "gate not judged" not in output
     assert "gate missed" in output and "next: stage rl missed its gate" in output
+    assert "no process runs it" in output
 
 
 def test_a_recipe_that_somebody_changed_is_validated(run_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """One run per directory, and stages that are finished only for the settings that made them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from ernie_train.io.run_dir import (
     StageDone,
     differences,
     fingerprint,
+    lock_owner,
     read_done,
     write_done,
 )
@@ -49,6 +51,9 @@ def test_two_runs_in_one_directory(tmp_path: Path) -> None:
 def test_lock_is_free_again_after_use(tmp_path: Path) -> None:
     with RunLock(tmp_path), pytest.raises(UserError, match="in use"):
         RunLock(tmp_path).acquire()
+    assert lock_owner(tmp_path) is None
+    with RunLock(tmp_path):
+        assert f"process {os.getpid()}" in (lock_owner(tmp_path) or "")
     with RunLock(tmp_path):
         pass
 

@@ -65,7 +65,7 @@ def test_the_line_says_what_was_chosen_and_how_to_switch_it_off() -> None:
     assert (found := plan(SFT, count=6)) is not None
     assert found.line == "6 cores: 4 data ranks with 1 thread each (--nproc 1 switches ranks off)"
     assert (found := plan({**SFT, "grad_accum_steps": 1})) is not None
-    assert found.line.startswith("2 cores: one process with 2 threads (a step's micro-batches")
+    assert found.line.startswith("2 cores: one process with 2 threads (ranks share a step's")
     assert (found := plan(SFT, count=1)) is not None
     assert found.line == "1 core: one process with 1 thread"
 

@@ -120,6 +120,12 @@ def break_values(run: Path) -> str:
     return "values are no numbers and left out"
 
 
+def test_what_comes_after_the_stages_is_not_missed_before_their_end(made: Path) -> None:
+    for name in ("02-rl/DONE", "evaluation.json"):
+        (made / name).unlink()
+    assert "Missing or damaged" not in report(made).text
+
+
 def break_recipe(run: Path) -> str:
     (run / "recipe.yaml").write_text("name: [\n")
     return "damaged: recipe.yaml"

@@ -176,7 +176,7 @@ def test_a_stop_says_what_is_saved_and_how_to_go_on(root, monkeypatch, capfd, mo
     assert run("run", recipe, "--run-dir", root / moment) == 3
     err = " ".join(capfd.readouterr().err.split())
     assert "SIGINT: stopping" in err
-    assert "stopped on a signal" in err and kept in err
+    assert "stopped on a signal" in err and kept in err and "error:" not in err
     assert "The same command goes on from there" in err
     assert not (root / moment / "export.json").exists()
     assert run("run", recipe, "--run-dir", root / moment) == 0
