@@ -148,7 +148,7 @@ def _read_back(
     """
     with consensus.fail_together(), interruptible():
         python = referee or default_referee()
-    reason = "torch is not installed here"
+    reason = "torch is not installed here (--referee names a Python that has it)"
     if python is not None:
         judge = Referee(python)
 
@@ -166,8 +166,8 @@ def _read_back(
     found = load_pretrained(directory, dtype="float32")
     result = compare(expected, own_logits(found, expected.sequences))
     note = (
-        f"{reason}: the export was read back by this toolkit's own reader, which proves the files, "
-        "not that transformers computes the same"
+        f"{reason}, so the export was read back by this toolkit's own reader, which proves the "
+        "files, not that transformers computes the same"
     )
     return result, "ernie_train", note
 

@@ -92,7 +92,7 @@ def _source_logits(
     source: Source, sequences: list[list[int]], dtype: str, python: str | None
 ) -> tuple[list[np.ndarray], str, str]:
     """Return the logits of the source along `sequences`, who computed them, what they prove."""
-    reason = "no interpreter with torch was given"
+    reason = "no interpreter with torch was given (--referee)"
     if python is not None:
         judge = Referee(python)
         try:
@@ -108,7 +108,11 @@ def _source_logits(
         return from_bfloat16(array) if stored == "BF16" else array.astype(np.float32)
 
     logits = llama_logits(source.config, read, sequences, source.interleaved)
-    return logits, "numpy", f"{reason}: the source's logits are those of a Llama written in numpy"
+    return (
+        logits,
+        "numpy",
+        f"{reason}, so the source's logits are those of a Llama written in numpy",
+    )
 
 
 def _card(source: Source, upcycling: Upcycling | None) -> str:

@@ -138,12 +138,12 @@ def receipt_line(
     """Return one line with the outcome of the comparison after an export or import."""
     mtp = len(receipt.carried_tensors)
     carried = f", {mtp} tensors of multi-token prediction carried through unchanged" if mtp else ""
+    versions = f" ({receipt.reader})" if " " in receipt.reader else ""
     return (
-        f"{verb} to {directory} ({receipt.dtype}{_quantized(receipt)}); {receipt.note} "
-        f"({receipt.reader}): "
+        f"{verb} to {directory} ({receipt.dtype}{_quantized(receipt)}): "
         f"{'passed' if receipt.passed else 'FAILED'}, {receipt.stored_tensors} stored tensors "
         f"equal bit for bit, largest logit difference {receipt.max_logit_difference:.1e} on "
-        f"logits up to {receipt.max_logit:.1f}{carried}, see {file}"
+        f"logits up to {receipt.max_logit:.1f}{carried}; {receipt.note}{versions}; see {file}"
     )
 
 
