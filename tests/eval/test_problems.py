@@ -37,7 +37,7 @@ def test_tasks_are_named_after_files_and_domains_after_tasks(tmp_path):
     [
         (
             {"prompt": "1 + 1?", "gold": "2"},
-            ["field 'reward'", "such as 'answer'", "first row has domain, gold, task", "columns:"],
+            ["field 'reward'", "such as 'answer'", "the first row has gold", "`columns`"],
         ),
         ({"prompt": "1 + 1?", "answer": "2"}, ["field 'reward'"]),
         (
