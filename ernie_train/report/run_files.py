@@ -17,7 +17,7 @@ from ernie_train.core.errors import ErnieTrainError, UserError
 from ernie_train.core.foreign_files import open_regular, parse_json, read_json, read_text
 from ernie_train.core.yaml import parse_yaml
 from ernie_train.io.metrics_log import FILE_NAME
-from ernie_train.io.run_dir import DONE, refuse_if_in_use
+from ernie_train.io.run_dir import DONE, lock_owner
 
 RECIPE, ENVIRONMENT, EVALUATION = "recipe.yaml", "environment.json", "evaluation.json"
 SAMPLES, SOLVED = "samples.jsonl", "evaluation_samples.jsonl"
@@ -129,7 +129,7 @@ def read_run(run_dir: Path) -> RunFiles:
             remarks.append,
             asked=ended and bool(recipe.get("export")),
         ),
-        is_running=_is_running(run_dir),
+        is_running=lock_owner(run_dir) is not None,
         remarks=remarks,
     )
 
@@ -271,11 +271,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-
-
-def _is_running(run_dir: Path) -> bool:
-    try:
-        refuse_if_in_use(run_dir)
-    except UserError:
-        return True
-    return False

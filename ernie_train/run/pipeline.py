@@ -304,7 +304,7 @@ class Pipeline:
         kind = STAGES[stage.kind]
         place = self._place_of(stage)
         if saved := saved_steps(run.directory / CHECKPOINTS):
-            place += f"; goes on from step {saved[-1]}"
+            place += f"; saved at step {saved[-1]}"
         self.console.print(place, style="bold", highlight=False)
         with consensus.fail_together(), run.stop.at_once():
             if process_group.is_main():

@@ -203,6 +203,56 @@ def test_every_problem_of_the_second_level_has_what_no_demonstration_shows(task)
         assert [own for own in found if shown.issuperset(own)] == []
 
 
+def first_argument(row):
+    turn = row["messages"][-1]
+    solved = "tool_calls" in turn
+    call = turn["tool_calls"][0]["function"] if solved else json.loads(row["answer"])
+    properties = row["tools"][0]["function"]["parameters"]["properties"]
+    return call["name"], call["arguments"][next(iter(properties))]
+
+
+def test_the_first_argument_of_a_tool_is_new_to_it_and_then_to_all():
+    def shown(split, name):
+        return {first_argument(row) for row in rows_of(split, "tools") if row["task"] == name}
+
+    demonstrated = shown("train", "tool_arguments")
+    for split in (PROBLEMS, "validation", "test"):
+        second = shown(split, "tool_arguments_2")
+        assert second and second.isdisjoint(demonstrated)
+        assert shown(split, "tool_arguments") <= demonstrated
+    third = {value for _, value in shown("hard", "tool_arguments_3")}
+    demonstrations = "".join(row["messages"][0]["content"] for row in rows_of("train", "tools"))
+    assert third and not [value for value in third if str(value) in demonstrations]
+
+
+def terms_together(asked):
+    return sum(numbers(asked)[1:3])
+
+
+def factor_and_constant(asked):
+    left = asked.partition(": ")[2].partition(" = ")[0]
+    factor, constant = re.match(r"(\d+)?", left)[0], re.search(r" (\d+)$", left)
+    return int(factor or 1) > 3 and int(constant[1] if constant else 0) > 4
+
+
+SIZES_OF = {  # what grows from level to level, and where it is for the three
+    "boolean": (lambda asked: asked.count("not "), {0, 1}, {2, 3, 4}, None),
+    "chain_sum": (terms_together, range(11), range(11, 15), range(15, 19)),
+    "leg_counting": (lambda asked: sum(numbers(asked)), {2, 3}, {4}, {5, 6}),
+    "simple_equations": (factor_and_constant, {False}, {True}, {True}),
+}
+
+
+@pytest.mark.parametrize("task", SIZES_OF)
+def test_levels_of_logic_and_mathematics_are_apart_by_size(task):
+    size, *wanted = SIZES_OF[task]
+    for level, allowed in enumerate(wanted, 1):
+        name = task if level == 1 else f"{task}_{level}"
+        for split in SIZES[level] if allowed is not None else ():
+            asked = [r["messages"][0]["content"] for r in rows_of(split) if r["task"] == name]
+            assert asked and {size(one) for one in asked} <= set(allowed), (split, name)
+
+
 def test_the_tokenizer_is_the_one_that_its_command_makes(tmp_path):
     vocab_size = len(json.loads((DATA / "tokenizer/tokenizer.json").read_text())["model"]["vocab"])
     command = [sys.executable, "-m", "tools.data.train_tokenizer", tmp_path, DATA / "train"]

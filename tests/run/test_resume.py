@@ -180,6 +180,7 @@ def test_a_stop_says_what_is_saved_and_how_to_go_on(root, monkeypatch, capfd, mo
     assert "The same command goes on from there" in err
     assert not (root / moment / "export.json").exists()
     assert run("run", recipe, "--run-dir", root / moment) == 0
+    assert ("saved at step 1" in capfd.readouterr().out) == (moment == "training")
     assert (root / moment / "export/export_receipt.json").exists()
 
 

@@ -18,6 +18,7 @@ from ernie_train.core.config import load_yaml
 from ernie_train.data import Record
 from ernie_train.eval.evaluation import EvalConfig, load_problems
 from tools.data import make_data
+from tools.data.tasks.base import level_of
 from tools.evidence import rivals
 from tools.evidence.passes import solve
 from tools.evidence.runs import write_json
@@ -86,11 +87,11 @@ DERIVED: dict[str, Callable[[Path], list[str]]] = {
 
 
 def measured(run_dir: Path, *, problems: str, max_new_tokens: int = 128) -> Figures:
-    """Return pass@1 and pass@8 of a run after each of its stages, and its tokens.
+    """Return pass@1 and pass@8 of a run after each of its stages, lengths, and its tokens.
 
     As `sft/math/2` and `sft/math/2/pass@8`, means over a domain's problems of a level, and over
     those of a task, `sft/chain_sum_2`, and of all, `sft/all/2`. Those that are not of a task have
-    their values by problem.
+    their values by problem. `sft/length` is the mean number of tokens of a completion.
     """
     rows = [row for split in FRESH_SPLITS for row in load_problems(str(Path(problems) / split))]
     config = EvalConfig(max_new_tokens, samples=SAMPLES, temperature=1.0, k=(1, SAMPLES))
@@ -100,6 +101,7 @@ def measured(run_dir: Path, *, problems: str, max_new_tokens: int = 128) -> Figu
         model, tokenizer = open_model(rivals.checkpoint_of(run_dir, at))
         model.eval()
         values = solve(model, tokenizer, rows, config)
+        figures[f"{stage.name}/length"] = float(np.mean(values["length"]))
         for group, mine in groups_of(rows).items():
             for key, name in (("pass@1", group), (f"pass@{SAMPLES}", f"{group}/pass@{SAMPLES}")):
                 solved = [values[key][row] for row in mine]
@@ -114,7 +116,7 @@ def groups_of(problems: Sequence[Record]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     for at, problem in enumerate(problems):
         task = str(problem.fields["task"])
-        level = task[-1] if task[-2:] in ("_2", "_3") else "1"
+        level = level_of(task)
         for name in (task, f"{problem.fields['domain']}/{level}", f"all/{level}"):
             groups.setdefault(name, []).append(at)
     return groups

@@ -18,7 +18,7 @@ def solve(
     problems: Sequence[Record],
     config: EvalConfig,
 ) -> dict[str, list[float]]:
-    """Return pass@k and the length of each problem; pass@1 also for the problems of each task."""
+    """Return pass@k and the mean tokens of each problem; also `pass@1/TASK` for those of a task."""
     rows = evaluate(model, tokenizer, problems, config).samples
     n = config.samples
     groups = [rows[at : at + n] for at in range(0, len(rows), n)]

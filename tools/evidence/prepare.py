@@ -20,6 +20,7 @@ from tools.evidence.runs import ROOT, run_program, train
 NEEDLES = ROOT / "runs" / "needles"  # as recipes/long_context.yaml names it
 START_RECIPE = "recipes/ablate_rl_start.yaml"
 START_SEED = 7
+MADE = "MADE"  # marks a directory of rows as whole
 
 # Figures of each start, by the name of its row.
 Starts = dict[str, dict[str, Any]]
@@ -43,9 +44,11 @@ def rl_start(
     The prompts are those of data/problems, with worked solutions for the arms that learn from them.
     `start` is a model directory to begin with instead; `overrides` are those of the start's recipe.
     """
-    if not (out / "rows").exists():
+    made = out / "rows" / MADE  # beside an interrupted command's part of them it is missing
+    if not made.exists():
         options = ["--domains", DOMAIN, LOOSE_DOMAIN, "--splits", "problems", "--solutions"]
         make_data.main(["--out", str(out / "rows"), *options])
+        made.touch()
     own = make_start(out, start, overrides)
     starts = {}
     for name, domain in (("start", DOMAIN), ("loose-start", LOOSE_DOMAIN)):

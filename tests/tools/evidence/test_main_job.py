@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -12,7 +13,7 @@ from ernie_train.core.config import load_yaml
 from ernie_train.data import Record
 from ernie_train.rl.rollout import read_rollout
 from tests.small_writer import save_writer
-from tests.tools.evidence.in_process import in_this_process, train_here
+from tests.tools.evidence.in_process import one_process
 from tools.data.make_data import prompt_identity
 from tools.evidence import main_job, rivals, sweep
 from tools.evidence.runs import ROOT
@@ -49,12 +50,11 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "measure.options.max_new_tokens": 4,
     }  # fmt: skip
     command = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "train", train_here)
-        for module in (sweep, rivals):
-            patch.setattr(module, "run_program", in_this_process)
-        patch.delenv("ERNIE_TRAIN_REFEREE", raising=False)  # torch takes seconds to load
+    opens = patch.object(main_job, "open_model", wraps=main_job.open_model)
+    with one_process(), opens as opened:
         sweep.main(["tiny_seeds", *command, "--out", str(root / "out")])
+    measured = [Path(call.args[0]).relative_to(root / "out") for call in opened.call_args_list]
+    (root / "out/measured.txt").write_text("\n".join(map(str, measured)))
     return root / "out"
 
 
@@ -122,9 +122,17 @@ def test_problems_are_fresh_and_figures_are_by_level(out: Path) -> None:
     for stage in ("sft", *RL):
         for group in ("math/1", "math/2", "math/3", "all/2", "chain_sum_2"):
             assert 0 <= found[f"{stage}/{group}"] <= found[f"{stage}/{group}/pass@8"] <= 1
+        assert 0 < found[f"{stage}/length"] <= 4
     assert len(found["by_problem"]["sft/all/1"]) == len(fresh) // 2
     text = (out / "table.md").read_text()
     assert "| math |" in text and "nan" not in text
+
+
+def test_every_stage_is_measured_with_its_own_weights(out: Path) -> None:
+    expected = [f"pipeline-seed1/{at:02d}-{stage}" for at, stage in enumerate(("sft", *RL), 1)]
+    expected += ["demonstrations-seed1/01-sft", "rejection-seed1/01-sft"]
+    found = (out / "measured.txt").read_text().split("\n")
+    assert [str(Path(checkpoint).parents[1]) for checkpoint in found] == expected
 
 
 def test_problems_are_grouped_by_task_and_by_level() -> None:

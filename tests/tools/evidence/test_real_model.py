@@ -14,7 +14,7 @@ from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.rollout import read_rollout
 from ernie_train.run.recipe import load_recipe
 from tests.small_writer import save_writer
-from tests.tools.evidence.in_process import in_this_process, train_here
+from tests.tools.evidence.in_process import one_process
 from tools.evidence import real_model, rivals, sweep
 from tools.evidence.real_tasks import TASKS, UNSEEN, make_rows, write_rows
 from tools.evidence.runs import ROOT
@@ -105,12 +105,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def out(command: list[str]) -> Path:
     """The directory of the sweep after it has run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "train", train_here)
-        patch.setattr(real_model, "train", train_here)
-        for module in (sweep, real_model, rivals):
-            patch.setattr(module, "run_program", in_this_process)
-        patch.delenv("ERNIE_TRAIN_REFEREE", raising=False)  # torch takes seconds to load
+    with one_process(real_model):
         sweep.main(command)
     return Path(command[command.index("--out") + 1])
 

@@ -74,6 +74,12 @@ def _solution(item: Item) -> dict[str, Any]:
     return turn
 
 
+def level_of(task_name: str) -> int:
+    """Return the level in a row's `task`: 1 without a number behind it."""
+    _, _, level = task_name.rpartition("_")
+    return int(level) if level in ("2", "3") else 1
+
+
 def held_out(*parts: object, share: float = 0.3) -> bool:
     """Whether a combination is one of those that no demonstration shows.
 

@@ -65,7 +65,7 @@ _NEW: dict[str, list[str]] = {
     "city": ["Vienna", "Prague", "Lisbon", "Dublin", "Athens"],
     "person": ["Karen", "Nancy", "Robert", "Thomas", "Daniel"],
     "word": ["summer", "window", "letter", "bridge", "forest"],
-    "dish": ["bread", "stew", "noodles", "fish", "beans"],
+    "dish": ["toast", "stew", "noodles", "fish", "beans"],
     "room": ["cellar", "studio", "library", "bathroom", "lobby"],
 }
 
@@ -118,8 +118,8 @@ def _as_offered(tool: dict[str, Any]) -> dict[str, Any]:
 def tool_arguments(rng: random.Random, level: int) -> Item | None:
     """Offer one tool: read the arguments off the request, under the names of the signature.
 
-    At the second level the first argument is one that no demonstration gives to this tool, at the
-    third one that none gives to any.
+    At the second level the first argument is one that no demonstration of this task gives to the
+    tool, at the third one that none of any task gives to any.
     """
     kind = rng.choice(list(_TOOLS))
     values, first = _values(rng, kind), _TOOLS[kind][1][0]
