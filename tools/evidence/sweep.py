@@ -12,7 +12,8 @@ test problems, is made after that choice.
 
 A finished run leaves `result.json` in its directory and is not repeated, an interrupted one
 continues, so a sweep may be stopped and started again at any time. Results of other settings are
-refused, never mixed.
+refused, never mixed. `--with` takes the results.json of other seeds, as other machines made them,
+into the tables.
 """
 
 from __future__ import annotations
@@ -276,6 +277,18 @@ def measured(run_dir: Path, step: Step, name: str = "figures.json") -> Result:
     return figures
 
 
+def joined(own: Sequence[Result], files: Sequence[Path]) -> list[Result]:
+    """Return the results and those of files; `ValueError` if an arm has a seed twice."""
+    found = [*own, *(result for file in files for result in json.loads(file.read_text("utf-8")))]
+    seen: set[Task] = set()
+    for result in found:
+        task = (result["arm"], result["seed"])
+        if task in seen:
+            raise ValueError(f"{task[0]} has seed {task[1]} twice; leave it out with seeds=[...]")
+        seen.add(task)
+    return found
+
+
 def report(sweep: Sweep, results: Sequence[Result], out: Path, images: Path) -> str:
     """Return the tables and write them into `table.md`, and the plots into `images`."""
     trained = [result for result in results if result["seed"] is not None]
@@ -304,6 +317,7 @@ def run(options: argparse.Namespace) -> None:
         starts |= prepare.PREPARE[sweep.fresh.name](out, sweep.recipe, **sweep.fresh.options)
     chosen = [arm for arm in known if not options.arms or arm in options.arms]
     results = Runner(sweep, out, options.jobs, rates=rates).results(chosen, sweep.seeds)
+    results = joined(results, options.results)
     begun = [{"arm": name, "seed": None, **figures} for name, figures in starts.items()]
     text = report(sweep, [*begun, *results], out, options.images or out)
     if options.page:
@@ -319,6 +333,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="where the plots go; --out unless given")
     parser.add_argument("--page", type=Path, help="a page whose tables are replaced")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
+    parser.add_argument(
+        "--with", dest="results", type=Path, nargs="*", default=[], help="results.json of others"
+    )
     parser.add_argument("--arms", type=lambda text: text.split(","), help="only these: a,b")
     stop_on_sigterm()
     try:

@@ -64,6 +64,17 @@ def test_a_finished_run_is_not_repeated(
     assert json.loads((tmp_path / "results.json").read_text("utf-8")) == results
 
 
+def test_results_of_other_seeds_are_joined_and_none_counts_twice(
+    tmp_path: Path, trained: list[str]
+) -> None:
+    own = Runner(make_sweep(), tmp_path / "own").results(["quick"], [1])
+    Runner(make_sweep(), tmp_path / "other").results(["quick"], [2])
+    found = sweep.joined(own, [tmp_path / "other/results.json"])
+    assert [(r["arm"], r["seed"]) for r in found] == [("quick", 1), ("quick", 2)]
+    with pytest.raises(ValueError, match="quick has seed 1 twice"):
+        sweep.joined(own, [tmp_path / "own/results.json"])
+
+
 def test_results_of_other_overrides_are_refused(tmp_path: Path, trained: list[str]) -> None:
     Runner(make_sweep(), tmp_path).result(("quick", 1))
     changed = make_sweep(arms={"quick": {"stages.sft.steps": 4}})
