@@ -96,6 +96,19 @@ make_venv() {
   "$PYTHON_FOUND" -m venv --clear "$1"
 }
 
+# pip_install PYTHON ARGUMENT... : installs; in a terminal it shows which package it is at.
+pip_install() {
+  local python=$1 line
+  shift
+  if [ ! -t 2 ]; then
+    "$python" -m pip install --quiet "$@"
+    return
+  fi
+  "$python" -m pip install --progress-bar off "$@" |
+    while IFS= read -r line; do printf '\r\033[K    %.70s' "$line" >&2; done || return
+  printf '\r\033[K' >&2
+}
+
 # install_toolkit run|tests : sets VENV to an environment with what that needs.
 install_toolkit() {
   local requirements=requirements.txt stamp
@@ -115,8 +128,8 @@ install_toolkit() {
   if ! has_stamp "$VENV" ".complete-$1" "$stamp"; then
     make_venv "$VENV"
     say "Installing $requirements into $VENV (about 2 GB; takes some minutes)"
-    "$VENV/bin/python" -m pip install --quiet -r "$requirements"
-    "$VENV/bin/python" -m pip install --quiet --no-deps -e .
+    pip_install "$VENV/bin/python" -r "$requirements"
+    pip_install "$VENV/bin/python" --no-deps -e .
     # What the tests need includes what a run needs.
     write_stamp "$VENV" .complete-run "$(stamp_of requirements.txt pyproject.toml)"
     [ "$1" = run ] || write_stamp "$VENV" ".complete-$1" "$stamp"
@@ -140,9 +153,9 @@ install_referee() {
   if ! has_stamp "$directory" .complete "$stamp"; then
     make_venv "$directory"
     say "Installing requirements-referee.txt into $directory (torch and transformers, for tests only)"
-    "$directory/bin/python" -m pip install --quiet -r requirements-referee.txt
+    pip_install "$directory/bin/python" -r requirements-referee.txt
     rm -rf -- "$directory/transformers-4.57"
-    "$directory/bin/python" -m pip install --quiet --no-deps \
+    pip_install "$directory/bin/python" --no-deps \
       --target "$directory/transformers-4.57" -r requirements-referee-457.txt
     write_stamp "$directory" .complete "$stamp"
   fi
@@ -164,7 +177,7 @@ install_vllm() {
   if ! has_stamp "$VLLM" .complete "$stamp"; then
     make_venv "$VLLM"
     say "Installing requirements-vllm.txt into $VLLM (about 3 GB)"
-    "$VLLM/bin/python" -m pip install --quiet --no-deps -r requirements-vllm.txt
+    pip_install "$VLLM/bin/python" --no-deps -r requirements-vllm.txt
     write_stamp "$VLLM" .complete "$stamp"
   fi
   unlock

@@ -22,12 +22,21 @@ from ernie_train.core.errors import UserError
 from ernie_train.core.terminal import Terminal
 
 
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="also print the recipe with every default")
+    ] = False,
+) -> None:
     """Validate recipe, model, tokenizer and data without training, and show the label mask."""
-    from ernie_train.run.check import check_recipe
+    from ernie_train.run.check import check_recipe, print_resolved
     from ernie_train.run.recipe import load_recipe
 
-    check_recipe(load_recipe(recipe, overrides), Terminal())
+    loaded, console = load_recipe(recipe, overrides), Terminal()
+    if resolved:
+        print_resolved(loaded, console)
+    check_recipe(loaded, console)
 
 
 def plan(

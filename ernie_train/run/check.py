@@ -30,14 +30,18 @@ HIGHEST_LR = 0.05  # even a model of a few million parameters diverges above it
 _PROBE = "The quick brown foxes jumped: 2024 + 17 = ?\n\n    def f(x):\treturn x**2  # 最终答案是 é"
 
 
+def print_resolved(recipe: Recipe, console: Console) -> None:
+    """Print a recipe with all its keys, those that it leaves out with their defaults."""
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    console.print(Syntax(resolved, "yaml", background_color="default"))
+
+
 def check_recipe(recipe: Recipe, console: Console) -> None:
-    """Print the resolved recipe, the model's size, and for each stage its batch and data.
+    """Print the model's size, and for each stage its batch and data.
 
     Raises the errors that a run would raise before its first step, except for what may exist on
     another machine only: GPUs, a model, its tokenizer. Those are printed.
     """
-    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    console.print(Syntax(resolved, "yaml", background_color="default"))
     base_dir = Path.cwd()
     recipe.loggers(base_dir).check()
     if recipe.device == "gpu" and (missing := devices.why_no_gpu()):

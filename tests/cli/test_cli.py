@@ -161,6 +161,13 @@ def test_check_shows_batch_report_and_label_mask(workspace, cli):
     assert "a step trains 4 rows of 128 tokens (512 at most) in 2 micro-batches; steps: 12" in words
     assert "think_mode=True" in out
     assert "20 problems of 1 tasks" in words
+    assert "beta2: 0.95" not in out  # a default: of the recipe itself nothing is repeated
+
+
+def test_check_prints_the_recipe_with_its_defaults_when_asked(workspace, cli):
+    status, out, _ = cli("check", workspace / "recipe.yaml", "stages.sft.seq_len=64", "--resolved")
+    assert status == 0
+    assert "beta2: 0.95" in out and "seq_len: 64" in out and "rows of 64 tokens" in out
 
 
 def test_problems_that_cannot_be_scored_are_refused_before_training(

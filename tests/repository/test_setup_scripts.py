@@ -5,10 +5,12 @@ stand-ins that write down what they are asked to do.
 """
 
 import os
+import pty
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -78,7 +80,7 @@ class Sandbox:
         (self.bin / name).chmod(0o755)
 
     def run(
-        self, *command: str, cwd: Path | None = None, **environ: str
+        self, *command: str, cwd: Path | None = None, stderr: int = PIPE, **environ: str
     ) -> "subprocess.CompletedProcess[str]":
         self.log.write_text("")
         variables = {"PATH": str(self.bin), "LOG": str(self.log), "FAIL_PIP": str(self.fail_pip)}
@@ -86,7 +88,8 @@ class Sandbox:
             [str(self.repository / command[0]), *command[1:]],
             cwd=cwd or self.repository,
             env=variables | environ,
-            capture_output=True,
+            stdout=PIPE,
+            stderr=stderr,
             text=True,
             timeout=60,
         )
@@ -124,6 +127,22 @@ def test_the_first_run_installs_and_the_second_only_runs(sandbox: Sandbox) -> No
     second = sandbox.run("run-tiny")
     assert sandbox.calls() == ["-m ernie_train run recipes/tiny.yaml"]
     assert "Installing" not in second.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_terminal_shows_the_package_that_is_installed(sandbox: Sandbox, fails: bool) -> None:
+    collecting = '"-m pip install"*) echo "Collecting a-package" ;'
+    sandbox.command("python3.11", FAKE_PYTHON.replace('"-m pip install"*)', collecting))
+    if fails:
+        sandbox.fail_pip.touch()
+    ours, theirs = pty.openpty()
+    status = sandbox.run("run-tiny", stderr=theirs).returncode
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "Collecting a-package" in shown and "--quiet" not in sandbox.log.read_text()
+    assert status == int(fails)
+    assert (sandbox.repository / ".venv/.complete-run").exists() != fails
 
 
 def test_an_interrupted_installation_is_taken_up_again(sandbox: Sandbox) -> None:
