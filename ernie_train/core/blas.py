@@ -10,6 +10,7 @@ would kill its process.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +60,7 @@ class Processor:
     vendor: str = "unknown"  # AuthenticAMD, GenuineIntel
     flags: frozenset[str] = frozenset()
     mhz: float = 0.0
+    model: str = ""
 
     @property
     def vector_set(self) -> tuple[str, int, str] | None:
@@ -90,7 +93,8 @@ def read_processor(
     except ValueError:
         mhz = 0.0
     flags = frozenset(facts.get("flags", "").split())
-    return Processor(machine, facts.get("vendor_id", "unknown"), flags, mhz)
+    model = " ".join(facts[key] for key in ("cpu family", "model", "stepping") if key in facts)
+    return Processor(machine, facts.get("vendor_id", "unknown"), flags, mhz, model)
 
 
 def better_core(core: str, processor: Processor) -> str | None:
@@ -130,15 +134,20 @@ print(*[i["architecture"] for i in threadpool_info() if i["internal_api"] == "op
 
 def fallback_core() -> str | None:
     """Return the kernels that numpy's OpenBLAS would choose here; None if it has no OpenBLAS."""
+    library = _openblas()
+    if library is None:
+        return None
+    # It finds the Fortran library beside it through numpy's modules alone, or this variable.
+    return _python(_ASK_LIBRARY, str(library), LD_LIBRARY_PATH=str(library.parent)) or None
+
+
+def _openblas() -> Path | None:
+    """Return the file of numpy's OpenBLAS, None if it has another library."""
     spec = find_spec("numpy")
     if spec is None or spec.origin is None:
         return None
     libraries = Path(spec.origin).parents[1] / "numpy.libs"
-    for library in sorted(libraries.glob("*openblas*.so*")):
-        # It finds the Fortran library beside it through numpy's modules alone, or this variable.
-        found = _python(_ASK_LIBRARY, str(library), LD_LIBRARY_PATH=str(libraries))
-        return found or None
-    return None
+    return next(iter(sorted(libraries.glob("*openblas*.so*"))), None)
 
 
 def core_works(core: str) -> bool:
@@ -163,11 +172,43 @@ def _python(code: str, *arguments: str, **environ: str) -> str:
     return done.stdout.strip()
 
 
-def choose_core(processor: Processor) -> str | None:
-    """Return kernels that numpy should be told to take, after trying them; None: leave it alone."""
+def choose_core(processor: Processor, memory: Path | None = None) -> str | None:
+    """Return kernels that numpy should be told to take, after trying them; None: leave it alone.
+
+    What was tried is noted in the directory `memory`, for this processor and numpy's library, and
+    not tried again: both processes take 0.2 s. A choice to leave numpy alone is not noted, since a
+    process that a busy machine held up looks the same.
+    """
+    note = _note_of(processor, memory)
+    if note is not None:
+        with suppress(OSError, UnicodeError):
+            if (known := note.read_text("ascii")) in {core for *_, core in _SETS}:
+                return known
     core = fallback_core()
     better = better_core(core, processor) if core else None
-    return better if better is not None and core_works(better) else None
+    if better is None or not core_works(better):
+        return None
+    if note is not None:
+        with suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            part = note.with_name(f"{note.name}.{os.getpid()}")
+            part.write_text(better, "ascii")
+            part.replace(note)
+    return better
+
+
+def _note_of(processor: Processor, memory: Path | None) -> Path | None:
+    """Return the file that a choice is noted in, by everything that it depends on."""
+    library = _openblas()
+    if memory is None or library is None:
+        return None
+    try:
+        file = library.stat()
+    except OSError:
+        return None
+    seen = (processor.machine, processor.vendor, processor.model, *sorted(processor.flags))
+    facts = (*seen, str(library), file.st_size, file.st_mtime_ns)
+    return memory / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
 # ---- once numpy is loaded ------------------------------------------------------------------------
@@ -178,9 +219,10 @@ def core_in_use() -> str | None:
     import numpy
     from threadpoolctl import threadpool_info
 
-    home = str(Path(numpy.__file__).parents[1])
+    home = Path(numpy.__file__).resolve().parents[1]  # the libraries' paths follow links, too
     for library in threadpool_info():
-        beside = library["filepath"].startswith((f"{home}/numpy.libs", f"{home}/numpy/"))
+        file = Path(library["filepath"]).resolve()
+        beside = file.is_relative_to(home / "numpy.libs") or file.is_relative_to(home / "numpy")
         if library["internal_api"] == "openblas" and beside:
             return str(library["architecture"])
     return None

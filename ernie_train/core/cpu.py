@@ -25,7 +25,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ __version__ = "0.3.0.dev0"
 MARKER = "ERNIE_TRAIN_CPU_SETUP"
 # Says that numpy's kernels were looked at, so that the processes started from here need not.
 KERNELS_SEEN = "ERNIE_TRAIN_KERNELS_SEEN"
+CACHE = "ERNIE_TRAIN_CACHE"
 THREAD_VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
 MALLOC_VARIABLES = (
     "MALLOC_MMAP_THRESHOLD_",
@@ -207,8 +208,23 @@ def _kernels_wanted(
     if settled or processor.vector_set is None:
         return {}
     environ[KERNELS_SEEN] = "1"
-    core = blas.choose_core(processor)
+    core = blas.choose_core(processor, cache_root(environ))
     return {blas.CORE_TYPE: core} if core else {}
+
+
+def cache_root(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the directory of what is kept between starts; None if nothing may be.
+
+    $ERNIE_TRAIN_CACHE ("off": None), else ernie_train in $XDG_CACHE_HOME or ~/.cache.
+    """
+    asked = environ.get(CACHE)
+    if asked:
+        return None if asked == "off" else Path(asked)
+    try:
+        caches = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home directory, as containers have them
+        return None
+    return Path(caches) / "ernie_train"
 
 
 def _threads_chosen_by_user(environ: MutableMapping[str, str]) -> int:

@@ -30,6 +30,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ernie_train.core.cpu import CACHE, cache_root
 from ernie_train.core.errors import ConfigError, storage_errors
 from ernie_train.core.foreign_files import read_json
 from ernie_train.data.documents import DocumentBuilder, Documents, Origins
@@ -37,7 +38,7 @@ from ernie_train.io.files import digest_file, fingerprint, sync_path, write_json
 
 _log = logging.getLogger(__name__)
 
-VARIABLE, BOUND = "ERNIE_TRAIN_CACHE", "ERNIE_TRAIN_CACHE_GB"
+BOUND = "ERNIE_TRAIN_CACHE_GB"
 DEFAULT_GB = 100.0
 # Smaller sources are encoded in a moment, and need no files. Files may be compressed: the 9350 rows
 # of 265 kB with which `recipes/tiny.yaml` begins take 14 s.
@@ -62,7 +63,7 @@ def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None
 
     facts: everything else that the encoded documents depend on, as JSON values.
     """
-    root = _root()
+    root = cache_root()
     if root is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
         return None
     contents = [[str(file), digest_file(file).sha256] for file in files]
@@ -71,21 +72,10 @@ def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _log.warning(
-            "rows are encoded at every start: %s (%s names another directory)", error, VARIABLE
+            "rows are encoded at every start: %s (%s names another directory)", error, CACHE
         )
         return None
     return directory
-
-
-def _root() -> Path | None:
-    asked = os.environ.get(VARIABLE)
-    if asked:
-        return None if asked == "off" else Path(asked)
-    try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # a user without a home directory, as containers have them
-        return None
-    return Path(caches) / "ernie_train"
 
 
 @functools.cache

@@ -97,6 +97,41 @@ def test_a_fallback_gives_way_to_the_best_that_the_processor_runs(
     assert bool(blas.kernel_problem(core, PROCESSORS[name], {})) == (better is not None)
 
 
+def test_a_choice_is_tried_once_for_a_processor_and_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    library = tmp_path / "libopenblas.so"
+    library.write_text("first")
+    monkeypatch.setattr(blas, "_openblas", lambda: library)
+    monkeypatch.setattr(blas, "fallback_core", lambda: "Prescott")
+    monkeypatch.setattr(blas, "core_works", lambda core: not tried.append(core))
+
+    def chosen(name: str, tries: int, memory: Path | None = tmp_path / "memory/here") -> str | None:
+        tried.clear()
+        core = blas.choose_core(PROCESSORS[name], memory)
+        assert len(tried) == tries
+        return core
+
+    assert chosen("AMD with AVX-512", 1) == chosen("AMD with AVX-512", 0) == "SkylakeX"
+    assert chosen("AMD with AVX2", 1) == chosen("AMD with AVX2", 0) == "Haswell"
+    assert chosen("AMD with AVX2", 1, None) == "Haswell"
+    library.write_text("another")
+    assert chosen("AMD with AVX2", 1) == "Haswell"
+    for note in (tmp_path / "memory/here").iterdir():
+        note.write_text("NoSuchCore\n")
+    assert chosen("AMD with AVX2", 1) == chosen("AMD with AVX2", 0) == "Haswell"
+    assert chosen("AMD with AVX2", 1, library) == "Haswell"  # no directory: nothing is noted
+
+
+def test_what_did_not_work_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = iter([False, True])
+    monkeypatch.setattr(blas, "fallback_core", lambda: "Prescott")
+    monkeypatch.setattr(blas, "core_works", lambda core: next(works))
+    found = [blas.choose_core(PROCESSORS["AMD with AVX2"], tmp_path) for _ in range(3)]
+    assert found == [None, "Haswell", "Haswell"]
+
+
 def test_a_library_that_is_not_openblas_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "fallback_core", lambda: None)
     assert blas.choose_core(PROCESSORS["AMD with AVX2"]) is None

@@ -22,7 +22,7 @@ def before_paddle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "paddle", raising=False)
     monkeypatch.delitem(sys.modules, "numpy", raising=False)
     monkeypatch.setattr(blas, "read_processor", lambda: PROCESSORS["AMD with AVX2"])
-    monkeypatch.setattr(blas, "choose_core", lambda processor: None)
+    monkeypatch.setattr(blas, "choose_core", lambda processor, memory: None)
     monkeypatch.setattr(cpu, "available_cores", lambda: 6)
 
 
@@ -169,7 +169,7 @@ class TestConfigureProcess:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[blas.Processor] = []
-        monkeypatch.setattr(blas, "choose_core", lambda p: asked.append(p) or "Haswell")
+        monkeypatch.setattr(blas, "choose_core", lambda p, memory: asked.append(p) or "Haswell")
         environ: dict[str, str] = {}
         cpu.configure_process(environ)
         assert environ[blas.CORE_TYPE] == cpu.cpu_setup().done[blas.CORE_TYPE] == "Haswell"
@@ -231,3 +231,17 @@ def test_freed_tensors_are_used_again() -> None:
     assert int(child(code)) < 500
     # glibc's own default, given by the user, which therefore stays: the referee.
     assert int(child(code, MALLOC_MMAP_THRESHOLD_="131072")) > 10_000
+
+
+def test_what_is_kept_between_starts_lies_where_the_user_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    assert cpu.cache_root({"ERNIE_TRAIN_CACHE": "here"}) == Path("here")
+    assert cpu.cache_root({"ERNIE_TRAIN_CACHE": "off"}) is None
+    assert cpu.cache_root({"XDG_CACHE_HOME": "caches"}) == Path("caches/ernie_train")
+    assert cpu.cache_root({}) == Path.home() / ".cache" / "ernie_train"
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cpu.cache_root({}) is None

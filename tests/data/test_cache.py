@@ -160,21 +160,6 @@ def test_small_sources_and_directories_that_cannot_be_written_do_without(
     assert "rows are encoded at every start" in caplog.text
 
 
-def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setenv("ERNIE_TRAIN_CACHE", "here")
-    assert module._root() == Path("here")
-    monkeypatch.delenv("ERNIE_TRAIN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "caches")
-    assert module._root() == Path("caches/ernie_train")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert module._root() == Path.home() / ".cache" / "ernie_train"
-    monkeypatch.setattr(Path, "home", no_home)
-    assert module._root() is None
-
-
 def _hold(directory: Path, path: Path) -> None:
     with module.exclusive(directory):
         path.write_text("held")
