@@ -14,6 +14,7 @@ import pytest
 import ernie_train
 from ernie_train.core.yaml import dump_yaml
 from ernie_train.io.files import fingerprint, write_json, write_text
+from ernie_train.io.run_dir import RunLock
 
 HEAVY = {
     "paddle", "paddlenlp", "numpy", "pyarrow", "matplotlib", "visualdl", "scipy",
@@ -87,6 +88,13 @@ def test_status_loads_nothing_heavy(run_dir: Path) -> None:
     assert "gate not judged" not in output
     assert "gate missed" in output and "next: stage rl missed its gate" in output
     assert "no process runs it" in output
+
+
+def test_status_names_the_process_that_runs_it(run_dir: Path) -> None:
+    with RunLock(run_dir):
+        output = run_alone("status", run_dir)[3]
+    assert f"running: process {os.getpid()}" in output and "now: stage rl" in output
+    assert "no process runs it" not in output and "next:" not in output
 
 
 def test_a_recipe_that_somebody_changed_is_validated(run_dir: Path) -> None:
