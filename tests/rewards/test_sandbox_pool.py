@@ -79,10 +79,16 @@ def test_a_program_that_costs_its_sandbox_twice_has_failed(monkeypatch):
     real = process.exchange
 
     def lose(pair, request, limits):
-        if "time.sleep" in request["source"]:
-            real(pair, request | {"source": RIGHT}, limits)  # all its processes are there then
-            kill_all(pair.programs._process.pid)
-        return real(pair, request, limits)
+        if "time.sleep" not in request["source"]:
+            return real(pair, request, limits)
+        real(pair, request | {"source": RIGHT}, limits)  # all its processes are there then
+        # While the program runs: one that ended before it would be replaced, and cost nothing.
+        killer = threading.Timer(0.2, kill_all, [pair.programs._process.pid])
+        killer.start()
+        try:
+            return real(pair, request, limits)
+        finally:
+            killer.join()
 
     monkeypatch.setattr(api, "exchange", lose)
     outcome = run_calls("import time\ntime.sleep(1)", "f", [[1]])
