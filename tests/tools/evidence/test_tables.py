@@ -201,6 +201,7 @@ def test_a_stage_of_the_main_job_is_held_to_the_one_before_and_rl_to_its_rivals(
         )
         results.append({"arm": "pipeline", "seed": seed, **stages})
         results.append({"arm": "rejection", "seed": seed, **solved("sft", logic=0.41)})
+        results.append({"arm": "demonstrations", "seed": seed, **solved("sft", logic=0.45)})
 
     def cells(rendered: str) -> dict[str, list[str]]:
         rows = [line.strip("| ").split(" | ") for line in rendered.splitlines() if "|" in line]
@@ -211,4 +212,4 @@ def test_a_stage_of_the_main_job_is_held_to_the_one_before_and_rl_to_its_rivals(
     assert lines["math"][1:] == ["40.0", "20.0", "0.0"]
     assert lines["science"][1:3] == ["40.0", "15.0"]
     lines = cells(load_sweep("tiny_seeds").tables[0].render(results))
-    assert lines["logic"] == ["40.0", "47.0", "", "41.0", "7.0", "6.0"]
+    assert lines["logic"] == ["40.0", "47.0", "45.0", "41.0", "7.0", "2.0", "6.0"]
