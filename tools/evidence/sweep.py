@@ -42,7 +42,7 @@ from tools.evidence.runs import (
 from tools.evidence.tables import Table, costs, insert
 
 SWEEPS = Path(__file__).resolve().parent / "sweeps"
-RESULT = "result.json"
+RESULT, SETTINGS = "result.json", "settings.json"
 
 Result = dict[str, Any]
 Task = tuple[str, int]  # arm, seed
@@ -130,7 +130,7 @@ def claim(sweep: Sweep, out: Path) -> None:
     settings["sha256"] = {
         name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in recipes
     }
-    file = out / "settings.json"
+    file = out / SETTINGS
     if not file.exists():
         write_json(file, settings)
     elif (known := json.loads(file.read_text("utf-8"))) != settings:
@@ -277,14 +277,22 @@ def measured(run_dir: Path, step: Step, name: str = "figures.json") -> Result:
     return figures
 
 
-def joined(own: Sequence[Result], files: Sequence[Path]) -> list[Result]:
-    """Return the results and those of files; `ValueError` if an arm has a seed twice."""
-    found = [*own, *(result for file in files for result in json.loads(file.read_text("utf-8")))]
+def join_results(own: Sequence[Result], files: Sequence[Path], out: Path) -> list[Result]:
+    """Return the results of the sweep in `out` and those of other results.json.
+
+    Ends the program if what all runs share differs, by the settings.json beside each file, or if an
+    arm has a seed twice.
+    """
+    found = list(own)
+    for file in files:
+        if file.with_name(SETTINGS).read_bytes() != (out / SETTINGS).read_bytes():
+            sys.exit(f"{file} holds results with other settings: compare {file.parent}/{SETTINGS}")
+        found += json.loads(file.read_text("utf-8"))
     seen: set[Task] = set()
     for result in found:
         task = (result["arm"], result["seed"])
         if task in seen:
-            raise ValueError(f"{task[0]} has seed {task[1]} twice; leave it out with seeds=[...]")
+            sys.exit(f"{task[0]} has seed {task[1]} twice; leave it out with seeds=[...]")
         seen.add(task)
     return found
 
@@ -317,7 +325,7 @@ def run(options: argparse.Namespace) -> None:
         starts |= prepare.PREPARE[sweep.fresh.name](out, sweep.recipe, **sweep.fresh.options)
     chosen = [arm for arm in known if not options.arms or arm in options.arms]
     results = Runner(sweep, out, options.jobs, rates=rates).results(chosen, sweep.seeds)
-    results = joined(results, options.results)
+    results = join_results(results, options.results, out)
     begun = [{"arm": name, "seed": None, **figures} for name, figures in starts.items()]
     text = report(sweep, [*begun, *results], out, options.images or out)
     if options.page:

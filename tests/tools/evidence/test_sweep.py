@@ -65,14 +65,28 @@ def test_a_finished_run_is_not_repeated(
 
 
 def test_results_of_other_seeds_are_joined_and_none_counts_twice(
-    tmp_path: Path, trained: list[str]
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Runner(make_sweep(), tmp_path / "own").results(["quick"], [1])
-    Runner(make_sweep(), tmp_path / "other").results(["quick"], [2])
-    found = sweep.joined(own, [tmp_path / "other/results.json"])
-    assert [(r["arm"], r["seed"]) for r in found] == [("quick", 1), ("quick", 2)]
-    with pytest.raises(ValueError, match="quick has seed 1 twice"):
-        sweep.joined(own, [tmp_path / "own/results.json"])
+    shown: list[Any] = []
+    monkeypatch.setattr(sweep, "report", lambda made, results, *rest: shown.append(results) or "")
+    monkeypatch.setattr(sweep, "load_sweep", lambda *given: make_sweep(seeds=seeds, **changes))
+
+    def run(name: str, *options: str) -> list[tuple[str, int]]:
+        sweep.main(["made", "--arms", "quick", "--out", str(tmp_path / name), *options])
+        return [(result["arm"], result["seed"]) for result in shown[-1]]
+
+    changes: dict[str, Any] = {}
+    seeds = [2]
+    run("other")
+    theirs = ("--with", str(tmp_path / "other/results.json"))
+    seeds = [1]
+    assert run("own", *theirs) == [("quick", 1), ("quick", 2)]
+    seeds = [1, 2]
+    with pytest.raises(SystemExit, match="quick has seed 2 twice"):
+        run("own", *theirs)
+    changes, seeds = {"recipe": "recipes/tiny.yaml"}, [1]
+    with pytest.raises(SystemExit, match="other settings"):
+        run("changed", *theirs)
 
 
 def test_results_of_other_overrides_are_refused(tmp_path: Path, trained: list[str]) -> None:
