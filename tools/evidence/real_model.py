@@ -59,7 +59,7 @@ def real_start(
         write_all_levels(rows / "probe.jsonl", probe * most, SEEDS["probe"], taken)
     fetch(out, model)
     if not (out / START / "config.json").exists():
-        train(START_RECIPE, [*_placed(out), *overrides], out / "sft")
+        train(START_RECIPE, [*_placed(out), *overrides], out / "sft", ranks=2)
         export = ("export", str(out / "sft"), str(out / START), "--dtype", "float32", "--force")
         run_program("-m", "ernie_train", *export)
     if not (out / MOE_START / "config.json").exists():

@@ -2,8 +2,9 @@
 
     python -m tools.evidence.real_tasks DIRECTORY [--count 20] [--seed 0]
 
-Five tasks are trained on, two are kept back. Each has levels: digits, numbers or hours. All
-randomness comes from a seed, the name of the task and the level; no problem is in two splits.
+Five tasks are trained on, two are kept back. Each has levels: digits, a bound of its numbers, how
+many numbers, or minutes. All randomness comes from a seed, the name of the task and the level; no
+problem is in two splits.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def sums(rng: random.Random, level: int) -> Problem:
 
 
 def product(rng: random.Random, level: int) -> Problem:
-    """A number of `level` digits times one of one digit, by the places of the larger."""
-    a, b = _number(rng, level), rng.randrange(3, 10)
+    """A number below `level` times one of one digit, by the places of the larger."""
+    a, b = rng.randrange(2, level), rng.randrange(3, 10)
     digits = str(a)
     parts = [int(d) * 10 ** (len(digits) - 1 - at) for at, d in enumerate(digits) if d != "0"]
     steps = " + ".join(str(part * b) for part in parts)
@@ -54,8 +55,8 @@ def product(rng: random.Random, level: int) -> Problem:
 
 
 def change(rng: random.Random, level: int) -> Problem:
-    """What is left after a purchase, of a sum of `level` digits."""
-    paid = _number(rng, level) // 10 * 10 + 10
+    """What is left after a purchase, of at most `level` coins, in tens."""
+    paid = rng.randrange(20, level + 1, 10)
     count = rng.randrange(2, 10)
     price = rng.randrange(2, max(3, paid // count))
     cost = count * price
@@ -77,8 +78,8 @@ def sorting(rng: random.Random, level: int) -> Problem:
 
 
 def clock(rng: random.Random, level: int) -> Problem:
-    """The time of day some minutes later, fewer than `level` hours."""
-    start, later = rng.randrange(24 * 60), rng.randrange(5, 60 * level)
+    """The time of day some minutes later, in fives, fewer than `level`."""
+    start, later = rng.randrange(0, 24 * 60, 5), rng.randrange(5, level, 5)
     end = (start + later) % (24 * 60)
     question = f"It is {_time(start)}. What time is it {later} minutes later? Write hours:minutes."
     return Problem(question, _time(end), _time(end), "exact")
@@ -108,8 +109,8 @@ TASKS: dict[str, Generator] = {
 }  # fmt: skip
 UNSEEN: dict[str, Generator] = {"difference": difference, "descending": descending}
 LEVELS: dict[str, tuple[int, ...]] = {  # to choose between
-    "sum": (2, 3, 4), "product": (2, 3), "change": (2, 3), "sorting": (4, 5, 6, 8),
-    "clock": (1, 2, 3),
+    "sum": (2, 3, 4), "product": (20, 50, 100, 1000), "change": (50, 100, 1000),
+    "sorting": (3, 4, 5, 6), "clock": (30, 60, 120),
 }  # fmt: skip
 LIKE = {"difference": "sum", "descending": "sorting"}  # tasks that take the level of another
 

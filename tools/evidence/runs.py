@@ -76,10 +76,13 @@ def _wait(process: subprocess.Popen[bytes], started: float) -> dict[str, float]:
     }
 
 
-def train(recipe: str, overrides: Sequence[str], run_dir: Path) -> dict[str, float]:
+def train(
+    recipe: str, overrides: Sequence[str], run_dir: Path, *, ranks: int = 1
+) -> dict[str, float]:
     """Run the recipe, or the rest of it; return the costs of all starts, as `run_program` does.
 
-    A start during which this process itself was killed is not counted.
+    Data ranks take a core each; those that `run` would start by itself would take the cores of the
+    runs beside this one. A start during which this process itself was killed is not counted.
     """
     file = run_dir / SPENT
     before: dict[str, float] = json.loads(file.read_text("utf-8")) if file.exists() else {}
@@ -92,8 +95,9 @@ def train(recipe: str, overrides: Sequence[str], run_dir: Path) -> dict[str, flo
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(file, spent)
 
-    run = ("-m", "ernie_train", "run", recipe, "--run-dir", str(run_dir))
-    run_program(*run, *overrides, note=note)
+    run = ["-m", "ernie_train", "run", recipe, "--run-dir", str(run_dir)]
+    run += ["--nproc", str(ranks)] if ranks > 1 else []
+    run_program(*run, f"parallel.data={ranks}", *overrides, note=note)
     return spent
 
 

@@ -45,7 +45,7 @@ def test_demonstrations_are_right_and_a_changed_answer_is_wrong(task: str) -> No
     ],
 )
 def test_answers_are_those_of_the_questions(task, question, answer) -> None:  # type: ignore[no-untyped-def]
-    for row in make_rows(task, 20, 7, 2):
+    for row in make_rows(task, 20, 7, LEVEL[task]):
         words = row["messages"][1]["content"].removesuffix("?").split()
         numbers = [int(word) for word in words if word.isdigit()]
         assert row["messages"][1]["content"] == question.format(*numbers)
@@ -55,11 +55,11 @@ def test_answers_are_those_of_the_questions(task, question, answer) -> None:  # 
 def test_the_clock_goes_on_over_midnight() -> None:
     class Late(random.Random):
         def randrange(self, *bounds: int) -> int:  # type: ignore[override]
-            return bounds[-1] - 1
+            return range(*bounds)[-1]
 
-    problem = real_tasks.clock(Late(), 1)
-    assert problem.question.startswith("It is 23:59. What time is it 59 minutes later?")
-    assert problem.answer == "0:58"
+    problem = real_tasks.clock(Late(), 60)
+    assert problem.question.startswith("It is 23:55. What time is it 55 minutes later?")
+    assert problem.answer == "0:50"
 
 
 def test_splits_share_no_problem_and_depend_on_their_seed(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_splits_share_no_problem_and_depend_on_their_seed(tmp_path: Path) -> Non
     assert other.read_bytes() != text
     row = json.loads(one.read_text().splitlines()[0])
     assert (row["task"], row["difficulty"]) == ("sum", LEVEL["sum"])
-    with pytest.raises(ValueError, match="product at level 1 has fewer than 100"):
-        make_rows("product", 100, 0, 1)
+    with pytest.raises(ValueError, match="product at level 20 has fewer than 200"):
+        make_rows("product", 200, 0, 20)
 
 
 def test_demonstrations_are_of_all_levels(tmp_path: Path) -> None:
