@@ -20,7 +20,7 @@ from ernie_train.cli.score import read_rows
 from ernie_train.cli.turn_view import STYLES, TAG, THINKING, TurnView
 from ernie_train.core.errors import ErnieTrainError, Interrupted, UserError
 from ernie_train.core.signals import StopFlag
-from ernie_train.core.terminal import message_text, printable
+from ernie_train.core.terminal import Terminal, message_text, printable
 from ernie_train.data import Record, Tokenizer, prompt_ids, require_chat_template
 from ernie_train.data.completion_format import parse_completion
 from ernie_train.environments import (
@@ -69,7 +69,11 @@ class ChatCommand:
     force: bool
 
     def run(self, console: Console, read: Callable[[str], str]) -> None:
-        """Answer the lines of `read`, a function such as `input`, until it raises `EOFError`."""
+        """Answer the lines of `read`, a function such as `input`, until it raises `EOFError`.
+
+        A file or a pipe as `console` gets what the model says alone, stderr the rest.
+        """
+        notes = console if console.is_terminal else Terminal(stderr=True)
         path = best_checkpoint(self.model) if self.best else self.model
         model, tokenizer = open_model(path)
         require_chat_template(tokenizer)
@@ -77,13 +81,13 @@ class ChatCommand:
         if environment is None and self.use_tools:
             environment = recipe_environment(self.model)
         with open_toolbox(environment, tokenizer, Path.cwd()) as toolbox:
-            chat = Chat(model, tokenizer, toolbox, self.sampling, console, str(path))
+            chat = Chat(model, tokenizer, toolbox, self.sampling, console, str(path), notes)
             chat.folded = self.folded
             if self.transcript is not None:
                 chat.keep_transcript(self.transcript, force=self.force)
             chat.begin(self.system)
             names = ", ".join(tool["function"]["name"] for tool in chat.tools or ())
-            console.print(f"{path}; tools: {names or 'none'}; /help lists commands", style="dim")
+            notes.print(f"{path}; tools: {names or 'none'}; /help lists commands", style="dim")
             chat.run(read)
 
 
@@ -129,9 +133,12 @@ class Chat:
         sampling: SamplingConfig,
         console: Console,
         name: str,
+        notes: Console | None = None,
     ) -> None:
+        """`console` shows what the model says; `notes` the rest, by default the same."""
         self.model, self.tokenizer, self.toolbox = model, tokenizer, toolbox
         self.sampling, self.console, self.name = sampling, console, name
+        self.notes = notes or console
         self.messages: list[Message] = []
         self.tools: list[dict[str, Any]] | None = None
         self.thinking = ""
@@ -337,7 +344,7 @@ class Chat:
         return [row | tools]
 
     def _say(self, text: str, style: str = "dim") -> None:
-        self.console.print(Text(printable(text), style=style), soft_wrap=True, highlight=False)
+        self.notes.print(Text(printable(text), style=style), soft_wrap=True, highlight=False)
 
 
 def _read_text(read: Callable[[str], str]) -> str:

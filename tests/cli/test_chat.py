@@ -342,7 +342,8 @@ def test_the_command_talks_to_a_real_model(place, monkeypatch, capsys, tmp_path)
     arguments = (place / "model", "--max-new-tokens", 8, "--system", "Hi", "--transcript",
                  tmp_path / "t.jsonl")  # fmt: skip
     status, told = run(monkeypatch, capsys, "1 + 1?\nand?\n", *arguments)
-    assert status == 0 and told.out.count(" a second") == 2, told
+    assert status == 0 and told.err.count(" a second") == 2, told
+    assert told.out.strip() and " a second" not in told.out and "/help" not in told.out
     assert run(monkeypatch, capsys, "1 + 1?\nand?\n", *arguments)[0] == 0
     status, _ = run(monkeypatch, capsys, "x\n", *arguments, "--tools", "nosuch")
     assert status == 2
@@ -364,11 +365,11 @@ def test_tools_are_those_of_the_flag_or_of_the_recipe(place, monkeypatch, capsys
     for flags, names in ((("--tools", "calculator,python"), "calculator, python"), ((), "none"),
                          (("--tools", "none"), "none")):  # fmt: skip
         status, told = run(monkeypatch, capsys, "", place / "model", *flags)
-        assert status == 0 and f"tools: {names};" in told.out
+        assert status == 0 and f"tools: {names};" in told.err
     monkeypatch.setattr(chat_module, "recipe_environment", lambda path: EnvironmentConfig(
         tools=["calculator"]))  # fmt: skip
     for flags in ((), ("--tools", "none")):
         status, told = run(monkeypatch, capsys, "", place / "model", *flags, "--max-turns", 3)
         assert status == 2 and "--max-turns needs --tools" in told.err
-    assert "tools: calculator;" in run(monkeypatch, capsys, "", place / "model")[1].out
-    assert "tools: none;" in run(monkeypatch, capsys, "", place / "model", "--tools", "none")[1].out
+    assert "tools: calculator;" in run(monkeypatch, capsys, "", place / "model")[1].err
+    assert "tools: none;" in run(monkeypatch, capsys, "", place / "model", "--tools", "none")[1].err
