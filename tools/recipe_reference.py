@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
+from ernie_train.core.config import schemas_in
 from ernie_train.run.recipe import Recipe, recipe_schema, schema_text
 from ernie_train.train.stage import StageConfig
 
@@ -42,17 +43,9 @@ class Key(NamedTuple):
         return f"{self.section}.{self.name}" if self.section != "recipe" else self.name
 
 
-def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the settings classes that a key's type names, in unions and lists too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from sections_in(part)
-
-
 KINDS: dict[type[BaseModel], str] = {
     cls: get_args(cls.model_fields["kind"].annotation)[0]
-    for cls in sections_in(Recipe.model_fields["stages"].annotation)
+    for cls in schemas_in(Recipe.model_fields["stages"].annotation)
 }
 
 
@@ -85,7 +78,7 @@ def recipe_keys() -> list[Key]:
                 owner, section = cls, section_of(cls, path, stage)
             keys.setdefault((owner, name), Key(section, name, owner))
             below = name + ("[]" if "list[" in str(field.annotation) else "")
-            for inner in sections_in(field.annotation):
+            for inner in schemas_in(field.annotation):
                 inner_path = below if path == "recipe" else f"{path}.{below}"
                 walk(inner, inner_path, inner if inner in KINDS else stage)
 
@@ -130,7 +123,7 @@ def _head(key: Key) -> list[str]:
 
 def _reached(cls: type[BaseModel]) -> set[type[BaseModel]]:
     """Return a settings class, its parents, and the classes of all sections in it."""
-    inner = [s for field in cls.model_fields.values() for s in sections_in(field.annotation)]
+    inner = [s for field in cls.model_fields.values() for s in schemas_in(field.annotation)]
     return {*cls.__mro__, *(one for section in inner for one in _reached(section))}
 
 

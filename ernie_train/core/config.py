@@ -4,9 +4,14 @@ A schema is a class derived from `StrictConfig`. `parse_config` reports everythi
 with the settings at once, each problem with its dotted path as it stands in the recipe.
 """
 
+import ast
+import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import pydantic
@@ -64,11 +69,42 @@ class StrictConfig(pydantic.BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        use_attribute_docstrings=True,  # of a key: `docs/recipes.md` and the JSON Schema show it
     )
 
 
 Config = TypeVar("Config", bound=StrictConfig)
+
+
+@cache
+def describe_keys(schema: type[pydantic.BaseModel]) -> None:
+    """Make the docstring below each key its description, as JSON Schemas and the docs show it.
+
+    Its parents and the schemas of its sections are done too. Pydantic's own
+    `use_attribute_docstrings` would read the source of every class at each start: 0.3 s.
+    """
+    texts: dict[str, str] = {}
+    for cls in (c for c in reversed(schema.__mro__) if issubclass(c, StrictConfig)):
+        texts |= _key_docstrings(cls)
+        if cls is not schema:
+            describe_keys(cls)
+    for name, field in schema.model_fields.items():
+        field.description = texts.get(name)
+        for section in schemas_in(field.annotation):
+            describe_keys(section)
+    schema.model_rebuild(force=True)
+
+
+def _key_docstrings(cls: type[StrictConfig]) -> dict[str, str]:
+    """Return the string that follows each annotated name in the source of a class."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        key.target.id: inspect.cleandoc(text.value.value)
+        for key, text in pairwise(definition.body)
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(text.value.value, str)
+    }
 
 
 def decisive_settings(config: StrictConfig, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +274,7 @@ def _unknown_key_hint(cls: type[pydantic.BaseModel], loc: KeyPath) -> str:
         if len(schemas) > 1 and (chosen := [s for s in schemas if _is_member(element, s)]):
             schemas = chosen
         elif fields := [s.model_fields[element] for s in schemas if element in s.model_fields]:
-            schemas = [s for field in fields for s in _schemas_in(field.annotation)]
+            schemas = [s for field in fields for s in schemas_in(field.annotation)]
     word = str(loc[-1])
     foreign = getattr(cls, "foreign_keys", {}).get(word.lower().replace("-", "_"))
     if foreign is not None and " " in foreign:
@@ -253,12 +289,12 @@ def _unknown_key_hint(cls: type[pydantic.BaseModel], loc: KeyPath) -> str:
     return did_you_mean(word, [name for schema in schemas for name in schema.model_fields])
 
 
-def _schemas_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+def schemas_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
     """Yield every schema in a type such as `list[A | B] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         yield annotation
     for argument in get_args(annotation):
-        yield from _schemas_in(argument)
+        yield from schemas_in(argument)
 
 
 def _is_member(element: str | int, schema: type[pydantic.BaseModel]) -> bool:
@@ -273,7 +309,7 @@ def _paths_to(key: str, schema: type[pydantic.BaseModel]) -> Iterator[str]:
     """Yield the dotted paths below `schema` that end in `key`; `[]` stands for any item."""
     for name, field in schema.model_fields.items():
         items = "[]" if get_origin(field.annotation) in (list, tuple) else ""
-        for inner in _schemas_in(field.annotation):
+        for inner in schemas_in(field.annotation):
             if key in inner.model_fields:
                 yield f"{name}{items}.{key}"
             yield from (f"{name}{items}.{path}" for path in _paths_to(key, inner))

@@ -15,6 +15,7 @@ from ernie_train.core.config import (
     PositiveInt,
     StrictConfig,
     apply_overrides,
+    describe_keys,
     load_yaml,
     parse_config,
 )
@@ -369,6 +370,7 @@ def recipe_schema() -> dict[str, Any]:
 
     It knows keys, types, bounds and defaults; what settings ask of each other `check` alone does.
     """
+    describe_keys(Recipe)
     draft = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": draft, **Recipe.model_json_schema()}
 

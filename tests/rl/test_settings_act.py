@@ -21,13 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ernie_train.core.config import HARMLESS
+from ernie_train.core.config import HARMLESS, schemas_in
 from ernie_train.core.errors import ErnieTrainError
 from ernie_train.rl.config import UpoConfig
 from ernie_train.train.stage import StageConfig
 from tests.rl.test_iteration import BOTH, FAR, IN_REWARD, ONLINE, RAMP, RL_CRITIC
 from tests.rl.toy_stage import GROUP, Outcome, expected, observed, toy_config
-from tools.recipe_reference import sections_in
 
 BASES: list[dict[str, Any]] = [
     {"policy": {"minibatches": 1, "update_epochs": 1}},
@@ -114,7 +113,7 @@ def keys(cls: type[BaseModel] = UpoConfig, above: str = "") -> list[str]:
             continue
         found.append(path)
         if path not in WHOLE and not (cls is UpoConfig and name in StageConfig.model_fields):
-            for inner in sections_in(field.annotation):
+            for inner in schemas_in(field.annotation):
                 found += keys(inner, path + ".")
     return found
 

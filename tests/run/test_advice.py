@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
 
-import pydantic
 import pytest
 
+from ernie_train.core.config import schemas_in
 from ernie_train.core.errors import ConfigError, UserError, did_you_mean
 from ernie_train.data import load_tokenizer, train_tokenizer
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
@@ -25,13 +23,6 @@ from tests.workspace import make_workspace
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return make_workspace(tmp_path_factory.mktemp("advice"))
-
-
-def schemas_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from schemas_in(argument)
 
 
 def test_every_path_in_the_table_of_foreign_keys_exists():
