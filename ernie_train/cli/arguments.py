@@ -49,7 +49,7 @@ temperature_option: Callable[..., Any] = partial(
 )
 
 RecipePath = Annotated[
-    Path, typer.Argument(help="a YAML recipe, or the name of one that comes along: tiny")
+    Path, typer.Argument(help="a YAML recipe, or the name of a shipped one: tiny")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change: stages.sft.optim.lr=1e-4 ...")
@@ -64,7 +64,7 @@ ColumnsText = Annotated[
     str | None,
     typer.Option(
         "--columns",
-        help="what to read columns as: '{prompt: question, reward: {value: math}}'; docs/data.md",
+        help="names of your columns: '{prompt: question, reward: {value: math}}'; docs/data.md",
     ),
 ]
 TopP = Annotated[

@@ -83,7 +83,7 @@ def run(
     ] = None,
     last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
     extend: Annotated[
-        bool, typer.Option(help="train the last stage on: longer, also at another rate")
+        bool, typer.Option(help="continue the last stage: longer, or at another rate")
     ] = False,
     referee: Referee = None,
     nproc: Annotated[
@@ -103,7 +103,7 @@ def run(
         int, whole_number(min=-1, help="number of this machine; -1: in order of arrival")
     ] = LaunchSettings.node_rank,
 ) -> None:
-    """Run a recipe's stages; run again on the same directory it continues."""
+    """Run a recipe's stages; the same command on the same directory resumes."""
     python = referee_interpreter(referee)
     command = RunCommand(recipe, overrides or [], run_dir, first, last, extend, python)
     settings = LaunchSettings(
@@ -180,7 +180,7 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = 0,
     batch_size: Annotated[
-        int | None, whole_number(min=1, help="of --prompts at once; default 64")
+        int | None, whole_number(min=1, help="prompts of --prompts sampled at once; default 64")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="write JSONL here; default: print it, row by row")
@@ -234,7 +234,7 @@ def chat(
     force: Force = False,
     best: Best = False,
 ) -> None:
-    """Talk to a model: it is seen to think, and its calls of tools are executed."""
+    """Talk to a model in the terminal: reasoning is shown, tool calls are executed."""
     from ernie_train.cli.chat import ChatCommand, line_reader
     from ernie_train.cli.evaluate import parse_tools
     from ernie_train.generate.sampler import SamplingConfig

@@ -42,10 +42,14 @@ BEFORE = {"long_context": NEEDLES}
 INSTEAD = {
     "ablate_rl": "python -m tools.evidence.sweep rl",
     "ablate_rl_start": "python -m tools.evidence.sweep rl",
+    "rl_real": "python -m tools.evidence.sweep rl_real",
+    "rl_real_start": "python -m tools.evidence.sweep rl_real",
 }
 ELSEWHERE = {
     "ablate_rl": ("rl_ablation.md", "five seeds of each arm, an hour of a core"),
     "ablate_rl_start": ("rl_ablation.md", "the start of the arms"),
+    "rl_real": ("rl_real_model.md", "RL beside more SFT and rejection sampling"),
+    "rl_real_start": ("rl_real_model.md", "the start of the arms"),
     "tiny": ("tiny.md", "held-out problems after each stage"),
     "sft": ("worked_steps.md", "held-out problems with and without worked steps"),
     "tools": ("tools.md", "what demonstrations and RL reach"),
@@ -140,10 +144,11 @@ def draw(run_dir: Path, file: Path) -> None:
 HEAD = """\
 # Gallery of recipes
 
-`ernie-train run NAME` runs each of them, also outside a checkout. Curves and figures are those of
-one run on a CPU; `python -m tools.evidence.gallery --run NAME` makes them anew, and
-`python -m tools.evidence.gallery RUN_DIR` takes those of a run that is there. Dark lines are
-running means of 15 steps. What to watch while one trains: [report.md](report.md).
+The recipes that come with the package, with the command that runs each. `ernie-train run NAME`
+works outside a checkout too; `python -m tools...` needs one. Curves and figures are those of one
+run on a CPU: `python -m tools.evidence.gallery --run NAME` makes them again, and
+`python -m tools.evidence.gallery RUN_DIR` takes those of an existing run. Dark lines are running
+means of 15 steps. What to watch in training: [report.md](report.md).
 """
 
 
