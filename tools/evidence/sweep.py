@@ -27,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from ernie_train.core.config import StrictConfig, apply_overrides, load_yaml, parse_config
 from ernie_train.core.errors import ErnieTrainError
 from tools.evidence import prepare
@@ -66,19 +68,36 @@ class Rates(StrictConfig):
     """Learning rates of each arm, and the short trials that choose one of them.
 
     An arm may name another arm instead, whose rate it takes. Trials have a seed of their own and
-    the overrides of `trial` after those of the arm.
+    the overrides of `trial` after those of the arm. `chosen` has what they found once; `null` tries
+    all of it anew.
     """
 
     key: str = "stages.rl.optim.lr"
     arms: dict[str, list[float] | str]
+    chosen: dict[str, float] | None = None
     trial_seed: int
     trial: dict[str, Any] = {}
     measure: Step
     best: str
 
+    @model_validator(mode="after")
+    def _chosen_are_candidates(self) -> Rates:
+        if self.chosen is not None:
+            tried = self.candidates()
+            if self.chosen.keys() != tried.keys():
+                raise ValueError("chosen must have a rate for each arm that has a list of them")
+            if wrong := [arm for arm, rate in self.chosen.items() if rate not in tried[arm]]:
+                raise ValueError(f"chosen: not among the rates of the arm: {', '.join(wrong)}")
+        return self
+
     def candidates(self) -> dict[str, list[float]]:
         """Return the rates of the arms that are tried."""
         return {arm: rates for arm, rates in self.arms.items() if isinstance(rates, list)}
+
+    def of_all(self, chosen: Mapping[str, float]) -> dict[str, float]:
+        """Return the rates of the arms that were tried, and of those that take another's."""
+        named = {arm: other for arm, other in self.arms.items() if isinstance(other, str)}
+        return {**chosen, **{arm: chosen[other] for arm, other in named.items()}}
 
 
 class Sweep(StrictConfig):
@@ -232,7 +251,7 @@ def placed(step: Step, out: Path) -> Step:
 
 
 def choose_rates(sweep: Sweep, out: Path, jobs: int) -> dict[str, float]:
-    """Return the rate of each arm: the one whose trial has the highest `best` figure.
+    """Return the rate of each arm: `chosen`, or the one whose trial has the highest `best` figure.
 
     Trials are runs of a sweep of their own in `out/rates`, an arm and a rate each; one that derives
     from another arm derives from that arm's first rate. Equal figures give the lower rate. What was
@@ -241,6 +260,8 @@ def choose_rates(sweep: Sweep, out: Path, jobs: int) -> dict[str, float]:
     rates = sweep.rates
     if rates is None:
         return {}
+    if rates.chosen is not None:
+        return rates.of_all(rates.chosen)
     named = {f"{arm}-at-{r:g}": (arm, r) for arm, rs in rates.candidates().items() for r in rs}
     first = {arm: f"{arm}-at-{rs[0]:g}" for arm, rs in rates.candidates().items()}
     arms: dict[str, dict[str, Any]] = {}
@@ -259,11 +280,11 @@ def choose_rates(sweep: Sweep, out: Path, jobs: int) -> dict[str, float]:
     runner = Runner(trials, directory, jobs, root=out, rates=tried)
     found = runner.results(list(named), [rates.trial_seed])
     figures = {result["arm"]: result[rates.best] for result in found}
-    chosen = {
+    best = {
         arm: max(rs, key=lambda rate: (figures[f"{arm}-at-{rate:g}"], -rate))
         for arm, rs in rates.candidates().items()
     }
-    chosen |= {arm: chosen[other] for arm, other in rates.arms.items() if isinstance(other, str)}
+    chosen = rates.of_all(best)
     write_json(out / "rates.json", {"best": rates.best, "chosen": chosen, "figures": figures})
     return chosen
 

@@ -87,7 +87,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "stages.rl.rollout.prompts_per_iteration=4", "stages.rl.rollout.group_size=4",
     ]  # fmt: skip
     tiny = {
-        "seeds": [1], "rates.arms": rates, "rates.trial": {"stages.rl.iterations": 1},
+        "seeds": [1], "rates.arms": rates, "rates.chosen": None,
+        "rates.trial": {"stages.rl.iterations": 1},
         "overrides": [*rl, "stages.rl.iterations=3"],
         "prepare.options": {
             "model": str(make_start(root)), "demonstrations": 6, "probe": 1, "validation": 1,

@@ -324,6 +324,17 @@ def test_equal_trials_give_the_lower_rate(
     assert sweep.choose_rates(make_sweep(), tmp_path, 1) == {}
 
 
+def test_rates_that_were_chosen_once_are_not_tried_again(
+    tmp_path: Path, tried: list[tuple[str, list[str], str]]
+) -> None:
+    made = with_rates(chosen={"quick": 0.1, "control": 0.3})
+    assert sweep.choose_rates(made, tmp_path, 1) == {"quick": 0.1, "slow": 0.1, "control": 0.3}
+    assert not tried and not (tmp_path / "rates.json").exists()
+    for chosen, said in (({"quick": 0.1}, "each arm"), ({"quick": 0.1, "control": 0.2}, "control")):
+        with pytest.raises(ValueError, match=said):
+            with_rates(chosen=chosen)
+
+
 def test_what_no_choice_may_see_is_made_after_the_choice(
     tmp_path: Path, tried: list[tuple[str, list[str], str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,16 +118,18 @@ def test_rl_arms_have_one_budget() -> None:
     found = stages("rl")
     group = found["group"]
     rl = {name: stage for name, stage in found.items() if isinstance(stage, UpoConfig)}
-    assert len(rl) == len(found) - 1
+    assert len(rl) == len(found) - 2
     for name, stage in rl.items():
         assert completions(stage) == completions(group) == 2688, name
         assert stage.iterations * stage.policy.minibatches == 56
     assert found["dpo-slow"].optim.lr == found["dpo"].optim.lr / 4
     del found["dpo-slow"]
     assert len({stage.optim.model_dump_json() for stage in found.values()}) == 1
-    sft = found["sft"]
-    assert isinstance(sft, SftConfig)
-    assert sft.epochs == group.rollout.group_size  # of all prompts
+    sft, demonstrations = found["sft"], found["demonstrations"]
+    assert isinstance(sft, SftConfig) and sft.steps == 56
+    assert sft == demonstrations.model_copy(update={"data": sft.data})
+    assert sft.data[0].path.endswith("rows/problems/logic.jsonl.gz")
+    assert demonstrations.data[0].path.endswith("data/train/logic.jsonl")
 
 
 def test_rl_arms_are_what_their_titles_say() -> None:
