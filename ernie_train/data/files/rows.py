@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,12 +41,13 @@ def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
         DataError: the file cannot be read, decompressed or decoded.
     """
     kind, compression = container(file)
-    if kind == ".json" and not compression and is_json_lines(file):
-        kind = ".jsonl"
     try:
         if kind in (".parquet", ".arrow"):
             yield from _table_rows(file, kind, on_bytes)
             return
+        if kind == ".json":
+            with _opened(file, compression, lambda count: None) as text:
+                kind = ".jsonl" if is_json_lines(text.stream) else kind
         with _opened(file, compression, on_bytes) as text:
             yield from _READERS[kind](text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -200,11 +202,11 @@ class _Window:
 # ---- CSV and text --------------------------------------------------------------------------------
 
 
-def _csv_rows(text: _Text) -> Iterator[Located]:
+def _csv_rows(text: _Text, delimiter: str = "") -> Iterator[Located]:
     csv.field_size_limit(LONGEST_ROW)
     file, texts = text.file, (line.decode("utf-8", "surrogateescape") for line in text.lines())
     first = next(texts, "")
-    delimiter = max(",;\t", key=first.count)  # the first of them where none occurs
+    delimiter = delimiter or max(",;\t", key=first.count)  # the first of them where none occurs
     reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -253,7 +255,7 @@ _READERS: dict[str, Callable[[_Text], Iterator[Located]]] = {
     ".ndjson": _json_lines,
     ".json": _json_list,
     ".csv": _csv_rows,
-    ".tsv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
     ".txt": _whole_text,
 }
 
