@@ -4,7 +4,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,13 +114,12 @@ class SourceEncoding:
         records = iter_records(self.path, self.source.format, read, self.source.columns)
         self.read = read
         for number, record in enumerate(_with_progress(records, read), start=1):
-            if number <= done:
-                if number == done:  # the rows so far were read again, but not encoded
-                    read.bad, read.unread = saved.bad, saved.unread
-                continue
-            self.add(record)
-            self.records = number
-            if self.counts.kept == self.source.max_examples:
+            if number > done:
+                self.add(record)
+                self.records = number
+            elif number == done:  # the rows so far were read again, but not encoded
+                read.bad, read.unread = saved.bad, saved.unread
+            if number >= done and self.counts.kept == self.source.max_examples:
                 break
             if store is not None and self.builder.num_tokens >= COMMIT_TOKENS:
                 self._commit(store)
@@ -266,9 +265,11 @@ def _with_progress(records: Iterator[Record], read: ReadReport) -> Iterator[Reco
             break
     else:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"encoding {Path(read.path).name}", total=read.bytes_total)
-        while batch := list(islice(records, 64)):
-            progress.update(task, completed=read.bytes_read)
-            yield from batch
+        for number, record in enumerate(records):
+            if number % 64 == 0:
+                progress.update(task, completed=read.bytes_read)
+            yield record

@@ -104,6 +104,18 @@ def test_encoding_goes_on_where_it_was_interrupted(
     assert len(encoded) <= 172 - (stop_at - 1) + 60, "what was committed is not encoded again"
 
 
+def test_a_kill_between_the_last_row_and_the_end_mark_adds_no_rows(
+    tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(store: module.DocumentStore) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.DocumentStore, "finish", kill)
+        load(tokenizer, data, {"max_examples": 5})
+    assert len(load(tokenizer, data, {"max_examples": 5})[0]) == 5
+
+
 def test_everything_that_matters_is_in_the_key(
     tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
