@@ -40,7 +40,7 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
     if (root / "stage.json").exists():
         if (weights := _checkpoint_of_stage(root, best=best)) is None:
             raise CheckpointError(f"{root}: no checkpoint yet")
-        return ModelDirectory(weights, root.parent / "tokenizer")
+        return ModelDirectory(weights, root.resolve().parent / "tokenizer")
     if best:
         raise CheckpointError(f"{root}: the best is one of a run's or a stage's checkpoints")
     if not (root / "config.json").exists() and is_partial(root):  # an adapter alone
@@ -52,7 +52,7 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
         )
     if (root / "state.json").exists():
         verify_manifest(root)
-        run_dir = root.parent.parent.parent  # run_dir/01-sft/checkpoints/step_000500
+        run_dir = root.resolve().parents[2]  # run_dir/01-sft/checkpoints/step_000500
         return ModelDirectory(root, run_dir / "tokenizer")
     if (root / MANIFEST).exists():
         verify_manifest(root)

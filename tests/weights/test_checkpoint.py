@@ -15,6 +15,7 @@ from ernie_train.io.files import write_directory
 from ernie_train.weights.checkpoint import (
     CheckpointConfig,
 )
+from ernie_train.weights.model_directory import find_model
 from tests.weights.checkpoints import (
     check,
     make_model,
@@ -213,3 +214,17 @@ def test_a_damaged_newer_one_does_not_push_out_good_ones(tmp_path: Path) -> None
     assert store.latest() == store.path_of(15)
     check(store, save(store, 20), 20)
     assert store.latest() == store.path_of(20)
+
+
+def test_a_checkpoint_finds_its_run_s_tokenizer_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, tokenizer = tmp_path / "run" / "01-sft", tmp_path / "run" / "tokenizer"
+    checkpoint = save(make_store(stage / "checkpoints"), 5)
+    (stage / "stage.json").write_text("{}")
+    (tmp_path / "latest").symlink_to(checkpoint)
+    monkeypatch.chdir(stage)
+    for path in (checkpoint, "checkpoints/step_000005", ".", tmp_path / "latest"):
+        assert find_model(path).tokenizer == tokenizer
+    monkeypatch.chdir(checkpoint)
+    assert find_model(".").tokenizer == tokenizer
