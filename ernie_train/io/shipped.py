@@ -32,7 +32,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     Data that a shipped recipe names is found from every working directory. Raises `ConfigError`.
     """
     path = Path(recipe)
-    if path.exists() or path.suffix or path.name != str(recipe):
+    if path.is_file() or path.suffix or path.name != str(recipe):
         return load_yaml(path)
     shipped = shipped_recipes()
     if path.name not in shipped:
