@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -93,6 +94,14 @@ def test_text_mask_and_lengths_with_a_tokenizer(preview, data, root):
     assert "rows.jsonl:3: longer than seq_len" in out
     assert "chosen: " in out and "prompt: " in out
     assert "p50" in out and "1 longer than seq_len" in out
+
+
+def test_an_encoding_without_a_character_shows_its_code(data, root, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, "latin-1", write_through=True))
+    with pytest.raises(SystemExit) as stopped:
+        main(["preview", str(data), "--tokenizer", str(root / "tokenizer"), "--rows", "1"])
+    assert not stopped.value.code and b"\\u23ce" in shown.getvalue()
 
 
 def test_a_long_row_shows_its_end(preview, data, root):
