@@ -181,6 +181,9 @@ def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:
             f"{_percent(t['baseline'])}{'' if t['baseline'] is None else ' %'} |"
             for t in evaluation["trained"]["tasks"]
         ]
-        lines += ["", "Greedy decoding on held-out generated problems.", ""]
+        asked, how = recipe.evaluation, "greedy decoding"
+        if asked is not None and asked.temperature:
+            how = f"of each {asked.samples} completions at temperature {asked.temperature:g}"
+        lines += ["", f"On held-out problems; {how}.", ""]
     lines += [f"How the export was checked: `{RECEIPT}`.", ""]
     return "\n".join(lines)

@@ -73,6 +73,18 @@ def test_a_task_without_a_baseline_shows_none() -> None:
     assert "| math | sum | 8 | 25.0 % | - |" in card
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "; greedy decoding."),
+        ({"samples": 4, "temperature": 0.7}, "; of each 4 completions at temperature 0.7."),
+    ],
+)
+def test_a_card_says_how_the_problems_were_solved(settings: dict[str, Any], told: str) -> None:
+    recipe = Recipe.model_validate({**RECIPE, "evaluation": {"path": "x.jsonl", **settings}})
+    assert f"\nOn held-out problems{told}\n" in model_card(recipe, {"trained": result()})
+
+
 def test_episodes_are_counted() -> None:
     shown = [" ".join(row) for row in printed({"trained": result(episodes=3, completions=8)})]
     assert "3 of 8 completions could call tools" in shown
