@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken  # type: ignore[import-untyped]
@@ -48,9 +48,9 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._add(config.added_tokens(), special=False)
+        self._add(config.added_tokens(), config.special_added())
         self._added = [text for text in added if self._backend.token_to_id(text) is None]
-        self._add(dict.fromkeys(added), special=False)
+        self._add(dict.fromkeys(added))
         names: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(names.values(), default=-1) + 1
         self.special_tokens = config.special_tokens
@@ -64,11 +64,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.control_tokens = frozenset(special - set(MARKUP_TOKENS))
         self._control_ids = {names[text] for text in self.control_tokens}
 
-    def _add(self, tokens: Mapping[str, int | None], *, special: bool) -> None:
+    def _add(self, tokens: Mapping[str, int | None], special: Collection[str] = ()) -> None:
         for text, token_id in tokens.items():
             known = self._backend.token_to_id(text)
             if known is None:
-                self._backend.add_tokens([AddedToken(text, normalized=False, special=special)])
+                added = AddedToken(text, normalized=False, special=text in special)
+                self._backend.add_tokens([added])
                 known = self._backend.token_to_id(text)
             if token_id is not None and known != token_id:
                 raise DataError(
