@@ -112,7 +112,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file with `atomic_write`."""
+    """Copy the content of a file with `atomic_write`; the target's directory is made."""
+    target.parent.mkdir(exist_ok=True)
     with source.open("rb") as stream, atomic_write(target) as out:
         shutil.copyfileobj(stream, out)
 
