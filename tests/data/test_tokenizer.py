@@ -237,6 +237,32 @@ def test_added_tokens_beside_the_model_are_used(tokenizer_dir: Path, tmp_path: P
         load_tokenizer(source).save_pretrained(out)
 
 
+def test_what_files_beside_the_model_say_is_saved(
+    tokenizer: Tokenizer, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tokenizer_dir, source)
+    (source / "tokenizer.json").unlink()
+    own = {
+        "eos_token": "<|im_end|>", "pad_token": "</s>", "padding_side": "left",
+        "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]},
+        "added_tokens_decoder": {
+            str(tokenizer.vocab_size): {"content": "<cite>", "special": True},
+            str(tokenizer.vocab_size + 1): {"content": "<plain>", "special": False},
+        },
+    }  # fmt: skip
+    (source / "tokenizer_config.json").write_text(json.dumps(own))
+    before = load_tokenizer(source)
+    before.save_pretrained(out)
+    after = load_tokenizer(out)
+    assert type(after) is not type(before)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "control_tokens"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert after.encode("a<cite>b<plain></s>") == before.encode("a<cite>b<plain></s>")
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["padding_side"] == "left" and "auto_map" not in config
+
+
 def test_a_bare_model_gets_its_files(
     tokenizer: Tokenizer, tokenizer_dir: Path, tmp_path: Path
 ) -> None:

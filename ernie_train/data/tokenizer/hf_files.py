@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,22 +54,27 @@ TOKENIZER_FILES = (
 
 
 def write_huggingface_files(
-    out_dir: Path, proto: SentencePieceModel, added: Mapping[str, int] | None = None
+    out_dir: Path,
+    proto: SentencePieceModel,
+    added: Mapping[str, int],
+    control_tokens: Collection[str],
+    roles: Mapping[str, str],
 ) -> None:
     """Write the files of a tokenizer, except `tokenizer.model` and the chat template.
 
-    `added`: tokens beyond those of the proto, with their ids.
+    `added` are tokens beyond those of the proto, with their ids; `roles` are those of its tokens,
+    role ("eos_token") -> text. Other settings of a tokenizer_config.json in `out_dir` are kept.
 
     Raises:
         DataError: the model is not BPE, or the added tokens leave a gap in the ids.
     """
-    added = added or {}
-    special = special_tokens(proto) + [text for text in added if text in CONTROL_TOKENS]
     whole = {piece.text: i for i, piece in enumerate(proto.pieces) if _is_whole(piece)}
     whole.update(added)
+    special = [text for text in whole if text in control_tokens]
     _write_tokenizer_json(out_dir / "tokenizer.json", proto, whole, special)
-    named = _named_tokens(proto)
+    named = {**_named_tokens(proto), **roles}
     config: dict[str, Any] = {
+        **optional_json(out_dir / CONFIG_FILE),
         "tokenizer_class": "LlamaTokenizerFast",
         "legacy": False,
         "add_prefix_space": False,
@@ -83,6 +88,7 @@ def write_huggingface_files(
             str(token_id): _added_token(text, text in special) for text, token_id in whole.items()
         },
     }
+    config.pop("auto_map", None)  # it names code of another class
     write_json(out_dir / CONFIG_FILE, config)
     write_json(
         out_dir / "special_tokens_map.json",
