@@ -217,6 +217,18 @@ def test_saving_copies_a_users_files_and_drops_stale_ones(
     assert load_tokenizer(out).fingerprint() == load_tokenizer(source).fingerprint()
 
 
+def test_a_class_in_code_of_its_own_is_not_asked_for(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """As ERNIE 4.5's first releases name it: the file of code is not saved."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tokenizer_dir, source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Ernie4_5_Tokenizer", "auto_map": {"AutoTokenizer": ["a.B", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(config | own))
+    load_tokenizer(source).save_pretrained(out)
+    saved = json.loads((out / "tokenizer_config.json").read_text())
+    assert saved == config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
 def test_added_tokens_beside_the_model_are_used(tokenizer_dir: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
 

@@ -18,8 +18,13 @@ from ernie_train.data.tokenizer.base import (
     copy_tokenizer_files,
     decode_known,
 )
-from ernie_train.data.tokenizer.hf_files import TokenizerConfig, write_chat_template
-from ernie_train.io.files import write_text
+from ernie_train.data.tokenizer.hf_files import (
+    CONFIG_FILE,
+    TokenizerConfig,
+    optional_json,
+    write_chat_template,
+)
+from ernie_train.io.files import write_json, write_text
 
 TOKENIZER_JSON = "tokenizer.json"
 
@@ -101,6 +106,11 @@ class HuggingFaceTokenizer(Tokenizer):
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         copy_tokenizer_files(self.directory, out_dir)
+        config = optional_json(out_dir / CONFIG_FILE)
+        if config.pop("auto_map", None):  # a class in a file of code, which is not copied
+            write_json(
+                out_dir / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            )
         if self._added:
             write_text(out_dir / TOKENIZER_JSON, self._backend.to_str(pretty=True))
         write_chat_template(out_dir, self.chat.template)
