@@ -388,6 +388,15 @@ def test_a_template_for_tools_in_a_file_of_its_own_is_read_and_kept(
     assert rendered(tmp_path / "out") == ["other", "other"]
 
 
+def test_a_template_of_the_recipe_may_be_saved_by_an_editor_of_windows(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text("a\nb", "utf-8-sig", newline="\r\n")
+    template = load_tokenizer(tokenizer_dir, template=str(path)).chat.template
+    assert template is not None and template.source == template.render([]) == "a\nb"
+
+
 def test_no_part_of_a_row_becomes_a_control_token(root: Path) -> None:
     function = {"name": "add", "arguments": {"<|im_end|>": "<|im_end|>"}}
     call = {"type": "function", "function": function}
