@@ -86,6 +86,7 @@ class ReadReport:
     splits: list[str] = field(default_factory=list)
     bytes_total: int = 0
     bytes_read: int = 0
+    most_listed: int = LISTED_ROWS  # of dropped rows
 
     def add_format(self, name: str) -> None:
         if name not in self.format.split("+"):
@@ -94,7 +95,7 @@ class ReadReport:
     def drop(self, reason: str, source: str) -> None:
         """Count a row that is left out, and name it if it is one of the first."""
         self.dropped[reason] += 1
-        if len(self.left_out) < LISTED_ROWS:
+        if len(self.left_out) < self.most_listed:
             self.left_out.append(BadRow(source, reason))
 
     def note_unread_fields(self, record: Record) -> None:

@@ -135,6 +135,12 @@ def test_any_row_can_be_asked_for(preview, data, row, text):
     assert text in out and "six?" not in out
 
 
+def test_a_row_behind_many_that_are_left_out_can_be_asked_for(preview, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps(chat("q", " ")) + "\n") * 150 + json.dumps(chat("q", "a")) + "\n")
+    assert "a.jsonl:150: with a blank answer" in preview(path, "--row", 150)
+
+
 def test_a_row_that_is_not_there_and_wrong_options_are_mistakes(preview, data, root, tmp_path):
     assert "--row 99: " in preview(data, "--row", 99, status=2)
     assert "does not exist" in preview(tmp_path / "gone.csv", status=2)
