@@ -44,11 +44,12 @@ def load_definition(file: str, name: str) -> Any:
 
     It can import modules of its own directory. Raises what the file raises.
     """
-    return getattr(_run_file(file), name)
+    return getattr(run_file(file), name)
 
 
 @functools.cache
-def _run_file(file: str) -> ModuleType:
+def run_file(file: str) -> ModuleType:
+    """Run a file, once in a process, as `load_definition` does; return it as a module."""
     path = Path(file)
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"user_file_{path.stem}", path)
