@@ -134,8 +134,8 @@ class SourceEncoding:
         read, counts = store.state["read"], store.state["counts"]
         for report, name in product((read, counts), ("bad", "left_out")):
             report[name] = [BadRow(*row) for row in report[name]]
-        for name in ("dropped", "unread"):
-            read[name] = Counter(read[name])
+        for report, names in ((read, ("dropped", "unread")), (counts, ("dropped", "notes"))):
+            report.update({name: Counter(report[name]) for name in names})
         self.read = ReadReport(**read)
         counts |= {"path": self.source.path, "weight": self.source.weight}
         self.counts = SourceReport(**counts)
@@ -147,7 +147,7 @@ class SourceEncoding:
         report, read = self.counts, self.read
         report.rows, report.bad = read.rows, read.bad
         report.format = read.format or self.source.format
-        report.dropped = {**report.dropped, **read.dropped}
+        report.dropped.update(read.dropped)
         report.left_out = [*report.left_out, *read.left_out]
         report.unread, report.passed_over = dict(sorted(read.unread.items())), read.passed_over
         report.splits = read.splits
@@ -168,7 +168,7 @@ class SourceEncoding:
         else:
             self.counts.kept += 1
             self.read.note_unread_fields(record)
-            self.counts.note(notes)
+            self.counts.notes.update(notes)
             for piece_ids, piece_trainable in pieces:
                 self.builder.add(piece_ids, piece_trainable, record.source)
                 self.counts.trainable_tokens += sum(piece_trainable[1:])
