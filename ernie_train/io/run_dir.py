@@ -31,6 +31,11 @@ LOCK = ".lock"
 _STEP = re.compile(r"step_(\d{6,})")
 
 
+def is_run(directory: Path) -> bool:
+    """Return whether a directory holds a run's recipe; that of a model may hold another one."""
+    return (directory / RECIPE).is_file() and not (directory / "config.json").exists()
+
+
 class RunLock:
     """Lock a run directory for this process: `with RunLock(run_dir): ...`.
 

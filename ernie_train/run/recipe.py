@@ -24,7 +24,7 @@ from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_toke
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.eval.prompts import FewShot, load_few_shot
 from ernie_train.io.loggers import LoggerChoice, LoggerSettings
-from ernie_train.io.run_dir import RECIPE, recorded_version
+from ernie_train.io.run_dir import RECIPE, is_run, recorded_version
 from ernie_train.io.shipped import read_recipe
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
@@ -348,7 +348,7 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
     Raises `CheckpointError` that names the version that recorded it, if this one cannot read it.
     """
     path = run_dir / RECIPE
-    if not path.exists():
+    if not is_run(run_dir):
         return None
     try:
         data = as_written_today(load_yaml(path))

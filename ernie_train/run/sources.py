@@ -10,6 +10,7 @@ from pydantic_core import CoreSchema
 
 from ernie_train.core.config import StrictConfig
 from ernie_train.core.errors import ConfigError
+from ernie_train.io.run_dir import is_run
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.configuration import ALIASES
 from ernie_train.weights.hf import load_config
@@ -117,7 +118,9 @@ class TokenizerSource(StrictConfig):
 
 def tokenizer_directory(path: Path) -> Path:
     """Return the directory of the tokenizer of a run, a stage or a checkpoint, else `path`."""
-    for mark, inner in (("recipe.yaml", "."), ("stage.json", ".."), ("state.json", "../../..")):
+    if is_run(path):
+        return path / "tokenizer"
+    for mark, inner in (("stage.json", ".."), ("state.json", "../../..")):
         if (path / mark).is_file():
             return path / inner / "tokenizer"
     return path

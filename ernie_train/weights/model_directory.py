@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ernie_train.core.errors import CheckpointError, hub_hint
 from ernie_train.io.files import MANIFEST, verify_manifest
-from ernie_train.io.run_dir import read_done
+from ernie_train.io.run_dir import is_run, read_done
 from ernie_train.weights.adapters import find_base, is_partial
 from ernie_train.weights.checkpoint import CheckpointConfig, CheckpointStore
 
@@ -31,7 +31,7 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
         CheckpointError: the path is none of them, a checkpoint is damaged, or none was scored.
     """
     root = Path(path)
-    if (root / "recipe.yaml").exists():
+    if is_run(root):
         stages = sorted(root.glob("[0-9][0-9]-*/checkpoints"), reverse=True)
         for stage in (found.parent for found in stages if ".before-" not in found.parent.name):
             if (weights := _checkpoint_of_stage(stage, best=best)) is not None:
