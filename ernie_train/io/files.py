@@ -278,8 +278,9 @@ def write_directory(
 ) -> None:
     """Create the directory `path` atomically from the files that `write` writes.
 
-    An existing `path` is replaced only if it is empty or has our manifest. Every rank must call it:
-    `write` runs on each rank, for that rank's files in the one directory; rank 0 does the rest.
+    An existing `path` is replaced only if it is empty or has our manifest; of a symbolic link it is
+    the directory that the link leads to. Every rank must call it: `write` runs on each rank, for
+    that rank's files in the one directory; rank 0 does the rest.
     Steps of `write` that can fail on one rank alone must run inside `consensus.fail_together`.
 
     Args:
@@ -294,6 +295,7 @@ def write_directory(
         UserError: `path` exists and is anything else.
         StorageError: the disk is full or `path` cannot be written. The old directory is kept.
     """
+    path = path.resolve()
     temporary = _sibling(path, ".tmp")
     with consensus.fail_together():
         if process_group.is_main():
