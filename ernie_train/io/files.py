@@ -79,8 +79,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary stream whose content becomes the file `path` when the block ends.
 
     A reader sees the old file or the new one, never a part, even after a power cut. If the block
-    raises, the old file is kept. For a symbolic link the target is replaced; devices and pipes are
-    written directly.
+    raises, the old file is kept. The new one has its permissions. For a symbolic link the target is
+    replaced; devices and pipes are written directly.
 
     Raises:
         StorageError: the disk is full or the path cannot be written.
@@ -94,6 +94,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary = target.with_name(target.name + ".tmp")
         try:
             with temporary.open("wb") as stream:
+                with suppress(OSError):  # there is none, or a file system without permissions
+                    shutil.copymode(target, temporary)
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())

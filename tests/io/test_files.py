@@ -270,6 +270,13 @@ def test_what_writers_write_reads_back(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == "ä\r\n".encode()
 
 
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    write_text(tmp_path / "talk.jsonl", "first")
+    (tmp_path / "talk.jsonl").chmod(0o600)
+    write_text(tmp_path / "talk.jsonl", "second")
+    assert (tmp_path / "talk.jsonl").stat().st_mode & 0o777 == 0o600
+
+
 def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
