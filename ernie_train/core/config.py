@@ -5,6 +5,7 @@ with the settings at once, each problem with its dotted path as it stands in the
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -23,6 +24,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 SampleWeight = Annotated[float, Field(gt=0, le=10_000)]  # how often a source is used in an epoch
 Share = Annotated[float, Field(ge=0, le=1)]
+PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # `~` is the home directory
 
 
 class Harmless:

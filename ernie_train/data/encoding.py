@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ernie_train.core.config import HARMLESS, SampleWeight
+from ernie_train.core.config import HARMLESS, PathText, SampleWeight
 from ernie_train.core.errors import DataError
 from ernie_train.core.terminal import Terminal
 from ernie_train.data.cache import DocumentStore
@@ -48,7 +48,7 @@ SILENT_S = 2.0  # a progress bar appears after this
 class DataSource(MappedRows):
     """Configure one entry of a stage's `data`."""
 
-    path: Annotated[str, Field(min_length=1), HARMLESS]
+    path: Annotated[PathText, Field(min_length=1), HARMLESS]
     """A file of rows, a directory, or a pattern such as `data/*.parquet` (docs/data.md)."""
     weight: SampleWeight = 1.0
     """An epoch has round(weight x documents) samples of the source."""

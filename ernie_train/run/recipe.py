@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import (
     NonNegative,
+    PathText,
     PositiveInt,
     StrictConfig,
     apply_overrides,
@@ -43,7 +44,7 @@ from ernie_train.train.supervised_data import SupervisedConfig
 class ChatConfig(StrictConfig):
     """The format of conversations, in every stage, evaluation and export."""
 
-    template: str | None = None
+    template: PathText | None = None
     """Another template than the tokenizer's own: `ernie_thinking`, `ernie_plain`, or a Jinja file.
     """
     history_reasoning: Literal["template", "keep", "drop"] = "template"
@@ -89,7 +90,7 @@ class ParallelConfig(StrictConfig):
 class EvaluationConfig(MappedRows):
     """Held-out problems to solve after the last stage; `path` holds rows."""
 
-    path: str
+    path: PathText
     """A path of problems, as docs/data.md lists them."""
     max_new_tokens: PositiveInt = 128
     """Longest completion, in tokens."""
@@ -109,7 +110,7 @@ class EvaluationConfig(MappedRows):
     """Sampling temperature; 0 is greedy."""
     k: list[PositiveInt] = []
     """Sizes for which pass@k is estimated; 1 and `samples`, unless given."""
-    few_shot: str | None = None
+    few_shot: PathText | None = None
     """A file of worked examples, some of which stand before each problem (docs/evaluation.md)."""
     shots: PositiveInt | None = None
     """Examples before each problem; 4, unless given."""
