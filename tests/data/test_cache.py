@@ -1,5 +1,6 @@
 """The cache of encoded rows: the same documents, encoded once, continued after any stop."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -170,6 +171,17 @@ def test_small_sources_and_directories_that_cannot_be_written_do_without(
     home.write_text("a file")
     load(tokenizer, data)
     assert "rows are encoded at every start" in caplog.text
+
+
+def test_a_file_system_without_locks_does_without(
+    tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def flock(stream: Any, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert len(load(tokenizer, data)[0])
+    assert "rows are encoded at every start: [Errno 38] Function not implemented" in caplog.text
 
 
 def _hold(directory: Path, path: Path) -> None:
