@@ -343,6 +343,23 @@ def test_damaged_bytes_are_no_more_than_a_message(tmp_path: Path, name: str) -> 
             list(iter_records(tmp_path / name, "auto", ReadReport("")))
 
 
+@pytest.mark.parametrize(
+    ("names", "second", "message"),
+    [
+        (["text", "text"], pa.array(["b"]), r"a\.parquet: the schema names 'text' twice"),
+        (["text", "at"], pa.array([10**17], pa.timestamp("s")), "a value behind row 0 cannot be"),
+        (["text", "at"], pa.array([0], pa.timestamp("s", tz="Foo/Bar")), "be read: 'Foo/Bar'"),
+    ],
+)
+def test_tables_that_python_cannot_hold(
+    tmp_path: Path, names: list[str], second: Any, message: str
+) -> None:
+    table = pa.table([pa.array(["a"]), second], names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / "a.parquet")
+
+
 def test_values_that_json_has_not_become_text(tmp_path: Path) -> None:
     row = {"text": b"caf\xc3\xa9", "day": datetime.date(2020, 1, 2), "tags": [b"x"]}
     pyarrow.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")

@@ -231,10 +231,13 @@ def _csv_rows(text: _Text, delimiter: str = "") -> Iterator[Located]:
 
 def _header(file: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{file}:1: the header names {', '.join(map(repr, twice))} twice")
+    _refuse_twice(f"{file}:1: the header", names)
     return names
+
+
+def _refuse_twice(where: str, names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{where} names {', '.join(map(repr, twice))} twice")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
@@ -272,12 +275,15 @@ def _table_rows(file: Path, kind: str, on_bytes: Callable[[int], None]) -> Itera
             for share, batch in _batches(source, kind):
                 on_bytes(round(share * size))
                 batch.validate(full=True)  # offsets of a damaged file may lead anywhere
+                _refuse_twice(f"{file}: the schema", batch.schema.names)
                 for at in range(0, len(batch), TABLE_ROWS):
                     for row in batch.slice(at, TABLE_ROWS).to_pylist():
                         number += 1
                         yield f"{file}:row {number}", {k: _plain(v) for k, v in row.items()}
     except pa.ArrowException as error:
         raise DataError(f"{file} is not a whole {kind[1:]} file: {error}") from error
+    except (ArithmeticError, LookupError) as error:  # a date beyond Python's, an unknown time zone
+        raise DataError(f"{file}: a value behind row {number} cannot be read: {error}") from error
 
 
 def _batches(source: Any, kind: str) -> Iterator[tuple[float, Any]]:
