@@ -1,8 +1,10 @@
 """Read data files of every known container and format, and report bad rows."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ernie_train.data.formats import (
 
 __all__ = ["BadRow", "ReadReport", "Record", "iter_records", "read_records"]
 
+_log = logging.getLogger(__name__)
 SHOWN_BAD_ROWS = 10
 LISTED_ROWS = 100
 # Keys of rows that verifiers read, or that name the row: no surprise that training reads none.
@@ -106,6 +109,11 @@ class ReadReport:
         """Return a line for everything that was left out or is not read."""
         return remarks(self.path, self.dropped, self.bad, self.unread, self.passed_over)
 
+    def warn(self) -> None:
+        """Log which rows were left out, once a process; for callers that show no report."""
+        for line in remarks(self.path, self.dropped, self.bad, {}, ""):
+            _warn_once(line)
+
     def check(self, max_bad_fraction: float, remedy: str = "") -> None:
         """Check that there are rows and that few of them are bad; `remedy` ends the message.
 
@@ -123,6 +131,11 @@ class ReadReport:
                 f"{self.path}: {len(self.bad)} of {self.rows} rows are bad, more than "
                 f"max_bad_fraction {max_bad_fraction:g} allows:\n{shown}{rest}"
             )
+
+
+@cache
+def _warn_once(line: str) -> None:
+    _log.warning("%s", line)
 
 
 def read_records(
