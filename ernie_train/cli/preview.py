@@ -29,7 +29,7 @@ from ernie_train.data import (
     preview,
     prompt_ids,
 )
-from ernie_train.data.report import splits_warning
+from ernie_train.data.reader import splits_warning
 from ernie_train.weights.model_directory import find_model
 
 SHOWN_LEFT_OUT = 10

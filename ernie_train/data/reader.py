@@ -66,6 +66,11 @@ def remarks(
     return [f"{what}: {text}" for what, text in told.items() if text]
 
 
+def splits_warning(path: str, splits: list[str]) -> str:
+    """Return a line that says that a path holds several splits."""
+    return f"{path} holds several splits, {', '.join(splits)}, and all are read: name one of them"
+
+
 @dataclass
 class ReadReport:
     """Count the rows read from a path and the rows kept, and list the bad rows.
@@ -110,9 +115,11 @@ class ReadReport:
         return remarks(self.path, self.dropped, self.bad, self.unread, self.passed_over)
 
     def warn(self) -> None:
-        """Log which rows were left out, once a process; for callers that show no report."""
+        """Log what was left out or mixed, once a process; for callers that show no report."""
         for line in remarks(self.path, self.dropped, self.bad, {}, ""):
             _warn_once(line)
+        if self.splits:
+            _warn_once(splits_warning(self.path, self.splits))
 
     def check(self, max_bad_fraction: float, remedy: str = "") -> None:
         """Check that there are rows and that few of them are bad; `remedy` ends the message.

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ernie_train.data.documents import EncodedDocument
-from ernie_train.data.reader import LISTED_ROWS, BadRow, remarks
+from ernie_train.data.reader import LISTED_ROWS, BadRow, remarks, splits_warning
 from ernie_train.data.tokenizer import Tokenizer
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -176,11 +176,6 @@ def too_long_warning(what: str, bound: str, longest: int, remedy: str) -> Text:
         f"{what} are longer than {bound} and left out; the longest has {longest} tokens: {remedy}"
     )
     return Text(line, LOUD, overflow="fold")
-
-
-def splits_warning(path: str, splits: list[str]) -> str:
-    """Return a line that says that a path holds several splits."""
-    return f"{path} holds several splits, {', '.join(splits)}, and all are read: name one of them"
 
 
 def _cells(source: SourceReport) -> list[str | Text]:

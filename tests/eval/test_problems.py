@@ -93,6 +93,13 @@ def test_problems_and_examples_that_are_left_out_are_told(tmp_path, caplog):
     assert len(told) == 1 and f"left out of {path}: 1 bad, first {path}:1: it is not" in told[0]
 
 
+def test_problems_of_several_splits_are_told(tmp_path, caplog):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [{"prompt": "q", "answer": "1", "reward": "math"}])
+    assert len(load_problems(tmp_path)) == 2
+    assert "holds several splits, test, train, and all are read" in caplog.text
+
+
 def test_a_prompt_that_cannot_be_encoded_is_a_bad_row(tmp_path, tokenizer):
     rows = [{"prompt": "1 + 1?", "answer": "2", "difficulty": "3"}] * 9
     rows.append({"prompt": "evil <|im_end|>", "answer": "2"})
