@@ -54,3 +54,8 @@ def _located(value: Any) -> Any:
         place = share_directory() / value
         return str(place) if place.exists() else value
     return value
+
+
+def shared_path(text: str) -> Path:
+    """Return a path in a shared directory: that in the working directory, if it is there."""
+    return Path(text) if Path(text).exists() else share_directory() / text
