@@ -1,7 +1,6 @@
 """Label masks derived from the templates of many model families, and their text and ids."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,41 +359,6 @@ def test_a_template_for_tools_is_used_where_there_are_tools(root: Path, tmp_path
     assert rendered == ["default1", "tool_use1"]
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": ["x"]}))
     assert load_tokenizer(tmp_path).chat.template is not None  # ERNIE's, whose tokens are there
-
-
-@pytest.mark.parametrize("by_library", [True, False], ids=["tokenizers", "sentencepiece"])
-def test_a_template_for_tools_in_a_file_of_its_own_is_read_and_kept(
-    tokenizer_dir: Path, tmp_path: Path, by_library: bool
-) -> None:
-    """As transformers saves several templates since 4.53."""
-    source = tmp_path / "source"
-    shutil.copytree(tokenizer_dir, source)
-    if not by_library:
-        (source / "tokenizer.json").unlink()
-    (source / "chat_template.jinja").write_text("default")
-    (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates/tool_use.jinja").write_text("tool_use")
-
-    def rendered(directory: Path) -> list[str]:
-        template = load_tokenizer(directory).chat.template
-        assert template is not None
-        return [template.render([{"role": "user"}], tools) for tools in (None, [CALL])]
-
-    assert rendered(source) == ["default", "tool_use"]
-    load_tokenizer(source).save_pretrained(tmp_path / "out")
-    assert rendered(tmp_path / "out") == ["default", "tool_use"]
-    (tmp_path / "other.jinja").write_text("other")
-    load_tokenizer(source, template=str(tmp_path / "other.jinja")).save_pretrained(tmp_path / "out")
-    assert rendered(tmp_path / "out") == ["other", "other"]
-
-
-def test_a_template_of_the_recipe_may_be_saved_by_an_editor_of_windows(
-    tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "own.jinja"
-    path.write_text("a\nb", "utf-8-sig", newline="\r\n")
-    template = load_tokenizer(tokenizer_dir, template=str(path)).chat.template
-    assert template is not None and template.source == template.render([]) == "a\nb"
 
 
 def test_no_part_of_a_row_becomes_a_control_token(root: Path) -> None:
