@@ -96,7 +96,8 @@ class GenerateCommand:
         if self.prompts is None:
             records = [Record("prompt", [{"role": "user", "content": self.prompt}])]
         else:
-            records, _ = read_records(self.prompts, columns=self.columns)
+            records, read = read_records(self.prompts, columns=self.columns)
+            read.warn()
         if wrong := [record.source for record in records if not record.prompt_messages]:
             raise DataError(f"{wrong[0]}: the row asks nothing: it has no messages or prompt")
         if self.system is None:

@@ -24,6 +24,13 @@ from ernie_train.core.terminal import Terminal
 from ernie_train.io.outputs import check_output_file
 
 Problems = Annotated[Path, typer.Option(help="problems: a file of rows, a directory or a pattern")]
+HeldOut = Annotated[
+    Path | None,
+    typer.Option(
+        help="problems: a file of rows, a directory or a pattern; default data/test, here or as it "
+        "comes along"
+    ),
+]
 Tasks = Annotated[str | None, typer.Option(help="only these tasks or domains: math,aiw")]
 Samples = Annotated[int, whole_number(min=1, help="completions a problem")]
 Sizes = Annotated[str | None, typer.Option(help="sizes of pass@k: 1,8; default 1 and n")]
@@ -48,7 +55,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print results as JSON")]
 
 def evaluate(
     model: Model,
-    data: Problems = Path("data/test"),
+    data: HeldOut = None,
     columns: ColumnsText = None,
     tasks: Tasks = None,
     n: Samples = 1,
@@ -71,6 +78,7 @@ def evaluate(
     from ernie_train.cli.evaluate import EvalCommand, as_text, parse_ks, parse_tools
     from ernie_train.data import parse_columns
     from ernie_train.eval.evaluation import EvalConfig
+    from ernie_train.io.shipped import shared_path
 
     if shots is not None and few_shot is None:
         raise UserError("--shots needs --few-shot, the file of the examples")
@@ -80,7 +88,7 @@ def evaluate(
     command = EvalCommand(
         model=model,
         best=best,
-        data=data,
+        data=shared_path("data/test") if data is None else data,
         columns=None if columns is None else parse_columns(columns, "--columns"),
         tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
         max_examples=max_examples,

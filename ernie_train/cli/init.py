@@ -286,7 +286,7 @@ def answers(
     if ask is None:
         return Path(str(model)), str(data), out or Path("recipe.yaml")
     return (
-        model or Path(ask("model directory", "")),
-        data or ask("data: a file of rows, a directory or a pattern", ""),
-        out or Path(ask("recipe to write", "recipe.yaml")),
+        model or Path(ask("model directory", "")).expanduser(),
+        data or os.path.expanduser(ask("data: a file of rows, a directory or a pattern", "")),
+        out or Path(ask("recipe to write", "recipe.yaml")).expanduser(),
     )

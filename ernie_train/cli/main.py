@@ -38,7 +38,7 @@ from ernie_train.cli.recipes import check, doctor, init, plan, preview, schema
 from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
-from ernie_train.core.terminal import CurrentStderr, Terminal
+from ernie_train.core.terminal import CurrentStderr, Terminal, show_every_character
 from ernie_train.io.outputs import check_output_directory
 from ernie_train.launch import LaunchSettings, print_error
 from ernie_train.launch.rank_files import RankReporter, is_supervised
@@ -347,6 +347,7 @@ def import_(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its status; a mistake is one message without a traceback."""
+    show_every_character()
     reporter = RankReporter.of_this_process()
     if reporter is None:
         status, message = _run(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ernie_train.data import (
     preview,
     prompt_ids,
 )
-from ernie_train.data.report import splits_warning
+from ernie_train.data.reader import splits_warning
 from ernie_train.weights.model_directory import find_model
 
 SHOWN_LEFT_OUT = 10
@@ -65,6 +66,7 @@ def preview_data(
     read = ReadReport(data)
     found = iter_records(data, "auto", read, settings.columns)
     if settings.row is not None:
+        read.most_listed = sys.maxsize  # the row may be any of those left out
         _print_one(found, read, settings.row, tokenizer, settings, console)
         return
     records = list(islice(found, settings.most_rows or None))

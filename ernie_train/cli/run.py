@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -35,14 +36,13 @@ class RunCommand:
     def run_on_cores(self, console: Console, launch_console: Console, *, debug: bool) -> int:
         """Run the recipe here, or as ranks where those use the cores better; return the status."""
         from ernie_train.core import process_group
-        from ernie_train.core.config import apply_overrides, load_yaml
         from ernie_train.core.cpu import use_threads
         from ernie_train.launch.cores import plan_cores
 
         plan = None
         if process_group.world_size() == 1 and not is_supervised():
             with suppress(UserError):  # reported by the run, with all that is wrong beside it
-                values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
+                values = self._settings()
                 directory = self._directory(str(values.get("name")))
                 plan = plan_cores(values, directory, Path.cwd())
         if plan is not None and plan.threads is not None:
@@ -71,10 +71,8 @@ class RunCommand:
 
     def launch(self, settings: LaunchSettings, console: Console, *, debug: bool) -> int:
         """Run the recipe as ranks; return the exit status. Loads no Paddle."""
-        from ernie_train.core.config import apply_overrides, load_yaml
-
         # The ranks validate the recipe, which takes Paddle; only name and device are needed here.
-        values = apply_overrides(load_yaml(self.recipe), list(self.overrides))
+        values = self._settings()
         name, hide_gpus = values.get("name"), values.get("device") == "cpu"
         directory = self._directory(name) if isinstance(name, str) else self.run_dir
         if directory is not None and settings.nnodes == 1:  # ranks of other nodes may hold it
@@ -100,6 +98,13 @@ class RunCommand:
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         given += ["--extend"] if self.extend else []  # a second time it finds nothing to do
         return [*given, "--", str(self.recipe), *self.overrides]
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the recipe with its overrides, as it is written."""
+        from ernie_train.core.config import apply_overrides
+        from ernie_train.io.shipped import read_recipe
+
+        return apply_overrides(read_recipe(self.recipe), list(self.overrides))
 
     def _directory(self, name: str) -> Path:
         return self.run_dir or Path("runs") / name

@@ -25,6 +25,7 @@ from ernie_train.io.metrics_log import FILE_NAME, read_metrics
 from ernie_train.io.run_dir import (
     ENVIRONMENT,
     RECIPE,
+    is_run,
     is_whole_export,
     lock_owner,
     read_done,
@@ -77,7 +78,7 @@ def print_status(run_dir: Path, console: Console) -> None:
 def _recorded_recipe(run_dir: Path) -> Mapping[str, Any]:
     """Return the resolved recipe of a run; validated, which takes Paddle, unless it is known."""
     path = run_dir / RECIPE
-    if not path.is_file():
+    if not is_run(run_dir):
         raise CheckpointError(f"{run_dir}: not a run directory (it has no recipe.yaml)")
     if _is_as_written_here(run_dir):
         return load_yaml(path)

@@ -7,6 +7,7 @@ with the settings at once, each problem with its dotted path as it stands in the
 import ast
 import inspect
 import json
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 SampleWeight = Annotated[float, Field(gt=0, le=10_000)]  # how often a source is used in an epoch
 Share = Annotated[float, Field(ge=0, le=1)]
+PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # `~` is the home directory
 
 
 class Harmless:

@@ -6,6 +6,7 @@ cursor, write to the clipboard (OSC 52) or hide a line; a bidirectional control 
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import time
@@ -57,6 +58,12 @@ def message_text(text: str) -> str:
     kept = [printable(shorten(line, LONGEST_LINE)) for line in lines[:MOST_LINES]]
     more = len(lines) - len(kept)
     return "\n".join(kept + ([f"... and {more} more lines"] if more else []))
+
+
+def show_every_character() -> None:
+    """Let standard output write the code of a character that its encoding lacks, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Terminal(Console):

@@ -24,7 +24,7 @@ import uuid
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +70,9 @@ def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None
     directory = root / fingerprint([_code(), contents, facts])[:32]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # It may be someone else's, or on a file system without locks, as some clusters have.
+        with suppress(FileNotFoundError), (directory / LOCK).open("ab") as stream:
+            _locks(stream, fcntl.LOCK_SH)
     except OSError as error:
         _log.warning(
             "rows are encoded at every start: %s (%s names another directory)", error, CACHE

@@ -19,6 +19,7 @@ from ernie_train.data.completion_format import (
     TOOL_CALL_OPEN,
     parse_completion,
 )
+from ernie_train.data.formats import without_nulls
 
 Message = dict[str, Any]
 
@@ -133,7 +134,7 @@ def canonical_tools(tools: Sequence[Any]) -> list[Message]:
         function = (tool.get("function") or tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError("a tool needs a name: {name, description, parameters}")
-        function = _without_nulls(function)
+        function = without_nulls(function)
         kept: Message = {"name": function["name"]}
         if isinstance(function.get("description"), str):
             kept["description"] = function["description"]
@@ -164,7 +165,7 @@ def _canonical_call(call: Any) -> Message:
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise DataError("a tool call needs a name, and arguments that are a JSON object")
     known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    arguments = _without_nulls(arguments)
+    arguments = without_nulls(arguments)
     return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -180,13 +181,6 @@ def _check_blocks(content: str) -> None:
         )
     if any(call.arguments is None for call in parsed.tool_calls):
         raise DataError("an assistant turn has a tool call that is not valid JSON")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop the keys whose value is null, at every depth: Arrow and Parquet write absent keys so."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -4,7 +4,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ernie_train.core.config import HARMLESS, SampleWeight
+from ernie_train.core.config import HARMLESS, PathText, SampleWeight
 from ernie_train.core.errors import DataError
 from ernie_train.core.terminal import Terminal
 from ernie_train.data.cache import DocumentStore
@@ -48,7 +48,7 @@ SILENT_S = 2.0  # a progress bar appears after this
 class DataSource(MappedRows):
     """Configure one entry of a stage's `data`."""
 
-    path: Annotated[str, Field(min_length=1), HARMLESS]
+    path: Annotated[PathText, Field(min_length=1), HARMLESS]
     """A file of rows, a directory, or a pattern such as `data/*.parquet` (docs/data.md)."""
     weight: SampleWeight = 1.0
     """An epoch has round(weight x documents) samples of the source."""
@@ -114,13 +114,12 @@ class SourceEncoding:
         records = iter_records(self.path, self.source.format, read, self.source.columns)
         self.read = read
         for number, record in enumerate(_with_progress(records, read), start=1):
-            if number <= done:
-                if number == done:  # the rows so far were read again, but not encoded
-                    read.bad, read.unread = saved.bad, saved.unread
-                continue
-            self.add(record)
-            self.records = number
-            if self.counts.kept == self.source.max_examples:
+            if number > done:
+                self.add(record)
+                self.records = number
+            elif number == done:  # the rows so far were read again, but not encoded
+                read.bad, read.unread = saved.bad, saved.unread
+            if number >= done and self.counts.kept == self.source.max_examples:
                 break
             if store is not None and self.builder.num_tokens >= COMMIT_TOKENS:
                 self._commit(store)
@@ -135,8 +134,8 @@ class SourceEncoding:
         read, counts = store.state["read"], store.state["counts"]
         for report, name in product((read, counts), ("bad", "left_out")):
             report[name] = [BadRow(*row) for row in report[name]]
-        for name in ("dropped", "unread"):
-            read[name] = Counter(read[name])
+        for report, names in ((read, ("dropped", "unread")), (counts, ("dropped", "notes"))):
+            report.update({name: Counter(report[name]) for name in names})
         self.read = ReadReport(**read)
         counts |= {"path": self.source.path, "weight": self.source.weight}
         self.counts = SourceReport(**counts)
@@ -148,7 +147,7 @@ class SourceEncoding:
         report, read = self.counts, self.read
         report.rows, report.bad = read.rows, read.bad
         report.format = read.format or self.source.format
-        report.dropped = {**report.dropped, **read.dropped}
+        report.dropped.update(read.dropped)
         report.left_out = [*report.left_out, *read.left_out]
         report.unread, report.passed_over = dict(sorted(read.unread.items())), read.passed_over
         report.splits = read.splits
@@ -169,7 +168,7 @@ class SourceEncoding:
         else:
             self.counts.kept += 1
             self.read.note_unread_fields(record)
-            self.counts.note(notes)
+            self.counts.notes.update(notes)
             for piece_ids, piece_trainable in pieces:
                 self.builder.add(piece_ids, piece_trainable, record.source)
                 self.counts.trainable_tokens += sum(piece_trainable[1:])
@@ -266,9 +265,11 @@ def _with_progress(records: Iterator[Record], read: ReadReport) -> Iterator[Reco
             break
     else:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"encoding {Path(read.path).name}", total=read.bytes_total)
-        while batch := list(islice(records, 64)):
-            progress.update(task, completed=read.bytes_read)
-            yield from batch
+        for number, record in enumerate(records):
+            if number % 64 == 0:
+                progress.update(task, completed=read.bytes_read)
+            yield record

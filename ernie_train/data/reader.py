@@ -1,8 +1,10 @@
 """Read data files of every known container and format, and report bad rows."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ernie_train.data.formats import (
 
 __all__ = ["BadRow", "ReadReport", "Record", "iter_records", "read_records"]
 
+_log = logging.getLogger(__name__)
 SHOWN_BAD_ROWS = 10
 LISTED_ROWS = 100
 # Keys of rows that verifiers read, or that name the row: no surprise that training reads none.
@@ -63,6 +66,11 @@ def remarks(
     return [f"{what}: {text}" for what, text in told.items() if text]
 
 
+def splits_warning(path: str, splits: list[str]) -> str:
+    """Return a line that says that a path holds several splits."""
+    return f"{path} holds several splits, {', '.join(splits)}, and all are read: name one of them"
+
+
 @dataclass
 class ReadReport:
     """Count the rows read from a path and the rows kept, and list the bad rows.
@@ -86,6 +94,7 @@ class ReadReport:
     splits: list[str] = field(default_factory=list)
     bytes_total: int = 0
     bytes_read: int = 0
+    most_listed: int = LISTED_ROWS  # of dropped rows
 
     def add_format(self, name: str) -> None:
         if name not in self.format.split("+"):
@@ -94,7 +103,7 @@ class ReadReport:
     def drop(self, reason: str, source: str) -> None:
         """Count a row that is left out, and name it if it is one of the first."""
         self.dropped[reason] += 1
-        if len(self.left_out) < LISTED_ROWS:
+        if len(self.left_out) < self.most_listed:
             self.left_out.append(BadRow(source, reason))
 
     def note_unread_fields(self, record: Record) -> None:
@@ -104,6 +113,13 @@ class ReadReport:
     def remarks(self) -> list[str]:
         """Return a line for everything that was left out or is not read."""
         return remarks(self.path, self.dropped, self.bad, self.unread, self.passed_over)
+
+    def warn(self) -> None:
+        """Log what was left out or mixed, once a process; for callers that show no report."""
+        for line in remarks(self.path, self.dropped, self.bad, {}, ""):
+            _warn_once(line)
+        if self.splits:
+            _warn_once(splits_warning(self.path, self.splits))
 
     def check(self, max_bad_fraction: float, remedy: str = "") -> None:
         """Check that there are rows and that few of them are bad; `remedy` ends the message.
@@ -122,6 +138,11 @@ class ReadReport:
                 f"{self.path}: {len(self.bad)} of {self.rows} rows are bad, more than "
                 f"max_bad_fraction {max_bad_fraction:g} allows:\n{shown}{rest}"
             )
+
+
+@cache
+def _warn_once(line: str) -> None:
+    _log.warning("%s", line)
 
 
 def read_records(

@@ -1,6 +1,6 @@
 """Report on the data of a stage: rows, lengths, packing fill, and a preview of a document."""
 
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ernie_train.data.documents import EncodedDocument
-from ernie_train.data.reader import LISTED_ROWS, BadRow, remarks
+from ernie_train.data.reader import LISTED_ROWS, BadRow, remarks, splits_warning
 from ernie_train.data.tokenizer import Tokenizer
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -39,12 +39,12 @@ class SourceReport:
     rows: int = 0
     kept: int = 0
     bad: list[BadRow] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
     left_out: list[BadRow] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
     passed_over: str = ""
     splits: list[str] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
     documents: int = 0
     tokens: int = 0
     trainable_tokens: int = 0
@@ -54,13 +54,9 @@ class SourceReport:
 
     def drop(self, reason: str, source: str) -> None:
         """Count a row that is left out, and name it if it is one of the first."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.dropped[reason] += 1
         if len(self.left_out) < LISTED_ROWS:
             self.left_out.append(BadRow(source, reason))
-
-    def note(self, notes: Iterable[str]) -> None:
-        for note in notes:
-            self.notes[note] = self.notes.get(note, 0) + 1
 
     @property
     def share_truncated(self) -> float:
@@ -110,19 +106,12 @@ class DataReport:
     def total(self) -> SourceReport:
         """Return the sum of all sources."""
         total = SourceReport("total", "", 1.0, "")
+        counts = "rows kept bad documents tokens trainable_tokens over_seq_len truncated"
         for source in self.sources:
-            total.rows += source.rows
-            total.kept += source.kept
-            total.bad += source.bad
-            for reason, count in source.dropped.items():
-                total.dropped[reason] = total.dropped.get(reason, 0) + count
-            total.documents += source.documents
-            total.tokens += source.tokens
-            total.trainable_tokens += source.trainable_tokens
-            total.over_seq_len += source.over_seq_len
-            total.truncated += source.truncated
-            for note, count in source.notes.items():
-                total.notes[note] = total.notes.get(note, 0) + count
+            for name in counts.split():
+                setattr(total, name, getattr(total, name) + getattr(source, name))
+            total.dropped.update(source.dropped)
+            total.notes.update(source.notes)
         if self.sources:
             total.lengths = np.concatenate([source.lengths for source in self.sources])
         return total
@@ -187,11 +176,6 @@ def too_long_warning(what: str, bound: str, longest: int, remedy: str) -> Text:
         f"{what} are longer than {bound} and left out; the longest has {longest} tokens: {remedy}"
     )
     return Text(line, LOUD, overflow="fold")
-
-
-def splits_warning(path: str, splits: list[str]) -> str:
-    """Return a line that says that a path holds several splits."""
-    return f"{path} holds several splits, {', '.join(splits)}, and all are read: name one of them"
 
 
 def _cells(source: SourceReport) -> list[str | Text]:

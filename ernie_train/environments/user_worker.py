@@ -6,18 +6,16 @@ It is started by `user_tools.py` and may be killed at any moment. Requests: ["lo
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
 import sys
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ernie_train.core.processes import die_with_parent
 from ernie_train.environments.tool import Signature, ToolError
+from ernie_train.io.python_files import run_file
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -49,7 +47,7 @@ class FileTools:
     def load(self, file: str) -> list[Any]:
         """Return ["tools", their schemas], or ["raised", what is wrong with the file]."""
         try:
-            module = _import(Path(file))
+            module = run_file(file)
             self._functions = {
                 name: value
                 for name, value in vars(module).items()
@@ -97,17 +95,6 @@ def _as_json(result: Any) -> str:
 
 def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
-
-
-def _import(path: Path) -> ModuleType:
-    sys.path.insert(0, str(path.parent))  # the file can import modules of its own directory
-    spec = importlib.util.spec_from_file_location(f"user_tools_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

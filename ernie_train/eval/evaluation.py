@@ -144,7 +144,8 @@ def load_problems(
         DataError: a missing path, or rows that lack a prompt, a verifier or a name that is text.
         ConfigError: a name in `tasks` is neither a task nor a domain of these problems.
     """
-    records, _ = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
+    records, read = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
+    read.warn()
     problems = [_with_names(record) for record in records]
     _check_fields(path, problems, needs_reward)
     known = {record.fields[key] for record in problems for key in ("task", "domain")}

@@ -65,7 +65,8 @@ def load_few_shot(
     Raises:
         DataError: the path cannot be read, rows have no answer, or there are fewer than `shots`.
     """
-    records, _ = read_records(path, columns=columns)
+    records, read = read_records(path, columns=columns)
+    read.warn()
     examples = []
     for record in records:
         if not record.messages:

@@ -79,8 +79,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary stream whose content becomes the file `path` when the block ends.
 
     A reader sees the old file or the new one, never a part, even after a power cut. If the block
-    raises, the old file is kept. For a symbolic link the target is replaced; devices and pipes are
-    written directly.
+    raises, the old file is kept. The new one has its permissions. For a symbolic link the target is
+    replaced; devices and pipes are written directly.
 
     Raises:
         StorageError: the disk is full or the path cannot be written.
@@ -94,6 +94,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary = target.with_name(target.name + ".tmp")
         try:
             with temporary.open("wb") as stream:
+                with suppress(OSError):  # there is none, or a file system without permissions
+                    shutil.copymode(target, temporary)
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -112,7 +114,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file with `atomic_write`."""
+    """Copy the content of a file with `atomic_write`; the target's directory is made."""
+    target.parent.mkdir(exist_ok=True)
     with source.open("rb") as stream, atomic_write(target) as out:
         shutil.copyfileobj(stream, out)
 
@@ -277,8 +280,9 @@ def write_directory(
 ) -> None:
     """Create the directory `path` atomically from the files that `write` writes.
 
-    An existing `path` is replaced only if it is empty or has our manifest. Every rank must call it:
-    `write` runs on each rank, for that rank's files in the one directory; rank 0 does the rest.
+    An existing `path` is replaced only if it is empty or has our manifest; of a symbolic link it is
+    the directory that the link leads to. Every rank must call it: `write` runs on each rank, for
+    that rank's files in the one directory; rank 0 does the rest.
     Steps of `write` that can fail on one rank alone must run inside `consensus.fail_together`.
 
     Args:
@@ -293,6 +297,7 @@ def write_directory(
         UserError: `path` exists and is anything else.
         StorageError: the disk is full or `path` cannot be written. The old directory is kept.
     """
+    path = path.resolve()
     temporary = _sibling(path, ".tmp")
     with consensus.fail_together():
         if process_group.is_main():

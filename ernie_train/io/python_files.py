@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
+import symtable
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -27,16 +27,12 @@ def find_definition(text: str, base_directory: Path, what: str, example: str) ->
         raise UserError(f"{what} {text!r}: expected {example}")
     file = (base_directory / Path(file_name).expanduser()).resolve()
     try:
-        tree = ast.parse(read_text(file))
+        table = symtable.symtable(read_text(file), str(file), "exec")
     except SyntaxError as error:
         raise UserError(f"{what} {text!r}: {file}:{error.lineno}: {error.msg}") from None
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{what} {text!r}: cannot read {file}: {error}") from None
-    names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
-    names += [target.id for target in targets if isinstance(target, ast.Name)]
-    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
-    names += [alias.asname or alias.name for n in imports for alias in n.names]
+    names = [s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()]
     if name not in names:
         known = ", ".join(names) or "nothing"
         raise UserError(f"{what} {text!r}: {file} defines no {name}; it defines {known}")
@@ -48,11 +44,12 @@ def load_definition(file: str, name: str) -> Any:
 
     It can import modules of its own directory. Raises what the file raises.
     """
-    return getattr(_run_file(file), name)
+    return getattr(run_file(file), name)
 
 
 @functools.cache
-def _run_file(file: str) -> ModuleType:
+def run_file(file: str) -> ModuleType:
+    """Run a file, once in a process, as `load_definition` does; return it as a module."""
     path = Path(file)
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"user_file_{path.stem}", path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ernie_train.core.errors import CheckpointError, UserError, storage_errors
+from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
 from ernie_train.core.foreign_files import read_json
 from ernie_train.io.files import fingerprint, verify_manifest, write_json
 
@@ -29,6 +29,11 @@ RECEIPT = "export_receipt.json"
 DONE = "DONE"
 LOCK = ".lock"
 _STEP = re.compile(r"step_(\d{6,})")
+
+
+def is_run(directory: Path) -> bool:
+    """Return whether a directory holds a run's recipe; that of a model may hold another one."""
+    return (directory / RECIPE).is_file() and not (directory / "config.json").exists()
 
 
 class RunLock:
@@ -51,6 +56,12 @@ class RunLock:
             descriptor = os.open(self.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _lock(descriptor, fcntl.LOCK_EX, self.run_dir)
+            except OSError as error:
+                os.close(descriptor)
+                raise StorageError(
+                    f"{self.run_dir}: its file system has no locks ({error.strerror}), by which a "
+                    "second run is kept out: give a --run-dir elsewhere, or mount it with flock"
+                ) from error
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -94,6 +105,8 @@ def lock_owner(run_dir: str | Path) -> str | None:
         return None  # no run has started here yet; `RunLock` reports other problems
     try:
         return _blocked_by(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        return None  # there are no locks
     finally:
         os.close(descriptor)
 

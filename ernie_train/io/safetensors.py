@@ -312,9 +312,7 @@ def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str] 
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if not directory.is_dir():
         raise WeightsError(f"{directory}: no such directory")
-    if single.exists() and index.exists():
-        raise WeightsError(f"{directory} has both {single.name} and {index.name}: delete the stale")
-    if single.exists():
+    if single.exists() and not index.exists():
         return [single], None
     if not index.exists():
         others = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pdparams", ".pt")]
@@ -328,6 +326,8 @@ def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str] 
     foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if foreign:
         raise WeightsError(f"{index}: names files outside its directory: {foreign}")
+    if single.exists() and names != [single.name]:
+        raise WeightsError(f"{directory} has both {single.name} and {index.name}: delete the stale")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise WeightsError(f"{index} names files that are missing: {', '.join(missing)}")

@@ -32,7 +32,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     Data that a shipped recipe names is found from every working directory. Raises `ConfigError`.
     """
     path = Path(recipe)
-    if path.exists() or path.suffix or path.name != str(recipe):
+    if path.is_file() or path.suffix or path.name != str(recipe):
         return load_yaml(path)
     shipped = shipped_recipes()
     if path.name not in shipped:
@@ -54,3 +54,8 @@ def _located(value: Any) -> Any:
         place = share_directory() / value
         return str(place) if place.exists() else value
     return value
+
+
+def shared_path(text: str) -> Path:
+    """Return a path in a shared directory: that in the working directory, if it is there."""
+    return Path(text) if Path(text).exists() else share_directory() / text

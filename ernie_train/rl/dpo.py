@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from ernie_train import parallel
-from ernie_train.core.config import HARMLESS, PositiveInt
+from ernie_train.core.config import HARMLESS, PathText, PositiveInt
 from ernie_train.core.errors import CheckpointError
 from ernie_train.data import MappedRows
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -55,9 +55,9 @@ class DpoConfig(StageConfig, MappedRows, PairLoss):
 
     kind: Literal["dpo"]
     """Preference optimization on pairs of completions (DPO and its kin)."""
-    data: Annotated[str, Field(min_length=1), HARMLESS]
+    data: Annotated[PathText, Field(min_length=1), HARMLESS]
     """A path of rows with a prompt, a chosen and a rejected completion."""
-    validation: Annotated[str, Field(min_length=1), HARMLESS] | None = None
+    validation: Annotated[PathText, Field(min_length=1), HARMLESS] | None = None
     """A path of held-out rows with the same columns: `validation_loss`, `validation/accuracies` and
     `validation/margins`.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import has_magic
@@ -124,12 +124,22 @@ def hash_files(paths: list[Path], hashes: HashMemory | None = None) -> str:
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(found for found in path.rglob("*") if found.is_file())
+        return sorted(_below(path))
     if path.exists():
         return [path]
     if has_magic(str(path)):
         return find_files(path).files
     raise DataError(f"{path}: no such file or directory")
+
+
+def _below(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files in a directory and below it, behind symbolic links too, as data is read."""
+    real = directory.resolve()
+    for child in directory.iterdir() if real not in above else ():
+        if child.is_dir():
+            yield from _below(child, (*above, real))
+        elif child.is_file():
+            yield child
 
 
 def _joined(hashes: Iterable[str]) -> str:

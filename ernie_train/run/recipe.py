@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import (
     NonNegative,
+    PathText,
     PositiveInt,
     StrictConfig,
     apply_overrides,
@@ -25,7 +26,7 @@ from ernie_train.data import SHIPPED_TEMPLATES, MappedRows, Tokenizer, load_toke
 from ernie_train.environments import EnvironmentConfig
 from ernie_train.eval.prompts import FewShot, load_few_shot
 from ernie_train.io.loggers import LoggerChoice, LoggerSettings
-from ernie_train.io.run_dir import RECIPE, recorded_version
+from ernie_train.io.run_dir import RECIPE, is_run, recorded_version
 from ernie_train.io.shipped import read_recipe
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
@@ -44,7 +45,7 @@ from ernie_train.train.supervised_data import SupervisedConfig
 class ChatConfig(StrictConfig):
     """The format of conversations, in every stage, evaluation and export."""
 
-    template: str | None = None
+    template: PathText | None = None
     """Another template than the tokenizer's own: `ernie_thinking`, `ernie_plain`, or a Jinja file.
     """
     history_reasoning: Literal["template", "keep", "drop"] = "template"
@@ -90,7 +91,7 @@ class ParallelConfig(StrictConfig):
 class EvaluationConfig(MappedRows):
     """Held-out problems to solve after the last stage; `path` holds rows."""
 
-    path: str
+    path: PathText
     """A path of problems, as docs/data.md lists them."""
     max_new_tokens: PositiveInt = 128
     """Longest completion, in tokens."""
@@ -110,7 +111,7 @@ class EvaluationConfig(MappedRows):
     """Sampling temperature; 0 is greedy."""
     k: list[PositiveInt] = []
     """Sizes for which pass@k is estimated; 1 and `samples`, unless given."""
-    few_shot: str | None = None
+    few_shot: PathText | None = None
     """A file of worked examples, some of which stand before each problem (docs/evaluation.md)."""
     shots: PositiveInt | None = None
     """Examples before each problem; 4, unless given."""
@@ -349,7 +350,7 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
     Raises `CheckpointError` that names the version that recorded it, if this one cannot read it.
     """
     path = run_dir / RECIPE
-    if not path.exists():
+    if not is_run(run_dir):
         return None
     try:
         data = as_written_today(load_yaml(path))

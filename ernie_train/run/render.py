@@ -94,23 +94,29 @@ def _unclosed_lines(evaluation: dict[str, Any]) -> list[Text]:
 
 
 def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Group:
-    """Return a table of accuracy after each stage, with the gain of the last stage."""
+    """Return a table of accuracy after each stage, with the gain of the last stage.
+
+    The problems may have changed between stages: what one did not solve is "-".
+    """
     table = _table("solved, in %", "domain", "task", *(name for name, _ in results))
     if len(results) > 1:
         table.add_column("last stage", justify="right")
 
-    def add(domain: str, task: str, values: list[float], section: bool = False) -> None:
+    def add(domain: str, task: str, values: list[float | None], section: bool = False) -> None:
         cells = [_percent(value) for value in values]
         if len(values) > 1:
-            cells.append(f"{100 * (values[-1] - values[-2]):+.1f}")
+            before, after = values[-2:]
+            gain = None if before is None or after is None else after - before
+            cells.append("-" if gain is None else f"{100 * gain:+.1f}")
         table.add_row(domain, task, *cells, end_section=section)
 
     evaluations = [result["trained"] for _, result in results]
-    for at, task in enumerate(evaluations[-1]["tasks"]):
-        values = [evaluation["tasks"][at]["accuracy"] for evaluation in evaluations]
-        add(task["domain"], task["task"], values, at == len(evaluations[-1]["tasks"]) - 1)
+    solved = [{(t["domain"], t["task"]): t["accuracy"] for t in e["tasks"]} for e in evaluations]
+    for at, (domain, task) in enumerate(solved[-1], start=1):
+        add(domain, task, [found.get((domain, task)) for found in solved], at == len(solved[-1]))
     for domain in evaluations[-1]["domains"]:
-        add(domain, "all", [e["domains"][domain]["accuracy"] for e in evaluations])
+        found = (e["domains"].get(domain, {}) for e in evaluations)
+        add(domain, "all", [one.get("accuracy") for one in found])
     add("all", "mean", [evaluation["mean_accuracy"] for evaluation in evaluations])
     return Group(table, *_unclosed_lines(evaluations[-1]))
 
@@ -181,6 +187,9 @@ def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:
             f"{_percent(t['baseline'])}{'' if t['baseline'] is None else ' %'} |"
             for t in evaluation["trained"]["tasks"]
         ]
-        lines += ["", "Greedy decoding on held-out generated problems.", ""]
+        asked, how = recipe.evaluation, "greedy decoding"
+        if asked is not None and asked.temperature:
+            how = f"of each {asked.samples} completions at temperature {asked.temperature:g}"
+        lines += ["", f"On held-out problems; {how}.", ""]
     lines += [f"How the export was checked: `{RECEIPT}`.", ""]
     return "\n".join(lines)

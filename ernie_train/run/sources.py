@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
-from ernie_train.core.config import StrictConfig
+from ernie_train.core.config import PathText, StrictConfig
 from ernie_train.core.errors import ConfigError
+from ernie_train.io.run_dir import is_run
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.configuration import ALIASES
 from ernie_train.weights.hf import load_config
@@ -26,7 +27,7 @@ class ModelSource(StrictConfig):
     `config.json` may stand beside it (`moe_k: 2`). Beside `path` it says which sizes must lie
     there; `check` and `plan` use it while nothing does.
     """
-    path: str | None = None
+    path: PathText | None = None
     """A Hugging Face directory, a checkpoint, a run directory, or the directory of a stage."""
 
     @classmethod
@@ -97,7 +98,7 @@ class ModelSource(StrictConfig):
 class TokenizerSource(StrictConfig):
     """A directory with a tokenizer.json, a SentencePiece model, or what PaddleNLP can read."""
 
-    path: str
+    path: PathText
     """A directory with `tokenizer.json` of any class, with `tokenizer.model`, or with files that
     PaddleNLP's AutoTokenizer reads.
     """
@@ -105,7 +106,7 @@ class TokenizerSource(StrictConfig):
     """Tokens to add to a `tokenizer.json`, one id each; embedding and head grow by rows that start
     as the mean of the others.
     """
-    stand_in: str | None = None
+    stand_in: PathText | None = None
     """A tokenizer that `check` and `plan` use while `path` does not exist. A run never does: a
     wrong vocabulary would train without an error.
     """
@@ -117,7 +118,9 @@ class TokenizerSource(StrictConfig):
 
 def tokenizer_directory(path: Path) -> Path:
     """Return the directory of the tokenizer of a run, a stage or a checkpoint, else `path`."""
-    for mark, inner in (("recipe.yaml", "."), ("stage.json", ".."), ("state.json", "../../..")):
+    if is_run(path):
+        return path / "tokenizer"
+    for mark, inner in (("stage.json", ".."), ("state.json", "../../..")):
         if (path / mark).is_file():
             return path / inner / "tokenizer"
     return path

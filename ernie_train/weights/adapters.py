@@ -24,7 +24,7 @@ import paddle
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import WeightsError
-from ernie_train.io.files import MANIFEST, FileDigest, digest_file, write_json
+from ernie_train.io.files import MANIFEST, FileDigest, digest_file, read_manifest, write_json
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5_MoeModel
 from ernie_train.model.lora import (
@@ -75,11 +75,11 @@ def describe_base(weights: Path) -> dict[str, str]:
 def hash_weights(directory: Path) -> str:
     """Return a hash of a model directory's weights, with those of its base if it is a part.
 
-    It takes the files' hashes from the manifest, if there is one.
+    It takes the files' hashes from the manifest, if there is one; `CheckpointError` for a damaged
+    one.
     """
     files = sorted(path for pattern in _HASHED for path in directory.glob(pattern))
-    manifest = directory / MANIFEST
-    known = json.loads(manifest.read_text("utf-8"))["files"] if manifest.exists() else {}
+    known = read_manifest(directory)["files"] if (directory / MANIFEST).exists() else {}
     hashes = {
         path.name: known[path.name]["sha256"] if path.name in known else digest_file(path).sha256
         for path in files

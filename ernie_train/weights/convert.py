@@ -19,8 +19,9 @@ from ernie_train.weights.upcycle import UpcycledSource
 
 # Files of a tokenizer, its chat template and the conditions of use, copied as they are.
 _CARRIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json",
-    "merges.txt", "vocab.txt", "generation_config.json", "LICENSE*", "NOTICE*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*", "vocab.json", "merges.txt", "vocab.txt",
+    "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def _write_tokenizer(source: Source, directory: Path) -> None:
         for pattern in _CARRIED:
             for file in sorted(source.path.glob(pattern)):
                 if file.is_file():
-                    copy_file(file, directory / file.name)
+                    copy_file(file, directory / file.relative_to(source.path))
     if not (directory / "generation_config.json").exists():
         write_json(directory / "generation_config.json", generation_config(source.config))
     largest = _largest_id(directory / "tokenizer.json")

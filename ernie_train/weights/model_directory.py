@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ernie_train.core.errors import CheckpointError, hub_hint
 from ernie_train.io.files import MANIFEST, verify_manifest
-from ernie_train.io.run_dir import read_done
+from ernie_train.io.run_dir import is_run, read_done
 from ernie_train.weights.adapters import find_base, is_partial
 from ernie_train.weights.checkpoint import CheckpointConfig, CheckpointStore
 
@@ -31,7 +31,7 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
         CheckpointError: the path is none of them, a checkpoint is damaged, or none was scored.
     """
     root = Path(path)
-    if (root / "recipe.yaml").exists():
+    if is_run(root):
         stages = sorted(root.glob("[0-9][0-9]-*/checkpoints"), reverse=True)
         for stage in (found.parent for found in stages if ".before-" not in found.parent.name):
             if (weights := _checkpoint_of_stage(stage, best=best)) is not None:
@@ -40,7 +40,7 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
     if (root / "stage.json").exists():
         if (weights := _checkpoint_of_stage(root, best=best)) is None:
             raise CheckpointError(f"{root}: no checkpoint yet")
-        return ModelDirectory(weights, root.parent / "tokenizer")
+        return ModelDirectory(weights, root.resolve().parent / "tokenizer")
     if best:
         raise CheckpointError(f"{root}: the best is one of a run's or a stage's checkpoints")
     if not (root / "config.json").exists() and is_partial(root):  # an adapter alone
@@ -52,7 +52,7 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
         )
     if (root / "state.json").exists():
         verify_manifest(root)
-        run_dir = root.parent.parent.parent  # run_dir/01-sft/checkpoints/step_000500
+        run_dir = root.resolve().parents[2]  # run_dir/01-sft/checkpoints/step_000500
         return ModelDirectory(root, run_dir / "tokenizer")
     if (root / MANIFEST).exists():
         verify_manifest(root)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import WeightsError
+from ernie_train.core.foreign_files import read_json
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.lora import LoraConfig
 from ernie_train.weights.layout import TensorMapping, tensor_mappings
@@ -35,12 +35,9 @@ class AdapterSettings:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; `WeightsError` if it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: must be a JSON object")
-    return found
 
 
 def read_settings(path: Path) -> AdapterSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -95,6 +96,14 @@ def test_text_mask_and_lengths_with_a_tokenizer(preview, data, root):
     assert "p50" in out and "1 longer than seq_len" in out
 
 
+def test_an_encoding_without_a_character_shows_its_code(data, root, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, "latin-1", write_through=True))
+    with pytest.raises(SystemExit) as stopped:
+        main(["preview", str(data), "--tokenizer", str(root / "tokenizer"), "--rows", "1"])
+    assert not stopped.value.code and b"\\u23ce" in shown.getvalue()
+
+
 def test_a_long_row_shows_its_end(preview, data, root):
     out = preview(data, "--tokenizer", root / "tokenizer", "--row", 3, "--max-tokens", 60)
     shown = out[out.index("trained:") :]
@@ -124,6 +133,12 @@ def test_a_field_of_a_million_characters_is_shown_by_its_ends(preview, tmp_path)
 def test_any_row_can_be_asked_for(preview, data, row, text):
     out = preview(data, "--row", row)
     assert text in out and "six?" not in out
+
+
+def test_a_row_behind_many_that_are_left_out_can_be_asked_for(preview, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps(chat("q", " ")) + "\n") * 150 + json.dumps(chat("q", "a")) + "\n")
+    assert "a.jsonl:150: with a blank answer" in preview(path, "--row", 150)
 
 
 def test_a_row_that_is_not_there_and_wrong_options_are_mistakes(preview, data, root, tmp_path):

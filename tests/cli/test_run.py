@@ -42,6 +42,18 @@ def test_the_recipe_s_device_decides(tmp_path, monkeypatch, device, hidden):
     assert [settings.hide_gpus for settings in seen] == [hidden]
 
 
+def test_a_recipe_that_comes_along_runs_as_ranks_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen: list[Path] = []
+    monkeypatch.setattr(
+        "ernie_train.cli.run.supervise",
+        lambda command, settings, place, console: seen.append(place),
+    )
+    call = RunCommand(Path("tiny"), ["name=small"], None, None, None, False, None)
+    call.launch(LaunchSettings(2), None, debug=False)
+    assert seen == [Path("runs/small")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

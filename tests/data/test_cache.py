@@ -1,5 +1,6 @@
 """The cache of encoded rows: the same documents, encoded once, continued after any stop."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -104,6 +105,18 @@ def test_encoding_goes_on_where_it_was_interrupted(
     assert len(encoded) <= 172 - (stop_at - 1) + 60, "what was committed is not encoded again"
 
 
+def test_a_kill_between_the_last_row_and_the_end_mark_adds_no_rows(
+    tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(store: module.DocumentStore) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.DocumentStore, "finish", kill)
+        load(tokenizer, data, {"max_examples": 5})
+    assert len(load(tokenizer, data, {"max_examples": 5})[0]) == 5
+
+
 def test_everything_that_matters_is_in_the_key(
     tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +171,17 @@ def test_small_sources_and_directories_that_cannot_be_written_do_without(
     home.write_text("a file")
     load(tokenizer, data)
     assert "rows are encoded at every start" in caplog.text
+
+
+def test_a_file_system_without_locks_does_without(
+    tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def flock(stream: Any, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert len(load(tokenizer, data)[0])
+    assert "rows are encoded at every start: [Errno 38] Function not implemented" in caplog.text
 
 
 def _hold(directory: Path, path: Path) -> None:

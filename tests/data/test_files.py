@@ -54,6 +54,8 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "indented.json": lambda path: path.write_text("\ufeff" + json.dumps(ROWS, indent=2)),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines())),
     "a.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "lines.json.gz": lambda path: path.write_bytes(gzip.compress(lines())),  # as C4 has them
+    "lines.json.zst": lambda path: path.write_bytes(pa.compress(lines(), "zstd", asbytes=True)),
     "a.jsonl.zst": lambda path: path.write_bytes(pa.compress(lines(), "zstd", asbytes=True)),
     "a.csv": write_csv,
     "a.csv.zst": lambda path: (
@@ -138,6 +140,14 @@ def test_patterns(folder: Path, pattern: str, files: int) -> None:
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "rows[1].jsonl").write_bytes(lines())
     assert len(read_records(tmp_path / "rows[1].jsonl")[0]) == 300
+
+
+def test_directories_with_brackets_do_not_spoil_a_pattern(tmp_path: Path) -> None:
+    place = tmp_path / "project [v2]" / "rows*"
+    place.mkdir(parents=True)
+    (place / "a.jsonl").write_bytes(lines())
+    assert len(read_records(place / "*.jsonl")[0]) == 300
+    assert len(read_records(tmp_path / "project [v2]" / "**" / "*.jsonl")[0]) == 300
     with pytest.raises(DataError, match="no data file matches the pattern"):
         read_records(tmp_path / "*.csv")
 
@@ -249,6 +259,13 @@ def test_csv(tmp_path: Path, text: str, answers: list[str]) -> None:
     assert csv_answers(tmp_path / "a.csv", text) == answers
 
 
+def test_the_name_tsv_says_tabs(tmp_path: Path) -> None:
+    text = "prompt\tcompletion\tnotes, links, and more\nq, r\ta, b\tn\n"
+    assert csv_answers(tmp_path / "a.tsv", text) == ["a, b"]
+    (tmp_path / "b.tsv").write_text("text\nwell, well\n")
+    assert read_records(tmp_path / "b.tsv")[0][0].text == "well, well"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -324,6 +341,23 @@ def test_damaged_bytes_are_no_more_than_a_message(tmp_path: Path, name: str) -> 
         (tmp_path / name).write_bytes(damaged)
         with contextlib.suppress(DataError):
             list(iter_records(tmp_path / name, "auto", ReadReport("")))
+
+
+@pytest.mark.parametrize(
+    ("names", "second", "message"),
+    [
+        (["text", "text"], pa.array(["b"]), r"a\.parquet: the schema names 'text' twice"),
+        (["text", "at"], pa.array([10**17], pa.timestamp("s")), "a value behind row 0 cannot be"),
+        (["text", "at"], pa.array([0], pa.timestamp("s", tz="Foo/Bar")), "be read: 'Foo/Bar'"),
+    ],
+)
+def test_tables_that_python_cannot_hold(
+    tmp_path: Path, names: list[str], second: Any, message: str
+) -> None:
+    table = pa.table([pa.array(["a"]), second], names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / "a.parquet")
 
 
 def test_values_that_json_has_not_become_text(tmp_path: Path) -> None:

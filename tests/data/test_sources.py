@@ -21,6 +21,7 @@ from ernie_train.data import (
     PackedLoader,
     Tokenizer,
     encode_chat,
+    encoding,
     load_sources,
     load_tokenizer,
     preview,
@@ -216,6 +217,21 @@ def test_max_examples_takes_the_first_good_rows(tokenizer: Tokenizer, write_rows
     documents, report = load(tokenizer, write_rows("a.jsonl", rows), {"max_examples": 4})
     assert len(documents) == 4 and report.sources[0].rows == 5
     assert "q3" in tokenizer.decode(documents[3].ids.tolist())
+
+
+def test_a_bar_in_a_terminal_changes_no_count(
+    tokenizer: Tokenizer, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows("[red] rows.jsonl", [chat("q", "a"), "broken"] * 50)
+    settings: Any = {"source": {"max_examples": 3}, "max_bad_fraction": 0.5}
+    plain = load(tokenizer, path, **settings)[1].to_dict()
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        encoding, "Terminal", lambda stderr: Console(file=shown, force_terminal=True)
+    )
+    monkeypatch.setattr(encoding, "SILENT_S", -1.0)
+    assert load(tokenizer, path, **settings)[1].to_dict() == plain
+    assert "encoding [red] rows.jsonl" in shown.getvalue()
 
 
 def flat(text: str) -> str:

@@ -217,6 +217,18 @@ def test_saving_copies_a_users_files_and_drops_stale_ones(
     assert load_tokenizer(out).fingerprint() == load_tokenizer(source).fingerprint()
 
 
+def test_a_class_in_code_of_its_own_is_not_asked_for(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """As ERNIE 4.5's first releases name it: the file of code is not saved."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tokenizer_dir, source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Ernie4_5_Tokenizer", "auto_map": {"AutoTokenizer": ["a.B", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(config | own))
+    load_tokenizer(source).save_pretrained(out)
+    saved = json.loads((out / "tokenizer_config.json").read_text())
+    assert saved == config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
 def test_added_tokens_beside_the_model_are_used(tokenizer_dir: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
 
@@ -235,6 +247,32 @@ def test_added_tokens_beside_the_model_are_used(tokenizer_dir: Path, tmp_path: P
     (source / "added_tokens.json").write_text(json.dumps({"<|extra|>": 605}))
     with pytest.raises(DataError, match="leave a gap"):
         load_tokenizer(source).save_pretrained(out)
+
+
+def test_what_files_beside_the_model_say_is_saved(
+    tokenizer: Tokenizer, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tokenizer_dir, source)
+    (source / "tokenizer.json").unlink()
+    own = {
+        "eos_token": "<|im_end|>", "pad_token": "</s>", "padding_side": "left",
+        "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]},
+        "added_tokens_decoder": {
+            str(tokenizer.vocab_size): {"content": "<cite>", "special": True},
+            str(tokenizer.vocab_size + 1): {"content": "<plain>", "special": False},
+        },
+    }  # fmt: skip
+    (source / "tokenizer_config.json").write_text(json.dumps(own))
+    before = load_tokenizer(source)
+    before.save_pretrained(out)
+    after = load_tokenizer(out)
+    assert type(after) is not type(before)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "control_tokens"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert after.encode("a<cite>b<plain></s>") == before.encode("a<cite>b<plain></s>")
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["padding_side"] == "left" and "auto_map" not in config
 
 
 def test_a_bare_model_gets_its_files(
@@ -326,7 +364,10 @@ def test_a_broken_directory_is_a_data_error(
     assert str(directory) in str(caught.value)
 
 
-def test_a_special_flag_changes_the_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_library", [True, False], ids=["tokenizers", "sentencepiece"])
+def test_a_special_flag_changes_the_fingerprint(
+    tokenizer: Tokenizer, tmp_path: Path, by_library: bool
+) -> None:
     """Whether a text of the data becomes the token or plain characters depends on it."""
     found = []
     for special in (False, True):
@@ -336,7 +377,8 @@ def test_a_special_flag_changes_the_fingerprint(tokenizer: Tokenizer, tmp_path: 
         token = {"content": "<cite>", "special": special}
         config.setdefault("added_tokens_decoder", {})[str(tokenizer.vocab_size)] = token
         (path / "tokenizer_config.json").write_text(json.dumps(config))
-        (path / "tokenizer.json").unlink(missing_ok=True)
+        if not by_library:
+            (path / "tokenizer.json").unlink()
         found.append(load_tokenizer(path))
     assert [("<cite>" in one.control_tokens) for one in found] == [False, True]
     assert found[0].fingerprint() != found[1].fingerprint()

@@ -172,3 +172,38 @@ def test_merges_that_are_left_out_by_chance_are_refused(
             with pytest.raises(DataError, match=r"tokenizer\.json.*dropout.*0\.1.*null"):
                 load_tokenizer(tmp_path / "chance")
     assert load_tokenizer(tmp_path / "chance").encode("the sum")
+
+
+@pytest.mark.parametrize("by_library", [True, False], ids=["tokenizers", "sentencepiece"])
+def test_a_template_for_tools_in_a_file_of_its_own_is_read_and_kept(
+    tokenizer_dir: Path, tmp_path: Path, by_library: bool
+) -> None:
+    """As transformers saves several templates since 4.53."""
+    source = tmp_path / "source"
+    shutil.copytree(tokenizer_dir, source)
+    if not by_library:
+        (source / "tokenizer.json").unlink()
+    (source / "chat_template.jinja").write_text("default")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("tool_use")
+
+    def rendered(directory: Path) -> list[str]:
+        template = load_tokenizer(directory).chat.template
+        assert template is not None
+        return [template.render([{"role": "user"}], tools) for tools in (None, [{}])]
+
+    assert rendered(source) == ["default", "tool_use"]
+    load_tokenizer(source).save_pretrained(tmp_path / "out")
+    assert rendered(tmp_path / "out") == ["default", "tool_use"]
+    (tmp_path / "other.jinja").write_text("other")
+    load_tokenizer(source, template=str(tmp_path / "other.jinja")).save_pretrained(tmp_path / "out")
+    assert rendered(tmp_path / "out") == ["other", "other"]
+
+
+def test_a_template_of_the_recipe_may_be_saved_by_an_editor_of_windows(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text("a\nb", "utf-8-sig", newline="\r\n")
+    template = load_tokenizer(tokenizer_dir, template=str(path)).chat.template
+    assert template is not None and template.source == template.render([]) == "a\nb"

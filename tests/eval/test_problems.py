@@ -12,6 +12,7 @@ from ernie_train.core.config import parse_config
 from ernie_train.core.errors import DataError
 from ernie_train.data import ChatFormat, MappedRows, load_tokenizer
 from ernie_train.eval.evaluation import load_problems
+from ernie_train.eval.prompts import load_few_shot
 from ernie_train.rl.data import encode_prompts
 from ernie_train.rl.preference_data import read_fitting_pairs
 from ernie_train.train.stage import StageData
@@ -80,6 +81,23 @@ def tokenizer(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizer")
     make_workspace(root)
     return load_tokenizer(root / "tokenizer")
+
+
+def test_problems_and_examples_that_are_left_out_are_told(tmp_path, caplog):
+    row = json.dumps({"prompt": "q", "answer": "1", "reward": "math"})
+    path = tmp_path / "p.jsonl"
+    path.write_text("{broken\n" + f"{row}\n" * 199)
+    assert len(load_problems(path)) == 199
+    load_few_shot(path, 2, seed=0)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and f"left out of {path}: 1 bad, first {path}:1: it is not" in told[0]
+
+
+def test_problems_of_several_splits_are_told(tmp_path, caplog):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [{"prompt": "q", "answer": "1", "reward": "math"}])
+    assert len(load_problems(tmp_path)) == 2
+    assert "holds several splits, test, train, and all are read" in caplog.text
 
 
 def test_a_prompt_that_cannot_be_encoded_is_a_bad_row(tmp_path, tokenizer):

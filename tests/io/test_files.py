@@ -166,6 +166,21 @@ def test_foreign_target(tmp_path: Path) -> None:
         write_directory(tmp_path / "out", writer("x"))
 
 
+@pytest.mark.parametrize("made", ["absent", "empty", "earlier"])
+def test_a_directory_behind_a_link_is_written_where_it_lies(tmp_path: Path, made: str) -> None:
+    place, link = tmp_path / "other disk" / "out", tmp_path / "out"
+    place.parent.mkdir()
+    if made == "empty":
+        place.mkdir()
+    elif made == "earlier":
+        write_directory(place, writer("old"))
+    link.symlink_to(place)
+    write_directory(link, writer("new"))
+    assert link.is_symlink() and (place / "a.txt").read_text() == "new"
+    assert names(tmp_path)[-1] == "out" and not list(tmp_path.rglob("*.old"))
+    verify_manifest(link)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_directory_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -253,6 +268,13 @@ def test_what_writers_write_reads_back(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text("utf-8") == '1\n{"b": "ä"}\n'
     write_text(tmp_path / "x", "ä\r\n")
     assert (tmp_path / "x").read_bytes() == "ä\r\n".encode()
+
+
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    write_text(tmp_path / "talk.jsonl", "first")
+    (tmp_path / "talk.jsonl").chmod(0o600)
+    write_text(tmp_path / "talk.jsonl", "second")
+    assert (tmp_path / "talk.jsonl").stat().st_mode & 0o777 == 0o600
 
 
 def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:

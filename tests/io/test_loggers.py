@@ -141,6 +141,23 @@ def test_a_logger_that_is_not_there_is_a_mistake_before_training(
         LoggerSettings([PythonLogger(python=text)], tmp_path).check()
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "Logger: type = object",
+        "if True:\n    class Logger: ...",
+        "try:\n    from a import Logger\nexcept ImportError:\n    Logger = None",
+        "import logging as Logger",
+        "a = (Logger := object)",
+    ],
+)
+def test_a_class_may_be_named_in_any_way_of_python(tmp_path: Path, source: str) -> None:
+    (tmp_path / "my_logger.py").write_text(f"{source}\nclass Outer:\n    class Inner: ...\n")
+    LoggerSettings([PythonLogger(python="my_logger.py:Logger")], tmp_path).check()
+    with pytest.raises(UserError, match="defines no Inner"):
+        LoggerSettings([PythonLogger(python="my_logger.py:Inner")], tmp_path).check()
+
+
 @pytest.mark.parametrize("twice", ["tensorboard", {"python": "a.py:Logger"}])
 def test_a_viewer_that_is_named_twice_is_refused(tmp_path, twice):
     recipe = write_recipe(tmp_path, metrics=["visualdl", twice, twice])

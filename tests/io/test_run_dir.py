@@ -1,10 +1,12 @@
 """One run per directory, and stages that are finished only for the settings that made them."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +48,18 @@ def test_two_runs_in_one_directory(tmp_path: Path) -> None:
         process.communicate()
     with RunLock(run_dir):  # the lock went with the process, killed as it was
         pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: Any) -> None:
+    """Such as Lustre, unless it is mounted with flock."""
+
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(StorageError, match=r"run: its file system has no locks \(Function not"):
+        RunLock(tmp_path / "run").acquire()
+    assert lock_owner(tmp_path / "run") is None
 
 
 def test_lock_is_free_again_after_use(tmp_path: Path) -> None:

@@ -176,6 +176,14 @@ def test_stale_single_file(tmp_path: Path) -> None:
         TensorFiles(tmp_path)
 
 
+def test_an_index_of_a_single_file(tmp_path: Path) -> None:
+    """As other programs write it, mlx-lm for one."""
+    safetensors.numpy.save_file(arrays(), tmp_path / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(arrays(), "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert TensorFiles(tmp_path).keys() == arrays().keys()
+
+
 def test_index_of_other_files(tmp_path: Path) -> None:
     files = sharded(tmp_path)
     safetensors.numpy.save_file({"t0": np.zeros(3), "new": np.zeros(2)}, files[0])

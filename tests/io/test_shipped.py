@@ -45,6 +45,19 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
     assert load_recipe("tiny").name == "own"
 
 
+def test_held_out_problems_are_found_from_anywhere(share, tmp_path):
+    assert shipped.shared_path("data/tokenizer") == share / "data/tokenizer"
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    assert shipped.shared_path("data/tokenizer") == Path("data/tokenizer")
+
+
+def test_a_directory_of_that_name_does_not(tmp_path, monkeypatch):
+    """Such as an earlier run's."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    assert load_recipe("tiny").name == "tiny"
+
+
 @pytest.mark.parametrize("name", ["tinny", "recipes/tiny.yml", "tiny.yaml", "./tiny"])
 def test_what_is_missing_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated
 
+import pydantic
 import pytest
 
 from ernie_train.core.config import schemas_in
@@ -54,6 +56,23 @@ def test_the_key_that_was_meant(recipe, override, hint):
     with pytest.raises(ConfigError) as failed:
         load_recipe(recipe, [override])
     assert hint in str(failed.value)
+
+
+def test_every_path_may_begin_at_the_home_directory(monkeypatch):
+    """No shell expands `~` in a recipe, nor in an override."""
+    monkeypatch.setenv("HOME", "/home/me")
+    names = {"path", "data", "validation", "template", "few_shot", "replay", "stand_in"}
+    schemas: list[type[pydantic.BaseModel]] = [Recipe]
+    seen = set()
+    for schema in schemas:
+        for name, field in schema.model_fields.items():
+            inner = list(schemas_in(field.annotation))
+            schemas += [found for found in inner if found not in schemas]
+            if name in names and not inner and field.annotation is not int:  # parallel.data
+                seen.add(name)
+                kind = pydantic.TypeAdapter(Annotated[field.annotation, None, *field.metadata])
+                assert kind.validate_python("~/x") == "/home/me/x", (schema, name)
+    assert seen == names
 
 
 def test_words_that_are_not_near_are_not_suggested():

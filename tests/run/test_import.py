@@ -320,10 +320,12 @@ def test_files_of_a_directory_are_carried_as_they_are(tmp_path: Path) -> None:
     write_directory(tmp_path / "llama")
     files = {
         "chat_template.jinja": "{{ 1 }}\n",
+        "additional_chat_templates/tool_use.jinja": "{{ 2 }}\n",
         "tokenizer_config.json": '{"x": 1}',
         "LICENSE": "free",
         "generation_config.json": '{"top_p": 0.9}',
     }
+    (tmp_path / "llama/additional_chat_templates").mkdir()
     for name, text in files.items():
         (tmp_path / "llama" / name).write_text(text)
     import_model(tmp_path / "llama", tmp_path / "out")

@@ -52,6 +52,15 @@ def test_the_hash_covers_every_file_below_a_directory(tmp_path: Path) -> None:
         hash_files([tmp_path / "nowhere"])
 
 
+def test_the_hash_covers_what_lies_behind_links(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "elsewhere" / "a.jsonl").write_text("1")
+    (tmp_path / "d" / "shard").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "circle").symlink_to(tmp_path / "d")
+    assert hash_files([tmp_path / "d"]) == sha256(sha256("1"))
+
+
 def test_the_hash_of_a_pattern_is_that_of_its_files(tmp_path: Path) -> None:
     for name, text in (("b.jsonl", "2"), ("a.jsonl", "1"), ("c.csv", "3")):
         (tmp_path / name).write_text(text)

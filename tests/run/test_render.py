@@ -73,6 +73,35 @@ def test_a_task_without_a_baseline_shows_none() -> None:
     assert "| math | sum | 8 | 25.0 % | - |" in card
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "; greedy decoding."),
+        ({"samples": 4, "temperature": 0.7}, "; of each 4 completions at temperature 0.7."),
+    ],
+)
+def test_a_card_says_how_the_problems_were_solved(settings: dict[str, Any], told: str) -> None:
+    recipe = Recipe.model_validate({**RECIPE, "evaluation": {"path": "x.jsonl", **settings}})
+    assert f"\nOn held-out problems{told}\n" in model_card(recipe, {"trained": result()})
+
+
+def test_stages_that_solved_other_problems_stand_side_by_side() -> None:
+    second = result(task="product", accuracy=0.5)
+    both = {
+        "mean_accuracy": 0.5,
+        "domains": second["domains"] | {"logic": {"accuracy": 1.0, "baseline": None}},
+        "tasks": [*second["tasks"], *result(task="aiw", domain="logic", accuracy=1.0)["tasks"]],
+    }
+    console = Console(file=io.StringIO(), width=80)
+    console.print(stage_table([("sft", {"trained": result()}), ("rl", {"trained": both})]))
+    assert isinstance(console.file, io.StringIO)
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    told = ("math product - 50.0 -", "logic aiw - 100.0 -", "math all 25.0 25.0 +0.0",
+            "logic all - 100.0 -", "all mean 25.0 50.0 +25.0")  # fmt: skip
+    for row in told:
+        assert row.split() in rows
+
+
 def test_episodes_are_counted() -> None:
     shown = [" ".join(row) for row in printed({"trained": result(episodes=3, completions=8)})]
     assert "3 of 8 completions could call tools" in shown

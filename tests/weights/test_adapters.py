@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_train.core.errors import WeightsError
+from ernie_train.core.errors import CheckpointError, WeightsError
 from ernie_train.data import Batch
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -22,7 +22,7 @@ from ernie_train.train.optimizer import OptimConfig, Optimizer
 from ernie_train.train.supervised import PackedLoss
 from ernie_train.train.trainer import Trainer
 from ernie_train.weights import CheckpointStore, find_model, load_pretrained, save_pretrained
-from ernie_train.weights.adapters import describe_base
+from ernie_train.weights.adapters import describe_base, hash_weights
 from ernie_train.weights.layout import parameter_shapes
 from tests.small_models import VARIANTS, make_model, state
 
@@ -221,6 +221,21 @@ def test_an_adapter_of_peft_alone_reads_as_a_model(adapter: Path) -> None:
     assert find_model(adapter).weights == adapter
     after = state(load_pretrained(adapter))
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_settings_saved_by_an_editor_of_windows_are_read(adapter: Path) -> None:
+    settings = adapter / "adapter_config.json"
+    settings.write_text(settings.read_text(), "utf-8-sig", newline="\r\n")
+    load_pretrained(adapter)
+    settings.write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match=r"adapter_config\.json: cannot be read: .*too deeply"):
+        load_pretrained(adapter)
+
+
+def test_a_damaged_manifest_of_the_base_is_told(tmp_path: Path) -> None:
+    (tmp_path / "MANIFEST.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a manifest of this program"):
+        hash_weights(tmp_path)
 
 
 def test_what_peft_saves_whole_is_read_too(adapter: Path) -> None:

@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from rich.console import Console
 
+from ernie_train.cli.status import print_status
 from ernie_train.core.config import parse_config
-from ernie_train.core.errors import ConfigError, WeightsError
+from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError
 from ernie_train.io.files import write_directory
+from ernie_train.run.recipe import recorded_recipe
+from ernie_train.run.sources import tokenizer_directory
 from ernie_train.weights.checkpoint import (
     CheckpointConfig,
 )
+from ernie_train.weights.model_directory import ModelDirectory, find_model
 from tests.weights.checkpoints import (
     check,
     make_model,
@@ -213,3 +218,28 @@ def test_a_damaged_newer_one_does_not_push_out_good_ones(tmp_path: Path) -> None
     assert store.latest() == store.path_of(15)
     check(store, save(store, 20), 20)
     assert store.latest() == store.path_of(20)
+
+
+def test_a_checkpoint_finds_its_run_s_tokenizer_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, tokenizer = tmp_path / "run" / "01-sft", tmp_path / "run" / "tokenizer"
+    checkpoint = save(make_store(stage / "checkpoints"), 5)
+    (stage / "stage.json").write_text("{}")
+    (tmp_path / "latest").symlink_to(checkpoint)
+    monkeypatch.chdir(stage)
+    for path in (checkpoint, "checkpoints/step_000005", ".", tmp_path / "latest"):
+        assert find_model(path).tokenizer == tokenizer
+    monkeypatch.chdir(checkpoint)
+    assert find_model(".").tokenizer == tokenizer
+
+
+def test_a_model_with_a_recipe_beside_it_is_no_run(tmp_path: Path) -> None:
+    """`init` writes recipe.yaml into the working directory, which may be the model's."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    assert find_model(tmp_path) == ModelDirectory(tmp_path, tmp_path)
+    assert tokenizer_directory(tmp_path) == tmp_path
+    assert recorded_recipe(tmp_path) is None
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        print_status(tmp_path, Console())

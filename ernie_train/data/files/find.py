@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ernie_train.core.errors import DataError
 
@@ -16,6 +16,7 @@ COMPRESSIONS = (".gz", ".zst")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
 KNOWN = f"{', '.join((*TEXTS, *TABLES))} (texts also as {' or '.join(COMPRESSIONS)})"
 MOST_NAMED = 5
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 # Names of files and directories that hold one split of a data set, as hubs write them.
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?:[-_.]|$)")
 _HELD_OUT = ("valid", "val", "dev", "eval")
@@ -67,7 +68,7 @@ def find_files(path: str | Path) -> FoundFiles:
         if path.exists():
             _add(path, found, ())
         elif glob.has_magic(str(path)):
-            for match in sorted(glob.glob(str(path), recursive=True)):
+            for match in sorted(glob.glob(_pattern(path), recursive=True)):
                 if not Path(match).is_dir() or "**" not in str(path):  # ** gives its files too
                     _add(Path(match), found, (), of_pattern=True)
             if not found.files:
@@ -83,6 +84,12 @@ def find_files(path: str | Path) -> FoundFiles:
         others = f"; it holds {found.note()}" if found.passed_over else ""
         raise DataError(f"the directory {path} holds no data file: {KNOWN}{others}")
     return found
+
+
+def _pattern(path: Path) -> str:
+    """Return a pattern in which the directories that are there stand for themselves alone."""
+    there = next(parent for parent in path.parents if parent.exists())
+    return os.path.join(glob.escape(str(there)), *path.parts[len(there.parts) :])
 
 
 def _add(path: Path, found: FoundFiles, above: tuple[Path, ...], of_pattern: bool = False) -> None:
@@ -148,21 +155,22 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def _is_metadata(path: Path) -> bool:
     """Return whether a .json file of a directory is one object, as descriptions of data are."""
-    return path.suffix.lower() == ".json" and _begins_an_object(path) and not is_json_lines(path)
-
-
-def _begins_an_object(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-
-
-def is_json_lines(path: Path) -> bool:
-    """Return whether the first line of a file is a whole JSON object and another line follows."""
-    if not _begins_an_object(path):
+    if path.suffix.lower() != ".json":
         return False
     with path.open("rb") as stream:
-        try:
-            json.loads(stream.readline(2**26).removeprefix(b"\xef\xbb\xbf"))
-        except (ValueError, RecursionError):
-            return False
-        return any(line.strip() for line in stream)
+        begins_an_object = stream.read(64).lstrip(_BLANK).startswith(b"{")
+        stream.seek(0)
+        return begins_an_object and not is_json_lines(stream)
+
+
+def is_json_lines(stream: BinaryIO) -> bool:
+    """Return whether the first line of a text is a whole JSON object and another line follows."""
+    line = stream.readline(64)
+    if not line.lstrip(_BLANK).startswith(b"{"):
+        return False  # without reading on: a list may be one line of any length
+    line += b"" if line.endswith(b"\n") else stream.readline(2**26)
+    try:
+        json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    except (ValueError, RecursionError):
+        return False
+    return any(line.strip() for line in stream)

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,12 +41,13 @@ def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
         DataError: the file cannot be read, decompressed or decoded.
     """
     kind, compression = container(file)
-    if kind == ".json" and not compression and is_json_lines(file):
-        kind = ".jsonl"
     try:
         if kind in (".parquet", ".arrow"):
             yield from _table_rows(file, kind, on_bytes)
             return
+        if kind == ".json":
+            with _opened(file, compression, lambda count: None) as text:
+                kind = ".jsonl" if is_json_lines(text.stream) else kind
         with _opened(file, compression, on_bytes) as text:
             yield from _READERS[kind](text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -200,11 +202,11 @@ class _Window:
 # ---- CSV and text --------------------------------------------------------------------------------
 
 
-def _csv_rows(text: _Text) -> Iterator[Located]:
+def _csv_rows(text: _Text, delimiter: str = "") -> Iterator[Located]:
     csv.field_size_limit(LONGEST_ROW)
     file, texts = text.file, (line.decode("utf-8", "surrogateescape") for line in text.lines())
     first = next(texts, "")
-    delimiter = max(",;\t", key=first.count)  # the first of them where none occurs
+    delimiter = delimiter or max(",;\t", key=first.count)  # the first of them where none occurs
     reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -229,10 +231,13 @@ def _csv_rows(text: _Text) -> Iterator[Located]:
 
 def _header(file: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{file}:1: the header names {', '.join(map(repr, twice))} twice")
+    _refuse_twice(f"{file}:1: the header", names)
     return names
+
+
+def _refuse_twice(where: str, names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{where} names {', '.join(map(repr, twice))} twice")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
@@ -253,7 +258,7 @@ _READERS: dict[str, Callable[[_Text], Iterator[Located]]] = {
     ".ndjson": _json_lines,
     ".json": _json_list,
     ".csv": _csv_rows,
-    ".tsv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
     ".txt": _whole_text,
 }
 
@@ -270,12 +275,15 @@ def _table_rows(file: Path, kind: str, on_bytes: Callable[[int], None]) -> Itera
             for share, batch in _batches(source, kind):
                 on_bytes(round(share * size))
                 batch.validate(full=True)  # offsets of a damaged file may lead anywhere
+                _refuse_twice(f"{file}: the schema", batch.schema.names)
                 for at in range(0, len(batch), TABLE_ROWS):
                     for row in batch.slice(at, TABLE_ROWS).to_pylist():
                         number += 1
                         yield f"{file}:row {number}", {k: _plain(v) for k, v in row.items()}
     except pa.ArrowException as error:
         raise DataError(f"{file} is not a whole {kind[1:]} file: {error}") from error
+    except (ArithmeticError, LookupError) as error:  # a date beyond Python's, an unknown time zone
+        raise DataError(f"{file}: a value behind row {number} cannot be read: {error}") from error
 
 
 def _batches(source: Any, kind: str) -> Iterator[tuple[float, Any]]:

@@ -9,7 +9,7 @@ from ernie_train.data.formats.columns import (
 )
 from ernie_train.data.formats.kinds import FORMATS, detect_format, missing_keys
 from ernie_train.data.formats.record import Record
-from ernie_train.data.formats.values import BlankAnswer, Row, RowError
+from ernie_train.data.formats.values import BlankAnswer, Row, RowError, without_nulls
 
 __all__ = [
     "FORMATS",
@@ -24,4 +24,5 @@ __all__ = [
     "detect_format",
     "missing_keys",
     "parse_columns",
+    "without_nulls",
 ]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from ernie_train.data.tokenizer.sentencepiece_proto import (
 from ernie_train.io.files import write_json, write_text
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"  # instead, where there are tools
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -45,6 +46,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     CHAT_TEMPLATE_FILE,
+    TOOL_TEMPLATE_FILE,
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -52,22 +54,27 @@ TOKENIZER_FILES = (
 
 
 def write_huggingface_files(
-    out_dir: Path, proto: SentencePieceModel, added: Mapping[str, int] | None = None
+    out_dir: Path,
+    proto: SentencePieceModel,
+    added: Mapping[str, int],
+    control_tokens: Collection[str],
+    roles: Mapping[str, str],
 ) -> None:
     """Write the files of a tokenizer, except `tokenizer.model` and the chat template.
 
-    `added`: tokens beyond those of the proto, with their ids.
+    `added` are tokens beyond those of the proto, with their ids; `roles` are those of its tokens,
+    role ("eos_token") -> text. Other settings of a tokenizer_config.json in `out_dir` are kept.
 
     Raises:
         DataError: the model is not BPE, or the added tokens leave a gap in the ids.
     """
-    added = added or {}
-    special = special_tokens(proto) + [text for text in added if text in CONTROL_TOKENS]
     whole = {piece.text: i for i, piece in enumerate(proto.pieces) if _is_whole(piece)}
     whole.update(added)
+    special = [text for text in whole if text in control_tokens]
     _write_tokenizer_json(out_dir / "tokenizer.json", proto, whole, special)
-    named = _named_tokens(proto)
+    named = {**_named_tokens(proto), **roles}
     config: dict[str, Any] = {
+        **optional_json(out_dir / CONFIG_FILE),
         "tokenizer_class": "LlamaTokenizerFast",
         "legacy": False,
         "add_prefix_space": False,
@@ -81,6 +88,7 @@ def write_huggingface_files(
             str(token_id): _added_token(text, text in special) for text, token_id in whole.items()
         },
     }
+    config.pop("auto_map", None)  # it names code of another class
     write_json(out_dir / CONFIG_FILE, config)
     write_json(
         out_dir / "special_tokens_map.json",
@@ -173,23 +181,28 @@ def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> Ch
     Raises:
         DataError: it is not text.
     """
-    path = directory / CHAT_TEMPLATE_FILE
+    path, with_tools = directory / CHAT_TEMPLATE_FILE, directory / TOOL_TEMPLATE_FILE
     if path.is_file():
-        try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, str(path))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
+        tool_source = _template_text(with_tools) if with_tools.is_file() else None
+        return ChatTemplate(_template_text(path), special_tokens, str(path), tool_source)
     path = directory / CONFIG_FILE
     source = optional_json(path).get("chat_template")
-    with_tools = None
+    tool_source = None
     if isinstance(source, list):  # several, by name
         named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
-        source, with_tools = named.get("default"), named.get("tool_use")
+        source, tool_source = named.get("default"), named.get("tool_use")
     if source is None:
         return None
-    if not isinstance(source, str) or not isinstance(with_tools, str | None):
+    if not isinstance(source, str) or not isinstance(tool_source, str | None):
         raise DataError(f"{path}: chat_template must be text, or a list with one named default")
-    return ChatTemplate(source, special_tokens, f"chat_template of {path}", with_tools)
+    return ChatTemplate(source, special_tokens, f"chat_template of {path}", tool_source)
+
+
+def _template_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
 def write_chat_template(out_dir: Path, template: ChatTemplate | None) -> None:
@@ -198,10 +211,17 @@ def write_chat_template(out_dir: Path, template: ChatTemplate | None) -> None:
     A directory that has the template already is left as it is. For ERNIE's Thinking format the
     `response_template` is written too, by which `transformers` 5 parses completions.
     """
-    present = read_chat_template(out_dir, {})
-    if template is None or (present is not None and present.source == template.source):
+    if template is None:
+        return
+    present, with_tools = read_chat_template(out_dir, {}), out_dir / TOOL_TEMPLATE_FILE
+    wanted = (template.source, template.tool_source)
+    if present is not None and (present.source, present.tool_source) == wanted:
         return
     write_text(out_dir / CHAT_TEMPLATE_FILE, template.source)
+    with_tools.unlink(missing_ok=True)
+    if template.tool_source is not None:
+        with_tools.parent.mkdir(exist_ok=True)
+        write_text(with_tools, template.tool_source)
     path = out_dir / CONFIG_FILE
     config = {**optional_json(path), "chat_template": template.source}
     config.pop("response_template", None)  # of another format

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken  # type: ignore[import-untyped]
@@ -18,8 +18,13 @@ from ernie_train.data.tokenizer.base import (
     copy_tokenizer_files,
     decode_known,
 )
-from ernie_train.data.tokenizer.hf_files import TokenizerConfig, write_chat_template
-from ernie_train.io.files import write_text
+from ernie_train.data.tokenizer.hf_files import (
+    CONFIG_FILE,
+    TokenizerConfig,
+    optional_json,
+    write_chat_template,
+)
+from ernie_train.io.files import write_json, write_text
 
 TOKENIZER_JSON = "tokenizer.json"
 
@@ -48,9 +53,9 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._add(config.added_tokens(), special=False)
+        self._add(config.added_tokens(), config.special_added())
         self._added = [text for text in added if self._backend.token_to_id(text) is None]
-        self._add(dict.fromkeys(added), special=False)
+        self._add(dict.fromkeys(added))
         names: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(names.values(), default=-1) + 1
         self.special_tokens = config.special_tokens
@@ -64,11 +69,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.control_tokens = frozenset(special - set(MARKUP_TOKENS))
         self._control_ids = {names[text] for text in self.control_tokens}
 
-    def _add(self, tokens: Mapping[str, int | None], *, special: bool) -> None:
+    def _add(self, tokens: Mapping[str, int | None], special: Collection[str] = ()) -> None:
         for text, token_id in tokens.items():
             known = self._backend.token_to_id(text)
             if known is None:
-                self._backend.add_tokens([AddedToken(text, normalized=False, special=special)])
+                added = AddedToken(text, normalized=False, special=text in special)
+                self._backend.add_tokens([added])
                 known = self._backend.token_to_id(text)
             if token_id is not None and known != token_id:
                 raise DataError(
@@ -100,6 +106,11 @@ class HuggingFaceTokenizer(Tokenizer):
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         copy_tokenizer_files(self.directory, out_dir)
+        config = optional_json(out_dir / CONFIG_FILE)
+        if config.pop("auto_map", None):  # a class in a file of code, which is not copied
+            write_json(
+                out_dir / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            )
         if self._added:
             write_text(out_dir / TOKENIZER_JSON, self._backend.to_str(pretty=True))
         write_chat_template(out_dir, self.chat.template)

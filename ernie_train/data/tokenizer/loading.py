@@ -72,7 +72,7 @@ def _template(tokenizer: Tokenizer, name: str | None) -> ChatTemplate | None:
         return template
     if name is not None:
         try:
-            return ChatTemplate(Path(name).read_text("utf-8"), tokenizer.special_tokens, name)
+            return ChatTemplate(Path(name).read_text("utf-8-sig"), tokenizer.special_tokens, name)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"chat template {name}: {error}; it is a file, or {' or '.join(SHIPPED_TEMPLATES)}"

@@ -145,7 +145,8 @@ class SentencePieceTokenizer(Tokenizer):
         out_dir.mkdir(parents=True, exist_ok=True)
         copy_tokenizer_files(self.directory, out_dir)
         if not (out_dir / "tokenizer.json").exists():
-            write_huggingface_files(out_dir, self._proto, self._added)
+            roles = {role: t for role, t in self.special_tokens.items() if t in self._ids}
+            write_huggingface_files(out_dir, self._proto, self._added, self.control_tokens, roles)
         write_chat_template(out_dir, self.chat.template)
 
     def fingerprint(self) -> str:

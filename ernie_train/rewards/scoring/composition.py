@@ -20,7 +20,7 @@ import pydantic
 from pydantic import Field
 from pydantic_core import CoreSchema
 
-from ernie_train.core.config import HARMLESS, StrictConfig
+from ernie_train.core.config import HARMLESS, PathText, StrictConfig
 from ernie_train.core.errors import UserError
 from ernie_train.rewards.registry import REWARDS, reward_named
 from ernie_train.rewards.score import Score
@@ -81,7 +81,7 @@ class RewardModelPart(StrictConfig):
     """
 
     path: Annotated[
-        str,
+        PathText,
         Field(min_length=1),
         HARMLESS,
     ]

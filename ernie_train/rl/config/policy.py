@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ernie_train.core.config import (
     HARMLESS,
     NonNegative,
+    PathText,
     Positive,
     PositiveInt,
     Share,
@@ -208,7 +209,7 @@ class CriticConfig(StrictConfig):
     """Trace decay of the policy's advantages (decoupled GAE, arXiv:2504.05118); that of `lam`
     unless given.
     """
-    path: Annotated[str | None, HARMLESS] = None
+    path: Annotated[PathText | None, HARMLESS] = None
     """Starts it from the `critic/` directory of a checkpoint instead of the policy."""
     clip_range: Positive | None = 0.2
     """How far a value may move from that of the rollout; `null`: anywhere."""

@@ -6,7 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ernie_train.core.config import HARMLESS, NonNegative, Positive, PositiveInt, StrictConfig
+from ernie_train.core.config import (
+    HARMLESS,
+    NonNegative,
+    PathText,
+    Positive,
+    PositiveInt,
+    StrictConfig,
+)
 from ernie_train.data import MappedRows
 from ernie_train.losses import PreferenceKind
 from ernie_train.rewards.scoring import RewardConfig
@@ -73,7 +80,7 @@ class PairLoss(StrictConfig):
 class OfflinePairs(MappedRows):
     """Source of offline pairs: a file of preferences, or the stage's starting policy."""
 
-    path: Annotated[str | None, HARMLESS] = None
+    path: Annotated[PathText | None, HARMLESS] = None
     """A path of rows with a prompt, a chosen and a rejected completion; give this or `prompts`."""
     prompts: PositiveInt | None = None
     """Problems that the starting policy completes, `group_size` times each, before the stage

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ernie_train.core.config import (
     HARMLESS,
     NonNegative,
+    PathText,
     Positive,
     PositiveInt,
     SampleWeight,
@@ -21,7 +22,7 @@ from ernie_train.generate.engines import EngineConfig
 class PromptSource(MappedRows):
     """Problems with a verifier: a file of rows, a directory or a pattern of them."""
 
-    path: Annotated[str, Field(min_length=1), HARMLESS]
+    path: Annotated[PathText, Field(min_length=1), HARMLESS]
     """A file of problems, a directory, or a pattern (docs/data.md)."""
     weight: SampleWeight = 1.0
     """An epoch has round(weight x problems) of them."""
@@ -82,7 +83,7 @@ class RolloutConfig(StrictConfig):
     """
     dump: Annotated[bool, HARMLESS] = False
     """Keeps each iteration's rollout in `rollouts/` of the stage's directory."""
-    replay: Annotated[str | None, HARMLESS] = None
+    replay: Annotated[PathText | None, HARMLESS] = None
     """A directory of such rollouts, used instead of sampling: `top_p`, `top_k`, `batch_size`,
     `refill_rounds`, `curriculum` and `audit_reward` had their say when it was sampled, and are
     refused beside it. The stage's prompts and `group_size` must be those of then.
@@ -147,7 +148,7 @@ class Curriculum(StrictConfig):
 class StageEvaluation(MappedRows):
     """Held-out problems solved during training; greedy, unless `samples` asks for pass@k."""
 
-    path: Annotated[str, HARMLESS]
+    path: Annotated[PathText, HARMLESS]
     """A file of problems, a directory, or a pattern (docs/data.md)."""
     every_iterations: Annotated[PositiveInt, HARMLESS]
     """Iterations between evaluations; there is one at the end too."""

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from ernie_train.core.config import HARMLESS, NonNegative, PositiveInt
+from ernie_train.core.config import HARMLESS, NonNegative, PathText, PositiveInt
 from ernie_train.data import MappedRows
 from ernie_train.eval.gates import check_metric
 from ernie_train.rl.estimators import sequence_values
@@ -45,7 +45,7 @@ class RewardModelConfig(StageConfig, MappedRows):
 
     kind: Literal["reward"]
     """A reward model, trained on pairs of completions."""
-    data: Annotated[str, Field(min_length=1), HARMLESS]
+    data: Annotated[PathText, Field(min_length=1), HARMLESS]
     """A path of rows with a prompt, a chosen and a rejected completion, and maybe a `margin`."""
     seq_len: PositiveInt
     """Longest prompt with its completion; pairs beyond it are left out, and told."""
@@ -56,7 +56,7 @@ class RewardModelConfig(StageConfig, MappedRows):
     center_coef: NonNegative = 0.0
     """Coefficient of (score chosen + score rejected)^2, which keeps scores around 0; 0.01 is usual.
     """
-    validation: Annotated[str | None, Field(min_length=1), HARMLESS] = None
+    validation: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
     """A path of held-out pairs; `gate` and `checkpoint.best_metric` need them."""
     validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
     """Steps between two measurements on them; as often as checkpoints, unless given."""
