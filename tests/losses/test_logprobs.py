@@ -140,16 +140,30 @@ def test_the_sampler_s_logprobs_have_the_same_bits_by_the_same_operators(native,
         np.testing.assert_array_equal(logprobs.numpy(), sampled.numpy())
 
 
+@pytest.mark.parametrize("chunk_elements", [12, 10_000])
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2)])
-def test_frozen_inputs_take_no_gradient(case, frozen):
+def test_frozen_inputs_take_no_gradient_and_none_is_computed(
+    monkeypatch, case, frozen, chunk_elements
+):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk_elements)
+    shapes = []
+    plain = paddle.matmul
+
+    def watched(*args, **options):
+        shapes.append(plain(*args, **options).shape)
+        return plain(*args, **options)
+
     arrays, ids, _ = case
     leaves = [
         paddle.to_tensor(a.astype(np.float32), stop_gradient=i in frozen)
         for i, a in enumerate(arrays)
     ]
     logprobs, _ = token_logprobs(*leaves, paddle.to_tensor(ids))
+    monkeypatch.setattr(paddle, "matmul", watched)
     logprobs.sum().backward()
     assert [leaf.grad is None for leaf in leaves] == [i in frozen for i in range(3)]
+    assert ([VOCABULARY, HIDDEN] in shapes) == (1 not in frozen)
+    assert ([VOCABULARY, 1] in shapes) == (2 not in frozen)
 
 
 def test_extreme_logits_stay_finite_with_their_gradients():
