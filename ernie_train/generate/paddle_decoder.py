@@ -43,7 +43,7 @@ class PaddleDecoder:
         return logits, [chosen.numpy() for chosen in experts]
 
 
-def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, np.ndarray]:
     """Return input ids and document ids, each [B, longest prompt]; document id 0 is padding."""
     width = max(len(prompt) for prompt in prompts)
     ids = np.zeros((len(prompts), width), np.int64)
@@ -51,4 +51,4 @@ def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
         document_ids[row, : len(prompt)] = 1
-    return paddle.to_tensor(ids), paddle.to_tensor(document_ids)
+    return paddle.to_tensor(ids), document_ids

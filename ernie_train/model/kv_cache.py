@@ -138,14 +138,14 @@ class KVCache:
         last = np.zeros((self.batch, widest), np.int64)
         last[sequence, offset] = slots
         hidden = np.arange(self.capacity) > last[:, :, None]  # [B,Q,C]
-        mask = np.where(hidden, np.float32(_MASKED), np.float32(0.0))[:, None, None]
-        wide = np.broadcast_to(mask, (self.batch, heads, group, widest, self.capacity))
+        mask = paddle.to_tensor(np.where(hidden, np.float32(_MASKED), np.float32(0.0)))
+        # Widened on the device: for all heads it is as large as the scores.
+        wide = [self.batch, total_heads, widest, self.capacity]
+        mask = paddle.expand(mask.astype(self.dtype).unsqueeze(1), wide)
         return CacheStep(
             slot_rows,
             True,
             paddle.to_tensor(query.reshape(-1)),
             paddle.to_tensor(place.reshape(-1)),
-            paddle.to_tensor(
-                wide.reshape(self.batch * heads, group * widest, self.capacity)
-            ).astype(self.dtype),
+            mask.reshape([self.batch * heads, group * widest, self.capacity]),
         )

@@ -124,7 +124,7 @@ class Ernie4_5_MoeModel(nn.Layer):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | BatchLayout | None = None,
+        document_ids: np.ndarray | Tensor | BatchLayout | None = None,
         kv_cache: KVCache | None = None,
         replayed_experts: np.ndarray | None = None,
     ) -> HiddenOutput:
@@ -245,7 +245,7 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: np.ndarray | Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> CausalLMOutput:
         """Compute logits [B,S,V] of every position; arguments as in `Ernie4_5_MoeModel.forward`."""
