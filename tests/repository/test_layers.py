@@ -54,7 +54,7 @@ PACKAGES: dict[str, str] = {
     "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
-    "rl.rollout": "records files sampler",
+    "rl.rollout": "records files grading sampler",
     "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"
     " report pairs loss learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise cores",

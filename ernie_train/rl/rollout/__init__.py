@@ -5,14 +5,17 @@ comparable that differ in something else only.
 """
 
 from ernie_train.rl.rollout.files import read_rollout, write_rollout
+from ernie_train.rl.rollout.grading import Answer, grade
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.rollout.sampler import RolloutSampler
 
 __all__ = [
+    "Answer",
     "PromptGroup",
     "Rollout",
     "RolloutSampler",
     "ScoredCompletion",
+    "grade",
     "read_rollout",
     "write_rollout",
 ]
