@@ -84,7 +84,7 @@ class KVCache:
 
     def select(self, keep: np.ndarray) -> None:
         """Keep the sequences `keep`, in that order, and drop the others."""
-        heads = int(self.config.num_key_value_heads or 0)
+        heads = self.config.num_key_value_heads
         lanes = paddle.to_tensor((keep[:, None] * heads + np.arange(heads)).reshape(-1))
         self.keys = [paddle.gather(x, lanes) for x in self.keys]
         self.values = [paddle.gather(x, lanes) for x in self.values]
@@ -94,7 +94,7 @@ class KVCache:
     def _grow(self, slots: int) -> None:
         if slots <= self.capacity:
             return
-        heads, head_dim = int(self.config.num_key_value_heads or 0), int(self.config.head_dim or 0)
+        heads, head_dim = self.config.num_key_value_heads, self.config.attention_head_dim
         capacity = -(-slots // _GROWTH) * _GROWTH
         room = paddle.zeros(
             [self.batch * heads, capacity - self.capacity, head_dim], dtype=self.dtype
@@ -111,7 +111,7 @@ class KVCache:
 
     def _update_row_views(self) -> None:
         # Paddle's reshape shares memory, so `scatter_` into the rows writes keys and values.
-        head_dim = int(self.config.head_dim or 0)
+        head_dim = self.config.attention_head_dim
         self.key_rows = [x.reshape([-1, head_dim]) for x in self.keys]
         self.value_rows = [x.reshape([-1, head_dim]) for x in self.values]
 
@@ -119,7 +119,7 @@ class KVCache:
         self, sequence: np.ndarray, offset: np.ndarray, slots: np.ndarray, was_empty: bool
     ) -> CacheStep:
         """Return the indices of a step; `sequence`, `offset` in the step and `slots` are [T]."""
-        heads = int(self.config.num_key_value_heads or 0)
+        heads = self.config.num_key_value_heads
         group = self.config.num_attention_heads // heads
         head = np.arange(heads)
         rows = (sequence[:, None] * heads + head) * self.capacity + slots[:, None]  # [T,K]

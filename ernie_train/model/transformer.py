@@ -155,7 +155,7 @@ class Ernie4_5_MoeModel(nn.Layer):
             positions = paddle.to_tensor(cached_positions)
         else:
             positions = paddle.to_tensor(layout.default_positions())
-        rope = RopeTables.build(positions, self.rope_theta, int(self.config.head_dim or 0))
+        rope = RopeTables.build(positions, self.rope_theta, self.config.attention_head_dim)
         tables = AttentionTables(self.config, layout, rope)
         x = self.embed_tokens(tokens)
         stats: list[RouterStats] = []

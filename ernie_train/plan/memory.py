@@ -175,14 +175,14 @@ def layer_bytes(
     """
     width, hidden = machine.precision.width, config.hidden_size
     heads = config.num_attention_heads
-    all_heads = heads + int(config.num_key_value_heads or 0)
+    all_heads = heads + config.num_key_value_heads
     norm = hidden * (_FLOAT + width)
     attention = float(norm + 2 * all_heads * config.attention_head_dim * width)
     if not machine.on_gpu and document_tokens <= KEPT_LENGTH:
         scores = min(document_tokens, (document_tokens + KEPT_BLOCK) / 2)
         attention += heads * scores * width
     rank, dora = (part.rank, part.dora) if part is not None else (0, False)
-    outputs = all_heads + int(config.num_key_value_heads or 0)  # of q, k and v
+    outputs = all_heads + config.num_key_value_heads  # of q, k and v
     attention += (4 * rank + dora * (outputs * config.attention_head_dim + hidden)) * width
 
     def pairs(inner: int) -> int:  # of a gate, an up and a down projection
@@ -225,7 +225,7 @@ def step_bytes(
     width, tokens = machine.precision.width, batch.tokens
     layers = _kept_by_layers(config, machine, layout, load)
     # Rotary tables, the last norm; every MoE layer reports router logits and probabilities.
-    heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
+    heads = config.num_attention_heads + config.num_key_value_heads
     stays: float = tokens * (8 * heads * config.attention_head_dim)
     stays += tokens * config.hidden_size * (_FLOAT + width)
     stays += moe_layers(config) * tokens * 2 * config.moe_num_experts * _FLOAT
@@ -348,7 +348,7 @@ def _backward_bytes(
 
 def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: int) -> float:
     """Return bytes of keys and values, 2 x layers x K x D x b for each token of `sequences`."""
-    row = int(config.num_key_value_heads or 0) * config.attention_head_dim * width
+    row = config.num_key_value_heads * config.attention_head_dim * width
     return 2.0 * config.num_hidden_layers * sequences * tokens * row
 
 
