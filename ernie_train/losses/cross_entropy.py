@@ -136,24 +136,15 @@ def linear_cross_entropy(
     return total, token_losses.detach()
 
 
-def token_balanced_loss(
-    token_losses: Tensor, loss_mask: Tensor, document_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the sum over samples of (trained losses / all positions), and the number of samples.
-
-    token_losses, loss_mask, document_ids [B,S]; a sample is a (row, document id), id 0 is padding.
-    Dividing by every position of the sample, not by its trained ones alone, keeps samples with few
-    trained tokens from outweighing the others (ERNIE 4.5 technical report, token-balanced loss).
-    """
-    weights, samples = token_balanced_weights(loss_mask.numpy(), document_ids.numpy())
-    total = (token_losses * paddle.to_tensor(weights).astype(token_losses.dtype)).sum()
-    return total, paddle.to_tensor(float(samples))
-
-
 def token_balanced_weights(
     loss_mask: np.ndarray, document_ids: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Return the weights of tokens in `token_balanced_loss` [B,S] float32, and the sample count."""
+    """Return weights [B,S] float32 with which losses add up to sums over samples, and their count.
+
+    loss_mask, document_ids [B,S]; a sample is a (row, document id), id 0 is padding. A trained
+    token weighs 1 / all positions of its sample: divided by the trained ones alone, samples with
+    few of them would outweigh the others (ERNIE 4.5 technical report, token-balanced loss).
+    """
     rows = np.arange(len(document_ids))[:, None]
     keys = rows * (int(document_ids.max(initial=0)) + 1) + document_ids
     flat = np.where(document_ids > 0, keys, -1).reshape(-1)
