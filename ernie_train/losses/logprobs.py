@@ -13,7 +13,7 @@ from paddle.autograd import PyLayer
 
 from ernie_train import kernels
 from ernie_train.core.autograd import once_differentiable
-from ernie_train.losses.cross_entropy import Trains, chunks, cross_entropy_rows
+from ernie_train.losses.cross_entropy import Trains, added, cast, chunks, cross_entropy_rows
 
 
 def token_logprobs(
@@ -109,16 +109,16 @@ class _TokenLogprobs(PyLayer):
         grad_logprobs = paddle.zeros([len(ids)]) if scaled[0] is None else scaled[0]
         grad_entropy = scaled[1] if len(scaled) > 1 else None
         grad_hidden: list[Any] = []
-        totals: list[Any] = []
+        totals: list[Tensor | None] = [None, None]
         for part in chunks(hidden.shape[0], weight.shape[0]):
             below = None if grad_entropy is None else grad_entropy[part]
             args = ids[part], grad_logprobs[part], below, ctx.trains
             dh, *sums = _chunk_gradients(hidden[part], weight, ctx.bias, ctx.temperature, *args)
             grad_hidden.append(dh)
-            pairs = zip(totals or sums, sums, strict=True)
-            totals = [t if t is more else t.add_(more) for t, more in pairs]
-        found = [paddle.concat(grad_hidden) if ctx.trains[0] else None, *totals]
-        return (*found[: 2 + (ctx.bias is not None)], None)
+            totals = [added(total, more) for total, more in zip(totals, sums, strict=True)]
+        sums = totals[: 1 + (ctx.bias is not None)]
+        wanted = (s if s is None else cast(s, weight.dtype) for s in sums)
+        return paddle.concat(grad_hidden) if ctx.trains[0] else None, *wanted, None
 
 
 def _chunk_gradients(
@@ -137,8 +137,7 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) 
     logits = paddle.matmul(h, weight, transpose_y=True)
     if bias is not None:
         logits = logits + bias
-    if logits.dtype != paddle.float32:
-        logits = logits.astype("float32")
+    logits = cast(logits, paddle.float32)
     return logits if temperature == 1 else logits / temperature
 
 
@@ -175,9 +174,7 @@ def _head_gradients(
 
     What is frozen has none, as in `cross_entropy`.
     """
-    if rows.dtype != weight.dtype:
-        rows, grad_logprobs = rows.astype(weight.dtype), grad_logprobs.astype(weight.dtype)
-    g = grad_logprobs.unsqueeze(1)
+    rows, g = cast(rows, weight.dtype), cast(grad_logprobs, weight.dtype).unsqueeze(1)
     g_wide = paddle.expand(g, h.shape)
     dh = dw = db = None
     if trains[0]:

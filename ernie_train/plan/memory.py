@@ -31,9 +31,9 @@ from ernie_train.plan.layout import (
 from ernie_train.plan.workload import Sampling, Workload
 
 # Tensors of an expert's or an MLP's width that are kept for a row, of the stream's and a row's
-# gradient in a backward pass, of a chunk's logits, of the head's gradient while the loss is made.
+# gradient in a backward pass, of a chunk's logits.
 EXPERT_TENSORS, MLP_TENSORS, STREAM_GRADIENTS, ROW_GRADIENTS = 5, 4, 3, 2.5
-LOGITS_TENSORS, HEAD_GRADIENTS = {"cross_entropy": 2, "logprobs": 5}, 2
+LOGITS_TENSORS = {"cross_entropy": 2, "logprobs": 5}
 # Of experts in slots (model/batched_experts.py): tensors of an expert's width that are kept, and in
 # a backward pass those of a row's and of an expert's width. Up to MOST_SLOTS_PER_ROW pad each row.
 SLOT_TENSORS, SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 3, 5, 4
@@ -311,7 +311,9 @@ def _loss_bytes(config: Ernie4_5_MoeConfig, load: Workload, width: int) -> float
     if load.loss == "score":
         return hidden
     logits = tokens * config.vocab_size
-    head = HEAD_GRADIENTS * _trains_all(load) * config.vocab_size * config.hidden_size * width
+    # The sum over chunks and a chunk's in float32, and the chunk's as it was made if narrower.
+    head = 2 * _FLOAT + (width if width < _FLOAT else 0)
+    head *= _trains_all(load) * config.vocab_size * config.hidden_size
     return LOGITS_TENSORS[load.loss] * min(logits, CHUNK_ELEMENTS) * _FLOAT + head + hidden
 
 
