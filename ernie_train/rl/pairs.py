@@ -25,11 +25,11 @@ from ernie_train.rl.rollout import (
     Rollout,
     RolloutSampler,
     ScoredCompletion,
+    SecondReward,
     grade,
     read_rollout,
     write_rollout,
 )
-from ernie_train.rl.second_reward import SecondReward
 
 OFFLINE_PAIRS = "offline_pairs.jsonl"
 _SHORTER = 0.9  # of the longest completion's tokens: pairs of nearly one length teach nothing

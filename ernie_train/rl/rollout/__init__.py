@@ -8,6 +8,7 @@ from ernie_train.rl.rollout.files import read_rollout, write_rollout
 from ernie_train.rl.rollout.grading import Answer, grade
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.rollout.sampler import RolloutSampler
+from ernie_train.rl.rollout.second_reward import SecondReward, second_rewards
 
 __all__ = [
     "Answer",
@@ -15,7 +16,9 @@ __all__ = [
     "Rollout",
     "RolloutSampler",
     "ScoredCompletion",
+    "SecondReward",
     "grade",
     "read_rollout",
+    "second_rewards",
     "write_rollout",
 ]

@@ -10,7 +10,8 @@ from ernie_train.rewards.scoring import ComposedReward, ComposedScore, build_rew
 from ernie_train.rl.config import SharedReward, UpoConfig
 from ernie_train.rl.data import Prompt
 from ernie_train.rl.reward import RewardModelScorer, load_scorers
-from ernie_train.rl.rollout import Answer, PromptGroup, grade
+from ernie_train.rl.rollout.grading import Answer, grade
+from ernie_train.rl.rollout.records import PromptGroup
 from ernie_train.train.stage import StageRun
 
 
