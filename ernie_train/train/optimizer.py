@@ -230,6 +230,9 @@ class Optimizer:
         """
         restored: dict[str, Tensor] = {}
         masters: dict[str, Tensor] = {}
+        # Checkpoints of bfloat16 training once held masters alone.
+        if lacking := [slot for slot in _MOMENTS if moments and slot not in moments]:
+            raise CheckpointError(f"optimizer state lacks {' and '.join(lacking)}")
         for slot, named in moments.items():
             held = self.updated
             if slot == "master":

@@ -202,6 +202,8 @@ def test_state_of_bfloat16_parameters_continues_to_the_same_bits(monkeypatch):
     }  # fmt: skip
     assert optimizer.beta_powers()["beta1_pow_acc"] == pytest.approx(0.9**3)
     other.set_state_dict(model.state_dict())
+    with pytest.raises(CheckpointError, match="lacks moment1 and moment2"):
+        resumed.load_state({"master": saved["master"]}, {})
     resumed.load_state(saved, optimizer.beta_powers())
     for pair in ((model, optimizer), (other, resumed)):
         step(*pair, 3)
