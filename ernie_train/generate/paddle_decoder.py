@@ -27,7 +27,7 @@ class PaddleDecoder:
         output = self.model.model(input_ids, document_ids=document_ids, kv_cache=cache)
         ends = np.cumsum(output.layout.row_counts)
         if recorded is not None and output.router_stats:
-            chosen = np.stack([stats.expert_ids.numpy() for stats in output.router_stats], 1)
+            chosen = paddle.stack([stats.expert_ids for stats in output.router_stats], 1).numpy()
             recorded += [part[:-1] for part in np.split(chosen, ends[:-1])]
         last = paddle.to_tensor(ends - 1)
         experts = [paddle.gather(stats.expert_ids, last) for stats in output.router_stats]
@@ -40,10 +40,10 @@ class PaddleDecoder:
 
     def _prediction(self, hidden: Tensor, experts: list[Tensor]) -> Prediction:
         logits = self.model.logits(hidden).astype("float32").numpy()
-        return logits, [chosen.numpy() for chosen in experts]
+        return logits, list(paddle.stack(experts).numpy()) if experts else []
 
 
-def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, np.ndarray]:
     """Return input ids and document ids, each [B, longest prompt]; document id 0 is padding."""
     width = max(len(prompt) for prompt in prompts)
     ids = np.zeros((len(prompts), width), np.int64)
@@ -51,4 +51,4 @@ def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
         document_ids[row, : len(prompt)] = 1
-    return paddle.to_tensor(ids), paddle.to_tensor(document_ids)
+    return paddle.to_tensor(ids), document_ids

@@ -14,6 +14,9 @@ import numpy as np
 # blocks of this many tokens are summed, and sums are accumulated over the blocks and within the one
 # block that is hit.
 _BLOCK = 64
+# top_p looks at so many likeliest tokens first: sorting all of a vocabulary of 100,000 takes 30 ms
+# a sequence, finding these 3.
+_FIRST = 1024
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,31 @@ class Sampler:
         """Return `mass` [B,V], of sum `total` [B], with the tail beyond top-k and top-p at zero."""
         if self.config.top_p == 1 and not self.config.top_k:
             return mass
+        top_p, top_k = self.config.top_p, self.config.top_k
         probs = mass / total[:, None]
-        order = np.argsort(-probs, axis=-1, kind="stable")
-        ranked = np.take_along_axis(probs, order, -1).astype(np.float64)
-        # A token stays while the mass before it is below top_p, so the first always stays.
-        keep = np.cumsum(ranked, -1) - ranked < self.config.top_p
-        if self.config.top_k:
-            keep[:, self.config.top_k :] = False
         kept = np.zeros_like(probs)
-        np.put_along_axis(kept, order, np.where(keep, ranked, 0.0).astype(probs.dtype), -1)
+        for row, own in enumerate(probs):
+            count = top_k or _FIRST
+            order, mass_up_to = likeliest(own, count)
+            while mass_up_to[-1] < top_p and count < len(own) and not top_k:
+                count *= 8  # a flat distribution: others count too
+                order, mass_up_to = likeliest(own, count)
+            # A token stays while the mass before it is below top_p, so the first always stays.
+            order = order[mass_up_to - own[order] < top_p][: top_k or None]
+            kept[row, order] = own[order]
         return kept
+
+
+def likeliest(probs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a row [V] that are as likely as its `count`-th, and sums up to each.
+
+    They are in falling order, equal ones as in the row; the sums in float64.
+    """
+    tokens = np.arange(len(probs))
+    if count < len(probs):
+        tokens = np.flatnonzero(probs >= np.partition(probs, -count)[-count])
+    tokens = tokens[np.argsort(-probs[tokens], kind="stable")]
+    return tokens, np.cumsum(probs[tokens], dtype=np.float64)
 
 
 def sample(probs: np.ndarray, uniform: np.ndarray) -> np.ndarray:

@@ -21,7 +21,6 @@ from ernie_train.losses.balance import (
 from ernie_train.losses.cross_entropy import (
     cross_entropy_rows,
     linear_cross_entropy,
-    token_balanced_loss,
     token_balanced_weights,
 )
 from ernie_train.losses.logprobs import token_logprobs
@@ -83,7 +82,6 @@ __all__ = [
     "selection_bias_step",
     "sequence_logratios",
     "simpo_loss",
-    "token_balanced_loss",
     "token_balanced_weights",
     "token_logprobs",
     "unbiased_expert_ids",

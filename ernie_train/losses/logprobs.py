@@ -13,7 +13,7 @@ from paddle.autograd import PyLayer
 
 from ernie_train import kernels
 from ernie_train.core.autograd import once_differentiable
-from ernie_train.losses.cross_entropy import chunks, cross_entropy_rows
+from ernie_train.losses.cross_entropy import Trains, added, cast, chunks, cross_entropy_rows
 
 
 def token_logprobs(
@@ -87,7 +87,7 @@ class _TokenLogprobs(PyLayer):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.save_for_backward(hidden, weight, ids)
         ctx.bias, ctx.temperature = bias, temperature
-        ctx.frozen = tuple(t.stop_gradient for t in (hidden, weight, bias) if t is not None)
+        ctx.trains = tuple(t is not None and not t.stop_gradient for t in (hidden, weight, bias))
         ctx.set_materialize_grads(False)  # a gradient of None: no loss uses that output
         logprobs, entropies = [], []
         for part in chunks(hidden.shape[0], weight.shape[0]):
@@ -108,29 +108,28 @@ class _TokenLogprobs(PyLayer):
         scaled = [None if grad is None else grad / ctx.temperature for grad in grads]
         grad_logprobs = paddle.zeros([len(ids)]) if scaled[0] is None else scaled[0]
         grad_entropy = scaled[1] if len(scaled) > 1 else None
-        grad_hidden: list[Tensor] = []
-        totals: list[Tensor] | None = None
+        grad_hidden: list[Any] = []
+        totals: list[Tensor | None] = [None, None]
         for part in chunks(hidden.shape[0], weight.shape[0]):
             below = None if grad_entropy is None else grad_entropy[part]
-            args = ids[part], grad_logprobs[part], below
+            args = ids[part], grad_logprobs[part], below, ctx.trains
             dh, *sums = _chunk_gradients(hidden[part], weight, ctx.bias, ctx.temperature, *args)
             grad_hidden.append(dh)
-            pairs = zip(totals or sums, sums, strict=True)
-            totals = sums if totals is None else [total.add_(more) for total, more in pairs]
-        found = (paddle.concat(grad_hidden), *(totals or ()))[: len(ctx.frozen)]
-        wanted = (None if still else g for g, still in zip(found, ctx.frozen, strict=True))
-        return (*wanted, None)
+            totals = [added(total, more) for total, more in zip(totals, sums, strict=True)]
+        sums = totals[: 1 + (ctx.bias is not None)]
+        wanted = (s if s is None else cast(s, weight.dtype) for s in sums)
+        return paddle.concat(grad_hidden) if ctx.trains[0] else None, *wanted, None
 
 
 def _chunk_gradients(
     h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float,
-    ids: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ids: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, trains: Trains,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return gradients of hidden [N,H], weight and bias; a chunk's logits are freed on return."""
     logits = _logits(h, weight, bias, temperature)
     _, probs = cross_entropy_rows(logits, ids)
     rows = _dense_gradient(logits, probs, grad_logprobs, grad_entropy)
-    return _head_gradients(rows, h, weight, ids, grad_logprobs)
+    return _head_gradients(rows, h, weight, ids, grad_logprobs, trains)
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -138,8 +137,7 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) 
     logits = paddle.matmul(h, weight, transpose_y=True)
     if bias is not None:
         logits = logits + bias
-    if logits.dtype != paddle.float32:
-        logits = logits.astype("float32")
+    logits = cast(logits, paddle.float32)
     return logits if temperature == 1 else logits / temperature
 
 
@@ -170,14 +168,20 @@ def _dense_gradient(
 
 
 def _head_gradients(
-    rows: Tensor, h: Tensor, weight: Tensor, ids: Tensor, grad_logprobs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of hidden, weight and bias for logits' rows + grad_logprobs onehot(ids)."""
-    if rows.dtype != weight.dtype:
-        rows, grad_logprobs = rows.astype(weight.dtype), grad_logprobs.astype(weight.dtype)
-    g = grad_logprobs.unsqueeze(1)
+    rows: Tensor, h: Tensor, weight: Tensor, ids: Tensor, grad_logprobs: Tensor, trains: Trains
+) -> tuple[Tensor | None, ...]:
+    """Return gradients of hidden, weight and bias for logits' rows + grad_logprobs onehot(ids).
+
+    What is frozen has none, as in `cross_entropy`.
+    """
+    rows, g = cast(rows, weight.dtype), cast(grad_logprobs, weight.dtype).unsqueeze(1)
     g_wide = paddle.expand(g, h.shape)
-    dh = paddle.matmul(rows, weight).add_(paddle.gather(weight, ids) * g_wide)
-    dw = paddle.index_add(paddle.matmul(rows, h, transpose_x=True), ids, 0, h * g_wide)
-    db = paddle.matmul(rows, paddle.ones_like(g), transpose_x=True).squeeze(1)
-    return dh, dw, paddle.index_add(db, ids, 0, g.squeeze(1))
+    dh = dw = db = None
+    if trains[0]:
+        dh = paddle.matmul(rows, weight).add_(paddle.gather(weight, ids) * g_wide)
+    if trains[1]:
+        dw = paddle.index_add(paddle.matmul(rows, h, transpose_x=True), ids, 0, h * g_wide)
+    if trains[2]:
+        db = paddle.matmul(rows, paddle.ones_like(g), transpose_x=True).squeeze(1)
+        db = paddle.index_add(db, ids, 0, g.squeeze(1))
+    return dh, dw, db

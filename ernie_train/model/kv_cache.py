@@ -84,7 +84,7 @@ class KVCache:
 
     def select(self, keep: np.ndarray) -> None:
         """Keep the sequences `keep`, in that order, and drop the others."""
-        heads = int(self.config.num_key_value_heads or 0)
+        heads = self.config.num_key_value_heads
         lanes = paddle.to_tensor((keep[:, None] * heads + np.arange(heads)).reshape(-1))
         self.keys = [paddle.gather(x, lanes) for x in self.keys]
         self.values = [paddle.gather(x, lanes) for x in self.values]
@@ -94,7 +94,7 @@ class KVCache:
     def _grow(self, slots: int) -> None:
         if slots <= self.capacity:
             return
-        heads, head_dim = int(self.config.num_key_value_heads or 0), int(self.config.head_dim or 0)
+        heads, head_dim = self.config.num_key_value_heads, self.config.attention_head_dim
         capacity = -(-slots // _GROWTH) * _GROWTH
         room = paddle.zeros(
             [self.batch * heads, capacity - self.capacity, head_dim], dtype=self.dtype
@@ -111,7 +111,7 @@ class KVCache:
 
     def _update_row_views(self) -> None:
         # Paddle's reshape shares memory, so `scatter_` into the rows writes keys and values.
-        head_dim = int(self.config.head_dim or 0)
+        head_dim = self.config.attention_head_dim
         self.key_rows = [x.reshape([-1, head_dim]) for x in self.keys]
         self.value_rows = [x.reshape([-1, head_dim]) for x in self.values]
 
@@ -119,7 +119,7 @@ class KVCache:
         self, sequence: np.ndarray, offset: np.ndarray, slots: np.ndarray, was_empty: bool
     ) -> CacheStep:
         """Return the indices of a step; `sequence`, `offset` in the step and `slots` are [T]."""
-        heads = int(self.config.num_key_value_heads or 0)
+        heads = self.config.num_key_value_heads
         group = self.config.num_attention_heads // heads
         head = np.arange(heads)
         rows = (sequence[:, None] * heads + head) * self.capacity + slots[:, None]  # [T,K]
@@ -138,14 +138,14 @@ class KVCache:
         last = np.zeros((self.batch, widest), np.int64)
         last[sequence, offset] = slots
         hidden = np.arange(self.capacity) > last[:, :, None]  # [B,Q,C]
-        mask = np.where(hidden, np.float32(_MASKED), np.float32(0.0))[:, None, None]
-        wide = np.broadcast_to(mask, (self.batch, heads, group, widest, self.capacity))
+        mask = paddle.to_tensor(np.where(hidden, np.float32(_MASKED), np.float32(0.0)))
+        # Widened on the device: for all heads it is as large as the scores.
+        wide = [self.batch, total_heads, widest, self.capacity]
+        mask = paddle.expand(mask.astype(self.dtype).unsqueeze(1), wide)
         return CacheStep(
             slot_rows,
             True,
             paddle.to_tensor(query.reshape(-1)),
             paddle.to_tensor(place.reshape(-1)),
-            paddle.to_tensor(
-                wide.reshape(self.batch * heads, group * widest, self.capacity)
-            ).astype(self.dtype),
+            mask.reshape([self.batch * heads, group * widest, self.capacity]),
         )

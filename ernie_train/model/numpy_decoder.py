@@ -67,7 +67,7 @@ class DecoderCache:
         self, config: Ernie4_5_MoeConfig, batch: int, slots: int, rope_theta: float
     ) -> None:
         self.rope_theta = rope_theta
-        heads, head_dim = int(config.num_key_value_heads or 0), int(config.head_dim or 0)
+        heads, head_dim = config.num_key_value_heads, config.attention_head_dim
         self.lengths = np.zeros(batch, np.int64)
         # Per layer [B,2,K,C,D]: keys and values. Free slots are masked to weight 0, and 0 * NaN is
         # NaN: they must be finite.
@@ -111,7 +111,7 @@ class NumpyDecoder:
         self.config = config = model.config
         self.embedding = merged_weight(model.model.embed_tokens)
         self.rope_theta = model.model.rope_theta
-        self.rope = NumpyRope(self.rope_theta, int(config.head_dim or 0))
+        self.rope = NumpyRope(self.rope_theta, config.attention_head_dim)
         self.layers = [_NumpyDecoderLayer(layer, config) for layer in model.model.layers]
         self.norm = NumpyRMSNorm(model.model.norm)
         weight, bias = model.head()
@@ -155,7 +155,7 @@ class NumpyDecoder:
         batch, used = np.arange(len(tokens)), int(positions.max()) + 1
         free = np.arange(used) > positions[:, None]  # [B,c]
         mask = np.where(free, _MASKED, np.float32(0))[:, None, None] if free.any() else None
-        heads = 2 * int(self.config.num_key_value_heads or 0)
+        heads = 2 * self.config.num_key_value_heads
 
         def attend(index: int, qkv: np.ndarray) -> np.ndarray:
             kept = cache.layers[index]  # [B,2,K,C,D]
@@ -182,7 +182,7 @@ class NumpyDecoder:
         tokens = np.zeros((batch, width), np.int64)
         for row, prompt in enumerate(prompts[rows]):
             tokens[row, : len(prompt)] = prompt
-        heads, head_dim = int(self.config.num_key_value_heads or 0), int(self.config.head_dim or 0)
+        heads, head_dim = self.config.num_key_value_heads, self.config.attention_head_dim
 
         def attend(index: int, qkv: np.ndarray) -> np.ndarray:
             # [B*S,(N+2K)*D] -> [B,N+2K,S,D]
@@ -244,14 +244,14 @@ class _NumpyDecoderLayer:
         attention = layer.self_attn
         self.o = NumpyLinear(*fuse_linears(attention.o_proj))
         weight, bias = fuse_linears(attention.q_proj, attention.k_proj, attention.v_proj)
-        head_dim = int(config.head_dim or 0)
+        head_dim = config.attention_head_dim
         # The factor 1 / sqrt(D) of the scores is folded into the weights of the queries.
         queries = slice(config.num_attention_heads * head_dim)
         weight[:, queries] *= head_dim**-0.5
         if bias is not None:
             bias[queries] *= head_dim**-0.5
         self.qkv = NumpyLinear(weight, bias)
-        self.rotated = weight.shape[1] - int(config.num_key_value_heads or 0) * head_dim
+        self.rotated = weight.shape[1] - config.num_key_value_heads * head_dim
         self.experts = NumpyMoE(layer.mlp) if layer.is_moe else None
         self.dense = None if layer.is_moe else NumpyMLP(layer.mlp, config.hidden_act)
 

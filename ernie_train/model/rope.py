@@ -56,7 +56,8 @@ class RopeTables:
     cos: Tensor  # [T,D] float32
     sin: Tensor  # [T,D] float32
     rotation: Tensor  # [D,D]
-    _wide: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # `for_heads`, made once
+    # For so many heads, [T*N,D]: a row for each token and head.
+    _wide: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, position_ids: Tensor, theta: float, head_dim: int) -> RopeTables:
@@ -70,24 +71,17 @@ class RopeTables:
         """Rotate x [T*N,D], one row per token and head, tokens outermost."""
         if kernels.usable(x):
             return _NativeRope.apply(x, self.cos, self.sin)
-        heads = x.shape[0] // self.cos.shape[0]
+        (tokens, head_dim), rows = self.cos.shape, x.shape[0]
+        heads = rows // tokens
         if heads not in self._wide:
-            self._wide[heads] = self.for_heads(heads)
-        return apply_rope(x, *self._wide[heads], self.rotation)
-
-    def for_heads(self, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin), each [T*N,D]: one row per token and head, tokens outermost."""
-        tokens, head_dim = self.cos.shape
-
-        def tile(table: Tensor) -> Tensor:
-            wide = paddle.expand(table.unsqueeze(1), [tokens, num_heads, head_dim])
-            return wide.reshape([-1, head_dim])
-
-        return tile(self.cos), tile(self.sin)
+            shape = [tokens, heads, head_dim]
+            wide = (paddle.expand(t.unsqueeze(1), shape) for t in (self.cos, self.sin))
+            self._wide[heads] = [table.reshape([rows, head_dim]) for table in wide]
+        return _ApplyRope.apply(x, *self._wide[heads], self.rotation)
 
 
 class _ApplyRope(PyLayer):
-    """Keeps nothing but the tables that all layers share."""
+    """x * cos + (x R) * sin for x, cos, sin [T*N,D]; keeps nothing but what all layers share."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor) -> Tensor:
@@ -116,8 +110,3 @@ class _NativeRope(PyLayer):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return kernels.rope(grads[0], *ctx.saved_tensor(), backward=True), None, None
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the rows of x [T*N,D] by `cos`, `sin` [T*N,D]: `x * cos + (x R) * sin`."""
-    return _ApplyRope.apply(x, cos, sin, rotation)

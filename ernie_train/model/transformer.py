@@ -124,7 +124,7 @@ class Ernie4_5_MoeModel(nn.Layer):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | BatchLayout | None = None,
+        document_ids: np.ndarray | Tensor | BatchLayout | None = None,
         kv_cache: KVCache | None = None,
         replayed_experts: np.ndarray | None = None,
     ) -> HiddenOutput:
@@ -155,7 +155,7 @@ class Ernie4_5_MoeModel(nn.Layer):
             positions = paddle.to_tensor(cached_positions)
         else:
             positions = paddle.to_tensor(layout.default_positions())
-        rope = RopeTables.build(positions, self.rope_theta, int(self.config.head_dim or 0))
+        rope = RopeTables.build(positions, self.rope_theta, self.config.attention_head_dim)
         tables = AttentionTables(self.config, layout, rope)
         x = self.embed_tokens(tokens)
         stats: list[RouterStats] = []
@@ -245,7 +245,7 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: np.ndarray | Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> CausalLMOutput:
         """Compute logits [B,S,V] of every position; arguments as in `Ernie4_5_MoeModel.forward`."""

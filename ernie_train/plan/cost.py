@@ -91,7 +91,7 @@ def recomputed_flops(config: Ernie4_5_MoeConfig, context: float, recompute: Reco
 
 def _projections(config: Ernie4_5_MoeConfig) -> float:
     """Return a token's operations in queries, keys, values and outputs of a layer."""
-    heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
+    heads = config.num_attention_heads + config.num_key_value_heads
     return 4.0 * config.hidden_size * heads * config.attention_head_dim
 
 

@@ -31,9 +31,9 @@ from ernie_train.plan.layout import (
 from ernie_train.plan.workload import Sampling, Workload
 
 # Tensors of an expert's or an MLP's width that are kept for a row, of the stream's and a row's
-# gradient in a backward pass, of a chunk's logits, of the head's gradient while the loss is made.
+# gradient in a backward pass, of a chunk's logits.
 EXPERT_TENSORS, MLP_TENSORS, STREAM_GRADIENTS, ROW_GRADIENTS = 5, 4, 3, 2.5
-LOGITS_TENSORS, HEAD_GRADIENTS = {"cross_entropy": 2, "logprobs": 5}, 2
+LOGITS_TENSORS = {"cross_entropy": 2, "logprobs": 5}
 # Of experts in slots (model/batched_experts.py): tensors of an expert's width that are kept, and in
 # a backward pass those of a row's and of an expert's width. Up to MOST_SLOTS_PER_ROW pad each row.
 SLOT_TENSORS, SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 3, 5, 4
@@ -175,14 +175,14 @@ def layer_bytes(
     """
     width, hidden = machine.precision.width, config.hidden_size
     heads = config.num_attention_heads
-    all_heads = heads + int(config.num_key_value_heads or 0)
+    all_heads = heads + config.num_key_value_heads
     norm = hidden * (_FLOAT + width)
     attention = float(norm + 2 * all_heads * config.attention_head_dim * width)
     if not machine.on_gpu and document_tokens <= KEPT_LENGTH:
         scores = min(document_tokens, (document_tokens + KEPT_BLOCK) / 2)
         attention += heads * scores * width
     rank, dora = (part.rank, part.dora) if part is not None else (0, False)
-    outputs = all_heads + int(config.num_key_value_heads or 0)  # of q, k and v
+    outputs = all_heads + config.num_key_value_heads  # of q, k and v
     attention += (4 * rank + dora * (outputs * config.attention_head_dim + hidden)) * width
 
     def pairs(inner: int) -> int:  # of a gate, an up and a down projection
@@ -225,7 +225,7 @@ def step_bytes(
     width, tokens = machine.precision.width, batch.tokens
     layers = _kept_by_layers(config, machine, layout, load)
     # Rotary tables, the last norm; every MoE layer reports router logits and probabilities.
-    heads = config.num_attention_heads + int(config.num_key_value_heads or 0)
+    heads = config.num_attention_heads + config.num_key_value_heads
     stays: float = tokens * (8 * heads * config.attention_head_dim)
     stays += tokens * config.hidden_size * (_FLOAT + width)
     stays += moe_layers(config) * tokens * 2 * config.moe_num_experts * _FLOAT
@@ -311,7 +311,9 @@ def _loss_bytes(config: Ernie4_5_MoeConfig, load: Workload, width: int) -> float
     if load.loss == "score":
         return hidden
     logits = tokens * config.vocab_size
-    head = HEAD_GRADIENTS * _trains_all(load) * config.vocab_size * config.hidden_size * width
+    # The sum over chunks and a chunk's in float32, and the chunk's as it was made if narrower.
+    head = 2 * _FLOAT + (width if width < _FLOAT else 0)
+    head *= _trains_all(load) * config.vocab_size * config.hidden_size
     return LOGITS_TENSORS[load.loss] * min(logits, CHUNK_ELEMENTS) * _FLOAT + head + hidden
 
 
@@ -348,7 +350,7 @@ def _backward_bytes(
 
 def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: int) -> float:
     """Return bytes of keys and values, 2 x layers x K x D x b for each token of `sequences`."""
-    row = int(config.num_key_value_heads or 0) * config.attention_head_dim * width
+    row = config.num_key_value_heads * config.attention_head_dim * width
     return 2.0 * config.num_hidden_layers * sequences * tokens * row
 
 

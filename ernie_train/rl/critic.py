@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import Tensor, nn
 
 from ernie_train.core.errors import WeightsError
@@ -21,7 +20,7 @@ from ernie_train.model import (
     Ernie4_5_MoeModel,
     HiddenOutput,
 )
-from ernie_train.model.dtypes import default_dtype, dtype_name
+from ernie_train.model.dtypes import default_dtype, dtype_name, zero_parameters
 from ernie_train.parallel import owned_names
 from ernie_train.weights.adapters import from_disk, to_disk
 
@@ -41,10 +40,8 @@ class ScalarModel(nn.Layer):
         super().__init__()
         self.config = config
         self.model = decoder
-        with default_dtype("float32"):
+        with default_dtype("float32"), zero_parameters():
             self.value_head = nn.Linear(config.hidden_size, 1, bias_attr=None if bias else False)
-        for parameter in self.value_head.parameters():
-            parameter.set_value(paddle.zeros_like(parameter))
 
     def forward(self, input_ids: Tensor, document_ids: Any) -> tuple[Tensor, HiddenOutput]:
         """input_ids, document_ids [B,S] -> values [T] of the real tokens, and the hidden states."""
@@ -68,7 +65,7 @@ class Critic(ScalarModel):
     """A copy of a policy's decoder; its value at a token is the return expected after it."""
 
     def __init__(self, policy: Ernie4_5_MoeForCausalLM) -> None:
-        with default_dtype(dtype_name(policy.head()[0])):
+        with default_dtype(dtype_name(policy.head()[0])), zero_parameters():
             decoder = Ernie4_5_MoeModel(policy.config, policy.model.placement)
         super().__init__(policy.config, decoder, bias=True)
         decoder.rope_theta = policy.model.rope_theta

@@ -6,19 +6,15 @@ A stage of its own: no sampling, no rewards, the trainer's loop over micro-batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import paddle
-from pydantic import Field, model_validator
-from rich.console import Console
 
 from ernie_train import parallel
-from ernie_train.core.config import HARMLESS, PathText, PositiveInt
 from ernie_train.core.errors import CheckpointError
-from ernie_train.data import MappedRows
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
@@ -30,126 +26,34 @@ from ernie_train.rl.batch import (
 from ernie_train.rl.config import PairLoss
 from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.loss import DpoLoss, PairTerm
-from ernie_train.rl.preference_data import (
-    OfflinePairSource,
-    PromptReport,
-    TokenizedPair,
-    add_pairs,
-    read_fitting_pairs,
-)
+from ernie_train.rl.pair_stage import PairStageConfig, PreparedPairs
+from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair, add_pairs
 from ernie_train.train.moe_health import PromptProbe
 from ernie_train.train.optimizer import Optimizer
-from ernie_train.train.stage import StageConfig, StageData, StageRun
+from ernie_train.train.stage import StageRun
 from ernie_train.train.step_loop import StepLoop
 from ernie_train.train.supervised_data import VALIDATION_LOSS
 from ernie_train.train.trainer import Trainer
 from ernie_train.weights.checkpoint import Checkpoint
 
-VALIDATION_METRICS = (VALIDATION_LOSS, "validation/accuracies", "validation/margins")
 
-
-class DpoConfig(StageConfig, MappedRows, PairLoss):
+class DpoConfig(PairStageConfig, PairLoss):
     """DPO and its kin; the reference is the policy at the stage's start."""
 
     sums_by_default: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = (
+        VALIDATION_LOSS,
+        "validation/accuracies",
+        "validation/margins",
+    )
 
     kind: Literal["dpo"]
     """Preference optimization on pairs of completions (DPO and its kin)."""
-    data: Annotated[PathText, Field(min_length=1), HARMLESS]
-    """A path of rows with a prompt, a chosen and a rejected completion."""
-    validation: Annotated[PathText, Field(min_length=1), HARMLESS] | None = None
-    """A path of held-out rows with the same columns: `validation_loss`, `validation/accuracies` and
-    `validation/margins`.
-    """
-    validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
-    """Steps between two measurements of them; as often as checkpoints are written, unless given,
-    and always at the end.
-    """
-    seq_len: PositiveInt
-    """Longest prompt with its completion; pairs beyond it are left out, and told."""
-    steps: PositiveInt
-    """Duration in optimizer steps."""
-    pairs_per_step: PositiveInt
-    """Pairs of an optimizer step."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DpoConfig:
-        if self.micro_batch_size < 2:
-            raise ValueError("micro_batch_size must be at least 2: a pair goes through together")
-        if self.validate_every_steps is not None and self.validation is None:
-            raise ValueError("validate_every_steps needs validation: held-out pairs")
-        if (best := self.checkpoint.best_metric) is not None:
-            if self.validation is None:
-                raise ValueError("checkpoint.best_metric needs validation: held-out pairs")
-            if best not in VALIDATION_METRICS:
-                known = ", ".join(VALIDATION_METRICS)
-                raise ValueError(f"checkpoint.best_metric={best!r} is not measured, only {known}")
-            self.checkpoint.require_scores("validate_every_steps", self.validation_interval)
-        if self.seq_len < 2:
-            raise ValueError("seq_len must hold a prompt and a completion")
-        return self
-
-    def lengths(self) -> dict[str, int]:
-        """Return the sequence lengths that the model must be able to hold, by setting."""
-        return {"seq_len": self.seq_len}
-
-    def paths(self) -> list[str]:
-        """Return every file or directory that the stage reads."""
-        return [path for path in (self.data, self.validation) if path is not None]
-
-    @property
-    def validation_interval(self) -> int | None:
-        """Return the steps between two validations; None without held-out pairs."""
-        if self.validation is None:
-            return None
-        return self.validate_every_steps or self.checkpoint.every_steps
 
     @property
     def needs_reference(self) -> bool:
         """Return whether the stage's starting policy is kept beside the policy."""
         return self.loss != "simpo"
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Return how many; pairs are never split, so an odd micro_batch_size holds one less."""
-        return -(-self.pairs_per_step // (self.micro_batch_size // 2))
-
-
-@dataclass(frozen=True)
-class PreparedPairs:
-    """The pairs that fit the stage's length, and the held-out ones."""
-
-    pairs: list[TokenizedPair]
-    report: PromptReport
-    validation: list[TokenizedPair] = field(default_factory=list)
-
-
-def prepare(config: DpoConfig, data: StageData) -> PreparedPairs:
-    """Read and encode the stage's pairs; `DataError` where none fits."""
-    read = partial(
-        read_fitting_pairs,
-        data=data,
-        max_prompt_tokens=config.seq_len - 1,
-        max_new_tokens=config.seq_len - 1,
-        max_tokens=config.seq_len,
-        max_bad_fraction=config.max_bad_fraction,
-        columns=config.columns,
-    )
-    pairs, facts, warnings = read(config.data)
-    held_out: list[TokenizedPair] = []
-    if config.validation is not None:
-        held_out, facts["validation"], more = read(config.validation)
-        warnings += more
-    return PreparedPairs(pairs, PromptReport([], facts, warnings), held_out)
-
-
-def describe(config: DpoConfig, data: StageData, prepared: PreparedPairs, console: Console) -> None:
-    """Print the size of a step."""
-    console.print(
-        f"a step trains {config.pairs_per_step} of {len(prepared.pairs)} pairs; "
-        f"steps: {config.steps}",
-        highlight=False,
-    )
 
 
 def pair_batches(
@@ -243,8 +147,7 @@ class _DpoRun(StepLoop[Ernie4_5_MoeForCausalLM, MicroBatch]):
         return pair_batches(self.config, pairs, self.reference, seed=seed, done=self.trainer.step)
 
     def probe(self) -> PromptProbe:
-        prompts = [pair.chosen.prompt_ids for pair in self.prepared.pairs]
-        return PromptProbe.of(prompts, self.config.moe_health.probe_tokens)
+        return self.prepared.probe(self.config)
 
     def step_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         alpha = self.config.rpo_alpha  # by the name that the objective has in every stage

@@ -173,7 +173,7 @@ def _changed_experts(batch: MicroBatch, router_stats: Sequence[RouterStats]) -> 
     before = [s.expert_ids[s.sampled_places] for s in batch.sequences if s.expert_ids is not None]
     if not router_stats or len(before) < len(batch.sequences):
         return None
-    now = np.stack([stats.expert_ids.numpy()[batch.predictors] for stats in router_stats], axis=1)
+    now = paddle.stack([s.expert_ids for s in router_stats], 1).numpy()[batch.predictors]
     changed: np.ndarray = np.sort(now, -1) != np.sort(np.concatenate(before), -1)
     return changed.any((1, 2))
 

@@ -316,15 +316,15 @@ class Learner:
         if self.critic is not None:
             critic = self.critic.model
             critic.load(saved.part("critic/model"))
+            self.critic.step = steps = state["critic_step"]
             restore_optimizer(
                 self.critic.optimizer,
-                saved.part("critic/optimizer"),
+                saved.part("critic/optimizer") if steps else {},  # unwritten before the first step
                 state["critic_powers"],
                 critic.from_disk,
                 checkpoint=saved.path / "critic",
-                steps=state["critic_step"],
+                steps=steps,
             )
-            self.critic.step = state["critic_step"]
 
 
 def _kl(batch: RolloutBatch, kind: KlKind) -> list[np.ndarray]:

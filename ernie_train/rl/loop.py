@@ -39,8 +39,7 @@ from ernie_train.rl.report import (
     rollout_metrics,
 )
 from ernie_train.rl.reward import load_scorers
-from ernie_train.rl.rollout import Rollout, RolloutSampler
-from ernie_train.rl.second_reward import second_rewards
+from ernie_train.rl.rollout import Rollout, RolloutSampler, second_rewards
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.stage import StageRun
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore

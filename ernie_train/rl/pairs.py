@@ -20,14 +20,16 @@ from ernie_train.rl.config import PreferenceConfig
 from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair
 from ernie_train.rl.report import pair_metrics
 from ernie_train.rl.rollout import (
+    Answer,
     PromptGroup,
     Rollout,
     RolloutSampler,
     ScoredCompletion,
+    SecondReward,
+    grade,
     read_rollout,
     write_rollout,
 )
-from ernie_train.rl.second_reward import Answer, SecondReward, grade
 
 OFFLINE_PAIRS = "offline_pairs.jsonl"
 _SHORTER = 0.9  # of the longest completion's tokens: pairs of nearly one length teach nothing

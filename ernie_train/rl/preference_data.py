@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -247,13 +248,14 @@ class OfflinePairSource:
     """Deals out given pairs, each epoch over them in another order."""
 
     def __init__(self, pairs: Sequence[TokenizedPair], per_iteration: int, seed: int) -> None:
-        self.pairs, self.per_iteration, self.seed = list(pairs), per_iteration, seed
+        self.pairs, self.per_iteration = list(pairs), per_iteration
+        # Kept, as ordering a million pairs anew for each of them would take minutes a step.
+        self._order = lru_cache(2)(lambda epoch: permutation(len(self.pairs), seed, epoch, 7))
 
     def take(self, iteration: int) -> list[TokenizedPair]:
         """Return the pairs of an iteration, counted from 1; few pairs come more than once."""
         chosen, size = [], len(self.pairs)
         first = (iteration - 1) * self.per_iteration
         for at in range(first, first + self.per_iteration):
-            order = permutation(size, self.seed, at // size, 7)
-            chosen.append(self.pairs[int(order[at % size])])
+            chosen.append(self.pairs[int(self._order(at // size)[at % size])])
         return chosen

@@ -215,7 +215,7 @@ def _training_problems(
     if stage.lora is not None and stage.lora.dropout and stage.kind in ("dpo", "upo"):
         problems.append(
             f"{path}.lora.dropout={stage.lora.dropout:g}: policy and reference must compute alike; "
-            "only pretrain and sft may drop"
+            "only pretrain, sft and reward may drop"
         )
     if new_tokens and not any("embed_tokens" in n for n in selection.whole + selection.adapted):
         problems.append(

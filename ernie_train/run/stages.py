@@ -9,7 +9,7 @@ from pydantic import Field
 from rich.console import Console, RenderableType
 
 from ernie_train.rl import data as rl_data
-from ernie_train.rl import dpo, loop, reward
+from ernie_train.rl import dpo, loop, pair_stage, reward
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.dpo import DpoConfig
 from ernie_train.rl.reward import RewardModelConfig
@@ -55,8 +55,8 @@ _SUPERVISED = StageKind(supervised_data.prepare, supervised_data.describe, super
 STAGES: dict[str, StageKind] = {
     "pretrain": _SUPERVISED,
     "sft": _SUPERVISED,
-    "dpo": StageKind(dpo.prepare, dpo.describe, dpo.run),
-    "reward": StageKind(reward.prepare, reward.describe, reward.run),
+    "dpo": StageKind(pair_stage.prepare, pair_stage.describe, dpo.run),
+    "reward": StageKind(pair_stage.prepare, pair_stage.describe, reward.run),
     "upo": StageKind(rl_data.prepare, rl_data.describe, loop.run),
 }
 

@@ -62,13 +62,14 @@ def layer_health(
     for at, (layer, moe) in enumerate(moe_layers(model).items()):
         tokens = load.tokens_per_expert[at]
         mean = max(tokens.mean(), 1e-30)
+        bias = moe.moe_statics.e_score_correction_bias.numpy()
         values = {
             "load_max": float(tokens.max() / mean),
             "load_cv": float(tokens.std() / mean),
             "dead_experts": float((tokens == 0).sum()),
             "router_entropy": float(load.entropy[at] / max(load.tokens[at], 1.0)),
-            "bias_range": float(np.ptp(moe.moe_statics.e_score_correction_bias.numpy())),
-            "bias_mean": float(moe.moe_statics.e_score_correction_bias.numpy().mean()),
+            "bias_range": float(np.ptp(bias)),
+            "bias_mean": float(bias.mean()),
             "router_cosine": mean_absolute_cosine(moe.gate.weight),
         }
         if model.config.moe_capacity_factor is not None:
@@ -147,8 +148,8 @@ def _chosen_experts(
         )
     if training:
         model.train()
-    chosen = [np.sort(stats.expert_ids.numpy(), axis=-1) for stats in output.router_stats]
-    return np.stack(chosen).astype(np.int16)
+    chosen = paddle.stack([stats.expert_ids for stats in output.router_stats]).numpy()
+    return np.sort(chosen, axis=-1).astype(np.int16)
 
 
 class MoeHealth:

@@ -22,7 +22,7 @@ from ernie_train.model.lora import MAGNITUDE
 from ernie_train.model.partial import trained_parameters
 from ernie_train.weights.adapters import Rename
 
-# Paddle's names of AdamW's state: `<parameter>_<slot>_0` in `state_dict`.
+# Slots of AdamW's state in Paddle; `_state_name` names them.
 _MOMENTS = ("moment1", "moment2")
 _POWERS = ("beta1_pow_acc", "beta2_pow_acc")
 
@@ -202,7 +202,7 @@ class Optimizer:
         found = self._adamw.state_dict()
         slots: dict[str, dict[str, Tensor]] = {}
         for slot in _MOMENTS:
-            named = {n: found.get(f"{p.name}_{slot}_0") for n, p in self.owned.items()}
+            named = {n: found.get(_state_name(p, slot)) for n, p in self.owned.items()}
             if held := {n: t for n, t in named.items() if t is not None}:
                 slots[slot] = held
         if masters := found.get("master_weights"):
@@ -217,7 +217,7 @@ class Optimizer:
         """
         found = self._adamw.state_dict()
         first = next(iter(self.updated.values()), None)
-        keys = {} if first is None else {slot: f"{first.name}_{slot}_0" for slot in _POWERS}
+        keys = {} if first is None else {slot: _state_name(first, slot) for slot in _POWERS}
         own = {slot: found[key].item() for slot, key in keys.items() if key in found}
         return next((powers for powers in process_group.all_gather_objects(own) if powers), {})
 
@@ -228,22 +228,40 @@ class Optimizer:
 
         Raises `CheckpointError` that names parameters without saved state.
         """
-        restored: dict[str, object] = {}
+        restored: dict[str, Tensor] = {}
+        masters: dict[str, Tensor] = {}
+        # Checkpoints of bfloat16 training once held masters alone.
+        if lacking := [slot for slot in _MOMENTS if moments and slot not in moments]:
+            raise CheckpointError(f"optimizer state lacks {' and '.join(lacking)}")
         for slot, named in moments.items():
-            if missing := sorted(set(self.updated) - set(named)):
-                raise CheckpointError(f"optimizer state {slot!r} lacks {', '.join(missing[:5])}")
-            tensors = {p.name: paddle.to_tensor(named[n]) for n, p in self.updated.items()}
+            held = self.updated
             if slot == "master":
-                restored["master_weights"] = tensors
-            else:
-                restored |= {f"{name}_{slot}_0": tensor for name, tensor in tensors.items()}
+                held = {n: p for n, p in held.items() if p.dtype != paddle.float32}
+            if missing := sorted(set(held) - set(named)):
+                raise CheckpointError(f"optimizer state {slot!r} lacks {', '.join(missing[:5])}")
+            for name, parameter in held.items():
+                tensor = paddle.to_tensor(named[name])
+                if slot == "master":
+                    tensor.name = _master_name(parameter)
+                    masters[parameter.name] = tensor
+                else:
+                    restored[_state_name(parameter, slot)] = tensor
         for slot, value in powers.items():
             for parameter in self.updated.values():
-                restored[f"{parameter.name}_{slot}_0"] = paddle.to_tensor([value], "float32")
+                restored[_state_name(parameter, slot)] = paddle.to_tensor([value], "float32")
         for name, tensor in restored.items():
-            if isinstance(tensor, Tensor):
-                tensor.name = name
-        self._adamw.set_state_dict(restored)
+            tensor.name = name
+        self._adamw.set_state_dict({**restored, "master_weights": masters})
+
+
+def _master_name(parameter: Tensor) -> str:
+    return f"{parameter.name}_fp32_master_0"
+
+
+def _state_name(parameter: Tensor, slot: str) -> str:
+    """Return the key of a slot in Paddle's `state_dict`: where there is a master, of that."""
+    owner = parameter.name if parameter.dtype == paddle.float32 else _master_name(parameter)
+    return f"{owner}_{slot}_0"
 
 
 def _square_sums(parameters: Iterable[Tensor]) -> list[float]:

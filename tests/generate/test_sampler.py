@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ernie_train.generate.sampler import Sampler, SamplingConfig, sample
+from ernie_train.generate import sampler as sampler_module
+from ernie_train.generate.sampler import Sampler, SamplingConfig, likeliest, sample
 
 ALMOST_ONE = np.nextafter(1.0, 0.0)
 
@@ -73,6 +74,31 @@ def test_follows_the_cut_distribution_and_reports_the_whole_one(top_p, top_k):
     freedom = len(expected) - 1
     chi_squared = (((counts[left > 0] - expected) ** 2) / expected).sum()
     assert chi_squared <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize(
+    ("top_p", "top_k"), [(0.5, 0), (0.99, 0), (0.9, 30), (1.0, 30), (1.0, 1), (0.3, 300)]
+)
+def test_what_is_left_is_that_of_a_sort_of_all_tokens_but_few_are_sorted(
+    monkeypatch, top_p, top_k, spread
+):
+    """Rounded logits are often equal, and of those the first tokens stay."""
+    monkeypatch.setattr(sampler_module, "_FIRST", 20)
+    sizes = []
+    whole = likeliest
+    monkeypatch.setattr(
+        sampler_module, "likeliest", lambda p, n: sizes.append(len(whole(p, n)[0])) or whole(p, n)
+    )
+    logits = np.random.default_rng(4).normal(0, spread, (40, 200)).round(1)
+    mass = np.exp(logits).astype(np.float32)
+    sampler = Sampler(SamplingConfig(1, 1.0, top_p, top_k), range(40))
+    left = sampler._truncate(mass, mass.sum(-1))
+    for row, probs in zip(left, mass / mass.sum(-1, keepdims=True), strict=True):
+        expected = cut_and_normalized(probs.astype(np.float64), top_p, top_k)
+        np.testing.assert_array_equal(row, np.where(expected > 0, probs, 0))
+    if spread == 3.0 and top_p == 0.5:
+        assert max(sizes) < 40
 
 
 def test_greedy_reports_the_distribution_at_temperature_one():

@@ -140,16 +140,30 @@ def test_the_sampler_s_logprobs_have_the_same_bits_by_the_same_operators(native,
         np.testing.assert_array_equal(logprobs.numpy(), sampled.numpy())
 
 
+@pytest.mark.parametrize("chunk_elements", [12, 10_000])
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2)])
-def test_frozen_inputs_take_no_gradient(case, frozen):
+def test_frozen_inputs_take_no_gradient_and_none_is_computed(
+    monkeypatch, case, frozen, chunk_elements
+):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk_elements)
+    shapes = []
+    plain = paddle.matmul
+
+    def watched(*args, **options):
+        shapes.append(plain(*args, **options).shape)
+        return plain(*args, **options)
+
     arrays, ids, _ = case
     leaves = [
         paddle.to_tensor(a.astype(np.float32), stop_gradient=i in frozen)
         for i, a in enumerate(arrays)
     ]
     logprobs, _ = token_logprobs(*leaves, paddle.to_tensor(ids))
+    monkeypatch.setattr(paddle, "matmul", watched)
     logprobs.sum().backward()
     assert [leaf.grad is None for leaf in leaves] == [i in frozen for i in range(3)]
+    assert ([VOCABULARY, HIDDEN] in shapes) == (1 not in frozen)
+    assert ([VOCABULARY, 1] in shapes) == (2 not in frozen)
 
 
 def test_extreme_logits_stay_finite_with_their_gradients():
@@ -232,6 +246,42 @@ def test_bfloat16_head(monkeypatch):
             lambda z, i=i: np.sum(reference(*exact[:i], z, *exact[i + 1 :], ids, 1.0)), exact[i]
         )
         np.testing.assert_allclose(tensor.grad.astype("float32").numpy(), slopes, atol=0.1)
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_bfloat16_gradients_of_many_chunks_are_summed_in_float32(monkeypatch, supervised):
+    """A sum in bfloat16 would be off by a tenth: small parts of it are rounded away."""
+    operations = {
+        paddle: ("matmul", "index_add", "index_add_"),
+        paddle.Tensor: ("add_", "__add__", "__mul__", "__neg__", "subtract_", "multiply_"),
+    }
+    for owner, names in operations.items():
+        for name in names:
+            operation = getattr(owner, name)
+            narrow = through_float32(operation)
+            monkeypatch.setattr(
+                owner, name,
+                lambda *args, plain=operation, narrow=narrow, **options: (
+                    narrow if args[0].dtype == paddle.bfloat16 else plain
+                )(*args, **options),
+            )  # fmt: skip
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 16)
+    rng = np.random.default_rng(3)
+    arrays = [rng.normal(0.5, 1, size=s).astype(np.float32) for s in ((1000, 4), (16, 4))]
+    ids = paddle.to_tensor(rng.integers(0, 16, 1000))
+    grads = []
+    for dtype in ("float32", "bfloat16"):
+        rounded = [paddle.to_tensor(a).astype("bfloat16").astype(dtype) for a in arrays]
+        hidden, weight = (t.detach() for t in rounded)
+        weight.stop_gradient = False
+        if supervised:
+            total, _ = linear_cross_entropy(hidden, weight, None, ids, paddle.ones([1000]))
+        else:
+            total = token_logprobs(hidden, weight, None, ids)[0].sum()
+        total.backward()
+        grads.append(weight.grad.astype("float32").numpy())
+    exact, ours = grads
+    assert np.linalg.norm(ours - exact) < 5e-3 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(

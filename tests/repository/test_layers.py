@@ -54,8 +54,8 @@ PACKAGES: dict[str, str] = {
     "eval": "prompts estimates evaluation gates",
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
-    "rl.rollout": "records files sampler",
-    "rl": "config batch routing critic preference_data estimators reward data rollout second_reward"
+    "rl.rollout": "records files grading sampler second_reward",
+    "rl": "config batch routing critic preference_data pair_stage estimators reward data rollout"
     " report pairs loss learner loop dpo",
     "launch": "console rank_files logs launcher rank_group supervise cores",
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"

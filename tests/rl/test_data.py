@@ -14,7 +14,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.data import Tokenizer, load_tokenizer
 from ernie_train.io.run_dir import read_done
 from ernie_train.rl import data as rl_data
-from ernie_train.rl import dpo, loop
+from ernie_train.rl import loop, pair_stage
 from ernie_train.rl.config import RolloutConfig, UpoConfig
 from ernie_train.rl.dpo import DpoConfig
 from ernie_train.rl.report import HealthWarnings
@@ -67,15 +67,15 @@ def dpo_config(**changes: Any) -> DpoConfig:
 
 def test_pairs_that_are_too_long_are_told_with_the_fix(root):
     data = stage_data(root)
-    found = printed(dpo.prepare(dpo_config(), data).report)
+    found = printed(pair_stage.prepare(dpo_config(), data).report)
     assert (
         "3 of 5 pairs of pairs.jsonl are longer than seq_len=60 and left out; the longest" in found
     )
     assert "tokens: raise it, or shorten them" in found
     assert "\x1b[1;33m3 of 5 pairs" in found, "it stands out"
-    assert "left out" not in printed(dpo.prepare(dpo_config(seq_len=256), data).report)
+    assert "left out" not in printed(pair_stage.prepare(dpo_config(seq_len=256), data).report)
     with pytest.raises(DataError, match=r"none of 5 pairs fits .* the shortest pair needs \d+\)"):
-        dpo.prepare(dpo_config(seq_len=4), data)
+        pair_stage.prepare(dpo_config(seq_len=4), data)
 
 
 def test_prompts_and_pairs_of_an_rl_stage_too(root):

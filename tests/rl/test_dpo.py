@@ -12,8 +12,9 @@ import yaml
 from ernie_train import parallel
 from ernie_train.core.errors import DataError
 from ernie_train.data import load_tokenizer
+from ernie_train.data.packing import permutation
 from ernie_train.plan.workload import recipe_workloads
-from ernie_train.rl import dpo
+from ernie_train.rl import dpo, pair_stage, preference_data
 from ernie_train.rl.batch import MicroBatch, PreferencePair
 from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.loss import PairTerm
@@ -191,13 +192,13 @@ WITH_TOOL = [
 ]
 
 
-def of_turns(root: Path, chosen: list[dict[str, Any]], **row: Any) -> dpo.PreparedPairs:
+def of_turns(root: Path, chosen: list[dict[str, Any]], **row: Any) -> pair_stage.PreparedPairs:
     question = [{"role": "user", "content": "What is 2 + 3?"}]
     values = {"messages": question, "tools": [TOOL], "chosen": chosen, "rejected": [NO], **row}
     write_rows(root / "turns.jsonl", [values])
     data = StageData(root, load_tokenizer(root / "tokenizer"), 0)
     stage = recipe_of(root, data="turns.jsonl", seq_len=400)["stages"][0]
-    return dpo.prepare(dpo.DpoConfig(**stage), data)
+    return pair_stage.prepare(dpo.DpoConfig(**stage), data)
 
 
 def test_results_of_tools_are_context_of_a_completion_and_not_compared(root):
@@ -240,7 +241,22 @@ def test_pairs_of_several_turns_that_are_too_long_are_counted(root):
     write_rows(root / "long.jsonl", [{**values, "chosen": long}, {**values, "chosen": WITH_TOOL}])
     data = StageData(root, load_tokenizer(root / "tokenizer"), 0)
     stage = recipe_of(root, data="long.jsonl", seq_len=400)["stages"][0]
-    prepared = dpo.prepare(dpo.DpoConfig(**stage), data)
+    prepared = pair_stage.prepare(dpo.DpoConfig(**stage), data)
     assert len(prepared.pairs) == 1 and prepared.report.pairs["too_long"] == 1
     (told,) = prepared.report.warnings
     assert "1 of 2 pairs of long.jsonl are longer than seq_len=400 and left out" in told.plain
+
+
+def test_pairs_come_in_an_order_that_is_made_once_an_epoch(monkeypatch):
+    epochs: list[int] = []
+
+    def counted(count, *key):
+        epochs.append(key[1])
+        return permutation(count, *key)
+
+    monkeypatch.setattr(preference_data, "permutation", counted)
+    source = preference_data.OfflinePairSource(list("abcdefg"), 3, seed=5)
+    taken = [pair for iteration in (1, 2, 3, 4) for pair in source.take(iteration)]
+    orders = [permutation(7, 5, epoch, 7) for epoch in (0, 1)]
+    assert taken == ["abcdefg"[at] for at in np.concatenate(orders)[:12]]
+    assert epochs == [0, 1]

@@ -23,8 +23,7 @@ from ernie_train.rl.batch import RolloutBatch, TokenizedCompletion, minibatches
 from ernie_train.rl.config import PreferenceConfig, RolloutConfig, UpoConfig
 from ernie_train.rl.pairs import PairSources, all_wrong, shorter_pairs
 from ernie_train.rl.preference_data import TokenizedPair, add_pairs
-from ernie_train.rl.rollout import Rollout
-from ernie_train.rl.second_reward import SecondReward
+from ernie_train.rl.rollout import Rollout, SecondReward
 from ernie_train.train.stage import StageData
 from tests.rl.records import make_scored
 from tests.rl.upo_stages import run_stage, stage

@@ -172,7 +172,7 @@ def test_a_gate_asks_for_the_accuracy_on_held_out_pairs(
         ({"gate": {"metric": "eval/math", "at_least": 0.5}}, "gate.metric must be eval/accuracy"),
         ({"gate": {"metric": "eval/accuracy", "at_least": 0.5, "max_regression": 0.1}},
          "max_regression has no effect"),
-        ({"checkpoint": {"best_metric": "reward"}}, "best_metric=reward is none of"),
+        ({"checkpoint": {"best_metric": "reward"}}, "'reward' is not measured"),
         ({"checkpoint": {"every_steps": 4, "best_metric": "eval/loss"}}, "must be a multiple of"),
         ({"center_coef": -1.0}, "center_coef"),
         ({"beta": 0.1}, "beta"),

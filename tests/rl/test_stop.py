@@ -159,3 +159,18 @@ def test_a_stop_at_every_moment_loses_no_update(root, whole, tmp_path):
     expected, moments = whole
     for at in range(1, moments + 1):
         stop_at(root, tmp_path / f"run-{at}", at, expected)
+
+
+def test_a_critic_that_has_not_learnt_yet_is_resumed(root, tmp_path):
+    """All completions of the first iterations may be cut off, and masked."""
+    masked = {"truncated": "mask", "max_new_tokens": 1, "prompts_per_iteration": 2}
+    for iterations in (1, 2):
+        values = config(root).model_dump(exclude_unset=True) | {
+            "rollout": masked, "iterations": iterations, "evaluation": None, "preference": None,
+            "critic": {"optim": {"lr": 1e-3}, "warmup_iterations": 0},
+        }  # fmt: skip
+        settings = TypeAdapter(UpoConfig).validate_python(values)
+        stage = stage_run(root, tmp_path / "01-rl", Moments())
+        done = loop.run(settings, stage, rl_data.prepare(settings, stage.data))
+        assert done["steps"] == iterations
+    assert not list(tmp_path.rglob("optimizer*.safetensors"))

@@ -8,9 +8,11 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie_train.generate.paddle_decoder import PaddleDecoder
 from ernie_train.losses import unbiased_expert_ids
-from ernie_train.model import RouterStats
+from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.train.moe_balance import RouterStatsAccumulator
+from ernie_train.train.moe_health import RoutingProbe
 from ernie_train.train.optimizer import OptimConfig, Optimizer
 from tests.train.test_trainer import CONFIG, PackedLoss, new_trainer, rows
 
@@ -61,6 +63,24 @@ def test_statistics_of_all_layers_are_one_copy_with_the_bits_of_one_after_anothe
     copies.clear()
     load.add([])
     assert copies == []
+
+
+def test_experts_of_all_layers_are_one_copy_a_step_of_decoding_and_of_a_probe(copies):
+    layers = 3
+    deeper = {"num_hidden_layers": layers + 1, "moe_layer_end_index": layers}
+    model = Ernie4_5_MoeForCausalLM(CONFIG.with_overrides(deeper))
+    decoder = PaddleDecoder(model)
+    with paddle.no_grad():
+        (_, experts), cache = decoder.prefill([[1, 2], [3, 4]])
+        assert len(experts) == layers and experts[0].shape == (2, CONFIG.moe_k)
+        copies.clear()
+        decoder(np.array([5, 6]), cache)
+    assert sorted(copies) == sorted([2 * CONFIG.vocab_size, layers * 2 * CONFIG.moe_k])
+    batch = rows()
+    copies.clear()
+    RoutingProbe.take(model, batch, 8)
+    routed = layers * 8 * CONFIG.moe_k
+    assert copies.count(routed) == 1
 
 
 def test_the_gradient_norm_is_a_copy_for_dense_and_one_for_expert_parameters(copies):

@@ -161,3 +161,54 @@ def test_saved_state_continues_to_the_same_bits_and_a_gap_is_named():
     del moments["moment2"]["linear.bias"]
     with pytest.raises(CheckpointError, match=r"moment2.*linear\.bias"):
         resumed.load_state(moments, optimizer.beta_powers())
+
+
+def test_state_of_bfloat16_parameters_continues_to_the_same_bits(monkeypatch):
+    """As on a GPU: weights in bfloat16 with float32 masters, beside routers in float32."""
+    kernel = paddle._C_ops.adamw_
+
+    def through_masters(parameter, grad, *rest):
+        master = rest[6]
+        if master is None:
+            return kernel(parameter, grad, *rest)
+        options = [*rest[:6], None, *rest[7:16], False, *rest[17:]]
+        found = kernel(master, grad.astype("float32"), *options)
+        parameter.set_value(master.astype(parameter.dtype))
+        return found
+
+    monkeypatch.setattr(paddle._C_ops, "adamw_", through_masters)
+
+    def new_pair():
+        model = Two()
+        model.linear.weight = paddle.create_parameter(
+            [3, 2], "bfloat16", default_initializer=paddle.nn.initializer.Constant(0.7)
+        )
+        return model, Optimizer(model, config(lr=1e-4, clip_grad_norm=None))
+
+    def step(model, optimizer, seed):
+        for parameter in model.parameters():
+            grad = np.random.default_rng(seed).normal(size=parameter.shape)
+            parameter.grad = paddle.to_tensor(grad, "float32").astype(parameter.dtype)
+        optimizer.step(1e-4, 1.0)
+        optimizer.clear_gradients()
+
+    (model, optimizer), (other, resumed) = new_pair(), new_pair()
+    for seed in (1, 2):
+        step(model, optimizer, seed)
+    saved = {s: {n: t.numpy() for n, t in ts.items()} for s, ts in optimizer.moments().items()}
+    both = {"linear.weight", "linear.bias"}
+    assert {s: set(named) for s, named in saved.items()} == {
+        "moment1": both, "moment2": both, "master": {"linear.weight"}
+    }  # fmt: skip
+    assert optimizer.beta_powers()["beta1_pow_acc"] == pytest.approx(0.9**3)
+    other.set_state_dict(model.state_dict())
+    with pytest.raises(CheckpointError, match="lacks moment1 and moment2"):
+        resumed.load_state({"master": saved["master"]}, {})
+    resumed.load_state(saved, optimizer.beta_powers())
+    for pair in ((model, optimizer), (other, resumed)):
+        step(*pair, 3)
+    ours, theirs = optimizer.moments(), resumed.moments()
+    assert {s: set(named) for s, named in theirs.items()} == {s: set(n) for s, n in saved.items()}
+    for slot, named in ours.items():
+        for name, tensor in named.items():
+            assert tensor.numpy().tobytes() == theirs[slot][name].numpy().tobytes(), (slot, name)

@@ -148,7 +148,7 @@ class Attention(nn.Layer):
         self.layer = layer
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
-        self.head_dim = int(config.head_dim or 0)
+        self.head_dim = config.attention_head_dim
         bias = None if config.use_bias else False
         query_size = self.num_heads * self.head_dim
         key_size = self.num_key_value_heads * self.head_dim
@@ -176,9 +176,7 @@ class AttentionTables:
 
     def __init__(self, config: Ernie4_5_MoeConfig, batch: BatchLayout, rope: RopeTables) -> None:
         self.rope = rope
-        self.layout = batch.attention(
-            config.num_attention_heads, int(config.num_key_value_heads or 0)
-        )
+        self.layout = batch.attention(config.num_attention_heads, config.num_key_value_heads)
 
 
 def attention_block(

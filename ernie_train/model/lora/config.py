@@ -28,8 +28,8 @@ class LoraConfig(StrictConfig):
     alpha: Positive | None = None
     """The product of a pair counts alpha / rank times; twice the rank, unless given."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a layer's inputs that its pair does not see in training; in `pretrain` and `sft`
-    alone, not on embedding and head.
+    """Share of a layer's inputs that its pair does not see in training; in `pretrain`,
+    `sft` and `reward` alone, not on embedding and head.
     """
     targets: Annotated[list[str], Field(min_length=1)] = ["all-linear"]
     """Modules that get a pair: names, or parts of names, with `*` for anything. `all-linear` is

@@ -7,16 +7,14 @@ from ernie_train.rl.reward.scoring import (
     find_score,
     load_scorers,
 )
-from ernie_train.rl.reward.stage import RewardModelConfig, describe, prepare, run
+from ernie_train.rl.reward.stage import RewardModelConfig, run
 
 __all__ = [
     "SCORE",
     "RewardModelConfig",
     "RewardModelScorer",
-    "describe",
     "find_reward_model",
     "find_score",
     "load_scorers",
-    "prepare",
     "run",
 ]

@@ -5,14 +5,20 @@ comparable that differ in something else only.
 """
 
 from ernie_train.rl.rollout.files import read_rollout, write_rollout
+from ernie_train.rl.rollout.grading import Answer, grade
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.rollout.sampler import RolloutSampler
+from ernie_train.rl.rollout.second_reward import SecondReward, second_rewards
 
 __all__ = [
+    "Answer",
     "PromptGroup",
     "Rollout",
     "RolloutSampler",
     "ScoredCompletion",
+    "SecondReward",
+    "grade",
     "read_rollout",
+    "second_rewards",
     "write_rollout",
 ]

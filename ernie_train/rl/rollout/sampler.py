@@ -14,10 +14,8 @@ import numpy as np
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
-from ernie_train.eval.prompts import problem_row
-from ernie_train.generate import Completion, SamplingConfig, score_sharded
+from ernie_train.generate import Completion, SamplingConfig
 from ernie_train.generate.engines import Engine
-from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring import ComposedReward, ComposedScore
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import (
@@ -29,6 +27,7 @@ from ernie_train.rl.data import (
 )
 from ernie_train.rl.reward import RewardModelScorer
 from ernie_train.rl.rollout.files import read_replay, write_rollout
+from ernie_train.rl.rollout.grading import Answer, grade
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.routing import require_experts
 from ernie_train.train.stage import StageRun
@@ -174,12 +173,11 @@ class RolloutSampler:
         indices = [index for index in chosen for _ in range(size)]
         episodes = self._played(indices, key)
         started = time.perf_counter()
-        scores = score_sharded(
-            list(zip(indices, episodes, self._model_scores(indices, episodes), strict=True)),
-            self._grade,
-            stop_requested=lambda: self.stage.stop.requested,
-        )
-        self.reward.check_excluded([composed.score for composed in scores])
+        answers = [
+            Answer(index, episode.text, len(episode.logprobs))
+            for index, episode in zip(indices, episodes, strict=True)
+        ]
+        scores = grade(self.reward, self.scorers, answers, self.prepared.prompts, self.stage)
         self.seconds["scoring_seconds"] += time.perf_counter() - started
         scored = [self._scored(*item) for item in zip(indices, episodes, scores, strict=True)]
         return [scored[at : at + size] for at in range(0, len(scored), size)]
@@ -231,22 +229,6 @@ class RolloutSampler:
         self.seconds["rollout_seconds"] += time.perf_counter() - started
         return found
 
-    def _model_scores(
-        self, indices: Sequence[int], episodes: Sequence[Episode]
-    ) -> list[dict[str, Score]]:
-        """Return what reward models say of each last turn, by the label of their part."""
-        records = [self.prepared.prompts[index].record for index in indices]
-        rows = [problem_row(record, self.stage.data.tokenizer) for record in records]
-        texts = [episode.text for episode in episodes]
-        found: list[dict[str, Score]] = [{} for _ in texts]
-        for label, scorer in self.scorers.items():
-            scores = scorer.score(
-                records, rows, texts, stop_requested=lambda: self.stage.stop.requested
-            )
-            for own, score in zip(found, scores, strict=True):
-                own[label] = score
-        return found
-
     def _scored(self, index: int, episode: Episode, composed: ComposedScore) -> ScoredCompletion:
         prompt = self.prepared.prompts[index]
         return ScoredCompletion(
@@ -266,19 +248,6 @@ class RolloutSampler:
             expert_ids=episode.expert_ids,
             prompt_expert_ids=episode.prompt_expert_ids,
         )
-
-    def _grade(
-        self, items: Sequence[tuple[int, Episode, Mapping[str, Score]]]
-    ) -> Sequence[ComposedScore]:
-        prompts: list[Prompt] = [self.prepared.prompts[index] for index, _, _ in items]
-        return self.reward.score_batch(
-            [problem_row(prompt.record, self.stage.data.tokenizer) for prompt in prompts],
-            [episode.text for _, episode, _ in items],
-            [len(episode.logprobs) for _, episode, _ in items],
-            of_models={label: [found[label] for _, _, found in items] for label in self.scorers},
-            whole=False,
-            stop_requested=lambda: self.stage.stop.requested,
-        ).scores
 
     # ---- curriculum ------------------------------------------------------------------------------
 
