@@ -207,6 +207,21 @@ RIGHT = [
     ("C", "\u6545\u9009\uff1aC"),
     ("C", "Option C"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \cr 2 \end{pmatrix}"),
+    # A percent sign behind the box, a unit that touches its number, fractions of another unit.
+    (r"12\%", r"So it is $\boxed{12}\%$."),
+    ("12%", r"$\boxed{12}$%"),
+    ("12%", r"\boxed{12} percent"),
+    ("12%", r"\boxed{12}\text{ percent}"),
+    ("12", "\\boxed{12} % the sum"),
+    ("5 m", "5m"),
+    ("30 minutes", r"\frac{1}{2} hour"),
+    # Equations of the same line, symbols of either case.
+    ("y = 2x + 1", "y - 2x = 1"),
+    ("y = 2x + 1", "2x - y + 1 = 0"),
+    ("y = 2x + 1", "2x + 1"),
+    ("N^2", "n^2"),
+    ("R^2 - r^2", "(R - r)(R + r)"),
+    ("2R + r", "r + 2R"),
 ]  # fmt: skip
 
 WRONG = [
@@ -392,4 +407,15 @@ WRONG = [
     ("x^2+1", "x*2+1"),
     ("C", "\u9009B"),
     ("C", "\u4e0d\u9009C"),
+    ("12", r"\boxed{12}\%"),
+    ("12%", r"\boxed{12}\% is wrong"),
+    ("1 minute", r"\frac{60}{1} seconds"),
+    ("5 mV", "5 MV"),
+    ("P - p", "p - P"),
+    ("P - p", "0"),
+    ("2R + r", "3r"),
+    ("2R", "R + r"),
+    ("y = 2x + 1", "2x - y + 2 = 0"),
+    ("y = 2x + 1", "y - y = 0"),
+    ("x = 5", "2x = 10"),
 ]  # fmt: skip
