@@ -30,6 +30,11 @@ class ProcessState(NamedTuple):
     started: int
 
 
+def signal_name(number: int) -> str:
+    """Return a signal's name; of the real-time ones Python names the first and the last alone."""
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+
+
 def die_with_parent(parent: int | None = None) -> None:
     """Ask the kernel to kill this process when the thread that started it ends.
 
