@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -238,7 +239,10 @@ def test_megabyte_lines_make_no_megabyte_page(made: Path) -> None:
 
 
 def test_metrics_without_number_or_end_are_drawn(made: Path) -> None:
-    rows = [{"step": n, f"m{n}": 1.0, "loss": ["nan", "inf", 1e308][n % 3]} for n in range(2100)]
+    largest = sys.float_info.max
+    odd = ("nan", "inf", largest)
+    rows = [{"step": n, f"m{n}": 1.0, "loss": odd[n % 3]} for n in range(2100)]
+    rows[1]["m1"] = largest
     write_lines(made / "01-sft/metrics.jsonl", rows)
     page = report(made)
     assert "only the first 2000 names of metrics are read" in page.text
