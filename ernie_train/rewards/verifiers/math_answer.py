@@ -38,6 +38,7 @@ from ernie_train.rewards.verifiers.expressions import (
     normalize,
     read_expression,
     read_real_set,
+    read_small,
     spellings,
     tuple_members,
 )
@@ -64,7 +65,7 @@ _NO_VALUE = re.compile(
     r"|(?<![\\A-Za-z])(?:[A-Za-z]{3,}\s|[a-z]{4,})",
     re.ASCII,
 )
-_LETTERS_OR_TWO_NUMBERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d")
+_LETTER_OR_TWO_NUMBERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d")
 _ASKS_PERCENT = re.compile(r"percent|\bper cent\b|%|百分", re.IGNORECASE)
 
 
@@ -171,7 +172,8 @@ class _Comparison:
         if gold_name and name and gold_name != name:
             return False
         # An equation such as y = 2x + 1, unlike x = 5, may be written in another form.
-        if gold_name and "=" in answer and not name and _has_variable(gold_value):
+        formula = read_small(gold_value) if gold_name and "=" in answer and not name else None
+        if formula and not formula.is_number:
             return self._same(gold, answer)
         gold = gold_value
         shape, answer_shape = bracketed(gold), bracketed(answer)
@@ -290,11 +292,8 @@ def _exact(text: str) -> Fraction | None:
     quantity = parse_quantity(text)
     if quantity is not None:
         return quantity.value
-    try:
-        expression = read_expression(text)
-    except TooLargeError:
-        return None
-    return expression.value if expression is not None else None
+    expression = read_small(text)
+    return expression.value if expression else None
 
 
 def _is_unknown(side: str) -> bool:
@@ -304,18 +303,8 @@ def _is_unknown(side: str) -> bool:
     except TooLargeError:
         return False
     if expression is None:
-        return (
-            bool(side) and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d", side) is None
-        )
-    return expression.is_number and expression.value is None and expression.approximation is None
-
-
-def _has_variable(text: str) -> bool:
-    try:
-        expression = read_expression(text)
-    except TooLargeError:
-        return False
-    return expression is not None and not expression.is_number
+        return bool(side) and _LETTER_OR_TWO_NUMBERS.search(side) is None
+    return expression.is_number and expression.number is None
 
 
 def _is_too_large(text: str) -> bool:

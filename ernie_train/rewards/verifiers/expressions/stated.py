@@ -11,7 +11,7 @@ from ernie_train.rewards.verifiers.answer_text import (
     talks,
     without_reason,
 )
-from ernie_train.rewards.verifiers.expressions.arithmetic import TooLargeError, read_expression
+from ernie_train.rewards.verifiers.expressions.arithmetic import read_small
 from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
 from ernie_train.rewards.verifiers.expressions.real_sets import read_real_set
 from ernie_train.rewards.verifiers.expressions.structure import name_and_value
@@ -155,10 +155,5 @@ def _value_of(text: str) -> Fraction | float | None:
     quantity = parse_quantity(text)
     if quantity is not None:
         return quantity.value
-    try:
-        expression = read_expression(text)
-    except TooLargeError:
-        return None
-    if expression is None:
-        return None
-    return expression.approximation if expression.value is None else expression.value
+    expression = read_small(text)
+    return expression.number if expression else None
