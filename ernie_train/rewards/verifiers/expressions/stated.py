@@ -54,6 +54,11 @@ _LEAD = re.compile(
     r"|[A-Z][a-z]+(?: [a-z]+){0,2}: ?(?=[-$\\\d(])",
     re.IGNORECASE,
 )
+# "She has 70." is a sentence, though of fewer words than most.
+_SHORT_SENTENCE = re.compile(
+    r"(?:It|She|He|They|There|That|This|We) (?:is|was|are|were|has|have|had|costs?|makes?|gives?"
+    r"|needs?|takes?|weighs?|earns?|gets?|leaves?|pays?) (?=[$\d])"
+)
 _FENCED = re.compile(r"\s*(```|~~~)\w{0,20}\n(?P<line>[^\n]+)\n\1\s*")
 _PEOPLE = re.compile(r"[A-Z][\w'-]*(?:(?:, (?:and )?| and )[A-Z][\w'-]*)*")
 
@@ -107,7 +112,8 @@ def _is_prose(line: str) -> bool:
         or _PEOPLE.fullmatch(line.strip(" ."))
     ):
         return False
-    return len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", line)) > 2 or _is_chinese_sentence(line)
+    many = len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", line)) > 2
+    return many or _SHORT_SENTENCE.match(line) is not None or _is_chinese_sentence(line)
 
 
 def _is_chinese_sentence(text: str) -> bool:
