@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import time
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ernie_train.eval.gates import check_gate
 from ernie_train.io.run_dir import RunLock
 from ernie_train.report import overview, write_report
 from ernie_train.report.curves import MOST_POINTS, curve
-from ernie_train.report.run_files import Curves, StageFiles
+from ernie_train.report.reading import MOST_PROBLEMS, reading_lists
+from ernie_train.report.run_files import SOLVED, Curves, StageFiles, read_run
 from ernie_train.train.stage import Gate
 from tests.report.made_runs import HOSTILE, make_run, write_lines
 
@@ -236,6 +238,19 @@ def test_megabyte_lines_make_no_megabyte_page(made: Path) -> None:
     page = report(made)
     assert len(page.html) < 7e6
     assert "1 damaged lines left out" in page.text  # longer than any line that makes sense
+
+
+def test_solved_problems_are_not_all_held_in_memory(made: Path) -> None:
+    row = {"source": "s", "prompt": "p" * 100_000, "completion": "c" * 4000}
+    write_lines(made / "01-sft" / SOLVED, [{**row, "sample": n} for n in range(400)])
+    run = read_run(made)
+    tracemalloc.start()
+    try:
+        (held_out,) = [one for one in reading_lists(run) if one["aligned"]]
+        assert tracemalloc.get_traced_memory()[1] < 15e6
+    finally:
+        tracemalloc.stop()
+    assert len(held_out["columns"][0]["rows"]) == MOST_PROBLEMS
 
 
 def test_metrics_without_number_or_end_are_drawn(made: Path) -> None:
