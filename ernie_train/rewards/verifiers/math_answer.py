@@ -122,11 +122,11 @@ def _same_text(gold: str, text: str) -> bool:
 
     P - p is not p - P, and 5 mV not 5 MV.
     """
+    if fold(gold) != fold(text):
+        return False
     quantity = parse_quantity(normalize(gold))
     both_cases = any(letter.islower() and letter.upper() in gold for letter in gold)
-    if both_cases or (quantity and quantity.unit):
-        return squeeze(gold) == squeeze(text)
-    return fold(gold) == fold(text)
+    return squeeze(gold) == squeeze(text) or not (both_cases or (quantity and quantity.unit))
 
 
 class _ScoreSettled(Exception):
