@@ -1,4 +1,4 @@
-"""Processes that must not outlive their owner: their state, and how to end them.
+"""Processes that must not outlive their owner: their state, how to end them, free ports for them.
 
 `die_with_parent` has the kernel kill a process when its parent ends, for whatever reason.
 `adopt_orphans` makes a process the parent of descendants whose own parent has ended, so that none
@@ -8,6 +8,7 @@ escapes it.
 import ctypes
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -28,6 +29,11 @@ class ProcessState(NamedTuple):
     parent: int
     cpu_ticks: int
     started: int
+
+
+def signal_name(number: int) -> str:
+    """Return a signal's name; of the real-time ones Python names the first and the last alone."""
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -97,3 +103,15 @@ def kill_descendants(spared: Iterable[int] = (), limit_s: float = 10.0) -> set[i
         if not doomed or time.monotonic() > end:
             return doomed
         time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback interface that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from ernie_train.core.errors import ErnieTrainError
-from ernie_train.core.processes import die_with_parent
+from ernie_train.core.processes import die_with_parent, signal_name
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -132,7 +132,7 @@ def _pickle_error(error: BaseException) -> bytes:
 
 def _describe_status(status: int) -> str:
     if os.WIFSIGNALED(status):
-        name = signal.Signals(os.WTERMSIG(status)).name
+        name = signal_name(os.WTERMSIG(status))
         memory = " (memory may have run out)" if name == "SIGKILL" else ""
         return f"was killed by {name}{memory}"
     return f"ended with status {os.WEXITSTATUS(status)}"

@@ -60,17 +60,22 @@ class RankLogs:
         """Forward the output that a rank writes to `source`, from now on."""
         self._tails.setdefault(rank, _Tail(source))
 
-    def forward(self) -> None:
-        """Forward what has been printed since the last call."""
+    def forward(self) -> bool:
+        """Forward what has been printed since the last call, and return whether that was anything.
+
+        At most 1 MiB of each rank: the caller also has to watch ranks that print without end.
+        """
+        found = False
         for rank, tail in self._tails.items():
             if rank == 0:
-                self._to_terminal(tail)
+                found |= self._to_terminal(tail)
             elif self._run_dir is not None and rank not in self._broken:
                 try:
-                    self._to_log(rank, tail, self._run_dir)
+                    found |= self._to_log(rank, tail, self._run_dir)
                 except OSError as error:
                     self._broken.add(rank)
                     self._console.warn_once(str(self.path(rank)), error)
+        return found
 
     def path(self, rank: int) -> Path:
         """Return the log of a rank other than 0."""
@@ -86,7 +91,8 @@ class RankLogs:
 
     def close(self) -> None:
         """Forward the rest and close the logs."""
-        self.forward()
+        while self.forward():
+            pass
         for rank, file in self._files.items():
             try:
                 file.close()  # a network disk may report a failed write only here
@@ -98,20 +104,22 @@ class RankLogs:
         if sys.stdout is not None and sys.stdout.isatty():
             self._write(_SHOW_CURSOR + b"\n")
 
-    def _to_log(self, rank: int, tail: _Tail, run_dir: Path) -> None:
+    def _to_log(self, rank: int, tail: _Tail, run_dir: Path) -> bool:
         if rank not in self._files:
             if not run_dir.is_dir():
-                return
+                return False
             self.path(rank).parent.mkdir(exist_ok=True)
             # Unbuffered: otherwise closing a log on a full disk fails again.
             self._files[rank] = self.path(rank).open("ab", buffering=0)
             self._files[rank].write(self._title)
-        while found := tail.read():
-            self._files[rank].write(found)
+        found = tail.read()
+        self._files[rank].write(found)
+        return bool(found)
 
-    def _to_terminal(self, tail: _Tail) -> None:
-        while found := tail.read():
-            self._write(found)
+    def _to_terminal(self, tail: _Tail) -> bool:
+        found = tail.read()
+        self._write(found)
+        return bool(found)
 
     def _write(self, text: bytes) -> None:
         if sys.stdout is None or 0 in self._broken:

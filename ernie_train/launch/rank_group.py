@@ -136,7 +136,7 @@ class RankGroup:
         if status == -signal.SIGKILL:
             return "was killed (SIGKILL), by someone or for want of memory"
         if status is not None and status < 0:
-            return f"was ended by {signal.Signals(-status).name}"
+            return f"was ended by {processes.signal_name(-status)}"
         if status is not None:
             return f"exited with status {status} and said nothing"
         return "ended and said nothing; it may have been killed for want of memory"

@@ -141,5 +141,5 @@ def last_launch(run_dir: Path) -> str | None:
         ranks = f"{found['ranks']} rank{'s' if found['ranks'] > 1 else ''}"
         words = f"{ranks}, ended with status {found['status']}"
         return f"{words}: {found['message']}" if found["message"] else words
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -111,7 +111,8 @@ def _evenly(count: int, most: int) -> list[int]:
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values.tolist()]
+    short = (float(f"{v:.5g}") for v in values.tolist())  # the largest floats become infinite
+    return [v if math.isfinite(v) else None for v in short]
 
 
 def _summary(values: np.ndarray, finite: np.ndarray) -> str:

@@ -53,15 +53,11 @@ def _solved(run: RunFiles) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {}
     chosen: list[str] = []
     for label, path in places:
-        rows = {
-            problem: row
-            for row in iter_rows(path, run.remarks.append)
-            if not chosen or _problem(row) in chosen
-            for problem in [_problem(row)]
-        }
-        if rows and not chosen:
-            every = list(rows)
+        if not chosen:  # rows are read twice, since all of them may not fit into memory
+            every = list(dict.fromkeys(map(_problem, iter_rows(path, run.remarks.append))))
             chosen = every[:: max(1, len(every) // MOST_PROBLEMS)][:MOST_PROBLEMS]
+        read = iter_rows(path, run.remarks.append)
+        rows = {name: row for row in read if (name := _problem(row)) in chosen}
         if rows:
             found[label] = [rows[problem] for problem in chosen if problem in rows]
     return _columns(found)

@@ -6,6 +6,7 @@ Shapes: S positions of a prompt and its greedy completion, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,7 +50,8 @@ class Receipt:
 
     @property
     def passed(self) -> bool:
-        close = self.max_logit_difference <= self.tolerance
+        difference = self.max_logit_difference
+        close = math.isfinite(difference) and difference <= self.tolerance
         return self.greedy_tokens_equal and close and not self.differing_tensors
 
     @property
@@ -126,8 +128,9 @@ def compare(expected: Trace, found: Iterable[np.ndarray]) -> Comparison:
     difference, largest, equal = 0.0, 0.0, True
     every = zip(expected.prompt_lengths, expected.sequences, expected.logits, found, strict=True)
     for length, sequence, ours, theirs in every:
-        difference = max(difference, float(np.abs(ours - theirs).max()))
-        largest = max(largest, float(np.abs(theirs).max()))
+        # Unlike Python's max these keep a NaN.
+        difference = float(np.maximum(difference, np.abs(ours - theirs).max()))
+        largest = float(np.maximum(largest, np.abs(theirs).max()))
         before = theirs[length - 1 : -1]  # position s predicts token s + 1
         chosen = before[np.arange(len(before)), sequence[length:]]
         equal &= bool((before.max(-1) - chosen <= 2 * TOLERANCE * largest).all())

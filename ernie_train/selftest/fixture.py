@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,3 +109,9 @@ def relative_error(found: Any, expected: Any) -> float:
     """Return the largest difference, relative to the largest value expected."""
     ours, theirs = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     return float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-30))
+
+
+def largest_error(found: Iterable[Any], expected: Iterable[Any]) -> float:
+    """Return the largest `relative_error` of arrays and those expected; NaN if any is."""
+    pairs = zip(found, expected, strict=True)
+    return float(np.max([relative_error(*pair) for pair in pairs]))  # `max` passes over a NaN

@@ -23,7 +23,7 @@ from ernie_train.model.layers import MLP, RMSNorm
 from ernie_train.model.moe import MoE, experts_by_autograd
 from ernie_train.model.rope import RopeTables
 from ernie_train.selftest.check import Figure, Result, Skip
-from ernie_train.selftest.fixture import relative_error, small_config
+from ernie_train.selftest.fixture import largest_error, relative_error, small_config
 from ernie_train.selftest.graph import operators_by_inference
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 64
@@ -102,8 +102,8 @@ def experts(device: str) -> Result:
     figures = []
     for load, rows in (("even", [40] * 8), ("uneven", [90, 0, 3, 57, 1, 0, 130, 39])):
         ours, theirs = (_experts_outcome(run, rows) for run in (BatchedSwiGLU.apply, _one_by_one))
-        errors = map(relative_error, ours, theirs)
-        figures.append(Figure(f"outputs and gradients, {load} load", max(errors), EXACT))
+        error = largest_error(ours, theirs)
+        figures.append(Figure(f"outputs and gradients, {load} load", error, EXACT))
     return Result(figures, "320 rows, 8 experts, float32")
 
 
@@ -132,7 +132,7 @@ def native(device: str) -> Result:
         ours = _outcome(run, parameters, shapes)
         with plain_operators():
             theirs = _outcome(run, parameters, shapes)
-        error = max(map(relative_error, ours, theirs))
+        error = largest_error(ours, theirs)
         figures.append(Figure(f"{name}: output and gradients", error, EXACT))
     return Result(figures, f"{sum(DOCUMENTS)} tokens, float32, beside plain operators")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import paddle
 
 from ernie_train.core import devices, process_group
 from ernie_train.core.process_group import Grid
+from ernie_train.core.processes import free_ports
 from ernie_train.selftest.check import Figure, Result, Skip
 from ernie_train.selftest.fixture import train_small
 
@@ -83,7 +83,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 def _environments(device: str) -> list[dict[str, str]]:
     """Return what Paddle's launcher would set for two ranks on this machine."""
-    ports = _free_ports(3)
+    ports = free_ports(3)
     endpoints = [f"127.0.0.1:{port}" for port in ports[1:]]
     common = {
         "PADDLE_MASTER": f"127.0.0.1:{ports[0]}",
@@ -101,17 +101,6 @@ def _environments(device: str) -> list[dict[str, str]]:
         | ({"FLAGS_selected_gpus": str(rank)} if device == "gpu" else {})
         for rank, endpoint in enumerate(endpoints)
     ]
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def main(device: str, out: str) -> None:

@@ -11,6 +11,11 @@ from ernie_train.core import processes
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def test_every_signal_has_a_name():
+    names = [processes.signal_name(number) for number in (9, 34, 35, 64)]
+    assert names == ["SIGKILL", "SIGRTMIN", "signal 35", "SIGRTMAX"]
+
+
 def test_a_process_is_known_by_number_and_start(tmp_path):
     # A name with brackets and spaces, which stands in the middle of what the kernel tells.
     program = tmp_path / "x) R (1 2"

@@ -42,3 +42,23 @@ def test_logs_wait_for_the_run_directory_and_keep_ranks_apart(tmp_path, capsysbi
     assert written[0].startswith("---- 2")
     assert written[1:] == ["a line of rank 1", "half a line", ""]
     assert not (run_dir / "logs/rank_0.log").exists()
+
+
+def test_a_rank_that_prints_without_end_does_not_keep_its_supervisor(tmp_path, monkeypatch):
+    """Else no signal would reach the ranks, and no hang be seen."""
+    monkeypatch.setattr("ernie_train.launch.logs._CHUNK_BYTES", 4)
+    logs = RankLogs(None, "1 rank", SafeConsole(Console(stderr=True)))
+    source, shown = tmp_path / "workerlog.0", []
+    source.write_bytes(b"line\n")
+    logs.follow(0, source)
+
+    def show(text):
+        shown.append(text)
+        if len(shown) < 5:
+            source.open("ab").write(text)
+
+    monkeypatch.setattr(logs, "_write", show)
+    assert logs.forward()
+    assert shown == [b"line"]
+    logs.close()
+    assert b"".join(shown) == source.read_bytes()

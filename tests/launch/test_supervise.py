@@ -39,6 +39,8 @@ def test_status_tells_of_the_last_launch(tmp_path):
     line = {"ranks": 4, "status": 1, "message": "rank 1: boom"}
     (tmp_path / "logs/launches.jsonl").write_text(json.dumps(line) + "\n")
     assert last_launch(tmp_path) == "4 ranks, ended with status 1: rank 1: boom"
+    (tmp_path / "logs/launches.jsonl").write_text("[]\n")
+    assert last_launch(tmp_path) is None
 
 
 @pytest.mark.parametrize(

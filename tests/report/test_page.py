@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import time
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from ernie_train.eval.gates import check_gate
 from ernie_train.io.run_dir import RunLock
 from ernie_train.report import overview, write_report
 from ernie_train.report.curves import MOST_POINTS, curve
-from ernie_train.report.run_files import Curves, StageFiles
+from ernie_train.report.reading import MOST_PROBLEMS, reading_lists
+from ernie_train.report.run_files import SOLVED, Curves, StageFiles, read_run
 from ernie_train.train.stage import Gate
 from tests.report.made_runs import HOSTILE, make_run, write_lines
 
@@ -237,8 +240,24 @@ def test_megabyte_lines_make_no_megabyte_page(made: Path) -> None:
     assert "1 damaged lines left out" in page.text  # longer than any line that makes sense
 
 
+def test_solved_problems_are_not_all_held_in_memory(made: Path) -> None:
+    row = {"source": "s", "prompt": "p" * 100_000, "completion": "c" * 4000}
+    write_lines(made / "01-sft" / SOLVED, [{**row, "sample": n} for n in range(400)])
+    run = read_run(made)
+    tracemalloc.start()
+    try:
+        (held_out,) = [one for one in reading_lists(run) if one["aligned"]]
+        assert tracemalloc.get_traced_memory()[1] < 15e6
+    finally:
+        tracemalloc.stop()
+    assert len(held_out["columns"][0]["rows"]) == MOST_PROBLEMS
+
+
 def test_metrics_without_number_or_end_are_drawn(made: Path) -> None:
-    rows = [{"step": n, f"m{n}": 1.0, "loss": ["nan", "inf", 1e308][n % 3]} for n in range(2100)]
+    largest = sys.float_info.max
+    odd = ("nan", "inf", largest)
+    rows = [{"step": n, f"m{n}": 1.0, "loss": odd[n % 3]} for n in range(2100)]
+    rows[1]["m1"] = largest
     write_lines(made / "01-sft/metrics.jsonl", rows)
     page = report(made)
     assert "only the first 2000 names of metrics are read" in page.text

@@ -9,7 +9,8 @@ import pytest
 
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards import REWARDS
-from tests.rewards.math_verdicts import RIGHT, WRONG
+from tests.rewards.right_math_answers import RIGHT
+from tests.rewards.wrong_math_answers import WRONG
 
 DATA = Path(__file__).parents[2] / "data"
 

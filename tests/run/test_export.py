@@ -15,7 +15,7 @@ from ernie_train.data import DataSource, load_tokenizer
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.run.export import Extras, WeightFormat, export, rounded_copy
-from ernie_train.run.proof import Trace, compare
+from ernie_train.run.proof import Receipt, Trace, compare
 from ernie_train.run.quantize import QuantizeConfig, Quantizer
 from ernie_train.weights.hf import load_pretrained
 from ernie_train.weights.saving import save_pretrained
@@ -181,6 +181,20 @@ def test_the_tolerance_grows_with_the_logits():
     small = Trace([2], [[0, 1, 3, 3]], [logits / 46])
     found = compare(small, [logits / 46 + 2e-4])
     assert found.difference > found.tolerance
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+@pytest.mark.parametrize("row", [0, -1])
+def test_logits_that_are_no_numbers_prove_nothing(odd, row):
+    """The rows predict a token of the prompt, and one behind the end: no greedy token shows it."""
+    logits = np.zeros((4, 8), np.float32)
+    logits[:, 3] = 1.0
+    broken = logits.copy()
+    broken[row] = odd
+    for ours, theirs in ((logits, broken), (broken, logits), (broken, broken)):
+        found = compare(Trace([2], [[0, 1, 3, 3]], [ours]), [theirs])
+        compared = (found.difference, found.tolerance, found.tokens_equal, "")
+        assert not Receipt("float32", "reader", 1, *compared).passed
 
 
 def test_greedy_tokens_differ_unless_they_tie():

@@ -138,6 +138,21 @@ def test_a_wrong_gradient_of_a_native_kernel_is_found(
     assert outcome_of("native").status == FAIL
 
 
+def test_a_gradient_that_is_no_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native_kernels.experts_backward
+
+    def wrong(*args: Any) -> Any:
+        *made, last = right(*args)
+        return (*made, last * math.nan)
+
+    monkeypatch.setattr(native_kernels, "experts_backward", wrong)
+    assert outcome_of("native").status == FAIL
+    whole, odd = np.ones(2), np.array([1, math.nan])
+    assert math.isnan(fixture.largest_error([whole, odd], [whole, whole]))
+    with pytest.raises(ValueError):
+        fixture.largest_error([whole], [whole, whole])
+
+
 @pytest.mark.parametrize("name", ["attention_block_backward", "moe_block_backward"])
 def test_a_step_is_compared_with_plain_operators(
     name: str, monkeypatch: pytest.MonkeyPatch

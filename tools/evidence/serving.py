@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import ErnieTrainError, UserError
+from ernie_train.core.processes import free_ports
 from ernie_train.data import Tokenizer, load_tokenizer, prompt_ids, read_records
 from ernie_train.generate.engine import generate
-from ernie_train.generate.engines.process import free_ports
 from ernie_train.run.proof import own_logits
 from ernie_train.weights import load_pretrained
 

@@ -18,9 +18,10 @@ from reprlib import repr as short_repr
 from typing import Any, ClassVar
 
 from ernie_train.core.errors import EngineError, UserError
+from ernie_train.core.processes import free_ports
 from ernie_train.generate.engines.config import EngineConfig
 from ernie_train.generate.engines.endpoint import Endpoint
-from ernie_train.generate.engines.process import ServerProcess, free_ports
+from ernie_train.generate.engines.process import ServerProcess
 
 ENVIRONMENT = "ERNIE_TRAIN_VLLM"
 _EMPTY = hashlib.sha256(b"").hexdigest()  # the checksum of a matrix that was packed away

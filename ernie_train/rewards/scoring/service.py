@@ -133,7 +133,9 @@ class ScoringService:
     def __init__(
         self, workers: int | None = None, *, item_s: float = 90.0, batch_s: float = 3600.0
     ) -> None:
-        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // _ranks_here())
+        self.workers = workers or max(
+            1, len(os.sched_getaffinity(0)) // local_rank_count(os.environ)
+        )
         self.item_s = item_s
         self.batch_s = batch_s
         self._pool: list[WorkerProcess] = []
@@ -283,11 +285,6 @@ def score_batch(
     starts new processes.
     """
     return shared_service(workers).score(items, stop_requested=stop_requested)[0]
-
-
-def _ranks_here() -> int:
-    """Return the number of ranks of this job on this machine, which share its cores."""
-    return local_rank_count(os.environ)
 
 
 def shared_service(workers: int | None = None) -> ScoringService:

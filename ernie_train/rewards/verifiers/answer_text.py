@@ -98,6 +98,12 @@ _CONTEXT = 60
 _SIGN_BEFORE = re.compile(r"(?:^|\n|[=($[{:,\uff1a是为]|\b(?:is|be))\s*[-\u2212]\Z")
 
 
+# \boxed{12}\%, $\boxed{12}$%, \boxed{12} percent; a "%" that stands apart may begin a comment.
+_PERCENT_BEHIND = re.compile(
+    r"\$?%|(?:[\s$]|\\[,;: !])*(?:\\%|(?:\\text\s?\{\s?)?(?:\\%|per ?cent(?![A-Za-z])))"
+)
+
+
 def squeeze(text: str) -> str:
     """Return the text with every run of white space as one space, none at the ends."""
     return " ".join(text.split())
@@ -134,6 +140,8 @@ def _find_boxes(text: str) -> Iterator[tuple[str, int]]:
             content = bare.removesuffix("\\")
         if content and _SIGN_BEFORE.search(text, max(0, start - _CONTEXT), start):
             content = f"-{content}"
+        if content and (percent := _PERCENT_BEHIND.match(text, position, position + _CONTEXT)):
+            content, position = f"{content}%", percent.end()
         if content and is_denied(text, start, position):
             content = f"not {content}"
         yield content, position

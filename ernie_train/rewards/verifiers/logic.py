@@ -83,15 +83,12 @@ def _compare(row: dict[str, Any], gold: str, response: str) -> Score:
     entry, task = row.get("rg_entry"), row.get("rg_task")
     if entry is not None:
         return _gym_score(str(task), entry, gold, answer)
-    if entry is None and truth_label(gold) is not None:
+    if truth_label(gold) is not None:
         return grade_truth(gold, response)
-    if entry is None and (people := parse_assignment(gold, ("knight", "knave"))):
+    if people := parse_assignment(gold, ("knight", "knave")):
         return grade_assignment(people, response)
-    if entry is None and {_key(text) for text in named_answers(response) or [response]} == {
-        _key(gold)
-    }:
-        return Score.correct()
-    return mismatch(gold, answer)
+    said = {_key(text) for text in named_answers(response) or [response]}
+    return Score.correct() if said == {_key(gold)} else mismatch(gold, answer)
 
 
 def answer_form(row: dict[str, Any], response: str) -> str | None:

@@ -6,8 +6,8 @@ form: it may be made of what the gold answer is made of (a fraction, a root, a m
 that an expression copied from the question is not its value. Only the rest (roots, polynomials,
 equations) goes to `math-verify`, in a process of its own, if it is small enough.
 
-Four errors of `math-verify` are prevented: it takes 3=5 for 5, 10 for 10%, a product of letters for
-any word with the same letters, and tiny numbers for each other.
+Five errors of `math-verify` are prevented: it takes 3=5 for 5, 10 for 10%, a product of letters for
+any word with the same letters, tiny numbers for each other, and R for r.
 """
 
 import re
@@ -38,6 +38,7 @@ from ernie_train.rewards.verifiers.expressions import (
     normalize,
     read_expression,
     read_real_set,
+    read_small,
     spellings,
     tuple_members,
 )
@@ -64,7 +65,7 @@ _NO_VALUE = re.compile(
     r"|(?<![\\A-Za-z])(?:[A-Za-z]{3,}\s|[a-z]{4,})",
     re.ASCII,
 )
-_LETTERS_OR_TWO_NUMBERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d")
+_LETTER_OR_TWO_NUMBERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d")
 _ASKS_PERCENT = re.compile(r"percent|\bper cent\b|%|百分", re.IGNORECASE)
 
 
@@ -87,7 +88,7 @@ def _compare(question: str, gold: str, response: str) -> Score:
     wanted = normalize((named_answers(gold) or [gold])[-1].removeprefix("not "))
     if not wanted:
         return Score.bad_gold(f"no answer in {gold[:80]!r}")
-    if fold(response) == fold(gold) or fold(normalize(response)) == fold(wanted):
+    if _same_text(gold, response) or _same_text(wanted, normalize(response)):
         return Score.correct()
     given = answer_of(response)
     if given is None:
@@ -114,6 +115,18 @@ def answer_form(row: dict[str, Any], response: str) -> str | None:
     single = len(members_of(answer)) == 1
     value = _exact(answer.rpartition("=")[2].strip() if single else answer)
     return compact(answer) if value is None else str(value)
+
+
+def _same_text(gold: str, text: str) -> bool:
+    """Compare texts without regard to spaces, and to case unless it tells symbols or units apart.
+
+    P - p is not p - P, and 5 mV not 5 MV.
+    """
+    if fold(gold) != fold(text):
+        return False
+    quantity = parse_quantity(normalize(gold))
+    both_cases = any(letter.islower() and letter.upper() in gold for letter in gold)
+    return squeeze(gold) == squeeze(text) or not (both_cases or (quantity and quantity.unit))
 
 
 class _ScoreSettled(Exception):
@@ -154,10 +167,15 @@ class _Comparison:
             if len(pairs := tuple_members(golds, answers)) == 2:
                 return self._same_in_order(*pairs)
             return self._same_members(golds, answers)
-        gold_name, gold = name_and_value(gold)
+        gold_name, gold_value = name_and_value(gold)
         name, answer = name_and_value(answer)
         if gold_name and name and gold_name != name:
             return False
+        # An equation such as y = 2x + 1, unlike x = 5, may be written in another form.
+        formula = read_small(gold_value) if gold_name and "=" in answer and not name else None
+        if formula and not formula.is_number:
+            return self._same(gold, answer)
+        gold = gold_value
         shape, answer_shape = bracketed(gold), bracketed(answer)
         if shape is None or answer_shape is None:
             return self._same(gold, answer)
@@ -192,7 +210,8 @@ class _Comparison:
         """Compare two single expressions."""
         if compact(gold) == compact(answer):
             return True
-        gold_quantity, quantity = parse_quantity(gold), parse_quantity(answer)
+        gold_quantity = parse_quantity(gold)
+        quantity = parse_quantity(answer) or _unspaced_quantity(answer, gold_quantity)
         if gold_quantity is not None and quantity is not None:
             return self._same_quantity(gold, answer, gold_quantity, quantity)
         if fold(gold) in _NOTHING and fold(answer) in _NOTHING:
@@ -222,7 +241,7 @@ class _Comparison:
         return self._is_answer(gold, answer) and self._same_value(gold, answer)
 
     def _same_quantity(self, gold: str, answer: str, wanted: Quantity, given: Quantity) -> bool:
-        if is_fraction(answer) and (wanted.value.denominator == 1 or self._copied(gold, answer)):
+        if is_fraction(answer) and (given.value.denominator == 1 or self._copied(gold, answer)):
             return False
         if "^" in answer and self._copied(gold, answer):
             return False
@@ -263,7 +282,7 @@ class _Comparison:
             return one == two
         if _incomparable(gold, answer):
             return False
-        verdict = self.verify(gold, answer)
+        verdict = self.verify(*_cases_apart(gold, answer))
         if verdict is TOO_MUCH or not verdict.trains:
             raise _ScoreSettled(verdict)
         return verdict.status == "correct"
@@ -273,11 +292,8 @@ def _exact(text: str) -> Fraction | None:
     quantity = parse_quantity(text)
     if quantity is not None:
         return quantity.value
-    try:
-        expression = read_expression(text)
-    except TooLargeError:
-        return None
-    return expression.value if expression is not None else None
+    expression = read_small(text)
+    return expression.value if expression else None
 
 
 def _is_unknown(side: str) -> bool:
@@ -287,10 +303,8 @@ def _is_unknown(side: str) -> bool:
     except TooLargeError:
         return False
     if expression is None:
-        return (
-            bool(side) and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d", side) is None
-        )
-    return expression.is_number and expression.value is None and expression.approximation is None
+        return bool(side) and _LETTER_OR_TWO_NUMBERS.search(side) is None
+    return expression.is_number and expression.number is None
 
 
 def _is_too_large(text: str) -> bool:
@@ -310,6 +324,26 @@ def _incomparable(gold: str, answer: str) -> bool:
     if ":" in gold or not answer.isascii():
         return True
     return _NO_VALUE.search(answer) is not None and not _NO_VALUE.search(gold)
+
+
+def _unspaced_quantity(answer: str, gold: Quantity | None) -> Quantity | None:
+    """Return the quantity in 5m where the gold answer has a unit; beside 5 it is a product."""
+    if gold is None or gold.unit is None:
+        return None
+    return parse_quantity(re.sub(r"(?<=[\d}])(?=[A-Za-z]+$)", " ", answer))
+
+
+def _cases_apart(*texts: str) -> list[str]:
+    """Return the texts with an unused letter for each capital that meets its small one in a text.
+
+    math-verify would make all letters small; N for n alone is still the same.
+    """
+    letters = [set(re.sub(r"\\[A-Za-z]+", "", text)) for text in texts]
+    met = {c for own in letters for c in own if c.isupper() and c.lower() in own}
+    used = {c.lower() for own in letters for c in own}
+    free = [c for c in "zyxwvutsrqponmlkjhgfcba" if c not in used]  # e and i are numbers
+    new = dict(zip(sorted(met), free, strict=False))
+    return [re.sub(r"\\[A-Za-z]+|[A-Z]", lambda m: new.get(m[0], m[0]), text) for text in texts]
 
 
 _PROCESS = MathProcess()

@@ -5,6 +5,7 @@ from ernie_train.rewards.verifiers.expressions.arithmetic import (
     TooLargeError,
     is_final,
     read_expression,
+    read_small,
 )
 from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
 from ernie_train.rewards.verifiers.expressions.real_sets import RealSet, read_real_set
@@ -38,6 +39,7 @@ __all__ = [
     "normalize",
     "read_expression",
     "read_real_set",
+    "read_small",
     "spellings",
     "tuple_members",
 ]

@@ -54,6 +54,11 @@ class Expression:
     def is_number(self) -> bool:
         return "variable" not in self.forms
 
+    @property
+    def number(self) -> Fraction | float | None:
+        """Return the value, or else the approximation."""
+        return self.approximation if self.value is None else self.value
+
 
 def read_expression(text: str) -> Expression | None:
     """Return what a text says as an expression; None if it is none. Raises TooLargeError."""
@@ -66,6 +71,14 @@ def read_expression(text: str) -> Expression | None:
     except (_UnreadableError, ZeroDivisionError):
         return None
     return expression if parser.at_end else None
+
+
+def read_small(text: str) -> Expression | None:
+    """Return what a text says as an expression; None if it is none, or too large."""
+    try:
+        return read_expression(text)
+    except TooLargeError:
+        return None
 
 
 def is_final(answer: Expression, gold: Expression) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ernie_train.rewards.verifiers.expressions.arithmetic import TooLargeError, read_expression
+from ernie_train.rewards.verifiers.expressions.arithmetic import read_small
 
 _NAME = r"(?P<name>[A-Za-z](?:_\w|_\{\w+\})?|\\[a-z]+)"
 _BUILDER = re.compile(
@@ -188,13 +188,8 @@ def _place(end: str) -> Fraction | float | None:
     """Return a number by which ends are ordered; None for one with letters."""
     if "\\infty" in end:
         return float("-inf") if end.startswith("-") else float("inf")
-    try:
-        expression = read_expression(end)
-    except TooLargeError:
-        return None
-    if expression is None:
-        return None
-    return expression.value if expression.value is not None else expression.approximation
+    expression = read_small(end)
+    return expression.number if expression else None
 
 
 def _is_variable(text: str) -> bool:

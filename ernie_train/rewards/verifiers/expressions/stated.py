@@ -11,7 +11,7 @@ from ernie_train.rewards.verifiers.answer_text import (
     talks,
     without_reason,
 )
-from ernie_train.rewards.verifiers.expressions.arithmetic import TooLargeError, read_expression
+from ernie_train.rewards.verifiers.expressions.arithmetic import read_small
 from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
 from ernie_train.rewards.verifiers.expressions.real_sets import read_real_set
 from ernie_train.rewards.verifiers.expressions.structure import name_and_value
@@ -53,6 +53,11 @@ _LEAD = re.compile(
     r"|\u2234|\\therefore|\u6240\u4ee5|\u56e0\u6b64|\u6545)(?![a-z])[,:\uff0c]?\s*)+"
     r"|[A-Z][a-z]+(?: [a-z]+){0,2}: ?(?=[-$\\\d(])",
     re.IGNORECASE,
+)
+# "She has 70." is a sentence, though of fewer words than most.
+_SHORT_SENTENCE = re.compile(
+    r"(?:It|She|He|They|There|That|This|We) (?:is|was|are|were|has|have|had|costs?|makes?|gives?"
+    r"|needs?|takes?|weighs?|earns?|gets?|leaves?|pays?) (?=[$\d])"
 )
 _FENCED = re.compile(r"\s*(```|~~~)\w{0,20}\n(?P<line>[^\n]+)\n\1\s*")
 _PEOPLE = re.compile(r"[A-Z][\w'-]*(?:(?:, (?:and )?| and )[A-Z][\w'-]*)*")
@@ -107,7 +112,8 @@ def _is_prose(line: str) -> bool:
         or _PEOPLE.fullmatch(line.strip(" ."))
     ):
         return False
-    return len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", line)) > 2 or _is_chinese_sentence(line)
+    many = len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", line)) > 2
+    return many or _SHORT_SENTENCE.match(line) is not None or _is_chinese_sentence(line)
 
 
 def _is_chinese_sentence(text: str) -> bool:
@@ -155,10 +161,5 @@ def _value_of(text: str) -> Fraction | float | None:
     quantity = parse_quantity(text)
     if quantity is not None:
         return quantity.value
-    try:
-        expression = read_expression(text)
-    except TooLargeError:
-        return None
-    if expression is None:
-        return None
-    return expression.approximation if expression.value is None else expression.value
+    expression = read_small(text)
+    return expression.number if expression else None

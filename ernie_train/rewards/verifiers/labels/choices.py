@@ -47,6 +47,8 @@ _LABELLED = re.compile(
     re.IGNORECASE,
 )
 _PREFIX = re.compile(r"\(?([A-Z])\s?(?:[).:\u3001\uff1a]|[-\u2013]\s)\s*(.*)", re.DOTALL)
+# "B) green", "B (green)", "B, green": a letter with the text of its choice.
+_LETTER_AND_TEXT = re.compile(r"\(?([A-Z])\s?[\s).:,(\u3001\uff1a\u2013-]\s*\(?(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:\u3002]?", re.IGNORECASE)
 # "So option B is right.", "The correct choice is (B) 21.5", "I choose B", "B is correct", "故选B。"
 _OPTION = r"(?:\(\s?([A-Z])\s?\)|([A-Z])(?![A-Za-z]))"
@@ -195,8 +197,9 @@ def _read_choice(text: str, choices: Sequence[str]) -> str | None:
     letters = set(by_text.values())
     if (match := _LETTER.fullmatch(text)) and match[1].upper() in letters:
         return match[1].upper()
-    if match := _PREFIX.fullmatch(text):
-        return match[1] if by_text.get(_key(match[2])) == match[1] else None
+    if match := _LETTER_AND_TEXT.fullmatch(text):
+        told = match[2], match[2].removesuffix(")")
+        return match[1] if match[1] in {by_text.get(_key(text)) for text in told} else None
     return None
 
 
