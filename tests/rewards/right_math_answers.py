@@ -218,6 +218,11 @@ RIGHT = [
     ("12", "\\boxed{12} % the sum"),
     ("5 m", "5m"),
     ("30 minutes", r"\frac{1}{2} hour"),
+    ("5 kg", "5 KG"),
+    ("5 cm", "5 Cm"),
+    ("5 mg", "5 MG"),
+    ("5 Mg", "5000 kg"),
+    ("2 MW", "2000 kW"),
     # Equations of the same line, symbols of either case.
     ("y = 2x + 1", "y - 2x = 1"),
     ("y = 2x + 1", "2x - y + 1 = 0"),

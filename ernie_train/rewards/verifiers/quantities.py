@@ -61,17 +61,19 @@ _CURRENCIES = {"$": "dollar", "\u20ac": "euro", "\u00a3": "gbp", "\u00a5": "元"
 
 _UNITS: dict[str, tuple[str, Fraction]] = {}
 for _kind, _names in {
-    "length": "mm:1/1000 cm:1/100 dm:1/10 m:1 km:1000 millimeter:1/1000 centimeter:1/100 meter:1 "
-    "kilometer:1000 metre:1 centimetre:1/100 kilometre:1000 in:127/5000 inch:127/5000 "
-    "inche:127/5000 ft:381/1250 foot:381/1250 feet:381/1250 yd:1143/1250 yard:1143/1250 "
-    "mi:201168/125 mile:201168/125 毫米:1/1000 厘米:1/100 分米:1/10 米:1 千米:1000 公里:1000",
-    "mass": "mg:1/1000000 g:1/1000 kg:1 t:1000 gram:1/1000 kilogram:1 ton:1000 tonne:1000 "
+    "length": "mm:1/1000 cm:1/100 dm:1/10 m:1 km:1000 Mm:1000000 millimeter:1/1000 "
+    "centimeter:1/100 meter:1 kilometer:1000 metre:1 centimetre:1/100 kilometre:1000 "
+    "in:127/5000 inch:127/5000 inche:127/5000 ft:381/1250 foot:381/1250 feet:381/1250 "
+    "yd:1143/1250 yard:1143/1250 mi:201168/125 mile:201168/125 "
+    "毫米:1/1000 厘米:1/100 分米:1/10 米:1 千米:1000 公里:1000",
+    "mass": "mg:1/1000000 g:1/1000 kg:1 Mg:1000 t:1000 gram:1/1000 kilogram:1 ton:1000 tonne:1000 "
     "毫克:1/1000000 克:1/1000 千克:1 公斤:1 斤:1/2 吨:1000",
     "weight": "lb:1 pound:1 oz:1/16 ounce:1/16",
-    "time": "ms:1/1000 s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 day:86400 "
-    "week:604800 秒:1 分钟:60 小时:3600 时:3600 天:86400 日:86400 周:604800 星期:604800",
+    "time": "ms:1/1000 Ms:1000000 s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 "
+    "day:86400 week:604800 秒:1 分钟:60 小时:3600 时:3600 天:86400 日:86400 周:604800 星期:604800",
     "years": "year:1 yr:1 month:1/12 decade:10 century:100 centurie:100 年:1 个月:1/12 月:1/12",
-    "volume": "mL:1/1000 ml:1/1000 L:1 l:1 liter:1 litre:1 milliliter:1/1000 毫升:1/1000 升:1",
+    "volume": "mL:1/1000 ml:1/1000 ML:1000000 Ml:1000000 L:1 l:1 liter:1 litre:1 "
+    "milliliter:1/1000 毫升:1/1000 升:1",
     "money": "dollar:1 usd:1 USD:1 cent:1/100 美元:1",
     "yuan": "yuan:1 rmb:1 元:1 角:1/10 分:1/100 块钱:1 人民币:1",
     "euro": "euro:1 eur:1 欧元:1",
@@ -81,14 +83,14 @@ for _kind, _names in {
     "fahrenheit": "circF:1",
     "unit": "unit:1 单位:1",
     "points": "point:1",
-    "energy": "J:1 kJ:1000 joule:1 焦:1 焦耳:1",
-    "force": "N:1 kN:1000 newton:1 牛:1 牛顿:1",
-    "power": "W:1 kW:1000 watt:1 瓦:1 千瓦:1000",
-    "pressure": "Pa:1 kPa:1000 pascal:1 帕:1",
-    "frequency": "Hz:1 kHz:1000 MHz:1000000 hertz:1 赫兹:1",
+    "energy": "mJ:1/1000 J:1 MJ:1000000 kJ:1000 joule:1 焦:1 焦耳:1",
+    "force": "mN:1/1000 N:1 MN:1000000 kN:1000 newton:1 牛:1 牛顿:1",
+    "power": "mW:1/1000 W:1 MW:1000000 kW:1000 watt:1 瓦:1 千瓦:1000",
+    "pressure": "mPa:1/1000 Pa:1 MPa:1000000 kPa:1000 pascal:1 帕:1",
+    "frequency": "mHz:1/1000 Hz:1 kHz:1000 MHz:1000000 hertz:1 赫兹:1",
     "resistance": "ohm:1 kiloohm:1000 欧:1 欧姆:1",
-    "voltage": "mV:1/1000 V:1 kV:1000 volt:1 伏:1",
-    "current": "mA:1/1000 A:1 ampere:1 安:1",
+    "voltage": "mV:1/1000 V:1 MV:1000000 kV:1000 volt:1 伏:1",
+    "current": "mA:1/1000 A:1 MA:1000000 ampere:1 安:1",
     "amount": "mol:1 mole:1",
 }.items():
     for _entry in _names.split():
@@ -315,7 +317,8 @@ def _known_unit(text: str) -> Unit | None:
         for written in side.replace("*", " ").split():
             match = _UNIT.fullmatch(written)
             name = match.group(1) if match else ""
-            entry = _UNITS.get(name) or _UNITS.get(fold(name).removesuffix("s"))
+            small = fold(name)  # KG; Mg is a unit of its own
+            entry = _UNITS.get(name) or _UNITS.get(small) or _UNITS.get(small.removesuffix("s"))
             if match is None or entry is None:
                 return None
             power = int(match.group(2) or 1) * (-1 if place else 1)
