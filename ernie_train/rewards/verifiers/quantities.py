@@ -1,10 +1,10 @@
 r"""Read numbers as people write them, with or without a unit, to exact values.
 
 12, -0.5, 1,000, 3/4, \frac{3}{4}, 1\frac{3}{4}, 2.5 \times 10^{3}, 1e-15, 0.1\overline{6}, 10%,
-12 thousand, $12, 5 cm, 20 m/s, 42 个苹果. There is no parser of expressions, and only ASCII digits
-count. 10% is 1/10, so it is not 10. A quantity without a unit equals one with a known unit or a
-thing that is counted, as "12 apples" answers "how many apples"; two with units must agree in value
-and kind: 5 m is 500 cm and not 5 cm.
+12 thousand, $12, 5 cm, 20 m/s, 3 hours 20 minutes, 42 个苹果. There is no parser of expressions,
+and only ASCII digits count. 10% is 1/10, so it is not 10. A quantity without a unit equals one with
+a known unit or a thing that is counted, as "12 apples" answers "how many apples"; two with units
+must agree in value and kind: 5 m is 500 cm and not 5 cm.
 """
 
 import re
@@ -99,6 +99,10 @@ for _kind, _names in {
 _UNIT = re.compile(r"([A-Za-z]+|[\u4e00-\u9fff]+)(?:\s?\^\s?\{?(-?[1-4])\}?)?")
 _UNIT_TEXT = re.compile(r"[A-Za-z\u4e00-\u9fff][A-Za-z0-9\u4e00-\u9fff /^{}*.-]{0,60}")
 _MAX_UNIT_WORDS = 4
+# 3 hours 20 minutes, 5 ft 6 in, 3小时20分钟: falling units of one kind.
+_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s?([A-Za-z]+|[\u4e00-\u9fff]+)", re.ASCII)
+_PARTS = re.compile(rf"{_PART.pattern}(?:(?:,? and |, | ?){_PART.pattern}){{1,3}}", re.ASCII)
+_PARTED_KINDS = {"length", "mass", "weight", "time", "yuan"}
 # Words that look like units after a number and belong to an expression.
 _NO_UNITS = HEDGES | {"pi", "sqrt", "sin", "cos", "tan", "ln", "log", "and", "e", "i", "x", "y"}
 # Words that make something else of a number than a count.
@@ -189,8 +193,13 @@ def is_percent(text: str) -> bool:
 
 def parse_quantity(text: str) -> Quantity | None:
     """Return a number and its unit; None if the text is anything else, or more than that."""
-    text = text.strip().removesuffix(".") if not text.rstrip().endswith("..") else text
-    text = _PER_HUNDRED.sub(r"\1%", text.strip())
+    text = (text.strip().removesuffix(".") if not text.rstrip().endswith("..") else text).strip()
+    parted = _parted_quantity(text)
+    return _read_quantity(text) if parted is None else parted
+
+
+def _read_quantity(text: str) -> Quantity | None:
+    text = _PER_HUNDRED.sub(r"\1%", text)
     if text[:1].isalpha():
         text = _SAID.sub(_in_digits, text)
     money = re.match(r"([+-]?)\s*\\?([$\u20ac\u00a3\u00a5\uffe5])\s*(?=[\d.])", text)
@@ -217,6 +226,29 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(value, _known_unit(_CURRENCIES[money[2]]) if money else None)
     unit = _read_unit(_DEGREES.sub(r" circ\g<scale>", rest) if "^" in rest else rest, value)
     return None if unit is None else Quantity(value, unit)
+
+
+def _parted_quantity(text: str) -> Quantity | None:
+    """Return the sum of 3 hours 20 minutes; None unless each part is less than one of the last."""
+    if not _PARTS.fullmatch(text):
+        return None
+    parts = [(number, _known_unit(word)) for number, word in _PART.findall(text)]
+    units = [unit for _, unit in parts if unit is not None]
+    kinds = {unit.kinds for unit in units}
+    first = units[0] if len(units) == len(parts) and len(kinds) == 1 else None
+    if first is None or first.kinds[0][0] not in _PARTED_KINDS or first.kinds[0][1] != 1:
+        return None
+    # "5 m and 20 cm" may be two lengths; two times of which one is a part of the other are one.
+    if first.kinds[0][0] != "time" and re.search(r",|\band\b", text):
+        return None
+    bound, total = None, Fraction(0)
+    for at, (unit, (number, _)) in enumerate(zip(units, parts, strict=True)):
+        amount = Fraction(number) * unit.factor
+        whole = at == len(parts) - 1 or "." not in number
+        if not whole or (bound is not None and amount >= bound):
+            return None
+        bound, total = unit.factor, total + amount
+    return Quantity(total / first.factor, first)
 
 
 def _in_digits(said: re.Match[str]) -> str:
