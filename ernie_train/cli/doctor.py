@@ -77,7 +77,7 @@ def check_numpy_kernels(gflops: float, paddle_gflops: float, setup: cpu.CpuSetup
     """Report the kernels of numpy's products, on which sampling depends, beside Paddle's speed."""
     core, error = blas.core_in_use(), blas.product_error()
     advice = blas.kernel_problem(core, setup.processor)
-    if error > blas.PRODUCT_TOLERANCE:
+    if not error <= blas.PRODUCT_TOLERANCE:  # a NaN too
         advice = f"its products are wrong: set {blas.CORE_TYPE}=Haswell, or another core type"
     elif not advice and gflops < SLOW_SHARE_OF_PADDLE * paddle_gflops:
         advice = f"{paddle_gflops / gflops:.1f} times slower than Paddle: try {blas.CORE_TYPE}"

@@ -77,7 +77,7 @@ class GenerateCommand:
                     print(json.dumps(row), flush=True)  # ASCII alone: harmless, and JSON
                 return
             with progress_bar(progress, "completions", len(prompts)) as update:
-                _write(self.out, rows, len(prompts), update)
+                _write(self.out, rows, len(prompts), update, progress)
 
     def _refuse_idle_options(self) -> None:
         sampling = self.sampling
@@ -171,22 +171,32 @@ def _stream(
 
 
 def _write(
-    out: Path, rows: Iterator[dict[str, Any]], total: int, update: Callable[[int], None]
+    out: Path,
+    rows: Iterator[dict[str, Any]],
+    total: int,
+    update: Callable[[int], None],
+    progress: Console,
 ) -> None:
-    """Write rows; on `Interrupted`, which is raised then, those that are finished."""
-    written, stopped = 0, False
+    """Write rows; when something ends them, which is raised then, those that are finished."""
+    written = 0
+    ended: Exception | None = None
 
     def finished() -> Iterator[dict[str, Any]]:
-        nonlocal written, stopped
+        nonlocal written, ended
         try:
             for written, row in enumerate(rows, start=1):
                 yield row
                 update(written)
-        except Interrupted:
+        except Exception as error:
             if not written:
                 raise  # an earlier output stays
-            stopped = True
+            ended = error
 
     write_jsonl(out, finished())
-    if stopped:
-        raise Interrupted(f"stopped; {out} has the first {written} of {total} completions")
+    if ended is None:
+        return
+    kept = f"{out} has the first {written} of {total} completions"
+    if isinstance(ended, Interrupted):
+        raise Interrupted(f"stopped; {kept}")
+    progress.print(kept, markup=False, soft_wrap=True)
+    raise ended

@@ -33,6 +33,7 @@ from ernie_train.weights.model_directory import find_model
 
 _STATUSES: tuple[Status, ...] = get_args(Status)
 _SHOWN_REASONS = 3
+_COMPRESSED = tuple(f".{kind}.{how}" for kind in ("jsonl", "ndjson") for how in ("gz", "zst"))
 SCORE_KEYS = ("value", "status", "detail", "parts")  # of each row of the output
 
 
@@ -124,14 +125,18 @@ def read_data(path: Path, columns: Columns | None = None) -> list[dict[str, Any]
         except RowError as error:
             raise DataError(f"{source}: {error}") from None
     mapped.check(str(path))
-    if not rows:
-        raise DataError(f"{path} holds no rows")
-    return rows
+    return _some(rows, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a .jsonl file; `DataError` names the line of a mistake."""
+    """Read the objects of a .jsonl file, compressed or not; `DataError` names a mistake's line."""
     rows = []
+    if path.name.lower().endswith(_COMPRESSED):
+        for source, found in files.read_rows(path, lambda count: None):
+            if isinstance(found, RowError):
+                raise DataError(f"{source}: {found}")
+            rows.append(found)
+        return _some(rows, path)
     try:
         with open_regular(path) as lines:
             for number, line in enumerate(lines, start=1):
@@ -145,6 +150,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: it is not valid JSON: {error}") from None
+    return _some(rows, path)
+
+
+def _some(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows

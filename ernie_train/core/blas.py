@@ -264,7 +264,7 @@ def require_sound_products(processor: Processor) -> str:
     Raises `UserError` where a product in float32 is wrong.
     """
     core = core_in_use()
-    if (error := product_error()) > PRODUCT_TOLERANCE:
+    if not (error := product_error()) <= PRODUCT_TOLERANCE:  # a NaN too
         raise UserError(
             f"numpy's matrix products are wrong on this processor, by {error:.1e} of the largest "
             f"value, with the kernels {core or 'of its library'}: set {CORE_TYPE}=Haswell or "

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def export(
     )  # fmt: skip
     with consensus.fail_together():
         if process_group.is_main():
-            write_json(directory / RECEIPT, {**asdict(receipt), "passed": receipt.passed})
+            write_json(directory / RECEIPT, receipt.as_dict())
         if not receipt.passed:
             raise WeightsError(
                 f"{directory}: the exported model differs from the trained one: {receipt.complaint}"

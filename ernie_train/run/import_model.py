@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +80,7 @@ def import_model(
         dtype or "as stored", reader, len(prompts), result.difference, tolerance, equal, note,
         result.largest, len(entries), tuple(differing_tensors(out, entries)),
     )  # fmt: skip
-    values = asdict(receipt) | {"passed": receipt.passed}
-    write_json(out / RECEIPT, values | ({"tolerance": None} if noise else {}))
+    write_json(out / RECEIPT, receipt.as_dict() | ({"tolerance": None} if noise else {}))
     if not receipt.passed:
         raise WeightsError(f"{out}: differs from {path}: {receipt.complaint}")
     return receipt

@@ -10,7 +10,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ class Receipt:
         difference = self.max_logit_difference
         close = math.isfinite(difference) and difference <= self.tolerance
         return self.greedy_tokens_equal and close and not self.differing_tensors
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON with the verdict; NaN and infinities are texts ("nan")."""
+        plain = {
+            name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        return {**plain, "passed": self.passed}
 
     @property
     def complaint(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -226,8 +226,10 @@ class Optimizer:
     ) -> None:
         """Restore `moments` of all owners together, and `powers`.
 
-        Raises `CheckpointError` that names parameters without saved state.
+        Raises `CheckpointError` that names parameters without saved state, or of another dtype.
         """
+        if moments:
+            _require_same_dtypes(self.updated, moments.get("master", {}))
         restored: dict[str, Tensor] = {}
         masters: dict[str, Tensor] = {}
         # Checkpoints of bfloat16 training once held masters alone.
@@ -252,6 +254,24 @@ class Optimizer:
         for name, tensor in restored.items():
             tensor.name = name
         self._adamw.set_state_dict({**restored, "master_weights": masters})
+
+
+def _require_same_dtypes(parameters: Mapping[str, Tensor], masters: Collection[str]) -> None:
+    """Raise `CheckpointError` where the parameters have masters otherwise than those saved.
+
+    Float32 weights would be what bfloat16 left of the masters, bfloat16 ones would have masters of
+    rounded weights: either way the training that goes on is not the one that was begun.
+    """
+    for name, parameter in parameters.items():
+        in_float32 = parameter.dtype == paddle.float32
+        if name in masters if in_float32 else not masters:
+            saved, here = "float32, as on a CPU", "bfloat16, as on a GPU"
+            if in_float32:
+                saved, here = here, saved
+            raise CheckpointError(
+                f"the stage was begun in {saved}, and would go on in {here} ({name}): go on with "
+                "the `device` that it began on, or begin it again (--from)"
+            )
 
 
 def _master_name(parameter: Tensor) -> str:

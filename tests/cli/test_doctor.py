@@ -78,6 +78,7 @@ def test_advice_on_a_slow_processor(
         (30, "Prescott", 1e-7, "leave AVX2 unused: sampling is several times slower; set OPENBL"),
         (30, "SkylakeX", 1e-7, "6.0 times slower than Paddle"),
         (180, "SkylakeX", 0.3, "products are wrong"),
+        (180, "SkylakeX", float("nan"), "products are wrong"),
         (100, None, 1e-7, ""),
     ],
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pytest
 
 from ernie_train.cli.main import main
@@ -53,6 +54,23 @@ def test_the_table_counts_statuses_by_task(score, files, tmp_path):
     assert [row["value"] for row in written] == [1.0] * 4 + [0.0] * 2
     assert written[0] == {
         "value": 1.0, "status": "correct", "detail": "", "parts": {"math": 1.0}}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_completions_may_be_compressed_as_data(score, files, tmp_path, suffix):
+    def packed(text):
+        path = tmp_path / f"packed{suffix}"
+        with pa.output_stream(path, compression="gzip" if suffix.endswith("gz") else "zstd") as out:
+            out.write(text)
+        return path
+
+    status, plain, _ = score("math", *files)
+    assert status == 0
+    found = score("math", files[0], packed(files[1].read_bytes()))[1]
+    assert found.splitlines()[:-1] == plain.splitlines()[:-1], "the last has the time"
+    for text, told in ((b'{"completion": "1"}\n[]\n', f"packed{suffix}:2"), (b"", "no rows")):
+        status, _, err = score("math", files[0], packed(text))
+        assert status == 2 and told in err, err
 
 
 def test_ids_pair_completions_with_rows_in_any_order_and_number(score, files, tmp_path):

@@ -181,9 +181,10 @@ def test_wrong_products_stop_a_run_and_right_ones_do_not(monkeypatch: pytest.Mon
     monkeypatch.setattr(blas, "core_in_use", lambda: "Prescott")
     warning = blas.require_sound_products(PROCESSORS["AMD with AVX2"])
     assert "leave AVX2 unused" in warning and "\n" not in warning
-    monkeypatch.setattr(blas, "product_error", lambda: 0.1)
-    with pytest.raises(UserError, match=r"products are wrong on this processor, by 1\.0e-01"):
-        blas.require_sound_products(PROCESSORS["AMD with AVX2"])
+    for error, told in ((0.1, r"1\.0e-01"), (float("nan"), "nan")):
+        monkeypatch.setattr(blas, "product_error", lambda found=error: found)
+        with pytest.raises(UserError, match=rf"products are wrong on this processor, by {told}"):
+            blas.require_sound_products(PROCESSORS["AMD with AVX2"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def test_a_server_that_dies_at_once_says_why(
         r"process ended with status 3; the end of .*engine\.log: no such device",
     )
     engine.close()
+
+
+def test_a_long_log_is_read_at_its_end_alone(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    with log.open("wb") as stream:
+        stream.truncate(2**26)  # no block of it is on the disk
+    program = "print('\\nno', 'such', 'device'); raise SystemExit(3)"
+    server = ServerProcess([sys.executable, "-c", program], {}, log)
+    server._guard.wait(30)
+    tracemalloc.start()
+    refuses(server.require_alive, r"status 3; .*no such device$")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    server.close()
 
 
 @pytest.mark.parametrize("kind", ["vllm", "fastdeploy"])

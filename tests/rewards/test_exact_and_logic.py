@@ -265,6 +265,8 @@ FOUR = {"answer": "D", "choices": ["thermal", "classical", "mixed", "quantum"]}
         "D (quantum)", "The answer is D, quantum.", "The answer is **D (quantum)**.",
         "The answer is D, because A is thermal.", "\u672c\u9898\u9009D\u3002",
         "\u3010\u7b54\u6848\u3011D", "\u6545\u9009D\u9879", "D\u9009\u9879",
+        "(D) quantum is the correct answer.", "So option D) quantum is right.",
+        "**(D) quantum** is the best choice.", "Quantum is the correct answer.",
     ],
 )  # fmt: skip
 def test_choices_in_the_styles_of_models(response):
@@ -282,6 +284,11 @@ def test_choices_in_the_styles_of_models(response):
         "\u9009D\u662f\u9519\u7684", "\u4e0d\u9009D\u9879",
         "D\u9009\u9879\u9519\u8bef", "D might be right",
         r"\boxed{A}.\n\n**Answer: D**".replace(r"\n", "\n"), "The answer is not D.",
+        "(D) thermal is the correct answer.", "(A) quantum is the correct answer.",
+        "(A) thermal or (D) quantum is the correct answer.", "(D) quantum is the wrong answer.",
+        "(A) thermal and (D) quantum is the correct answer.", "(D) quantum is the answer key.",
+        "(D) quantum is not the correct answer.", "He says (D) quantum is the correct answer.",
+        "(D) quantum is the correct answer?", "(A) thermal is the correct answer.",
     ],
 )  # fmt: skip
 def test_choices_that_are_denied_doubled_or_quoted(response):

@@ -194,7 +194,11 @@ def test_logits_that_are_no_numbers_prove_nothing(odd, row):
     for ours, theirs in ((logits, broken), (broken, logits), (broken, broken)):
         found = compare(Trace([2], [[0, 1, 3, 3]], [ours]), [theirs])
         compared = (found.difference, found.tolerance, found.tokens_equal, "")
-        assert not Receipt("float32", "reader", 1, *compared).passed
+        receipt = Receipt("float32", "reader", 1, *compared)
+        assert not receipt.passed
+        written = json.loads(json.dumps(receipt.as_dict(), allow_nan=False))
+        assert not written["passed"]
+        assert repr(float(written["max_logit_difference"])) == repr(found.difference)
 
 
 def test_greedy_tokens_differ_unless_they_tie():

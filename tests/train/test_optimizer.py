@@ -204,6 +204,11 @@ def test_state_of_bfloat16_parameters_continues_to_the_same_bits(monkeypatch):
     other.set_state_dict(model.state_dict())
     with pytest.raises(CheckpointError, match="lacks moment1 and moment2"):
         resumed.load_state({"master": saved["master"]}, {})
+    in_float32 = Optimizer(Two(), config())
+    with pytest.raises(CheckpointError, match=r"begun in bfloat16.*go on in float32.*weight"):
+        in_float32.load_state(saved, {})
+    with pytest.raises(CheckpointError, match=r"begun in float32.*go on in bfloat16.*weight"):
+        resumed.load_state({slot: saved[slot] for slot in ("moment1", "moment2")}, {})
     resumed.load_state(saved, optimizer.beta_powers())
     for pair in ((model, optimizer), (other, resumed)):
         step(*pair, 3)

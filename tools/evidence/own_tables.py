@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 MARKERS = ("<!-- tables of tools.evidence.own_model -->", "<!-- end of the tables -->")
 SHOWN_CHARACTERS = 300  # of a message
 SHOWN_STEPS = (1, 5, 10, 20, 30)
@@ -25,8 +27,8 @@ def render(results: dict[str, Any], out: Path) -> str:
 
 def largest_difference(run: dict[str, Any]) -> float:
     """Return the largest difference of a step's losses of the two sides."""
-    pairs = zip(run["ours"]["losses"], run["peer"]["losses"], strict=True)
-    return max(abs(ours - peer) for ours, peer in pairs)
+    ours, peer = (np.array(run[side]["losses"], float) for side in ("ours", "peer"))
+    return float(np.abs(ours - peer).max())  # unlike Python's max it keeps a NaN
 
 
 def _machine(results: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from ernie_train.core.errors import EngineError, UserError, storage_errors
+from ernie_train.core.foreign_files import open_regular
 
 _GUARD = Path(__file__).with_name("guard.py")
 _STOP_S = 30.0
 _LAST_LINES = 4
+_LAST_BYTES = 2**16  # of the log, which may be long
 
 
 class ServerProcess:
@@ -46,8 +49,9 @@ class ServerProcess:
             )
 
     def _last_lines(self) -> str:
-        with suppress(OSError):
-            lines = self.log.read_text(errors="replace")[-4000:].splitlines()
+        with suppress(OSError), open_regular(self.log) as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST_BYTES))
+            lines = log.read(_LAST_BYTES).decode(errors="replace")[-4000:].splitlines()
             return " | ".join([line.strip() for line in lines if line.strip()][-_LAST_LINES:])
         return "(no log)"
 

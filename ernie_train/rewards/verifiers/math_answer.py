@@ -41,6 +41,7 @@ from ernie_train.rewards.verifiers.expressions import (
     read_small,
     spellings,
     tuple_members,
+    turned_alike,
 )
 from ernie_train.rewards.verifiers.math_process import TOO_MUCH, MathProcess
 from ernie_train.rewards.verifiers.quantities import (
@@ -57,6 +58,7 @@ _WORD_ANSWER = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+|(?i:no)")
 _NOTHING = {"\\emptyset", "\\{\\}", "no solution", "no solutions", "no real solution", "empty set",
             "no real solutions", "the empty set", "\u65e0\u89e3", "\u7a7a\u96c6"}  # fmt: skip
 _LETTER = re.compile(r"(?:(?:选择?|[Oo]ption|[Cc]hoice)[:\s]*)?\(?([A-Z])\)?[.)]?")
+_CLOCK = re.compile(r"(\d{1,2})(?:(?::|\{:\})(\d\d))? ?([AaPp])(?:\. ?)?[Mm]\.?", re.ASCII)
 _BASE = re.compile(r"\(?([\dA-F]+)\)?(?:_\{?|\s*\(?(?:in )?base )(\d+)[})]?")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|neq|in|subset|approx|sim|equiv|lt|gt)(?![A-Za-z])")
 # Adjacent numbers, alternatives, several lines, words among symbols.
@@ -148,7 +150,7 @@ class _Comparison:
     question: str
 
     def equal(self, gold: str, answer: str) -> bool:
-        if compact(gold) == compact(answer):
+        if compact(gold) == compact(answer) or _same_clock(gold, answer):
             return True
         gold_set, answer_set = read_real_set(gold), read_real_set(answer)
         if gold_set and (gold_set.certain or (answer_set and answer_set.certain)):
@@ -167,6 +169,7 @@ class _Comparison:
             if len(pairs := tuple_members(golds, answers)) == 2:
                 return self._same_in_order(*pairs)
             return self._same_members(golds, answers)
+        gold, answer = turned_alike(gold, answer)
         gold_name, gold_value = name_and_value(gold)
         name, answer = name_and_value(answer)
         if gold_name and name and gold_name != name:
@@ -294,6 +297,13 @@ def _exact(text: str) -> Fraction | None:
         return quantity.value
     expression = read_small(text)
     return expression.value if expression else None
+
+
+def _same_clock(gold: str, answer: str) -> bool:
+    """Return True for one time of the day in two spellings: 5:30 PM and 5:30 p.m."""
+    read = [_CLOCK.fullmatch(text) for text in (gold, answer)]
+    times = [(int(m[1]), int(m[2] or 0), m[3].lower()) for m in read if m is not None]
+    return len(times) == 2 and times[0] == times[1]
 
 
 def _is_unknown(side: str) -> bool:

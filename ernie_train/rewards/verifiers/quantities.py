@@ -1,10 +1,10 @@
 r"""Read numbers as people write them, with or without a unit, to exact values.
 
 12, -0.5, 1,000, 3/4, \frac{3}{4}, 1\frac{3}{4}, 2.5 \times 10^{3}, 1e-15, 0.1\overline{6}, 10%,
-12 thousand, $12, 5 cm, 20 m/s, 42 个苹果. There is no parser of expressions, and only ASCII digits
-count. 10% is 1/10, so it is not 10. A quantity without a unit equals one with a known unit or a
-thing that is counted, as "12 apples" answers "how many apples"; two with units must agree in value
-and kind: 5 m is 500 cm and not 5 cm.
+12 thousand, $12, 5 cm, 20 m/s, 3 hours 20 minutes, 42 个苹果. There is no parser of expressions,
+and only ASCII digits count. 10% is 1/10, so it is not 10. A quantity without a unit equals one with
+a known unit or a thing that is counted, as "12 apples" answers "how many apples"; two with units
+must agree in value and kind: 5 m is 500 cm and not 5 cm.
 """
 
 import re
@@ -61,17 +61,19 @@ _CURRENCIES = {"$": "dollar", "\u20ac": "euro", "\u00a3": "gbp", "\u00a5": "元"
 
 _UNITS: dict[str, tuple[str, Fraction]] = {}
 for _kind, _names in {
-    "length": "mm:1/1000 cm:1/100 dm:1/10 m:1 km:1000 millimeter:1/1000 centimeter:1/100 meter:1 "
-    "kilometer:1000 metre:1 centimetre:1/100 kilometre:1000 in:127/5000 inch:127/5000 "
-    "inche:127/5000 ft:381/1250 foot:381/1250 feet:381/1250 yd:1143/1250 yard:1143/1250 "
-    "mi:201168/125 mile:201168/125 毫米:1/1000 厘米:1/100 分米:1/10 米:1 千米:1000 公里:1000",
-    "mass": "mg:1/1000000 g:1/1000 kg:1 t:1000 gram:1/1000 kilogram:1 ton:1000 tonne:1000 "
+    "length": "mm:1/1000 cm:1/100 dm:1/10 m:1 km:1000 Mm:1000000 millimeter:1/1000 "
+    "centimeter:1/100 meter:1 kilometer:1000 metre:1 centimetre:1/100 kilometre:1000 "
+    "in:127/5000 inch:127/5000 inche:127/5000 ft:381/1250 foot:381/1250 feet:381/1250 "
+    "yd:1143/1250 yard:1143/1250 mi:201168/125 mile:201168/125 "
+    "毫米:1/1000 厘米:1/100 分米:1/10 米:1 千米:1000 公里:1000",
+    "mass": "mg:1/1000000 g:1/1000 kg:1 Mg:1000 t:1000 gram:1/1000 kilogram:1 ton:1000 tonne:1000 "
     "毫克:1/1000000 克:1/1000 千克:1 公斤:1 斤:1/2 吨:1000",
     "weight": "lb:1 pound:1 oz:1/16 ounce:1/16",
-    "time": "ms:1/1000 s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 day:86400 "
-    "week:604800 秒:1 分钟:60 小时:3600 时:3600 天:86400 日:86400 周:604800 星期:604800",
+    "time": "ms:1/1000 Ms:1000000 s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 "
+    "day:86400 week:604800 秒:1 分钟:60 小时:3600 时:3600 天:86400 日:86400 周:604800 星期:604800",
     "years": "year:1 yr:1 month:1/12 decade:10 century:100 centurie:100 年:1 个月:1/12 月:1/12",
-    "volume": "mL:1/1000 ml:1/1000 L:1 l:1 liter:1 litre:1 milliliter:1/1000 毫升:1/1000 升:1",
+    "volume": "mL:1/1000 ml:1/1000 ML:1000000 Ml:1000000 L:1 l:1 liter:1 litre:1 "
+    "milliliter:1/1000 毫升:1/1000 升:1",
     "money": "dollar:1 usd:1 USD:1 cent:1/100 美元:1",
     "yuan": "yuan:1 rmb:1 元:1 角:1/10 分:1/100 块钱:1 人民币:1",
     "euro": "euro:1 eur:1 欧元:1",
@@ -81,14 +83,14 @@ for _kind, _names in {
     "fahrenheit": "circF:1",
     "unit": "unit:1 单位:1",
     "points": "point:1",
-    "energy": "J:1 kJ:1000 joule:1 焦:1 焦耳:1",
-    "force": "N:1 kN:1000 newton:1 牛:1 牛顿:1",
-    "power": "W:1 kW:1000 watt:1 瓦:1 千瓦:1000",
-    "pressure": "Pa:1 kPa:1000 pascal:1 帕:1",
-    "frequency": "Hz:1 kHz:1000 MHz:1000000 hertz:1 赫兹:1",
+    "energy": "mJ:1/1000 J:1 MJ:1000000 kJ:1000 joule:1 焦:1 焦耳:1",
+    "force": "mN:1/1000 N:1 MN:1000000 kN:1000 newton:1 牛:1 牛顿:1",
+    "power": "mW:1/1000 W:1 MW:1000000 kW:1000 watt:1 瓦:1 千瓦:1000",
+    "pressure": "mPa:1/1000 Pa:1 MPa:1000000 kPa:1000 pascal:1 帕:1",
+    "frequency": "mHz:1/1000 Hz:1 kHz:1000 MHz:1000000 hertz:1 赫兹:1",
     "resistance": "ohm:1 kiloohm:1000 欧:1 欧姆:1",
-    "voltage": "mV:1/1000 V:1 kV:1000 volt:1 伏:1",
-    "current": "mA:1/1000 A:1 ampere:1 安:1",
+    "voltage": "mV:1/1000 V:1 MV:1000000 kV:1000 volt:1 伏:1",
+    "current": "mA:1/1000 A:1 MA:1000000 ampere:1 安:1",
     "amount": "mol:1 mole:1",
 }.items():
     for _entry in _names.split():
@@ -97,6 +99,10 @@ for _kind, _names in {
 _UNIT = re.compile(r"([A-Za-z]+|[\u4e00-\u9fff]+)(?:\s?\^\s?\{?(-?[1-4])\}?)?")
 _UNIT_TEXT = re.compile(r"[A-Za-z\u4e00-\u9fff][A-Za-z0-9\u4e00-\u9fff /^{}*.-]{0,60}")
 _MAX_UNIT_WORDS = 4
+# 3 hours 20 minutes, 5 ft 6 in, 3小时20分钟: falling units of one kind.
+_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s?([A-Za-z]+|[\u4e00-\u9fff]+)", re.ASCII)
+_PARTS = re.compile(rf"{_PART.pattern}(?:(?:,? and |, | ?){_PART.pattern}){{1,3}}", re.ASCII)
+_PARTED_KINDS = {"length", "mass", "weight", "time", "yuan"}
 # Words that look like units after a number and belong to an expression.
 _NO_UNITS = HEDGES | {"pi", "sqrt", "sin", "cos", "tan", "ln", "log", "and", "e", "i", "x", "y"}
 # Words that make something else of a number than a count.
@@ -187,8 +193,13 @@ def is_percent(text: str) -> bool:
 
 def parse_quantity(text: str) -> Quantity | None:
     """Return a number and its unit; None if the text is anything else, or more than that."""
-    text = text.strip().removesuffix(".") if not text.rstrip().endswith("..") else text
-    text = _PER_HUNDRED.sub(r"\1%", text.strip())
+    text = (text.strip().removesuffix(".") if not text.rstrip().endswith("..") else text).strip()
+    parted = _parted_quantity(text)
+    return _read_quantity(text) if parted is None else parted
+
+
+def _read_quantity(text: str) -> Quantity | None:
+    text = _PER_HUNDRED.sub(r"\1%", text)
     if text[:1].isalpha():
         text = _SAID.sub(_in_digits, text)
     money = re.match(r"([+-]?)\s*\\?([$\u20ac\u00a3\u00a5\uffe5])\s*(?=[\d.])", text)
@@ -215,6 +226,29 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(value, _known_unit(_CURRENCIES[money[2]]) if money else None)
     unit = _read_unit(_DEGREES.sub(r" circ\g<scale>", rest) if "^" in rest else rest, value)
     return None if unit is None else Quantity(value, unit)
+
+
+def _parted_quantity(text: str) -> Quantity | None:
+    """Return the sum of 3 hours 20 minutes; None unless each part is less than one of the last."""
+    if not _PARTS.fullmatch(text):
+        return None
+    parts = [(number, _known_unit(word)) for number, word in _PART.findall(text)]
+    units = [unit for _, unit in parts if unit is not None]
+    kinds = {unit.kinds for unit in units}
+    first = units[0] if len(units) == len(parts) and len(kinds) == 1 else None
+    if first is None or first.kinds[0][0] not in _PARTED_KINDS or first.kinds[0][1] != 1:
+        return None
+    # "5 m and 20 cm" may be two lengths; two times of which one is a part of the other are one.
+    if first.kinds[0][0] != "time" and re.search(r",|\band\b", text):
+        return None
+    bound, total = None, Fraction(0)
+    for at, (unit, (number, _)) in enumerate(zip(units, parts, strict=True)):
+        amount = Fraction(number) * unit.factor
+        whole = at == len(parts) - 1 or "." not in number
+        if not whole or (bound is not None and amount >= bound):
+            return None
+        bound, total = unit.factor, total + amount
+    return Quantity(total / first.factor, first)
 
 
 def _in_digits(said: re.Match[str]) -> str:
@@ -315,7 +349,8 @@ def _known_unit(text: str) -> Unit | None:
         for written in side.replace("*", " ").split():
             match = _UNIT.fullmatch(written)
             name = match.group(1) if match else ""
-            entry = _UNITS.get(name) or _UNITS.get(fold(name).removesuffix("s"))
+            small = fold(name)  # KG; Mg is a unit of its own
+            entry = _UNITS.get(name) or _UNITS.get(small) or _UNITS.get(small.removesuffix("s"))
             if match is None or entry is None:
                 return None
             power = int(match.group(2) or 1) * (-1 if place else 1)

@@ -10,6 +10,7 @@ import pytest
 
 from tools.bench.protocol import ROOT, Side
 from tools.bench.rollout import COMPARED_TOKENS, check_agreement
+from tools.bench.scaling import check_losses as check_layout
 from tools.bench.train import check_losses
 
 TRAIN = ["train", "--rows", "1", "--length", "64", "--steps", "1"]
@@ -73,3 +74,10 @@ def test_different_completions_are_an_error() -> None:
         check_agreement(ours, ours[:8] + early[8:])
     with pytest.raises(RuntimeError, match="lengths"):
         check_agreement(ours, [ids[:-1] for ids in ours])
+
+
+@pytest.mark.parametrize("losses", [[8.3, 8.1], [8.3, float("nan")], [float("nan"), 8.0]])
+def test_layouts_must_have_the_same_losses(losses: list[float]) -> None:
+    check_layout("two ranks", [8.3, 8.0001], [8.3, 8.0])
+    with pytest.raises(SystemExit, match="two ranks: losses differ by"):
+        check_layout("two ranks", losses, [8.3, 8.0])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import ernie_train
@@ -195,3 +196,8 @@ def test_both_sides_train_alike(tmp_path: Path, referee: object) -> None:
     found = results["runs"]["questions/LoRA"]["adapter"]
     assert found["difference"] < 1e-4 * found["largest"]
     assert render(results, tmp_path / "out") in page.read_text()
+
+
+def test_a_loss_that_is_no_number_is_a_difference():
+    run = {"ours": {"losses": [2.0, float("nan"), 1.0]}, "peer": {"losses": [2.0, 1.5, 1.0]}}
+    assert np.isnan(largest_difference(run))

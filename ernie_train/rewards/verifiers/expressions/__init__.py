@@ -21,6 +21,7 @@ from ernie_train.rewards.verifiers.expressions.structure import (
     members_of,
     name_and_value,
     tuple_members,
+    turned_alike,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "read_small",
     "spellings",
     "tuple_members",
+    "turned_alike",
 ]

@@ -100,3 +100,20 @@ def name_and_value(text: str) -> tuple[str, str]:
     if match is None or "=" in text[match.end() :] or not text[match.end() :]:
         return "", text
     return compact(match.group(1)), text[match.end() :]
+
+
+def turned_alike(gold: str, answer: str) -> tuple[str, str]:
+    r"""Return two equations, the sides of one changed if both then begin with the same name.
+
+    y = x is turned for x = y, and \pi r^2 = A for A = \pi r^2; other texts stay as they are.
+    """
+    sides = [[squeeze(side) for side in text.split("=")] for text in (gold, answer)]
+    names = [name_and_value(text)[0] for text in (gold, answer)]
+    if any(len(pair) != 2 or not all(pair) for pair in sides) or names[0] == names[1]:
+        return gold, answer
+    turned = [f"{right} = {left}" for left, right in sides]
+    if names[0] and name_and_value(turned[1])[0] == names[0]:
+        return gold, turned[1]
+    if names[1] and name_and_value(turned[0])[0] == names[1]:
+        return turned[0], answer
+    return gold, answer

@@ -12,6 +12,7 @@ from ernie_train.rewards.verifiers.answer_text import (
     fold,
     hedges,
     named_answers,
+    squeeze,
     talks,
     without_reason,
 )
@@ -67,6 +68,12 @@ _RIGHT = re.compile(
     r"(?:\s+(?:one|answer|choice|option))?"
     r"|选?项?(?:是)?正确(?:的|答案)?|选?项)\s*",
     re.IGNORECASE,
+)
+# "(B) green is the correct answer.", "So option B) green is right.": of a squeezed text.
+_CALLED_RIGHT = re.compile(
+    rf"{_SO}(?:(?:the\s+)?(?:option|choice)\s+)?(?P<choice>.+?) (?:is|must be) (?:the )?"
+    r"(?:correct|right|best)(?: (?:one|answer|choice|option))?",
+    re.DOTALL | re.IGNORECASE,
 )
 # Neither a program that mentions a label nor a question is an answer.
 _CODE = re.compile(r"[=_{}`;?\uff1f]")
@@ -213,11 +220,15 @@ def _spoken_choices(text: str, choices: Sequence[str]) -> set[str]:
     if hedges(text) or denies(text) or talks(text) or _CODE.search(text):
         return set()
     last = [part for part in _SENTENCE.split(text) if part.strip()][-1:]
-    match = _SPOKEN.fullmatch(last[0].strip(" *\u3002")) if last else None
+    said = last[0].strip(" *\u3002") if last else ""
+    called = _CALLED_RIGHT.fullmatch(squeeze(said.rstrip(".*")))
+    if called and (named := _read_choice(called["choice"], choices)):
+        return {named}
+    match = _SPOKEN.fullmatch(said)
     if match is None:
         return set()
-    *found, rest = match.groups()
-    letter = next(group for group in found if group)
+    *letters, rest = match.groups()
+    letter = next(group for group in letters if group)
     rest = rest.strip(" .*")
     place = string.ascii_uppercase.find(letter)
     if not 0 <= place < len(choices):
