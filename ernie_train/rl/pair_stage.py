@@ -29,7 +29,7 @@ class PairStageConfig(StageConfig, MappedRows):
     """A path of rows with a prompt, a chosen and a rejected completion; for a reward model maybe a
     `margin` too.
     """
-    validation: Annotated[PathText, Field(min_length=1), HARMLESS] | None = None
+    validation: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
     """A path of held-out rows with the same columns, on which `checkpoint.best_metric` is measured.
     """
     validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None

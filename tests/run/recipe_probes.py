@@ -269,12 +269,12 @@ PROBES: dict[str, Probe] = {
     "stages[] of kind sft.normalization": Probe("sft", {"@normalization": "token_balanced"}),
     "stages[] of kind sft.train_turns": Probe("sft", {"@train_turns": "last"}, DIALOGUES),
     "stages[] of kind sft.train_reasoning": Probe("sft", {"@train_reasoning": False}),
-    # ---- DPO
-    "stages[] of kind dpo.data": Probe("dpo", {"@data": "{root}/pairs2.jsonl"}),
-    "stages[] of kind dpo.columns": Probe("dpo", {"@columns": {"prompt": "chosen"}}),
-    "stages[] of kind dpo.seq_len": Probe("dpo", {"@seq_len": 50}),
-    "stages[] of kind dpo.steps": Probe("dpo", {"@steps": 1}),
-    "stages[] of kind dpo.pairs_per_step": Probe("dpo", {"@pairs_per_step": 3}),
+    # ---- pairs
+    "stages[] of kind dpo, reward.data": Probe("dpo", {"@data": "{root}/pairs2.jsonl"}),
+    "stages[] of kind dpo, reward.columns": Probe("dpo", {"@columns": {"prompt": "chosen"}}),
+    "stages[] of kind dpo, reward.seq_len": Probe("dpo", {"@seq_len": 50}),
+    "stages[] of kind dpo, reward.steps": Probe("dpo", {"@steps": 1}),
+    "stages[] of kind dpo, reward.pairs_per_step": Probe("dpo", {"@pairs_per_step": 3}),
     **{
         f"stages[] of kind dpo.{name}": Probe("dpo", {f"@{name}": value})
         for name, value in {
@@ -284,22 +284,13 @@ PROBES: dict[str, Probe] = {
             "rpo_alpha": 0.5,
         }.items()
     },
-    "stages[] of kind dpo.validation": Probe("dpo", {"@validation": "{root}/pairs2.jsonl"}),
-    "stages[] of kind dpo.validate_every_steps": Probe(
+    "stages[] of kind dpo, reward.validation": Probe("dpo", {"@validation": "{root}/pairs2.jsonl"}),
+    "stages[] of kind dpo, reward.validate_every_steps": Probe(
         "dpo",
         {"@validate_every_steps": 1},
         {"@validation": "{root}/pairs2.jsonl", "@checkpoint.every_steps": 2},
     ),
     "stages[] of kind dpo.simpo_gamma": Probe("dpo", {"@simpo_gamma": 0.9}, {"@loss": "simpo"}),
     # ---- reward models
-    "stages[] of kind reward.data": Probe("reward", {"@data": "{root}/pairs2.jsonl"}),
-    "stages[] of kind reward.columns": Probe("reward", {"@columns": {"prompt": "chosen"}}),
-    "stages[] of kind reward.seq_len": Probe("reward", {"@seq_len": 50}),
-    "stages[] of kind reward.steps": Probe("reward", {"@steps": 1}),
-    "stages[] of kind reward.pairs_per_step": Probe("reward", {"@pairs_per_step": 3}),
     "stages[] of kind reward.center_coef": Probe("reward", {"@center_coef": 0.5}),
-    "stages[] of kind reward.validation": Probe("reward", {"@validation": "{root}/pairs2.jsonl"}),
-    "stages[] of kind reward.validate_every_steps": Probe(
-        "reward", {"@validate_every_steps": 2}, {"@validation": "{root}/pairs2.jsonl"}
-    ),
 }

@@ -29,7 +29,9 @@ def in_this_process(*arguments: str, note: Any = None) -> dict[str, float]:
     return {"wall_s": 1.0, "cpu_s": 1.0, "peak_gb": 0.1}
 
 
-def train_here(recipe: str, overrides: list[str], run_dir: Path) -> dict[str, float]:
+def train_here(
+    recipe: str, overrides: list[str], run_dir: Path, *, ranks: int = 1
+) -> dict[str, float]:
     return in_this_process(
         "-m", "ernie_train", "run", recipe, "--run-dir", str(run_dir), *overrides
     )

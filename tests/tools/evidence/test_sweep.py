@@ -164,7 +164,7 @@ def test_a_run_is_the_command_on_one_thread(command: Path, tmp_path: Path) -> No
     given = command.with_suffix(".arguments").read_text().splitlines()
     assert given[:3] == [str(runs.ROOT), "1", "1"]
     run = ["-m", "ernie_train", "run", "recipes/x.yaml", "--run-dir", str(tmp_path / "run")]
-    assert given[3:] == [*run, "seed=7", "stages.sft.steps=3"]
+    assert given[3:] == [*run, "parallel.data=1", "seed=7", "stages.sft.steps=3"]
     assert 0 <= spent["cpu_s"] <= spent["wall_s"] + 1
 
 
