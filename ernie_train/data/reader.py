@@ -47,6 +47,22 @@ class BadRow:
         return f"{self.source}: {self.reason}"
 
 
+def grouped(rows: Sequence[BadRow], counts: Mapping[str, int] | None = None) -> list[str]:
+    """Return a line for each reason: how many rows have it, and the first of them.
+
+    `counts` are those of reasons of which `rows` lists the first rows alone.
+    """
+    by_reason: dict[str, list[BadRow]] = {}
+    for row in rows:
+        by_reason.setdefault(row.reason, []).append(row)
+    lines = []
+    for reason, found in by_reason.items():
+        count = max(len(found), (counts or {}).get(reason, 0))
+        several = f"{count} rows: {reason}, first at {found[0].source}"
+        lines.append(several if count > 1 else str(found[0]))
+    return lines
+
+
 def remarks(
     path: str,
     dropped: Mapping[str, int],

@@ -16,7 +16,7 @@ from ernie_train.cli.main import main
 from ernie_train.core.errors import UserError
 from ernie_train.core.yaml import load_yaml
 from ernie_train.data import encode_chat, load_tokenizer, read_records
-from tests.workspace import make_workspace, rows, save_model, write_rows
+from tests.workspace import REPOSITORY, make_workspace, rows, save_model, write_rows
 
 ASKED = {"prompt": "What is 1 + 1?"}
 KINDS: dict[str, list[dict[str, Any]]] = {
@@ -191,3 +191,22 @@ def test_rows_that_cannot_be_read_are_left_out_where_that_is_asked_for(
     assert cli(*given, "--max-bad-fraction", 0.2)[0] == 0
     assert load_yaml(tmp_path / "own.yaml")["stages"][0]["max_bad_fraction"] == 0.2
     assert cli("check", "own.yaml")[0] == 0
+
+
+def test_rows_that_are_all_left_out_are_told_with_their_reason_and_the_remedy(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "count", "arguments": {"to": 8}}]}
+    asked = {"messages": [{"role": "user", "content": "to 8?"}, call], "tools": [{"name": "count"}]}
+    write_rows(tmp_path / "calls.jsonl", [asked] * 12)
+    (tmp_path / "no_tools.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    given = ("init", "--model", place / "model", "--data", "calls.jsonl")
+    status, told = cli(*given, "--template", "no_tools.jinja")
+    assert status == 2 and "calls.jsonl: every row is left out:\n  12 rows: message 2: " in told
+    assert "leaves the turn or its tool call out" in told and "first at calls.jsonl:1\n" in told
+    assert "--template recipes/chatml_tools.jinja" in told and "at most" not in told
+    shown = REPOSITORY / "recipes/chatml_tools.jinja"
+    assert cli(*given, "--template", shown)[0] == 0
