@@ -75,7 +75,7 @@ def evaluate(
     best: Best = False,
 ) -> None:
     """Solve held-out problems; print accuracy, pass@k and majority vote by task."""
-    from ernie_train.cli.evaluate import EvalCommand, as_text, parse_ks, parse_tools
+    from ernie_train.cli.evaluate import EvalCommand, parse_ks, parse_tools
     from ernie_train.data import parse_columns
     from ernie_train.eval.evaluation import EvalConfig
     from ernie_train.io.shipped import shared_path
@@ -101,9 +101,7 @@ def evaluate(
         out=out,
         force=force,
     )
-    results = command.run(Terminal(quiet=as_json), Terminal(stderr=as_json))
-    if as_json:
-        print(as_text(results))
+    command.run(Terminal(quiet=as_json), Terminal(stderr=as_json), as_json=as_json)
 
 
 def score(
