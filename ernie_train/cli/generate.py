@@ -96,7 +96,7 @@ class GenerateCommand:
         if self.prompts is None:
             records = [Record("prompt", [{"role": "user", "content": self.prompt}])]
         else:
-            records, read = read_records(self.prompts, columns=self.columns)
+            records, read = read_records(self.prompts, columns=self.columns, prompts=True)
             read.warn()
         if wrong := [record.source for record in records if not record.prompt_messages]:
             raise DataError(f"{wrong[0]}: the row asks nothing: it has no messages or prompt")
