@@ -35,6 +35,7 @@ class EvalCommand:
     best: bool
     data: Path
     columns: Columns | None
+    max_bad_fraction: float
     tasks: list[str]
     max_examples: int | None
     few_shot: Path | None
@@ -51,12 +52,17 @@ class EvalCommand:
         """
         self._check()
         problems = load_problems(
-            self.data, tasks=self.tasks, max_examples=self.max_examples, columns=self.columns
+            self.data,
+            tasks=self.tasks,
+            max_examples=self.max_examples,
+            max_bad_fraction=self.max_bad_fraction,
+            columns=self.columns,
         )
         examples = None
         if self.few_shot is not None and self.shots is not None:
-            seed = self.config.seed
-            examples = load_few_shot(self.few_shot, self.shots, seed, self.columns)
+            examples = load_few_shot(
+                self.few_shot, self.shots, self.config.seed, self.columns, self.max_bad_fraction
+            )
         path = best_checkpoint(self.model) if self.best else self.model
         model, tokenizer = open_model(path)
         with (
@@ -103,6 +109,7 @@ class EvalCommand:
             "k": self.config.ks,
             "tasks": self.tasks,
             "max_examples": self.max_examples,
+            "max_bad_fraction": self.max_bad_fraction,
             "few_shot": None if self.few_shot is None else str(self.few_shot),
             "shots": self.shots,
             "environment": self.environment.model_dump() if self.environment else None,

@@ -70,6 +70,22 @@ def test_rows_need_no_answer_to_be_asked(call, tmp_path):
     assert "p.jsonl:1: instruction must be text" in call("--prompts", tmp_path / "p.jsonl")[2]
 
 
+def test_bad_rows_are_left_out_where_that_is_asked_for(place, call, tmp_path, capsys):
+    made = [{"prompt": "1?", "reward": "exact", "answer": "1"}] * 3
+    lines = [json.dumps(row) for row in made]
+    (tmp_path / "p.jsonl").write_text("\n".join([*lines, "{\n"]))
+    for verb in ("generate", "eval"):
+        data = "--prompts" if verb == "generate" else "--data"
+        given = [verb, place / "model", data, tmp_path / "p.jsonl", "--max-new-tokens", 1]
+        found = []
+        for more in ((), ("--max-bad-fraction", 0.3)):
+            with pytest.raises(SystemExit) as stopped:
+                main([str(part) for part in (*given, *more)])
+            found.append((int(stopped.value.code or 0), "1 of 4 rows" in capsys.readouterr().err))
+        assert found == [(2, True), (0, False)]
+    assert "is that of --prompts" in call("--prompt", "1?", "--max-bad-fraction", 0.3)[2]
+
+
 def test_sampled_completions_do_not_depend_on_the_batches(place, call, tmp_path):
     write_rows(tmp_path / "p.jsonl", [{"prompt": "1 + 1?"}] * 5)
     texts = {

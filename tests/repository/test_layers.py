@@ -63,7 +63,7 @@ PACKAGES: dict[str, str] = {
     "report": "run_files curves overview reading page",
     "plan": "layout workload memory cost search tables command",
     "selftest": "check fixture graph kernels training ranks report command",
-    "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"
+    "cli": "arguments doctor model turn_view evaluate preview score generate grading chat run"
     " init recipes status watch main",
 }
 ROOT_MODULES = ("__main__",)
