@@ -273,12 +273,13 @@ def _read(row: Row, format_name: str) -> Record:
 
 
 def _unknown_format(file: Path, row: dict[str, Any]) -> str:
-    formats = "; ".join(
-        f"{name}: " + " or ".join(" + ".join(sorted(keys)) for keys in entry.marks)
+    known = "; ".join(
+        name if {name} == (keys := entry.marks[0]) else f"{name} ({' + '.join(sorted(keys))})"
         for name, entry in FORMATS.items()
     )
     return (
-        f"{file}: cannot tell the format of rows with the keys {', '.join(sorted(row))}; "
-        f"known formats and their keys are {formats}. `columns:` beside the path says what "
-        "yours are read as (docs/data.md)"
+        f"{file}: cannot tell the format of rows with the keys {', '.join(sorted(row))}\n"
+        f"known formats: {known} (docs/data.md)\n"
+        "say what yours are: --columns '{question: frage, answer: antwort}' "
+        "(or the recipe's `columns:`)"
     )
