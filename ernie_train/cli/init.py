@@ -34,6 +34,7 @@ from ernie_train.data import (
 from ernie_train.data.conversation import ANOTHER_TEMPLATE
 from ernie_train.data.reader import grouped
 from ernie_train.io.files import write_text
+from ernie_train.io.shipped import shared_path
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.plan.command import PlanSettings, plan_request
 from ernie_train.plan.layout import GB, Layout
@@ -183,7 +184,8 @@ class InitCommand:
         if len(lines) > SHOWN_REASONS:
             lines[SHOWN_REASONS:] = [f"and {len(lines) - SHOWN_REASONS} other reasons"]
         if any(ANOTHER_TEMPLATE in row.reason for row in source.bad):
-            lines.append(f"another template shows them: --template {TOOL_TEMPLATE}, or your own")
+            shown_by = shared_path(TOOL_TEMPLATE)
+            lines.append(f"another template shows them: --template {shown_by}, or your own")
         return DataError(f"{self.data}: every row is left out:\n  " + "\n  ".join(lines))
 
     # ---- the recipe ------------------------------------------------------------------------------
