@@ -47,6 +47,8 @@ number: Callable[..., Any] = partial(typer.Option, callback=_finite)
 temperature_option: Callable[..., Any] = partial(
     typer.Option, min=0, max=100, callback=_temperature
 )
+bad_fraction_option: Callable[..., Any] = partial(number, min=0, max=1)
+BAD_ROWS_HELP = "share of unreadable rows that may be left out"
 
 RecipePath = Annotated[
     Path, typer.Argument(help="a YAML recipe, or the name of a shipped one: tiny")
@@ -67,6 +69,7 @@ ColumnsText = Annotated[
         help="names of your columns: '{prompt: question, reward: {value: math}}'; docs/data.md",
     ),
 ]
+MaxBadFraction = Annotated[float, bad_fraction_option(help=BAD_ROWS_HELP)]
 TopP = Annotated[
     float, typer.Option(callback=_top_p, help="above 0: only the likeliest tokens of this mass")
 ]

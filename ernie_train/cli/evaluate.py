@@ -17,6 +17,7 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.data import Column, Columns
 from ernie_train.environments import EnvironmentConfig, open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
+from ernie_train.eval.measured import measured, require_scores
 from ernie_train.eval.prompts import load_few_shot, require_episodes
 from ernie_train.io.files import FileDigest, write_directory, write_json, write_jsonl
 from ernie_train.io.outputs import check_output_directory
@@ -34,6 +35,7 @@ class EvalCommand:
     best: bool
     data: Path
     columns: Columns | None
+    max_bad_fraction: float
     tasks: list[str]
     max_examples: int | None
     few_shot: Path | None
@@ -43,16 +45,24 @@ class EvalCommand:
     out: Path | None
     force: bool
 
-    def run(self, console: Console, progress: Console) -> dict[str, Any]:
-        """Print the table, write results and samples to `out`, if given; return the results."""
+    def run(self, console: Console, progress: Console, *, as_json: bool = False) -> None:
+        """Print the table, or the results as JSON; write results and samples to `out`, if given.
+
+        Raises `DataError`, or `ErnieTrainError`, behind all that if nothing could be scored.
+        """
         self._check()
         problems = load_problems(
-            self.data, tasks=self.tasks, max_examples=self.max_examples, columns=self.columns
+            self.data,
+            tasks=self.tasks,
+            max_examples=self.max_examples,
+            max_bad_fraction=self.max_bad_fraction,
+            columns=self.columns,
         )
         examples = None
         if self.few_shot is not None and self.shots is not None:
-            seed = self.config.seed
-            examples = load_few_shot(self.few_shot, self.shots, seed, self.columns)
+            examples = load_few_shot(
+                self.few_shot, self.shots, self.config.seed, self.columns, self.max_bad_fraction
+            )
         path = best_checkpoint(self.model) if self.best else self.model
         model, tokenizer = open_model(path)
         with (
@@ -74,7 +84,9 @@ class EvalCommand:
         console.print(evaluation_table(results))
         if self.out is not None:
             write_directory(self.out, lambda directory: _write(directory, results, found.samples))
-        return results
+        if as_json:
+            print(as_text(results))
+        require_scores(found.samples)
 
     def _check(self) -> None:
         config, n = self.config, self.config.samples
@@ -97,6 +109,7 @@ class EvalCommand:
             "k": self.config.ks,
             "tasks": self.tasks,
             "max_examples": self.max_examples,
+            "max_bad_fraction": self.max_bad_fraction,
             "few_shot": None if self.few_shot is None else str(self.few_shot),
             "shots": self.shots,
             "environment": self.environment.model_dump() if self.environment else None,
@@ -108,7 +121,7 @@ class EvalCommand:
             "data": str(self.data),
             "columns": columns,
             "settings": settings,
-            "trained": found.to_dict(),
+            "trained": measured(found.to_dict()),
         }
 
 

@@ -24,6 +24,7 @@ from ernie_train.io.files import write_jsonl
 from ernie_train.io.outputs import check_output_file
 
 BATCH_SIZE = 64
+BAD_ROWS = 0.01
 ROW_KEYS = ("prompt", "completion", "finished", "tokens")  # of each row of the output
 
 
@@ -36,6 +37,7 @@ class GenerateCommand:
     prompt: str | None
     prompts: Path | None
     columns: Columns | None
+    max_bad_fraction: float | None  # of `prompts`; BAD_ROWS unless given
     system: str | None
     raw: bool
     sampling: SamplingConfig
@@ -83,6 +85,8 @@ class GenerateCommand:
         sampling = self.sampling
         if self.prompts is None and self.columns is not None:
             raise UserError("--columns names keys of the rows of --prompts: leave it out")
+        if self.prompts is None and self.max_bad_fraction is not None:
+            raise UserError("--max-bad-fraction is that of --prompts: leave it out")
         if self.prompts is None and self.batch_size is not None:
             raise UserError("--batch-size is that of --prompts: leave it out")
         if self.out is None and self.force:
@@ -96,7 +100,10 @@ class GenerateCommand:
         if self.prompts is None:
             records = [Record("prompt", [{"role": "user", "content": self.prompt}])]
         else:
-            records, read = read_records(self.prompts, columns=self.columns)
+            most = BAD_ROWS if self.max_bad_fraction is None else self.max_bad_fraction
+            records, read = read_records(
+                self.prompts, max_bad_fraction=most, columns=self.columns, prompts=True
+            )
             read.warn()
         if wrong := [record.source for record in records if not record.prompt_messages]:
             raise DataError(f"{wrong[0]}: the row asks nothing: it has no messages or prompt")

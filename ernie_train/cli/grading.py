@@ -1,4 +1,4 @@
-"""The verbs that grade completions, `eval` and `score`: their options.
+"""The verbs that sample completions of rows or grade them, `generate`, `eval`, `score`: options.
 
 What they run is imported when one of them is called: other verbs start without it.
 """
@@ -11,11 +11,16 @@ from typing import Annotated
 import typer
 
 from ernie_train.cli.arguments import (
+    BAD_ROWS_HELP,
     Best,
     ColumnsText,
     Force,
+    MaxBadFraction,
     Model,
     Seed,
+    TopK,
+    TopP,
+    bad_fraction_option,
     temperature_option,
     whole_number,
 )
@@ -57,6 +62,7 @@ def evaluate(
     model: Model,
     data: HeldOut = None,
     columns: ColumnsText = None,
+    max_bad_fraction: MaxBadFraction = 0.01,
     tasks: Tasks = None,
     n: Samples = 1,
     k: Sizes = None,
@@ -75,7 +81,7 @@ def evaluate(
     best: Best = False,
 ) -> None:
     """Solve held-out problems; print accuracy, pass@k and majority vote by task."""
-    from ernie_train.cli.evaluate import EvalCommand, as_text, parse_ks, parse_tools
+    from ernie_train.cli.evaluate import EvalCommand, parse_ks, parse_tools
     from ernie_train.data import parse_columns
     from ernie_train.eval.evaluation import EvalConfig
     from ernie_train.io.shipped import shared_path
@@ -90,6 +96,7 @@ def evaluate(
         best=best,
         data=shared_path("data/test") if data is None else data,
         columns=None if columns is None else parse_columns(columns, "--columns"),
+        max_bad_fraction=max_bad_fraction,
         tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
         max_examples=max_examples,
         few_shot=few_shot,
@@ -101,9 +108,7 @@ def evaluate(
         out=out,
         force=force,
     )
-    results = command.run(Terminal(quiet=as_json), Terminal(stderr=as_json))
-    if as_json:
-        print(as_text(results))
+    command.run(Terminal(quiet=as_json), Terminal(stderr=as_json), as_json=as_json)
 
 
 def score(
@@ -133,3 +138,52 @@ def score(
         check_output_file(out, SCORE_KEYS, inputs=[data, completions], force=force)
     mapped = None if columns is None else parse_columns(columns, "--columns")
     score_file(reward, data, completions, out, Terminal(), mapped, model)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="what to ask; shown as it is written")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="many: a file of rows, a directory or a pattern")
+    ] = None,
+    columns: ColumnsText = None,
+    max_bad_fraction: Annotated[
+        float | None, bad_fraction_option(help=f"{BAD_ROWS_HELP}; default 0.01")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
+    raw: Annotated[
+        bool, typer.Option(help="continue the text itself, without chat format")
+    ] = False,
+    max_new_tokens: Annotated[int, whole_number(min=1)] = 256,
+    temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    batch_size: Annotated[
+        int | None, whole_number(min=1, help="prompts of --prompts sampled at once; default 64")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write JSONL here; default: print it, row by row")
+    ] = None,
+    force: Force = False,
+    best: Best = False,
+) -> None:
+    """Complete a prompt while you watch, or a file of prompts as JSONL."""
+    from ernie_train.cli.generate import GenerateCommand
+    from ernie_train.data import parse_columns
+    from ernie_train.generate.sampler import SamplingConfig
+
+    GenerateCommand(
+        model=model,
+        best=best,
+        prompt=prompt,
+        prompts=prompts,
+        columns=None if columns is None else parse_columns(columns, "--columns"),
+        max_bad_fraction=max_bad_fraction,
+        system=system,
+        raw=raw,
+        sampling=SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed),
+        batch_size=batch_size,
+        out=out,
+        force=force,
+    ).run(Terminal(stderr=True))

@@ -24,13 +24,17 @@ from ernie_train.core.terminal import printable
 from ernie_train.data import (
     Columns,
     ReadReport,
+    SourceReport,
     Tokenizer,
     encode_records,
     iter_records,
     load_tokenizer,
     require_chat_template,
 )
+from ernie_train.data.conversation import ANOTHER_TEMPLATE
+from ernie_train.data.reader import grouped
 from ernie_train.io.files import write_text
+from ernie_train.io.shipped import shared_path
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.plan.command import PlanSettings, plan_request
 from ernie_train.plan.layout import GB, Layout
@@ -52,6 +56,8 @@ LONGEST_ROW = 8192  # tokens; longer rows are left out
 MEMORY_SHARE = 0.8  # of the machine's; other programs need some of it
 _UNIT = 64  # lengths are multiples of it
 BAD_ROWS = 0.01
+SHOWN_REASONS = 10
+TOOL_TEMPLATE = "recipes/chatml_tools.jinja"
 # Highest learning rate by kind of stage, of LoRA and of the whole model.
 _RATES = {"sft": (2e-4, 2e-5), "pretrain": (2e-4, 5e-5), "dpo": (2e-5, 1e-6)}
 
@@ -163,12 +169,24 @@ class InitCommand:
             source = report.sources[0]
             kept = [int(length) for length in source.lengths if length <= limit]
             count, tokens = source.kept, source.tokens
+            if not count and (len(kept) or not len(source.lengths)):
+                raise self._nothing_left(source)
         if not kept and kind != "pretrain":
             raise DataError(f"{self.data}: no row has at most {limit} tokens")
         if not whole:
             share = max(1, read.bytes_total) / max(1, read.bytes_read)
             count, tokens = round(count * share), round(tokens * share)
         return Rows(kind, read.format, count, max(kept, default=limit), tokens, whole)
+
+    def _nothing_left(self, source: SourceReport) -> DataError:
+        """Return the error that says why every row is left out."""
+        lines = grouped(source.bad + source.left_out, source.dropped)
+        if len(lines) > SHOWN_REASONS:
+            lines[SHOWN_REASONS:] = [f"and {len(lines) - SHOWN_REASONS} other reasons"]
+        if any(ANOTHER_TEMPLATE in row.reason for row in source.bad):
+            shown_by = shared_path(TOOL_TEMPLATE)
+            lines.append(f"another template shows them: --template {shown_by}, or your own")
+        return DataError(f"{self.data}: every row is left out:\n  " + "\n  ".join(lines))
 
     # ---- the recipe ------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from rich.logging import RichHandler
 
 from ernie_train.cli.arguments import (
     Best,
-    ColumnsText,
     Force,
     Model,
     Overrides,
@@ -33,7 +32,7 @@ from ernie_train.cli.arguments import (
     usage_message,
     whole_number,
 )
-from ernie_train.cli.grading import evaluate, score
+from ernie_train.cli.grading import evaluate, generate, score
 from ernie_train.cli.recipes import check, doctor, init, plan, preview, schema
 from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
@@ -160,52 +159,7 @@ def report(
 for _verb in (check, doctor, init, plan, preview, schema, score):
     app.command()(_verb)
 app.command(name="eval")(evaluate)
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[str | None, typer.Option(help="what to ask; shown as it is written")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="many: a file of rows, a directory or a pattern")
-    ] = None,
-    columns: ColumnsText = None,
-    system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
-    raw: Annotated[
-        bool, typer.Option(help="continue the text itself, without chat format")
-    ] = False,
-    max_new_tokens: Annotated[int, whole_number(min=1)] = 256,
-    temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    batch_size: Annotated[
-        int | None, whole_number(min=1, help="prompts of --prompts sampled at once; default 64")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="write JSONL here; default: print it, row by row")
-    ] = None,
-    force: Force = False,
-    best: Best = False,
-) -> None:
-    """Complete a prompt while you watch, or a file of prompts as JSONL."""
-    from ernie_train.cli.generate import GenerateCommand
-    from ernie_train.data import parse_columns
-    from ernie_train.generate.sampler import SamplingConfig
-
-    GenerateCommand(
-        model=model,
-        best=best,
-        prompt=prompt,
-        prompts=prompts,
-        columns=None if columns is None else parse_columns(columns, "--columns"),
-        system=system,
-        raw=raw,
-        sampling=SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed),
-        batch_size=batch_size,
-        out=out,
-        force=force,
-    ).run(Terminal(stderr=True))
+app.command()(generate)
 
 
 @app.command()

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from ernie_train.core.errors import DataError, UserError
 from ernie_train.data import (
-    BadRow,
     Columns,
     EncodedDocument,
     ReadReport,
@@ -29,7 +28,7 @@ from ernie_train.data import (
     preview,
     prompt_ids,
 )
-from ernie_train.data.reader import splits_warning
+from ernie_train.data.reader import grouped, splits_warning
 from ernie_train.weights.model_directory import find_model
 
 SHOWN_LEFT_OUT = 10
@@ -83,8 +82,8 @@ def preview_data(
         kind: Any = "pretrain" if all(r.kind == "text" for r in records) else "sft"
         _, report = encode_records(records, read, tokenizer, kind=kind, seq_len=settings.seq_len)
         console.print(report.as_table())
-        read.left_out = report.sources[0].left_out
-    _print_left_out(read.bad + read.left_out, console)
+        read.left_out, read.dropped = report.sources[0].left_out, report.sources[0].dropped
+    _print_left_out(grouped(read.bad + read.left_out, read.dropped), console)
 
 
 def preview_tokenizer(model: Path | None, tokenizer: Path | None) -> Tokenizer | None:
@@ -224,8 +223,8 @@ def _print_counts(
         console.print(f"only the first {read.rows} rows were read; --max-rows 0 reads all")
 
 
-def _print_left_out(rows: list[BadRow], console: Console) -> None:
-    for row in rows[:SHOWN_LEFT_OUT]:
-        console.print(f"left out: {row}", highlight=False)
-    if len(rows) > SHOWN_LEFT_OUT:
-        console.print(f"and {len(rows) - SHOWN_LEFT_OUT} more")
+def _print_left_out(reasons: list[str], console: Console) -> None:
+    for reason in reasons[:SHOWN_LEFT_OUT]:
+        console.print(f"left out: {reason}", highlight=False)
+    if len(reasons) > SHOWN_LEFT_OUT:
+        console.print(f"and {len(reasons) - SHOWN_LEFT_OUT} other reasons")

@@ -13,6 +13,7 @@ import typer
 
 from ernie_train.cli.arguments import (
     ColumnsText,
+    MaxBadFraction,
     Overrides,
     RecipePath,
     number,
@@ -135,9 +136,7 @@ def init(
     memory_gb: Annotated[
         float | None, number(min=0.001, help="memory to fit; default this machine's")
     ] = None,
-    max_bad_fraction: Annotated[
-        float, number(min=0, max=1, help="share of unreadable rows that may be left out")
-    ] = 0.01,
+    max_bad_fraction: MaxBadFraction = 0.01,
 ) -> None:
     """Write a recipe for a model and a file of rows; ask for what is not given."""
     from ernie_train.cli.init import METHODS, InitCommand, answers

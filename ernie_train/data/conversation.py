@@ -25,7 +25,7 @@ from ernie_train.data.chat_messages import (
 from ernie_train.data.chat_template import ChatTemplate
 from ernie_train.data.tokenizer import MARK, Tokenizer, common_start
 
-_ANOTHER_TEMPLATE = "chat.template in the recipe names one that writes it (docs/chat.md)"
+ANOTHER_TEMPLATE = "chat.template in the recipe names one that writes it (docs/chat.md)"
 Tools = Sequence[dict[str, Any]] | None
 
 
@@ -125,7 +125,7 @@ class Conversation:
             if self.render(other) == text:
                 raise DataError(
                     f"message {at + 1} is a {message['role']} message that {self.template.origin} "
-                    f"leaves out; {_ANOTHER_TEMPLATE}"
+                    f"leaves out; {ANOTHER_TEMPLATE}"
                 )
         return text
 
@@ -238,7 +238,7 @@ class Conversation:
         if not written.strip() or not all(shown):
             raise DataError(
                 f"message {at + 1}: {self.template.origin} leaves the turn or its tool call out; "
-                + _ANOTHER_TEMPLATE
+                + ANOTHER_TEMPLATE
             )
         return Turn(text, start, end, message.get("weight", 1), message, closing > 0)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from ernie_train.data.formats import (
     Record,
     Row,
     RowError,
+    as_prompt,
     detect_format,
     missing_keys,
 )
@@ -45,6 +46,22 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
+
+
+def grouped(rows: Sequence[BadRow], counts: Mapping[str, int] | None = None) -> list[str]:
+    """Return a line for each reason: how many rows have it, and the first of them.
+
+    `counts` are those of reasons of which `rows` lists the first rows alone.
+    """
+    by_reason: dict[str, list[BadRow]] = {}
+    for row in rows:
+        by_reason.setdefault(row.reason, []).append(row)
+    lines = []
+    for reason, found in by_reason.items():
+        count = max(len(found), (counts or {}).get(reason, 0))
+        several = f"{count} rows: {reason}, first at {found[0].source}"
+        lines.append(several if count > 1 else str(found[0]))
+    return lines
 
 
 def remarks(
@@ -150,6 +167,8 @@ def read_records(
     format: str = "auto",
     max_bad_fraction: float = 0.01,
     columns: Columns | None = None,
+    *,
+    prompts: bool = False,
 ) -> tuple[list[Record], ReadReport]:
     """Read the rows of a file, of a directory of files or of a pattern; bad rows are reported.
 
@@ -159,24 +178,30 @@ def read_records(
         format: a name in FORMATS, or "auto" to detect it from the keys of each row.
         max_bad_fraction: the share of bad rows above which the path is refused, 0..1.
         columns: what to read the columns of a row as, by key; None leaves their names.
+        prompts: rows are asked, so that they need no answer.
 
     Raises:
         DataError: the path cannot be read, the format is unknown, there are no rows, or too many
             of them are bad.
     """
     report = ReadReport(str(path))
-    records = list(iter_records(path, format, report, columns))
+    records = list(iter_records(path, format, report, columns, prompts=prompts))
     report.kept = len(records)
     report.check(max_bad_fraction)
     return records, report
 
 
 def iter_records(
-    path: str | Path, format: str, report: ReadReport, columns: Columns | None = None
+    path: str | Path,
+    format: str,
+    report: ReadReport,
+    columns: Columns | None = None,
+    *,
+    prompts: bool = False,
 ) -> Iterator[Record]:
     """Yield the records of a path one by one, and fill in `report`, which the caller checks.
 
-    `path`, `format` and `columns` are those of `read_records`.
+    `path`, `format`, `columns` and `prompts` are those of `read_records`.
 
     Raises:
         DataError: the path cannot be read, or the format is unknown.
@@ -188,9 +213,10 @@ def iter_records(
     report.splits = found.splits()
     report.bytes_total = sum(file.stat().st_size for file in found.files)
     mapped = ColumnMap(columns)
+    change = (lambda row: as_prompt(mapped(row))) if prompts else mapped
     try:
         for file in found.files:
-            yield from _file_records(file, format, report, mapped)
+            yield from _file_records(file, format, report, change)
     except _UnknownFormat:
         mapped.check(str(path))  # the likelier reason
         raise
@@ -202,7 +228,7 @@ class _UnknownFormat(DataError):
 
 
 def _file_records(
-    file: Path, format: str, report: ReadReport, mapped: ColumnMap
+    file: Path, format: str, report: ReadReport, change: Callable[[Row], Row]
 ) -> Iterator[Record]:
     chosen = None if format == "auto" else format
     before = report.bytes_read
@@ -217,7 +243,7 @@ def _file_records(
         try:
             if isinstance(row, RowError):
                 raise row
-            row = mapped(row)
+            row = change(row)
             if format == "auto":
                 chosen = detect_format(row) or chosen
             if chosen is None:
@@ -247,12 +273,13 @@ def _read(row: Row, format_name: str) -> Record:
 
 
 def _unknown_format(file: Path, row: dict[str, Any]) -> str:
-    formats = "; ".join(
-        f"{name}: " + " or ".join(" + ".join(sorted(keys)) for keys in entry.marks)
+    known = "; ".join(
+        name if {name} == (keys := entry.marks[0]) else f"{name} ({' + '.join(sorted(keys))})"
         for name, entry in FORMATS.items()
     )
     return (
-        f"{file}: cannot tell the format of rows with the keys {', '.join(sorted(row))}; "
-        f"known formats and their keys are {formats}. `columns:` beside the path says what "
-        "yours are read as (docs/data.md)"
+        f"{file}: cannot tell the format of rows with the keys {', '.join(sorted(row))}\n"
+        f"known formats: {known} (docs/data.md)\n"
+        "say what yours are: --columns '{question: frage, answer: antwort}' "
+        "(or the recipe's `columns:`)"
     )

@@ -56,7 +56,11 @@ class FewShot:
 
 
 def load_few_shot(
-    path: str | Path, shots: int, seed: int, columns: Columns | None = None
+    path: str | Path,
+    shots: int,
+    seed: int,
+    columns: Columns | None = None,
+    max_bad_fraction: float = 0.01,
 ) -> FewShot:
     """Read worked examples from a file of rows, in an order that the seed decides.
 
@@ -65,7 +69,7 @@ def load_few_shot(
     Raises:
         DataError: the path cannot be read, rows have no answer, or there are fewer than `shots`.
     """
-    records, read = read_records(path, columns=columns)
+    records, read = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
     read.warn()
     examples = []
     for record in records:

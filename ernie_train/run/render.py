@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ernie_train.eval.measured import measured
 from ernie_train.io.run_dir import RECEIPT
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import Recipe
@@ -21,7 +22,7 @@ def evaluation_table(result: dict[str, Any]) -> Group:
 
     pass@k and maj@n stand with their intervals, where the result has them.
     """
-    trained = result["trained"]
+    trained = measured(result["trained"])
     untrained = {t["task"]: t for t in result.get("untrained", {}).get("tasks", [])}
     tasks = _table("held-out problems", "domain", "task", "n", "accuracy", "baseline")
     several = any(name != "pass@1" for task in trained["tasks"] for name in _estimates(task))
@@ -41,9 +42,11 @@ def evaluation_table(result: dict[str, Any]) -> Group:
     domains = _table("", "domain", "accuracy", "baseline", "above it")
     for domain, values in trained["domains"].items():
         accuracy, baseline = values["accuracy"], values["baseline"]
-        gain = "-" if baseline is None else f"{100 * (accuracy - baseline):+.1f}"
+        known = baseline is not None and accuracy is not None
+        gain = f"{100 * (accuracy - baseline):+.1f}" if known else "-"
         domains.add_row(domain, _percent(accuracy), _percent(baseline), gain)
-    lines = [f"mean over tasks: {_percent(trained['mean_accuracy'])} %"]
+    mean = trained["mean_accuracy"]
+    lines = [f"mean over tasks: {_percent(mean)}{'' if mean is None else ' %'}"]
     lines.append("in %; baseline: always the task's most frequent answer, - where rows have none")
     lines.append("95 %: interval over problems, where a completion that cannot be scored is wrong")
     if untrained:

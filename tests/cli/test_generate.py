@@ -54,6 +54,38 @@ def test_a_file_gives_the_completions_of_its_prompts_alone(place, call, tmp_path
     assert len(pairs) == 3, "`score` takes them"
 
 
+def test_rows_need_no_answer_to_be_asked(call, tmp_path):
+    alone, more = {"instruction": "Add 1."}, {"instruction": "Add 1.", "input": "2", "output": ""}
+    history = {**alone, "output": " ", "history": [["1?", "1"]], "system": "Be brief."}
+    dolly = {**alone, "context": "2", "response": ""}
+    rows = [alone, more, history, dolly, {"prompt": "3?", "completion": ""},
+            {"instruction": "Add 1.", "input": "3", "output": "4"}]  # fmt: skip
+    write_rows(tmp_path / "p.jsonl", [{**row, "id": n} for n, row in enumerate(rows)])
+    status, text, told = call("--prompts", tmp_path / "p.jsonl")
+    assert status == 0, told
+    found = [json.loads(line) for line in text.splitlines()]
+    asked = ["Add 1.", "Add 1.\n2", "Add 1.", "Add 1.\n2", "3?", "Add 1.\n3"]
+    assert [(row["id"], row["prompt"]) for row in found] == list(enumerate(asked))
+    write_rows(tmp_path / "p.jsonl", [{"instruction": 3}])
+    assert "p.jsonl:1: instruction must be text" in call("--prompts", tmp_path / "p.jsonl")[2]
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(place, call, tmp_path, capsys):
+    made = [{"prompt": "1?", "reward": "exact", "answer": "1"}] * 3
+    lines = [json.dumps(row) for row in made]
+    (tmp_path / "p.jsonl").write_text("\n".join([*lines, "{\n"]))
+    for verb in ("generate", "eval"):
+        data = "--prompts" if verb == "generate" else "--data"
+        given = [verb, place / "model", data, tmp_path / "p.jsonl", "--max-new-tokens", 1]
+        found = []
+        for more in ((), ("--max-bad-fraction", 0.3)):
+            with pytest.raises(SystemExit) as stopped:
+                main([str(part) for part in (*given, *more)])
+            found.append((int(stopped.value.code or 0), "1 of 4 rows" in capsys.readouterr().err))
+        assert found == [(2, True), (0, False)]
+    assert "is that of --prompts" in call("--prompt", "1?", "--max-bad-fraction", 0.3)[2]
+
+
 def test_sampled_completions_do_not_depend_on_the_batches(place, call, tmp_path):
     write_rows(tmp_path / "p.jsonl", [{"prompt": "1 + 1?"}] * 5)
     texts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,22 @@ def test_rows_that_cannot_be_read_are_left_out_where_that_is_asked_for(
     assert cli(*given, "--max-bad-fraction", 0.2)[0] == 0
     assert load_yaml(tmp_path / "own.yaml")["stages"][0]["max_bad_fraction"] == 0.2
     assert cli("check", "own.yaml")[0] == 0
+
+
+def test_rows_that_are_all_left_out_are_told_with_their_reason_and_the_remedy(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "count", "arguments": {"to": 8}}]}
+    asked = {"messages": [{"role": "user", "content": "to 8?"}, call], "tools": [{"name": "count"}]}
+    write_rows(tmp_path / "calls.jsonl", [asked] * 12)
+    (tmp_path / "no_tools.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    given = ("init", "--model", place / "model", "--data", "calls.jsonl")
+    status, told = cli(*given, "--template", "no_tools.jinja")
+    assert status == 2 and "calls.jsonl: every row is left out:\n  12 rows: message 2: " in told
+    assert "leaves the turn or its tool call out" in told and "first at calls.jsonl:1\n" in told
+    assert "at most" not in told
+    named = re.search(r"--template (\S+recipes/chatml_tools\.jinja), or your own", told)
+    assert named and cli(*given, "--template", named[1])[0] == 0, "found from any directory"

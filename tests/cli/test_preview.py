@@ -121,6 +121,20 @@ def test_a_field_of_a_million_characters_is_shown_by_its_ends(preview, tmp_path)
     assert "xxx end" in words
 
 
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_equal_reasons_are_told_once(preview, tmp_path, root, tokenizer):
+    rows = [json.dumps(chat("q", "a")), *[json.dumps(chat("q", " "))] * 150, "[]", "[]", "{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    given = ("--tokenizer", root / "tokenizer") if tokenizer else ()
+    out = preview(tmp_path / "a.jsonl", *given)
+    told = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert len(told) == 3
+    assert told[0].startswith("left out: 2 rows: it is a list, not an object, first at ")
+    assert told[0].endswith("a.jsonl:152")
+    assert told[1].startswith(f"left out: {tmp_path}/a.jsonl:154: it is not valid JSON")
+    assert told[2] == f"left out: 150 rows: with a blank answer, first at {tmp_path}/a.jsonl:2"
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [

@@ -250,9 +250,12 @@ def test_an_odd_first_row_does_not_decide_the_format(write_rows: Any) -> None:
 
 
 def test_an_unknown_format_names_the_keys_and_the_known_ones(write_rows: Any) -> None:
-    with pytest.raises(DataError, match="keys premise, truth; known formats") as caught:
+    with pytest.raises(DataError, match="keys premise, truth\nknown formats") as caught:
         read_records(write_rows("rows.jsonl", [{"premise": 1, "truth": 2}]))
-    assert "instruction + output" in str(caught.value)
+    _, known, example = str(caught.value).splitlines()
+    assert "alpaca (instruction + output); " in known and "; messages; " in known
+    assert len(known) < 300 and all(name in known for name in FORMATS)
+    assert "--columns '{question: frage, answer: antwort}' (or the recipe's" in example
     with pytest.raises(DataError, match="unknown format 'csv'"):
         read_records(write_rows("rows.jsonl", [GOOD]), "csv")
 

@@ -51,7 +51,7 @@ PACKAGES: dict[str, str] = {
     "generate.engines": "config protocol own answer endpoint guard process servers served build",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " step_loop supervised_data supervised",
-    "eval": "prompts estimates evaluation gates",
+    "eval": "prompts estimates measured evaluation gates",
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
     "rl.rollout": "records files grading sampler second_reward",
@@ -63,7 +63,7 @@ PACKAGES: dict[str, str] = {
     "report": "run_files curves overview reading page",
     "plan": "layout workload memory cost search tables command",
     "selftest": "check fixture graph kernels training ranks report command",
-    "cli": "arguments doctor model turn_view evaluate preview score grading generate chat run"
+    "cli": "arguments doctor model turn_view evaluate preview score generate grading chat run"
     " init recipes status watch main",
 }
 ROOT_MODULES = ("__main__",)

@@ -7,7 +7,7 @@ from ernie_train.data.formats.columns import (
     MappedRows,
     parse_columns,
 )
-from ernie_train.data.formats.kinds import FORMATS, detect_format, missing_keys
+from ernie_train.data.formats.kinds import FORMATS, as_prompt, detect_format, missing_keys
 from ernie_train.data.formats.record import Record
 from ernie_train.data.formats.values import BlankAnswer, Row, RowError, without_nulls
 
@@ -21,6 +21,7 @@ __all__ = [
     "Record",
     "Row",
     "RowError",
+    "as_prompt",
     "detect_format",
     "missing_keys",
     "parse_columns",

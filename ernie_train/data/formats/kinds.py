@@ -33,13 +33,17 @@ def from_alpaca(row: Row) -> Record:
 
     It may also have `system` and `history`, a list of [question, answer].
     """
-    asked = [text_at(row, key) for key in ("instruction", "input") if not _is_blank(row, key)]
-    asked = asked or [text_at(row, "instruction")]
-    messages = [*_history(row.get("history")), _user("\n".join(asked))]
+    messages = _instructed(row, "instruction", "input")
     used = {"instruction", "input", "output", "history"}
     if "chosen" not in row:
         messages.append(answer_at(row, "output"))
     return make_record(row, messages, used)
+
+
+def _instructed(row: Row, *keys: str) -> list[Message]:
+    asked = [text_at(row, key) for key in keys if not _is_blank(row, key)]
+    asked = asked or [text_at(row, "instruction")]
+    return [*_history(row.get("history")), _user("\n".join(asked))]
 
 
 def from_prompt_completion(row: Row) -> Record:
@@ -223,6 +227,7 @@ def _marks(*sets: str) -> tuple[frozenset[str], ...]:
 
 
 _QUESTIONS, _ANSWERS = ("question", "problem", "query"), ("response", "solution", "answer")
+_ANSWER_KEYS = (*_ANSWERS, "output", "completion")
 
 # Detection tries the formats in this order.
 FORMATS: dict[str, Format] = {
@@ -256,6 +261,20 @@ def detect_format(row: Row) -> str | None:
         if any(marks <= row.keys() for marks in entry.marks):
             return name
     return None
+
+
+def as_prompt(row: Row) -> Row:
+    """Return a row without its blank answers, and an instruction without an answer as messages.
+
+    Raises:
+        RowError: what is asked cannot be read.
+    """
+    row = {k: v for k, v in row.items() if k not in _ANSWER_KEYS or not _is_blank(row, k)}
+    if "instruction" not in row or detect_format(row) is not None:
+        return row
+    asked = ("instruction", "input", "context")
+    rest = {key: value for key, value in row.items() if key not in (*asked, "history")}
+    return {**rest, "messages": _instructed(row, *asked)}
 
 
 def missing_keys(format_name: str, row: Row) -> str | None:
