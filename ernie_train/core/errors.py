@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class ErnieTrainError(Exception):
@@ -122,6 +123,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = [initials] if len(parts) > 1 and initials in known else []
     near += difflib.get_close_matches("_".join(parts), known, n=1, cutoff=0.65)
     return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+
+
+def describe(value: Any) -> str:
+    """Describe a value for a message: `the text 'x'`, `a list of 3`."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value!r}"
+    if isinstance(value, str):
+        return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"a section with the keys {', '.join(value)}" if value else "an empty section"
+    return repr(value)
 
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
