@@ -146,8 +146,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def hub_hint(path: str | Path) -> str:
-    """Return the remedy for a path that may be a model's name on a hub, else ""."""
-    if Path(path).exists() or not _HUB_NAME.fullmatch(str(path)):
+    """Return the remedy for a path that may be a model's name on a hub, else "".
+
+    It is none if its first directory exists, as in `runs/nope`.
+    """
+    if not _HUB_NAME.fullmatch(str(path)) or Path(path).parent.exists():
         return ""
     return (
         f"; if it is a name on a hub, download it first: hf download {path} --local-dir DIR, and "

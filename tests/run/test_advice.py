@@ -87,9 +87,11 @@ def test_a_name_of_a_hub_is_told_to_be_downloaded(recipe, tmp_path, monkeypatch)
         find_model("someone/Some-Model")
     with pytest.raises(UserError, match="hf download someone/some"):
         load_recipe(recipe, ["tokenizer.path=someone/some"]).load_tokenizer(tmp_path)
-    with pytest.raises(UserError) as failed:
-        find_model("/nowhere/at/all")
-    assert "download" not in str(failed.value)
+    (tmp_path / "runs").mkdir()
+    for path in ("/nowhere/at/all", "runs/nope", "./someone/some", "someone/some/more"):
+        with pytest.raises(UserError) as failed:
+            find_model(path)
+        assert "download" not in str(failed.value)
 
 
 @pytest.mark.parametrize(
