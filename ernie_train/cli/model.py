@@ -73,6 +73,7 @@ def export_model(
         else:
             stages = recipe.stages if recipe is not None else []
             quantizer = Quantizer.on_rows_of(stages, quantize, Path.cwd())
+    console.print(f"writing {out}, then reading it back and comparing logits", highlight=False)
     receipt = export(
         model,
         tokenizer,

@@ -31,6 +31,8 @@ from ernie_train.io.run_dir import (
     read_done,
     read_result,
     saved_steps,
+    stopped_state,
+    total_steps,
 )
 from ernie_train.launch import last_launch
 
@@ -50,10 +52,11 @@ def print_status(run_dir: Path, console: Console) -> None:
         table.add_column(column)
     missing = []
     before = None
+    owner = lock_owner(run_dir)
     for index, stage in enumerate(recipe["stages"]):
         name = stage["name"]
         directory = run_dir / f"{index + 1:02d}-{name}"
-        state, *cells = _stage_cells(directory)
+        state, *cells = _stage_cells(directory, stage, is_running=owner is not None)
         if state == "done":
             result = read_result(directory / "evaluation.json")
             state, before = _state_at_gate(stage, result, before), result
@@ -67,7 +70,7 @@ def print_status(run_dir: Path, console: Console) -> None:
     console.print(table)
     if (launched := last_launch(run_dir)) is not None:
         console.print(f"last launch: {launched}", markup=False, highlight=False)
-    if (owner := lock_owner(run_dir)) is not None:
+    if owner is not None:
         console.print(f"running: {owner}", markup=False, highlight=False)
     elif missing:
         console.print("no process runs it; the same command goes on", highlight=False)
@@ -117,16 +120,28 @@ def _state_at_gate(
     return "done"
 
 
-def _stage_cells(directory: Path) -> tuple[str, str, str, str]:
+def _stage_cells(
+    directory: Path, settings: Mapping[str, Any], *, is_running: bool
+) -> tuple[str, str, str, str]:
     """Return state, step, checkpoints and latest metrics of a stage."""
     rows = deque(read_metrics(directory / FILE_NAME), maxlen=1)
     last = rows[0] if rows else {}
     steps = saved_steps(directory / "checkpoints")
-    state = "done" if read_done(directory) else "begun" if last or steps else "waiting"
+    total, step = total_steps(settings), last.get("step")
+    step = step if type(step) is int else None
+    if read_done(directory):
+        state = "done"
+    elif not last and not steps:
+        state = "waiting"
+    elif is_running:
+        state = "running"
+    else:
+        state = stopped_state(steps[-1] if steps else None, step or 0, total)
+    reached = "-" if step is None else f"{step:,} of {total:,}" if total else f"{step:,}"
     shown = [f"{name} {last[name]:.4g}" for name in HEADLINE if name in last]
     times = last.get("time", {})
     if "tokens_per_second" in times:
         shown.append(f"{times['tokens_per_second']:,.0f} tokens/s")
     elif "seconds" in times:
         shown.append(f"{times['seconds']:.1f} s a step")
-    return state, str(last.get("step", "-")), ", ".join(map(str, steps)) or "-", ", ".join(shown)
+    return state, reached, ", ".join(map(str, steps)) or "-", ", ".join(shown)

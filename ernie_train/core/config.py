@@ -19,7 +19,7 @@ import pydantic
 from pydantic import Field
 from pydantic_core import ErrorDetails
 
-from ernie_train.core.errors import ConfigError, did_you_mean
+from ernie_train.core.errors import ConfigError, describe, did_you_mean
 from ernie_train.core.yaml import dump_yaml as dump_yaml
 from ernie_train.core.yaml import load_yaml as load_yaml
 from ernie_train.core.yaml import parse_yaml
@@ -191,7 +191,7 @@ def list_problems(
         if any(other[: len(path)] == path and other != path for other in by_path):
             continue
         prefix = f"{'.'.join(map(str, path))}: " if path else ""
-        lines += [prefix + message for message in _messages(cls, group)]
+        lines += [prefix + message for message in _messages(cls, group, _section(path, data))]
     return lines
 
 
@@ -220,7 +220,19 @@ def _keys_in(loc: KeyPath, data: Any) -> KeyPath:
     return max(with_head, without, key=len)
 
 
-def _messages(cls: type[pydantic.BaseModel], errors: list[ErrorDetails]) -> list[str]:
+def _section(path: KeyPath, data: Any) -> list[str]:
+    """Return the keys above the last as an override says them: items by their names."""
+    section = []
+    for key in path[:-1]:
+        data = data[key]
+        name = data.get("name") if isinstance(key, int) and isinstance(data, dict) else None
+        section.append(name if isinstance(name, str) else str(key))
+    return section
+
+
+def _messages(
+    cls: type[pydantic.BaseModel], errors: list[ErrorDetails], section: list[str]
+) -> list[str]:
     """Return the messages for one key; the members of a union share one."""
     messages, wanted, hint = [], [], ""
     for error in errors:
@@ -228,7 +240,7 @@ def _messages(cls: type[pydantic.BaseModel], errors: list[ErrorDetails]) -> list
         if kind in ("missing", "union_tag_not_found"):
             messages.append("missing; this key is required")
         elif kind == "extra_forbidden":
-            messages.append("unknown key" + _unknown_key_hint(cls, error["loc"]))
+            messages.append("unknown key" + _unknown_key_hint(cls, error["loc"], section))
         elif kind in ("value_error", "assertion_error"):
             messages.append(str(context["error"]))
         elif kind in ("model_type", "dict_type"):
@@ -252,24 +264,7 @@ def _messages(cls: type[pydantic.BaseModel], errors: list[ErrorDetails]) -> list
     return list(dict.fromkeys(messages))
 
 
-def describe(value: Any) -> str:
-    """Describe a value for a message: `the text 'x'`, `a list of 3`."""
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return f"the boolean {str(value).lower()}"
-    if isinstance(value, int | float):
-        return f"the number {value!r}"
-    if isinstance(value, str):
-        return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return f"a section with the keys {', '.join(value)}" if value else "an empty section"
-    return repr(value)
-
-
-def _unknown_key_hint(cls: type[pydantic.BaseModel], loc: KeyPath) -> str:
+def _unknown_key_hint(cls: type[pydantic.BaseModel], loc: KeyPath, section: list[str]) -> str:
     """Name the key that was meant by the last element of `loc`, or those that its schema has."""
     schemas = [cls]
     for element in loc[:-1]:
@@ -281,13 +276,11 @@ def _unknown_key_hint(cls: type[pydantic.BaseModel], loc: KeyPath) -> str:
     foreign = getattr(cls, "foreign_keys", {}).get(word.lower().replace("-", "_"))
     if foreign is not None and " " in foreign:
         return f"; {foreign}"
-    if foreign is not None:
-        here = foreign.removeprefix("stages[].") if loc[0] == "stages" else foreign
-        return f"; did you mean '{here}'?"
-    # The right key one section too high: `lr` for `optim.lr`.
-    inside = next((path for schema in schemas for path in _paths_to(word, schema)), None)
-    if inside:
-        return f"; did you mean '{inside}'?"
+    # Else the right key one section too high: `lr` for `optim.lr`.
+    inside = (".".join((*section, path)) for schema in schemas for path in _paths_to(word, schema))
+    if meant := foreign or next(inside, None):
+        stage = ".".join(section[:2]) if loc[0] == "stages" and len(section) > 1 else "stages[]"
+        return f"; did you mean '{meant.replace('stages[]', stage)}'?"
     return did_you_mean(word, [name for schema in schemas for name in schema.model_fields])
 
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class ErnieTrainError(Exception):
@@ -124,12 +125,32 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
 
 
+def describe(value: Any) -> str:
+    """Describe a value for a message: `the text 'x'`, `a list of 3`."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value!r}"
+    if isinstance(value, str):
+        return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"a section with the keys {', '.join(value)}" if value else "an empty section"
+    return repr(value)
+
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def hub_hint(path: str | Path) -> str:
-    """Return the remedy for a path that may be a model's name on a hub, else ""."""
-    if Path(path).exists() or not _HUB_NAME.fullmatch(str(path)):
+    """Return the remedy for a path that may be a model's name on a hub, else "".
+
+    It is none if its first directory exists, as in `runs/nope`.
+    """
+    if not _HUB_NAME.fullmatch(str(path)) or Path(path).parent.exists():
         return ""
     return (
         f"; if it is a name on a hub, download it first: hf download {path} --local-dir DIR, and "

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from ernie_train.core.config import describe
-from ernie_train.core.errors import ConfigError, DataError
+from ernie_train.core.errors import ConfigError, DataError, describe
 from ernie_train.core.terminal import progress_bar
 from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
 from ernie_train.data.completion_format import parse_completion

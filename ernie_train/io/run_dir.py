@@ -220,6 +220,22 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def total_steps(settings: Mapping[str, Any]) -> int | None:
+    """Return the steps or iterations that a stage's settings ask for, None if not in such."""
+    found = (settings.get("steps"), settings.get("iterations"))
+    return next((n for n in found if type(n) is int and n > 0), None)
+
+
+def stopped_state(saved: int | None, last: int, total: int | None) -> str:
+    """Return how an unfinished stage ended that nothing runs: with all saved, or broken off.
+
+    saved: the step of its last checkpoint; last: the last step that it logged.
+    """
+    if saved is None or saved < last:
+        return "broken off"
+    return f"stopped, saved at step {saved:,}" + (f" of {total:,}" if total else "")
+
+
 def is_whole_export(directory: Path, *, hashes: bool = True) -> bool:
     """Return whether every file of a proven export is still there; with `hashes`, unchanged."""
     try:

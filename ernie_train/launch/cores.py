@@ -43,7 +43,7 @@ PRESET_PARAMETERS = {
 # Guesses, to tell short runs from long ones.
 _ROLLOUT_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
 _COMPRESSED, _TEXT_PER_BYTE = (".gz", ".zst", ".parquet"), 4
-_UNSHARED = "ranks share a step's micro-batches, which do not divide here: see grad_accum_steps"
+_MOST_ADVISED = 4  # micro-batches of a step: more would change it for the sake of speed alone
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,6 @@ def _chosen_ranks(
     refused = ""  # why several ranks cannot be
     if isinstance(export, Mapping) and export.get("quantize"):
         refused = "export.quantize: one rank quantizes the whole model"
-    elif shared == 1:
-        refused = _UNSHARED
     allowed = begun is not None and (begun == 1 or (not refused and shared % begun == 0))
     if begun is not None and begun <= most and allowed:
         return begun, "as this run began"
@@ -143,14 +141,28 @@ def _worthwhile_ranks(
     """Return the most ranks that share the work evenly, pay and fit, and why there are no more."""
     shared = gcd(*(stage.micro_batches for stage in stages))
     ranks = max((n for n in range(1, most + 1) if shared % n == 0), default=1) if shared else 1
-    if ranks == 1:
-        return 1, _UNSHARED
+    wanted = _advised_micro_batches(stages, most) if ranks == 1 else None
+    if ranks == 1 and wanted is None:
+        return 1, ""
     if (tokens := sum(stage.tokens for stage in stages)) < WORTHWHILE_TOKENS:
-        return 1, f"for {tokens} tokens further ranks do not pay"
+        return 1, f"for {tokens} tokens further ranks do not pay" if ranks > 1 else ""
     copy = _BYTES_PER_FILE_BYTE * max(1, _model_bytes(values.get("model"), base_dir))
     room = _MEMORY_SHARE * memory_bytes()["total"] / copy
+    if wanted is not None:
+        return 1, f"grad_accum_steps: {wanted} would use more cores" if wanted <= room else ""
     fits = max((n for n in range(1, ranks + 1) if shared % n == 0 and n <= room), default=1)
     return fits, "" if fits == ranks else "memory holds no more copies of the model"
+
+
+def _advised_micro_batches(stages: list[_Stage], most: int) -> int | None:
+    """Return a `grad_accum_steps` that lets several ranks share, None where that is not known.
+
+    Every stage whose micro-batches ranks cannot divide must be one that sets it, and with one
+    micro-batch, since no advice is to shorten a step.
+    """
+    wanted = 2 if most < _MOST_ADVISED else _MOST_ADVISED
+    odd = [stage for stage in stages if stage.micro_batches % wanted or not stage.micro_batches]
+    return wanted if odd and all(s.accumulates and s.micro_batches == 1 for s in odd) else None
 
 
 def _model_bytes(model: Any, base_dir: Path) -> int:
@@ -193,6 +205,7 @@ class _Stage:
 
     micro_batches: int = 0  # of an optimizer step
     tokens: int = 0  # about, in all
+    accumulates: bool = False  # has `grad_accum_steps`
 
     @classmethod
     def of(cls, stage: Any, base_dir: Path) -> _Stage:
@@ -202,9 +215,10 @@ class _Stage:
                 count = int(stage.get("grad_accum_steps", 1))
                 if stage.get("epochs") is not None:
                     data = sum(_data_bytes(base_dir, source["path"]) for source in stage["data"])
-                    return cls(count, int(stage["epochs"]) * data // _BYTES_PER_TOKEN)
+                    return cls(count, int(stage["epochs"]) * data // _BYTES_PER_TOKEN, True)
                 phases = stage.get("rope_schedule") or [stage]
-                return cls(count, sum(_phase_tokens(phase, rows, count) for phase in phases))
+                tokens = sum(_phase_tokens(phase, rows, count) for phase in phases)
+                return cls(count, tokens, True)
             if kind in ("dpo", "reward"):
                 pairs, length = int(stage["pairs_per_step"]), int(stage["seq_len"])
                 return cls(-(-pairs // (rows // 2)), int(stage["steps"]) * pairs * 2 * length)

@@ -14,6 +14,7 @@ import numpy as np
 from ernie_train.core.terminal import format_duration, one_line, printable, shorten
 from ernie_train.eval.gates import evaluation_metrics, gate_problems
 from ernie_train.io.healthy import HEALTHY, HealthyRange
+from ernie_train.io.run_dir import stopped_state, total_steps
 from ernie_train.report.run_files import RunFiles, StageFiles
 
 LONGEST_TEXT = 4000  # characters of a completion or a value
@@ -76,14 +77,15 @@ def _state(run: RunFiles, stage: StageFiles, later_begun: bool) -> str:
         return "done"
     if not stage.has_begun:
         return "waiting"
-    return "running" if run.is_running and not later_begun else "broken off"
+    if run.is_running and not later_begun:
+        return "running"
+    return stopped_state(stage.saved, stage.curves.last_step, _total_steps(stage))
 
 
 def _total_steps(stage: StageFiles) -> int | None:
     done = (stage.done or {}).get("result", {})
-    found = [stage.settings.get("steps"), stage.settings.get("iterations")]
-    found.append(done.get("steps") if isinstance(done, dict) else None)
-    return next((n for n in found if type(n) is int and n > 0), None)
+    ended = total_steps(done) if isinstance(done, dict) else None
+    return total_steps(stage.settings) or ended
 
 
 def _duration(stage: StageFiles) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ernie_train.core.errors import ErnieTrainError, UserError
 from ernie_train.core.foreign_files import open_regular, parse_json, read_json, read_text
 from ernie_train.core.yaml import parse_yaml
 from ernie_train.io.metrics_log import FILE_NAME
-from ernie_train.io.run_dir import DONE, lock_owner
+from ernie_train.io.run_dir import DONE, lock_owner, saved_steps
 
 RECIPE, ENVIRONMENT, EVALUATION = "recipe.yaml", "environment.json", "evaluation.json"
 SAMPLES, SOLVED = "samples.jsonl", "evaluation_samples.jsonl"
@@ -67,6 +68,7 @@ class StageFiles:
     done: dict[str, Any] | None
     data_report: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    saved: int | None = None  # step of the last checkpoint
 
     @property
     def kind(self) -> str:
@@ -237,7 +239,14 @@ def _stage(directory: Path, settings: dict[str, Any], remark: Remark) -> StageFi
         done=done,
         data_report=_object(directory / "data_report.json", remark, asked=begun),
         evaluation=_object(directory / EVALUATION, remark, asked=done is not None and asks),
+        saved=_last_saved(directory),
     )
+
+
+def _last_saved(directory: Path) -> int | None:
+    with suppress(OSError):
+        return max(saved_steps(directory / "checkpoints"), default=None)
+    return None
 
 
 def read_curves(path: Path, remark: Remark) -> Curves:

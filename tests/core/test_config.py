@@ -185,7 +185,7 @@ def test_a_wrong_value_is_named_with_what_was_wanted(
         ({"lr": 1}, "lr: unknown key; did you mean 'stages[].optim.lr'?"),
         (
             {"stages": [stage(lr=1)]},
-            "stages.0.lr: unknown key; did you mean 'optim.lr'?",
+            "stages.0.lr: unknown key; did you mean 'stages.s.optim.lr'?",
         ),
         (
             {"stages": [stage(data=[{"path": "a", "wieght": 1}])]},

@@ -65,9 +65,36 @@ def test_the_line_says_what_was_chosen_and_how_to_switch_it_off() -> None:
     assert (found := plan(SFT, count=6)) is not None
     assert found.line == "6 cores: 4 data ranks with 1 thread each (--nproc 1 switches ranks off)"
     assert (found := plan({**SFT, "grad_accum_steps": 1})) is not None
-    assert found.line.startswith("2 cores: one process with 2 threads (ranks share a step's")
+    advice = "(grad_accum_steps: 2 would use more cores)"
+    assert found.line == f"2 cores: one process with 2 threads {advice}"
+    assert (found := plan({**SFT, "grad_accum_steps": 1}, chosen="1")) is not None
+    assert found.line == f"2 cores: one process with 1 thread {advice}"
     assert (found := plan(SFT, count=1)) is not None
     assert found.line == "1 core: one process with 1 thread"
+
+
+@pytest.mark.parametrize(
+    ("stages", "count", "advised"),
+    [
+        ([{**SFT, "grad_accum_steps": 1}], 8, 4),
+        ([SFT, {**SFT, "grad_accum_steps": 1}], 3, 2),
+        ([{**SFT, "grad_accum_steps": 3}], 2, None),  # 2 would shorten its steps
+        ([{**SFT, "grad_accum_steps": 1, "steps": 2}], 2, None),
+        ([{**SFT, "grad_accum_steps": 1}, {**RL, "micro_batch_size": 64}], 2, None),  # not by it
+        ([], 2, None),
+    ],
+)
+def test_advice_is_given_only_where_it_would_help(
+    stages: list[Any], count: int, advised: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (found := plan(*stages, count=count)) is not None
+    told = f" (grad_accum_steps: {advised} would use more cores)" if advised else ""
+    assert found.line == f"{count} cores: one process with {count} threads{told}"
+    if advised:
+        changed = [{**stage, "grad_accum_steps": advised} for stage in stages]
+        assert ranks(*changed, count=count) == advised
+    monkeypatch.setattr(cores, "memory_bytes", lambda: {"total": 9})
+    assert (found := plan(*stages, count=count)) is not None and "would" not in found.line
 
 
 def test_short_runs_are_one_process(tmp_path: Path) -> None:

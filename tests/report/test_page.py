@@ -214,6 +214,15 @@ def test_a_running_run_is_told_as_running(made: Path) -> None:
     assert "running" in text and "broken off" not in text
 
 
+def test_a_run_that_was_stopped_is_told_as_saved(made: Path) -> None:
+    (made / "02-rl/DONE").unlink()
+    (made / "02-rl/checkpoints/step_000011").mkdir(parents=True)
+    assert "broken off" in report(made).text, "a step is lost"
+    (made / "02-rl/checkpoints/step_000012").mkdir()
+    text = report(made).text
+    assert "stopped, saved at step 12 of 12" in text and "broken off" not in text
+
+
 # ---- bad input
 
 

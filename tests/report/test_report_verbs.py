@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from ernie_train.cli.main import main
+from ernie_train.cli.status import print_status
 from ernie_train.cli.watch import follow_status, report_runs
+from ernie_train.core.cpu import __version__
 from ernie_train.core.errors import UserError
 from ernie_train.core.terminal import Terminal
+from ernie_train.core.yaml import dump_yaml, load_yaml
+from ernie_train.io.files import fingerprint, write_json
 from ernie_train.io.run_dir import RunLock
 from ernie_train.report import read_run
 from tests.report.made_runs import HOSTILE, make_run
@@ -89,6 +93,26 @@ def test_status_follows_until_nobody_runs_it(tmp_path: Path, terminal: bool) -> 
         assert shown.count("entropy fell to") == 1  # once, above the table
         for sequence in ("\x1b[2J", "\x1b]8", "\x1b]52", "\u202e"):
             assert sequence not in shown
+
+
+def test_status_tells_a_stage_that_was_stopped_from_one_that_lost_steps(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    recipe = load_yaml(made / "recipe.yaml") | {"export": None}
+    (made / "recipe.yaml").write_text(dump_yaml(recipe))
+    written = {"ernie_train": __version__, "recipe": fingerprint(dump_yaml(recipe))}
+    write_json(made / "environment.json", written)
+    (made / "02-rl/DONE").unlink()
+
+    def told() -> str:
+        console = Terminal(file=io.StringIO(), width=200)
+        print_status(made, console)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "broken off" in told()
+    (made / "02-rl/checkpoints/step_000012").mkdir(parents=True)
+    assert "stopped, saved at step 12 of 12" in told() and "60 of 60" in told()
+    with RunLock(made):
+        assert "running" in told() and "stopped" not in told()
 
 
 def test_a_directory_that_is_no_run_cannot_be_followed(tmp_path: Path) -> None:

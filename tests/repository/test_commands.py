@@ -66,6 +66,8 @@ def test_arguments_recipes_and_modules_are_accepted(
 
 def check_command(words: list[str]) -> None:
     """Raise if a command of ours would be refused for its arguments."""
+    program = next((word for word in words if "=" not in word), "")
+    assert program.strip("${}") != "ERNIE_TRAIN_VLLM", "a directory: run its bin/python"
     if words[:2] == ["python", "-m"] and words[2].startswith("tools."):
         assert importlib.util.find_spec(words[2]), words[2]
     if words[0] != "ernie-train":
@@ -85,6 +87,7 @@ def test_a_mistake_is_found() -> None:
         "ernie-train run recipes/tiny.yaml --directory runs/x",
         "ernie-train teach recipes/tiny.yaml",
         "python -m tools.evidence.nothing",
+        '"$ERNIE_TRAIN_VLLM" -m vllm.entrypoints.openai.api_server',
     ):
         with pytest.raises(Exception):  # noqa: B017  each layer has an error of its own
             check_command(shlex.split(text))

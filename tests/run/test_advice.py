@@ -39,15 +39,16 @@ def test_every_path_in_the_table_of_foreign_keys_exists():
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("stages.sft.learning_rate=1e-4", "learning_rate: unknown key; did you mean 'optim.lr'?"),
+        ("stages.sft.learning_rate=1", "unknown key; did you mean 'stages.sft.optim.lr'?"),
         ("learning_rate=1e-4", "did you mean 'stages[].optim.lr'?"),
-        ("stages.sft.per_device_train_batch_size=4", "did you mean 'micro_batch_size'?"),
-        ("stages.sft.optim.learning_rate=1", "did you mean 'optim.lr'?"),
+        ("stages.sft.per_device_train_batch_size=4", "did you mean 'stages.sft.micro_batch_size'?"),
+        ("stages.sft.optim.learning_rate=1", "did you mean 'stages.sft.optim.lr'?"),
+        ("stages.0.optim.learning_rate=1", "did you mean 'stages.sft.optim.lr'?"),
         ("report_to=wandb", "metrics.jsonl"),
         ("output_dir=x", "--run-dir"),
         ("model_name_or_path=x", "did you mean 'model.path'?"),
         ("lora={}", "did you mean 'stages[].lora'?"),
-        ("stages.sft.weight_decay=0", "did you mean 'optim.weight_decay'?"),
+        ("stages.sft.weight_decay=0", "did you mean 'stages.sft.optim.weight_decay'?"),
         ("stages.sft.micro_batch_sise=2", "did you mean 'micro_batch_size'?"),
         ("zzz=1", "known are name, version, seed"),
     ],
@@ -86,9 +87,11 @@ def test_a_name_of_a_hub_is_told_to_be_downloaded(recipe, tmp_path, monkeypatch)
         find_model("someone/Some-Model")
     with pytest.raises(UserError, match="hf download someone/some"):
         load_recipe(recipe, ["tokenizer.path=someone/some"]).load_tokenizer(tmp_path)
-    with pytest.raises(UserError) as failed:
-        find_model("/nowhere/at/all")
-    assert "download" not in str(failed.value)
+    (tmp_path / "runs").mkdir()
+    for path in ("/nowhere/at/all", "runs/nope", "./someone/some", "someone/some/more"):
+        with pytest.raises(UserError) as failed:
+            find_model(path)
+        assert "download" not in str(failed.value)
 
 
 @pytest.mark.parametrize(

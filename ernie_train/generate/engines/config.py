@@ -17,7 +17,9 @@ class EngineConfig(StrictConfig):
     url: Annotated[str | None, Field(pattern=r"^https?://[^/\s]+/?$"), HARMLESS] = None
     """A vLLM server that runs already, up to and without `/v1`."""
     python: Annotated[str | None, Field(min_length=1), HARMLESS] = None
-    """The interpreter that starts the server; by default that of `ERNIE_TRAIN_VLLM`."""
+    """The interpreter that starts the server; by default `bin/python` of the environment that
+    `ERNIE_TRAIN_VLLM` names.
+    """
     args: Annotated[list[str], HARMLESS] = []
     """Further arguments of the server's command line."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
