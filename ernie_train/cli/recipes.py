@@ -128,7 +128,15 @@ def init(
     template: Annotated[
         str | None, typer.Option(help="another chat template: ernie_plain, ..., or a file")
     ] = None,
-    method: Annotated[str, typer.Option(help="full, lora, or auto: what fits the memory")] = "auto",
+    method: Annotated[
+        str | None, typer.Option(help="full, lora, or auto (default): what fits the memory")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="rows that are measured instead of trained: 50, 5%, or 0; default 5%, 4 to 500"
+        ),
+    ] = None,
     seq_len: Annotated[
         int | None, whole_number(min=2, help="tokens of a row; default by the rows' lengths")
     ] = None,
@@ -139,26 +147,24 @@ def init(
     max_bad_fraction: MaxBadFraction = 0.01,
 ) -> None:
     """Write a recipe for a model and a file of rows; ask for what is not given."""
-    from ernie_train.cli.init import METHODS, InitCommand, answers
+    from ernie_train.cli.init import Given, completed
     from ernie_train.data import parse_columns
 
-    if method not in METHODS:
-        raise UserError(f"--method {method}: {', '.join(METHODS)}")
     asks = sys.stdin.isatty() and sys.stdout.isatty()
-    model, data, out = answers(model, data, out, _ask if asks else None)
-    mapped = None if columns is None else parse_columns(columns, "--columns")
-    InitCommand(
-        model,
-        data,
-        out,
-        mapped,
-        template,
-        METHODS[method],
-        seq_len,
-        epochs,
-        memory_gb,
-        max_bad_fraction,
-    ).run(Terminal())
+    given = Given(
+        model=model,
+        data=data,
+        out=out,
+        columns=None if columns is None else parse_columns(columns, "--columns"),
+        template=template,
+        method=method,
+        held_out=held_out,
+        seq_len=seq_len,
+        epochs=epochs,
+        memory_gb=memory_gb,
+        max_bad_fraction=max_bad_fraction,
+    )
+    completed(given, _ask if asks else None, Terminal(stderr=True)).run(Terminal())
 
 
 def doctor(

@@ -19,7 +19,7 @@ from ernie_train.data.cache import DocumentStore
 from ernie_train.data.chat import ChatTraining, drop_thinking, encode_chat, encode_conversation
 from ernie_train.data.documents import DocumentBuilder, Documents
 from ernie_train.data.formats import MappedRows, Record
-from ernie_train.data.reader import BadRow, ReadReport, iter_records
+from ernie_train.data.reader import BadRow, HeldOut, ReadReport, iter_records
 from ernie_train.data.report import SourceReport
 from ernie_train.data.tokenizer import Tokenizer
 
@@ -56,6 +56,10 @@ class DataSource(MappedRows):
     """Format of its rows; `auto` detects it (docs/data.md)."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Uses the first so many valid rows; all unless given."""
+    without: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
+    """A file of held-out rows of the same columns: rows that ask what one of them asks are left out
+    (docs/data.md#held-out-rows).
+    """
     include_thinking: bool = True
     """`false` trains answers without the reasoning before them."""
     overlong: Overlong | None = None
@@ -100,8 +104,16 @@ def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 class SourceEncoding:
     """Encode the rows of one source; may stop after any row and go on from its state."""
 
-    def __init__(self, path: Path, source: DataSource, encode: Encode, seq_len: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        source: DataSource,
+        encode: Encode,
+        seq_len: int,
+        without: HeldOut | None = None,
+    ) -> None:
         self.path, self.source, self.encode, self.seq_len = path, source, encode, seq_len
+        self.without = without
         self.read = ReadReport(str(path))
         self.counts = SourceReport(source.path, "", source.weight, str(source.overlong))
         self.builder = DocumentBuilder()
@@ -111,7 +123,8 @@ class SourceEncoding:
     def run(self, store: DocumentStore | None = None) -> None:
         """Encode the records that are left, into `store` if there is one."""
         done, saved, read = self.records, self.read, ReadReport(str(self.path))
-        records = iter_records(self.path, self.source.format, read, self.source.columns)
+        source = self.source
+        records = iter_records(self.path, source.format, read, source.columns, without=self.without)
         self.read = read
         for number, record in enumerate(_with_progress(records, read), start=1):
             if number > done:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from ernie_train.data.formats import (
 
 __all__ = ["BadRow", "ReadReport", "Record", "iter_records", "read_records"]
 
+HeldOut = tuple[str, Container[bytes]]  # a path, and the `Record.prompt_key` of its rows
 _log = logging.getLogger(__name__)
 SHOWN_BAD_ROWS = 10
 LISTED_ROWS = 100
@@ -169,6 +170,7 @@ def read_records(
     columns: Columns | None = None,
     *,
     prompts: bool = False,
+    without: HeldOut | None = None,
 ) -> tuple[list[Record], ReadReport]:
     """Read the rows of a file, of a directory of files or of a pattern; bad rows are reported.
 
@@ -179,13 +181,14 @@ def read_records(
         max_bad_fraction: the share of bad rows above which the path is refused, 0..1.
         columns: what to read the columns of a row as, by key; None leaves their names.
         prompts: rows are asked, so that they need no answer.
+        without: prompts whose rows are left out, and the file that holds them.
 
     Raises:
         DataError: the path cannot be read, the format is unknown, there are no rows, or too many
             of them are bad.
     """
     report = ReadReport(str(path))
-    records = list(iter_records(path, format, report, columns, prompts=prompts))
+    records = list(iter_records(path, format, report, columns, prompts=prompts, without=without))
     report.kept = len(records)
     report.check(max_bad_fraction)
     return records, report
@@ -198,10 +201,11 @@ def iter_records(
     columns: Columns | None = None,
     *,
     prompts: bool = False,
+    without: HeldOut | None = None,
 ) -> Iterator[Record]:
     """Yield the records of a path one by one, and fill in `report`, which the caller checks.
 
-    `path`, `format`, `columns` and `prompts` are those of `read_records`.
+    The other arguments are those of `read_records`.
 
     Raises:
         DataError: the path cannot be read, or the format is unknown.
@@ -216,11 +220,26 @@ def iter_records(
     change = (lambda row: as_prompt(mapped(row))) if prompts else mapped
     try:
         for file in found.files:
-            yield from _file_records(file, format, report, change)
+            for record in _file_records(file, format, report, change):
+                if without is not None and record.prompt_key in without[1]:
+                    report.drop(f"held out in {without[0]}", record.source)
+                else:
+                    yield record
     except _UnknownFormat:
         mapped.check(str(path))  # the likelier reason
         raise
     mapped.check(str(path))
+
+
+def prompts_of(path: str | Path, format: str, columns: Columns | None) -> frozenset[bytes]:
+    """Return the keys of all prompts of a path (`Record.prompt_key`).
+
+    Raises `DataError` if the path cannot be read, or any of its rows cannot.
+    """
+    read = ReadReport(str(path))
+    found = frozenset(record.prompt_key for record in iter_records(path, format, read, columns))
+    read.check(0.0, "rows that are held out must all be read, or they might be trained on")
+    return found
 
 
 class _UnknownFormat(DataError):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ernie_train.core.config import HARMLESS, PathText, PositiveInt
 from ernie_train.data import MappedRows
+from ernie_train.data.reader import prompts_of
 from ernie_train.rl.preference_data import PromptReport, TokenizedPair, read_fitting_pairs
 from ernie_train.train.moe_health import PromptProbe
 from ernie_train.train.stage import StageConfig, StageData
@@ -35,6 +36,10 @@ class PairStageConfig(StageConfig, MappedRows):
     validate_every_steps: Annotated[PositiveInt | None, HARMLESS] = None
     """Steps between two measurements on them; as often as checkpoints are written, unless given,
     and always at the end.
+    """
+    without: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
+    """A file of held-out rows of the same columns, maybe that of `validation`: rows of `data` that
+    ask what one of them asks are left out (docs/data.md#held-out-rows).
     """
     seq_len: PositiveInt
     """Longest prompt with its completion; pairs beyond it are left out, and told."""
@@ -67,7 +72,8 @@ class PairStageConfig(StageConfig, MappedRows):
 
     def paths(self) -> list[str]:
         """Return every file or directory that the stage reads."""
-        return [path for path in (self.data, self.validation) if path is not None]
+        found = (self.data, self.validation, self.without)
+        return [path for path in found if path is not None]
 
     @property
     def validation_interval(self) -> int | None:
@@ -112,7 +118,11 @@ def prepare(config: PairStageConfig, data: StageData) -> PreparedPairs:
         columns=config.columns,
         with_margin=config.reads_margins,
     )
-    pairs, facts, warnings = read(config.data)
+    without = None
+    if config.without is not None:
+        held_out_path = data.base_dir / config.without
+        without = str(held_out_path), prompts_of(held_out_path, "auto", config.columns)
+    pairs, facts, warnings = read(config.data, without=without)
     held_out: list[TokenizedPair] = []
     if config.validation is not None:
         held_out, facts["validation"], more = read(config.validation)

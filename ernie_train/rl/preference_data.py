@@ -24,6 +24,7 @@ from ernie_train.data import (
     read_records,
 )
 from ernie_train.data.packing import permutation
+from ernie_train.data.reader import HeldOut
 from ernie_train.data.report import too_long_warning
 from ernie_train.rl.batch import PreferencePair, TokenizedCompletion
 from ernie_train.train.stage import StageData
@@ -108,16 +109,18 @@ def read_fitting_pairs(
     max_tokens: int | None = None,
     columns: Columns | None = None,
     with_margin: bool = False,
+    without: HeldOut | None = None,
 ) -> tuple[list[TokenizedPair], dict[str, Any], list[Text]]:
     """Return the pairs of a file of preferences that fit, a report on them, and warnings.
 
     max_tokens: of a prompt with its completion; None: the sum of the other two.
-    with_margin: read the rows' `margin` too.
+    with_margin: read the rows' `margin` too. without: prompts whose rows are left out.
     Raises `DataError` where none fits.
     """
     pairs, read = read_pairs(
-        data.base_dir / path, data.tokenizer, max_bad_fraction, columns, with_margin=with_margin
-    )
+        data.base_dir / path, data.tokenizer, max_bad_fraction, columns,
+        with_margin=with_margin, without=without,
+    )  # fmt: skip
     longest = max_tokens or max_prompt_tokens + max_new_tokens
     fitting = [
         pair
@@ -161,12 +164,15 @@ def read_pairs(
     columns: Columns | None = None,
     *,
     with_margin: bool = False,
+    without: HeldOut | None = None,
 ) -> tuple[list[TokenizedPair], ReadReport]:
     """Return the pairs of a file of preferences, and the report on its rows.
 
     Raises `DataError` where it holds none, other rows, or too many bad ones.
     """
-    records, report = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
+    records, report = read_records(
+        path, max_bad_fraction=max_bad_fraction, columns=columns, without=without
+    )
     pairs: list[TokenizedPair] = []
     others = 0
     for record in records:

@@ -100,7 +100,9 @@ class SupervisedConfig(StageConfig):
 
     def paths(self) -> list[str]:
         """Return every file or directory that the stage reads."""
-        return [source.path for source in (*self.data, *self.validation)]
+        sources = (*self.data, *self.validation)
+        held_out = [source.without for source in sources if source.without is not None]
+        return [source.path for source in sources] + held_out
 
     def lengths(self) -> dict[str, int]:
         """Return the sequence lengths that the model must support, by setting."""
@@ -269,6 +271,12 @@ def describe(
             f"a step trains {rows} rows of {phase.seq_len} tokens ({rows * phase.seq_len} at most) "
             f"in {config.grad_accum_steps} micro-batches; steps: "
             f"{phase.steps or total_steps(config, prepared)}{base}",
+            highlight=False,
+        )
+    if prepared.validation:
+        console.print(
+            f"validation: {sum(map(len, prepared.validation))} documents, every "
+            f"{config.validation_interval} steps and at the end",
             highlight=False,
         )
     first = next(documents[0] for documents in prepared.documents if len(documents))

@@ -12,9 +12,10 @@ from jsonschema import Draft202012Validator
 
 from ernie_train import __version__
 from ernie_train.cli import recipes
-from ernie_train.cli.init import LEAST_STEPS, SCHEMA, answers
+from ernie_train.cli.init import LEAST_STEPS, SCHEMA, Given, completed
 from ernie_train.cli.main import main
 from ernie_train.core.errors import UserError
+from ernie_train.core.terminal import Terminal
 from ernie_train.core.yaml import load_yaml
 from ernie_train.data import encode_chat, load_tokenizer, read_records
 from tests.workspace import make_workspace, rows, save_model, write_rows
@@ -164,7 +165,7 @@ def test_what_is_not_given_is_asked_in_a_terminal(
     status, told = cli("init")
     assert status == 2 and "--model and --data must be given" in told
     with pytest.raises(UserError, match=r"^--data must be given"):
-        answers(place, None, None, None)
+        completed(Given(model=place), None, Terminal())
     asked: list[str] = []
 
     def ask(what: str, default: str) -> str:
@@ -175,7 +176,7 @@ def test_what_is_not_given_is_asked_in_a_terminal(
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert cli("init", "--method", "lora")[0] == 0
-    assert [what.split()[0] for what in asked] == ["model", "data:", "recipe"]
+    assert [what.split()[0] for what in asked] == ["model", "data:", "recipe", "rows"]
     assert (tmp_path / "recipe.yaml").exists()
 
 

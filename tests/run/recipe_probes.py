@@ -219,6 +219,7 @@ PROBES: dict[str, Probe] = {
     "stages[].data[].weight": Probe("sft", {"@data.0.weight": 2.0}, EPOCHS),
     "stages[].data[].format": Probe("sft", {"@data.0.format": "alpaca"}),
     "stages[].data[].max_examples": Probe("sft", {"@data.0.max_examples": 3}),
+    "stages[].data[].without": Probe("sft", {"@data.0.without": "{root}/validation.jsonl"}),
     "stages[].data[].include_thinking": Probe("sft", {"@data.0.include_thinking": False}),
     "stages[].data[].overlong": Probe(
         "sft", {"@data.0.overlong": "truncate"}, {"@seq_len": 45, "@data.0.overlong": "drop"}
@@ -272,6 +273,7 @@ PROBES: dict[str, Probe] = {
     # ---- pairs
     "stages[] of kind dpo, reward.data": Probe("dpo", {"@data": "{root}/pairs2.jsonl"}),
     "stages[] of kind dpo, reward.columns": Probe("dpo", {"@columns": {"prompt": "chosen"}}),
+    "stages[] of kind dpo, reward.without": Probe("dpo", {"@without": "{root}/asked.jsonl"}),
     "stages[] of kind dpo, reward.seq_len": Probe("dpo", {"@seq_len": 50}),
     "stages[] of kind dpo, reward.steps": Probe("dpo", {"@steps": 1}),
     "stages[] of kind dpo, reward.pairs_per_step": Probe("dpo", {"@pairs_per_step": 3}),

@@ -51,6 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pairs[0]["prompt"] = "Hello?"
         pairs = [{**pair, "prompt": pair["prompt"] or "And?"} for pair in pairs]
         write_rows(root / f"{name}.jsonl", pairs)
+    write_rows(root / "asked.jsonl", [{"prompt": "Hello?", "chosen": "a", "rejected": "b"}])
     train = rows(12, 1)
     dialogues = [{"messages": a["messages"] + b["messages"]} for a, b in pairwise(train)]
     write_rows(root / "dialogues.jsonl", dialogues)

@@ -37,6 +37,7 @@ class Column(StrictConfig):
 
 
 Columns = Mapping[str, str | Column]
+_LATER_KEYS = ("columns", "without")
 
 
 class MappedRows(StrictConfig):
@@ -49,9 +50,9 @@ class MappedRows(StrictConfig):
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Recorded settings of runs that were started before there were columns stay the same.
+        # Recorded settings of runs that were started before there were these keys stay the same.
         values: dict[str, Any] = dump(self)
-        return {k: v for k, v in values.items() if k != "columns" or v is not None}
+        return {k: v for k, v in values.items() if k not in _LATER_KEYS or v is not None}
 
 
 def parse_columns(text: str, source: str) -> Columns:

@@ -1,5 +1,7 @@
 """Put the parts of a row together to a record, with what stands beside its messages."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +49,20 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     unread: frozenset[str] = frozenset()
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Return a hash that rows share which ask the same: the text up to the first answer.
+
+        System texts do not count, nor do what the assistant opens with and how text is spaced.
+        """
+        asked = [["text", " ".join(str(self.text).split())]] if self.kind == "text" else []
+        for message in self.messages:
+            if message["role"] not in ("system", "assistant"):
+                asked.append([message["role"], " ".join(str(message["content"]).split())])
+            elif message["role"] == "assistant" and asked:
+                break
+        return hashlib.sha256(json.dumps(asked).encode()).digest()[:16]
 
     @property
     def prompt_messages(self) -> list[Message]:
