@@ -23,6 +23,7 @@ from ernie_train.data import (
     Tokenizer,
     encode_chat,
     encode_records,
+    forgeable_turns,
     iter_records,
     load_tokenizer,
     preview,
@@ -82,6 +83,8 @@ def preview_data(
         kind: Any = "pretrain" if all(r.kind == "text" for r in records) else "sft"
         _, report = encode_records(records, read, tokenizer, kind=kind, seq_len=settings.seq_len)
         console.print(report.as_table())
+        if kind == "sft" and (line := forgeable_turns(tokenizer)):
+            console.print(line, highlight=False)
         read.left_out, read.dropped = report.sources[0].left_out, report.sources[0].dropped
     _print_left_out(grouped(read.bad + read.left_out, read.dropped), console)
 

@@ -20,7 +20,13 @@ from ernie_train.data.packing import pack_documents
 from ernie_train.data.reader import BadRow, ReadReport, Record, iter_records, read_records
 from ernie_train.data.report import DataReport, SourceReport, preview
 from ernie_train.data.sources import DataSource, encode_records, load_sources, refit
-from ernie_train.data.tokenizer import ChatFormat, Tokenizer, load_tokenizer, train_tokenizer
+from ernie_train.data.tokenizer import (
+    ChatFormat,
+    Tokenizer,
+    forgeable_turns,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 __all__ = [
     "SHIPPED_TEMPLATES",
@@ -48,6 +54,7 @@ __all__ = [
     "encode_conversation",
     "encode_records",
     "find_files",
+    "forgeable_turns",
     "iter_records",
     "load_sources",
     "load_tokenizer",

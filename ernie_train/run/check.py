@@ -11,7 +11,7 @@ from rich.syntax import Syntax
 
 from ernie_train.core import devices
 from ernie_train.core.errors import ConfigError, UserError
-from ernie_train.data import Record, Tokenizer, load_tokenizer
+from ernie_train.data import Record, Tokenizer, forgeable_turns, load_tokenizer
 from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
 from ernie_train.eval.prompts import check_problems
@@ -278,6 +278,8 @@ def recipe_warnings(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
                 "ratios and KL of an iteration's later steps measure that as well as learning; 0 "
                 "freezes it in RL"
             )
+    if any(stage.kind != "pretrain" for stage in recipe.stages):
+        lines += [line] if (line := forgeable_turns(tokenizer)) else []
     return lines + _other_vocabulary(recipe, tokenizer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ernie_train.cli.main import main
 from ernie_train.core.errors import UserError
 from ernie_train.core.terminal import Terminal
 from ernie_train.core.yaml import load_yaml
-from ernie_train.data import encode_chat, load_tokenizer, read_records
+from ernie_train.data import encode_chat, load_tokenizer, read_records, shipped_template
 from tests.workspace import make_workspace, rows, save_model, write_rows
 
 ASKED = {"prompt": "What is 1 + 1?"}
@@ -212,3 +213,24 @@ def test_rows_that_are_all_left_out_are_told_with_their_reason_and_the_remedy(
     assert "at most" not in told
     named = re.search(r"--template (\S+recipes/chatml_tools\.jinja), or your own", told)
     assert named and cli(*given, "--template", named[1])[0] == 0, "found from any directory"
+
+
+def test_marks_of_turns_that_text_can_forge_are_warned_of(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", KINDS["alpaca"])
+    shutil.copytree(place / "tokenizer", tmp_path / "plain")
+    (tmp_path / "plain/chat_template.jinja").write_text(shipped_template("ernie_plain").source)
+    given = ("init", "--model", place / "model", "--data", "rows.jsonl")
+    for verb in (
+        ("preview", "rows.jsonl", "--tokenizer", "plain"),
+        (*given, "--template", "ernie_plain"),
+        ("check", "recipe.yaml"),
+    ):
+        status, told = cli(*verb)
+        assert status == 0 and "marks turns by plain text, 'Assistant:'" in " ".join(told.split())
+    for verb in (
+        ("preview", "rows.jsonl", "--model", place / "model"),
+        (*given, "--out", "a.yaml"),
+    ):
+        assert "marks turns" not in cli(*verb)[1]

@@ -1,7 +1,7 @@
 """Label masks derived from the templates of many model families, and their text and ids."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from tests.data.chat_families import FAMILIES, SPECIAL, Family
 Message = dict[str, Any]
 
 
-def byte_level_files(directory: Path, texts: list[str]) -> None:
+def byte_level_files(
+    directory: Path, texts: list[str], special: Sequence[str] = tuple(SPECIAL)
+) -> None:
     """Writes the tokenizer.json of a byte-level BPE, and no class that a library would know."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
@@ -26,7 +28,7 @@ def byte_level_files(directory: Path, texts: list[str]) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=420,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(t, normalized=False, special=True) for t in SPECIAL],
+        special_tokens=[AddedToken(t, normalized=False, special=True) for t in special],
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)

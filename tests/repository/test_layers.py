@@ -32,7 +32,7 @@ PACKAGES: dict[str, str] = {
     "data.formats": "values columns messages record kinds",
     "data.files": "find rows",
     "data.tokenizer": "sentencepiece_proto hf_files base huggingface paddlenlp"
-    " sentencepiece loading",
+    " sentencepiece loading markers",
     "rewards": "score sandbox verifiers registry answers scoring",
     "rewards.sandbox": "guest seccomp backends pool process api",
     "rewards.sandbox.guest": "values candidate test_judge server",

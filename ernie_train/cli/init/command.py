@@ -21,7 +21,7 @@ from ernie_train.core.environment import memory_bytes
 from ernie_train.core.errors import UserError
 from ernie_train.core.foreign_files import read_json
 from ernie_train.core.terminal import printable
-from ernie_train.data import Columns
+from ernie_train.data import Columns, forgeable_turns
 from ernie_train.io.files import write_jsonl, write_text
 from ernie_train.plan.command import PlanSettings, plan_request
 from ernie_train.plan.layout import GB, Layout
@@ -117,6 +117,7 @@ class InitCommand:
         if rows.kind != "pretrain":
             template = self.model.tokenizer.chat.template
             about.insert(1, f"chat template: {template and template.origin}")
+            about += [line] if (line := forgeable_turns(self.model.tokenizer)) else []
         if not enough:
             about.append("warning: none fits: a smaller seq_len, or another machine")
         return about

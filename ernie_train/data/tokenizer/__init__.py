@@ -2,6 +2,7 @@
 
 from ernie_train.data.tokenizer.base import MARK, ChatFormat, Tokenizer, common_start, unmark
 from ernie_train.data.tokenizer.loading import load_tokenizer
+from ernie_train.data.tokenizer.markers import forgeable_turns
 from ernie_train.data.tokenizer.sentencepiece import SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "common_start",
+    "forgeable_turns",
     "load_tokenizer",
     "train_tokenizer",
     "unmark",
