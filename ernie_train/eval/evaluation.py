@@ -19,8 +19,10 @@ from ernie_train.data.completion_format import parse_completion
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
 from ernie_train.eval.estimates import Estimate, estimates
 from ernie_train.eval.prompts import (
+    GOLD,
     FewShot,
     encode_problems,
+    expecting_own_calls,
     is_episode,
     problem_row,
     user_prompt,
@@ -35,8 +37,6 @@ from ernie_train.rewards.sandbox import layer_in_force
 LONGEST_NAME = 200  # characters of a task, a domain or a verifier
 SHOWN_PROBLEMS = 10
 SHOWN_PLACES = 3  # of one mistake
-# Fields that verifiers grade by: a row has one of them, but for a verifier of the user's.
-GOLD = {"answer", "tests", "hidden_tests", "expected_calls", "assignment", "choices", "rg_entry"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def load_problems(
 ) -> list[Record]:
     """Read the problems of a path, as `read_records` does, and name their task and domain.
 
+    Rows that do not say what is expected are graded by the tool calls that they end in, if they do.
     A row without `task` belongs to the task that its file is named after, one without `domain` to
     the domain that its task is named after.
 
@@ -146,6 +147,8 @@ def load_problems(
     records, read = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
     read.warn()
     problems = [_with_names(record) for record in records]
+    if needs_reward:
+        problems = expecting_own_calls(path, problems)
     _check_fields(path, problems, needs_reward)
     known = {record.fields[key] for record in problems for key in ("task", "domain")}
     if unknown := sorted(set(tasks) - known):

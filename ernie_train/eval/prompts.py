@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,11 @@ from ernie_train.data import (
 from ernie_train.environments import EnvironmentConfig, Toolbox, open_toolbox
 from ernie_train.generate.engine import Completion
 
+_log = logging.getLogger(__name__)
 _SHOWN = 10  # wrong problems in a message
+TOOL_CALL = "tool_call"  # the verifier of calls
+# Fields that verifiers grade by: a row has one of them, but for a verifier of the user's.
+GOLD = {"answer", "tests", "hidden_tests", "expected_calls", "assignment", "choices", "rg_entry"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,42 @@ def _asked(record: Record) -> list[tuple[str, str]]:
     return [
         (m["role"], " ".join(str(m["content"]).split())) for m in _turns(record.prompt_messages)
     ]
+
+
+def expecting_own_calls(path: str | Path, problems: Sequence[Record]) -> list[Record]:
+    """Return problems, of which those that say nothing else expect their own tool calls.
+
+    Logs how many do so.
+    """
+    found = [_with_own_calls(record) for record in problems]
+    if count := sum(one is not other for one, other in zip(problems, found, strict=True)):
+        _say_once(
+            f"{count} of {len(found)} problems of {path} do not say what is expected: the tool "
+            f"calls that their rows end in are (verifier {TOOL_CALL})"
+        )
+    return found
+
+
+def _with_own_calls(record: Record) -> Record:
+    """Return the problem with the tool calls at its end as what is expected.
+
+    That is one that names neither a verifier nor what is expected, and ends in calls; or one of the
+    verifier `tool_call` that does not say what is expected: without calls at its end it expects
+    none. Every other problem is returned as it is.
+    """
+    fields = record.fields
+    ending = record.messages[len(record.prompt_messages) :]
+    calls = [call["function"] for turn in ending for call in turn.get("tool_calls", ())]
+    named = fields.get("reward") == TOOL_CALL and bool(ending)
+    if fields.keys() & GOLD or not (named or (calls and "reward" not in fields)):
+        return record
+    expected = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    return replace(record, fields={**fields, "reward": TOOL_CALL, "answer": json.dumps(expected)})
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.warning("%s", line)
 
 
 def encode_prompt(

@@ -13,6 +13,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.data import ChatFormat, MappedRows, load_tokenizer
 from ernie_train.eval.evaluation import load_problems
 from ernie_train.eval.prompts import load_few_shot
+from ernie_train.rewards import score_batch
 from ernie_train.rl.data import encode_prompts
 from ernie_train.rl.preference_data import read_fitting_pairs
 from ernie_train.train.stage import StageData
@@ -52,6 +53,57 @@ def test_all_that_a_row_lacks_is_told_at_once(tmp_path, row, needed):
     with pytest.raises(DataError, match=r"a\.jsonl:1: ") as caught:
         load_problems(path)
     assert all(text in str(caught.value) for text in needed)
+
+
+def calling(*calls: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A row that asks for a sum and ends in calls; in an answer without any."""
+    made = [{"type": "function", "function": {**call}} for call in calls]
+    turn: dict[str, Any] = {"role": "assistant", "content": "" if made else "2"}
+    turn |= {"tool_calls": made} if made else {}
+    return {"messages": [{"role": "user", "content": "1 + 1?"}, turn], **fields}
+
+
+def test_tool_calls_at_the_end_of_a_row_are_what_is_expected(tmp_path, caplog):
+    add = {"name": "add", "arguments": json.dumps({"a": 1, "note": ""})}
+    say = {"name": "say", "arguments": {}}
+    path = write(
+        tmp_path / "calls.jsonl",
+        [
+            calling(add, say),
+            calling(add, reward="tool_call"),
+            calling(reward="tool_call"),
+            calling(add, reward="tool_call", expected_calls=[]),
+            calling(add, reward="math", answer="2"),
+            {"prompt": "1 + 1?", "reward": "format"},
+        ],
+    )
+    found = load_problems(path)
+    expected = [
+        {"name": "add", "arguments": {"a": 1, "note": ""}},
+        {"name": "say", "arguments": {}},
+    ]
+    assert [json.loads(one.fields["answer"]) for one in found[:3]] == [expected, expected[:1], []]
+    assert {one.fields["reward"] for one in found[:4]} == {"tool_call"}
+    assert "answer" not in found[3].fields and found[4].fields["answer"] == "2"
+    assert found[5].fields["reward"] == "format"
+    assert (
+        "3 of 6 problems of" in caplog.text
+        and "the tool calls that their rows end in" in caplog.text
+    )
+    wrote = '<tool_call>\n{"name": "%s", "arguments": {"a": %d, "note": ""}}\n</tool_call>'
+    row = {**found[1].fields, "thinking": False, "response_tags": False}
+    scores = [
+        score_batch([("tool_call", row, wrote % made)])[0] for made in (("add", 1), ("add", 2))
+    ]
+    assert [one.status for one in scores] == ["correct", "wrong"]
+
+
+def test_rows_without_calls_still_need_a_verifier(tmp_path):
+    path = write(
+        tmp_path / "calls.jsonl", [calling({"name": "add"}), calling(tools=[{"name": "a"}])]
+    )
+    with pytest.raises(DataError, match=r"calls\.jsonl:2: a problem needs the field 'reward'"):
+        load_problems(path)
 
 
 PUBLIC = {
