@@ -299,10 +299,10 @@ def test_a_row_that_is_not_utf8_is_bad(tmp_path: Any) -> None:
         ("blank.jsonl", b"\n \n", "holds no rows"),
         ("empty.json", b"[]", "holds no rows"),
         ("broken.json", b"[{", "not valid JSON"),
-        ("object.json", b"{}", "must hold a JSON list"),
-        ("latin.txt", b"\xff\xfe", "not UTF-8"),
+        ("object.json", b"{}", "one object and no list"),
+        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8: byte 3 is .*; save it as UTF-8"),
         ("rows.parquet", b"x", "is not a whole parquet file"),
-        ("rows.xlsx", b"x", "is not a .jsonl"),
+        ("rows.doc", b"x", "is not a .jsonl"),
         ("plain.jsonl.gz", b"{}", "not a whole gzip file"),
         ("cut.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "not a whole gzip file"),
         (

@@ -12,6 +12,7 @@ from ernie_train.core.errors import DataError
 
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TABLES = (".parquet", ".arrow")
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 COMPRESSIONS = (".gz", ".zst")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
 KNOWN = f"{', '.join((*TEXTS, *TABLES))} (texts also as {' or '.join(COMPRESSIONS)})"
@@ -114,7 +115,9 @@ def _refusal(path: Path) -> str:
             f"{path} may be a pickle, which can run any program when it is loaded, so it is never "
             "loaded; save the rows as JSON lines or Parquet"
         )
-    return f"{path} is not a {KNOWN} file"
+    if path.suffix.lower() in SPREADSHEETS:
+        return f"{path} is a spreadsheet: save it as CSV in UTF-8"
+    return f"{path} is not a {KNOWN} file: its name must end so, for what it holds"
 
 
 def _add_directory(path: Path, found: FoundFiles, above: tuple[Path, ...]) -> None:

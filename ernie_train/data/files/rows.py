@@ -56,7 +56,11 @@ def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
         what = "is not a whole zstd file" if compression == ".zst" else "cannot be read"
         raise DataError(f"{file} {what}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: byte {error.start} is {error.reason}") from error
+        raise DataError(_not_utf8(file, error.start, error.reason)) from error
+
+
+def _not_utf8(what: object, at: int, reason: str, file: str = "it") -> str:
+    return f"{what} is not UTF-8: byte {at} is {reason}; save {file} as UTF-8"
 
 
 @dataclass
@@ -87,8 +91,7 @@ class _Text:
                 return decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 at = total - len(error.object) + error.start
-                where = f"{self.file} is not UTF-8: byte {at}"
-                raise DataError(f"{where} is {error.reason}") from error
+                raise DataError(_not_utf8(self.file, at, error.reason)) from error
 
         return read
 
@@ -124,10 +127,12 @@ def _parsed(line: bytes) -> Row | RowError:
         text = line.decode("utf-8").rstrip("\r\n")
         return _as_row(json.loads(text), text)
     except UnicodeDecodeError as error:
-        return RowError(f"it is not UTF-8: byte {error.start} is {error.reason}")
+        return RowError(_not_utf8("it", error.start, error.reason, "the file"))
     except json.JSONDecodeError as error:
-        what = error.msg.removesuffix(" at")
-        return RowError(f"it is not valid JSON: {what} at column {error.colno}")
+        what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        if text.strip() in ("{", "["):
+            what += "; a row is one line here, and a list over several lines a .json file"
+        return RowError(f"it is not valid JSON: {what}")
     except (ValueError, RecursionError) as error:
         return RowError(f"it is not valid JSON: {error}")
 
@@ -146,7 +151,15 @@ def _as_row(row: Any, text: str) -> Row | RowError:
 
 def _json_list(text: _Text) -> Iterator[Located]:
     window = _Window(text.file, text.characters())
-    if window.next_character() != "[":
+    first = window.next_character()
+    if not first:
+        return
+    if first == "{":
+        raise DataError(
+            f"{text.file} is one object and no list of rows: write [{{...}}, {{...}}], or name it "
+            ".jsonl and write one object a line"
+        )
+    if first != "[":
         raise DataError(f"{text.file} must hold a JSON list of rows, or one object a line")
     window.at += 1
     number = 0
@@ -244,7 +257,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
     if len(cells) != len(header):
         return RowError(f"it has {len(cells)} fields, the header has {len(header)}")
     if any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
-        return RowError("it is not UTF-8")
+        return RowError("it is not UTF-8; save the file as UTF-8")
     # An empty field is an absent one; a column without a name is an index that pandas wrote.
     return {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
 
