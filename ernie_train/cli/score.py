@@ -146,7 +146,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number}: it is no JSON object")
                 rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: it is not valid JSON: {error}") from None

@@ -374,7 +374,7 @@ def _list_index(holder: Any, parts: list[str], depth: int) -> int:
     if not isinstance(holder, list):
         parent = ".".join(parts[:depth])
         raise ConfigError(f"{path}: {parent} is {describe(holder)}, it has no keys")
-    if part.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", part):
         if not 0 <= int(part) < len(holder):
             count = f"has {len(holder)} items, counted from 0" if holder else "is empty"
             raise ConfigError(f"{path}: no such item; the list {count}")

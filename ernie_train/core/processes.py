@@ -85,14 +85,14 @@ def descendants(roots: Iterable[int]) -> set[int]:
     return found
 
 
-def kill_descendants(spared: Iterable[int] = (), limit_s: float = 10.0) -> set[int]:
+def kill_descendants(spared: Iterable[int] = ()) -> set[int]:
     """Kill all descendants of this process but `spared` and those below them.
 
     This process must have called `adopt_orphans`. Returns the ids of those that still ran after
-    `limit_s`; only a process that waits inside the kernel does.
+    10 seconds; only a process that waits inside the kernel does.
     """
     own, kept = os.getpid(), set(spared)
-    end = time.monotonic() + limit_s
+    end = time.monotonic() + 10.0
     while True:
         doomed = descendants([own]) - kept - descendants(kept)
         for pid in doomed:

@@ -69,8 +69,8 @@ def show_every_character() -> None:
 class Terminal(Console):
     """Print on a console as `printable` writes it; brackets and colons are text, not markup."""
 
-    def __init__(self, *, markup: bool = False, emoji: bool = False, **options: Any) -> None:
-        super().__init__(markup=markup, emoji=emoji, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         # Before the layout, so that columns are as wide as what is written.
@@ -89,21 +89,10 @@ class CurrentStderr:
     through it, so that a warning of theirs would break the bar.
     """
 
-    def write(self, text: str) -> int:
-        return sys.stderr.write(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-    def isatty(self) -> bool:
-        return sys.stderr.isatty()
-
-    def fileno(self) -> int:
-        return sys.stderr.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return sys.stderr.encoding
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":
+            raise AttributeError(name)
+        return getattr(sys.stderr, name)
 
 
 def _harmless(segments: Iterable[Segment]) -> Iterator[Segment]:

@@ -27,6 +27,7 @@ from ernie_train.core.errors import ErnieTrainError
 from ernie_train.core.processes import die_with_parent, signal_name
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+_POLL_S = 0.002
 
 
 def shared_zeros(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
@@ -87,11 +88,11 @@ class WorkerPool:
             if status:
                 raise ErnieTrainError(f"a forked process {_describe_status(status)}")
 
-    def wait(self, on_poll: Callable[[], object] = lambda: None, every_s: float = 0.002) -> None:
+    def wait(self, on_poll: Callable[[], object] = lambda: None) -> None:
         """Wait until all have ended, calling `on_poll`, which may raise. Raises as `poll` does."""
         while self._running:
             on_poll()
-            self.poll(every_s)
+            self.poll(_POLL_S)
 
     def __enter__(self) -> WorkerPool:
         return self

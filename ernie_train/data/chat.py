@@ -95,7 +95,6 @@ def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     tools: Tools = None,
-    training: ChatTraining | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Encode the whole conversation; return its ids [L] and the mask [L] of trained tokens.
 
@@ -106,13 +105,9 @@ def encode_chat(
         DataError: as for `encode_conversation`.
     """
     chat = Conversation(tokenizer, messages, tools)
-    training = training or ChatTraining()
-    turns = chat.turns()
-    text = chat.text
-    if training.turns == "last":
-        turns = turns[-1:]
+    turns, text = chat.turns(), chat.text
     inside = [turn for turn in turns if turn.weight and turn.stands_in(text)]
-    sample = _encode(chat, text, inside, training)
+    sample = _encode(chat, text, inside, ChatTraining())
     return sample.ids, sample.trainable
 
 

@@ -97,7 +97,7 @@ def without_reasoning(message: Message) -> Message:
     return rest
 
 
-def without_earlier_reasoning(messages: Sequence[Message], ask: bool) -> list[Message]:
+def without_earlier_reasoning(messages: Sequence[Message]) -> list[Message]:
     """Drop the reasoning of all turns before the last question."""
     questions = [at for at, m in enumerate(messages) if m["role"] == "user"]
     last = questions[-1] if questions else -1

@@ -97,9 +97,14 @@ def parse_completion(
 
 def _without_stops(text: str) -> str:
     end = len(text)
-    while stop := next((s for s in _STOPS if text[:end].rstrip("\n").endswith(s)), None):
-        end = text.rindex(stop, 0, end)
-    return text[:end]
+    while True:
+        place = end
+        while place and text[place - 1] == "\n":
+            place -= 1
+        stop = next((s for s in _STOPS if text.endswith(s, 0, place)), None)
+        if stop is None:
+            return text[:end]
+        end = place - len(stop)
 
 
 def format_completion(

@@ -134,7 +134,7 @@ class Conversation:
         if self.history == "keep":
             return self._with_all_reasoning(messages, ask)
         if self.history == "drop":
-            messages = without_earlier_reasoning(messages, ask)
+            messages = without_earlier_reasoning(messages)
         return self._plain_render(messages, ask)
 
     def _plain_render(self, messages: Sequence[Message], ask: bool = False) -> str:

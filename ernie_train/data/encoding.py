@@ -83,7 +83,7 @@ def encoder(tokenizer: Tokenizer, kind: Kind, training: ChatTraining) -> Encode:
         if record.kind == "text":
             if kind == "sft":
                 raise _Dropped("plain text, which SFT cannot use")
-            ids = _encode_text(tokenizer, record.text or "")
+            ids = [*tokenizer.encode_plain(record.text or "", "the text"), tokenizer.eos_token_id]
             return [(ids, [True] * len(ids))], []
         if record.kind == "preference":
             raise _Dropped("a preference pair, which this stage cannot use")
@@ -95,10 +95,6 @@ def encoder(tokenizer: Tokenizer, kind: Kind, training: ChatTraining) -> Encode:
         return [(sample.ids, sample.trainable) for sample in encoded.samples], encoded.notes
 
     return encode
-
-
-def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [*tokenizer.encode_plain(text, "the text"), tokenizer.eos_token_id]
 
 
 class SourceEncoding:
@@ -119,9 +115,16 @@ class SourceEncoding:
         self.builder = DocumentBuilder()
         self.lengths: Any = array("q")
         self.records = 0  # that were encoded
+        self.whole = False  # all records were encoded, and committed
 
     def run(self, store: DocumentStore | None = None) -> None:
         """Encode the records that are left, into `store` if there is one."""
+        if not self.whole:
+            self._encode(store)
+        if store is not None:
+            store.finish()
+
+    def _encode(self, store: DocumentStore | None) -> None:
         done, saved, read = self.records, self.read, ReadReport(str(self.path))
         source = self.source
         records = iter_records(self.path, source.format, read, source.columns, without=self.without)
@@ -136,15 +139,15 @@ class SourceEncoding:
                 break
             if store is not None and self.builder.num_tokens >= COMMIT_TOKENS:
                 self._commit(store)
+        self.whole = True
         if store is not None:
             self._commit(store)
-            store.finish()
 
     def restore(self, store: DocumentStore) -> None:
         """Take up what was committed to `store`."""
         if not store.state:
             return
-        read, counts = store.state["read"], store.state["counts"]
+        read, counts = dict(store.state["read"]), dict(store.state["counts"])
         for report, name in product((read, counts), ("bad", "left_out")):
             report[name] = [BadRow(*row) for row in report[name]]
         for report, names in ((read, ("dropped", "unread")), (counts, ("dropped", "notes"))):
@@ -152,7 +155,7 @@ class SourceEncoding:
         self.read = ReadReport(**read)
         counts |= {"path": self.source.path, "weight": self.source.weight}
         self.counts = SourceReport(**counts)
-        self.records = store.state["records"]
+        self.records, self.whole = store.state["records"], store.state["whole"]
         self.builder = DocumentBuilder(store.state["prefixes"], store.num_tokens)
 
     def report(self, documents: Documents) -> SourceReport:
@@ -187,7 +190,8 @@ class SourceEncoding:
                 self.counts.trainable_tokens += sum(piece_trainable[1:])
 
     def _commit(self, store: DocumentStore) -> None:
-        state = {"records": self.records, "read": _plain(self.read), "counts": _plain(self.counts)}
+        reports = {"read": _plain(self.read), "counts": _plain(self.counts)}
+        state = {"records": self.records, "whole": self.whole, **reports}
         store.append(self.builder, self.lengths, state)
         self.builder, self.lengths = self.builder.successor(), array("q")
 
@@ -221,7 +225,7 @@ def _fit(
     seq_len: int,
     overlong: Overlong | None,
     report: SourceReport,
-) -> list[tuple[list[int], list[bool]]]:
+) -> list[Sample]:
     """Return the documents of one row, (ids, trainable) each, none longer than seq_len.
 
     Raises:

@@ -117,11 +117,11 @@ class PackedLoader:
     def __len__(self) -> int:
         return sum(self.batches_per_epoch(epoch) for epoch in range(self._epochs or 1))
 
-    def packing_fill(self, epoch: int = 0) -> float:
-        """Return the share of an epoch's rows that is not padding, 0..1."""
-        sources, documents = epoch_order(self._sizes, self._weights, self._seed, epoch)
+    def packing_fill(self) -> float:
+        """Return the share of the first epoch's rows that is not padding, 0..1."""
+        sources, documents = epoch_order(self._sizes, self._weights, self._seed, 0)
         tokens = int(self._sample_lengths(sources, documents).sum())
-        return tokens / (sum(1 for _ in self._rows(epoch)) * self._seq_len)
+        return tokens / (sum(1 for _ in self._rows(0)) * self._seq_len)
 
     def __iter__(self) -> Iterator[Batch]:
         while self._epochs is None or self._epoch < self._epochs:

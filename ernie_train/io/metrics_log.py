@@ -304,25 +304,23 @@ class StageMetrics:
             self._writer.close()
 
 
+# What a line of the terminal shows of a step that has all of these metrics.
+_SHOWN: tuple[tuple[set[str], str], ...] = (
+    ({"loss"}, "loss {loss:.4f}"),
+    ({"validation_loss"}, "validation loss {validation_loss:.4f}"),
+    ({"loss", "rewards/accuracies"}, "pairs right {rewards/accuracies:.3f}"),
+    ({"reward"}, "reward {reward:.3f}  accuracy {accuracy:.3f}"),
+    ({"kl"}, "kl {kl:.4f}"),
+    ({"lr"}, "lr {lr:.2e}"),
+    ({"rope_theta"}, "RoPE base {rope_theta:,.0f} at {seq_len:.0f} tokens"),
+    ({"moe/load_max"}, "busiest expert {moe/load_max:.1f}x"),
+)
+
+
 def _summary(values: Mapping[str, float]) -> list[str]:
     """Return the few values that fit in a line of the terminal."""
-    parts = []
-    if "loss" in values:
-        parts.append(f"loss {values['loss']:.4f}")
-    if "validation_loss" in values:
-        parts.append(f"validation loss {values['validation_loss']:.4f}")
-    if "rewards/accuracies" in values and "loss" in values:
-        parts.append(f"pairs right {values['rewards/accuracies']:.3f}")
-    if "reward" in values:
-        parts.append(f"reward {values['reward']:.3f}  accuracy {values.get('accuracy', 0):.3f}")
-    if "kl" in values:
-        parts.append(f"kl {values['kl']:.4f}")
-    if "lr" in values:
-        parts.append(f"lr {values['lr']:.2e}")
-    if "rope_theta" in values:
-        parts.append(f"RoPE base {values['rope_theta']:,.0f} at {values['seq_len']:.0f} tokens")
-    if "moe/load_max" in values:
-        parts.append(f"busiest expert {values['moe/load_max']:.1f}x")
+    given = {"accuracy": 0.0, **values}
+    parts = [shown.format_map(given) for names, shown in _SHOWN if names <= values.keys()]
     if (idle := values.get("moe/dead_experts", 0)) > 0:
         parts.append(f"{idle:.0f} expert{'s' if idle > 1 else ''} idle")
     if "tokens_per_second" in values:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
@@ -55,7 +54,8 @@ class RunLock:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                _lock(descriptor, fcntl.LOCK_EX, self.run_dir)
+                if (owner := _blocked_by(descriptor, fcntl.LOCK_EX)) is not None:
+                    raise _in_use(self.run_dir, owner)
             except OSError as error:
                 os.close(descriptor)
                 raise StorageError(
@@ -78,12 +78,7 @@ class RunLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.release()
 
 
@@ -109,11 +104,6 @@ def lock_owner(run_dir: str | Path) -> str | None:
         return None  # there are no locks
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, kind: int, run_dir: Path) -> None:
-    if (owner := _blocked_by(descriptor, kind)) is not None:
-        raise _in_use(run_dir, owner)
 
 
 def _blocked_by(descriptor: int, kind: int) -> str | None:
@@ -180,10 +170,6 @@ class StageDone:
     settings: dict[str, Any]
     inputs: dict[str, str]
     result: dict[str, Any]
-
-    def changes(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-        """Return the differences to `settings` and `inputs`; none if the result is still valid."""
-        return differences(self.settings, settings) + differences(self.inputs, inputs, "input")
 
 
 def write_done(stage_dir: str | Path, done: StageDone) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,8 @@ def array_entries(arrays: Mapping[str, np.ndarray]) -> list[TensorEntry]:
     Raises:
         WeightsError: safetensors has no such dtype.
     """
-
-    def producer(array: np.ndarray) -> Callable[[], np.ndarray]:
-        return lambda: array
-
     return [
-        TensorEntry(name, tuple(array.shape), stored_dtype(array.dtype), producer(array))
+        TensorEntry(name, tuple(array.shape), stored_dtype(array.dtype), partial(np.asarray, array))
         for name, array in arrays.items()
     ]
 

@@ -114,14 +114,8 @@ class AttentionLayout:
     @cached_property
     def document_table(self) -> np.ndarray:
         """Return [n,4] int64: start and length of each document and of what it continues."""
-        rows = [
-            (
-                d.start,
-                d.length,
-                *((d.continues.start, d.continues.length) if d.continues else (0, 0)),
-            )
-            for d in self.documents
-        ]
+        both = [(d, d.continues or Document(0, 0)) for d in self.documents]
+        rows = [(d.start, d.length, before.start, before.length) for d, before in both]
         return np.array(rows, np.int64)
 
     @cached_property

@@ -124,9 +124,8 @@ class Ernie4_5_MoeConfig(StrictConfig):
 
     def __init__(self, **keys: Any) -> None:
         if keys.get("moe_num_experts") == 0:
-            count = keys["moe_num_experts"]
-            keys = {key: value for key, value in keys.items() if not key.startswith("moe_")}
-            keys["moe_num_experts"] = count
+            dense = (key for key in keys if not key.startswith("moe_") or key == "moe_num_experts")
+            keys = {key: keys[key] for key in dense}
         if "num_key_value_heads" in keys and keys["num_key_value_heads"] is None:
             heads = type(self).model_fields["num_attention_heads"].default
             keys["num_key_value_heads"] = keys.get("num_attention_heads", heads)
@@ -269,7 +268,7 @@ class Ernie4_5_MoeConfig(StrictConfig):
 
     @property
     def lm_head_has_bias(self) -> bool:
-        """Under `use_bias` an MoE output layer has a bias, tied or not; a dense one never has."""
+        """As in `transformers`: under `use_bias` an MoE output layer has one, a dense one never."""
         return self.use_bias and self.moe_num_experts > 0
 
     def is_moe_layer(self, index: int) -> bool:

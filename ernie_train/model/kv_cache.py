@@ -33,6 +33,14 @@ class CacheStep:
     mask: Tensor  # [B*K, G*Q, C] 0 or `_MASKED`
 
 
+def require_rope_theta(cached: float, present: float) -> None:
+    """Raise `ValueError` if the model's present RoPE base is not that of the cached keys."""
+    if cached != present:
+        raise ValueError(
+            f"the cache was made under rope_theta={cached}, the model now has {present}"
+        )
+
+
 class KVCache:
     """Preallocated keys and values [B*K,C,D] of every layer in `dtype`, grown in steps."""
 
@@ -46,14 +54,6 @@ class KVCache:
         self.values: list[Tensor] = []
         self.key_rows: list[Tensor] = []  # the same memory as [B*K*C,D]
         self.value_rows: list[Tensor] = []
-
-    def check_rope_theta(self, rope_theta: float) -> None:
-        """Raise `ValueError` if the model's RoPE base is not that of the cached keys."""
-        if self.rope_theta != rope_theta:
-            raise ValueError(
-                f"the cache was made under rope_theta={self.rope_theta}, "
-                f"the model now has {rope_theta}"
-            )
 
     @property
     def batch(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.model.kv_cache import require_rope_theta
 from ernie_train.model.lora import merged_weight
 from ernie_train.model.numpy_layers import (
     NUMPY_ACTIVATIONS,
@@ -146,11 +147,7 @@ class NumpyDecoder:
 
         Raises `ValueError` for a cache that was filled under another RoPE base.
         """
-        if cache.rope_theta != self.rope_theta:
-            raise ValueError(
-                f"the cache was made under rope_theta={cache.rope_theta}, "
-                f"the model now has {self.rope_theta}"
-            )
+        require_rope_theta(cache.rope_theta, self.rope_theta)
         positions = cache.advance()
         batch, used = np.arange(len(tokens)), int(positions.max()) + 1
         free = np.arange(used) > positions[:, None]  # [B,c]

@@ -143,9 +143,8 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
 
     Experts are stacked, so a number of an expert is matched by `*` alone.
     """
-    glob = re.sub(
-        r"^\.\*", "*", pattern.removesuffix(".weight")
-    )  # `.*norm` is a habit from regexes
+    # `.*norm` is a habit from regexes.
+    glob = re.sub(r"^\.\*", "*", pattern.removesuffix(".weight"))
     inner = fnmatch.translate(glob).removesuffix(r"\Z")
     regex = re.compile(rf"(?:.+\.)?{inner}(?:\..+)?")
 

@@ -20,7 +20,7 @@ from ernie_train.model.attention import Attention, AttentionTables, attention_bl
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.dtypes import dtype_name, zero_parameter, zero_parameters
-from ernie_train.model.kv_cache import KVCache
+from ernie_train.model.kv_cache import KVCache, require_rope_theta
 from ernie_train.model.layers import MLP, RMSNorm, mlp_block
 from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats, moe_block
 from ernie_train.model.rope import RopeTables
@@ -147,14 +147,14 @@ class Ernie4_5_MoeModel(nn.Layer):
             layout = BatchLayout.from_document_ids(np.asarray(document_ids))
         if layout.num_tokens == 0:
             raise ValueError("the batch has no real token: document_ids are all 0")
-        tokens = _real_tokens(input_ids, layout)
-        cached_positions = self._begin_cache(kv_cache, layout)
+        tokens, cached = _real_tokens(input_ids, layout), None
+        if kv_cache is not None:
+            require_rope_theta(kv_cache.rope_theta, self.rope_theta)
+            cached = kv_cache.begin(layout)
         if position_ids is not None:
             positions = _real_tokens(position_ids, layout)
-        elif cached_positions is not None:
-            positions = paddle.to_tensor(cached_positions)
         else:
-            positions = paddle.to_tensor(layout.default_positions())
+            positions = paddle.to_tensor(layout.default_positions() if cached is None else cached)
         rope = RopeTables.build(positions, self.rope_theta, self.config.attention_head_dim)
         tables = AttentionTables(self.config, layout, rope)
         x = self.embed_tokens(tokens)
@@ -168,12 +168,6 @@ class Ernie4_5_MoeModel(nn.Layer):
                 logits, expert_ids, dropped = routed
                 stats.append(RouterStats(i, logits, F.softmax(logits), expert_ids, dropped))
         return HiddenOutput(self.norm(x), layout, stats)
-
-    def _begin_cache(self, kv_cache: KVCache | None, layout: BatchLayout) -> np.ndarray | None:
-        if kv_cache is None:
-            return None
-        kv_cache.check_rope_theta(self.rope_theta)
-        return kv_cache.begin(layout)
 
 
 def _real_tokens(ids: Tensor, layout: BatchLayout) -> Tensor:
@@ -202,8 +196,7 @@ class LMHead(nn.Layer):
         self.bias: Tensor | None = None
         if not config.tie_word_embeddings:
             self.weight = self.create_parameter([config.vocab_size, config.hidden_size])
-        # As in `transformers`: `use_bias` gives an MoE model's head a bias, a dense model's none.
-        if config.use_bias and config.moe_num_experts > 0:
+        if config.lm_head_has_bias:
             self.bias = self.create_parameter([config.vocab_size], is_bias=True)
 
     def matrix(self) -> Tensor | None:

@@ -137,9 +137,7 @@ def step_cost(
     # The backward pass of logprobs recomputes the logits.
     per_token = flops.training(again + flops.head * (load.loss == "logprobs"))
     per_token -= 3 * flops.head * (load.loss == "score")
-    if (
-        load.part is not None
-    ):  # a frozen weight takes no gradient; that of a head is made all the same
+    if load.part is not None:  # frozen weights take no gradient, but a head's is made all the same
         per_token -= flops.layers
     per_token += flops.training(again) - 3 * flops.head if load.critic else 0.0
     trained = load.updates * -(-load.micro_batches // ranks) * batch.tokens  # of the fullest rank

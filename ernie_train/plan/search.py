@@ -69,14 +69,14 @@ def _candidate(request: PlanRequest, layout: Layout) -> Candidate:
 
 
 def smallest_cluster(request: PlanRequest) -> Candidate:
-    """Return the fastest layout on the fewest ranks of `CLUSTERS` that hold the recipe.
+    """Return the fastest layout on the fewest ranks that hold the recipe.
 
-    If none does: the layout that needs least memory, on the fewest ranks that are within 1 % of it.
+    They are `CLUSTERS`, or as many expert groups of the degree that is asked for. If none does: the
+    layout that needs least memory, on the fewest ranks that are within 1 % of it.
     """
     smallest: list[Candidate] = []
-    for ranks in CLUSTERS:
-        if request.expert is not None and ranks % request.expert:
-            continue
+    degree = request.expert or 1
+    for ranks in [degree * n for n in CLUSTERS if degree * n <= MOST_RANKS] or [degree]:
         found = candidates(request, ranks)
         for candidate in found:
             if candidate.fits(request.memory_gb):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
 from ernie_train.plan.layout import GB, Layout, count_parameters
-from ernie_train.plan.memory import dumped_bytes, recorded_bytes
+from ernie_train.plan.memory import MemoryDemand, dumped_bytes, recorded_bytes
 from ernie_train.plan.search import MOST_RANKS, Candidate, PlanRequest
 from ernie_train.plan.workload import Workload
-
-_PARTS = (
-    "weights", "gradients", "optimizer", "reference", "critic", "reward_models", "activations",
-    "rollouts", "recorded_experts", "reserve",
-)  # fmt: skip
 
 _REMEDIES = {
     "activations": "a smaller micro_batch_size or shorter rows take less",
@@ -53,10 +49,10 @@ def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Conso
 def memory_table(loads: Sequence[Workload], candidate: Candidate) -> Table:
     """Return a table of a rank's memory in GB by part, one column per phase."""
     table = _table("memory of a rank, GB", *(phase.name for phase in loads))
-    for part in _PARTS:
-        values = [getattr(memory, part) for memory in candidate.memory]
+    for part in fields(MemoryDemand):
+        values = [getattr(memory, part.name) for memory in candidate.memory]
         if any(values):
-            table.add_row(part, *(_gb(value) for value in values))
+            table.add_row(part.name, *(_gb(value) for value in values))
     table.add_section()
     table.add_row("peak", *(_gb(memory.peak) for memory in candidate.memory))
     table.add_row("largest part", *(memory.largest_part() for memory in candidate.memory))
@@ -93,7 +89,7 @@ def layout_table(request: PlanRequest, fitting: Sequence[Candidate]) -> Table:
             "best" if place == 0 else "",
             str(layout.expert),
             str(layout.data),
-            _yes(layout.sharding),
+            "yes" if layout.sharding else "no",
             layout.recompute_label,
             _gb(candidate.peak),
             request.loads[candidate.tightest].name,
@@ -212,7 +208,3 @@ def _gb(size: float) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.3f} M"
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"

@@ -7,7 +7,8 @@ from typing import Protocol, TypeVar
 
 from paddle import Tensor
 
-from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeModel, RouterStats
+from ernie_train.model import RouterStats
+from ernie_train.parallel import HasDecoder
 
 
 class HasTokens(Protocol):
@@ -17,17 +18,10 @@ class HasTokens(Protocol):
     def num_tokens(self) -> int: ...
 
 
-class TrainedModel(Protocol):
-    """A model as the trainer needs it: its configuration and its decoder layers."""
-
-    config: Ernie4_5_MoeConfig
-    model: Ernie4_5_MoeModel
-
-
 BatchT = TypeVar("BatchT", bound=HasTokens)
 BatchT_contra = TypeVar("BatchT_contra", bound=HasTokens, contravariant=True)
-ModelT = TypeVar("ModelT", bound=TrainedModel)
-ModelT_contra = TypeVar("ModelT_contra", bound=TrainedModel, contravariant=True)
+ModelT = TypeVar("ModelT", bound=HasDecoder)
+ModelT_contra = TypeVar("ModelT_contra", bound=HasDecoder, contravariant=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import paddle
-from paddle import Tensor
 from pydantic import model_validator
 
 from ernie_train.core import process_group
@@ -26,7 +25,8 @@ from ernie_train.losses import (
 )
 from ernie_train.model import RouterStats
 from ernie_train.model.moe import MoE
-from ernie_train.train.loss_terms import LossTerm, TrainedModel
+from ernie_train.parallel import HasDecoder
+from ernie_train.train.loss_terms import LossTerm
 
 ORTHOGONAL = "balance/orthogonal"
 LOAD_BALANCE = "balance/load_balance"
@@ -66,7 +66,7 @@ class BalanceConfig(StrictConfig):
         return [name for name in names if getattr(self, name) > 0]
 
 
-def moe_layers(model: TrainedModel) -> dict[int, MoE]:
+def moe_layers(model: HasDecoder) -> dict[int, MoE]:
     """Return the MoE layers of a model by their number."""
     return {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_moe}
 
@@ -124,11 +124,11 @@ class RouterStatsAccumulator:
 class MoeBalance:
     """Applies a `BalanceConfig` to one model."""
 
-    def __init__(self, model: TrainedModel, config: BalanceConfig) -> None:
+    def __init__(self, model: HasDecoder, config: BalanceConfig) -> None:
         self.config = config
         self.layers = moe_layers(model)
-        self.top_k = model.config.moe_k
-        self.num_experts = model.config.moe_num_experts
+        self.top_k = model.model.config.moe_k
+        self.num_experts = model.model.config.moe_num_experts
 
     def counts(self, num_tokens: int) -> dict[str, float]:
         """Return the counts of the terms of a micro-batch with `num_tokens` real tokens.
@@ -156,7 +156,7 @@ class MoeBalance:
         config, terms, layers = self.config, [], len(self.layers)
         if self.layers and self._orthogonal_in_loss:
             losses = [router_orthogonal_loss(moe.gate.weight) for moe in self.layers.values()]
-            mean = _sum(losses) / layers
+            mean = sum(losses[1:], losses[0]) / layers
             coef = config.orthogonal_coef * layers
             terms.append(LossTerm(ORTHOGONAL, mean, 1.0, coef, on_parameters=True))
         if config.load_balance_coef and router_stats:
@@ -176,7 +176,7 @@ class MoeBalance:
                 loss = load_balance_loss(stats.router_probs, ids, self.num_experts)
             losses.append(loss * (stats.router_probs.shape[0] / layers))
             tokens += stats.router_probs.shape[0]
-        return LossTerm(name, _sum(losses), tokens / layers, coef * layers)
+        return LossTerm(name, sum(losses[1:], losses[0]), tokens / layers, coef * layers)
 
     def new_load(self) -> RouterStatsAccumulator:
         return RouterStatsAccumulator(list(self.layers), self.num_experts)
@@ -206,10 +206,3 @@ class MoeBalance:
                     # Without the mean, which changes no choice and would only drift.
                     bias.set_value(moved - moved.mean(dtype=np.float64).astype(np.float32))
         return metrics
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -18,17 +18,22 @@ from ernie_train.train.moe_balance import RouterStatsAccumulator, moe_layers
 
 REMEDY = "raise balance.bias_update_rate (0.001 is usual) or balance.load_balance_coef"
 
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 # Reduction of a metric of each layer to one of all layers.
 _OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
     "load_max": max,
-    "load_cv": lambda values: sum(values) / len(values),
+    "load_cv": _mean,
     "dead_experts": sum,
-    "router_entropy": lambda values: sum(values) / len(values),
+    "router_entropy": _mean,
     "bias_range": max,
     "bias_mean": lambda values: max(values, key=abs),
-    "router_cosine": lambda values: sum(values) / len(values),
-    "drop_rate": lambda values: sum(values) / len(values),
-    "routing_changed": lambda values: sum(values) / len(values),
+    "router_cosine": _mean,
+    "drop_rate": _mean,
+    "routing_changed": _mean,
 }
 
 

@@ -15,7 +15,7 @@ from ernie_train.data import Batch, Documents, PackedLoader
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Lockstep
-from ernie_train.train.loss_terms import LossOutput, LossTerm, Mean
+from ernie_train.train.loss_terms import LossFn, LossOutput, LossTerm, Mean
 from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.rope_schedule import RopeSchedule
 from ernie_train.train.stage import StageRun
@@ -99,9 +99,7 @@ class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
         self, config: PretrainConfig | SftConfig, stage: StageRun, prepared: SupervisedData
     ) -> None:
         self.prepared = prepared
-        self.packed = PackedLoss(
-            config.normalization if isinstance(config, SftConfig) else "tokens"
-        )
+        loss = PackedLoss(config.normalization if isinstance(config, SftConfig) else "tokens")
         self.source = batch_source(config, prepared)
         # Phases are relative to the base at the stage's start, not to that of a checkpoint.
         start_theta = stage.model.model.rope_theta
@@ -115,7 +113,7 @@ class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
             config,
             stage,
             trainer,
-            self.packed,
+            loss,
             steps=total_steps(config, prepared),
             validate_every=config.validation_interval,
         )
@@ -141,7 +139,7 @@ class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
 
     def validate(self) -> dict[str, float]:
         documents = self.prepared.validation
-        return {VALIDATION_LOSS: validation_loss(self.config, self.stage, documents, self.packed)}
+        return {VALIDATION_LOSS: validation_loss(self.config, self.stage, documents, self.loss)}
 
     def restore(self, saved: Checkpoint) -> None:
         super().restore(saved)
@@ -155,7 +153,7 @@ def validation_loss(
     config: SupervisedConfig,
     stage: StageRun,
     documents: list[Documents],
-    loss: PackedLoss,
+    loss: LossFn[Ernie4_5_MoeForCausalLM, Batch],
 ) -> float:
     """Return the mean loss in nats over the trained tokens of the validation documents.
 

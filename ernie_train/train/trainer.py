@@ -273,7 +273,4 @@ def _backward(terms: list[LossTerm], counts: dict[str, float], grad_anchor: Tens
     # Terms on parameters have a backward pass of their own, before the other: so gradients are
     # summed in one order, whether layers are recomputed in the backward pass or not.
     for parts in filter(None, (on_parameters, on_outputs)):
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        total.backward()
+        sum(parts[1:], parts[0]).backward()

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import paddle
@@ -26,7 +26,7 @@ from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import WeightsError
 from ernie_train.io.files import MANIFEST, FileDigest, digest_file, read_manifest, write_json
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
-from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5_MoeModel
+from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.lora import (
     EMBEDDING,
     HEAD,
@@ -37,7 +37,7 @@ from ernie_train.model.lora import (
     pair_shapes,
 )
 from ernie_train.model.partial import adapter_of
-from ernie_train.parallel import owned_names
+from ernie_train.parallel import HasDecoder, owned_names
 from ernie_train.weights.layout import (
     TensorMapping,
     describe_names,
@@ -45,6 +45,7 @@ from ernie_train.weights.layout import (
     from_stored,
     tensor_mappings,
     to_stored,
+    wrong_shapes,
 )
 from ernie_train.weights.peft_config import (
     ADAPTER_CONFIG,
@@ -154,19 +155,12 @@ def pair_mappings(
 Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
-class _AroundDecoder(Protocol):
-    """A model around a decoder, with any head."""
-
-    config: Ernie4_5_MoeConfig
-    model: Ernie4_5_MoeModel
-
-
-def to_disk(model: _AroundDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+def to_disk(model: HasDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Return trained parameters of a model, or their Adam moments, by their names on disk."""
     return dict(to_stored(_trained_mappings(model, model.model.placement.experts), named))
 
 
-def from_disk(model: _AroundDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+def from_disk(model: HasDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Return the parameters, or Adam moments, that this rank holds, by their names in memory.
 
     `named` holds those of all ranks by their names on disk.
@@ -175,12 +169,13 @@ def from_disk(model: _AroundDecoder, named: Mapping[str, np.ndarray]) -> Mapping
     return dict(from_stored(_trained_mappings(model, None), named, here))
 
 
-def _trained_mappings(model: _AroundDecoder, experts: range | None) -> list[TensorMapping]:
+def _trained_mappings(model: HasDecoder, experts: range | None) -> list[TensorMapping]:
     """Return the mappings of a model's parameters, and of its pairs if it has some."""
-    result, adapter = tensor_mappings(model.config, experts=experts), adapter_of(model)
+    config, adapter = model.model.config, adapter_of(model)
+    result = tensor_mappings(config, experts=experts)
     if adapter is not None:
         adapted, lora = tuple(adapter.pairs), adapter.config
-        result += pair_mappings(model.config, adapted, lora.rank, experts, dora=lora.dora)
+        result += pair_mappings(config, adapted, lora.rank, experts, dora=lora.dora)
     return result
 
 
@@ -244,9 +239,10 @@ class Part:
     pairs: Mapping[str, np.ndarray]  # names of A, B and magnitudes -> arrays
     scale: float
 
-    def report(self) -> Any:
-        """Return the base's report: which tensors were loaded."""
-        return self.base.report()
+    @property
+    def skipped(self) -> Any:
+        """Return the names of the base's tensors that are not loaded."""
+        return self.base.skipped
 
     def carried(self) -> Any:
         """Return the base's tensors that mean nothing here, by name."""
@@ -360,11 +356,7 @@ def _check_pairs(
             f"{directory}: the matrices have rank {', '.join(map(str, sorted(ranks)))}, "
             f"{ADAPTER_CONFIG} says r: {settings.rank}"
         )
-    wrong = [
-        f"{name} {list(array.shape)} instead of {list(expected[name])}"
-        for name, array in found.items()
-        if name in expected and array.shape != expected[name]
-    ]
+    wrong = wrong_shapes({name: array.shape for name, array in found.items()}, expected)
     unknown = [name for name in found if name not in expected]
     missing = sorted(_wanted(found, dora=settings.dora) - found.keys())
     if any(".experts.lora_" in name or ".experts.base_layer." in name for name in unknown):

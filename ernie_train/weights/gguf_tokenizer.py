@@ -19,6 +19,7 @@ from tokenizers import (  # type: ignore[import-untyped]
 )
 
 from ernie_train.core.errors import DataError
+from ernie_train.data.tokenizer import bpe_merges
 from ernie_train.io.files import write_json, write_text
 
 _log = logging.getLogger(__name__)
@@ -132,16 +133,9 @@ def _sentencepiece(
         raise DataError(f"{len(tokens)} tokens have {len(scores)} scores")
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     normal = {text: i for text, i in ids.items() if types[i] == _NORMAL}
-    merges = []
-    for text, i in normal.items():
-        for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in normal and right in normal:
-                merges.append((-scores[i], normal[left], normal[right], (left, right)))
-    byte_fallback = _BYTE in types
     model = models.BPE(
-        vocab=ids, merges=[pair for *_, pair in sorted(merges)], unk_token=unknown,
-        fuse_unk=True, byte_fallback=byte_fallback,
+        vocab=ids, merges=bpe_merges(normal, scores), unk_token=unknown,
+        fuse_unk=True, byte_fallback=_BYTE in types,
     )  # fmt: skip
     tokenizer = Tokenizer(model)
     prefix = own.get("add_space_prefix", True)

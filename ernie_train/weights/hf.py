@@ -13,11 +13,7 @@ import paddle
 from ernie_train.core import process_group
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError
 from ernie_train.io.files import MANIFEST, verify_manifest
-from ernie_train.io.safetensors import (
-    TensorFiles,
-    from_bfloat16,
-    to_bfloat16,
-)
+from ernie_train.io.safetensors import TensorFiles, from_bfloat16, to_bfloat16
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.configuration import read_config_json
 from ernie_train.parallel import new_model
@@ -34,6 +30,7 @@ from ernie_train.weights.layout import (
     normalize_name,
     parameter_shapes,
     tensor_mappings,
+    wrong_shapes,
 )
 from ernie_train.weights.quantize import open_tensors, split_config
 
@@ -41,20 +38,6 @@ from ernie_train.weights.quantize import open_tensors, split_config
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 COMPUTE_DTYPES = ("float32", "bfloat16")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Report which tensors of a model directory were loaded."""
-
-    layout: Layout
-    tensors: int  # stored tensors that were used
-    carried: tuple[str, ...]  # tensors of multi-token prediction, which the next save writes again
-    skipped: tuple[str, ...]  # those in another layout, which it does not
-    verified: bool  # whether the files' hashes were compared with a manifest
-
-
-# ---- reading -----------------------------------------------------------------------------------
 
 
 def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeForCausalLM:
@@ -76,11 +59,11 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
     config = load_config(path)
     _open(Path(path), config, verify=False)  # report mismatches before a large model is built
     model = new_model(config, dtype, initialize=False)
-    report = load_weights(model, path)
+    skipped = load_weights(model, path)
     if unknown := config.unknown_keys:
         _log.warning("%s: unknown keys in config.json change nothing: %s", path, ", ".join(unknown))
-    if report.skipped:
-        _log.warning("%s: not loaded: %s", path, ", ".join(report.skipped))
+    if skipped:
+        _log.warning("%s: not loaded: %s", path, ", ".join(skipped))
     return model
 
 
@@ -104,11 +87,15 @@ def load_config(path: str | Path) -> Ernie4_5_MoeConfig:
 
 def load_weights(
     model: Ernie4_5_MoeForCausalLM, path: str | Path, *, verify: bool = True, merge: bool = True
-) -> LoadReport:
+) -> tuple[str, ...]:
     """Load the weights in the directory `path` into `model`; each parameter keeps its dtype.
 
     With `verify`, rank 0 compares files that this program wrote with the hashes in their manifest.
     An adapter is merged into its base; without `merge` the base is loaded.
+
+    Returns:
+        The tensors of multi-token prediction that are left behind, as they are in Baidu's layout;
+        those in other layouts are in `model.carried`, which the next save writes again.
 
     Raises:
         WeightsError: files are missing or damaged, names or shapes do not fit (then the model is
@@ -127,19 +114,17 @@ def load_weights(
         target.set_value(to_bfloat16(array) if target.dtype == paddle.bfloat16 else array)
         del array  # before the next one is read
     model.carried = source.carried() if process_group.is_main() else {}
-    return source.report()
+    return source.skipped
 
 
-def read_parameters(
-    path: str | Path, config: Ernie4_5_MoeConfig | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
+def read_parameters(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name in memory, float32 array) of a model directory, one parameter at a time.
 
     Raises:
-        WeightsError: files are missing or damaged, do not fit `config`, or a number is not finite.
+        WeightsError: files are missing or damaged, do not fit config.json, or a number is not
+            finite.
     """
-    config = config or load_config(path)
-    yield from _open(Path(path), config, verify=False).parameters()
+    yield from _open(Path(path), load_config(path), verify=False).parameters()
 
 
 @dataclass(frozen=True)
@@ -151,7 +136,6 @@ class _Source:
     layout: Layout
     wanted: list[TensorMapping]
     no_bias: frozenset[str]  # router biases that the directory lacks; loaded as zeros
-    verified: bool
     mtp: tuple[str, ...]  # names of tensors of multi-token prediction
 
     def read(self, name: str) -> np.ndarray:
@@ -195,10 +179,10 @@ class _Source:
         """
         return {} if self.layout == "paddle" else {n: self.files.bits(n) for n in self.mtp}
 
-    def report(self) -> LoadReport:
-        used = {mapping.stored for mapping in self.wanted} - self.no_bias
-        kept, lost = ((), self.mtp) if self.layout == "paddle" else (self.mtp, ())
-        return LoadReport(self.layout, len(used), kept, lost, self.verified)
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Return the names of tensors of multi-token prediction that are not carried."""
+        return self.mtp if self.layout == "paddle" else ()
 
 
 def _open(
@@ -207,7 +191,8 @@ def _open(
     if is_partial(path):
         base = _open(find_base(path, verify=verify), config, experts, verify=verify)
         return read_part(path, config, experts, base)
-    verified = verify and _verify(path)
+    if verify:
+        _verify(path)
     files = open_tensors(path)
     mtp = tuple(sorted(name for name in files if is_mtp_name(name)))
     names = {normalize_name(name): name for name in files if not is_mtp_name(name)}
@@ -219,20 +204,17 @@ def _open(
     unknown = [name for name in names if name not in shapes]
     if config.tie_word_embeddings and LM_HEAD in unknown:
         unknown.remove(LM_HEAD)  # compared with the embedding when it is read
-    wrong = [
-        f"{name} {list(files.stored[stored].shape)} instead of {list(shapes[name])}"
-        for name, stored in names.items()
-        if name in shapes and files.stored[stored].shape != shapes[name]
-    ]
+    tensors = {name: files.stored[stored] for name, stored in names.items()}
+    wrong = wrong_shapes({name: tensor.shape for name, tensor in tensors.items()}, shapes)
     wrong += [
-        f"{name} has dtype {files.stored[stored].dtype}"
-        for name, stored in names.items()
-        if not _is_float(files.stored[stored].dtype, layout)
+        f"{name} has dtype {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if not _is_float(tensor.dtype, layout)
     ]
     if problems := describe_names(missing, unknown, wrong):
         raise WeightsError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}")
     here = wanted if experts is None else tensor_mappings(config, layout, experts)
-    return _Source(files, names, layout, here, no_bias, verified, mtp)
+    return _Source(files, names, layout, here, no_bias, mtp)
 
 
 def _is_float(dtype: str, layout: Layout) -> bool:
@@ -251,16 +233,15 @@ def _absent_biases(
     return frozenset() if trained_with or any(b in names for b in biases) else biases
 
 
-def _verify(path: Path) -> bool:
-    if not (path / MANIFEST).exists():
-        return False  # not written by this program: there is nothing to compare with
+def _verify(path: Path) -> None:
+    """Compare the files with their manifest, which directories of other programs have none of."""
     try:
-        verify_manifest(path)
+        if (path / MANIFEST).exists():
+            verify_manifest(path)
     except CheckpointError as error:
         raise WeightsError(
             f"{error} (if a file was changed on purpose, delete {path / MANIFEST})"
         ) from None
-    return True
 
 
 def check_dtype(dtype: str, known: Iterable[str] = DTYPES) -> None:

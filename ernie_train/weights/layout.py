@@ -132,31 +132,42 @@ class _LayerMappings:
         `parts` lists (projection, output features); `rows` is the number of input features. In
         Baidu's layout they are columns of one stored Linear, called `fused`.
         """
-        paddle, bias = self.layout == "paddle", self.config.use_bias
+        paddle = self.layout == "paddle"
         total = sum(width for _, width in parts)
         result, start = [], 0
         for part, width in parts:
             columns = slice(start, start + width)
             start += width
-            parent = f"model.{self.name}.{name}.{part}"
-            target, shape = f"{parent}.weight", (rows, width)
-            if paddle:
-                stored = f"ernie.{self.name}.{name}.{fused}"
-                at: Index = (slice(None), columns)
-                result.append(
-                    TensorMapping(target, shape, f"{stored}.weight", (rows, total), stored_at=at)
-                )
-            else:
-                result.append(TensorMapping(target, shape, target, (width, rows), transpose=True))
-            target = f"{parent}.bias"
-            if bias and paddle:
-                at = (columns,)
-                result.append(
-                    TensorMapping(target, (width,), f"{stored}.bias", (total,), stored_at=at)
-                )
-            elif bias:
-                result.append(TensorMapping(target, (width,), target, (width,)))
+            target = f"model.{self.name}.{name}.{part}"
+            stored = f"ernie.{self.name}.{name}.{fused}" if paddle else target
+            shape = (rows, width)
+            result.append(self._weight(f"{target}.weight", shape, stored, rows, columns, total))
+            if self.config.use_bias:
+                size, at = (total, (columns,)) if paddle else (width, ())
+                target, stored = f"{target}.bias", f"{stored}.bias"
+                result.append(TensorMapping(target, (width,), stored, (size,), stored_at=at))
         return result
+
+    def _weight(
+        self,
+        target: str,
+        shape: Shape,
+        stored: str,
+        rows: int,
+        columns: slice,
+        total: int,
+        at: Index = (),
+    ) -> TensorMapping:
+        """Map a Linear weight [rows,columns], which is `at` of the parameter `target`.
+
+        It is a tensor of its own, transposed; in Baidu's layout `columns` of one with `total`.
+        """
+        stored = f"{stored}.weight"
+        if self.layout == "paddle":
+            place = (slice(None), columns)
+            return TensorMapping(target, shape, stored, (rows, total), at=at, stored_at=place)
+        width = columns.stop - columns.start
+        return TensorMapping(target, shape, stored, (width, rows), transpose=True, at=at)
 
     def attention(self) -> list[TensorMapping]:
         config = self.config
@@ -201,16 +212,11 @@ class _LayerMappings:
     def experts(self) -> list[TensorMapping]:
         """Return the mappings of the stacked experts: gate and up [E, H, I], down [E, I, H]."""
         hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
-        parts = {
-            "gate_proj": (hidden, width, slice(0, width)),
-            "up_proj": (hidden, width, slice(width, 2 * width)),
-            "down_proj": (width, hidden, slice(0, hidden)),
-        }
-        result = []
-        for part, (rows, outputs, columns) in parts.items():
-            total = outputs if part == "down_proj" else 2 * width
-            result += self._stacked(part, (rows, outputs), columns, total)
-        return result
+        return [
+            *self._stacked("gate_proj", (hidden, width), slice(0, width), 2 * width),
+            *self._stacked("up_proj", (hidden, width), slice(width, 2 * width), 2 * width),
+            *self._stacked("down_proj", (width, hidden), slice(0, hidden), hidden),
+        ]
 
     def _stacked(
         self, part: str, shape: tuple[int, int], columns: slice, total: int
@@ -229,21 +235,11 @@ class _LayerMappings:
             everywhere = (self.config.moe_num_experts, total, rows)
             here = slice(self.here.start, self.here.stop)
             return [TensorMapping(target, whole, name, everywhere, True, stored_at=(here, columns))]
-        result = []
-        for place, expert in enumerate(self.here):
-            if self.layout == "paddle":
-                name = f"ernie.{self.name}.mlp.experts.{expert}.{stored}.weight"
-                at = (slice(None), columns)
-                mapping = TensorMapping(
-                    target, whole, name, (rows, total), at=(place,), stored_at=at
-                )
-            else:
-                name = f"model.{self.name}.mlp.experts.{expert}.{stored}.weight"
-                mapping = TensorMapping(
-                    target, whole, name, (outputs, rows), transpose=True, at=(place,)
-                )
-            result.append(mapping)
-        return result
+        experts = f"{'ernie' if self.layout == 'paddle' else 'model'}.{self.name}.mlp.experts"
+        return [
+            self._weight(target, whole, f"{experts}.{e}.{stored}", rows, columns, total, (place,))
+            for place, e in enumerate(self.here)
+        ]
 
 
 # ---- names found in files ----------------------------------------------------------------------
@@ -282,11 +278,7 @@ def to_stored(
     """
     shapes = {mapping.parameter: mapping.shape for mapping in mappings}
     unknown = [name for name in named if name not in shapes]
-    wrong = [
-        f"{name} {list(array.shape)} instead of {list(shapes[name])}"
-        for name, array in named.items()
-        if name in shapes and tuple(array.shape) != shapes[name]
-    ]
+    wrong = wrong_shapes({name: array.shape for name, array in named.items()}, shapes)
     if problems := describe_names([], unknown, wrong):
         raise WeightsError("; ".join(problems))
     for mapping in mappings:
@@ -363,6 +355,15 @@ def assemble(
             mapping.copy_from_stored(buffer, stored)
         if buffer is not None:
             yield name, buffer
+
+
+def wrong_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
+    """Return a text for each of the `found` that is expected in another shape."""
+    return [
+        f"{name} {list(shape)} instead of {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
+    ]
 
 
 def describe_names(missing: list[str], unknown: list[str], wrong: list[str]) -> list[str]:

@@ -21,7 +21,13 @@ from ernie_train.io.safetensors import TensorFiles
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.configuration import DENSE_MODEL_TYPE, read_config_json
 from ernie_train.weights.gguf_file import GgufFile
-from ernie_train.weights.layout import EMBED_TOKENS, LM_HEAD, describe_names, tensor_mappings
+from ernie_train.weights.layout import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    describe_names,
+    tensor_mappings,
+    wrong_shapes,
+)
 
 # The defaults of `transformers` for keys that a config.json leaves out.
 _LLAMA_DEFAULTS: dict[str, Any] = {
@@ -169,18 +175,15 @@ def _check_names(source: Source) -> None:
     there = {n: s for n, s in source.shapes.items() if not n.endswith(".rotary_emb.inv_freq")}
     if LM_HEAD in there and LM_HEAD not in expected:
         del there[LM_HEAD]
-        if not np.array_equal(source.tensors[LM_HEAD], source.tensors[EMBED_TOKENS]):
+        embedding = source.tensors.get(EMBED_TOKENS)  # None: told below
+        if embedding is not None and not np.array_equal(source.tensors[LM_HEAD], embedding):
             raise WeightsError(
                 f"{source.path}: tie_word_embeddings is true, but {LM_HEAD} differs from "
                 f"{EMBED_TOKENS}: set it to false, or delete {LM_HEAD}"
             )
     missing = [name for name in expected if name not in there]
     unknown = [name for name in there if name not in expected]
-    wrong = [
-        f"{name} {list(shape)} instead of {list(expected[name])}"
-        for name, shape in there.items()
-        if name in expected and shape != expected[name]
-    ]
+    wrong = wrong_shapes(there, expected)
     wrong += [
         f"{name} has dtype {source.dtypes[name]}"
         for name in there

@@ -113,11 +113,8 @@ def _shortened(modules: list[str], others: set[str]) -> list[str]:
         ends = (".".join(parts[at:]) for at in reversed(range(len(parts))))
         short = next(
             end for end in ends
-            if not end.split(".")[0].isdigit() and not any(_ends_with(o, end) for o in others)
+            if not end.split(".")[0].isdigit()
+            and not any(f".{other}".endswith(f".{end}") for other in others)
         )  # fmt: skip
         result[short] = None
     return list(result)
-
-
-def _ends_with(module: str, end: str) -> bool:
-    return module == end or module.endswith(f".{end}")

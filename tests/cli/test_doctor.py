@@ -22,14 +22,32 @@ def test_the_report_covers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {finding.name for finding in findings}
     assert {
         "python", "paddlepaddle", "device", "CPU set-up", "Paddle's matmul", "numpy's matmul",
-        "training kernels", "fused kernels", "sandbox", "free disk", "memory", "git",
+        "training kernels", "sandbox", "free disk", "memory", "git",
     } <= names  # fmt: skip
     (matmul,) = (finding for finding in findings if finding.name == "Paddle's matmul")
     assert matmul.value.startswith("500 GFLOP/s") and matmul.advice == ""
     (product,) = (finding for finding in findings if finding.name == "numpy's matmul")
     assert product.value.startswith("400 GFLOP/s") and product.advice == ""
-    (kernels,) = (finding for finding in findings if finding.name == "fused kernels")
-    assert "swiglu" in kernels.value
+
+
+@pytest.mark.parametrize(("registered", "expected"), [(True, "Paddle's"), (False, "plain")])
+def test_on_a_gpu_the_attention_kernel_that_will_run_is_named(
+    registered: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no other of Paddle's fused kernels, which the model never calls."""
+    monkeypatch.setattr(doctor, "measure_matmul_gflops", lambda: 500.0)
+    monkeypatch.setattr(doctor, "measure_numpy_gflops", lambda: 400.0)
+    monkeypatch.setattr(doctor.devices, "select_device", lambda name: "gpu")
+    asked = []
+
+    def available(name: str, device: str) -> bool:
+        asked.append((name, device))
+        return registered
+
+    monkeypatch.setattr(doctor.devices, "kernel_available", available)
+    findings = {finding.name: finding.value for finding in doctor._device()}
+    assert findings["attention kernel"].startswith(expected)
+    assert asked == [("flashmask_attention", "gpu")]
 
 
 def test_the_measured_matmul_has_the_speed_that_a_stopwatch_gives() -> None:

@@ -140,6 +140,7 @@ def test_a_signal_stops_it_at_once(files, tmp_path):
         ("math", None, "{}\n", "has 6 rows and"),
         ("math", None, "nonsense\n", "other.jsonl:1: it is not valid JSON"),
         ("math", None, "[]\n", "other.jsonl:1: it is no JSON object"),
+        ("math", None, b'{"completion": ""}\n{"completion": "\xff"}', "other.jsonl:2: it is not"),
         ("math", None, '{"id": 77, "completion": ""}\n', "the id 77 occurs 0 times"),
         ("math", None, '{"id": 1, "answer": ""}\n', "needs a text under completion or text"),
         ("row", '{"answer": "1"}\n', '{"completion": ""}\n', "a row names no verifier"),
@@ -151,7 +152,7 @@ def test_mistakes_are_one_message(score, files, tmp_path, reward, data, completi
         if text is not None:
             paths[place] = tmp_path / ("other.jsonl" if place else "rows.jsonl")
             if text != "absent":
-                paths[place].write_text(text)
+                paths[place].write_bytes(text if isinstance(text, bytes) else text.encode())
     status, _, errors = score(reward, *paths)
     assert status == 2
     assert message in errors.replace("\n", " ")

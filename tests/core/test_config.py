@@ -330,6 +330,8 @@ def test_an_override_changes_one_of_two_sections_that_an_alias_shares() -> None:
         ("stages.3.name=1", "stages.3: no such item; the list has 3 items, counted from 0"),
         ("stages.-1.name=1", "stages.-1: no such item; the list has 3 items, counted from 0"),
         ("empty.0=1", "empty.0: no such item; the list is empty"),
+        ("stages.--1.name=1", "stages.--1: no item of this name; known are sft, rl"),
+        ("stages.².name=1", "stages.²: no item of this name; known are sft, rl"),
         ("plain.x=1", "plain.x: items of this list have no name; use the index, from 0"),
     ],
 )

@@ -105,16 +105,27 @@ def test_encoding_goes_on_where_it_was_interrupted(
     assert len(encoded) <= 172 - (stop_at - 1) + 60, "what was committed is not encoded again"
 
 
-def test_a_kill_between_the_last_row_and_the_end_mark_adds_no_rows(
-    tokenizer: Tokenizer, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("source", [{}, {"max_examples": 5}])
+def test_a_kill_between_the_last_row_and_the_end_mark_changes_nothing(
+    tokenizer: Tokenizer,
+    data: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: dict[str, Any],
 ) -> None:
+    with data.open("a") as stream:
+        stream.write("{\n")  # a bad row behind the last good one
+    monkeypatch.setenv("ERNIE_TRAIN_CACHE", "off")
+    plain = facts(*load(tokenizer, data, source))
+    monkeypatch.setenv("ERNIE_TRAIN_CACHE", str(home))
+
     def kill(store: module.DocumentStore) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.DocumentStore, "finish", kill)
-        load(tokenizer, data, {"max_examples": 5})
-    assert len(load(tokenizer, data, {"max_examples": 5})[0]) == 5
+        load(tokenizer, data, source)
+    assert facts(*load(tokenizer, data, source)) == plain
 
 
 def test_everything_that_matters_is_in_the_key(

@@ -73,13 +73,14 @@ def test_a_null_column_is_absent(write_rows: Any) -> None:
             r"columns\.prompt: frage: no row has .* answer, question",
         ),
         ({"question": "prompt", "answer": "question"}, r"columns\.question: prompt: no row"),
+        ({"prompt": "turns.²"}, r"columns\.prompt: turns\.²: no row"),
         ({"answer": {"column": "answer", "after": "####!"}}, r"rows\.jsonl:1: answer: there is no"),
         ({"prompt": "question.x"}, r"columns\.prompt: question\.x: no row has this column"),
     ],
 )
 def test_columns_that_do_not_fit_the_rows(write_rows: Any, columns: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read_one(write_rows, GSM, columns)
+        read_one(write_rows, GSM | {"turns": ["x"]}, columns)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,15 @@ def test_an_unclosed_call_is_stray() -> None:
 
 @pytest.mark.parametrize(
     "unit",
-    ["<tool_call>{", "<tool_call>{}", "<tool_call>{</tool_call>", "<response></response>", "} "],
+    [
+        "<tool_call>{",
+        "<tool_call>{}",
+        "<tool_call>{</tool_call>",
+        "<response></response>",
+        "} ",
+        "</s>",
+        "</s>\n",
+    ],
 )
 def test_hostile_repetition_takes_linear_time(unit: str) -> None:
     started = time.monotonic()

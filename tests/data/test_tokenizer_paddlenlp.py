@@ -87,6 +87,9 @@ def test_saving_copies_the_files(own: Tokenizer, own_dir: Path, tmp_path: Path) 
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "Qwen2Tokenizer" and "<think>" in config["chat_template"]
     assert load_tokenizer(tmp_path).fingerprint() == own.fingerprint()
+    config["eos_token"] = SPECIAL[2]  # it ends every text of pre-training
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).fingerprint() != own.fingerprint()
 
 
 def test_refusals(own: Tokenizer, tmp_path: Path) -> None:

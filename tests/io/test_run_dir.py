@@ -88,13 +88,13 @@ def test_done_round_trip(tmp_path: Path) -> None:
 
 
 def test_what_changed_is_named() -> None:
-    done = StageDone({"optim": {"lr": 1e-3}, "data": [{"path": "a"}]}, {"model": "abc"}, {})
-    assert done.changes({"data": [{"path": "a"}], "optim": {"lr": 0.001}}, {"model": "abc"}) == []
-    assert done.changes({"optim": {"lr": 2e-3}, "data": [{"path": "b"}]}, {"model": "x"}) == [
+    before = {"optim": {"lr": 1e-3}, "data": [{"path": "a"}]}
+    assert differences(before, {"data": [{"path": "a"}], "optim": {"lr": 0.001}}) == []
+    assert differences(before, {"optim": {"lr": 2e-3}, "data": [{"path": "b"}]}) == [
         "optim.lr: 0.001 -> 0.002",
         "data.0.path: a -> b",
-        "input.model: abc -> x",
     ]
+    assert differences({"model": "abc"}, {"model": "x"}, "input") == ["input.model: abc -> x"]
     assert differences({"a": 1}, {"b": [1]}) == ["a: 1 -> (absent)", "b: (absent) -> [1]"]
     assert differences({"a": [1]}, {"a": [1, 2]}) == ["a: [1] -> [1, 2]"]
     assert differences({"a": 1}, {"a": True}) == ["a: 1 -> true"]

@@ -107,6 +107,14 @@ def test_more_ranks_do_not_help_a_row_that_is_too_long() -> None:
     assert cluster.peak <= 1.01 * least
 
 
+def test_the_smallest_cluster_is_found_for_any_expert_degree() -> None:
+    odd = recipe_data(SFT, preset="21b-a3b", device="gpu")
+    odd["model"]["moe_num_experts"] = 48
+    tight = replace(request(parse_config(Recipe, odd, "test")), expert=3)
+    cluster = smallest_cluster(tight)
+    assert cluster.fits(80) and (cluster.layout.expert, cluster.layout.ranks % 3) == (3, 0)
+
+
 def test_every_layout_multiplies_to_the_ranks(large: Ernie4_5_MoeConfig) -> None:
     found = candidates(request(recipe(SFT)), 48)
     assert {c.layout.expert for c in found} == {1, 2, 4, 8, 16}  # divisors of 64 and of 48

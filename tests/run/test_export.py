@@ -137,6 +137,7 @@ def test_parts_of_quantized_weights_that_do_not_fit_are_named(tokenizer, tmp_pat
         ({f"{name}_packed": words[:, 1:]}, rf"{name}_packed: int32 .* do not fit int8"),
         ({f"{name}_scale": scale * np.float32("nan")}, "a scale is NaN or infinite"),
         ({f"{name}_shape": np.array([1, 2])}, "q_proj.weight .*instead of"),
+        ({f"{name}_shape": np.array(1)}, "q_proj.weight .*instead of"),
     ):
         arrays = {k: v for k, v in {**whole, **changes}.items() if v is not None}
         write_tensor_files(tmp_path / "out", "model", array_entries(arrays))

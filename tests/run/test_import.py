@@ -135,7 +135,6 @@ def test_a_gguf_file_of_another_function_is_refused(tmp_path: Path, named: str) 
     value = GGUF_REFUSED[named]
     metadata = value if isinstance(value, dict) else {named: value}
     if "general.architecture" in metadata:
-        content = None
         write_gguf(tmp_path / "m.gguf")
         content = (tmp_path / "m.gguf").read_bytes().replace(b"llama", b"qwen3")
         (tmp_path / "m.gguf").write_bytes(content)
@@ -188,6 +187,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         {**arrays, "model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}, file
     )
     with pytest.raises(WeightsError, match=r"not of this model .*q_proj\.bias"):
+        import_model(tmp_path / "llama", tmp_path / "out")
+    tied = {k.replace("model.embed_tokens", "lm_head"): v for k, v in arrays.items()}
+    safetensors.numpy.save_file(tied, file)
+    with pytest.raises(WeightsError, match=r"missing \(1\): model\.embed_tokens\.weight"):
         import_model(tmp_path / "llama", tmp_path / "out")
     arrays["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     safetensors.numpy.save_file(arrays, file)

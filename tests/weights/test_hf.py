@@ -137,9 +137,8 @@ def test_prediction_blocks_are_carried_through(tmp_path: Path) -> None:
     }
     write_stored(tmp_path / "in", lambda s: s.update(extra))
     model = load_pretrained(tmp_path / "in")
-    report = load_weights(model, tmp_path / "in")
-    assert (report.carried, report.skipped) == (tuple(sorted(extra)), ())
-    assert (report.layout, report.verified) == ("hf", False)
+    assert load_weights(model, tmp_path / "in") == ()
+    assert model.carried.keys() == extra.keys()
     save_pretrained(model, tmp_path / "out", dtype="bfloat16")
     stored = TensorFiles(tmp_path / "out")
     for name, array in extra.items():  # not rounded with the rest

@@ -106,7 +106,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._plain = Environment()  # it has the filters themselves
-        self.finalize = pass_context(lambda context, value: self._written(value))
+        self.finalize = pass_context(lambda context, value: self.measured(value))
         self.filters = {name: self._bounded_filter(name) for name in self._plain.filters}
 
     def add_filter(self, name: str, filter_: Callable[..., Any]) -> None:
@@ -136,11 +136,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return "".join(map(str, parts))
 
     def measured(self, value: Any) -> Any:
-        """Return a list, tuple or dict that the template makes."""
-        _BUDGET.get().make(_size(value))
-        return value
-
-    def _written(self, value: Any) -> Any:
+        """Return a list, tuple or dict that the template makes, or a value that it writes."""
         _BUDGET.get().make(_size(value))
         return value
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from importlib.resources import files
-from types import TracebackType
 from typing import Any
 
 import jinja2
@@ -280,19 +280,9 @@ def _compile(source: str) -> jinja2.Template:
 
 def _line_of(error: BaseException) -> str:
     """Return the line of the template that raised an error, as text behind its name."""
-    lines = [
-        frame.tb_lineno
-        for frame in _frames(error)
-        if frame.tb_frame.f_code.co_filename == "<template>"
-    ]
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
     return f", line {lines[-1]}" if lines else ""
-
-
-def _frames(error: BaseException) -> Iterator[TracebackType]:
-    frame = error.__traceback__
-    while frame is not None:
-        yield frame
-        frame = frame.tb_next
 
 
 def _to_json(

@@ -6,9 +6,10 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ernie_train.core.errors import DataError
+from ernie_train.core.foreign_files import read_json
 
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TABLES = (".parquet", ".arrow")
@@ -142,18 +143,13 @@ def _saved_shards(path: Path) -> list[Path] | None:
 
     Its directory may also hold intermediate results under names of the same kind.
     """
-    state = _json_object(path / "state.json")
+    try:
+        state = read_json(path / "state.json")
+    except (OSError, ValueError):
+        return None
     if not (path / "dataset_info.json").is_file() or "_data_files" not in state:
         return None
     return [path / str(entry["filename"]) for entry in state["_data_files"]]
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _is_metadata(path: Path) -> bool:

@@ -127,7 +127,7 @@ def _at(value: Any, path: str) -> Any:
     head, _, rest = path.partition(".")
     if isinstance(value, dict):
         found = value.get(head)
-    elif isinstance(value, list) and head.isdigit() and int(head) < len(value):
+    elif isinstance(value, list) and head.isdecimal() and int(head) < len(value):
         found = value[int(head)]
     else:
         return None

@@ -257,10 +257,8 @@ FORMATS: dict[str, Format] = {
 
 def detect_format(row: Row) -> str | None:
     """Return the first format whose keys the row has; None if there is none."""
-    for name, entry in FORMATS.items():
-        if any(marks <= row.keys() for marks in entry.marks):
-            return name
-    return None
+    fitting = (n for n, f in FORMATS.items() if any(marks <= row.keys() for marks in f.marks))
+    return next(fitting, None)
 
 
 def as_prompt(row: Row) -> Row:

@@ -7,14 +7,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Literal
 
 from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import ChatTemplate
 from ernie_train.data.completion_format import IM_END, SENTENCE_END
-from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES
+from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES, write_chat_template
 from ernie_train.io.files import copy_file
 
 MARK = "\ufdd0"  # a noncharacter of Unicode, which no text contains
@@ -89,9 +89,16 @@ class Tokenizer(ABC):
     def token_id(self, piece: str) -> int | None:
         """Return the id of a token of the vocabulary, given as text; None if there is none."""
 
-    @abstractmethod
     def save_pretrained(self, out_dir: str | Path) -> None:
         """Write the files that `transformers` needs, with the chat template."""
+        out_dir = Path(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _copy_files(self.directory, out_dir)
+        self._complete_files(out_dir)
+        write_chat_template(out_dir, self.chat.template)
+
+    def _complete_files(self, out_dir: Path) -> None:  # noqa: B027 - not every kind needs it
+        """Write what a copy of the tokenizer's files lacks or has wrong; by default nothing."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -206,32 +213,18 @@ class WholeTokens:
         self, ids: Sequence[int], decode_rest: Callable[[list[int]], str], drop: Collection[int]
     ) -> str:
         out: list[str] = []
-        run: list[int] = []
-        for token_id in map(int, ids):
-            if token_id not in self._names:
-                run.append(token_id)
-                continue
-            if run:
-                out.append(decode_rest(run))
-                run = []
-            if token_id not in drop:
-                out.append(self._names[token_id])
-        if run:
-            out.append(decode_rest(run))
+        for is_whole, run in groupby(map(int, ids), self._names.__contains__):
+            if is_whole:
+                out += [self._names[token_id] for token_id in run if token_id not in drop]
+            else:
+                out.append(decode_rest(list(run)))
         return "".join(out)
 
 
 def decode_known(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int]], str]) -> str:
     """Decode ids, with U+FFFD for each that is beyond the vocabulary."""
-    known: list[int] = []
-    texts: list[str] = []
-    for token_id in map(int, ids):
-        if 0 <= token_id < vocab_size:
-            known.append(token_id)
-        else:
-            texts += [decode(known) if known else "", "\ufffd"]
-            known = []
-    return "".join(texts) + (decode(known) if known else "")
+    runs = groupby(map(int, ids), lambda token_id: 0 <= token_id < vocab_size)
+    return "".join(decode([*run]) if known else "\ufffd" * len([*run]) for known, run in runs)
 
 
 def common_start(one: str, other: str) -> str:
@@ -245,7 +238,7 @@ def unmark(text: str) -> str:
     return text.replace(MARK, "")
 
 
-def copy_tokenizer_files(source: Path, out_dir: Path) -> None:
+def _copy_files(source: Path, out_dir: Path) -> None:
     """Copy the files of a tokenizer directory; do nothing if both directories are the same."""
     if source.resolve() == out_dir.resolve():
         return

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,11 +303,12 @@ def _write_tokenizer_json(
             "put the tokenizer.json that belongs to it into the same directory"
         )
     vocabulary = {piece.text: token_id for token_id, piece in enumerate(proto.pieces)}
+    normal = {p.text: i for i, p in enumerate(proto.pieces) if p.type is PieceType.NORMAL}
     unknown = next(p.text for p in proto.pieces if p.type is PieceType.UNKNOWN)
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_merges(proto),
+            merges=bpe_merges(normal, [piece.score for piece in proto.pieces]),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=any(p.type is PieceType.BYTE for p in proto.pieces),
@@ -331,18 +332,15 @@ def _write_tokenizer_json(
     write_text(path, tokenizer.to_str(pretty=True))
 
 
-def _merges(proto: SentencePieceModel) -> list[tuple[str, str]]:
-    """Return all pairs of pieces that form a piece, in the order in which SentencePiece merges."""
-    mergeable = {
-        piece.text: token_id
-        for token_id, piece in enumerate(proto.pieces)
-        if piece.type is PieceType.NORMAL
-    }
+def bpe_merges(normal: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Return all pairs of pieces that form a piece, in the order in which SentencePiece merges.
+
+    normal: ids of the pieces that are text; scores: of all pieces, by id.
+    """
     merges: list[tuple[float, int, int, tuple[str, str]]] = []
-    for text, token_id in mergeable.items():
+    for text, token_id in normal.items():
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
-            if left in mergeable and right in mergeable:
-                rank = -proto.pieces[token_id].score
-                merges.append((rank, mergeable[left], mergeable[right], (left, right)))
+            if left in normal and right in normal:
+                merges.append((-scores[token_id], normal[left], normal[right], (left, right)))
     return [pair for *_, pair in sorted(merges)]

@@ -15,15 +15,9 @@ from ernie_train.data.tokenizer.base import (
     Offsets,
     Tokenizer,
     check_unicode,
-    copy_tokenizer_files,
     decode_known,
 )
-from ernie_train.data.tokenizer.hf_files import (
-    CONFIG_FILE,
-    TokenizerConfig,
-    optional_json,
-    write_chat_template,
-)
+from ernie_train.data.tokenizer.hf_files import CONFIG_FILE, TokenizerConfig, optional_json
 from ernie_train.io.files import write_json, write_text
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -102,10 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
         found = self._backend.token_to_id(piece)
         return None if found is None else int(found)
 
-    def save_pretrained(self, out_dir: str | Path) -> None:
-        out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        copy_tokenizer_files(self.directory, out_dir)
+    def _complete_files(self, out_dir: Path) -> None:
         config = optional_json(out_dir / CONFIG_FILE)
         if config.pop("auto_map", None):  # a class in a file of code, which is not copied
             write_json(
@@ -113,7 +104,6 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         if self._added:
             write_text(out_dir / TOKENIZER_JSON, self._backend.to_str(pretty=True))
-        write_chat_template(out_dir, self.chat.template)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self._backend.to_str().encode())

@@ -13,10 +13,8 @@ from ernie_train.data.tokenizer.base import (
     Tokenizer,
     WholeTokens,
     check_unicode,
-    copy_tokenizer_files,
     decode_known,
 )
-from ernie_train.data.tokenizer.hf_files import write_chat_template
 
 
 class PaddleNLPTokenizer(Tokenizer):
@@ -76,14 +74,9 @@ class PaddleNLPTokenizer(Tokenizer):
     def token_id(self, piece: str) -> int | None:
         return self._ids.get(piece)
 
-    def save_pretrained(self, out_dir: str | Path) -> None:
-        out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        copy_tokenizer_files(self.directory, out_dir)
-        write_chat_template(out_dir, self.chat.template)
-
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(sorted(self._ids.items())).encode())
+        digest.update(str((self.pad_token_id, self.bos_token_id, self.eos_token_id)).encode())
         merges = self.directory / "merges.txt"
         if merges.exists():
             digest.update(read_bytes(merges))

@@ -28,14 +28,12 @@ from ernie_train.data.tokenizer.base import (
     Tokenizer,
     WholeTokens,
     check_unicode,
-    copy_tokenizer_files,
     decode_known,
 )
 from ernie_train.data.tokenizer.hf_files import (
     TOKENIZER_FILES,
     TokenizerConfig,
     special_tokens,
-    write_chat_template,
     write_huggingface_files,
 )
 from ernie_train.data.tokenizer.sentencepiece_proto import (
@@ -140,14 +138,10 @@ class SentencePieceTokenizer(Tokenizer):
     def token_id(self, piece: str) -> int | None:
         return self._ids.get(piece)
 
-    def save_pretrained(self, out_dir: str | Path) -> None:
-        out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        copy_tokenizer_files(self.directory, out_dir)
+    def _complete_files(self, out_dir: Path) -> None:
         if not (out_dir / "tokenizer.json").exists():
             roles = {role: t for role, t in self.special_tokens.items() if t in self._ids}
             write_huggingface_files(out_dir, self._proto, self._added, self.control_tokens, roles)
-        write_chat_template(out_dir, self.chat.template)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self._model_bytes)

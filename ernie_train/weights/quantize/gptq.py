@@ -44,7 +44,7 @@ def gptq(
     return QuantizedTensor.of(codes, scales, dtype, scheme)
 
 
-def inverse_factor(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+def inverse_factor(hessian: np.ndarray) -> np.ndarray:
     """Return the upper triangular U with U^T U = H^-1, of the damped Hessian [in,in].
 
     An input that never occurs gets the mean of the diagonal, and stands alone.
@@ -52,7 +52,7 @@ def inverse_factor(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     damped = hessian.astype(np.float64)
     diagonal = np.einsum("ii->i", damped)  # a view
     diagonal[diagonal == 0] = diagonal.mean() or 1.0
-    diagonal += damping * diagonal.mean()
+    diagonal += DAMPING * diagonal.mean()
     # With the order reversed, J H J = L L^T: so H = V V^T with the upper triangular V = J L J, and
     # H^-1 = V^-T V^-1: U is V^-1.
     lower = np.linalg.cholesky(damped[::-1, ::-1])

@@ -72,7 +72,7 @@ class QuantizedFiles(TensorFiles):
             for part in _PARTS:
                 del self.stored[name + part]
             shape, scale = self._parts[f"{name}_shape"], self._parts.stored[f"{name}_scale"]
-            self.stored[name] = replace(scale, shape=tuple(shape.tolist()))
+            self.stored[name] = replace(scale, shape=tuple(shape.reshape(-1).tolist()))
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self._parts:
