@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -45,11 +46,42 @@ HOW_TO_MAKE_IT = (
 
 SLOW_LIMIT_S = 3600.0
 
+# The files that take longest: workers begin with them, since one that came last would leave the
+# others idle.
+LONGEST = (
+    "parallel/test_runs.py",
+    "run/test_recipe_keys_act.py",
+    "model/test_parity.py",
+    "tools/evidence/test_main_job.py",
+    "parallel/test_equal_results.py",
+    "parallel/test_faults.py",
+    "rl/test_engine_stage.py",
+    "repository/test_embedded_data.py",
+    "weights/test_adapters.py",
+    "launch/test_launch.py",
+    "parallel/test_fewer_ranks.py",
+    "repository/test_recipes_21b.py",
+)
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+    if hasattr(config, "workerinput"):
+        begin = {REPOSITORY / "tests" / name: at for at, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: begin.get(item.path, len(begin)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Leaves a file to one worker, with what it makes once for all of its tests, also by `-n 2`."""
+    if config.getvalue("dist") not in ("load", "loadfile"):
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # by the number of tests: long files have few
+    return LoadFileScheduling(config, log)
 
 
 Referee = Callable[..., "subprocess.CompletedProcess[str]"]
