@@ -245,10 +245,11 @@ class _UpoLoop:
         found, counts = pairs.find(iteration, rollout) if pairs is not None else ([], {})
         batch, estimated = self.learner.prepare(rollout, found)
         metrics |= counts | estimated
-        if not (batch.pairs or any(map(batch.is_trained, range(batch.num_in_groups)))):
-            self.writer.note(
-                f"iteration {iteration}: no group differs in its verdicts: nothing was learnt"
-            )
+        by_policy = self.config.policy.coef > 0
+        trains_groups = by_policy and any(map(batch.is_trained, range(batch.num_in_groups)))
+        if not (batch.pairs or trains_groups):
+            why = "no group differs in its verdicts" if by_policy else "no pair was found"
+            self.writer.note(f"iteration {iteration}: {why}: nothing was learnt")
             return batch, metrics
         self._leave_if_asked(f"before the update of iteration {iteration}")
         self.state.is_updating = True
