@@ -157,7 +157,7 @@ class Chat:
         self.messages = [{"role": "system", "content": system}] if system else []
         if self.toolbox is not None:
             question = Record("prompt", [_NEXT])
-            self._environment = self.toolbox.environment(lambda: self._stop.requested)
+            self._environment = ToolEnvironment(self.toolbox, lambda: self._stop.requested)
             self._environment.reset(question)
             self.tools = self.toolbox.offer(question).tools
 
@@ -211,14 +211,13 @@ class Chat:
             if self.toolbox is None or self._environment is None or not episode.finished:
                 return
             result = self._environment.step(episode.text)
-            for message, call in zip(result.messages, result.calls, strict=True):
-                style = "red" if call.failed else "green"
-                self._say(f"{call.name}: {message['content']}\n", style)
+            for message, failed in zip(result.messages, result.failed, strict=True):
+                style = "red" if failed else "green"
+                self._say(f"{message['name']}: {message['content']}\n", style)
             history += result.messages
             if result.done:
                 return
-            names = [call.name for call in result.calls]
-            found = self.toolbox.result_ids(names, result.messages)
+            found = self.toolbox.result_ids(result.messages)
             if not episode.add_results(result, found, most=room):
                 break
         self._say("(no further turn: the limit of turns or of the model's length is reached)")

@@ -7,8 +7,6 @@ same ones.
 
 from ernie_train.environments.config import EnvironmentConfig
 from ernie_train.environments.environment import (
-    CallRecord,
-    Environment,
     StepResult,
     Toolbox,
     ToolEnvironment,
@@ -18,8 +16,6 @@ from ernie_train.environments.environment import (
 from ernie_train.environments.episodes import Episode, EpisodeStart, play_episodes
 
 __all__ = [
-    "CallRecord",
-    "Environment",
     "EnvironmentConfig",
     "Episode",
     "EpisodeStart",

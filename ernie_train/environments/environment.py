@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ernie_train.core.errors import (
     ConfigError,
@@ -28,12 +27,11 @@ from ernie_train.data import (
 )
 from ernie_train.data.completion_format import ToolCall, parse_completion
 from ernie_train.environments.calculator import Calculator
-from ernie_train.environments.config import EnvironmentConfig
+from ernie_train.environments.config import BuiltIn, EnvironmentConfig
 from ernie_train.environments.lookup import TABLE, Lookup
 from ernie_train.environments.python_cells import PythonCells
 from ernie_train.environments.tool import Tool, ToolContext, ToolError
 from ernie_train.environments.user_tools import UserTools
-from ernie_train.rewards.sandbox import layer_in_force
 
 Message = dict[str, Any]
 
@@ -43,16 +41,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufdd0-\ufdef\uf
 _CUT = " [cut]"
 _REFUSED = "error: the result contains a control token of the chat format"
 _NO_TOOL = "unknown"  # the name of a tool that there is not: the one in the call is foreign text
+_BUILT_IN: dict[BuiltIn, Callable[[], Tool]] = {
+    "calculator": Calculator,
+    "lookup": Lookup,
+    "python": PythonCells,
+}
 _QUESTION: Message = {"role": "user", "content": "?"}
-
-
-@dataclass(frozen=True)
-class CallRecord:
-    """Hold how one call went. `seconds` differ from run to run."""
-
-    name: str
-    failed: bool
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -60,23 +54,12 @@ class StepResult:
     """Hold the answer of an environment to a turn.
 
     messages: results of the turn's calls, for the model. done: the episode ends with this turn.
+    failed: of each call, whether it did.
     """
 
     messages: list[Message]
     done: bool
-    calls: list[CallRecord] = field(default_factory=list)
-
-
-class Environment(Protocol):
-    """Answers the turns of one episode. The verifier grades the last turn."""
-
-    def reset(self, record: Record) -> list[Message]:
-        """Begin an episode; return the messages that the assistant answers."""
-        ...
-
-    def step(self, turn: str) -> StepResult:
-        """Answer a turn of the assistant, given as the text that it wrote."""
-        ...
+    failed: list[bool] = field(default_factory=list)
 
 
 class Toolbox:
@@ -126,13 +109,10 @@ class Toolbox:
         fields = {**record.fields, **({"tools": schemas} if schemas else {})}
         return replace(record, messages=asked, tools=schemas or None, fields=fields)
 
-    def environment(self, stop_requested: Callable[[], bool] = lambda: False) -> ToolEnvironment:
-        """Return a new environment, for one episode."""
-        return ToolEnvironment(self, stop_requested)
-
-    def result_ids(self, names: Sequence[str], results: Sequence[Message]) -> list[int]:
+    def result_ids(self, results: Sequence[Message]) -> list[int]:
         """Encode results, and the generation prompt behind them, as the template writes them."""
-        known = [name if name in self.tools else next(iter(self.tools)) for name in names]
+        first = next(iter(self.tools))
+        known = [m["name"] if m["name"] in self.tools else first for m in results]
         schemas = [tool.schema for tool in self.tools.values()]
         return tool_result_ids(self.tokenizer, known, results, schemas)
 
@@ -157,7 +137,10 @@ class Toolbox:
 
 
 class ToolEnvironment:
-    """An episode with the tools of a `Toolbox`; a stop is looked for before each call."""
+    """One episode with the tools of a `Toolbox`; a stop is looked for before each call.
+
+    The verifier grades its last turn.
+    """
 
     def __init__(
         self, toolbox: Toolbox, stop_requested: Callable[[], bool] = lambda: False
@@ -167,14 +150,14 @@ class ToolEnvironment:
         self._offered: set[str] = set()
 
     def reset(self, record: Record) -> list[Message]:
-        """Begin an episode with a problem; return its messages."""
+        """Begin an episode with a problem; return the messages that the assistant answers."""
         record = self._toolbox.offer(record)
         self._offered = {_function(tool)["name"] for tool in record.tools or ()}
         self._context = self._context_of(record.fields)
         return list(record.prompt_messages)
 
     def step(self, turn: str) -> StepResult:
-        """Execute the calls of a turn, in order; a turn without a call ends the episode.
+        """Execute the calls of a turn, given as its text; one without a call ends the episode.
 
         Raises `ToolFailure` where a tool cannot run, and `Interrupted` when a stop is requested.
         """
@@ -184,11 +167,10 @@ class ToolEnvironment:
         )
         if not parsed.tool_calls:
             return StepResult([], done=True)
-        messages, records = [], []
+        messages, failures = [], []
         for number, call in enumerate(parsed.tool_calls[: MAX_CALLS + 1]):
             if self._stop_requested():
                 raise Interrupted("stopped on a signal while tools were called")
-            started = time.perf_counter()
             try:
                 if number == MAX_CALLS:
                     raise ToolError(f"a turn may make {MAX_CALLS} calls; no further one was made")
@@ -198,8 +180,8 @@ class ToolEnvironment:
             shown, refused = self._toolbox.format_result(text)
             name = call.name if call.name in self._toolbox.tools else _NO_TOOL
             messages.append({"role": "tool", "name": name, "content": shown})
-            records.append(CallRecord(name, failed or refused, time.perf_counter() - started))
-        return StepResult(messages, done=False, calls=records)
+            failures.append(failed or refused)
+        return StepResult(messages, done=False, failed=failures)
 
     def _execute_call(self, call: ToolCall) -> str:
         """Return the result of a call; raises `ToolError` for one that the policy got wrong."""
@@ -228,13 +210,8 @@ def build_toolbox(config: EnvironmentConfig, tokenizer: Tokenizer, base_director
     tools: list[Tool] = []
     with ExitStack() as resources:
         for asked in config.tools:
-            if asked == "calculator":
-                tools.append(Calculator())
-            elif asked == "lookup":
-                tools.append(Lookup())
-            elif asked == "python":
-                layer_in_force()
-                tools.append(PythonCells())
+            if isinstance(asked, str):
+                tools.append(_BUILT_IN[asked]())
             else:
                 file = (base_directory / Path(asked.python).expanduser()).resolve()
                 own = UserTools(file)
@@ -286,8 +263,7 @@ def _check_format(toolbox: Toolbox) -> None:
             f"{origin} writes calls otherwise than as <tool_call> with JSON, which alone is read"
         )
     results = [
-        toolbox.result_ids([name], [{"role": "tool", "name": name, "content": text}])
-        for text in ("1", "2")
+        toolbox.result_ids([{"role": "tool", "name": name, "content": text}]) for text in ("1", "2")
     ]
     if results[0] == results[1]:
         raise DataError(f"{origin} does not show the results of tools")

@@ -20,7 +20,7 @@ from ernie_train.core import consensus, process_group
 from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import EngineError, Interrupted, ToolFailure
 from ernie_train.data import Record, Tokenizer
-from ernie_train.environments.environment import Environment, Message, StepResult, Toolbox
+from ernie_train.environments.environment import Message, StepResult, Toolbox, ToolEnvironment
 
 _POLL_S = 0.1
 
@@ -78,7 +78,6 @@ class Episode:
     finished: bool = False
     messages: list[Message] = field(default_factory=list)
     turns: int = 0
-    tool_seconds: float = 0.0
 
     def add_turn(self, sampled: SampledTurn, tokenizer: Tokenizer) -> None:
         """Append a turn of the assistant.
@@ -122,9 +121,8 @@ class Episode:
         Returns whether they were appended. The episode is cut off unless a further turn follows.
         """
         self.finished = False
-        self.tool_seconds += sum(call.seconds for call in result.calls)
-        for message, call in zip(result.messages, result.calls, strict=True):
-            self.messages.append({**message, "failed": call.failed})
+        for message, failed in zip(result.messages, result.failed, strict=True):
+            self.messages.append({**message, "failed": failed})
         if len(self.completion_ids) + len(ids) >= most:
             return False
         mask = self.sampled_mask or [True] * len(self.completion_ids)
@@ -167,8 +165,7 @@ def play_episodes(
         results = _step_all(environments, asked, episodes, stop_requested)
         live = []
         for at in (at for at in asked if not results[at].done):
-            names = [call.name for call in results[at].calls]
-            ids = toolbox.result_ids(names, results[at].messages)
+            ids = toolbox.result_ids(results[at].messages)
             most = max_new_tokens if turn + 1 < max_turns else 0
             if episodes[at].add_results(results[at], ids, most=most):
                 live.append(at)
@@ -179,19 +176,19 @@ def play_episodes(
 
 def _environments(
     starts: Sequence[EpisodeStart], toolbox: Toolbox | None, stop_requested: Callable[[], bool]
-) -> dict[int, Environment]:
+) -> dict[int, ToolEnvironment]:
     """Return the environments of this rank's episodes: a rank keeps an episode to its end."""
-    found: dict[int, Environment] = {}
+    found: dict[int, ToolEnvironment] = {}
     for at, start in enumerate(starts):
         mine = at % process_group.world_size() == process_group.rank()
         if toolbox is not None and start.record is not None and mine:
-            found[at] = toolbox.environment(stop_requested)
+            found[at] = ToolEnvironment(toolbox, stop_requested)
             found[at].reset(start.record)
     return found
 
 
 def _step_all(
-    environments: dict[int, Environment],
+    environments: dict[int, ToolEnvironment],
     asked: Sequence[int],
     episodes: Sequence[Episode],
     stop_requested: Callable[[], bool],

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from ernie_train.environments.tool import Signature, ToolContext, ToolError
-from ernie_train.rewards.sandbox import Limits, SandboxUnavailable, run_script
+from ernie_train.rewards.sandbox import Limits, SandboxUnavailable, layer_in_force, run_script
 
 _MEMORY = "python"
 _SLACK_BYTES = 4096
@@ -81,10 +81,16 @@ def python(code: str) -> str:
 
 
 class PythonCells:
-    """Runs the cells of the tool `python`. Raises `SandboxUnavailable` where the sandbox fails."""
+    """Runs the cells of the tool `python`.
+
+    Raises `SandboxUnavailable` where no sandbox works, at once, or where it fails.
+    """
 
     signature = Signature.of(python)
     schema = signature.schema
+
+    def __init__(self) -> None:
+        layer_in_force()
 
     def call(self, arguments: dict[str, Any], context: ToolContext) -> str:
         code = self.signature.check(arguments)["code"]

@@ -31,7 +31,7 @@ from ernie_train.generate.engine import Completion
 from ernie_train.generate.sharded import generate_sharded, score_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
-from ernie_train.rewards.answers import ANSWER_FORMS, answer_form
+from ernie_train.rewards.registry import ANSWER_FORMS, answer_form
 from ernie_train.rewards.sandbox import layer_in_force
 
 LONGEST_NAME = 200  # characters of a task, a domain or a verifier

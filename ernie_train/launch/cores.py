@@ -30,6 +30,8 @@ from ernie_train.core.cpu import THREAD_VARIABLES, CpuSetup, cpu_setup
 from ernie_train.core.environment import memory_bytes
 from ernie_train.core.errors import UserError
 from ernie_train.core.foreign_files import read_json
+from ernie_train.core.processes import import_path
+from ernie_train.launch.launcher import hides_gpus
 
 # In fewer tokens a further rank does not win back the seconds that its start takes.
 WORTHWHILE_TOKENS = 30_000
@@ -77,9 +79,8 @@ def plan_cores(
     each = setup.threads if chosen else max(1, setup.cores // ranks)
     begun_threads = _recorded_threads(run_dir) if ranks == begun else None
     kept = None
-    if (
-        begun_threads is not None and begun_threads != each
-    ):  # matrix products round by the number of threads
+    # Matrix products round by the number of threads.
+    if begun_threads is not None and begun_threads != each:
         if chosen or begun_threads > each:
             began = _count(begun_threads, "thread")
             why = f"this run began with {began}, results differ by rounding"
@@ -100,14 +101,11 @@ def _count(number: int, what: str) -> str:
 def _may_use_gpu(device: object) -> bool:
     if device != "auto":
         return device != "cpu"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
+    if hides_gpus(os.environ):
         return False
-    try:
-        importlib.metadata.version("paddlepaddle-gpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version("paddlepaddle-gpu"))
+    return False
 
 
 def _chosen_ranks(
@@ -191,11 +189,8 @@ def _count_parameters(preset: str, sizes: Mapping[str, Any]) -> int:
         "print(config.num_parameters()[0])"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, preset, json.dumps(sizes)]
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    environment = {**os.environ, "PYTHONPATH": import_path(os.environ)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else 0  # the run says what is wrong
 
 

@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,13 +94,12 @@ def _options(settings: LaunchSettings, directory: Path) -> list[str]:
 
 def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
-    if settings.hide_gpus or _sees_no_gpu(environment.get(_VISIBLE)):
+    if settings.hide_gpus or hides_gpus(environment):
         # The launcher picks the backend by the GPUs that it counts, not by what ranks will use. It
         # counts "" as one GPU, and fails with fewer GPUs than ranks; -1 is never a GPU's number.
         environment |= {_VISIBLE: ",".join(["-1"] * settings.nproc), _BACKEND: "gloo"}
-    root = str(Path(__file__).resolve().parents[2])
     environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH")))),
+        "PYTHONPATH": processes.import_path(environment),
         rank_files.DIRECTORY: str(directory),
         rank_files.SUPERVISOR: str(os.getpid()),
     }
@@ -112,8 +111,9 @@ def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
     return environment
 
 
-def _sees_no_gpu(visible: str | None) -> bool:
+def hides_gpus(environment: Mapping[str, str]) -> bool:
     """Return True if CUDA_VISIBLE_DEVICES hides every GPU: CUDA ignores all after a wrong one."""
+    visible = environment.get(_VISIBLE)
     return visible is not None and visible.split(",")[0].strip() in ("", "-1")
 
 

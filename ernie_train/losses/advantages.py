@@ -1,19 +1,15 @@
 """Compute advantages from rewards: GAE with a critic, group-relative without one, whitening.
 
-Advantages take no gradient, so all of this is numpy in float64. Every function takes numpy arrays
-or tensors and returns the kind and floating dtype of its first argument.
+Advantages take no gradient, so all of this is numpy in float64.
 Shapes: B completions, S positions, P prompts, G completions of a prompt.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-import paddle
-from paddle import Tensor
-
-ArrayT = TypeVar("ArrayT")  # np.ndarray or Tensor
+from numpy.typing import ArrayLike
 
 AdvantageScale = Literal["std", "none"]
 AdvantageBaseline = Literal["mean", "leave_one_out"]
@@ -22,8 +18,8 @@ _WHITEN_EPSILON = 1e-8  # a variance
 
 
 def gae(
-    rewards: ArrayT, values: ArrayT, mask: Any, *, gamma: float, lam: float
-) -> tuple[ArrayT, ArrayT]:
+    rewards: ArrayLike, values: ArrayLike, mask: ArrayLike, *, gamma: float, lam: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return generalized advantage estimates and the returns that a critic learns.
 
     rewards, values, mask [B,S] -> (advantages, returns) [B,S], both 0 where the mask is 0. With t'
@@ -36,7 +32,8 @@ def gae(
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must lie in [0, 1]")
-    r, v, keep = _float64(rewards), _float64(values), _bool(mask)
+    r, v = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
+    keep = np.asarray(mask) != 0
     _require_same_shape(r, values=v, mask=keep)
     advantages = np.zeros_like(r)
     next_value, next_advantage = np.zeros(len(r)), np.zeros(len(r))
@@ -45,30 +42,30 @@ def gae(
         next_advantage = np.where(keep[:, t], delta + gamma * lam * next_advantage, next_advantage)
         next_value = np.where(keep[:, t], v[:, t], next_value)
         advantages[keep[:, t], t] = next_advantage[keep[:, t]]
-    returns = np.where(keep, advantages + v, 0.0)
-    return _as_given(advantages, rewards), _as_given(returns, rewards)
+    return advantages, np.where(keep, advantages + v, 0.0)
 
 
-def varied_groups(rewards: Any, valid: Any) -> np.ndarray:
+def varied_groups(rewards: ArrayLike, valid: ArrayLike) -> np.ndarray:
     """Return True for prompts with two or more valid completions that differ in reward.
 
     rewards, valid [P,G] -> bool [P]. For all other prompts `group_advantages` is 0. Raises
     `ValueError` when shapes differ.
     """
-    r, keep = _float64(rewards), _bool(valid)
+    r, keep = np.asarray(rewards, np.float64), np.asarray(valid) != 0
     _require_same_shape(r, valid=keep)
     best = np.where(keep, r, -np.inf).max(-1, initial=-np.inf)
     worst = np.where(keep, r, np.inf).min(-1, initial=np.inf)
-    return best > worst  # fewer than two valid ones: -inf > inf, or a reward above itself
+    # Fewer than two valid ones: -inf > inf, or a reward above itself.
+    return np.asarray(best > worst)
 
 
 def group_advantages(
-    rewards: ArrayT,
-    valid: Any,
+    rewards: ArrayLike,
+    valid: ArrayLike,
     *,
     scale: AdvantageScale = "std",
     baseline: AdvantageBaseline = "mean",
-) -> ArrayT:
+) -> np.ndarray:
     """Return rewards relative to the other completions of a prompt (GRPO, arXiv:2402.03300).
 
     rewards, valid [P,G] -> [P,G]: reward - baseline, over the prompt's valid completions; the
@@ -83,7 +80,7 @@ def group_advantages(
         raise ValueError(f'scale={scale!r} must be "std" or "none"')
     if baseline not in ("mean", "leave_one_out"):
         raise ValueError(f'baseline={baseline!r} must be "mean" or "leave_one_out"')
-    r, keep = _float64(rewards), _bool(valid)
+    r, keep = np.asarray(rewards, np.float64), np.asarray(valid) != 0
     keep = keep & varied_groups(r, keep)[:, None]
     count = keep.sum(-1, keepdims=True)
     total = np.where(keep, r, 0.0).sum(-1, keepdims=True)
@@ -94,32 +91,33 @@ def group_advantages(
         relative *= count / others
     if scale == "std":
         relative /= std + _SCALE_EPSILON
-    return _as_given(relative, rewards)
+    return relative
 
 
-def whiten(advantages: ArrayT, mask: Any) -> ArrayT:
+def whiten(advantages: ArrayLike, mask: ArrayLike) -> np.ndarray:
     """Return advantages with mean 0 and variance 1 where the mask is set, 0 elsewhere.
 
     advantages, mask of one shape. The variance is the sample's, plus 1e-8 (as verl's and TRL's
     masked_whiten); fewer than 2 kept values, or equal ones, give 0. Raises `ValueError` when
     shapes differ.
     """
-    a, keep = _float64(advantages), _bool(mask)
+    a, keep = np.asarray(advantages, np.float64), np.asarray(mask) != 0
     _require_same_shape(a, mask=keep)
     kept, white = a[keep], np.zeros_like(a)
     if kept.size > 1 and kept.max() > kept.min():
         white[keep] = (kept - kept.mean()) / np.sqrt(kept.var(ddof=1) + _WHITEN_EPSILON)
-    return _as_given(white, advantages)
+    return white
 
 
-def explained_variance(values: Any, returns: Any, mask: Any) -> float | None:
+def explained_variance(values: ArrayLike, returns: ArrayLike, mask: ArrayLike) -> float | None:
     """Return 1 - Var(returns - values) / Var(returns) where the mask is set.
 
     values, returns, mask of one shape. 1: the critic predicts every return; 0: no better than
     their mean; below 0: worse. None where the returns do not vary, or fewer than 2 are kept.
     Raises `ValueError` when shapes differ.
     """
-    v, r, keep = _float64(values), _float64(returns), _bool(mask)
+    v, r = np.asarray(values, np.float64), np.asarray(returns, np.float64)
+    keep = np.asarray(mask) != 0
     _require_same_shape(v, returns=r, mask=keep)
     kept = r[keep]
     if kept.size < 2 or kept.max() == kept.min():
@@ -131,21 +129,3 @@ def _require_same_shape(first: np.ndarray, **others: np.ndarray) -> None:
     for name, other in others.items():
         if other.shape != first.shape:
             raise ValueError(f"{name} {list(other.shape)} must have the shape {list(first.shape)}")
-
-
-def _float64(array: Any) -> np.ndarray:
-    if isinstance(array, Tensor):
-        array = array.astype("float64").numpy()  # numpy has no bfloat16
-    return np.asarray(array, np.float64)
-
-
-def _bool(mask: Any) -> np.ndarray:
-    return _float64(mask) != 0
-
-
-def _as_given(result: np.ndarray, given: Any) -> Any:
-    if isinstance(given, Tensor):
-        dtype = given.dtype if given.is_floating_point() else "float32"
-        return paddle.to_tensor(result, place=given.place).astype(dtype)
-    dtype = np.asarray(given).dtype
-    return result.astype(dtype if np.issubdtype(dtype, np.floating) else np.float64)

@@ -132,7 +132,6 @@ class PairCounts:
     below_margin: int = 0  # prompts whose best and worst rewards are too close
     tied: int = 0  # pairs chosen from several with the same best and worst rewards
     chosen_longer: int = 0  # pairs whose chosen completion is the longer one
-    invalid: int = 0  # completions without a score, left out
 
 
 def choose_pairs(
@@ -170,8 +169,7 @@ def choose_pairs(
         pair = min(candidates, key=lambda c: _length_order(c, lengths))
         longer += int(lengths[prompt, pair.chosen] > lengths[prompt, pair.rejected])
         pairs.append(pair)
-    invalid = int((~valid).sum())
-    return pairs, PairCounts(len(pairs), too_few, below, tied, longer, invalid)
+    return pairs, PairCounts(len(pairs), too_few, below, tied, longer)
 
 
 def _candidates(

@@ -82,14 +82,6 @@ def read_response(row: dict[str, Any], completion: str) -> str | Score:
     return parsed.response.strip()
 
 
-def reference_answer(row: dict[str, Any]) -> str | Score:
-    """Return the row's `answer`, stripped; Score.bad_gold if it is not a text or is empty."""
-    answer = row.get("answer")
-    if not isinstance(answer, str) or not answer.strip():
-        return Score.bad_gold(f"answer must be a non-empty text, not {answer!r}")
-    return answer.strip()
-
-
 def question_of(row: dict[str, Any]) -> str:
     """Return the row's `question`, or else the last message of its user, or an empty text."""
     question = row.get("question")
@@ -105,13 +97,11 @@ def grade_response(
     row: dict[str, Any], completion: str, compare: Callable[[str, str], Score]
 ) -> Score:
     """Return `compare(answer, response)`; Score.bad_gold or Score.wrong if one is missing."""
-    gold = reference_answer(row)
-    if isinstance(gold, Score):
-        return gold
+    answer = row.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        return Score.bad_gold(f"answer must be a non-empty text, not {answer!r}")
     response = read_response(row, completion)
-    if isinstance(response, Score):
-        return response
-    return compare(gold, response)
+    return response if isinstance(response, Score) else compare(answer.strip(), response)
 
 
 def mismatch(gold: str, answer: str) -> Score:

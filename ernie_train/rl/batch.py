@@ -125,19 +125,6 @@ class RolloutBatch:
         return self.policy_mask is None or bool(self.policy_mask[index])
 
 
-def _array_of(arrays: TokenArrays, index: int) -> np.ndarray | None:
-    return arrays[index] if index < len(arrays) else None
-
-
-def _joined(arrays: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.ndarray:
-    """Join the arrays of all sequences to one [N]; zeros where a sequence has none."""
-    parts = [
-        np.zeros(length, np.float32) if array is None else array
-        for array, length in zip(arrays, lengths, strict=True)
-    ]
-    return np.concatenate(parts).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences that go through the model together, and pairs of them by their place in it.
@@ -334,15 +321,17 @@ def _micro_batch(
     batch: RolloutBatch, members: Sequence[_Member], pairs: Sequence[PreferencePair]
 ) -> MicroBatch:
     sequences = tuple(batch.sequences[m.sequence] for m in members)
-    lengths = [s.num_sampled for s in sequences]
 
     def gather(arrays: TokenArrays, *, for_copies: bool = False) -> np.ndarray | None:
+        """Join the arrays of the members to one [N]; zeros for a member without one, or a copy."""
         if not arrays:
             return None
-        own = [
-            None if m.is_copy and not for_copies else _array_of(arrays, m.sequence) for m in members
-        ]
-        return _joined(own, lengths)
+        parts = []
+        for m, sequence in zip(members, sequences, strict=True):
+            known = m.sequence < len(arrays) and (for_copies or not m.is_copy)
+            array = arrays[m.sequence] if known else None
+            parts.append(np.zeros(sequence.num_sampled, np.float32) if array is None else array)
+        return np.concatenate(parts).astype(np.float32)
 
     return MicroBatch(
         sequences,

@@ -26,14 +26,10 @@ from ernie_train.rl.batch import (
 from ernie_train.rl.config import PairLoss
 from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.loss import DpoLoss, PairTerm
-from ernie_train.rl.pair_stage import PairStageConfig, PreparedPairs
+from ernie_train.rl.pair_stage import PairRun, PairStageConfig, PreparedPairs
 from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair, add_pairs
-from ernie_train.train.moe_health import PromptProbe
-from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.stage import StageRun
-from ernie_train.train.step_loop import StepLoop
 from ernie_train.train.supervised_data import VALIDATION_LOSS
-from ernie_train.train.trainer import Trainer
 from ernie_train.weights.checkpoint import Checkpoint
 
 
@@ -104,37 +100,25 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
     return _DpoRun(config, stage, prepared).train()
 
 
-class _DpoRun(StepLoop[Ernie4_5_MoeForCausalLM, MicroBatch]):
+class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
     """The run of a stage on pairs, with its reference."""
 
     config: DpoConfig
 
     def __init__(self, config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> None:
-        self.prepared = prepared
         self.term = PairTerm.of(config, 1.0)
         # A resumed run is given the starting policy too, before its own checkpoint.
         self.reference = parallel.reference_model(stage.model) if config.needs_reference else None
-        trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch] = Trainer(
-            stage.model,
-            Optimizer(stage.model, config.optim),
-            grad_accum_steps=config.micro_batches_per_step,
-            balance=config.balance,
-        )
-        super().__init__(
-            config,
-            stage,
-            trainer,
-            DpoLoss(self.term),
-            steps=config.steps,
-            validate_every=config.validation_interval,
-        )
+        super().__init__(config, stage, prepared, stage.model, DpoLoss(self.term))
 
     @cached_property
     def held_out(self) -> MicroBatch:
         """Return all held-out pairs with the reference's logprobs, as one batch."""
         sequences: list[TokenizedCompletion] = []
         pairs = add_pairs(sequences, self.prepared.validation)
-        logprobs = _reference_logprobs(self.config, self.reference, sequences, self._stop_requested)
+        logprobs = _reference_logprobs(
+            self.config, self.reference, sequences, self.stage.stop_requested
+        )
         return MicroBatch(
             tuple(sequences),
             (False,) * len(sequences),
@@ -146,22 +130,16 @@ class _DpoRun(StepLoop[Ernie4_5_MoeForCausalLM, MicroBatch]):
         pairs, seed = self.prepared.pairs, self.stage.data.seed
         return pair_batches(self.config, pairs, self.reference, seed=seed, done=self.trainer.step)
 
-    def probe(self) -> PromptProbe:
-        return self.prepared.probe(self.config)
-
     def step_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         alpha = self.config.rpo_alpha  # by the name that the objective has in every stage
         loss = metrics["preference"] + alpha * metrics.get("nll_loss", 0.0)
         return metrics | {"loss": loss}
 
     def validate(self) -> dict[str, float]:
-        size, stop_requested = self.config.micro_batch_size, self._stop_requested
+        size, stop_requested = self.config.micro_batch_size, self.stage.stop_requested
         return validation_metrics(
-            self.stage.model, self.held_out, self.term, size, stop_requested=stop_requested
+            self.model, self.held_out, self.term, size, stop_requested=stop_requested
         )
-
-    def _stop_requested(self) -> bool:
-        return self.stage.stop.requested
 
     def restore(self, saved: Checkpoint) -> None:
         if "powers" not in saved.state:

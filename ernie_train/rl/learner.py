@@ -108,7 +108,8 @@ class Learner:
                     share_prompts=self.config.share_prompts,
                 ).logprobs
             batch = replace(batch, ref_logprobs=reference)
-        if self._compares_with_last_iteration and pairs:
+        preference = self.config.preference
+        if preference is not None and preference.reference == "last_iteration" and pairs:
             batch = replace(batch, pair_ref_logprobs=self._logprobs_before_update(batch))
         if rollout.groups:
             if self.reference is not None:
@@ -116,11 +117,6 @@ class Learner:
             batch, more = self._with_advantages(batch, rollout)
             metrics |= more
         return batch, metrics
-
-    @property
-    def _compares_with_last_iteration(self) -> bool:
-        preference = self.config.preference
-        return preference is not None and preference.reference == "last_iteration"
 
     def _logprobs_before_update(self, batch: RolloutBatch) -> list[np.ndarray | None]:
         """Return the policy's logprobs of all sequences; those of the groups are known."""

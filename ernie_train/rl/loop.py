@@ -67,13 +67,11 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
         directory=stage.directory / ENGINE,
         base_dir=stage.data.base_dir,
         largest_gap=rollout.max_logprob_mismatch,
-        stop_requested=lambda: stage.stop.requested,
+        stop_requested=stage.stop_requested,
     )
     with closing(built) as reward, closing(engine), tools as toolbox:
         if config.canaries:
-            with consensus.fail_together():
-                if process_group.is_main():
-                    _try_reward(config, stage, prepared, reward)
+            consensus.run_on_main(lambda: _try_reward(config, stage, prepared, reward))
         return _UpoLoop(config, stage, prepared, reward, engine, toolbox).run()
 
 
@@ -85,7 +83,7 @@ def _try_reward(
         reward,
         sample=config.canaries,
         seed=stage.data.seed,
-        stop_requested=lambda: stage.stop.requested,
+        stop_requested=stage.stop_requested,
     )
 
 
@@ -130,9 +128,8 @@ class _UpoLoop:
         if saved is not None:
             self._restore(saved)
         self.state.prompts = self.sampler.state_dict()
-        with consensus.fail_together():
-            if process_group.is_main():
-                cut_after(stage.directory / SAMPLES, None if saved is None else saved.step)
+        last = None if saved is None else saved.step
+        consensus.run_on_main(lambda: cut_after(stage.directory / SAMPLES, last))
         self.writer = StageMetrics(
             stage.directory,
             resume_step=None if saved is None else saved.step - (self.state.pending is not None),
@@ -157,7 +154,7 @@ class _UpoLoop:
         with self.writer, ExitStack() as processes:
             for second in (self.audit, self.pair_reward):
                 if second is not None:
-                    processes.callback(second.close)
+                    processes.callback(second.reward.close)
             try:
                 if self.state.pending is not None:
                     self._finish(self.state.pending)
@@ -172,7 +169,7 @@ class _UpoLoop:
         return {"steps": last, "checkpoint": self.store.finish(last, self.stage.model).name}
 
     def _leave_if_asked(self, moment: str) -> None:
-        if process_group.any_rank(self.stage.stop.requested):
+        if process_group.any_rank(self.stage.stop_requested()):
             raise Interrupted(f"stopped on a signal {moment}")
 
     def _pair_sources(self) -> PairSources | None:
@@ -181,10 +178,10 @@ class _UpoLoop:
             return None
         offline = None
         if preference.offline is not None:
-            given = self.prepared.offline_pairs
-            if preference.offline.prompts is not None:
+            given, prompts = self.prepared.offline_pairs, preference.offline.prompts
+            if prompts is not None:
                 is_new = self.state.finished == 0
-                given = make_offline_pairs(self.sampler, preference, is_new=is_new)
+                given = make_offline_pairs(self.sampler, prompts, preference.margin, is_new=is_new)
             seed = self.stage.data.seed
             offline = OfflinePairSource(given, preference.offline.per_iteration, seed)
         return PairSources(preference, self.sampler, offline, self.pair_reward)
@@ -228,12 +225,11 @@ class _UpoLoop:
             self._save()
 
     def _append_samples(self, iteration: int, rollout: Rollout, batch: RolloutBatch) -> None:
-        advantages = mean_advantages(batch)
+        path, advantages = self.stage.directory / SAMPLES, mean_advantages(batch)
         prompts, count = self.prepared.prompts, self.config.samples_per_iteration
-        with consensus.fail_together():
-            if process_group.is_main():
-                path = self.stage.directory / SAMPLES
-                append_samples(path, iteration, rollout, advantages, prompts, count)
+        consensus.run_on_main(
+            lambda: append_samples(path, iteration, rollout, advantages, prompts, count)
+        )
 
     def _learn(
         self, iteration: int, rollout: Rollout, pairs: PairSources | None
@@ -245,10 +241,11 @@ class _UpoLoop:
         found, counts = pairs.find(iteration, rollout) if pairs is not None else ([], {})
         batch, estimated = self.learner.prepare(rollout, found)
         metrics |= counts | estimated
-        if not (batch.pairs or any(map(batch.is_trained, range(batch.num_in_groups)))):
-            self.writer.note(
-                f"iteration {iteration}: no group differs in its verdicts: nothing was learnt"
-            )
+        by_policy = self.config.policy.coef > 0
+        trains_groups = by_policy and any(map(batch.is_trained, range(batch.num_in_groups)))
+        if not (batch.pairs or trains_groups):
+            why = "no group differs in its verdicts" if by_policy else "no pair was found"
+            self.writer.note(f"iteration {iteration}: {why}: nothing was learnt")
             return batch, metrics
         self._leave_if_asked(f"before the update of iteration {iteration}")
         self.state.is_updating = True
@@ -258,10 +255,8 @@ class _UpoLoop:
         return batch, metrics
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
-        settings = self.config.evaluation
-        if settings is None:
-            return {}
-        if iteration % settings.every_iterations and iteration != self.config.iterations:
+        settings, last = self.config.evaluation, self.config.iterations
+        if settings is None or (iteration % settings.every_iterations and iteration != last):
             return {}
         return evaluate_held_out(self.config, self.stage, self.prepared.held_out, self.toolbox)
 

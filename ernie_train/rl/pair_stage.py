@@ -1,4 +1,4 @@
-"""Settings and data that stages on given pairs of completions share: DPO and reward models."""
+"""Settings, data and run of stages on given pairs of completions: DPO and reward models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from ernie_train.core.config import HARMLESS, PathText, PositiveInt
 from ernie_train.data import MappedRows
 from ernie_train.data.reader import prompts_of
 from ernie_train.rl.preference_data import PromptReport, TokenizedPair, read_fitting_pairs
+from ernie_train.train.loss_terms import BatchT, LossFn, ModelT
 from ernie_train.train.moe_health import PromptProbe
-from ernie_train.train.stage import StageConfig, StageData
+from ernie_train.train.optimizer import Optimizer
+from ernie_train.train.stage import StageConfig, StageData, StageRun
+from ernie_train.train.step_loop import StepLoop
+from ernie_train.train.trainer import Trainer
 
 
 class PairStageConfig(StageConfig, MappedRows):
@@ -100,10 +104,39 @@ class PreparedPairs:
     report: PromptReport
     validation: list[TokenizedPair] = field(default_factory=list)
 
-    def probe(self, config: PairStageConfig) -> PromptProbe:
-        """Return the prompts on which changed routing is measured."""
-        prompts = [pair.chosen.prompt_ids for pair in self.pairs]
-        return PromptProbe.of(prompts, config.moe_health.probe_tokens)
+
+class PairRun(StepLoop[ModelT, BatchT]):
+    """The run of a stage on given pairs: `loss` trains `model`, of which the stage's is a part."""
+
+    config: PairStageConfig
+
+    def __init__(
+        self,
+        config: PairStageConfig,
+        stage: StageRun,
+        prepared: PreparedPairs,
+        model: ModelT,
+        loss: LossFn[ModelT, BatchT],
+    ) -> None:
+        self.prepared, self.model = prepared, model
+        trainer: Trainer[ModelT, BatchT] = Trainer(
+            model,
+            Optimizer(model, config.optim),
+            grad_accum_steps=config.micro_batches_per_step,
+            balance=config.balance,
+        )
+        super().__init__(
+            config,
+            stage,
+            trainer,
+            loss,
+            steps=config.steps,
+            validate_every=config.validation_interval,
+        )
+
+    def probe(self) -> PromptProbe:
+        prompts = [pair.chosen.prompt_ids for pair in self.prepared.pairs]
+        return PromptProbe.of(prompts, self.config.moe_health.probe_tokens)
 
 
 def prepare(config: PairStageConfig, data: StageData) -> PreparedPairs:

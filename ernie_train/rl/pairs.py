@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ernie_train.core import consensus
 from ernie_train.core.errors import CheckpointError, UserError
 from ernie_train.generate import SamplingConfig
 from ernie_train.losses import PairCounts, choose_pairs
-from ernie_train.rl.batch import PreferencePair, TokenizedCompletion
+from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.config import PreferenceConfig
 from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair
 from ernie_train.rl.report import pair_metrics
@@ -36,48 +37,43 @@ _SHORTER = 0.9  # of the longest completion's tokens: pairs of nearly one length
 _REWARD_TOLERANCE = 1e-6  # as in choose_pairs
 
 
-def best_worst_pairs(rollout: Rollout, margin: float) -> tuple[list[PreferencePair], PairCounts]:
-    """Pair the best with the worst completion of each group whose rewards differ by the margin.
+def best_worst_pairs(
+    groups: Sequence[PromptGroup], rewards: Any, valid: Any, *, margin: float
+) -> tuple[list[PromptGroup], PairCounts]:
+    """Return best and worst completion of each group whose rewards differ by the margin; counts.
 
-    Pairs are by place among the rollout's completions, group after group.
+    rewards, valid [P,G] of the groups; see `choose_pairs`.
     """
-    if not rollout.groups:
+    if not groups:
         return [], PairCounts()
-    lengths = np.array([[c.num_sampled for c in group] for group in rollout.groups])
-    found, counts = choose_pairs(rollout.rewards, rollout.valid, lengths, margin=margin)
-    size = lengths.shape[1]
-    pairs = [
-        PreferencePair(p.prompt * size + p.chosen, p.prompt * size + p.rejected) for p in found
-    ]
-    return pairs, counts
+    lengths = [[c.num_sampled for c in group] for group in groups]
+    found, counts = choose_pairs(rewards, valid, lengths, margin=margin)
+    return [[groups[p][chosen], groups[p][rejected]] for p, chosen, rejected in found], counts
 
 
 def make_offline_pairs(
-    sampler: RolloutSampler, preference: PreferenceConfig, *, is_new: bool
+    sampler: RolloutSampler, prompts: int, margin: float, *, is_new: bool
 ) -> list[TokenizedPair]:
     """Let the starting policy make pairs, once; they are kept in the stage's directory.
 
-    `is_new`: the stage has not been begun. Raises `UserError` where no prompt gives a pair, and
-    `CheckpointError` where the pairs that the stage began with are gone.
+    `is_new`: the stage has not been begun. Raises `UserError` where none of so many prompts gives a
+    pair, and `CheckpointError` where the pairs that the stage began with are gone.
     """
-    prompts = preference.offline.prompts if preference.offline else None
-    if prompts is None:
-        raise ValueError("offline pairs of the policy need offline.prompts")
     path = sampler.stage.directory / OFFLINE_PAIRS
     if not consensus.run_on_main(path.exists):
         if not is_new:
             raise CheckpointError(f"{path} is missing: the stage had begun with it")
         chosen = sampler.new_order().take(prompts, sampler.is_allowed)
-        rollout = Rollout.of(sampler.sample(chosen, 0, 0), sampler.config.rollout)
-        pairs, counts = best_worst_pairs(rollout, preference.margin)
+        sampled = Rollout.of(sampler.sample(chosen, 0, 0), sampler.config.rollout)
+        pairs, counts = best_worst_pairs(
+            sampled.groups, sampled.rewards, sampled.valid, margin=margin
+        )
         if not pairs:
             raise UserError(
                 f"none of {prompts} prompts gave an offline pair ({counts.below_margin} below "
                 "preference.margin): take more offline.prompts, or prompts of middling difficulty"
             )
-        all_completions = rollout.completions()
-        groups = [[all_completions[at] for at in pair] for pair in pairs]
-        consensus.run_on_main(lambda: write_rollout(path, groups))
+        consensus.run_on_main(lambda: write_rollout(path, pairs))
     # Also where they were just made: what is compared must not depend on when a run was stopped.
     kept = consensus.run_on_main(lambda: read_rollout(path))
     return [TokenizedPair(chosen, rejected) for chosen, rejected in kept]
@@ -127,23 +123,18 @@ class PairSources:
         return pairs, metrics
 
     def _online(self, iteration: int, rollout: Rollout) -> tuple[list[TokenizedPair], PairCounts]:
-        if self.pair_reward is None:
-            places, counts = best_worst_pairs(rollout, self.config.margin)
-            all_of_them = rollout.completions()
-            return [TokenizedPair(all_of_them[a], all_of_them[b]) for a, b in places], counts
-        first = (iteration - 1) * (self.sampler.config.rollout.prompts_per_iteration or 0)
-        judged = self.pair_reward.places(first, len(rollout.groups))
-        groups = [rollout.groups[at] for at in judged]
-        if not groups:
-            return [], PairCounts()
-        scores = self.pair_reward.scores(groups)
-        found, counts = choose_pairs(
-            [[composed.value for composed in row] for row in scores],
-            rollout.valid[judged] & [[composed.score.trains for composed in row] for row in scores],
-            [[c.num_sampled for c in group] for group in groups],
-            margin=self.config.margin,
-        )
-        return [TokenizedPair(groups[g][a], groups[g][b]) for g, a, b in found], counts
+        groups, rewards, valid = rollout.groups, rollout.rewards, rollout.valid
+        if self.pair_reward is not None:
+            first = (iteration - 1) * (self.sampler.config.rollout.prompts_per_iteration or 0)
+            judged = self.pair_reward.places(first, len(groups))
+            if not judged:
+                return [], PairCounts()
+            groups = [groups[at] for at in judged]
+            scores = self.pair_reward.scores(groups)
+            rewards = np.array([[one.value for one in row] for row in scores])
+            valid = valid[judged] & [[one.score.trains for one in row] for row in scores]
+        found, counts = best_worst_pairs(groups, rewards, valid, margin=self.config.margin)
+        return [TokenizedPair(chosen, rejected) for chosen, rejected in found], counts
 
     # ---- groups that are all wrong ---------------------------------------------------------------
 
@@ -170,7 +161,7 @@ class PairSources:
             [sampler.prepared.prompts[prompt].prompt_ids + given for prompt, given in begun],
             SamplingConfig(max(limits), rollout.temperature, rollout.top_p, rollout.top_k, seed),
             limits=limits,
-            stop_requested=lambda: sampler.stage.stop.requested,
+            stop_requested=sampler.stage.stop_requested,
         )
         whole = [
             (prompt, given + completion.ids)

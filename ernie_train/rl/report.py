@@ -213,7 +213,7 @@ def evaluate_held_out(
             seed=stage.data.seed,
         ),
         toolbox=toolbox,
-        stop_requested=lambda: stage.stop.requested,
+        stop_requested=stage.stop_requested,
     )
     metrics = {f"eval/{task.task}": task.accuracy for task in found.tasks}
     metrics |= {f"eval/{domain}": accuracy for domain, (accuracy, _) in found.domains().items()}

@@ -294,7 +294,8 @@ class Pipeline:
     def _finish_stage(self, stage: AnyStageConfig, run: StageRun, lineage: Lineage) -> Lineage:
         """Run a stage, or load its result from disk; return the lineage of what follows."""
         with consensus.fail_together(), run.stop.at_once():
-            lineage = self._with_data(lineage, stage)
+            paths = [self.base_dir / path for path in stage.paths()]
+            lineage = lineage.with_data(paths, self.hashes)
         consensus.require_same({f"the data of stage {stage.name}": str(lineage.data)})
         done = consensus.run_on_main(lambda: read_done(run.directory))
         if done is not None:
@@ -317,10 +318,9 @@ class Pipeline:
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
         self._load_weights(run.model)
         result = self._train(stage, run, prepared)
-        with consensus.fail_together():
-            if process_group.is_main():
-                record = stage_record(stage, lineage)
-                write_done(run.directory, StageDone(record["settings"], record["input"], result))
+        record = stage_record(stage, lineage)
+        done = StageDone(record["settings"], record["input"], result)
+        consensus.run_on_main(lambda: write_done(run.directory, done))
         return lineage.after(stage.name, result)
 
     def _place_of(self, stage: AnyStageConfig) -> str:
@@ -368,9 +368,6 @@ class Pipeline:
             with consensus.fail_together():
                 store.load(self.weights, verify=main).load_model(model)
             self.loaded = self.weights
-
-    def _with_data(self, lineage: Lineage, stage: AnyStageConfig) -> Lineage:
-        return lineage.with_data([self.base_dir / path for path in stage.paths()], self.hashes)
 
 
 def change_of_kernels(before: dict[str, Any] | None, computed_by: str) -> str | None:

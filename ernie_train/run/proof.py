@@ -163,7 +163,7 @@ class RefereeUnable(Exception):
 
 
 class Referee:
-    """Compute logits with transformers in another interpreter; used as a context."""
+    """Compute logits with transformers in another interpreter; `reader` names its versions then."""
 
     def __init__(self, python: str) -> None:
         self.python, self.reader = python, ""

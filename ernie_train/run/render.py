@@ -23,7 +23,9 @@ def evaluation_table(result: dict[str, Any]) -> Group:
     pass@k and maj@n stand with their intervals, where the result has them.
     """
     trained = measured(result["trained"])
-    untrained = {t["task"]: t for t in result.get("untrained", {}).get("tasks", [])}
+    untrained: dict[str, Any] = {}
+    if "untrained" in result:
+        untrained = {task["task"]: task for task in measured(result["untrained"])["tasks"]}
     tasks = _table("held-out problems", "domain", "task", "n", "accuracy", "baseline")
     several = any(name != "pass@1" for task in trained["tasks"] for name in _estimates(task))
     if not several:
@@ -45,8 +47,7 @@ def evaluation_table(result: dict[str, Any]) -> Group:
         known = baseline is not None and accuracy is not None
         gain = f"{100 * (accuracy - baseline):+.1f}" if known else "-"
         domains.add_row(domain, _percent(accuracy), _percent(baseline), gain)
-    mean = trained["mean_accuracy"]
-    lines = [f"mean over tasks: {_percent(mean)}{'' if mean is None else ' %'}"]
+    lines = [f"mean over tasks: {_with_sign(trained['mean_accuracy'])}"]
     lines.append("in %; baseline: always the task's most frequent answer, - where rows have none")
     lines.append("95 %: interval over problems, where a completion that cannot be scored is wrong")
     if untrained:
@@ -113,7 +114,7 @@ def stage_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Group:
             cells.append("-" if gain is None else f"{100 * gain:+.1f}")
         table.add_row(domain, task, *cells, end_section=section)
 
-    evaluations = [result["trained"] for _, result in results]
+    evaluations = [measured(result["trained"]) for _, result in results]
     solved = [{(t["domain"], t["task"]): t["accuracy"] for t in e["tasks"]} for e in evaluations]
     for at, (domain, task) in enumerate(solved[-1], start=1):
         add(domain, task, [found.get((domain, task)) for found in solved], at == len(solved[-1]))
@@ -133,6 +134,10 @@ def _table(title: str, *columns: str) -> Table:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _with_sign(share: float | None) -> str:
+    return "-" if share is None else f"{_percent(share)} %"
 
 
 def _interval(estimate: dict[str, float] | None) -> str:
@@ -186,9 +191,9 @@ def model_card(recipe: Recipe, evaluation: dict[str, Any] | None) -> str:
         lines += ["| domain | task | problems | accuracy | most frequent answer |"]
         lines += ["|---|---|---|---|---|"]
         lines += [
-            f"| {t['domain']} | {t['task']} | {t['problems']} | {_percent(t['accuracy'])} % | "
-            f"{_percent(t['baseline'])}{'' if t['baseline'] is None else ' %'} |"
-            for t in evaluation["trained"]["tasks"]
+            f"| {t['domain']} | {t['task']} | {t['problems']} | {_with_sign(t['accuracy'])} | "
+            f"{_with_sign(t['baseline'])} |"
+            for t in measured(evaluation["trained"])["tasks"]
         ]
         asked, how = recipe.evaluation, "greedy decoding"
         if asked is not None and asked.temperature:

@@ -99,3 +99,7 @@ class StageRun:
     stop: StopFlag
     terminal: bool
     loggers: LoggerSettings | None = None  # VisualDL alone
+
+    def stop_requested(self) -> bool:
+        """Return whether a signal asks the run to stop, as loops and samplers poll it."""
+        return self.stop.requested

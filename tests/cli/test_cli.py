@@ -184,9 +184,9 @@ def test_problems_that_cannot_be_scored_are_refused_before_training(
     made[1] |= {"reward": "code", "tests": [], "entry_point": "f"}
     write_rows(tmp_path / "test.jsonl", made)
     monkeypatch.setattr(api, "possible_layers", lambda: ([], ["no bubblewrap"]))
-    api._working_layer.cache_clear()
+    api.current_layer.cache_clear()
     status, _, err = cli(*arguments)
-    api._working_layer.cache_clear()
+    api.current_layer.cache_clear()
     assert status == 1
     assert "bubblewrap" in err
     assert not (tmp_path / "run").exists()

@@ -15,10 +15,10 @@ from ernie_train.environments import (
     EnvironmentConfig,
     Episode,
     EpisodeStart,
+    ToolEnvironment,
     build_toolbox,
     play_episodes,
 )
-from ernie_train.environments import environment as environment_module
 from tests.environments.conftest import answer, calls
 
 QUESTION = [{"role": "user", "content": "What is 12 * 34?"}]
@@ -184,9 +184,7 @@ def test_all_tokens_of_an_episode_fit_the_room(box, room):
 
 def test_a_turn_that_was_cut_calls_nothing(box, monkeypatch):
     called = []
-    monkeypatch.setattr(
-        environment_module.ToolEnvironment, "step", lambda self, turn: called.append(turn)
-    )
+    monkeypatch.setattr(ToolEnvironment, "step", lambda self, turn: called.append(turn))
     (episode,), _, _ = play(box, [[MULTIPLY]], room=len(box.tokenizer.encode(MULTIPLY)))
     assert not called and not episode.finished
 
@@ -224,8 +222,8 @@ def test_results_are_plain_bounded_text(box, hostile):
     """No id of a control or markup token, and no more tokens than a result may have."""
     tokenizer = box.tokenizer
     (message,) = _looked_up(box, hostile)
-    found = box.result_ids(["lookup"], [message])
-    plain = box.result_ids(["lookup"], [{**message, "content": "x"}])
+    found = box.result_ids([message])
+    plain = box.result_ids([{**message, "content": "x"}])
     special = set(map(tokenizer.token_id, [
         *tokenizer.control_tokens, "<think>", "</think>", "<tool_response>", "</tool_response>",
     ]))  # fmt: skip
@@ -240,7 +238,7 @@ def test_results_are_plain_bounded_text(box, hostile):
 
 
 def _looked_up(box, entry):
-    environment = box.environment()
+    environment = ToolEnvironment(box)
     environment.reset(Record("prompt", QUESTION, fields={"table": {"a": entry}}))
     return environment.step(calls(("lookup", {"key": "a"}))).messages
 

@@ -57,14 +57,14 @@ def box_of(tools, tokenizer, root, **limits):
 
 
 def begun(box, **options):
-    environment = box.environment(**options)
+    environment = ToolEnvironment(box, **options)
     environment.reset(RECORD)
     return environment
 
 
 def step(box, turn):
-    (message,), (record,) = (found := begun(box).step(turn)).messages, found.calls
-    return message["content"], record.failed, message["name"]
+    (message,), (failed,) = (found := begun(box).step(turn)).messages, found.failed
+    return message["content"], failed, message["name"]
 
 
 # ---- foreign texts -------------------------------------------------------------------------------
@@ -110,10 +110,10 @@ def test_no_text_of_a_call_reaches_the_structure_of_the_next_prompt(naming_box, 
     tokenizer = naming_box.tokenizer
     turn = turn if "</think>" in turn else f"x\n</think>\n\n{turn}"
     result = begun(naming_box).step(turn)
-    (message,), (record,) = result.messages, result.calls
-    assert record.failed and message["content"].startswith("error: ")
-    found = naming_box.result_ids([record.name], result.messages)
-    plain = naming_box.result_ids(["lookup"], [{"role": "tool", "name": "a", "content": "x"}])
+    (message,), (failed,) = result.messages, result.failed
+    assert failed and message["content"].startswith("error: ")
+    found = naming_box.result_ids(result.messages)
+    plain = naming_box.result_ids([{"role": "tool", "name": "a", "content": "x"}])
     special = {tokenizer.token_id(t) for t in (*tokenizer.control_tokens, "</tool_response>")}
     assert [i for i in found if i in special] == [i for i in plain if i in special]
     shown = tokenizer.decode(found)
@@ -125,11 +125,11 @@ def test_no_text_of_a_call_reaches_the_structure_of_the_next_prompt(naming_box, 
 )
 def test_the_limit_counts_the_tokens_that_are_encoded(tokenizer, tmp_path, entry):
     box = box_of(["lookup"], tokenizer, tmp_path, max_tool_tokens=30)
-    environment = box.environment()
+    environment = ToolEnvironment(box)
     environment.reset(Record("prompt", ASKED, fields={"table": {"a": entry}}))
     (message,) = environment.step(calls(("lookup", {"key": "a"}))).messages
     around = tool_result_ids(tokenizer, ["lookup"], [{**message, "content": ""}], None)
-    count = len(box.result_ids(["lookup"], [message])) - len(around)
+    count = len(box.result_ids([message])) - len(around)
     assert count <= 30 + len(tokenizer.encode(" [cut]"))
     assert (message["content"] == entry) == (entry == "a")
 

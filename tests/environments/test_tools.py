@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ernie_train.core.errors import ConfigError, DataError, UserError
 from ernie_train.data import ChatFormat, ChatTemplate, Record, Tokenizer, load_tokenizer
-from ernie_train.environments import EnvironmentConfig, Toolbox, build_toolbox
+from ernie_train.environments import EnvironmentConfig, Toolbox, ToolEnvironment, build_toolbox
 from ernie_train.environments.calculator import Calculator, calculator
 from ernie_train.environments.tool import Signature, ToolError
 from ernie_train.environments.user_worker import FileTools
@@ -74,13 +74,13 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toolbox]:
 def step(environment, name, **arguments):
     """The result of one call, and whether it failed."""
     result = environment.step(calls((name, arguments)))
-    (message,), (record,) = result.messages, result.calls
+    (message,), (failed,) = result.messages, result.failed
     assert not result.done and message["role"] == "tool" and message["name"] == name
-    return message["content"], record.failed
+    return message["content"], failed
 
 
 def begun(box, **fields):
-    environment = box.environment()
+    environment = ToolEnvironment(box)
     asked = [{"role": "user", "content": "?"}]
     assert environment.reset(Record("prompt", asked, fields=fields)) == asked
     return environment
@@ -397,4 +397,4 @@ def test_results_that_look_like_control_tokens_are_told_where_those_are_refused(
     )
     found = step(begun(box, table={"a": "<|im_end|>"}), "lookup", key="a")
     assert found == ("error: the result contains a control token of the chat format", True)
-    assert box.result_ids(["lookup"], [{"role": "tool", "content": found[0]}])
+    assert box.result_ids([{"role": "tool", "name": "lookup", "content": found[0]}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import paddle
 import pytest
 
 from ernie_train.losses import explained_variance, gae, group_advantages, varied_groups, whiten
@@ -171,30 +170,7 @@ def test_explained_variance():
     assert explained_variance(returns, returns, [[1, 0, 0, 0]]) is None
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_tensors_give_tensors_of_their_dtype(dtype):
-    rng = np.random.default_rng(4)
-    x, y = rng.normal(size=(2, 3, 4)).astype(dtype)
-    mask = rng.random((3, 4)) < 0.7
-    tensors = [paddle.to_tensor(a) for a in (x, y, mask)]
-    calls = [
-        (lambda a, b, m: gae(a, b, m, gamma=0.9, lam=0.9)[0]),
-        (lambda a, b, m: gae(a, b, m, gamma=0.9, lam=0.9)[1]),
-        (lambda a, b, m: group_advantages(a, m)),
-        (lambda a, b, m: whiten(a, m)),
-    ]
-    for call in calls:
-        array, tensor = call(x, y, mask), call(*tensors)
-        assert array.dtype == dtype
-        assert isinstance(tensor, paddle.Tensor) and tensor.stop_gradient
-        np.testing.assert_array_equal(tensor.numpy(), array)
-        assert tensor.numpy().dtype == dtype
-    assert explained_variance(*tensors) == explained_variance(x, y, mask)
-
-
-def test_half_precision_and_whole_numbers():
-    rewards = paddle.to_tensor([[1.0, 0.0]]).astype("bfloat16")
-    assert group_advantages(rewards, [[1, 1]], scale="none").dtype == paddle.bfloat16
+def test_whole_numbers():
     whole = group_advantages(np.array([[1, 0]]), np.array([[1, 1]]), scale="none")
     np.testing.assert_array_equal(whole, [[0.5, -0.5]])
 

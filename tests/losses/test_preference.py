@@ -160,7 +160,7 @@ def test_completions_without_a_verdict_are_never_used():
     valid = [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     pairs, counts = pairs_of(rewards, valid)
     assert pairs == [Pair(0, chosen=2, rejected=1)]
-    assert counts == PairCounts(pairs=1, too_few_valid=2, invalid=9)
+    assert counts == PairCounts(pairs=1, too_few_valid=2)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,8 @@ def test_pairs_equal_a_search_over_all_of_them():
         outcomes["tied"] += len(ranked) > 1 and ranked[1][0] == ranked[0][0]
         outcomes["longer"] += length[ranked[0][3]] > length[ranked[0][4]]
     assert counts == PairCounts(
-        len(pairs), outcomes["few"], outcomes["close"], outcomes["tied"], outcomes["longer"],
-        int((~valid).sum()),
-    )  # fmt: skip
+        len(pairs), outcomes["few"], outcomes["close"], outcomes["tied"], outcomes["longer"]
+    )
     assert counts.pairs + counts.too_few_valid + counts.below_margin == 300
     assert min(outcomes.values()) > 0 and len(outcomes) == 4
 

@@ -33,7 +33,7 @@ PACKAGES: dict[str, str] = {
     "data.files": "find rows",
     "data.tokenizer": "sentencepiece_proto hf_files base huggingface paddlenlp"
     " sentencepiece loading markers",
-    "rewards": "score sandbox verifiers registry answers scoring",
+    "rewards": "score sandbox verifiers registry scoring",
     "rewards.sandbox": "guest seccomp backends pool process api",
     "rewards.sandbox.guest": "values candidate test_judge server",
     "rewards.verifiers": "answer_text math_worker math_process labels quantities expressions"

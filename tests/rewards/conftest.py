@@ -24,9 +24,9 @@ def layer(request, monkeypatch):
 @pytest.fixture
 def fresh_layer():
     """The layer in force is found out again within the test and after it."""
-    api._working_layer.cache_clear()
+    api.current_layer.cache_clear()
     yield
-    api._working_layer.cache_clear()
+    api.current_layer.cache_clear()
 
 
 @dataclass

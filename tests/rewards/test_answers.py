@@ -3,7 +3,7 @@
 import pytest
 
 from ernie_train.rewards import REWARDS
-from ernie_train.rewards.answers import answer_form
+from ernie_train.rewards.registry import answer_form
 
 PLAIN = {"thinking": False, "response_tags": False}
 SAME = {

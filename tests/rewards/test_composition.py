@@ -8,7 +8,7 @@ from ernie_train.core.config import StrictConfig, parse_config
 from ernie_train.core.errors import ConfigError, UserError
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards.scoring.composition import RewardConfig, build_reward
-from ernie_train.rewards.verifiers.format import format_score
+from ernie_train.rewards.verifiers import format
 
 
 class Section(StrictConfig):
@@ -77,7 +77,6 @@ def test_the_value_is_the_weighted_sum_and_the_parts_are_told_apart(build):
         {"row": 0.0, "format": 0.0},
     ]
     assert [s.score.status for s in batch.scores] == ["correct", "correct", "wrong", "wrong"]
-    assert reward.labels == ["row", "format"]
     assert batch.report.items == 4
 
 
@@ -107,7 +106,7 @@ def test_the_length_counts_for_the_format(build):
     ],
 )
 def test_what_the_format_reward_asks_for(text, value):
-    score = format_score({}, text)
+    score = format.score({}, text)
     assert (score.value, score.status) == (value, "correct" if value == 1 else "wrong")
 
 
@@ -161,7 +160,7 @@ def test_the_bound_decides_how_many_may_fail(build, tmp_path):
     reward = build(parts, tmp_path)
     batch = reward.score_batch([{"x": 1}, {"x": 0}], ["", ""])
     assert [score.score.trains for score in batch.scores] == [True, False]
-    assert batch.report.excluded == 1
+    assert batch.report.statuses == {"correct": 1, "infrastructure": 1}
     with pytest.raises(UserError, match="2 of 3 completions"):
         reward.score_batch([{"x": 1}, {"x": 0}, {"x": 0}], [""] * 3)
     stopped = reward.score_batch([{"x": 1}], [""], stop_requested=lambda: True)

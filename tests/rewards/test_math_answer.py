@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards.verifiers import math_answer, math_process
 from ernie_train.rewards.verifiers.math_process import TOO_MUCH, MathProcess
-from ernie_train.rewards.verifiers.quantities import parse_number, parse_quantity
+from ernie_train.rewards.verifiers.quantities import parse_quantity
 
 
 def graded(gold, response):
@@ -126,6 +126,12 @@ def test_expressions_are_compared_by_math_verify(gold, response):
 @pytest.mark.parametrize(("gold", "response"), DIFFERENT)
 def test_near_misses_and_hedging_are_wrong(gold, response):
     assert graded(gold, response).status == "wrong"
+
+
+def parse_number(text):
+    """The value of a number without a unit, None for other texts."""
+    quantity = parse_quantity(text)
+    return quantity.value if quantity is not None and quantity.unit is None else None
 
 
 @given(st.fractions())

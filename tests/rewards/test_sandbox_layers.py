@@ -24,7 +24,7 @@ def test_without_bubblewrap_landlock_is_next_and_without_both_nothing_runs(
     monkeypatch.setattr(backends.shutil, "which", which_without("bwrap"))
     if "Landlock" in LAYERS:
         assert api.layer_in_force() == "Landlock"
-    api._working_layer.cache_clear()
+    api.current_layer.cache_clear()
     working = api.trial
     monkeypatch.setattr(
         api, "trial", lambda layer: "no" if layer.name == "Landlock" else working(layer)
@@ -72,13 +72,11 @@ def test_a_bubblewrap_that_does_not_work_says_why(monkeypatch):
 
 
 def test_a_sandbox_that_cannot_be_started_is_no_wrong_answer(monkeypatch):
-    broken = backends.Layer(
-        "bubblewrap", ("/bin/false",), "/usr/bin/python3", None, True, True, None
-    )
+    broken = backends.Layer("bubblewrap", ("/bin/false",), "/usr/bin/python3", None, None)
     monkeypatch.setattr(api, "current_layer", lambda: broken)
     assert run_calls(RIGHT, "f", [[1]]).kind == "infrastructure"
     with pytest.raises(SandboxLost):
-        Sandbox(backends.Layer("bubblewrap", ("/nowhere",), "x", None, True, True, None))
+        Sandbox(backends.Layer("bubblewrap", ("/nowhere",), "x", None, None))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user")

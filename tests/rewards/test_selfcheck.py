@@ -111,5 +111,14 @@ def test_the_sample_follows_the_seed(build):
     assert outcomes == {"passed", "refused"}
 
 
+def test_a_row_is_shown_by_its_question_and_not_by_its_system_prompt(build):
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "How many?"},
+    ]
+    with pytest.raises(UserError, match=r"row 0 \(How many\?\)"):
+        check_reward_on_reference_answers([{"answer": 7, "messages": messages}], build("math"))
+
+
 def test_format_alone_has_no_canaries(build):
     assert check_reward_on_reference_answers([{}], build("format")) == 0

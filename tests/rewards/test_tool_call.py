@@ -133,6 +133,7 @@ def test_calls_are_wrong_where_none_is_expected_and_where_one_of_several_is_not_
     [
         {},
         {"answer": "no json"},
+        {"answer": "[" * 100_000},
         {"expected_calls": None},
         {"expected_calls": [{"name": "f"}]},
         {"expected_calls": [{"name": "f", "arguments": {"x": 1}}]},
@@ -141,6 +142,7 @@ def test_calls_are_wrong_where_none_is_expected_and_where_one_of_several_is_not_
 )
 def test_unusable_expectations_are_bad_gold(row):
     assert graded(row, ("f", {"x": 1})).status == "bad_gold"
+    assert tool_call.reference_calls(row) is None
 
 
 json_values = st.recursive(

@@ -229,8 +229,8 @@ FAULTS: dict[str, Fault] = {
         "pairs", batch, "minibatches", _HOME, _NEXT, (learner,)
     ),
     "chosen and rejected swapped": Fault(
-        "pairs", pairs, "best_worst_pairs", "size + p.chosen, p.prompt * size + p.rejected",
-        "size + p.rejected, p.prompt * size + p.chosen",
+        "pairs", pairs, "best_worst_pairs", "for p, chosen, rejected in",
+        "for p, rejected, chosen in",
     ),
     "offline pairs of the next iteration": Fault(
         "pairs", preference_data.OfflinePairSource, "take", "(iteration - 1)", "iteration"

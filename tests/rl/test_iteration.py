@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.rl import toy_stage
 from tests.rl.planted_faults import FAULTS
 from tests.rl.toy_stage import Outcome, expected, observed, toy_config
 
@@ -104,6 +105,24 @@ def near(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
 def test_an_iteration_is_what_the_referee_makes_of_it(name, referee, tmp_path, monkeypatch):
     ours, rollouts = referee(name)
     agree(ours, observed(toy_config(**GRID[name]), rollouts, tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("alone", "told"),
+    [(True, "no pair was found"), (False, "no group differs in its verdicts")],
+)
+def test_an_iteration_that_teaches_nothing_says_why(alone, told, tmp_path, monkeypatch, capsys):
+    changes: dict[str, Any] = {"preference": {"coef": 0.3, "pairs": "gold"}}
+    if alone:
+        changes["policy"] = {"coef": 0.0}
+    else:
+        monkeypatch.setattr(toy_stage, "MARKS", [[toy_stage.R] * toy_stage.GROUP] * 5)
+    expected(toy_config(), tmp_path)
+    learnt = observed(toy_config(**changes), tmp_path, tmp_path, monkeypatch)
+    assert not learnt.gradients
+    shown = capsys.readouterr().out
+    for iteration in (1, 2):
+        assert f"iteration {iteration}: {told}: nothing was learnt" in shown
 
 
 @pytest.mark.parametrize("name", FAULTS)

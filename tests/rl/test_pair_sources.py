@@ -72,12 +72,11 @@ class Sampler(SimpleNamespace):
     def of(cls, solutions: dict[int, list[int]], engine: Any = None) -> Sampler:
         prompts = [SimpleNamespace(prompt_ids=[1, 2, at + 3]) for at in range(5)]
         tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-        stop = SimpleNamespace(requested=False)
+        data = SimpleNamespace(tokenizer=tokenizer, seed=3)
         return cls(
             prepared=SimpleNamespace(prompts=prompts, solutions=solutions),
             config=SimpleNamespace(rollout=SETTINGS), engine=engine, reward=None, scorers={},
-            stage=SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer, seed=3), stop=stop,
-                                  model="model"),
+            stage=SimpleNamespace(data=data, stop_requested=lambda: False, model="model"),
         )  # fmt: skip
 
 

@@ -110,10 +110,14 @@ def test_a_group_of_one_is_informative_where_it_is_valid():
     assert not Rollout.of([], config()).informative.size
 
 
-def test_pairs_are_places_among_all_completions():
-    pairs, counts = best_worst_pairs(Rollout.of(groups(), config()), margin=0.5)
-    assert pairs == [(0, 1), (4, 5)] and counts.pairs == 2 and counts.below_margin == 1
-    assert best_worst_pairs(Rollout.of([], config()), 0.5)[0] == []
+def test_pairs_are_the_best_and_the_worst_of_their_group():
+    rollout = Rollout.of(groups(), config())
+    pairs, counts = best_worst_pairs(rollout.groups, rollout.rewards, rollout.valid, margin=0.5)
+    places = {id(c): at for at, c in enumerate(rollout.completions())}
+    assert [[places[id(c)] for c in pair] for pair in pairs] == [[0, 1], [4, 5]]
+    assert counts.pairs == 2 and counts.below_margin == 1
+    none = Rollout.of([], config())
+    assert best_worst_pairs(none.groups, none.rewards, none.valid, margin=0.5)[0] == []
 
 
 def test_a_rollout_survives_the_disk(tmp_path):

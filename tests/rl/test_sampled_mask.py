@@ -175,7 +175,7 @@ def test_group_advantages_and_metrics_count_sampled_tokens():
     )
     assert [len(a) for a in found] == [3, 4]
     assert rollout_metrics(rollout)["completions/mean_length"] == 3.5
-    _, counts = best_worst_pairs(rollout, 0.5)
+    _, counts = best_worst_pairs(rollout.groups, rollout.rewards, rollout.valid, margin=0.5)
     assert counts == PairCounts(pairs=1), "the better one is the shorter one, by what it wrote"
 
 

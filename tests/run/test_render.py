@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.render import evaluation_table, model_card, stage_table
@@ -18,11 +18,15 @@ RECIPE = {
 }  # fmt: skip
 
 
-def printed(result: dict[str, Any]) -> list[list[str]]:
+def lines_of(table: RenderableType) -> list[list[str]]:
     console = Console(file=io.StringIO(), width=80)
-    console.print(evaluation_table(result))
+    console.print(table)
     assert isinstance(console.file, io.StringIO)
     return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def printed(result: dict[str, Any]) -> list[list[str]]:
+    return lines_of(evaluation_table(result))
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -73,6 +77,18 @@ def test_a_task_without_a_baseline_shows_none() -> None:
     assert "| math | sum | 8 | 25.0 % | - |" in card
 
 
+def test_a_task_that_no_completion_of_could_be_scored_has_no_accuracy_anywhere() -> None:
+    found = result(accuracy=0.0, completions=8, excluded={"timeout": 8})
+    assert ["math", "sum", "8", "-", "12.5", "-", "25.0", "100.0"] in printed(
+        {"trained": found, "untrained": result()}
+    )
+    shown = printed({"trained": result(), "untrained": found})
+    assert ["math", "sum", "8", "25.0", "12.5", "-", "-", "100.0"] in shown
+    assert ["math", "sum", "-"] in lines_of(stage_table([("sft", {"trained": found})]))
+    card = model_card(Recipe.model_validate(RECIPE), {"trained": found})
+    assert "| math | sum | 8 | - | 12.5 % |" in card
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -92,10 +108,7 @@ def test_stages_that_solved_other_problems_stand_side_by_side() -> None:
         "domains": second["domains"] | {"logic": {"accuracy": 1.0, "baseline": None}},
         "tasks": [*second["tasks"], *result(task="aiw", domain="logic", accuracy=1.0)["tasks"]],
     }
-    console = Console(file=io.StringIO(), width=80)
-    console.print(stage_table([("sft", {"trained": result()}), ("rl", {"trained": both})]))
-    assert isinstance(console.file, io.StringIO)
-    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    rows = lines_of(stage_table([("sft", {"trained": result()}), ("rl", {"trained": both})]))
     told = ("math product - 50.0 -", "logic aiw - 100.0 -", "math all 25.0 25.0 +0.0",
             "logic all - 100.0 -", "all mean 25.0 50.0 +25.0")  # fmt: skip
     for row in told:

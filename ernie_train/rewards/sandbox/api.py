@@ -73,16 +73,12 @@ def layer_in_force() -> LayerName:
     return current_layer().name
 
 
+@functools.cache
 def current_layer() -> Layer:
     """Return the best layer that works here; layers are tried once per process.
 
     Raises SandboxUnavailable with the reason for each layer, if none works.
     """
-    return _working_layer()
-
-
-@functools.cache
-def _working_layer() -> Layer:
     layers, reasons = possible_layers()
     for layer in [*layers, *layers]:  # twice: a failure may be an accident
         failure = trial(layer)

@@ -34,20 +34,25 @@ class Layer:
     """Describe the start of an interpreter in one layer.
 
     `command` precedes the interpreter. `readable` are the paths that Landlock leaves readable,
-    None without Landlock. `own_directory`: the layer has a writable /tmp of its own; otherwise a
-    directory is made for each sandbox, owned by `user`. `counts_threads`: threads are counted for
-    this sandbox alone, so that a limit on them can be set. `numpy` is the directory, as
-    programs see it, of the one library that they have beside Python's own; None without it.
+    None without Landlock. `user` owns the directory of a sandbox that has none of its own. `numpy`
+    is the directory, as programs see it, of the one library that they have beside Python's own;
+    None without it.
     """
 
     name: LayerName
     command: tuple[str, ...]
     interpreter: str
     readable: tuple[str, ...] | None
-    own_directory: bool
-    counts_threads: bool
     user: int | None
     numpy: str | None = None
+
+    @property
+    def has_namespaces(self) -> bool:
+        """Return True for a sandbox with a writable /tmp of its own, and its threads counted alone.
+
+        Only then a limit on threads can be set.
+        """
+        return self.name == "bubblewrap"
 
 
 def possible_layers() -> tuple[list[Layer], list[str]]:
@@ -91,9 +96,7 @@ def _layer(
         name=name,
         command=tuple(command),
         interpreter=interpreter,
-        readable=readable if name == "Landlock" else None,
-        own_directory=inner,
-        counts_threads=inner,
+        readable=None if inner else readable,
         user=user,
         numpy=numpy,
     )

@@ -78,7 +78,7 @@ class Sandbox:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self._closed = False
-        self._scratch = None if layer.own_directory else _Scratch(layer.user)
+        self._scratch = None if layer.has_namespaces else _Scratch(layer.user)
         settings = {
             "filter": seccomp.build_filter(landlock=layer.readable is not None).hex(),
             "directory": self._scratch.path if self._scratch else "/tmp",

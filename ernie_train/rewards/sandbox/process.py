@@ -51,7 +51,7 @@ class Limits:
             "NOFILE": (self.open_files, self.open_files),
             "CORE": (0, 0),
         }
-        return limits | ({"NPROC": (self.threads, self.threads)} if layer.counts_threads else {})
+        return limits | ({"NPROC": (self.threads, self.threads)} if layer.has_namespaces else {})
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ernie_train.core.errors import UserError
 from ernie_train.rewards.registry import REWARDS, reward_named
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring.service import Reward, ScoringReport, ScoringService
-from ernie_train.rewards.verifiers.format import format_score
+from ernie_train.rewards.verifiers import format
 from ernie_train.rewards.verifiers.llm_judge import Criterion, LlmJudge
 from ernie_train.rewards.verifiers.user import find_user_reward
 
@@ -156,7 +156,15 @@ class RewardConfig(StrictConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        return cls.in_full(value)
+        """Read a name, a part or a list of parts as the section that it stands for."""
+        if isinstance(value, str):
+            return {"parts": [{"name": value}]}
+        if isinstance(value, list):
+            return {"parts": value}
+        if not isinstance(value, dict) or value.keys() & RewardConfig.model_fields.keys():
+            return value
+        beside = {key: value[key] for key in value if key in cls.model_fields}  # of a subclass
+        return {"parts": [{k: v for k, v in value.items() if k not in beside}], **beside}
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -169,17 +177,6 @@ class RewardConfig(StrictConfig):
         beside = {key: keys[key] for key in keys if key not in RewardConfig.model_fields}
         one["properties"] = {**one["properties"], **beside}
         return {"anyOf": [full, one, {"type": "array", "items": part}, {"type": "string"}]}
-
-    @staticmethod
-    def in_full(value: Any) -> Any:
-        """Return a name, a part or a list of parts as the section that it stands for."""
-        if isinstance(value, str):
-            return {"parts": [{"name": value}]}
-        if isinstance(value, list):
-            return {"parts": value}
-        if isinstance(value, dict) and not value.keys() & {"parts", "max_excluded_fraction"}:
-            return {"parts": [value]}
-        return value
 
     @pydantic.model_validator(mode="after")
     def _labels_differ(self) -> "RewardConfig":
@@ -235,10 +232,6 @@ class ComposedReward:
         self.config = config
         self._parts = list(zip(config.parts, rewards, strict=True))
         self._service = service
-
-    @property
-    def labels(self) -> list[str]:
-        return [part.label for part in self.config.parts]
 
     def grade_verifier(
         self,
@@ -383,6 +376,6 @@ def _format_scores(
     if part.max_tokens is not None and counts is None:
         raise UserError("reward format: max_tokens needs the number of tokens of each completion")
     return [
-        format_score(row, text, tokens=counts[i] if counts else None, max_tokens=part.max_tokens)
+        format.score(row, text, tokens=counts[i] if counts else None, max_tokens=part.max_tokens)
         for i, (row, text) in enumerate(pairs)
     ]

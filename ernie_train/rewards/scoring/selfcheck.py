@@ -11,7 +11,7 @@ from typing import Any
 
 from ernie_train.core.errors import UserError
 from ernie_train.data.completion_format import format_completion
-from ernie_train.rewards.score import Score
+from ernie_train.rewards.score import Score, question_of
 from ernie_train.rewards.scoring.composition import ComposedReward
 from ernie_train.rewards.scoring.reference_completion import (
     build_reference_completion,
@@ -129,7 +129,4 @@ def _has_rubric(reward: ComposedReward, row: dict[str, Any]) -> bool:
 
 def _short(row: dict[str, Any]) -> str:
     """Return the first words of a row's problem, for a message."""
-    messages = row.get("messages")
-    first = messages[0] if isinstance(messages, list) and messages else {}
-    text = row.get("question") or (first.get("content") if isinstance(first, dict) else "") or row
-    return str(text)[:60]
+    return (question_of(row) or str(row))[:60]

@@ -45,11 +45,6 @@ class ScoringReport:
     statuses: dict[str, int]
     workers_lost: int = 0
 
-    @property
-    def excluded(self) -> int:
-        """Return the number of scores that may not enter accuracies and advantages."""
-        return sum(n for s, n in self.statuses.items() if s not in ("correct", "wrong"))
-
 
 @dataclass(frozen=True)
 class _Task:

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any
+
+from ernie_train.core.processes import import_path
 
 START_S = 120.0
 SCORING_WORKER = "ernie_train.rewards.scoring.worker"
@@ -31,8 +32,7 @@ class WorkerProcess:
 
     def __init__(self, module: str = SCORING_WORKER) -> None:
         here, there = Pipe()
-        root = str(Path(__file__).resolve().parents[3])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        path = import_path(os.environ)
         self._pipe: Connection[Any, Any] = here
         # A signal of the terminal goes to its whole session: a session of its own gets none.
         arguments = [str(there.fileno()), str(os.getpid())]

@@ -14,7 +14,7 @@ import functools
 import itertools
 import re
 import string
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 # Longer responses are no answers and are not read.
 MAX_RESPONSE_CHARACTERS = 100_000
@@ -114,6 +114,11 @@ def fold(text: str) -> str:
     return squeeze(text).translate(_FOLDED)
 
 
+def bracket_depths(text: str) -> list[int]:
+    """Return how many brackets are open behind each character; below 0 where too many close."""
+    return list(itertools.accumulate((c in "([{") - (c in ")]}") for c in text))
+
+
 def boxes(text: str) -> list[str]:
     r"""Return the content of each `\boxed{..}`, braces matched, without inner ones.
 
@@ -125,10 +130,7 @@ def boxes(text: str) -> list[str]:
 @functools.lru_cache(maxsize=4)  # several readings of one response ask for them
 def _boxes(text: str) -> tuple[tuple[str, int], ...]:
     """Return the content of each box and the position behind it."""
-    return tuple(_find_boxes(text))
-
-
-def _find_boxes(text: str) -> Iterator[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
     position = 0
     while opening := _BOX.search(text, position):
         start, position = opening.span()
@@ -144,7 +146,8 @@ def _find_boxes(text: str) -> Iterator[tuple[str, int]]:
             content, position = f"{content}%", percent.end()
         if content and is_denied(text, start, position):
             content = f"not {content}"
-        yield content, position
+        found.append((content, position))
+    return tuple(found)
 
 
 def is_denied(text: str, start: int, end: int) -> bool:

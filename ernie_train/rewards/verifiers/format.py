@@ -13,12 +13,7 @@ _TAGS = (
 )  # fmt: skip
 
 
-def score(row: dict[str, Any], completion: str) -> Score:
-    """Grade the format without a limit on the length; see `format_score`."""
-    return format_score(row, completion)
-
-
-def format_score(
+def score(
     row: dict[str, Any],
     completion: str,
     *,

@@ -11,6 +11,7 @@ the response meets it, and the value is the share of the marks that it earns. Ma
 faults, and are taken off. With a rubric a row needs no reference answer.
 """
 
+import functools
 import hashlib
 import http.client
 import json
@@ -71,10 +72,6 @@ class LlmJudge:
     rubric: tuple["Criterion", ...] = ()
 
     @property
-    def label(self) -> str:
-        return "judge"
-
-    @property
     def deadline_s(self) -> float:
         """Return the seconds after which no more verdict can come for a completion."""
         pauses_s = _FIRST_PAUSE_S * 2**self.retries
@@ -90,25 +87,21 @@ class LlmJudge:
             rubric = rubric_of(row) or self.rubric
         except ValueError as error:
             return Score.bad_gold(f"rubric: {error}")
-        compare = self._compare_for(row, rubric)
+        compare = functools.partial(self._compare, question_of(row), rubric)
         if rubric and row.get("answer") is None:
             response = read_response(row, completion)
             return response if isinstance(response, Score) else compare("", response)
         return grade_response(row, completion, compare)
 
-    def _compare_for(
-        self, row: dict[str, Any], rubric: Sequence["Criterion"]
-    ) -> Callable[[str, str], Score]:
-        def compare(gold: str, response: str) -> Score:
-            if not response:
-                return Score.wrong("an empty response")
-            if len(response) > _MAX_CHARACTERS:
-                return Score.wrong(f"a response of {len(response)} characters")
-            question = question_of(row) or "(not given)"
-            messages = judge_messages(question, gold, response, rubric)
-            return self._ask(messages, lambda reply: read_score(reply, rubric))
-
-        return compare
+    def _compare(
+        self, question: str, rubric: Sequence["Criterion"], gold: str, response: str
+    ) -> Score:
+        if not response:
+            return Score.wrong("an empty response")
+        if len(response) > _MAX_CHARACTERS:
+            return Score.wrong(f"a response of {len(response)} characters")
+        messages = judge_messages(question or "(not given)", gold, response, rubric)
+        return self._ask(messages, lambda reply: read_score(reply, rubric))
 
     def _ask(self, messages: list[dict[str, str]], read: Callable[[str], Score]) -> Score:
         body = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0}
@@ -233,9 +226,9 @@ def judge_messages(
         + f"Response, between two marks:\n{mark}\n{response}\n{mark}\n\nYour verdict:"
     )
     examples = ", ".join(f'"{i + 1}": {["true", "false"][i % 2]}' for i in range(len(rubric)))
-    rules = _RUBRIC_RULES.format(mark=mark, examples=examples) if rubric else None
+    rules = _RUBRIC_RULES if rubric else _RULES
     return [
-        {"role": "system", "content": rules or _RULES.format(mark=mark)},
+        {"role": "system", "content": rules.format(mark=mark, examples=examples)},
         {"role": "user", "content": asked},
     ]
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from ernie_train.rewards.verifiers.tested_names import bound_names
+from ernie_train.rewards.verifiers.tested_names import bound_names, top_level_names
 
 _PYTHON = {"python", "python3", "py", "py3", "ipython", "ipython3"}
 # A fence in a block quote: its lines stand behind "> ".
@@ -48,9 +48,9 @@ class _Block:
         """Return the names that its statements define, methods of a class Solution too."""
         names = set[str]()
         for node in self.tree.body if self.tree else []:
-            names.update(_top_level_names(node))
+            names.update(top_level_names(node))
             if isinstance(node, ast.ClassDef) and node.name == "Solution":
-                names.update(_top_level_names(*node.body))
+                names.update(top_level_names(*node.body))
         return names
 
     @property
@@ -118,13 +118,6 @@ def _definitions(block: _Block) -> str:
     if block.tree is not None:
         body.extend(node for node in block.tree.body if isinstance(node, _DEFINITIONS))
     return ast.unparse(ast.Module(body, []))
-
-
-def _top_level_names(*nodes: ast.AST) -> Iterator[str]:
-    """Yield the names that statements bind themselves, not those inside functions and classes."""
-    for node in nodes:
-        for child in [node] if hasattr(node, "name") else ast.walk(node):
-            yield from bound_names(child)
 
 
 def _parsed(source: str) -> ast.Module | None:

@@ -174,12 +174,6 @@ class Quantity:
         return self.value * self.unit.factor == gold.value * gold.unit.factor
 
 
-def parse_number(text: str) -> Fraction | None:
-    """Return the value of an integer, decimal or fraction without a unit; None for other texts."""
-    quantity = parse_quantity(text)
-    return quantity.value if quantity is not None and quantity.unit is None else None
-
-
 def is_fraction(text: str) -> bool:
     """Return True if a number is written as a fraction, mixed or not."""
     number = _NUMBER.match(text.strip())

@@ -108,8 +108,7 @@ def _defined(tree: ast.Module) -> tuple[set[str], dict[str, str]]:
             line = ast.unparse(node)
             imported |= {name: line for name in bound_names(node) if name != "*"}
         else:
-            children = [node] if hasattr(node, "name") else ast.walk(node)
-            names |= {name for child in children for name in bound_names(child)}
+            names.update(top_level_names(node))
     return names, {name: line for name, line in imported.items() if name not in names}
 
 
@@ -140,6 +139,13 @@ def bound_names(node: ast.AST) -> Iterator[str]:
         yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
     elif isinstance(node, ast.ExceptHandler) and node.name:
         yield node.name
+
+
+def top_level_names(*nodes: ast.AST) -> Iterator[str]:
+    """Yield the names that statements bind themselves, not those inside functions and classes."""
+    for node in nodes:
+        for child in [node] if hasattr(node, "name") else ast.walk(node):
+            yield from bound_names(child)
 
 
 def parsed(source: str, what: str) -> ast.Module:

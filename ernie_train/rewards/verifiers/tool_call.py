@@ -73,7 +73,7 @@ def _expected_calls(row: dict[str, Any]) -> list[Expected] | Score:
         try:
             answer = json.loads(row["answer"], object_pairs_hook=unique_keys)
             listed, single_values = answer, True
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return Score.bad_gold("neither expected_calls nor an answer that is JSON")
         listed = listed if isinstance(listed, list) else [listed]
     if not isinstance(listed, list):

@@ -23,10 +23,6 @@ class UserReward:
     function: str
     deadline_s: float | None = None
 
-    @property
-    def label(self) -> str:
-        return self.function
-
     def __call__(self, row: dict[str, Any], completion: str) -> Score:
         try:
             return as_score(load_definition(self.file, self.function)(row, completion))

@@ -104,15 +104,6 @@ class SharedReward(RewardConfig):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the prompts that it judges: 0.25 is every fourth one."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, value: Any) -> Any:
-        """Read `{share, name}` as one part, as a reward without a share is read."""
-        if not isinstance(value, dict) or "share" not in value:
-            return RewardConfig.in_full(value)
-        parts = {key: part for key, part in value.items() if key != "share"}
-        return {**RewardConfig.in_full(parts), "share": value["share"]}
-
 
 class HintConfig(StrictConfig):
     """Completions that begin with the row's own solution."""

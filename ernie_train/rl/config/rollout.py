@@ -122,10 +122,7 @@ class RolloutConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _engine_fits(self) -> RolloutConfig:
-        engine = self.engine
-        if engine.kind == "own":
-            return self
-        if engine.kind == "vllm" and self.temperature != 1 and (self.top_p < 1 or self.top_k):
+        if self.engine.kind == "vllm" and self.temperature != 1 and (self.top_p < 1 or self.top_k):
             raise ValueError(
                 "vllm has no log-probabilities at a temperature before top_p and top_k truncate "
                 "the distribution: set temperature: 1, or leave top_p at 1 and top_k at 0"

@@ -12,7 +12,7 @@ from pydantic import model_validator
 from ernie_train.core.config import NonNegative
 from ernie_train.eval.gates import check_metric
 from ernie_train.rl.estimators import sequence_values
-from ernie_train.rl.pair_stage import PairStageConfig, PreparedPairs
+from ernie_train.rl.pair_stage import PairRun, PairStageConfig, PreparedPairs
 from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair
 from ernie_train.rl.reward.model import (
     SCORE,
@@ -22,11 +22,7 @@ from ernie_train.rl.reward.model import (
     ScoreSpread,
     whole_conversation,
 )
-from ernie_train.train.moe_health import PromptProbe
-from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.stage import StageRun
-from ernie_train.train.step_loop import StepLoop
-from ernie_train.train.trainer import Trainer
 from ernie_train.weights.checkpoint import Checkpoint
 
 ACCURACY = "eval/accuracy"
@@ -78,28 +74,15 @@ def run(config: RewardModelConfig, stage: StageRun, prepared: PreparedPairs) -> 
     return _RewardRun(config, stage, prepared).train()
 
 
-class _RewardRun(StepLoop[RewardModel, PairBatch]):
+class _RewardRun(PairRun[RewardModel, PairBatch]):
     """The run of a stage that trains a reward model on pairs."""
 
     config: RewardModelConfig
 
     def __init__(self, config: RewardModelConfig, stage: StageRun, prepared: PreparedPairs) -> None:
-        self.prepared, self.spread = prepared, ScoreSpread()
-        self.model = RewardModel(stage.model)
-        trainer: Trainer[RewardModel, PairBatch] = Trainer(
-            self.model,
-            Optimizer(self.model, config.optim),
-            grad_accum_steps=config.micro_batches_per_step,
-            balance=config.balance,
-        )
-        super().__init__(
-            config,
-            stage,
-            trainer,
-            RewardLoss(config.center_coef),
-            steps=config.steps,
-            validate_every=config.validation_interval,
-        )
+        self.spread = ScoreSpread()
+        loss = RewardLoss(config.center_coef)
+        super().__init__(config, stage, prepared, RewardModel(stage.model), loss)
 
     def train(self) -> dict[str, Any]:
         """Run all steps that are left; return what `DONE` records.
@@ -118,22 +101,19 @@ class _RewardRun(StepLoop[RewardModel, PairBatch]):
         pairs, seed = self.prepared.pairs, self.stage.data.seed
         return pair_batches(self.config, pairs, seed=seed, done=self.trainer.step)
 
-    def probe(self) -> PromptProbe:
-        return self.prepared.probe(self.config)
-
     def step_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         self.spread.add(metrics["mean_reward"], metrics.pop("mean_square_reward"))
         return metrics | {"reward_std": self.spread.std}
 
     def validate(self) -> dict[str, float]:
         """Return how many held-out pairs are ranked rightly, and the mean margin and loss."""
-        pairs, stop = self.prepared.validation, self.stage.stop
+        pairs = self.prepared.validation
         sides = [whole_conversation(side) for pair in pairs for side in pair.completions]
         values = sequence_values(
             self.model,
             sides,
             batch_size=self.config.micro_batch_size,
-            stop_requested=lambda: stop.requested,
+            stop_requested=self.stage.stop_requested,
         )
         scores = np.concatenate(values).astype(np.float64).reshape(-1, 2)
         gaps = scores[:, 0] - scores[:, 1]

@@ -33,15 +33,11 @@ def grade(
     scorers: the reward models among the reward's parts.
     Raises `Interrupted` when a stop is asked for, and `UserError` where too many have no score.
     """
-
-    def stop_requested() -> bool:
-        return stage.stop.requested
-
     records = [prompts[answer.prompt].record for answer in answers]
     rows = [problem_row(record, stage.data.tokenizer) for record in records]
     texts = [answer.text for answer in answers]
     of_models = {
-        label: scorer.score(records, rows, texts, stop_requested=stop_requested)
+        label: scorer.score(records, rows, texts, stop_requested=stage.stop_requested)
         for label, scorer in scorers.items()
     }
 
@@ -52,9 +48,9 @@ def grade(
             [answers[at].tokens for at in mine],
             of_models={label: [found[at] for at in mine] for label, found in of_models.items()},
             whole=False,
-            stop_requested=stop_requested,
+            stop_requested=stage.stop_requested,
         ).scores
 
-    scores = score_sharded(range(len(answers)), score, stop_requested=stop_requested)
+    scores = score_sharded(range(len(answers)), score, stop_requested=stage.stop_requested)
     reward.check_excluded([composed.score for composed in scores])
     return scores

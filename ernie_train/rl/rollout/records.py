@@ -74,7 +74,7 @@ class Rollout:
         elif shape[1] == 1:
             informative = valid_table[:, 0]
         else:
-            informative = np.asarray(varied_groups(marks, valid_table), bool)
+            informative = varied_groups(marks, valid_table)
         return cls(list(groups), reward_table, marks, valid_table, informative)
 
     def completions(self) -> list[ScoredCompletion]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ernie_train.core import consensus, process_group
+from ernie_train.core import consensus
 from ernie_train.core.errors import CheckpointError
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
 from ernie_train.generate import Completion, SamplingConfig
@@ -86,10 +86,8 @@ class RolloutSampler:
             groups = self._sample_until_informative(iteration)
             self._require_experts(groups, "the engine")
         if config.dump:
-            with consensus.fail_together():
-                if process_group.is_main():
-                    path = rollout_file(self.stage.directory / ROLLOUTS, iteration)
-                    write_rollout(path, groups)
+            path = rollout_file(self.stage.directory / ROLLOUTS, iteration)
+            consensus.run_on_main(lambda: write_rollout(path, groups))
         return Rollout.of(groups, config)
 
     def _require_prompts(self, groups: Sequence[PromptGroup], path: Path) -> None:
@@ -198,7 +196,7 @@ class RolloutSampler:
             self.stage.data.tokenizer,
             self.toolbox,
             max_new_tokens=self.config.rollout.max_new_tokens,
-            stop_requested=lambda: self.stage.stop.requested,
+            stop_requested=self.stage.stop_requested,
         )
         if self.toolbox is not None:
             sampling = self.seconds["rollout_seconds"] - sampled_before
@@ -224,7 +222,7 @@ class RolloutSampler:
             SamplingConfig(max(limits), config.temperature, config.top_p, config.top_k, seed),
             sequence_ids=episodes,
             limits=limits,
-            stop_requested=lambda: self.stage.stop.requested,
+            stop_requested=self.stage.stop_requested,
         )
         self.seconds["rollout_seconds"] += time.perf_counter() - started
         return found

@@ -55,10 +55,6 @@ class SecondReward:
             ]
         return graded
 
-    def close(self) -> None:
-        """End the reward's processes."""
-        self.reward.close()
-
 
 def second_rewards(
     config: UpoConfig, prompts: Sequence[Prompt], stage: StageRun, dtype: str

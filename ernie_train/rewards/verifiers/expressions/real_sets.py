@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ernie_train.rewards.verifiers.answer_text import bracket_depths
 from ernie_train.rewards.verifiers.expressions.arithmetic import read_small
 
 _NAME = r"(?P<name>[A-Za-z](?:_\w|_\{\w+\})?|\\[a-z]+)"
@@ -103,14 +104,9 @@ def _bracketed(text: str) -> _Read | None:
         return ([Interval(point, True, point, True)], "", False) if _is_end(point) else None
     if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
         return None
-    depth, commas = 0, []
-    for position, character in enumerate(text[1:-1], 1):
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return None
-        if character == "," and depth == 0:
-            commas.append(position)
-    if len(commas) != 1:
+    depths = bracket_depths(text[1:-1])
+    commas = [at for at, depth in enumerate(depths, 1) if depth == 0 and text[at] == ","]
+    if min(depths, default=0) < 0 or len(commas) != 1:
         return None
     low, high = text[1 : commas[0]].strip(), text[commas[0] + 1 : -1].strip()
     if not (_is_end(low) and _is_end(high)):

@@ -3,7 +3,7 @@ r"""Take apart lists, tuples, sets, matrices and named values, as texts."""
 import re
 from itertools import pairwise
 
-from ernie_train.rewards.verifiers.answer_text import squeeze
+from ernie_train.rewards.verifiers.answer_text import bracket_depths, squeeze
 from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
 from ernie_train.rewards.verifiers.quantities import parse_quantity
 
@@ -47,13 +47,9 @@ def members_of(text: str) -> list[str]:
         return parts if all(bracketed(part) for part in parts) else [text]
     if parse_quantity(text) is not None:
         return [text]
-    ends = {match.start(): match.end() for match in _LIST.finditer(text)}
-    depth, cuts = 0, [(0, 0)]
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if position in ends and depth == 0:
-            cuts.append((position, ends[position]))
-    cuts.append((len(text), len(text)))
+    depths = bracket_depths(text)
+    outside = [match.span() for match in _LIST.finditer(text) if depths[match.start()] == 0]
+    cuts = [(0, 0), *outside, (len(text), len(text))]
     parts = [text[end:start].strip() for (_, end), (start, _) in pairwise(cuts)]
     if len(parts) > 1 and "$" in text:
         parts = [normalize(part) for part in parts]
@@ -84,11 +80,9 @@ def bracketed(text: str) -> tuple[str, str] | None:
     for opening, closing in _BRACKETS:
         if not (text.startswith(opening) and text.endswith(closing)):
             continue
-        inside, depth = text[len(opening) : -len(closing)], 0
-        for character in inside:
-            depth += (character in "([{") - (character in ")]}")
-            if depth < 0:
-                return None
+        inside = text[len(opening) : -len(closing)]
+        if min(bracket_depths(inside), default=0) < 0:
+            return None
         if opening == "\\{" or len(members_of(inside)) > 1:
             return opening + closing, inside
     return None
