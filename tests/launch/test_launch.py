@@ -146,7 +146,7 @@ def test_a_job_goes_on_where_its_logs_cannot_be_written(launch, tmp_path):
     (tmp_path / "logs").mkdir()
     for name in ("rank_1.log", "launches.jsonl"):
         (tmp_path / "logs" / name).symlink_to("/dev/full")
-    status, out, err = launch("together", steps=20).end()
+    status, out, err = launch("alone", steps=20).end()
     assert status == 0, err
     assert "step 20 of rank 0" in out
     assert err.count("No space left on device") == 2, "once for each file, not at every step"
@@ -156,7 +156,7 @@ def test_a_job_goes_on_where_its_logs_cannot_be_written(launch, tmp_path):
 
 def test_a_job_goes_on_where_nobody_can_be_shown_what_it_prints(launch):
     with open("/dev/full", "w") as full:
-        status, _, err = launch("together", steps=20, stdout=full).end()
+        status, _, err = launch("alone", steps=20, stdout=full).end()
     assert status == 0, err
     assert err.count("No space left on device") == 1
 
