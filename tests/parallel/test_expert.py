@@ -18,15 +18,20 @@ from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_config
 
 
+@pytest.fixture(scope="module")
+def one() -> dict[str, np.ndarray]:
+    """The results of one rank."""
+    set_grid(Grid())
+    return everything()
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(ranks, tmp_path):
+def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(one, ranks, tmp_path):
     """With every token at two experts, the other ranks' experts get none.
 
     An odd number of ranks exchanges rows by padded gathering.
     """
     start_on_ranks(ranks, "empty_ranks.py", tmp_path, timeout_s=300)
-    set_grid(Grid())
-    one = everything()
     for rank in range(ranks):
         result = dict(np.load(tmp_path / f"{ranks}-{rank}.npz"))
         assert result.keys() == one.keys()
