@@ -46,7 +46,7 @@ def test_rows_without_a_usable_answer_are_a_mistake_in_the_data_and_other_losses
 @pytest.mark.parametrize("form", [(), ("--json",)])
 def test_eval_of_rows_that_cannot_be_scored(tmp_path: Path, capsys: Any, form: Any) -> None:
     make_workspace(tmp_path)
-    made = [{"messages": row["messages"]} for row in rows(2, 3)]
+    made = [{"messages": row["messages"], "answer": "three"} for row in rows(2, 3)]
     write_rows(tmp_path / "calls.jsonl", made)
     with pytest.raises(SystemExit) as ended:
         main(["eval", str(save_model(tmp_path)), "--data", str(tmp_path / "calls.jsonl"), *form,
@@ -60,5 +60,5 @@ def test_eval_of_rows_that_cannot_be_scored(tmp_path: Path, capsys: Any, form: A
         assert found["mean_accuracy"] is None and found["tasks"][0]["accuracy"] is None
         return
     words = [line.split() for line in shown.out.splitlines()]
-    assert ["calls", "calls", "2", "-", "-", "-", "100.0"] in words
+    assert ["calls", "calls", "2", "-", "100.0", "-", "100.0"] in words
     assert ["mean", "over", "tasks:", "-"] in words
