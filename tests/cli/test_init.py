@@ -14,12 +14,11 @@ from jsonschema import Draft202012Validator
 from ernie_train import __version__
 from ernie_train.cli import recipes
 from ernie_train.cli.init import LEAST_STEPS, SCHEMA, Given, completed
-from ernie_train.cli.main import main
 from ernie_train.core.errors import UserError
 from ernie_train.core.terminal import Terminal
 from ernie_train.core.yaml import load_yaml
 from ernie_train.data import encode_chat, load_tokenizer, read_records, shipped_template
-from tests.workspace import make_workspace, rows, save_model, write_rows
+from tests.workspace import rows, write_rows
 
 ASKED = {"prompt": "What is 1 + 1?"}
 KINDS: dict[str, list[dict[str, Any]]] = {
@@ -31,27 +30,6 @@ KINDS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 STAGES = {"texts": "pretrain", "pairs": "dpo"}
 COLUMNS = "{prompt: frage, completion: {column: antwort, after: '####'}}"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("init")
-    make_workspace(root)
-    save_model(root)
-    return root
-
-
-@pytest.fixture
-def cli(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return int(str(ended.value.code)), printed.out + printed.err
-
-    return run
 
 
 @pytest.mark.parametrize("kind", KINDS)

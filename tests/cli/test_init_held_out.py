@@ -11,11 +11,10 @@ import pytest
 
 from ernie_train.cli import recipes
 from ernie_train.cli.init.split import hold_out
-from ernie_train.cli.main import main
 from ernie_train.core.yaml import load_yaml
 from ernie_train.data import ReadReport, Record, iter_records
 from ernie_train.data.reader import prompts_of
-from tests.workspace import make_workspace, save_model, write_rows
+from tests.workspace import write_rows
 
 Row = dict[str, Any]
 SFT: list[Row] = [
@@ -25,27 +24,6 @@ PAIRS: list[Row] = [
     {"prompt": f"{n} + 1?", "chosen": str(n + 1), "rejected": "0"} for n in range(40)
 ]
 TEXTS: list[Row] = [{"text": f"{n} and {n + 1} are numbers."} for n in range(40)]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("init")
-    make_workspace(root)
-    save_model(root)
-    return root
-
-
-@pytest.fixture
-def cli(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return int(str(ended.value.code)), printed.out + printed.err
-
-    return run
 
 
 def read(path: Path) -> list[Row]:
