@@ -98,8 +98,9 @@ def foreign_problems(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         for key, (harmless, reason) in _UNSUPPORTED.items()
         if key in values and not any(values[key] == value for value in harmless)
     ]
-    kinds = values.get("layer_types")
-    if odd := sorted({str(k) for k in kinds} - {"full_attention"} if kinds else ()):
+    kinds = values.get("layer_types") or ()
+    named = kinds if isinstance(kinds, list | tuple) else [kinds]
+    if odd := sorted({str(kind) for kind in named} - {"full_attention"}):
         problems.append(f"layer_types: {', '.join(odd)}: every layer attends to all before it")
     return problems + [
         f"{key} = {values[key]!r} contradicts {own}, which decides here"

@@ -6,6 +6,7 @@ reversed. Quantized tensors are dequantized one at a time, on access.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,9 +39,9 @@ _SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _OPTIONAL = {"attention.head_count_kv": "num_key_value_heads", "rope.freq_base": "rope_theta"}
-_ALSO_READ = ("vocab_size", "rope.dimension_count", "attention.key_length",
-              "attention.value_length", "rope.scaling.original_context_length",
-              "rope.scaling.finetuned")  # fmt: skip
+_WIDTHS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+_ALSO_READ = ("vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned")
+_REAL = {"attention.layer_norm_rms_epsilon", "rope.freq_base"}
 _SPECIAL_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
 
@@ -120,7 +121,7 @@ class GgufFile(Mapping[str, np.ndarray]):
             )
         own = {k.removeprefix("llama."): v for k, v in known.items() if k.startswith("llama.")}
         problems = [f"llama.{key} is missing" for key in _SIZES if key not in own]
-        problems += _unknown_keys(own)
+        problems += _wrong_values(own) + _unknown_keys(own)
         if problems:
             raise ConfigError(problems, source=str(self.path))
         values: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
@@ -174,9 +175,19 @@ def _huggingface_name(name: str) -> str:
     return _NAMES.get(name, name)
 
 
+def _wrong_values(own: Mapping[str, Any]) -> list[str]:
+    """Return what is no number above 0 of the keys that are computed with."""
+    problems = []
+    for key in (*_SIZES, *_OPTIONAL, *_WIDTHS):
+        kind, words = (float, "number") if key in _REAL else (int, "whole number")
+        if key in own and not (type(own[key]) is kind and 0 < own[key] < math.inf):
+            problems.append(f"llama.{key} = {own[key]!r}: must be a {words} above 0")
+    return problems
+
+
 def _unknown_keys(own: Mapping[str, Any]) -> list[str]:
     """Return the keys that may change the function: experts, windows, scales, capping."""
-    read = {*_SIZES, *_OPTIONAL, *_ALSO_READ}
+    read = {*_SIZES, *_OPTIONAL, *_WIDTHS, *_ALSO_READ}
     harmless: tuple[Any, ...] = (None, False, 0, 1, "", "none")
     return [
         f"llama.{key} = {value!r}: ERNIE 4.5 has nothing like it"

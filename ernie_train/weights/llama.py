@@ -95,7 +95,7 @@ def llama_config(values: Mapping[str, Any], source: str) -> Ernie4_5_MoeConfig:
         ConfigError: ERNIE 4.5 cannot express it; each key is named.
     """
     kind = values.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ConfigError(
             f"model_type {kind!r} cannot be imported, only {', '.join(DEFAULTS)}: ERNIE 4.5 "
             "computes what Llama does, and nothing more",

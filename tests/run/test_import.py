@@ -98,6 +98,7 @@ REFUSED = {
     "sliding-window": {"model_type": "mistral", "sliding_window": 4096},
     "mistral's default window": {"model_type": "mistral"},
     "layer_types": {"layer_types": ["full_attention", "sliding_attention"]},
+    "layer_types: 3": {"layer_types": 3},
     "RoPE type 'llama3'": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "RoPE type 'yarn'": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
@@ -105,6 +106,7 @@ REFUSED = {
     "'qwen3'": {"model_type": "qwen3"},
     "'qwen2'": {"model_type": "qwen2"},
     "None": {"model_type": ...},
+    r"model_type \['llama'\]": {"model_type": ["llama"]},
     "use_qk_norm": {"use_qk_norm": True},
     "final_logit_softcapping": {"final_logit_softcapping": 30.0},
     "quantization_config": {"quantization_config": {"quant_method": "gptq"}},
@@ -127,6 +129,11 @@ GGUF_REFUSED = {
     "partial rotary": {"llama.rope.dimension_count": 4, "llama.attention.key_length": 8},
     "one of several files": {"split.count": 2},
     "general.architecture": {"general.architecture": "qwen3"},
+    "head_count = 0: must be a whole number above 0": {"llama.attention.head_count": 0},
+    "head_count_kv = .*: must be a whole number": {"llama.attention.head_count_kv": [2, 2]},
+    "key_length = 0: must": {"llama.attention.key_length": 0},
+    "freq_base = nan: must be a number above 0": {"llama.rope.freq_base": float("nan")},
+    "block_count = 'two': must": {"llama.block_count": "two"},
 }
 
 
