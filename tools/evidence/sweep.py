@@ -23,7 +23,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,12 @@ class Runner:
         return self.out / f"{arm}-seed{seed}"
 
     def results(self, arms: Sequence[str], seeds: Sequence[int]) -> list[Result]:
-        """Run every arm with every seed, a whole seed after the other; derived arms last."""
-        results: list[Result] = []
-        for derived in (False, True):
-            chosen = [arm for arm in arms if (arm in self.sweep.derived) == derived]
-            some = self.sweep.some_seeds
-            tasks = [(a, seed) for seed in seeds for a in chosen if seed in some.get(a, seeds)]
-            results += self._run_all(tasks)
+        """Run every arm with every seed, a whole seed after the other, its derived arms last."""
+        derived = self.sweep.derived
+        ordered = sorted(arms, key=lambda arm: arm in derived)
+        some = self.sweep.some_seeds
+        tasks = [(a, seed) for seed in seeds for a in ordered if seed in some.get(a, seeds)]
+        results = self._run_all(tasks)
         write_json(self.out / "results.json", results)
         return results
 
@@ -203,14 +202,25 @@ class Runner:
 
     def _side_by_side(self, tasks: Sequence[Task]) -> Iterator[Result]:
         """Yield results as they come; the first failure, or Ctrl-C, ends all programs that run."""
+        futures: dict[Task, Future[Result]] = {}
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                for future in as_completed([pool.submit(self.result, task) for task in tasks]):
+                for arm, seed in tasks:
+                    own = self.sweep.derived.get(arm)
+                    source = futures.get((own.arm, seed)) if own else None
+                    futures[arm, seed] = pool.submit(self._result_after, source, (arm, seed))
+                for future in as_completed(futures.values()):
                     yield future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 stop_programs()
                 raise
+
+    def _result_after(self, source: Future[Result] | None, task: Task) -> Result:
+        # Tasks begin in order, so a source that it waits for is running or done.
+        if source is not None:
+            source.result()
+        return self.result(task)
 
     def result(self, task: Task) -> Result:
         """Train and measure, unless the directory holds the result of these very settings.

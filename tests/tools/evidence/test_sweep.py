@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,13 +120,32 @@ def test_overrides_come_in_order_and_know_the_directory() -> None:
     ]  # fmt: skip
 
 
-def test_a_derived_arm_runs_after_the_others(
+def test_a_derived_arm_begins_when_its_source_is_done(
     tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(prepare.DERIVED, "later", lambda run_dir: [f"model.path={run_dir.name}"])
+    """The first seed's run takes its time, the second's takes until that of the derived one."""
+    begun, first_done = threading.Event(), threading.Event()
+
+    def later(run_dir: Path) -> list[str]:
+        assert first_done.is_set() or run_dir.name != "slow-seed1"
+        begun.set()
+        return [f"model.path={run_dir.name}"]
+
+    def measured(run_dir: Path, step: Step) -> dict[str, Any]:
+        if run_dir.name == "slow-seed1":
+            time.sleep(0.2)
+            first_done.set()
+        elif run_dir.name == "slow-seed2":
+            assert begun.wait(30)
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(sweep, "measured", measured)
+    monkeypatch.setitem(prepare.DERIVED, "later", later)
     made = make_sweep(derived={"control": {"arm": "slow", "by": "later"}})
     results = Runner(made, tmp_path, jobs=2).results(["control", "slow"], [1, 2])
-    assert sorted(trained[:2]) == ["slow-seed1", "slow-seed2"]
+    assert [(r["arm"], r["seed"]) for r in results] == [
+        ("slow", 1), ("control", 1), ("slow", 2), ("control", 2),
+    ]  # fmt: skip
     assert results[-1]["overrides"] == ["model.path=slow-seed2"]
 
 
