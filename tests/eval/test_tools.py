@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -104,7 +106,7 @@ def test_tools_of_the_command_line():
 
 def test_demonstrations_call_what_gives_their_results(box):
     """Referee: the environment itself, played along each demonstration."""
-    for row in make_split("demonstrations", 20):
+    for row in make_split("demonstrations", (20, 20)):
         environment = ToolEnvironment(box)
         environment.reset(
             Record("chat", row["messages"][:1], tools=row["tools"], fields={**row, "messages": []})
@@ -119,12 +121,36 @@ def test_demonstrations_call_what_gives_their_results(box):
 
 def test_the_files_are_those_of_the_generator_and_share_no_problem():
     seen: set[str] = set()
-    for split, size in SIZES.items():
-        rows = make_split(split, size, seen=seen)
+    for split, sizes in SIZES.items():
+        rows = make_split(split, sizes, seen=seen)
         records = load_problems(ROOT / f"data/episodes/{split}.jsonl.gz")
         assert [r.messages[0]["content"] for r in records] == [
             row["messages"][0]["content"] for row in rows
         ]
         assert [r.fields["answer"] for r in records] == [row["answer"] for row in rows]
         assert split == "demonstrations" or all(len(r.messages) == 1 for r in records)
-    assert len(seen) == 3 * sum(SIZES.values())
+        assert Counter(r.fields["task"] for r in records) == {
+            f"{task}{suffix}": size
+            for task in ("product", "price", "order")
+            for suffix, size in zip(("", "_2"), sizes, strict=True)
+            if size
+        }
+    assert len(seen) == 3 * sum(map(sum, SIZES.values()))
+
+
+@pytest.mark.parametrize("task", ["product", "price", "order"])
+def test_the_second_level_has_neighbouring_digits_that_the_first_lacks(task):
+    def pairs(row):
+        """Of the numbers in a question and of the price of what it asks for."""
+        words = row["messages"][0]["content"].rstrip("?.").split()
+        numbers = [word for word in words if word.isdigit()]
+        numbers += [row["table"][word] for word in words if word in row.get("table", {})]
+        return {a + b for number in numbers for a, b in pairwise(number)}
+
+    levels = [
+        [pairs(row) for row in make_split("problems", own) if row["task"].startswith(task)]
+        for own in ((400, 0), (0, 200))
+    ]
+    shown = set().union(*levels[0])
+    assert 40 < len(shown) < 80, "of a hundred pairs some are left for the second level"
+    assert all(found - shown for found in levels[1])

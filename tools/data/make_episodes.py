@@ -6,19 +6,22 @@
     price      the price of a thing in the row's table: one look-up
     order      the price of several things: a look-up, then a product of what it found
 
-The table stands in no prompt, and products of four digits are beyond what a small model knows by
-heart, so no problem can be solved without its calls. Demonstrations are right; they show smaller
-numbers than `problems` and `test` have. The same seed gives the same bytes.
+The table stands in no prompt, and the products are beyond what a small model knows by heart, so no
+problem can be solved without its calls. Every task has two levels: in a number of the second two
+digits follow each other that do so in none of the first; a hash makes three of ten pairs of digits
+such pairs. Demonstrations are right and show the first level alone, `problems` and `test` have
+both. Names of tasks of the second level end in `_2`. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +34,43 @@ THINGS = [
     "door", "drum", "fish", "glass", "hat", "key", "lamp", "map", "pen", "ring", "rope", "shoe",
     "soap", "spoon", "table", "tent", "watch",
 ]  # fmt: skip
-SIZES = {"demonstrations": 800, "problems": 300, "test": 100}  # rows of a task
-TASKS = ("product", "price", "order")
+# Rows of a task, of the first and of the second level.
+SIZES = {"demonstrations": (1600, 0), "problems": (100, 300), "test": (50, 100)}
+# Digits of the numbers of a task: two factors; a price; pieces and their price.
+DIGITS: dict[str, Sequence[tuple[int, int]]] = {
+    "product": [(1, 3), (1, 3)],
+    "price": [(1, 3)],
+    "order": [(1, 2), (1, 3)],
+}
+ENTRIES = (2, 8)  # of a table
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers of a split: factors, pieces of an order, prices, entries of a table."""
-
-    factors: tuple[int, int]
-    pieces: tuple[int, int]
-    prices: tuple[int, int]
-    entries: tuple[int, int]
+def is_held_out(number: str) -> bool:
+    """Return True if a number has two neighbouring digits of the second level."""
+    pairs = (f"{a}{b}" for a, b in pairwise(number))
+    return any(hashlib.sha256(f"digits {pair}".encode()).digest()[0] < 77 for pair in pairs)
 
 
-EASY = Range((11, 999), (2, 9), (2, 99), (2, 4))
-HARD = Range((1000, 9999), (10, 99), (100, 999), (4, 8))
+def _numbers(digits: Sequence[tuple[int, int]], level: int, rng: random.Random) -> list[str]:
+    """Draw numbers of a level; no 0 or 1, with which no product needs computing."""
+    while True:
+        sizes = [rng.randint(*bounds) for bounds in digits]
+        found = [str(rng.randint(max(2, 10 ** (n - 1)), 10**n - 1)) for n in sizes]
+        if any(map(is_held_out, found)) == bool(level):
+            return found
 
 
-def make_row(task: str, numbers: Range, rng: random.Random) -> dict[str, Any]:
-    """Return a row with its right demonstration."""
-    things = rng.sample(THINGS, rng.randint(*numbers.entries))
-    table = {thing: str(rng.randint(*numbers.prices)) for thing in things}
-    thing, pieces = rng.choice(things), rng.randint(*numbers.pieces)
-    product = f"{rng.randint(*numbers.factors)} * {rng.randint(*numbers.factors)}"
+def make_row(task: str, level: int, rng: random.Random) -> dict[str, Any]:
+    """Return a row of a task at a level, from 0 on, with its right demonstration."""
+    numbers = _numbers(DIGITS[task], level, rng)
+    things = rng.sample(THINGS, rng.randint(*ENTRIES))
+    table = {thing: str(rng.randint(2, 999)) for thing in things}
+    thing, pieces = rng.choice(things), numbers[0]
+    table[thing] = numbers[-1]
     look_up = ("lookup", {"key": thing}, table[thing])
     calls: Sequence[tuple[str, dict[str, str], str]]
     if task == "product":
+        product = " * ".join(numbers)
         question = rng.choice(["What is {}?", "Compute {}.", "How much is {}?"]).format(product)
         calls = [("calculator", {"expression": product}, calculator(product))]
     elif task == "price":
@@ -70,7 +83,8 @@ def make_row(task: str, numbers: Range, rng: random.Random) -> dict[str, Any]:
     offered = [Calculator.schema] if task == "product" else [Lookup.schema]
     offered = [Calculator.schema, Lookup.schema] if task == "order" else offered
     return {
-        "domain": "episodes", "task": task, "reward": "exact", "answer": calls[-1][2],
+        "domain": "episodes", "task": f"{task}_2" if level else task,
+        "reward": "exact", "answer": calls[-1][2],
         "messages": [{"role": "user", "content": question}, *_demonstration(calls)],
         "tools": offered, **({} if task == "product" else {TABLE: table}),
     }  # fmt: skip
@@ -89,24 +103,27 @@ def _demonstration(calls: Sequence[tuple[str, dict[str, str], str]]) -> list[dic
 
 
 def make_split(
-    split: str, size: int, seed: int = SEED, seen: set[str] | None = None
+    split: str, sizes: Sequence[int], seed: int = SEED, seen: set[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of a split, tasks in turn; none in `seen`, to which they are added."""
-    numbers = EASY if split == "demonstrations" else HARD
+    """Return the rows of a split, `sizes` of a task by level; none in `seen`, to which it adds."""
     seen = set() if seen is None else seen
-    rows: list[dict[str, Any]] = []
-    draws = 0
-    while len(rows) < size * len(TASKS):
-        task = TASKS[len(rows) % len(TASKS)]
-        row = make_row(task, numbers, random.Random(f"{seed}/{split}/{task}/{draws}"))
-        draws += 1
-        identity = json.dumps([row["messages"][0], row.get(TABLE)])
-        if identity in seen:
-            continue
-        seen.add(identity)
-        if split != "demonstrations":
-            row["messages"] = row["messages"][:1]
-        rows.append(row)
+    rows = []
+    for level, size in enumerate(sizes):
+        for task in DIGITS:
+            draws = count()
+            left = size
+            while left:
+                random_ = random.Random(f"{seed}/{split}/{level}/{task}/{next(draws)}")
+                row = make_row(task, level, random_)
+                identity = json.dumps([row["messages"][0], row.get(TABLE)])
+                if identity in seen:
+                    continue
+                seen.add(identity)
+                left -= 1
+                if split != "demonstrations":
+                    row["messages"] = row["messages"][:1]
+                rows.append(row)
+    random.Random(f"{seed}/{split}").shuffle(rows)
     return rows
 
 
@@ -118,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    for split, size in SIZES.items():
-        rows = make_split(split, size, options.seed, seen)
+    for split, sizes in SIZES.items():
+        rows = make_split(split, sizes, options.seed, seen)
         text = "".join(
             json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows
         )
