@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import safetensors.numpy
+from tokenizers import Tokenizer
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96,
@@ -146,3 +147,9 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return held
+
+
+def pieces(directory: Path, text: str) -> list[str]:
+    """Return the tokens of a text by the tokenizer in a directory."""
+    tokens: list[str] = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).tokens
+    return tokens
