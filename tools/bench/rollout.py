@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tools.bench import versus
-from tools.bench.protocol import Side
+from tools.bench.ranks import Ranks
 from tools.bench.versus import MODEL, Bench, Ours, Work
 
 MODELS: dict[str, str | dict[str, Any]] = {"tiny": "tiny", "bench": MODEL}
@@ -66,7 +66,7 @@ class RolloutBench(Bench):
     def round(self, number: int) -> tuple[Work, int]:
         return self._work(number + 1), self.options.batch * self.options.new_tokens
 
-    def check_start(self, ours: Side, peer: Side) -> str:
+    def check_start(self, ours: Ranks, peer: Ranks) -> str:
         greedy = self._work(0, temperature=0.0)
         agreement = check_agreement(*(side.ask(work=greedy)["ids"] for side in (ours, peer)))
         return f"first {COMPARED_TOKENS} greedy tokens agree in {agreement:.0%} of the completions"

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -106,9 +106,13 @@ class Comparison(ABC):
     """Driver of a comparison; `rl.py` and `sft.py` say what a run is and how sides must agree."""
 
     kind: str
+    # Of options that are not given, by model: a 135M takes minutes where `tiny` takes seconds.
+    defaults: ClassVar[dict[str, dict[str, int]]]
 
     def __init__(self, options: argparse.Namespace, model: str) -> None:
-        self.options, self.model = options, model
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        self.options = argparse.Namespace(**{**self.defaults[model], **given})
+        self.model = model
         self.directory = Path()  # of this comparison
         self.model_directory = Path(options.model_135m)
 
@@ -161,7 +165,7 @@ class Comparison(ABC):
         best: tuple[float, dict[str, Any]] | None = None
         for setting in self.peer_settings():
             try:
-                run = self.run_peer(setting)
+                run = self.run_peer(setting, steps=self.options.trial_steps)
             except RuntimeError as error:
                 print(f"  {setting}: not here: {str(error).strip().splitlines()[-1]}", flush=True)
                 continue
@@ -193,13 +197,14 @@ class Comparison(ABC):
             line["seconds"] = line["time"]["seconds"]
         return run
 
-    def run_peer(self, setting: dict[str, Any]) -> Run:
-        threads = self.options.threads
+    def run_peer(self, setting: dict[str, Any], steps: int | None = None) -> Run:
+        """Run TRL for so many steps after the warm-up; by default those of a round."""
+        threads, counted = self.options.threads, steps or self.options.steps
         with fresh(self.directory / "peer") as directory:
             request = {
                 "kind": self.kind, "model": str(self.model_directory),
                 "rows": str(self.directory / "peer.jsonl"), "out": str(directory),
-                "threads": threads, "optim": OPTIM, "steps": WARM_UP + self.options.steps,
+                "threads": threads, "optim": OPTIM, "steps": WARM_UP + counted,
                 **self.peer_request(), **setting,
             }  # fmt: skip
             (directory / "request.json").write_text(json.dumps(request))
@@ -300,15 +305,19 @@ def versions_in(python: Path, *names: str) -> list[str]:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the options that both comparisons have."""
+    """Return a parser of the options that both comparisons have.
+
+    Sizes that are not given are the comparison's `defaults` for the model.
+    """
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--model", choices=("tiny", "135m"), help="only this one (default: both)")
     made.add_argument(
         "--model-135m", default="", help="directory of an ERNIE 4.5 model, see `import`"
     )
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    made.add_argument("--rounds", type=int, default=3, help="runs of each side, in turns")
-    made.add_argument("--steps", type=int, default=3, help="that count, in each run")
+    made.add_argument("--rounds", type=int, help="runs of each side, in turns")
+    made.add_argument("--steps", type=int, help="that count, in each run")
+    made.add_argument("--trial-steps", type=int, help="that count, of each setting of TRL")
     made.add_argument("--quick", action="store_true", help="try one setting of TRL only")
     made.add_argument("--referee-python", type=Path, default=referee_python())
     return made
