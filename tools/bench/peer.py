@@ -52,8 +52,8 @@ def load(request: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         request["directory"],
         attn_implementation=request["attention"],
-        experts_implementation=request["experts"],
         dtype=torch.float32,
+        **({"experts_implementation": request["experts"]} if "experts" in request else {}),
     )
 
 

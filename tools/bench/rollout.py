@@ -52,12 +52,14 @@ class OurRollouts(Ours):
 
 class RolloutBench(Bench):
     module = "tools.bench.rollout"
-    dimensions = ("experts", "attention", "cache")
+    dimensions: tuple[str, ...] = ("experts", "attention", "cache")
     compile_with = {"cache": "static"}
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         super().__init__(options, MODELS[name])
         self.name = name
+        if name == "135m":
+            self.dimensions = ("attention", "cache")
 
     def title(self) -> str:
         options = self.options

@@ -35,6 +35,7 @@ OPTIM = {
 }  # fmt: skip
 SEED = 1
 POLL_S = 0.1
+POLLS_OF_MEMORY = 5  # from one to the next: it holds up a process of several GB
 WARM_UP = 1  # iterations or steps
 Line = dict[str, Any]
 
@@ -57,16 +58,18 @@ class Watch:
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
-        self.peak_bytes = 0
+        self.peak_bytes, self._looks = 0, 0
 
     def look(self) -> float:
-        """Take note of the memory; return the processor seconds so far."""
+        """Take note of the memory at times; return the processor seconds so far."""
+        measure = self._looks % POLLS_OF_MEMORY == 0
+        self._looks += 1
         seconds, held = 0.0, 0
         for process in [self._root, *self._root.children(recursive=True)]:
             try:
                 used = process.cpu_times()
                 seconds += used.user + used.system + used.children_user + used.children_system
-                held += process.memory_full_info().pss
+                held += process.memory_full_info().pss if measure else 0
             except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
                 continue
         self.peak_bytes = max(self.peak_bytes, held)
@@ -84,11 +87,15 @@ def watch_run(command: Sequence[str], environment: dict[str, str], cores: int, l
             ["taskset", "--cpu-list", ",".join(map(str, chosen)), *command],
             stdout=said, stderr=said, cwd=ROOT, env={**os.environ, **environment},
         )  # fmt: skip
-        watch, used, at_warm = Watch(process.pid), 0.0, None
+        watch, used, told = Watch(process.pid), 0.0, 0
+        at_warm = at_last = 0.0
         while process.poll() is None:
             used = max(used, watch.look())
-            if at_warm is None and lines.exists() and lines.read_bytes().count(b"\n") >= WARM_UP:
-                at_warm = used
+            count = lines.read_bytes().count(b"\n") if lines.exists() else 0
+            if count > told:
+                # What follows the last line does not count: we save a model then, TRL does not.
+                at_warm, at_last = used if told < WARM_UP else at_warm, used
+                told = count
             time.sleep(POLL_S)
         if process.returncode:
             said.seek(0)
@@ -97,9 +104,7 @@ def watch_run(command: Sequence[str], environment: dict[str, str], cores: int, l
             )
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     counted = found[WARM_UP:]
-    return Run(
-        counted, (used - (at_warm or 0.0)) / len(counted), watch.peak_bytes / 1e9, found[:WARM_UP]
-    )
+    return Run(counted, (at_last - at_warm) / len(counted), watch.peak_bytes / 1e9, found[:WARM_UP])
 
 
 class Comparison(ABC):
