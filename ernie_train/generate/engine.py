@@ -24,6 +24,7 @@ from ernie_train.core.worker_pool import WorkerPool, can_limit_blas, one_blas_th
 from ernie_train.generate.paddle_decoder import PaddleDecoder
 from ernie_train.generate.prompt_experts import PromptExperts
 from ernie_train.generate.sampler import Sampler, SamplingConfig
+from ernie_train.kernels.packed import one_mkl_thread
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.numpy_decoder import NumpyDecoder, Prediction, can_decode
 
@@ -281,7 +282,7 @@ def _run(
         sample(0, raise_on_stop, report_progress)
         return
     # Each process has one BLAS thread: together they use as many cores as one process would.
-    with one_blas_thread(), WorkerPool() as pool:
+    with one_blas_thread(), one_mkl_thread(), WorkerPool() as pool:
         for process in range(1, len(batches)):
             pool.start(partial(sample, process, nothing, nothing))
         sample(0, poll, nothing)

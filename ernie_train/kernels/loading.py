@@ -25,6 +25,7 @@ from ernie_train.core.errors import UserError
 
 KERNELS = "ERNIE_TRAIN_KERNELS"  # "native" (the default) or "plain"
 CHOICES = ("native", "plain")
+MKL = Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"  # Paddle's own
 _MODULES = ("compiled", "compiled_steps")
 _switched_off = False  # within `plain_operators`
 
@@ -60,16 +61,21 @@ class Kernels:
         self.module = module
 
 
+def chosen_kernels() -> str:
+    """Return which of `CHOICES` ERNIE_TRAIN_KERNELS names; `UserError` for another value."""
+    chosen = os.environ.get(KERNELS, CHOICES[0])
+    if chosen not in CHOICES:
+        raise UserError(f"{KERNELS}={chosen}: it must be one of {', '.join(CHOICES)}")
+    return chosen
+
+
 @cache
 def load_kernels() -> Kernels | str:
     """Return the kernels, or why there are none; then one line on stderr says so.
 
     Raises `UserError` for an unknown value of ERNIE_TRAIN_KERNELS.
     """
-    chosen = os.environ.get(KERNELS, CHOICES[0])
-    if chosen not in CHOICES:
-        raise UserError(f"{KERNELS}={chosen}: it must be one of {', '.join(CHOICES)}")
-    if chosen == "plain":
+    if chosen_kernels() == "plain":
         return f"switched off by {KERNELS}=plain"
     try:
         return Kernels(_checked(_import_compiled()))
@@ -112,7 +118,7 @@ def _import_compiled() -> Any:
     import llvmlite.binding
 
     # Compiled code refers to MKL's product by name, so that numba may keep it on the disk.
-    library = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"))
+    library = ctypes.CDLL(str(MKL))
     address = ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value
     llvmlite.binding.add_symbol("ernie_train_cblas_sgemm", address)
     try:

@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from ernie_train.kernels.packed import PackedWeight, packs
 from ernie_train.model.layers import ACTIVATIONS, MLP, RMSNorm
 from ernie_train.model.lora import merged_weight
 from ernie_train.model.moe import MoE
@@ -127,18 +128,29 @@ class NumpyRMSNorm:
         return normalized
 
 
+class ColumnBlocks:
+    """A copy of a weight [n,m] in column blocks."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        self.columns, self.weight = weight.shape[1], column_blocks(weight)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Return x [T,n] times the weight, [T,m]."""
+        count, _, width = self.weight.shape
+        output = np.empty((len(x), count * width), np.float32)
+        matmul_blocks(x, self.weight, as_blocks(output, width))
+        return output[:, : self.columns]
+
+
 class NumpyLinear:
     """x W + b."""
 
     def __init__(self, weight: np.ndarray, bias: np.ndarray | None) -> None:
-        self.columns = weight.shape[1]
-        self.weight, self.bias = column_blocks(weight), bias
+        self.bias = bias
+        self.product = PackedWeight(weight) if packs(len(weight)) else ColumnBlocks(weight)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        count, _, width = self.weight.shape
-        output = np.empty((len(x), count * width), np.float32)
-        matmul_blocks(x, self.weight, as_blocks(output, width))
-        y = output[:, : self.columns]
+        y = self.product(x)
         if self.bias is not None:
             y += self.bias
         return y
@@ -176,8 +188,22 @@ def apply_rope_(x: np.ndarray, rotations: np.ndarray) -> None:
     pairs *= rotations
 
 
-class NumpyMLP:
-    """`MLP`: down(act(gate(x)) * up(x)) for x [T,H]."""
+class _PackedGate:
+    """act(gate(x)) * up(x), the two weights packed as one."""
+
+    def __init__(self, mlp: MLP, hidden_act: str) -> None:
+        self.gate_up = NumpyLinear(*fuse_linears(mlp.gate_proj, mlp.up_proj))
+        self.act = NUMPY_ACTIVATIONS.get(hidden_act) or _with_paddle(ACTIVATIONS[hidden_act])
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        gate, up = np.split(self.gate_up(x), 2, 1)
+        inner = self.act(gate)
+        inner *= up
+        return inner
+
+
+class _BlockGate:
+    """act(gate(x)) * up(x), in column blocks."""
 
     def __init__(self, mlp: MLP, hidden_act: str) -> None:
         # Gate and up are fused, but their blocks stay apart: act(gate) * up needs no copies then.
@@ -188,7 +214,6 @@ class NumpyMLP:
         padding = (0, count // 2 * width - self.width)
         biases = [np.pad(bias, padding) for _, bias in both if bias is not None]
         self.bias = np.concatenate(biases).reshape(count, 1, width) if biases else None
-        self.down = NumpyLinear(*fuse_linears(mlp.down_proj))
         self.gated = gated_activation(hidden_act)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -197,7 +222,19 @@ class NumpyMLP:
         matmul_blocks(x, self.gate_up, gate_up)
         if self.bias is not None:
             gate_up += self.bias
-        return self.down(self.gated(gate_up)[:, : self.width])
+        return self.gated(gate_up)[:, : self.width]
+
+
+class NumpyMLP:
+    """`MLP`: down(act(gate(x)) * up(x)) for x [T,H]."""
+
+    def __init__(self, mlp: MLP, hidden_act: str) -> None:
+        gate = _PackedGate if packs(mlp.gate_proj.weight.shape[0]) else _BlockGate
+        self.inner = gate(mlp, hidden_act)
+        self.down = NumpyLinear(*fuse_linears(mlp.down_proj))
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.down(self.inner(x))
 
 
 class NumpyMoE:

@@ -16,6 +16,7 @@ from ernie_train.core.errors import ErnieTrainError, Interrupted
 from ernie_train.core.processes import process_state
 from ernie_train.generate import engine as generate_engine
 from ernie_train.generate.engine import generate
+from ernie_train.kernels import packed
 from tests.small_models import make_model
 
 SETTINGS = {"max_new_tokens": 24, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
@@ -102,6 +103,18 @@ def test_the_same_processes_sample_the_same_bits(model, prompts, threads):
     threads(2)
     first, second = (generate(model, prompts, **SETTINGS) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.skipif(not packed.packs(512), reason="MKL packs no weights on this processor")
+def test_processes_multiply_by_the_same_packed_weights(prompts, forks, threads, monkeypatch):
+    """MKL has run in this process before it forks."""
+    monkeypatch.setattr(packed, "_LEAST_INPUTS", 1)
+    dense = make_model(moe_num_experts=0)
+    expected = generate(dense, prompts, **SETTINGS)
+    threads(2)
+    completions = generate(dense, prompts, **SETTINGS)
+    assert len(forks) == 1 and gone(forks)
+    assert [c.ids for c in completions] == [c.ids for c in expected]
 
 
 @pytest.mark.parametrize(

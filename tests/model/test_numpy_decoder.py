@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie_train.kernels import packed
 from ernie_train.model import LocalDispatcher, numpy_decoder, numpy_layers
 from ernie_train.model.numpy_decoder import NumpyDecoder, can_decode
 from tests.small_models import VARIANTS, make_model
@@ -29,9 +30,12 @@ def uncached(model, ids):
     return output.logits[0, -1].numpy(), [s.expert_ids[-1].tolist() for s in output.router_stats]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "least_packed"), [*((name, 512) for name in CASES), ("dense-bias", 1), ("gelu", 1)]
+)
 @paddle.no_grad()
-def test_equals_the_uncached_model(name):
+def test_equals_the_uncached_model(name, least_packed, monkeypatch):
+    monkeypatch.setattr(packed, "_LEAST_INPUTS", least_packed)
     model = make_model(**CASES[name])
     assert can_decode(model)
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files autograd signals processes blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
     "io": "files shipped outputs healthy python_files loggers metrics_log run_dir safetensors",
-    "kernels": "compiled compiled_steps loading call rows experts attention logprobs blocks",
+    "kernels": "compiled compiled_steps loading packed call rows experts attention logprobs blocks",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration dtypes batch_layout rope layers kv_cache"
     " attention token_dispatcher batched_experts moe transformer lora partial numpy_layers"

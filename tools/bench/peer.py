@@ -13,6 +13,9 @@ Answers to `work` have `seconds` and `cpu_seconds`. A training step is the usual
 fp32, no gradient checkpointing, no cache, the loss over all tokens, `zero_grad(set_to_none=True)`,
 gradient clipping, fused AdamW. Rollouts run under `torch.inference_mode`, without a stop token and
 without scores: ours also returns the logprobs of what it sampled.
+
+With WORLD_SIZE and the other variables of torchrun it is one of several ranks, which divide each
+batch of training and average gradients by DistributedDataParallel over gloo.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import ctypes
 import gc
 import os
 import shutil
+from contextlib import nullcontext
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an expert kernel of the hub is not this machine's
@@ -29,10 +33,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an expert kernel of the hub is n
 import numpy as np
 import torch
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tools.bench.protocol import serve, timed
+from tools.bench.protocol import serve, share_documents, timed
+
+RANKS, RANK = (int(os.environ.get(name, only)) for name, only in (("WORLD_SIZE", 1), ("RANK", 0)))
 
 # What a combination that does not run here may raise: no kernel, no memory, no compiler.
 UNSUPPORTED = (RuntimeError, ValueError, ImportError, KeyError, OSError, NotImplementedError)
@@ -45,8 +52,8 @@ def load(request: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         request["directory"],
         attn_implementation=request["attention"],
-        experts_implementation=request["experts"],
         dtype=torch.float32,
+        **({"experts_implementation": request["experts"]} if "experts" in request else {}),
     )
 
 
@@ -55,6 +62,9 @@ class TrainingPeer:
 
     def __init__(self, request: dict[str, Any]) -> None:
         model = load(request).train()
+        for name, parameter in model.named_parameters():
+            if name.endswith("e_score_correction_bias"):  # gets no gradient, and DDP waits for one
+                parameter.requires_grad = False
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optim = request["optim"]
         self.max_grad_norm = optim["max_grad_norm"]
@@ -71,7 +81,10 @@ class TrainingPeer:
         )
         self.vocab_size = model.config.vocab_size
         self.random = np.random.default_rng(request["seed"])
-        self.forward = torch.compile(model) if request["compile"] else model
+        self.module = model
+        if RANKS > 1:
+            self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.forward = torch.compile(self.module) if request["compile"] else self.module
         self.padded_documents = request.get("padded_documents", 0)  # that share a batch
 
     def work(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -91,28 +104,43 @@ class TrainingPeer:
     def _rows(self, rows: int, length: int) -> float:
         """Run both passes over rows without padding; return the mean loss."""
         ids = torch.from_numpy(self.random.integers(1, self.vocab_size, (rows, length + 1)))
-        logits = self.forward(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        own = ids.chunk(RANKS)[RANK]
+        logits = self.forward(input_ids=own[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten())
         loss.backward()
-        return loss.item()
+        return mean_over_ranks(loss.item())
 
     def _documents(self, lengths: list[int]) -> float:
         """Run both passes over documents, those of similar length padded in one batch."""
         documents = [torch.from_numpy(self.random.integers(1, self.vocab_size, n)) for n in lengths]
-        documents.sort(key=len)
-        count, total, size = sum(lengths) - len(lengths), 0.0, self.padded_documents
-        for first in range(0, len(documents), size):
-            members = documents[first : first + size]
+        own = [documents[at] for at in share_documents(lengths, RANKS)[RANK]]
+        own.sort(key=len)
+        own = own or [documents[0][:1]]  # nothing to predict in it, for a rank has to take part
+        # Gradients of the ranks are averaged, so the sum of a rank counts as many times.
+        count, total, size = (sum(lengths) - len(lengths)) / RANKS, 0.0, self.padded_documents
+        for first in range(0, len(own), size):
+            members = own[first : first + size]
             ids = torch.nn.utils.rnn.pad_sequence(members, batch_first=True)
             labels = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-100)
             mask = (labels >= 0).long()
-            logits = self.forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-            )
-            (loss / count).backward()
+            last = first + size >= len(own)
+            with nullcontext() if RANKS == 1 or last else self.module.no_sync():
+                logits = self.forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+                )
+                (loss / count).backward()
             total += loss.item()
-        return total / count
+        return mean_over_ranks(total / count)
+
+
+def mean_over_ranks(value: float) -> float:
+    """Return the mean of a number that every rank has."""
+    if RANKS == 1:
+        return value
+    held = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(held)
+    return held.item() / RANKS
 
 
 class RolloutPeer:
@@ -174,6 +202,8 @@ def main() -> None:
     arguments.add_argument("--keep-freed-memory", action="store_true")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
+    if RANKS > 1:
+        torch.distributed.init_process_group("gloo")
     if options.keep_freed_memory:
         keep_freed_memory()
     built: list[TrainingPeer | RolloutPeer] = []

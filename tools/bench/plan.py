@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from ernie_train.plan.layout import Layout
 
 from tools.bench.protocol import begin_peak, resident_bytes
-from tools.bench.scaling import Layout as Side
-from tools.bench.scaling import environments
+from tools.bench.ranks import paddle_environments
 
 TOLERANCE = 0.15
 # `plan` counts what plain operators keep for the way back, as on a GPU; the native kernels of CPUs
@@ -253,7 +252,7 @@ def measured_apart(case: Case, environment: dict[str, str]) -> dict[str, float]:
     shared = {**os.environ, **PLAIN_KERNELS, **environment}
     ranks = [
         subprocess.Popen(command, env={**shared, **own}, stdout=subprocess.PIPE, text=True)
-        for own in environments(Side("", expert=case.expert, data=case.data))
+        for own in paddle_environments(case.ranks)
     ]
     told = [rank.communicate()[0] for rank in ranks]
     if failed := [at for at, rank in enumerate(ranks) if rank.returncode]:

@@ -33,7 +33,9 @@ def serve(handlers: Mapping[str, Handler], unsupported: tuple[type[Exception], .
 
     An exception in `unsupported` is answered as {"error": reason}; any other ends the process.
     """
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing a library prints may enter the answers
+    # Nothing that a library prints, from Python or below it, may enter the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
         ((name, argument),) = json.loads(line).items()
         try:
@@ -138,13 +140,31 @@ def document_lengths(seed: int, tokens: int, mean: int) -> list[int]:
     return lengths
 
 
-def random_documents(random: Generator, vocab_size: int, lengths: list[int]) -> Batch:
-    """Return one row of documents of random tokens, the last of each without a label."""
+def share_documents(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Return the documents of each rank, by index: the longest first, to the lightest rank."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for item in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
+        min(shares, key=lambda share: sum(lengths[at] for at in share)).append(item)
+    return shares
+
+
+def random_documents(
+    random: Generator, vocab_size: int, lengths: list[int], ranks: int = 1
+) -> list[Batch]:
+    """Return a row of documents of random tokens for each rank that gets any."""
+    documents = [random.integers(1, vocab_size, n) for n in lengths]
+    shares = share_documents(lengths, ranks)
+    return [_packed_row([documents[at] for at in share]) for share in shares if share]
+
+
+def _packed_row(documents: list[Any]) -> Batch:
+    """Return one row of documents [S], the last token of each without a label."""
     import numpy as np
 
     from ernie_train.data import Batch
 
-    ids = np.concatenate([random.integers(1, vocab_size, n) for n in lengths])
+    lengths = [len(document) for document in documents]
+    ids = np.concatenate(documents)
     ends = np.cumsum(lengths) - 1
     mask = np.ones(len(ids), np.float32)
     mask[ends] = 0.0
@@ -175,3 +195,11 @@ def random_batch(
         document_ids=places // document + 1,
         loss_mask=np.ones((rows, length), np.float32),
     )
+
+
+def split_rows(batch: Batch, ranks: int) -> list[Batch]:
+    """Return the rows of a batch in as many equal batches."""
+    from ernie_train.data import Batch
+
+    parts = {name: value.reshape(ranks, -1, value.shape[1]) for name, value in vars(batch).items()}
+    return [Batch(**{name: part[rank] for name, part in parts.items()}) for rank in range(ranks)]

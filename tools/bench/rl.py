@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from tools.bench.trl import runs
 from tools.bench.trl.runs import OPTIM, WARM_UP, Comparison, Line, Run
@@ -32,6 +32,16 @@ REWARD_ERRORS = 4.0  # standard errors by which the mean rewards of the sides ma
 
 class RlComparison(Comparison):
     kind = "rl"
+    defaults: ClassVar = {
+        "tiny": {
+            "rounds": 3, "steps": 3, "trial_steps": 3,
+            "prompts": 4, "group": 8, "new_tokens": 64, "micro_batch": 8,
+        },
+        "135m": {
+            "rounds": 2, "steps": 2, "trial_steps": 1,
+            "prompts": 4, "group": 8, "new_tokens": 32, "micro_batch": 8,
+        },
+    }  # fmt: skip
 
     def title(self) -> str:
         o = self.options
@@ -140,11 +150,11 @@ def check_near(name: str, ours: float, peer: float, tolerance: float) -> None:
 
 def main() -> None:
     parser = runs.parser(__doc__)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--group", type=int)
+    parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--micro-batch", type=int, default=8, help="sequences in one of ours")
+    parser.add_argument("--micro-batch", type=int, help="sequences in one of ours")
     parser.add_argument(
         "--separate-prompts", action="store_true", help="compute the prompt for each completion"
     )

@@ -1,8 +1,10 @@
 """Tokens per second of our `generate` beside that of transformers on torch.
 
     python -m tools.bench.rollout --threads 1 [--model tiny] [--temperature 0] [--compile]
+    python -m tools.bench.rollout --threads 1 --model 135m --batch 32 --rounds 5 --trials 2
 
-Two models: the preset `tiny` and that of `versus.py`. Both sides complete the same random prompts
+Models: the preset `tiny`, that of `versus.py`, and if asked for a dense one of SmolLM2-135M's shape
+with random weights. Both sides complete the same random prompts
 with the same exported weights, all to the same length; greedy completions must agree. Ours returns
 the logprobs of what it sampled, the peer is spared them. `versus.py` says how the sides are
 measured and the figures read.
@@ -15,10 +17,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from tools.bench import versus
-from tools.bench.protocol import Side
+from tools.bench.ranks import Ranks
 from tools.bench.versus import MODEL, Bench, Ours, Work
 
-MODELS: dict[str, str | dict[str, Any]] = {"tiny": "tiny", "bench": MODEL}
+DENSE_135M: dict[str, Any] = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "max_position_embeddings": 8192, "rope_theta": 100000.0, "moe_num_experts": 0,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS: dict[str, str | dict[str, Any]] = {"tiny": "tiny", "bench": MODEL, "135m": DENSE_135M}
+BY_DEFAULT = ("tiny", "bench")
 TRIAL_TOKENS = 16
 # Sums in another order turn a choice between equals around; from there on a completion differs.
 COMPARED_TOKENS, LEAST_AGREEMENT = 8, 0.9
@@ -43,12 +52,14 @@ class OurRollouts(Ours):
 
 class RolloutBench(Bench):
     module = "tools.bench.rollout"
-    dimensions = ("experts", "attention", "cache")
+    dimensions: tuple[str, ...] = ("experts", "attention", "cache")
     compile_with = {"cache": "static"}
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         super().__init__(options, MODELS[name])
         self.name = name
+        if name == "135m":
+            self.dimensions = ("attention", "cache")
 
     def title(self) -> str:
         options = self.options
@@ -66,7 +77,7 @@ class RolloutBench(Bench):
     def round(self, number: int) -> tuple[Work, int]:
         return self._work(number + 1), self.options.batch * self.options.new_tokens
 
-    def check_start(self, ours: Side, peer: Side) -> str:
+    def check_start(self, ours: Ranks, peer: Ranks) -> str:
         greedy = self._work(0, temperature=0.0)
         agreement = check_agreement(*(side.ask(work=greedy)["ids"] for side in (ours, peer)))
         return f"first {COMPARED_TOKENS} greedy tokens agree in {agreement:.0%} of the completions"
@@ -94,7 +105,7 @@ def check_agreement(ours: list[list[int]], peer: list[list[int]]) -> float:
 
 def main() -> None:
     parser = versus.parser(__doc__)
-    parser.add_argument("--model", choices=MODELS, help="only this one (default: both)")
+    parser.add_argument("--model", choices=MODELS, help="default: tiny, then bench")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -103,7 +114,7 @@ def main() -> None:
     if options.serve_ours:
         OurRollouts.serve()
         return
-    for name in [options.model] if options.model else MODELS:
+    for name in [options.model] if options.model else BY_DEFAULT:
         RolloutBench(options, name).run()
 
 

@@ -23,22 +23,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.bench.protocol import Side
+from tools.bench.ranks import Ranks, paddle_environments
 from tools.bench.scaling_rank import LENGTH, MICRO_BATCHES, ROWS
 
-ROOT = Path(__file__).resolve().parents[2]
 EXPERTS = (8, 16, 32, 64, 128)
 WARM_UP_STEPS = 2
 LOSS_TOLERANCE = 1e-3  # layouts add up in other orders, and the weights drift apart
@@ -70,34 +66,24 @@ LAYOUTS = [
 # ---- the driver ----------------------------------------------------------------------------------
 
 
-class Ranks:
-    """The processes of one layout, asked together; a context manager."""
+class LayoutRanks(Ranks):
+    """The ranks of one layout, built and warmed up, and what their rounds took."""
 
     def __init__(self, layout: Layout) -> None:
+        command = [sys.executable, "-W", "ignore", "-m", "tools.bench.scaling_rank"]
+        super().__init__(command, paddle_environments(layout.ranks, layout.threads))
         self.layout = layout
         self.runs: list[dict[str, Any]] = []  # one a round
-        self._held = ExitStack()
-        self._threads = self._held.enter_context(ThreadPoolExecutor(layout.ranks))
-        self._sides: list[Side] = []
 
-    def __enter__(self) -> Ranks:
-        command = [sys.executable, "-W", "ignore", "-m", "tools.bench.scaling_rank"]
-        for environment in environments(self.layout):
-            self._sides.append(self._held.enter_context(Side(command, environment)))
+    def __enter__(self) -> LayoutRanks:
+        super().__enter__()
         degrees = {name: getattr(self.layout, name) for name in ("expert", "data", "experts")}
-        self.ask(build=degrees)
-        self.ask(steps=WARM_UP_STEPS)
+        self.ask_all(build=degrees)
+        self.ask_all(steps=WARM_UP_STEPS)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._held.__exit__(*error)
-
-    def ask(self, **request: Any) -> list[dict[str, Any]]:
-        """Return the answers of all ranks."""
-        return list(self._threads.map(lambda side: side.ask(**request), self._sides))
-
     def run(self, steps: int) -> None:
-        answers = self.ask(steps=steps)
+        answers = self.ask_all(steps=steps)
         seconds = max(answer["seconds"] for answer in answers)
         tokens = steps * MICRO_BATCHES * ROWS * LENGTH
         self.runs.append(
@@ -122,37 +108,9 @@ class Ranks:
         return [loss for run in self.runs for loss in run["losses"]]
 
 
-def environments(layout: Layout) -> list[dict[str, str]]:
-    """Return the environment that Paddle's launcher gives each rank."""
-    common = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": str(layout.threads)}
-    common["PYTHONPATH"] = str(ROOT)
-    if layout.ranks == 1:
-        return [common | {"PADDLE_TRAINERS_NUM": "1"}]
-    ports = [free_port() for _ in range(layout.ranks + 1)]
-    endpoints = [f"127.0.0.1:{port}" for port in ports[1:]]
-    common |= {
-        "PADDLE_MASTER": f"127.0.0.1:{ports[0]}",
-        "PADDLE_TRAINERS_NUM": str(layout.ranks),
-        "PADDLE_LOCAL_SIZE": str(layout.ranks),
-        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
-        "PADDLE_DISTRI_BACKEND": "gloo",
-        "GLOG_minloglevel": "1",
-    }
-    return [
-        common | {"PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": endpoint}
-        for rank, endpoint in enumerate(endpoints)
-    ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def measure(layouts: list[Layout], rounds: int, steps: int, held: ExitStack) -> list[Ranks]:
+def measure(layouts: list[Layout], rounds: int, steps: int, held: ExitStack) -> list[LayoutRanks]:
     """Run all layouts in turn, `rounds` times; they stay loaded and idle between their turns."""
-    sides = [held.enter_context(Ranks(layout)) for layout in layouts]
+    sides = [held.enter_context(LayoutRanks(layout)) for layout in layouts]
     for number in range(rounds):
         for side in sides:
             side.run(steps)
@@ -178,7 +136,7 @@ def compare_ranks(rounds: int, steps: int) -> None:
         )
         for side in sides:
             check_losses(side.layout.name, side.losses(), expected)
-            memory = side.ask(memory=None)
+            memory = side.ask_all(memory=None)
             most = {name: max(answer[name] for answer in memory) / 1e6 for name in memory[0]}
             rate = side.median("rate")
             print(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from tools.bench.rl import check_near
 from tools.bench.trl import runs
@@ -30,6 +30,10 @@ SHORTEST, LONGEST = 2, 40  # words of a question
 
 class SftComparison(Comparison):
     kind = "sft"
+    defaults: ClassVar = {
+        "tiny": {"rounds": 3, "steps": 3, "trial_steps": 3, "rows": 48, "seq_len": 512},
+        "135m": {"rounds": 2, "steps": 2, "trial_steps": 1, "rows": 24, "seq_len": 512},
+    }
 
     def title(self) -> str:
         o = self.options
@@ -90,9 +94,9 @@ class SftComparison(Comparison):
             yield {**padded, "batch": 16}
             yield {**padded, "keep_freed_memory": False}
 
-    def run_peer(self, setting: dict[str, Any]) -> Run:
+    def run_peer(self, setting: dict[str, Any], steps: int | None = None) -> Run:
         """Run TRL; a setting that computes another loss is refused."""
-        run = super().run_peer(setting)
+        run = super().run_peer(setting, steps)
         (loss,) = run.first[0]["losses"]
         self.peer_loss = getattr(self, "peer_loss", loss)
         check_near("first loss", loss, self.peer_loss, FIRST_LOSS_TOLERANCE)
@@ -119,8 +123,8 @@ class SftComparison(Comparison):
 
 def main() -> None:
     parser = runs.parser(__doc__)
-    parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--seq-len", type=int)
     runs.compare(parser, SftComparison)
 
 

@@ -1,11 +1,13 @@
 """Tokens per second of our training step beside that of transformers on torch.
 
-    python -m tools.bench.train --threads 1 [--compile] [--documents 90]
+    python -m tools.bench.train --threads 1 [--ranks 2] [--compile] [--documents 90]
 
 Both train the same model on the same batches with the same optimizer settings; the losses must
 agree. With `--documents` a batch has as many tokens in documents of that mean length: ours packs
-them, the peer pads documents of similar length in its best batch. `versus.py` says how the sides
-are measured and the figures read.
+them, the peer pads documents of similar length in its best batch. With `--ranks` the rows or
+documents of a batch are divided between that many processes of ours; the peer takes as many, with
+DistributedDataParallel over gloo, or one with as many threads, whichever is faster. `versus.py`
+says how the sides are measured and the figures read.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tools.bench import versus
-from tools.bench.protocol import Side, document_lengths, random_batch, random_documents
+from tools.bench.protocol import document_lengths, random_batch, random_documents, split_rows
+from tools.bench.ranks import Ranks
 from tools.bench.versus import MODEL, Bench, Ours, Work
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ OPTIM = {
 }  # fmt: skip
 SEED = 0
 WARM_UP_STEPS = 2
-SCREENING_BATCH = (1, 128)  # `batched_mm` gathers weights for every token and takes minutes
+SCREENING_TOKENS = 128  # `batched_mm` gathers weights for every token and takes minutes
 # Both sides add up in other orders, so their weights drift apart a little in every step.
 FIRST_LOSS_TOLERANCE, LAST_LOSS_TOLERANCE = 1e-4, 1e-2
 
@@ -57,10 +60,11 @@ class OurTraining(Ours):
 
     def _step(self, request: Work) -> float:
         if lengths := request.get("documents"):
-            batch = random_documents(self.random, self.vocab_size, lengths)
+            batches = random_documents(self.random, self.vocab_size, lengths, self.ranks)
         else:
             batch = random_batch(self.random, self.vocab_size, *request["batch"])
-        return self.trainer.train_step([batch], self.loss_fn, sys.maxsize).metrics["loss"]
+            batches = split_rows(batch, self.ranks)
+        return self.trainer.train_step(batches, self.loss_fn, sys.maxsize).metrics["loss"]
 
 
 class TrainBench(Bench):
@@ -71,8 +75,8 @@ class TrainBench(Bench):
         super().__init__(options, MODEL)
         self.batch = (options.rows, options.length)
         self.peer_request = {"optim": OPTIM, "seed": SEED}
-        if options.documents:
-            self.dimensions = (*self.dimensions, "padded_documents")
+        self.dimensions += ("ranks",) if options.ranks > 1 else ()
+        self.dimensions += ("padded_documents",) if options.documents else ()
 
     def title(self) -> str:
         rows, length = self.batch
@@ -88,7 +92,9 @@ class TrainBench(Bench):
         return work
 
     def trials(self) -> Iterator[tuple[Work, int]]:
-        sizes = [SCREENING_BATCH] * 2 + [self.batch] * (WARM_UP_STEPS + self.options.trials)
+        ranks = self.options.ranks
+        screening = (ranks, SCREENING_TOKENS // ranks)
+        sizes = [screening] * 2 + [self.batch] * (WARM_UP_STEPS + self.options.trials)
         for rows, length in sizes:
             yield self._work(rows, length, 1), rows * length
 
@@ -97,7 +103,7 @@ class TrainBench(Bench):
         steps = self.options.steps
         return self._work(rows, length, steps), rows * length * steps
 
-    def check_start(self, ours: Side, peer: Side) -> str:
+    def check_start(self, ours: Ranks, peer: Ranks) -> str:
         work = self._work(*self.batch, WARM_UP_STEPS)
         first, other = (side.ask(work=work)["losses"][0] for side in (ours, peer))
         check_losses(first, other, FIRST_LOSS_TOLERANCE)
@@ -117,11 +123,14 @@ def check_losses(ours: float, peer: float, tolerance: float) -> None:
 
 def main() -> None:
     parser = versus.parser(__doc__)
+    parser.add_argument("--ranks", type=int, choices=(1, 2), help="processes of our side")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--documents", type=int, default=0, help="mean length of short documents")
     parser.add_argument("--steps", type=int, default=2, help="steps a side does in each round")
     options = versus.parse(parser)
+    if options.rows % options.ranks:
+        parser.error(f"{options.rows} rows cannot be divided between {options.ranks} ranks")
     if options.serve_ours:
         OurTraining.serve()
     else:

@@ -1,12 +1,13 @@
 """Our side beside the peer's: what the benchmarks of training and rollouts share.
 
-Each side is a process of its own; they take turns. First the peer's implementations are tried, then
-its best combination and ours are measured alternately. The rates are medians over the rounds, the
-ratio is ours / peer.
+Each side has a process of its own, or one for each of its ranks; they take turns. First the peer's
+implementations are tried, then its best combination and ours are measured alternately. The rates
+are medians over the rounds, the ratio is ours / peer.
 
 Other programs on the machine disturb both sides: close them, and look at the spread that is
-printed. `cores` is processor time / wall time: well below the number of threads, the side did not
-get its processors, and tokens per processor second (one thread) say more than tokens per second.
+printed. `cores` is processor time / wall time: well below the number of threads of all ranks, the
+side did not get its processors, and tokens per processor second (one thread) say more than tokens
+per second.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tools.bench.protocol import ROOT, Side, serve, timed
+from tools.bench.protocol import ROOT, serve, timed
+from tools.bench.ranks import Ranks, paddle_environments, torch_environments
 
 Setting = dict[str, Any]
 Work = dict[str, Any]
@@ -31,12 +34,8 @@ MODEL: dict[str, Any] = {
     "rope_theta": 500000.0, "moe_num_experts": 16, "moe_intermediate_size": 128, "moe_k": 4,
     "moe_num_shared_experts": 2, "moe_layer_start_index": 0, "tie_word_embeddings": True,
 }  # fmt: skip
-IMPLEMENTATIONS = (
-    "attention",
-    "experts",
-    "cache",
-    "padded_documents",
-)  # that the peer has several of
+# Those that the peer has several of, and the number of its processes.
+IMPLEMENTATIONS = ("attention", "experts", "cache", "padded_documents", "ranks")
 GIVE_UP_FACTOR = 6  # slower than the best setting so far: no further trials
 PEER = "tools.bench.peer"
 
@@ -53,11 +52,14 @@ class Ours:
     def __init__(self, request: dict[str, Any]) -> None:
         """Make the random model `model`, a preset or keys; save it in `directory` for the peer."""
         # The package's import sets the processor up, before Paddle is imported.
+        from ernie_train.core import process_group
         from ernie_train.core.devices import seed_everything
         from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
         from ernie_train.weights.hf import load_pretrained
         from ernie_train.weights.saving import save_pretrained
 
+        self.ranks = process_group.world_size()
+        process_group.set_grid(process_group.Grid(data=self.ranks))
         seed_everything(0)
         keys = request["model"]
         named = isinstance(keys, str)
@@ -113,7 +115,7 @@ class Bench:
         """Return the work of a round, the same for both sides, and its tokens."""
         raise NotImplementedError
 
-    def check_start(self, ours: Side, peer: Side) -> str:
+    def check_start(self, ours: Ranks, peer: Ranks) -> str:
         """Return in words that both sides compute the same; `RuntimeError` if they do not."""
         raise NotImplementedError
 
@@ -123,18 +125,18 @@ class Bench:
 
     def run(self) -> float:
         """Print everything; return the ratio."""
-        print(f"{self.title()}, float32, {self.options.threads} thread(s)")
+        print(f"{self.title()}, float32, {self._workers()}")
         with tempfile.TemporaryDirectory() as directory, self._ours() as ours:
             built = ours.ask(build={"model": self.model, "directory": directory})
             self.vocab_size = built["vocab_size"]
             self.peer_request["directory"] = directory
             setting = self._best_setting()
             print("peer's best:", describe_setting(setting), flush=True)
-            with self._peer(setting["keep_freed_memory"]) as peer:
+            with self._peer(setting) as peer:
                 peer.ask(build={**self.peer_request, **setting})
                 return self._compare(ours, peer)
 
-    def _compare(self, ours: Side, peer: Side) -> float:
+    def _compare(self, ours: Ranks, peer: Ranks) -> float:
         agreement = self.check_start(ours, peer)
         sides = {"ours": ours, "peer": peer}
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
@@ -148,54 +150,62 @@ class Bench:
         print("\n".join(filter(None, (agreement, end))))
         rates = [print_side(name, rounds) for name, rounds in measured.items()]
         wall, processor = (ours / peer for ours, peer in zip(*rates, strict=True))
-        print(f"ratio ours / peer: {wall:.3f} with {self.options.threads} thread(s)", end="")
+        print(f"ratio ours / peer: {wall:.3f} with {self._workers()}", end="")
         print(f"; {processor:.3f} in tokens per processor second")
         return wall
 
-    def _ours(self) -> Side:
+    def _workers(self) -> str:
+        """Return in words what our side runs on; the peer has as many cores."""
+        ranks, threads = self.options.ranks, self.options.threads
+        return (f"{ranks} ranks of " if ranks > 1 else "") + f"{threads} thread(s)"
+
+    def _ours(self) -> Ranks:
         # As the toolkit sets itself up on a machine with that many cores: threads for matmul only,
         # and as many processes that sample.
-        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": str(self.options.threads)}
-        return Side([sys.executable, "-m", self.module, "--serve-ours"], environment)
+        command = [sys.executable, "-W", "ignore", "-m", self.module, "--serve-ours"]
+        return Ranks(command, paddle_environments(self.options.ranks, self.options.threads))
 
-    def _peer(self, keep_freed_memory: bool) -> Side:
-        threads = str(self.options.threads)
-        command = [str(self.options.referee_python), "-m", PEER, "--threads", threads]
-        command += ["--keep-freed-memory"] if keep_freed_memory else []
-        return Side(command, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+    def _peer(self, setting: Setting) -> Ranks:
+        """Return the peer's processes for `setting`: its ranks share the cores of ours."""
+        ranks = setting.get("ranks", 1)
+        threads = self.options.ranks * self.options.threads // ranks
+        command = [str(self.options.referee_python), "-m", PEER, "--threads", str(threads)]
+        command += ["--keep-freed-memory"] if setting["keep_freed_memory"] else []
+        return Ranks(command, torch_environments(ranks, threads))
 
     def _best_setting(self) -> Setting:
         """Try the peer's implementations, one dimension after the other; return the fastest."""
         rates: list[tuple[float, Setting]] = []
 
-        def attempt(side: Side, setting: Setting) -> None:
+        def attempt(setting: Setting) -> None:
             best = max((rate for rate, _ in rates), default=0.0)
-            rates.append((self._try(side, setting, best), setting))
+            rates.append((self._try(peers.of(setting), setting, best), setting))
 
         def fastest() -> Setting:
             return max(rates, key=lambda pair: pair[0])[1]
 
-        with self._peer(keep_freed_memory=False) as side:
-            about = side.ask(describe={})
+        with PeerProcesses(self._peer) as peers:
+            first: Setting = {"compile": False, "keep_freed_memory": False}
+            about = peers.of(first).ask(describe={})
+            about["ranks"] = [1, self.options.ranks]
             print("trying the peer:", {k: about[k] for k in ("torch", "transformers")})
-            first = {name: about[name][0] for name in self.dimensions}
-            attempt(side, {**first, "compile": False, "keep_freed_memory": False})
+            attempt({**{name: about[name][0] for name in self.dimensions}, **first})
             for name in self.dimensions:
                 for value in about[name][1:]:
-                    attempt(side, {**fastest(), name: value})
+                    attempt({**fastest(), name: value})
             if self.options.compile:
-                attempt(side, {**fastest(), **self.compile_with, "compile": True})
-        with self._peer(keep_freed_memory=True) as side:
-            attempt(side, {**fastest(), "keep_freed_memory": True})
+                attempt({**fastest(), **self.compile_with, "compile": True})
+            attempt({**fastest(), "keep_freed_memory": True})
         if max(rate for rate, _ in rates) == 0:
             raise RuntimeError("no setting of the peer runs here")
         return fastest()
 
-    def _try(self, side: Side, setting: Setting, best: float) -> float:
+    def _try(self, side: Ranks, setting: Setting, best: float) -> float:
         """Return the peer's tokens per second by the fastest of short trials; 0 if it fails."""
         label = f"  {describe_setting(setting):<70}"
-        # With one thread processor time, which other programs hardly change.
-        clock = "cpu_seconds" if self.options.threads == 1 else "seconds"
+        # On one core processor time, which other programs hardly change.
+        alone = self.options.threads * self.options.ranks == 1
+        clock = "cpu_seconds" if alone else "seconds"
         built = side.try_ask(build={**self.peer_request, **setting})
         rate, note = 0.0, ""
         for number, (work, tokens) in enumerate(self.trials()):
@@ -209,6 +219,28 @@ class Bench:
                 break
         print(f"{label} {rate:6.0f} tokens/s{note}", flush=True)
         return rate
+
+
+class PeerProcesses:
+    """The peer's processes: others are started where a setting needs them; a context manager."""
+
+    def __init__(self, start: Callable[[Setting], Ranks]) -> None:
+        self._start, self._held = start, ExitStack()
+        self._fits: tuple[Any, ...] = ()
+
+    def __enter__(self) -> PeerProcesses:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
+
+    def of(self, setting: Setting) -> Ranks:
+        """Return processes for `setting`, those at hand if they fit."""
+        fits = (setting.get("ranks", 1), setting["keep_freed_memory"])
+        if fits != self._fits:
+            self._held.close()
+            self._side, self._fits = self._held.enter_context(self._start(setting)), fits
+        return self._side
 
 
 def print_side(name: str, rounds: list[dict[str, Any]]) -> tuple[float, float]:
@@ -239,6 +271,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--trials", type=int, default=4, help="of each setting of the peer")
     made.add_argument("--compile", action="store_true", help="try torch.compile too (minutes)")
     made.add_argument("--referee-python", type=Path, default=referee_python())
+    made.set_defaults(ranks=1)
     made.add_argument("--serve-ours", action="store_true", help=argparse.SUPPRESS)
     return made
 

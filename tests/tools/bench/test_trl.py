@@ -45,7 +45,10 @@ def test_the_reward_tells_completions_of_a_group_apart() -> None:
 
 
 def test_a_run_is_watched(tmp_path: Path) -> None:
-    """Two lines, of which the first warms up; 100 MB held and half a second of processor time."""
+    """Two lines, of which the first warms up; 100 MB held and half a second of processor time.
+
+    What a run does after the last line is none of its iterations.
+    """
     lines = tmp_path / "lines"
     code = f"""
 import time
@@ -56,6 +59,8 @@ with open({str(lines)!r}, "w") as out:
     while time.process_time() < end: pass
     print('{{"n": 1}}', file=out, flush=True)
     time.sleep(0.4)
+end = time.process_time() + 1.0
+while time.process_time() < end: pass
 """
     run = watch_run([sys.executable, "-c", code], {}, 1, lines)
     assert [line["n"] for line in run.lines] == [1] and [line["n"] for line in run.first] == [0]

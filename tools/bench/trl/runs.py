@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -35,6 +35,7 @@ OPTIM = {
 }  # fmt: skip
 SEED = 1
 POLL_S = 0.1
+POLLS_OF_MEMORY = 5  # from one to the next: it holds up a process of several GB
 WARM_UP = 1  # iterations or steps
 Line = dict[str, Any]
 
@@ -57,16 +58,18 @@ class Watch:
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
-        self.peak_bytes = 0
+        self.peak_bytes, self._looks = 0, 0
 
     def look(self) -> float:
-        """Take note of the memory; return the processor seconds so far."""
+        """Take note of the memory at times; return the processor seconds so far."""
+        measure = self._looks % POLLS_OF_MEMORY == 0
+        self._looks += 1
         seconds, held = 0.0, 0
         for process in [self._root, *self._root.children(recursive=True)]:
             try:
                 used = process.cpu_times()
                 seconds += used.user + used.system + used.children_user + used.children_system
-                held += process.memory_full_info().pss
+                held += process.memory_full_info().pss if measure else 0
             except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
                 continue
         self.peak_bytes = max(self.peak_bytes, held)
@@ -84,11 +87,15 @@ def watch_run(command: Sequence[str], environment: dict[str, str], cores: int, l
             ["taskset", "--cpu-list", ",".join(map(str, chosen)), *command],
             stdout=said, stderr=said, cwd=ROOT, env={**os.environ, **environment},
         )  # fmt: skip
-        watch, used, at_warm = Watch(process.pid), 0.0, None
+        watch, used, told = Watch(process.pid), 0.0, 0
+        at_warm = at_last = 0.0
         while process.poll() is None:
             used = max(used, watch.look())
-            if at_warm is None and lines.exists() and lines.read_bytes().count(b"\n") >= WARM_UP:
-                at_warm = used
+            count = lines.read_bytes().count(b"\n") if lines.exists() else 0
+            if count > told:
+                # What follows the last line does not count: we save a model then, TRL does not.
+                at_warm, at_last = used if told < WARM_UP else at_warm, used
+                told = count
             time.sleep(POLL_S)
         if process.returncode:
             said.seek(0)
@@ -97,18 +104,20 @@ def watch_run(command: Sequence[str], environment: dict[str, str], cores: int, l
             )
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     counted = found[WARM_UP:]
-    return Run(
-        counted, (used - (at_warm or 0.0)) / len(counted), watch.peak_bytes / 1e9, found[:WARM_UP]
-    )
+    return Run(counted, (at_last - at_warm) / len(counted), watch.peak_bytes / 1e9, found[:WARM_UP])
 
 
 class Comparison(ABC):
     """Driver of a comparison; `rl.py` and `sft.py` say what a run is and how sides must agree."""
 
     kind: str
+    # Of options that are not given, by model: a 135M takes minutes where `tiny` takes seconds.
+    defaults: ClassVar[dict[str, dict[str, int]]]
 
     def __init__(self, options: argparse.Namespace, model: str) -> None:
-        self.options, self.model = options, model
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        self.options = argparse.Namespace(**{**self.defaults[model], **given})
+        self.model = model
         self.directory = Path()  # of this comparison
         self.model_directory = Path(options.model_135m)
 
@@ -161,7 +170,7 @@ class Comparison(ABC):
         best: tuple[float, dict[str, Any]] | None = None
         for setting in self.peer_settings():
             try:
-                run = self.run_peer(setting)
+                run = self.run_peer(setting, steps=self.options.trial_steps)
             except RuntimeError as error:
                 print(f"  {setting}: not here: {str(error).strip().splitlines()[-1]}", flush=True)
                 continue
@@ -193,13 +202,14 @@ class Comparison(ABC):
             line["seconds"] = line["time"]["seconds"]
         return run
 
-    def run_peer(self, setting: dict[str, Any]) -> Run:
-        threads = self.options.threads
+    def run_peer(self, setting: dict[str, Any], steps: int | None = None) -> Run:
+        """Run TRL for so many steps after the warm-up; by default those of a round."""
+        threads, counted = self.options.threads, steps or self.options.steps
         with fresh(self.directory / "peer") as directory:
             request = {
                 "kind": self.kind, "model": str(self.model_directory),
                 "rows": str(self.directory / "peer.jsonl"), "out": str(directory),
-                "threads": threads, "optim": OPTIM, "steps": WARM_UP + self.options.steps,
+                "threads": threads, "optim": OPTIM, "steps": WARM_UP + counted,
                 **self.peer_request(), **setting,
             }  # fmt: skip
             (directory / "request.json").write_text(json.dumps(request))
@@ -300,15 +310,19 @@ def versions_in(python: Path, *names: str) -> list[str]:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the options that both comparisons have."""
+    """Return a parser of the options that both comparisons have.
+
+    Sizes that are not given are the comparison's `defaults` for the model.
+    """
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--model", choices=("tiny", "135m"), help="only this one (default: both)")
     made.add_argument(
         "--model-135m", default="", help="directory of an ERNIE 4.5 model, see `import`"
     )
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    made.add_argument("--rounds", type=int, default=3, help="runs of each side, in turns")
-    made.add_argument("--steps", type=int, default=3, help="that count, in each run")
+    made.add_argument("--rounds", type=int, help="runs of each side, in turns")
+    made.add_argument("--steps", type=int, help="that count, in each run")
+    made.add_argument("--trial-steps", type=int, help="that count, of each setting of TRL")
     made.add_argument("--quick", action="store_true", help="try one setting of TRL only")
     made.add_argument("--referee-python", type=Path, default=referee_python())
     return made
