@@ -35,7 +35,7 @@ from ernie_train.cli.arguments import (
 from ernie_train.cli.grading import evaluate, generate, score
 from ernie_train.cli.recipes import check, doctor, init, plan, preview, schema
 from ernie_train.cli.run import RunCommand
-from ernie_train.core import process_group, processes
+from ernie_train.core import process_group
 from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
 from ernie_train.core.terminal import CurrentStderr, Terminal, show_every_character
 from ernie_train.io.outputs import check_output_directory
@@ -310,17 +310,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(status)
     reporter.start()
     reporter.finish(*_run(arguments))
-
-
-def program() -> None:
-    """Run the command of this process's arguments, and end the process with its status."""
-    try:
-        main()
-    except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise
-        processes.leave(end.code)
-    processes.leave(0)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What must be settled before Paddle is imported: settings of the processor, imports it can spare.
+"""Settles what must be so before Paddle is imported: the processor, imports it can spare.
 
 `configure_process` runs when `ernie_train` is imported, before Paddle is. It never overrides what
 the user set in the environment, and it keeps a record that `doctor` and `environment.json` show.
@@ -33,13 +33,15 @@ import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ernie_train.core import blas
+
+if TYPE_CHECKING:  # it imports 5 ms of other modules
+    from importlib.abc import Loader
 
 __version__ = "0.3.0.dev0"
 
@@ -295,20 +297,23 @@ def defer_imports() -> None:
         sys.meta_path.insert(0, _DeferringFinder())
 
 
-class _DeferringFinder(MetaPathFinder):
+class _DeferringFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         found = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
         if found is not None and found.loader is not None:
-            found.loader = _DeferringLoader(found.loader)
+            found.loader = cast("Loader", _DeferringLoader(found.loader))
         return found
 
 
-class _DeferringLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
+class _DeferringLoader:
+    def __init__(self, loader: "Loader") -> None:
         self._loader = loader
         self._lock, self._has_begun = threading.RLock(), False
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         def ask(name: str) -> Any:
