@@ -1,4 +1,4 @@
-"""Settings of the processor that must be made before Paddle is imported.
+"""Settles what must be so before Paddle is imported: the processor, imports it can spare.
 
 `configure_process` runs when `ernie_train` is imported, before Paddle is. It never overrides what
 the user set in the environment, and it keeps a record that `doctor` and `environment.json` show.
@@ -19,18 +19,29 @@ Each setting was measured with paddlepaddle 3.3.1 (CPU wheel) on two cores of an
   tensor of 8 MB went from 22 to 4 ms, softmax of 32 MB from 41 to 11 ms. Memory that was used once
   stays with the process; its peak grew by about a tenth. Paddle's own pool
   (FLAGS_allocator_strategy=naive_best_fit) gained nothing.
+
+`defer_imports` spares a start two of Paddle's imports until something asks for a name in them:
+what compiles C++ operators, with setuptools and pkg_resources, and what downloads files. They are
+200 of 2000 modules and 0.4 of the 2.1 processor seconds that a rank's imports take.
 """
 
 import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 from ernie_train.core import blas
+
+if TYPE_CHECKING:  # it imports 5 ms of other modules
+    from importlib.abc import Loader
 
 __version__ = "0.3.0.dev0"
 
@@ -41,6 +52,7 @@ MARKER = "ERNIE_TRAIN_CPU_SETUP"
 # Says that numpy's kernels were looked at, so that the processes started from here need not.
 KERNELS_SEEN = "ERNIE_TRAIN_KERNELS_SEEN"
 CACHE = "ERNIE_TRAIN_CACHE"
+DEFERRED = frozenset({"httpx", "paddle.utils.cpp_extension"})
 THREAD_VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
 MALLOC_VARIABLES = (
     "MALLOC_MMAP_THRESHOLD_",
@@ -270,3 +282,49 @@ def cpu_setup_report() -> list[str]:
         )
     lines.append(f"memory allocator: {setup.malloc}")
     return lines
+
+
+# ---- imports that can wait -----------------------------------------------------------------------
+
+
+def defer_imports() -> None:
+    """Have the packages in `DEFERRED` run their code when a name in them is first asked for.
+
+    importlib's LazyLoader would run it at their second import already, and Paddle imports both
+    twice.
+    """
+    if not any(isinstance(finder, _DeferringFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _DeferringFinder())
+
+
+class _DeferringFinder:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        found = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
+        if found is not None and found.loader is not None:
+            found.loader = cast("Loader", _DeferringLoader(found.loader))
+        return found
+
+
+class _DeferringLoader:
+    def __init__(self, loader: "Loader") -> None:
+        self._loader = loader
+        self._lock, self._has_begun = threading.RLock(), False
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        def ask(name: str) -> Any:
+            with self._lock:  # another thread waits until all names are there
+                if not self._has_begun:
+                    self._has_begun = True
+                    self._loader.exec_module(module)
+                    if vars(module).get("__getattr__") is ask:
+                        del vars(module)["__getattr__"]
+                if name not in vars(module):
+                    raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+                return vars(module)[name]
+
+        vars(module)["__getattr__"] = ask

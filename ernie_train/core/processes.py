@@ -1,19 +1,24 @@
-"""Processes that must not outlive their owner: their state, how to end them, free ports for them.
+"""Processes that must not outlive their owner: their state, how they end, free ports for them.
 
 `die_with_parent` has the kernel kill a process when its parent ends, for whatever reason.
 `adopt_orphans` makes a process the parent of descendants whose own parent has ended, so that none
-escapes it.
+escapes it. `leave` ends this process.
 """
 
+import atexit
 import ctypes
+import gc
+import io
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 
@@ -121,3 +126,41 @@ def free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process as `sys.exit(status)` would at the end of a program.
+
+    With Paddle loaded, Python takes 0.5 processor seconds to clear its memory up, and as much again
+    on a busy machine. That alone is left out: threads are waited for, exit handlers called, files
+    that nobody closed written out. Debuggers and profilers, which end a program their own way, and
+    output that cannot be written get the ordinary end.
+    """
+    watched = sys.gettrace() or sys.getprofile() or sys.flags.interactive or sys.flags.inspect
+    if "paddle" not in sys.modules or watched:
+        sys.exit(status)
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # a daemon may have neither
+                stream.flush()
+    except (OSError, ValueError):
+        sys.exit(status)  # Python says what is wrong
+    _write_out_open_files()
+    ctypes.CDLL(None).fflush(None)  # what C and C++ wrote
+    os._exit(status)
+
+
+def _write_out_open_files() -> None:
+    """Write out files that nobody closed, as clearing up does."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, io.IOBase)}
+    files = [one for one in objects if type(one) in kinds]
+    texts = [one.flush for one in files if isinstance(one, io.TextIOWrapper)]
+    # gzip and its like write an end when they are closed.
+    others = [one.close for one in files if type(one).__module__ not in ("_io", "io")]
+    buffers = [one.flush for one in files if isinstance(one, io.BufferedWriter | io.BufferedRandom)]
+    for write_out in (*texts, *others, *buffers):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it any more
+            write_out()

@@ -10,6 +10,8 @@ memory-mapped. Deleting a directory costs the time to encode again, nothing else
 DIRECTORY is $ERNIE_TRAIN_CACHE ("off" switches the cache off), else ernie_train in $XDG_CACHE_HOME
 or ~/.cache. After rows were encoded, those used longest ago are removed until all together have at
 most $ERNIE_TRAIN_CACHE_GB; what a process has opened stays.
+
+A directory may also hold `found.json` alone: what was found out about rows (`remember`).
 """
 
 import fcntl
@@ -43,7 +45,7 @@ DEFAULT_GB = 100.0
 # Smaller sources are encoded in a moment, and need no files. Files may be compressed: the 9350 rows
 # of 265 kB with which `recipes/tiny.yaml` begins take 14 s.
 LEAST_BYTES = 2**15
-STATE = "state.json"
+STATE, FOUND = "state.json", "found.json"
 LOCK, IN_USE = "lock", "in_use"
 ARRAYS = {
     "tokens": np.dtype(np.int32),
@@ -79,6 +81,34 @@ def cache_directory(files: Sequence[Path], facts: dict[str, Any]) -> Path | None
         )
         return None
     return directory
+
+
+def recall(facts: Any) -> dict[str, Any]:
+    """Return what `remember` was given with these facts, by this code; {} if there is nothing."""
+    directory = _place_of(facts)
+    try:
+        return {} if directory is None else read_json(directory / FOUND)
+    except (OSError, ValueError):
+        return {}
+
+
+def remember(facts: Any, found: dict[str, Any]) -> None:
+    """Keep what was found out, which depends on `facts` and the code of this package alone.
+
+    Both are JSON values. Where nothing can be kept it is found out at every start.
+    """
+    directory = _place_of(facts)
+    if directory is None:
+        return
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / LOCK).touch()  # by which `evict` knows a directory of the cache
+        write_json(directory / FOUND, found)
+
+
+def _place_of(facts: Any) -> Path | None:
+    root = cache_root()
+    return None if root is None else root / fingerprint([_code(), FOUND, facts])[:32]
 
 
 @functools.cache

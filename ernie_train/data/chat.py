@@ -190,7 +190,9 @@ def _encode(
     spans = [(_trained_start(turn, training), turn.end) for turn in turns]
     ids, offsets = chat.required_tokenizer.encode_marked(text)
     cuts = [(a - text.count(MARK, 0, a), b - text.count(MARK, 0, b)) for a, b in spans]
-    trainable = [any(s < b and e > a for a, b in cuts) for s, e in offsets]
+    trainable = [False] * len(ids)
+    for a, b in cuts:
+        trainable = [t or (s < b and e > a) for t, (s, e) in zip(trainable, offsets, strict=True)]
     return EncodedChat(ids, trainable)
 
 

@@ -27,6 +27,7 @@ from ernie_train.data.tokenizer import MARK, Tokenizer, common_start
 
 ANOTHER_TEMPLATE = "chat.template in the recipe names one that writes it (docs/chat.md)"
 Tools = Sequence[dict[str, Any]] | None
+Rendering = tuple[str, list[tuple[int, int]]]  # a text, and its generation blocks
 
 
 def require_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
@@ -77,6 +78,7 @@ class Conversation:
         template: ChatTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._renderings: dict[tuple[Any, ...], tuple[Sequence[Message], Rendering]] = {}
         self.template = template or require_chat_template(self.required_tokenizer)
         self.history = tokenizer.chat.history_reasoning if tokenizer else "template"
         self.tools = None if not tools else self._marked(canonical_tools(tools), "a tool")
@@ -138,7 +140,19 @@ class Conversation:
         return self._plain_render(messages, ask)
 
     def _plain_render(self, messages: Sequence[Message], ask: bool = False) -> str:
-        return self.template.render(messages, self.tools, add_generation_prompt=ask)
+        return self._rendering(messages, ask)[0]
+
+    def _rendering(self, messages: Sequence[Message], ask: bool = False) -> Rendering:
+        """Return text and generation blocks, rendered once: most of encoding a row is rendering.
+
+        Messages are known by their identity, for they are not changed in place; held here, they
+        keep it to themselves.
+        """
+        key = (ask, *map(id, messages))
+        if (known := self._renderings.get(key)) is None:
+            made = self.template.render_spans(messages, self.tools, add_generation_prompt=ask)
+            known = self._renderings[key] = (tuple(messages), made)
+        return known[1]
 
     def _with_all_reasoning(self, messages: Sequence[Message], ask: bool) -> str:
         """Render every assistant turn as the template renders the last one.
@@ -189,7 +203,7 @@ class Conversation:
 
     def _marked_turns(self) -> list[Turn] | None:
         """Return the turns by the template's own marks; None if it does not mark each once."""
-        text, spans = self.template.render_spans(self.messages, self.tools)
+        text, spans = self._rendering(self.messages)
         places = [at for at, m in enumerate(self.messages) if m["role"] == "assistant"]
         if len(spans) != len(places):
             return None

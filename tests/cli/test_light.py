@@ -103,3 +103,41 @@ def test_a_recipe_that_somebody_changed_is_validated(run_dir: Path) -> None:
     status, message, modules, _ = run_alone("status", run_dir)
     assert status == 2 and "recorded by ernie_train" in message
     assert "paddle" in modules
+
+
+PROGRAM = (
+    "import atexit, sys\nfrom ernie_train.__main__ import program\n"
+    "atexit.register(lambda: print(*{'typer', 'pydantic'} & set(sys.modules), file=sys.stderr))\n"
+    "program()"
+)
+
+
+def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "120", "OPENBLAS_CORETYPE": "Haswell"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_program_shows_a_status_without_typer_as_the_command_shows_it(run_dir: Path) -> None:
+    done = run_program("status", run_dir)
+    assert (done.returncode, done.stderr) == (0, "\n")
+    assert done.stdout.strip() == run_alone("status", run_dir)[3].strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["status", "nowhere"], 2, "error: nowhere: not a run directory"),
+        (["status"], 2, "Missing argument"),
+        (["status", "--nothing"], 2, "No such option"),
+        (["status", "--help"], 0, "--follow"),
+        (["nothing", "x"], 2, "No such command"),
+    ],
+)
+def test_all_else_is_the_commands(arguments: list[str], status: int, told: str) -> None:
+    done = run_program(*arguments)
+    assert done.returncode == status and told in done.stdout + done.stderr

@@ -1,7 +1,9 @@
 """Settings of the processor: what is set, what the user set, and what they do."""
 
+import importlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -247,3 +249,31 @@ def test_what_is_kept_between_starts_lies_where_the_user_says(
     assert cpu.cache_root({}) == Path.home() / ".cache" / "ernie_train"
     monkeypatch.setattr(Path, "home", no_home)
     assert cpu.cache_root({}) is None
+
+
+def test_imports_that_a_start_does_not_need_wait_until_a_name_is_asked_for() -> None:
+    told = child(
+        """
+import sys, ernie_train, paddle, httpx, httpx as again
+import paddle.utils.cpp_extension.extension_utils
+print("setuptools" in sys.modules, "httpx._client" in sys.modules)
+from httpx import Client
+print(again.Client is Client, httpx.__version__[0].isdigit(), hasattr(httpx, "nothing"))
+print(paddle.utils.cpp_extension.CppExtension.__name__, "setuptools" in sys.modules)
+"""
+    )
+    assert told.split() == ["False", "False", "True", "True", "False", "CppExtension", "True"]
+
+
+def test_a_deferred_package_is_there_once_for_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slowly.py").write_text("import time\ntime.sleep(0.3)\nvalue = object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cpu, "DEFERRED", {"slowly"})
+    slowly = importlib.import_module("slowly")
+    with ThreadPoolExecutor(4) as threads:
+        found = set(threads.map(lambda _: slowly.value, range(4)))
+    assert len(found) == 1
+    cpu.defer_imports()
+    assert sum(type(finder).__name__ == "_DeferringFinder" for finder in sys.meta_path) == 1

@@ -1,10 +1,14 @@
 """The state of processes, and that none outlives its owner."""
 
+import gzip
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from ernie_train.core import processes
 
@@ -83,3 +87,78 @@ os.close(out)
         # The output ends when the last process that holds it has.
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=50)
         assert ("asked" in done.stdout) == asked, kind
+
+
+LEFT = """
+import atexit, ctypes, gzip, multiprocessing, os, sys, tempfile, threading, time
+import paddle
+from concurrent.futures import ThreadPoolExecutor
+from ernie_train.core import processes
+
+class Keeper:  # a cycle, which holds files that are never closed
+    def __init__(self):
+        self.me = self
+        self.text, self.bytes = open("text", "w"), open("bytes", "wb")
+        self.packed = gzip.open("packed.gz", "wt")
+        self.scratch = tempfile.TemporaryDirectory(dir=".", prefix="scratch-")
+
+def later():
+    time.sleep(0.3)
+    print("a thread")
+
+keeper = Keeper()
+keeper.text.write("text")
+keeper.bytes.write(b"bytes")
+keeper.packed.write("packed")
+atexit.register(print, "an exit handler")
+threading.Thread(target=later).start()
+ThreadPoolExecutor().submit(later)
+queue = multiprocessing.Queue()
+queue.put("x")
+ctypes.CDLL(None).printf(b"from C\\n")
+print("unflushed")
+WAY
+"""
+
+
+@pytest.mark.parametrize("way", ["sys.exit(7)", "processes.leave(7)"])
+def test_a_process_that_leaves_has_done_all_that_python_does_at_its_end(way, tmp_path):
+    code = LEFT.replace("WAY", way)
+    done = _python(code, tmp_path)
+    assert (done.returncode, done.stderr) == (7, "")
+    said = ["a thread", "a thread", "an exit handler", "from C", "unflushed"]
+    assert sorted(done.stdout.splitlines()) == said
+    assert (tmp_path / "text").read_text() == "text"
+    assert (tmp_path / "bytes").read_bytes() == b"bytes"
+    assert gzip.decompress((tmp_path / "packed.gz").read_bytes()) == b"packed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "packed.gz", "text"]
+
+
+def test_a_process_leaves_without_clearing_up_unless_something_watches_it(tmp_path):
+    code = "import sys, paddle\nfrom ernie_train.core.processes import leave\n"
+    code += "class Last:\n    def __del__(self): print('cleared up', flush=True)\n"
+    code += "last = Last()\n"
+    assert _python(code + "leave(3)", tmp_path).stdout == ""
+    for watch in ("settrace", "setprofile"):
+        watched = f"sys.{watch}(lambda *_: None)\ntry: leave(3)\nfinally: sys.{watch}(None)"
+        done = _python(code + watched, tmp_path)
+        assert (done.returncode, done.stdout) == (3, "cleared up\n")
+
+
+@pytest.mark.parametrize("way", ["sys.exit(7)", "leave(7)"])
+def test_output_that_cannot_be_written_is_told_as_python_tells_it(way, tmp_path):
+    code = "import sys, paddle\nfrom ernie_train.core.processes import leave\n"
+    with open("/dev/full", "w") as full:
+        done = _python(f"{code}print('x')\n{way}", tmp_path, stdout=full)
+    assert done.returncode == 120 and "No space left" in done.stderr
+
+
+def _python(code: str, directory: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    code = f"import ernie_train\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=directory, env=environment, text=True, timeout=120, check=False, **pipes
+    )

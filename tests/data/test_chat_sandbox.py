@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import date
 
 import pytest
 from jinja2 import Environment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ernie_train.core.errors import DataError
 from ernie_train.data import ChatTemplate
@@ -102,6 +104,35 @@ SOUND = [
 def test_sound_templates_render_as_jinja_renders_them(source):
     plain = Environment(trim_blocks=True, lstrip_blocks=True)
     expected = plain.from_string(source).render(messages=MESSAGES)
+    assert ChatTemplate(source).render(MESSAGES) == expected
+
+
+ROW = {"role": "user", "items": 1, "update": 2, "none": None, "__class__": 3, "names": ["a"]}
+
+
+@pytest.mark.parametrize("name", [*ROW, "keys", "absent", "__init__", "format", "encode"])
+@pytest.mark.parametrize("of", ["row", "row.role", "row.names", "namespace(**row)", "1"])
+def test_an_attribute_is_what_jinjas_sandbox_says_also_when_asked_again(of, name):
+    source = "{% for row in messages %}{{ (" + of + ")." + name + " is defined }}"
+    source += "{{ (" + of + ")." + name + "|string|truncate(9, true, '', 0) }}{% endfor %}"
+    expected = ImmutableSandboxedEnvironment().from_string(source).render(messages=[ROW, ROW])
+    if name == "encode" and of == "row.role":
+        expected = "False" * 2  # withheld
+    for _ in range(2):
+        assert ChatTemplate(source).render([ROW, ROW]) == expected
+
+
+def test_endless_work_in_small_steps_ends_by_the_clock(monkeypatch):
+    monkeypatch.setattr("ernie_train.data.chat_template.sandbox._MOST_SECONDS", 0.0)
+    source = "{% for i in range(999) %}{% endfor %}"
+    with pytest.raises(DataError, match="computes beyond all bounds"):
+        ChatTemplate(source).render(MESSAGES)
+
+
+def test_json_is_written_as_transformers_writes_it():
+    source = "{{ messages|tojson }}{{ messages|tojson(indent=0) }}{{ 'ü'|tojson(true) }}"
+    expected = json.dumps(MESSAGES, ensure_ascii=False)
+    expected += json.dumps(MESSAGES, ensure_ascii=False, indent=0) + json.dumps("ü")
     assert ChatTemplate(source).render(MESSAGES) == expected
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ernie_train.core.errors import DataError
 from ernie_train.data import (
+    ChatTemplate,
     drop_thinking,
     encode_chat,
     encode_conversation,
@@ -72,6 +73,22 @@ def test_a_prompts_ids_are_a_prefix_of_its_sample(
         assert last.ids[:first] == prompt
     assert last.trainable[-1] and last.ids[-1] in tokenizer.stop_token_ids
     assert sum(s.ids.count(s.ids[-1]) for s in samples) >= len(turns)
+
+
+def test_nothing_is_rendered_twice(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+    render = ChatTemplate.render_spans
+
+    def noted(template: ChatTemplate, messages: Any, *rest: Any, **options: Any) -> Any:
+        rendered.append(repr((messages, options)))
+        return render(template, messages, *rest, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render_spans", noted)
+    question, call = user("2 + 2?"), assistant("", tool_calls=[CALL])
+    answer = assistant("4", reasoning_content="The result is 4.")
+    result = {"role": "tool", "content": "4"}
+    encode_conversation(tokenizer, [question, call, result, answer], [TOOL])
+    assert len(rendered) == len(set(rendered))
 
 
 def test_a_turn_of_weight_0_is_not_trained(tokenizer: Tokenizer) -> None:

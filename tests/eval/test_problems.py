@@ -10,9 +10,10 @@ import pytest
 
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import DataError
-from ernie_train.data import ChatFormat, MappedRows, load_tokenizer
+from ernie_train.data import ChatFormat, ChatTemplate, MappedRows, Record, load_tokenizer
+from ernie_train.eval import prompts
 from ernie_train.eval.evaluation import load_problems
-from ernie_train.eval.prompts import load_few_shot
+from ernie_train.eval.prompts import FewShot, check_problems, load_few_shot
 from ernie_train.rewards import score_batch
 from ernie_train.rl.data import encode_prompts
 from ernie_train.rl.preference_data import read_fitting_pairs
@@ -201,3 +202,63 @@ def test_a_margin_is_read_where_it_is_asked_for(tmp_path, tokenizer):
     for wrong in ("much", True, float("nan"), [1]):
         with pytest.raises(DataError, match=r"pairs\.jsonl:4: margin must be a finite number"):
             pairs(tmp_path, tokenizer, [*rows, {**good, "margin": wrong}], with_margin=True)
+
+
+# ---- a check before the first step, remembered ---------------------------------------------------
+
+
+@pytest.fixture
+def encoded(tmp_path, monkeypatch) -> list[str]:
+    """Sources of the problems that are encoded, with a cache."""
+    found: list[str] = []
+    encode = prompts.encode_prompt
+
+    def noted(tokenizer, record, few_shot=None):
+        found.append(record.source)
+        return encode(tokenizer, record, few_shot)
+
+    monkeypatch.setattr(prompts, "encode_prompt", noted)
+    monkeypatch.setenv("ERNIE_TRAIN_CACHE", str(tmp_path / "cache"))
+    return found
+
+
+def questions(count: int, longest: str = "?") -> list[Record]:
+    asked = [f"{number} + 1?" for number in range(count - 1)] + [longest]
+    return [
+        Record("prompt", [{"role": "user", "content": text}], source=f"row {at}")
+        for at, text in enumerate(asked)
+    ]
+
+
+def test_problems_that_could_be_asked_are_not_encoded_again(tokenizer, tmp_path, encoded):
+    def check(problems, room=400, chat=tokenizer, few_shot=None) -> int:
+        encoded.clear()
+        check_problems(chat, problems, room, None, tmp_path, few_shot)
+        return len(encoded)
+
+    many = questions(150)
+    assert [check(many), check(many), check(many, room=300)] == [150, 0, 0]
+    assert check(questions(150, "another?")) == 150
+    assert [check(many[:99]), check(many[:99])] == [99, 99], "few are encoded in a moment"
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    other = load_tokenizer(tokenizer.directory)
+    other.chat = ChatFormat(template)
+    assert [check(many, chat=other), check(many, chat=other)] == [150, 0]
+    other.chat = ChatFormat(ChatTemplate("{{ strftime_now('%d') }}" + template.source))
+    assert [check(many, chat=other), check(many, chat=other)] == [150, 150], "another day, other"
+    shown = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    shots = FewShot([Record("chat", shown)], 1)
+    assert [check(many, few_shot=shots), check(many, few_shot=shots)] == [150, 150]
+    for damaged in (tmp_path / "cache").glob("*/found.json"):
+        damaged.write_text("{")
+    assert check(many) == 150
+
+
+def test_problems_that_are_too_long_for_another_model_are_told_with_their_line(
+    tokenizer, tmp_path, encoded
+):
+    many = questions(150, "word " * 200)
+    check_problems(tokenizer, many, 2000, None, tmp_path)
+    for _ in range(2):
+        with pytest.raises(DataError, match="row 149: the prompt has"):
+            check_problems(tokenizer, many, 100, None, tmp_path)

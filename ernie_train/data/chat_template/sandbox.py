@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from string import Formatter
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 from jinja2 import Environment, nodes, pass_context
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -29,6 +30,8 @@ _MOST_ITEMS = 2_000_000  # that all loops of one rendering go over
 _MOST_CALLS = 300_000  # of macros, functions and filters, in one rendering
 _MOST_NESTED = 300_000  # values in a list of lists, each counted as often as it occurs
 _MOST_SECONDS = 30.0  # of the processor, for one rendering
+_BETWEEN_LOOKS = 32  # calls and rounds of loops, unless they make much:
+_MADE_BETWEEN_LOOKS = 50_000  # characters and items
 _MOST_BITS = 65_536  # of a whole number
 _WIDEST = 10_000  # characters a text may be padded to, or a filter's number
 _LONGEST_SLOW = 100_000  # characters for filters that take more than linear time
@@ -44,6 +47,11 @@ _SLOW = {"pprint", "striptags", "title", "urlize", "wordcount", "wordwrap", "xml
 _WITH_VALUES = {"d", "default", "float", "int"}  # their numbers are values, not sizes
 # Methods of texts and numbers that no chat template needs and that make much of little.
 _WITHHELD = {"encode", "expandtabs", "to_bytes", "translate"}
+# What Jinja judges by its type alone.
+_JUDGED_BY_TYPE = frozenset({dict, list, str, Namespace, LoopContext})
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_MOST_JUDGEMENTS = 4096
+_METHODS = (MethodType, BuiltinMethodType)
 _PRINTF = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
 
 
@@ -51,7 +59,7 @@ class _Budget:
     """Count what one rendering does; raise `DataError` beyond the bounds."""
 
     def __init__(self) -> None:
-        self.items = self.calls = self.made = 0
+        self.items = self.calls = self.made = self._asked = self._looked = 0
         self._until = time.thread_time() + _MOST_SECONDS
 
     def go_over(self, items: int) -> None:
@@ -72,6 +80,11 @@ class _Budget:
             raise _beyond("makes text")
 
     def check_time(self) -> None:
+        """Look at the clock, which takes 1 us, but only after some work."""
+        self._asked += 1
+        if self._asked % _BETWEEN_LOOKS and self.made - self._looked < _MADE_BETWEEN_LOOKS:
+            return
+        self._looked = self.made
         if time.thread_time() > self._until:
             raise _beyond("computes")
 
@@ -106,6 +119,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._plain = Environment()  # it has the filters themselves
+        self._judgements: dict[tuple[type, str], bool] = {}
         self.finalize = pass_context(lambda context, value: self.measured(value))
         self.filters = {name: self._bounded_filter(name) for name in self._plain.filters}
 
@@ -137,12 +151,30 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def measured(self, value: Any) -> Any:
         """Return a list, tuple or dict that the template makes, or a value that it writes."""
-        _BUDGET.get().make(_size(value))
+        _BUDGET.get().make(len(value) if type(value) is str else _size(value))
         return value
 
     # ---- Jinja's hooks ---------------------------------------------------------------------------
 
+    # Each of these is asked dozens of times for a row. What they do first is what Jinja does for
+    # the values that rows consist of, without its search for others.
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        kind = type(obj)
+        if kind not in _JUDGED_BY_TYPE:
+            return self._judge(obj, attr, value)
+        if (known := self._judgements.get((kind, attr))) is None:
+            if len(self._judgements) >= _MOST_JUDGEMENTS:  # a template may compute names
+                self._judgements.clear()
+            known = self._judgements[kind, attr] = self._judge(obj, attr, value)
+        return known
+
+    def _judge(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _WITHHELD and super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -151,6 +183,10 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             return __obj(*args)  # `kwargs` are Jinja's own, for functions that take a context
         budget = _BUDGET.get()
         budget.call()
+        if type(__obj) is Macro:
+            text = __context.call(__obj, *args, **kwargs)
+            budget.make(len(text))
+            return text
         if isinstance(__obj, type):  # dict and namespace
             budget.make(_size([*args, *kwargs.values()]))
         if isinstance(owner, str) and __obj.__name__ == "join":
@@ -164,7 +200,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        formatted = super().wrap_str_format(value)
+        formatted = super().wrap_str_format(value) if isinstance(value, _METHODS) else None
         if formatted is None:
             return None
         text: str = value.__self__
@@ -180,6 +216,9 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget, texts = _BUDGET.get(), (str, list, tuple)
+        if operator == "+" and type(left) is str and type(right) is str:
+            budget.make(len(left) + len(right))
+            return left + right
         if operator == "%" and isinstance(left, str):
             budget.make(_printed(left, right))
         elif isinstance(left, int) and isinstance(right, int):
@@ -200,10 +239,11 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         def bounded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
             budget, given = _BUDGET.get(), [*args, *kwargs.values()]
             budget.call()
-            if name not in _WITH_VALUES:
+            if given and name not in _WITH_VALUES:
                 _padding([str(int(number)) for number in given if isinstance(number, int)])
             if name not in _SHAPING:
-                value = [*value] if isinstance(value, Iterator) else value
+                if type(value) is not str and isinstance(value, Iterator):
+                    value = [*value]
                 budget.make(_filtered(name, value, given))
             elif name in _COPYING and isinstance(value, str | list | tuple):
                 budget.make(len(value))

@@ -285,6 +285,10 @@ def _line_of(error: BaseException) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
+# `json.dumps` makes an encoder for each call with these settings.
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -292,6 +296,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    if not (ensure_ascii or indent or separators or sort_keys) and indent is None:
+        return _JSON.encode(value)
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
