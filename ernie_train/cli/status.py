@@ -1,7 +1,7 @@
 """The verb `status`: stages of a run, their latest metrics, and what comes next.
 
-It is asked for often, so it loads neither Paddle, numpy nor pydantic: the recorded recipe is read
-as it stands where this version wrote it and nobody changed it since.
+It is asked for often, so it loads neither Paddle nor numpy: the recorded recipe is read as it
+stands where this version wrote it and nobody changed it since.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def print_status(run_dir: Path, console: Console) -> None:
         missing.append("evaluation")
     if recipe["export"] and not is_whole_export(run_dir / "export", hashes=False):
         missing.append("export")
-    launched = last_launch(run_dir)
-    console.print(table)  # all is read now, so that a mistake is told instead, not behind it
-    if launched is not None:
+    console.print(table)
+    if (launched := last_launch(run_dir)) is not None:
         console.print(f"last launch: {launched}", markup=False, highlight=False)
     if owner is not None:
         console.print(f"running: {owner}", markup=False, highlight=False)

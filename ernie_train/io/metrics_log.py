@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich.console
 
@@ -23,9 +23,7 @@ from ernie_train.core.errors import CheckpointError, storage_errors
 from ernie_train.core.foreign_files import open_regular, parse_json
 from ernie_train.core.terminal import ProgressDisplay, Terminal
 from ernie_train.io.files import write_text
-
-if TYPE_CHECKING:
-    from ernie_train.io.loggers import LoggerSettings
+from ernie_train.io.loggers import LoggerSettings
 
 FILE_NAME = "metrics.jsonl"
 RESERVED = ("step", "time")
@@ -178,7 +176,7 @@ class MetricsWriter:
         terminal: bool,
         total_steps: int | None = None,
         label: str = "",
-        loggers: "LoggerSettings | None" = None,
+        loggers: LoggerSettings | None = None,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -201,9 +199,6 @@ class MetricsWriter:
             clock=clock,
         )
         kept = [(row.pop("step"), row.pop("time"), row) for row in rows]
-        # It loads pydantic, which `status`, a reader of metrics, does without.
-        from ernie_train.io.loggers import LoggerSettings
-
         self._loggers = (loggers or LoggerSettings()).open(
             directory, [(step, row, times) for step, times, row in kept], resume_step, self.note
         )

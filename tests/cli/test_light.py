@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import ernie_train
+from ernie_train import __main__ as program
 from ernie_train.core.yaml import dump_yaml
 from ernie_train.io.files import fingerprint, write_json, write_text
 from ernie_train.io.run_dir import RunLock
@@ -105,39 +106,30 @@ def test_a_recipe_that_somebody_changed_is_validated(run_dir: Path) -> None:
     assert "paddle" in modules
 
 
-PROGRAM = (
-    "import atexit, sys\nfrom ernie_train.__main__ import program\n"
-    "atexit.register(lambda: print(*{'typer', 'pydantic'} & set(sys.modules), file=sys.stderr))\n"
-    "program()"
-)
+@pytest.mark.parametrize(("ends", "left"), [(None, [0]), (SystemExit(3), [3])])
+def test_the_program_ends_at_once_with_the_status_of_its_command(
+    ends: SystemExit | None, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without clearing Paddle up, and its imports have waited."""
+    steps: list[object] = []
+
+    def main() -> None:
+        steps.append("main")
+        if ends is not None:
+            raise ends
+
+    monkeypatch.setattr(program, "main", main)
+    monkeypatch.setattr(program, "defer_imports", lambda: steps.append("deferred"))
+    monkeypatch.setattr(program.processes, "leave", steps.append)
+    program.program()
+    assert steps[:2] == ["deferred", "main"]
+    assert steps[2:][: len(left)] == left
 
 
-def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        env={**os.environ, "COLUMNS": "120", "OPENBLAS_CORETYPE": "Haswell"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_a_message_in_place_of_a_status_is_pythons_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise SystemExit("in words")
 
-
-def test_the_program_shows_a_status_without_typer_as_the_command_shows_it(run_dir: Path) -> None:
-    done = run_program("status", run_dir)
-    assert (done.returncode, done.stderr) == (0, "\n")
-    assert done.stdout.strip() == run_alone("status", run_dir)[3].strip()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "told"),
-    [
-        (["status", "nowhere"], 2, "error: nowhere: not a run directory"),
-        (["status"], 2, "Missing argument"),
-        (["status", "--nothing"], 2, "No such option"),
-        (["status", "--help"], 0, "--follow"),
-        (["nothing", "x"], 2, "No such command"),
-    ],
-)
-def test_all_else_is_the_commands(arguments: list[str], status: int, told: str) -> None:
-    done = run_program(*arguments)
-    assert done.returncode == status and told in done.stdout + done.stderr
+    monkeypatch.setattr(program, "main", main)
+    with pytest.raises(SystemExit, match="in words"):
+        program.program()

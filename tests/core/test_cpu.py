@@ -254,7 +254,10 @@ def test_what_is_kept_between_starts_lies_where_the_user_says(
 def test_imports_that_a_start_does_not_need_wait_until_a_name_is_asked_for() -> None:
     told = child(
         """
-import sys, ernie_train, paddle, httpx, httpx as again
+import sys, ernie_train
+from ernie_train.core.cpu import defer_imports
+defer_imports()
+import paddle, httpx, httpx as again
 import paddle.utils.cpp_extension.extension_utils
 print("setuptools" in sys.modules, "httpx._client" in sys.modules)
 from httpx import Client
@@ -271,9 +274,11 @@ def test_a_deferred_package_is_there_once_for_all_threads(
     (tmp_path / "slowly.py").write_text("import time\ntime.sleep(0.3)\nvalue = object()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(cpu, "DEFERRED", {"slowly"})
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    cpu.defer_imports()
+    cpu.defer_imports()
     slowly = importlib.import_module("slowly")
     with ThreadPoolExecutor(4) as threads:
         found = set(threads.map(lambda _: slowly.value, range(4)))
     assert len(found) == 1
-    cpu.defer_imports()
     assert sum(type(finder).__name__ == "_DeferringFinder" for finder in sys.meta_path) == 1
