@@ -1,7 +1,7 @@
 """Scoring processes that outlive the service that started them: each start takes a second.
 
 Only processes that wait for work are kept, and given to services in the same directory and
-environment alone. The tests of `rewards` start and end their own.
+environment alone.
 """
 
 from __future__ import annotations

@@ -101,6 +101,7 @@ def trained(root: Path, stage: dict[str, Any]) -> list[dict[str, float]]:
     recipe = {
         "name": "golden", "seed": 7, "model": {"preset": "tiny"}, "evaluation": None,
         "tokenizer": {"path": "data/tokenizer"}, "stages": [stage], "export": None,
+        "parallel": {"data": 1},
     }  # fmt: skip
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
