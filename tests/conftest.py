@@ -6,8 +6,10 @@ cannot live beside paddlenlp's pins. Tests exchange files with it, never Python 
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Listener
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -31,6 +33,7 @@ hypothesis.settings.load_profile("suite")
 
 # Sets the processor up; it must come before any test module imports Paddle.
 import ernie_train  # noqa: E402, F401
+from tests import waiting  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFEREE_SCRIPTS = Path(__file__).resolve().parent / "referee"
@@ -53,15 +56,22 @@ LONGEST = (
     "run/test_recipe_keys_act.py",
     "model/test_parity.py",
     "tools/evidence/test_main_job.py",
-    "parallel/test_equal_results.py",
-    "parallel/test_faults.py",
-    "rl/test_engine_stage.py",
     "repository/test_embedded_data.py",
     "weights/test_adapters.py",
     "launch/test_launch.py",
     "parallel/test_fewer_ranks.py",
     "repository/test_recipes_21b.py",
 )
+
+# One worker runs them, since one launch of ranks serves them all.
+ON_RANKS = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "parallel/test_runs", "parallel/test_equal_results", "parallel/test_faults",
+        "parallel/test_gradients", "parallel/test_expert", "parallel/test_lora",
+        "parallel/test_sampling", "parallel/test_lockstep", "rl/test_engine_stage",
+    )
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -80,8 +90,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return ON_RANKS[0] if file in ON_RANKS else file
+
     config.option.loadscopereorder = False  # by the number of tests: long files have few
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scoring_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Services take over one another's processes, but where these are what is tested."""
+    if request.path.name.startswith(("test_service", "test_sandbox")):
+        yield
+    else:
+        from tests.kept_workers import kept_workers
+
+        with kept_workers():
+            yield
 
 
 Referee = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -107,32 +134,69 @@ def _referee_environment(home: Path, transformers: str) -> dict[str, str]:
     return environment
 
 
-@pytest.fixture(scope="session")
-def referee() -> Referee:
-    """run(script, *args, transformers="newest"|"4.57", timeout_s=300, check=True).
+class WaitingReferee:
+    """A process that has imported torch and transformers, which takes seconds."""
 
-    `script` is a file name in tests/referee or a path. With `check` a script that fails makes the
-    test fail and shows what the script wrote.
+    def __init__(self, home: Path, transformers: str, directory: Path) -> None:
+        self.directory = directory
+        self.scripts = 0
+        program = REFEREE_SCRIPTS / "waiting_referee.py"
+        with (
+            Listener(str(directory / "socket")) as listener,
+            (directory / "said").open("w") as said,
+        ):
+            self.process = subprocess.Popen(
+                [home / "bin" / "python", program, str(directory / "socket")],
+                env=_referee_environment(home, transformers),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
+            (self.connection,) = waiting.connected(listener, 1)
+
+    def run(
+        self, script: Path, arguments: tuple[object, ...], told: str, timeout_s: float
+    ) -> "subprocess.CompletedProcess[str]":
+        self.scripts += 1
+        streams = [self.directory / f"{self.scripts}.{name}" for name in ("in", "out", "err")]
+        streams[0].write_text(told)
+        waiting.send(self.connection, script, arguments, {}, *streams)
+        status = waiting.ended([self.connection], timeout_s).get(0, "no end in time")
+        out, err = (path.read_text() if path.exists() else "" for path in streams[1:])
+        if not isinstance(status, int):
+            raise AssertionError(f"referee {script}: {status}\n{err[-4000:]}")
+        return subprocess.CompletedProcess([str(script)], status, out, err)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def referee(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Referee]:
+    """run(script, *args, transformers="newest"|"4.57", told="", timeout_s=300, check=True).
+
+    `script` is a file name in tests/referee or a path; it runs in a fork of a process that has
+    imported torch, with `told` as its input. With `check` a script that fails makes the test fail
+    and shows what it wrote.
     """
     home = referee_directory()
-    python = home / "bin" / "python"
-    if not python.exists():
+    if not (home / "bin" / "python").exists():
         pytest.fail(f"no referee environment in {home}; {HOW_TO_MAKE_IT}", pytrace=False)
+    started: dict[str, WaitingReferee] = {}
 
     def run(
         script: str | Path,
         *args: object,
         transformers: str = "newest",
+        told: str = "",
         timeout_s: float = 300,
         check: bool = True,
     ) -> "subprocess.CompletedProcess[str]":
-        done = subprocess.run(
-            [str(python), str(REFEREE_SCRIPTS / script), *map(str, args)],
-            env=_referee_environment(home, transformers),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        if transformers not in started:
+            directory = tmp_path_factory.mktemp("referee")
+            started[transformers] = WaitingReferee(home, transformers, directory)
+        done = started[transformers].run(REFEREE_SCRIPTS / script, args, told, timeout_s)
         if check and done.returncode != 0:
             pytest.fail(
                 f"referee {script} (transformers {transformers}) ended with "
@@ -141,4 +205,18 @@ def referee() -> Referee:
             )
         return done
 
-    return run
+    yield run
+    for process in started.values():
+        process.end()
+
+
+@pytest.fixture
+def reader(referee: Referee, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The interpreter for the proof of an export, which runs in a fork of one that waits."""
+    from ernie_train.run import proof
+
+    def run(command: list[str], *, input: str, **_: object) -> "subprocess.CompletedProcess[str]":
+        return referee(command[1], told=input, check=False)
+
+    monkeypatch.setattr(proof, "subprocess", SimpleNamespace(run=run))
+    return str(referee_directory() / "bin" / "python")

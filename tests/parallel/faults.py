@@ -19,6 +19,7 @@ import ernie_train  # noqa: F401
 from ernie_train.cli.main import main
 from ernie_train.core import process_group
 from ernie_train.core.errors import StorageError
+from tests.kept_workers import kept_workers
 
 
 def fault(command: dict[str, Any], held: ExitStack) -> None:
@@ -61,7 +62,7 @@ def hide(name: str, files: list[str], value: object) -> Any:
 
 statuses = []
 for number, command in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-    with ExitStack() as held:
+    with ExitStack() as held, kept_workers():
         if command.get("rank") == process_group.rank():
             fault(command, held)
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import ernie_train  # noqa: F401
 from ernie_train.cli.main import main
 from ernie_train.core import process_group
+from tests.kept_workers import kept_workers
 
 path = Path(sys.argv[1])
 statuses = []
@@ -21,8 +22,9 @@ for arguments in json.loads(path.read_text()):
     if own[0] == "cd":
         os.chdir(own[1])
         own = own[2:]
-    try:
-        main(own)
-    except SystemExit as stopped:
-        statuses.append(int(stopped.code or 0))
+    with kept_workers():
+        try:
+            main(own)
+        except SystemExit as stopped:
+            statuses.append(int(stopped.code or 0))
 path.with_suffix(f".status-{process_group.rank()}.json").write_text(json.dumps(statuses))

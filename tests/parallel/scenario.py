@@ -19,7 +19,7 @@ from ernie_train.train.trainer import Trainer
 from tests.small_models import make_config
 from tests.train.test_trainer import part, rows
 
-STEPS = 20
+STEPS = 3
 MICRO_BATCHES = 4
 BALANCE = {"orthogonal_coef": 1e-3, "z_loss_coef": 1e-3, "bias_update_rate": 1e-3}
 

@@ -22,7 +22,7 @@ LAYOUTS = {
     "one": {}, "ep4": {"expert": 4}, "ep2": {"expert": 2}, "dp2": {"data": 2, "sharding": True},
     "ep2dp2": {"expert": 2, "data": 2, "sharding": True, "recompute": True},
 }  # fmt: skip
-STEPS = 8
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,11 @@ def root(tmp_path_factory) -> Path:
     (root / "reward.py").write_text(REWARD)
     sft = recipe["stages"][0] | {
         "steps": STEPS, "grad_accum_steps": 4, "balance": {"bias_update_rate": 0.001},
+        "data": [{"path": str(root / "train.jsonl"), "max_examples": 48}],
+        "validate_every_steps": STEPS // 2,
     }  # fmt: skip
+    sft["checkpoint"]["every_steps"] = STEPS // 2
+    recipe["evaluation"] |= {"max_examples": 6, "untrained_examples": 3, "max_new_tokens": 12}
     rl = {
         "name": "rl", "kind": "upo", "data": [{"path": str(root / "prompts.jsonl")}],
         "reward": {"python": str(root / "reward.py") + ":score"}, "canaries": 0,
@@ -127,7 +131,7 @@ def runs(root) -> dict[str, Any]:
     statuses = [run_on(4, root, [command(root, "sft-ep4"), rl("rl-ep4"), rl("rl-ep2dp2")])[0]]
     for name in ("sft-one-on", "sft-ep2-on", "sft-ep2dp2-on", "sft-broken"):
         before_the_end(root, "sft-ep4", name)
-    shard = next(checkpoint(root, "sft-broken", "sft", 4).glob("optimizer-00002*"))
+    shard = next(checkpoint(root, "sft-broken", "sft", STEPS // 2).glob("optimizer-00002*"))
     shard.unlink()
 
     def go_on(name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,20 @@ def test_a_worker_gets_whole_files_in_the_order_of_collection(dist: str) -> None
     assert [names[worker.sent[0]] for worker in workers] == ["a.py::1", "b.py::1"]
     files = [{names[place].partition(":")[0] for place in worker.sent} for worker in workers]
     assert not files[0] & files[1]
+
+
+def test_all_files_that_use_ranks_go_to_one_worker() -> None:
+    found = {
+        path.relative_to(TESTS.parent).as_posix()
+        for path in TESTS.rglob("test_*.py")
+        if re.search(r"^from tests\S* import .*\b(start_on_ranks|run_on)\b", path.read_text(), re.M)
+    }
+    assert found == set(conftest.ON_RANKS)
+    config: Any = SimpleNamespace(
+        option=SimpleNamespace(), getvalue={"dist": "loadfile", "tx": ["2*popen"]}.get
+    )
+    scheduler = conftest.pytest_xdist_make_scheduler(config, None)
+    assert len({scheduler._split_scope(f"{name}::test") for name in found}) == 1
 
 
 def test_another_distribution_is_left_alone() -> None:

@@ -29,5 +29,6 @@ def workspace(tmp_path_factory) -> Path:
     write_rows(root / "preferences.jsonl", preferences)
     (root / "reward.py").write_text(REWARD)
     recipe |= {"evaluation": None, "export": None, "stages": [stage(root)]}
+    recipe["parallel"] = {"data": 1}  # longer ones would start ranks, which import Paddle first
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return root

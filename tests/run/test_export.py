@@ -19,7 +19,6 @@ from ernie_train.run.proof import Receipt, Trace, compare
 from ernie_train.run.quantize import QuantizeConfig, Quantizer
 from ernie_train.weights.hf import load_pretrained
 from ernie_train.weights.saving import save_pretrained
-from tests.conftest import referee_directory
 from tests.workspace import REPOSITORY, make_workspace
 
 
@@ -49,9 +48,8 @@ def write(model, tokenizer, path, **options):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("keys", [{}, {"moe_num_experts": 0, "tie_word_embeddings": False}])
-def test_transformers_gives_the_receipt(tokenizer, tmp_path, dtype, keys):
-    python = str(referee_directory() / "bin" / "python")
-    receipt = write(new_model(**keys), tokenizer, tmp_path / "out", dtype=dtype, referee=python)
+def test_transformers_gives_the_receipt(tokenizer, tmp_path, reader, dtype, keys):
+    receipt = write(new_model(**keys), tokenizer, tmp_path / "out", dtype=dtype, referee=reader)
     assert receipt.passed
     assert receipt.reader.startswith("transformers 5")
     assert 0 < receipt.max_logit_difference <= 2e-5
@@ -83,11 +81,10 @@ def quantizer(root, **settings):
     ("to", "dtype", "keys"),
     [("int4", "bfloat16", {}), ("int8", "float32", {"moe_num_experts": 0, "use_bias": True})],
 )
-def test_transformers_reads_a_quantized_export(tokenizer, tmp_path, to, dtype, keys):
-    python = str(referee_directory() / "bin" / "python")
+def test_transformers_reads_a_quantized_export(tokenizer, tmp_path, reader, to, dtype, keys):
     sizes = {"intermediate_size": 64, "moe_intermediate_size": 32, **keys}
     receipt = write(
-        new_model(**sizes), tokenizer, tmp_path / "out", dtype=dtype, referee=python,
+        new_model(**sizes), tokenizer, tmp_path / "out", dtype=dtype, referee=reader,
         quantizer=quantizer(tokenizer.directory.parent, to=to),
     )  # fmt: skip
     assert receipt.passed

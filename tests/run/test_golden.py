@@ -52,7 +52,9 @@ def stages(root: Path) -> list[dict[str, Any]]:
             "optim": {**optim, "schedule": "wsd", "decay_fraction": 0.2},
         },
         {
-            "name": "sft", "kind": "sft", "data": [{"path": "data/train"}],
+            "name": "sft", "kind": "sft",
+            "data": [{"path": f"data/train/{domain}.jsonl", "max_examples": 60}
+                     for domain in ("math", "tools")],
             "validation": [{"path": "data/validation", "max_examples": 10}],
             "seq_len": 512, "micro_batch_size": 1, "steps": 8, "validate_every_steps": 4,
             "normalization": "token_balanced", "balance": BALANCE,
@@ -99,6 +101,7 @@ def trained(root: Path, stage: dict[str, Any]) -> list[dict[str, float]]:
     recipe = {
         "name": "golden", "seed": 7, "model": {"preset": "tiny"}, "evaluation": None,
         "tokenizer": {"path": "data/tokenizer"}, "stages": [stage], "export": None,
+        "parallel": {"data": 1},
     }  # fmt: skip
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -68,7 +68,10 @@ def accepted(run_dir: Path) -> list[Path]:
 
 
 def as_sft(run_dir: Path, stage: Mapping[str, Any]) -> list[str]:
-    """Return overrides for a stage of SFT from the start of `run_dir`, of its RL's tokens."""
+    """Return overrides for a stage of SFT from the start of `run_dir`, of its RL's tokens.
+
+    Where `run_dir` was not evaluated or exported, the rival is not either.
+    """
     recipe = recipe_of(run_dir)
     tokenizer = recipe.load_tokenizer(ROOT)
     config = parse_config(SftConfig, {**stage, "steps": 1}, "the arm of SFT")
@@ -79,6 +82,7 @@ def as_sft(run_dir: Path, stage: Mapping[str, Any]) -> list[str]:
         f"model={json.dumps({'path': str(start_of(run_dir))})}",
         f"tokenizer.path={recipe.tokenizer.path}",
         f"stages={json.dumps([{**stage, 'steps': steps}])}",
+        *(f"{key}=null" for key in ("evaluation", "export") if getattr(recipe, key) is None),
     ]
 
 

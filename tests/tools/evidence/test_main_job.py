@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +30,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("main_job")
     (root / "reward.py").write_text(REWARD)
     lines = (ROOT / "data/train/math.jsonl").read_text().splitlines()[:40]
+    with gzip.open(ROOT / "data/problems/math.jsonl.gz", "rt") as stream:
+        (root / "problems.jsonl").write_text("".join(islice(stream, 20)))
     model = save_writer(root, [json.loads(line)["messages"][0]["content"] for line in lines])
     small: dict[str, Any] = {
         "model": {"path": str(model)}, "tokenizer.path": str(model), "stages.sft.steps": 2,
@@ -80,6 +84,7 @@ def test_rivals_begin_where_rl_does_and_train_as_many_tokens(out: Path) -> None:
     for arm in ("demonstrations", "rejection"):
         recipe = load_yaml(out / f"{arm}-seed1/recipe.yaml")
         (stage,) = recipe["stages"]
+        assert recipe["evaluation"] is None and recipe["export"] is None
         assert recipe["model"]["path"] == str(start)
         report = json.loads((out / f"{arm}-seed1/01-sft/data_report.json").read_text())
         step = rivals.tokens_of_step(report, stage)
