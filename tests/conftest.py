@@ -102,7 +102,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(scope="module", autouse=True)
 def scoring_processes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Services take over one another's processes, but where these are what is tested."""
-    if request.path.name.startswith(("test_service", "test_sandbox")):
+    own = request.path.name.startswith(("test_service", "test_sandbox"))
+    if own or request.path.parent.name == "attacks":
         yield
     else:
         from tests.kept_workers import kept_workers
