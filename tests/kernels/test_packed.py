@@ -9,6 +9,7 @@ import pytest
 
 from ernie_train.kernels import loading, packed
 from ernie_train.kernels.packed import PackedWeight, packs
+from ernie_train.model.numpy_layers import ColumnBlocks, NumpyLinear
 
 needs_packing = pytest.mark.skipif(not packs(512), reason="MKL packs no weights on this processor")
 
@@ -72,3 +73,12 @@ def test_only_where_it_was_measured_and_not_when_switched_off(
 def test_small_weights_stay_as_they_are() -> None:
     """Those of the small presets, whose bits the golden curves hold."""
     assert not packs(511)
+
+
+@needs_packing
+@pytest.mark.parametrize(("inputs", "kind"), [(520, PackedWeight), (40, ColumnBlocks)])
+def test_the_decoder_packs_large_weights_alone(inputs: int, kind: type) -> None:
+    linear = NumpyLinear(normal(inputs, 8), None)
+    assert isinstance(linear.product, kind)
+    x = normal(3, inputs)
+    np.testing.assert_allclose(linear(x), x.astype(np.float64) @ normal(inputs, 8), atol=1e-4)

@@ -110,7 +110,10 @@ def torch_environments(ranks: int, threads: int) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """Return a port of this machine on which nothing listens."""
+    """Return a port of this machine on which nothing listens.
+
+    `ernie_train` has a function for it, but its import would set up the processor for the peer too.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
