@@ -16,6 +16,7 @@ from ernie_train.launch import LaunchSettings
 from ernie_train.launch.rank_group import delete_abandoned_directories
 from ernie_train.launch.supervise import check_settings, last_launch
 from tests.launch.launched import REPOSITORY, SUPERVISOR, TOY
+from tests.terminal import read_terminal
 
 
 def test_what_a_killed_supervisor_left_is_deleted_by_the_next(tmp_path, monkeypatch):
@@ -72,5 +73,5 @@ def test_rank_0_draws_for_the_terminal_that_the_user_has(tmp_path):
     )  # fmt: skip
     os.close(theirs)
     assert process.wait(60) == 0
-    assert b"rank 0 terminal True width 77" in os.read(ours, 4096)
+    assert b"rank 0 terminal True width 77" in read_terminal(ours)
     assert "rank 1 terminal False" in (tmp_path / "logs/rank_1.log").read_text()

@@ -14,6 +14,8 @@ from subprocess import PIPE
 
 import pytest
 
+from tests.terminal import read_terminal
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = (
     "run-tiny",
@@ -138,8 +140,7 @@ def test_a_terminal_shows_the_package_that_is_installed(sandbox: Sandbox, fails:
     ours, theirs = pty.openpty()
     status = sandbox.run("run-tiny", stderr=theirs).returncode
     os.close(theirs)
-    shown = os.read(ours, 100_000).decode()
-    os.close(ours)
+    shown = read_terminal(ours).decode()
     assert "Collecting a-package" in shown and "--quiet" not in sandbox.log.read_text()
     assert status == int(fails)
     assert (sandbox.repository / ".venv/.complete-run").exists() != fails

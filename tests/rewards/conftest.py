@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def fresh_layer():
     api.current_layer.cache_clear()
     yield
     api.current_layer.cache_clear()
+
+
+@pytest.fixture
+def own_temporary(monkeypatch):
+    """A temporary directory of this test and its processes alone: others have sandboxes in /tmp."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)  # programs run as another user
+        monkeypatch.setenv("TMPDIR", directory)
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
 
 
 @dataclass

@@ -121,12 +121,11 @@ def test_the_attacks_come_out_the_same_without_the_pool():
 
 
 @pytest.mark.skipif("Landlock" not in LAYERS, reason="Landlock does not work here")
-def test_the_attacks_behind_landlock(monkeypatch):
+def test_the_attacks_behind_landlock(monkeypatch, own_temporary):
     """What it does not stop is in the sandbox's docstring, and left out here."""
     left_out = {"filling_the_directory"} | (
         PATIENT - {"fork_bomb", "daemon", "threads_that_outlive"}
     )
-    left_by_others = set(glob.glob("/tmp/ernie-sandbox-*"))
     monkeypatch.setattr(api, "current_layer", lambda: LAYERS["Landlock"])
     try:
         for path in PROGRAMS:
@@ -137,4 +136,4 @@ def test_the_attacks_behind_landlock(monkeypatch):
             assert graded(INNOCENT["other"], "calls").status == "correct", path.stem
     finally:
         POOL.close()
-    assert not set(glob.glob("/tmp/ernie-sandbox-*")) - left_by_others
+    assert not list(own_temporary.glob("ernie-sandbox-*"))
