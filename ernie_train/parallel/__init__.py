@@ -5,6 +5,8 @@ from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, e
 from ernie_train.parallel.gradients import (
     GradientReducer,
     broadcast_updated,
+    free_gradients,
+    gradient,
     owned_names,
     parameter_owners,
     split_experts,
@@ -32,6 +34,8 @@ __all__ = [
     "dummy_pass",
     "enable_recompute",
     "expert_placement",
+    "free_gradients",
+    "gradient",
     "new_model",
     "owned_names",
     "parameter_owners",

@@ -1,5 +1,6 @@
-"""Gradients summed over the ranks that hold a parameter; who updates it and sends it to others.
+"""Gradients summed over micro-batches and the ranks that hold a parameter; who updates it.
 
+Sums are float32 whatever the type of the weights, over micro-batches and over ranks.
 Dense parameters are on all ranks, experts on their replicas, so the two are summed over different
 groups. Losses are sums divided by counts of the whole step, so gradients are summed, not averaged.
 They travel in buckets, from the last layer to the first. In the last backward pass of a step a
@@ -21,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from paddle import Tensor
 
 from ernie_train.core import process_group
 from ernie_train.model import is_expert_parameter
+from ernie_train.model.dtypes import cast
 from ernie_train.parallel.collectives import Work, get_collectives
 
 BUCKET_ELEMENTS = 2**23  # 32 MiB in float32; a larger tensor has a bucket of its own
@@ -177,7 +180,59 @@ def _gradient_buckets(
     return tuple(sorted(made, key=lambda bucket: -bucket.complete_after))
 
 
-# ---- summing gradients ---------------------------------------------------------------------------
+# ---- one parameter's gradient --------------------------------------------------------------------
+def sum_in_float32(parameters: Iterable[Tensor]) -> None:
+    """Sum the gradients of parameters over backward passes in float32 from now on.
+
+    Paddle sums in the type of the weights, and the eight bits of bfloat16 lose an addend of which
+    the sum is 512 times as large. What a pass adds therefore goes to `main_grad`, Paddle's own name
+    for it, as soon as a parameter has it; its gradient in bfloat16 is freed.
+    """
+    for parameter in parameters:
+        if parameter.dtype != paddle.float32 and not hasattr(parameter, "main_grad"):
+            parameter.main_grad = None
+            # The parameter has the hook, which must not keep the parameter.
+            parameter._register_backward_hook(partial(_move_gradient, weakref.ref(parameter)))
+
+
+def _move_gradient(of: weakref.ref[Tensor]) -> None:
+    parameter = of()
+    if parameter is None or parameter.grad is None:
+        return
+    with paddle.no_grad():
+        added = cast(parameter.grad, paddle.float32)
+        if parameter.main_grad is None:
+            parameter.main_grad = added
+        else:
+            parameter.main_grad.add_(added)
+    parameter.clear_gradient(False)
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """Return the gradient of all passes since `free_gradients` in float32, None without any."""
+    if parameter.dtype == paddle.float32:
+        return parameter.grad
+    found: Tensor | None = parameter.main_grad
+    return found
+
+
+def _gradient_or_zeros(parameter: Tensor) -> Tensor:
+    """Return the gradient, made of zeros where there is none."""
+    if gradient(parameter) is None:
+        name = "grad" if parameter.dtype == paddle.float32 else "main_grad"
+        setattr(parameter, name, paddle.zeros(parameter.shape, "float32"))
+    return gradient(parameter)
+
+
+def free_gradients(parameters: Iterable[Tensor]) -> None:
+    """Free the gradients, which are None then."""
+    for parameter in parameters:
+        parameter.clear_gradient(False)
+        if parameter.dtype != paddle.float32:
+            parameter.main_grad = None
+
+
+# ---- summing gradients over ranks ----------------------------------------------------------------
 class GradientReducer:
     """Sums the gradients of each parameter over the ranks that hold it.
 
@@ -194,6 +249,7 @@ class GradientReducer:
         self.parts = _shared_parameters(parameters)
         self._buckets = _gradient_buckets(self.parts, owners)
         self._reset()
+        sum_in_float32(parameters.values())
         for name, parameter in parameters.items() if self.parts else ():
             parameter._register_backward_hook(_hook(weakref.ref(self), name))
 
@@ -229,12 +285,12 @@ class GradientReducer:
         if len(self._in_flight) == MAX_IN_FLIGHT:
             self._receive()
         parameters = [self.parameters[name] for name in bucket.names]
-        present = [parameter.grad is not None for parameter in parameters]
+        present = [gradient(parameter) is not None for parameter in parameters]
         self._sent |= dict(zip(bucket.names, present, strict=True))
         with paddle.no_grad():
-            flat = flatten([_gradient(parameter) for parameter in parameters])
+            flat = flatten([_gradient_or_zeros(parameter) for parameter in parameters])
             if not bucket.sum_comes_here:
-                _free_gradients(parameters)
+                free_gradients(parameters)
             work = get_collectives().all_reduce(flat, experts=bucket.experts, dst=bucket.owner)
         self._in_flight.append((bucket, work))
 
@@ -243,7 +299,8 @@ class GradientReducer:
         total = work.wait()
         if bucket.sum_comes_here:
             with paddle.no_grad():
-                unflatten(total, [_gradient(self.parameters[name]) for name in bucket.names])
+                parameters = [self.parameters[name] for name in bucket.names]
+                unflatten(total, [_gradient_or_zeros(parameter) for parameter in parameters])
 
     def finish(self) -> None:
         """Send what is left and wait for all sums.
@@ -265,14 +322,14 @@ class GradientReducer:
         while self._in_flight:
             self._receive()
         present = self._present_somewhere() if present is None else present
-        _free_gradients(self.parameters[name] for name in self._sent if name not in present)
+        free_gradients(self.parameters[name] for name in self._sent if name not in present)
         self._reset()
 
     def _present_somewhere(self) -> set[str]:
         """Return names of parameters that have a gradient on some rank that holds them."""
         names: set[str] = set()
         for experts, part in self.parts.items():
-            present = [self._sent.get(n, p.grad is not None) for n, p in part.items()]
+            present = [self._sent.get(n, gradient(p) is not None) for n, p in part.items()]
             flags = paddle.to_tensor(present, "float32")
             ranks = get_collectives().all_reduce(flags, experts=experts).wait().tolist()
             names |= {name for name, count in zip(part, ranks, strict=True) if count > 0}
@@ -291,15 +348,3 @@ def _hook(of: weakref.ref[GradientReducer], name: str) -> Callable[[], None]:
             reducer.on_accumulated(name)
 
     return on_accumulated
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient, made of zeros where there is none."""
-    if parameter.grad is None:
-        parameter.grad = paddle.zeros(parameter.shape, parameter.dtype)
-    return parameter.grad
-
-
-def _free_gradients(parameters: Iterable[Tensor]) -> None:
-    for parameter in parameters:
-        parameter.clear_gradient(False)

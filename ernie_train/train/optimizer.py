@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from ernie_train.core import process_group
 from ernie_train.core.config import NonNegative, Positive, StrictConfig
 from ernie_train.core.errors import CheckpointError
 from ernie_train.io.safetensors import ArraysByOtherNames
-from ernie_train.model.dtypes import cast
+from ernie_train.model.dtypes import cast, zero_parameter
 from ernie_train.model.lora import MAGNITUDE
 from ernie_train.model.partial import trained_parameters
 from ernie_train.weights.adapters import Rename
@@ -131,17 +132,29 @@ class Optimizer:
         self._reducer = parallel.GradientReducer(
             self.parameters, self.owners if self.shards_gradients else None
         )
-        decayed = {p.name for n, p in self.parameters.items() if decays(n, p)}
-        self._adamw = paddle.optimizer.AdamW(
+
+    @cached_property
+    def _masters(self) -> dict[str, Tensor]:
+        """Float32 weights that AdamW updates: the parameters, or copies of those in bfloat16.
+
+        A step may be smaller than bfloat16 resolves. They are made by the first step or by
+        `load_state`; until then other weights may be loaded.
+        """
+        return {name: _master(parameter) for name, parameter in self.updated.items()}
+
+    @cached_property
+    def _adamw(self) -> paddle.optimizer.AdamW:
+        config = self.config
+        decayed = {m.name for n, m in self._masters.items() if decays(n, m)}
+        return paddle.optimizer.AdamW(
             learning_rate=config.lr,
             beta1=config.beta1,
             beta2=config.beta2,
             epsilon=config.eps,
             weight_decay=config.weight_decay,
             # Paddle (3.3.1) refuses an empty list: a rank that owns nothing has a dummy parameter.
-            parameters=list(self.updated.values()) or [paddle.create_parameter([1], "float32")],
+            parameters=list(self._masters.values()) or [paddle.create_parameter([1], "float32")],
             apply_decay_param_fun=lambda name: name in decayed,
-            multi_precision=True,
         )
 
     def begin_last_backward(self) -> None:
@@ -175,24 +188,34 @@ class Optimizer:
     def step(self, lr: float, gradient_norm: float) -> None:
         """Update once with the learning rate `lr`, after clipping gradients to `clip_grad_norm`."""
         limit = self.config.clip_grad_norm
-        if limit is not None and gradient_norm > limit:
-            scale = limit / gradient_norm
-            with paddle.no_grad():
-                for parameter in self.updated.values():
-                    if parameter.grad is not None:
-                        parameter.grad.scale_(scale)
+        scale = limit / gradient_norm if limit is not None and gradient_norm > limit else None
+        with paddle.no_grad():
+            for name, parameter in self.updated.items():
+                gradient, master = parallel.gradient(parameter), self._masters[name]
+                if gradient is None:
+                    continue
+                if scale is not None:
+                    gradient.scale_(scale)
+                if master is not parameter:
+                    master.grad = gradient
+                    parallel.free_gradients([parameter])  # Paddle has copied it
         self._adamw.set_lr(lr)
         # The first step names the moments. Paddle 3.3.1 numbers names through the whole process, so
         # that the second optimizer of a parameter, in the next stage, would call them "..._1".
         with paddle.utils.unique_name.guard():
             self._adamw.step()
+        for name, parameter in self.updated.items():
+            master = self._masters[name]
+            if master is not parameter:
+                with paddle.no_grad():
+                    paddle.assign(cast(master, parameter.dtype), output=parameter)
+                master.clear_gradient(False)
         if self.updated is not self.parameters:
             parallel.broadcast_updated(self.parameters, self.owners)
 
     def clear_gradients(self) -> None:
         """Free the gradients: the next forward pass has the memory for its activations."""
-        for parameter in self.parameters.values():
-            parameter.clear_gradient(False)
+        parallel.free_gradients(self.parameters.values())
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Return `{"moment1"|"moment2"|"master": {name: tensor}}` of this rank's own parameters.
@@ -202,12 +225,12 @@ class Optimizer:
         found = self._adamw.state_dict()
         slots: dict[str, dict[str, Tensor]] = {}
         for slot in _MOMENTS:
-            named = {n: found.get(_state_name(p, slot)) for n, p in self.owned.items()}
+            named = {n: found.get(_state_name(self._masters[n], slot)) for n in self.owned}
             if held := {n: t for n, t in named.items() if t is not None}:
                 slots[slot] = held
-        if masters := found.get("master_weights"):
-            named = {n: masters.get(p.name) for n, p in self.owned.items()}
-            slots["master"] = {n: t for n, t in named.items() if t is not None}
+        in_bfloat16 = {n: p for n, p in self.owned.items() if p.dtype != paddle.float32}
+        if slots and in_bfloat16:
+            slots["master"] = {name: self._masters[name] for name in in_bfloat16}
         return slots
 
     def beta_powers(self) -> dict[str, float]:
@@ -216,7 +239,7 @@ class Optimizer:
         Every rank must call it.
         """
         found = self._adamw.state_dict()
-        first = next(iter(self.updated.values()), None)
+        first = next(iter(self._masters.values()), None)
         keys = {} if first is None else {slot: _state_name(first, slot) for slot in _POWERS}
         own = {slot: found[key].item() for slot, key in keys.items() if key in found}
         return next((powers for powers in process_group.all_gather_objects(own) if powers), {})
@@ -230,30 +253,28 @@ class Optimizer:
         """
         if moments:
             _require_same_dtypes(self.updated, moments.get("master", {}))
-        restored: dict[str, Tensor] = {}
-        masters: dict[str, Tensor] = {}
         # Checkpoints of bfloat16 training once held masters alone.
         if lacking := [slot for slot in _MOMENTS if moments and slot not in moments]:
             raise CheckpointError(f"optimizer state lacks {' and '.join(lacking)}")
+        restored: dict[str, Tensor] = {}
         for slot, named in moments.items():
-            held = self.updated
+            held = self._masters
             if slot == "master":
-                held = {n: p for n, p in held.items() if p.dtype != paddle.float32}
+                held = {n: m for n, m in held.items() if m is not self.updated[n]}
             if missing := sorted(set(held) - set(named)):
                 raise CheckpointError(f"optimizer state {slot!r} lacks {', '.join(missing[:5])}")
-            for name, parameter in held.items():
+            for name, master in held.items():
                 tensor = paddle.to_tensor(named[name])
                 if slot == "master":
-                    tensor.name = _master_name(parameter)
-                    masters[parameter.name] = tensor
+                    master.set_value(tensor)
                 else:
-                    restored[_state_name(parameter, slot)] = tensor
+                    restored[_state_name(master, slot)] = tensor
         for slot, value in powers.items():
-            for parameter in self.updated.values():
-                restored[_state_name(parameter, slot)] = paddle.to_tensor([value], "float32")
+            for master in self._masters.values():
+                restored[_state_name(master, slot)] = paddle.to_tensor([value], "float32")
         for name, tensor in restored.items():
             tensor.name = name
-        self._adamw.set_state_dict({**restored, "master_weights": masters})
+        self._adamw.set_state_dict(restored)
 
 
 def _require_same_dtypes(parameters: Mapping[str, Tensor], masters: Collection[str]) -> None:
@@ -274,22 +295,27 @@ def _require_same_dtypes(parameters: Mapping[str, Tensor], masters: Collection[s
             )
 
 
-def _master_name(parameter: Tensor) -> str:
-    return f"{parameter.name}_fp32_master_0"
+def _master(parameter: Tensor) -> Tensor:
+    """Return a float32 parameter itself, a float32 copy of another."""
+    if parameter.dtype == paddle.float32:
+        return parameter
+    copy = zero_parameter(parameter.shape, "float32")
+    with paddle.no_grad():
+        return paddle.assign(cast(parameter, paddle.float32), output=copy)
 
 
-def _state_name(parameter: Tensor, slot: str) -> str:
-    """Return the key of a slot in Paddle's `state_dict`: where there is a master, of that."""
-    owner = parameter.name if parameter.dtype == paddle.float32 else _master_name(parameter)
-    return f"{owner}_{slot}_0"
+def _state_name(master: Tensor, slot: str) -> str:
+    """Return the key of a slot in Paddle's `state_dict`."""
+    return f"{master.name}_{slot}_0"
 
 
 def _square_sums(parameters: Iterable[Tensor]) -> list[float]:
     """Return the sum of squares of each gradient, by one copy to the host for all of them."""
     found = []
     for parameter in parameters:
-        if parameter.grad is not None:
-            flat = cast(parameter.grad.reshape([-1]), paddle.float32)
+        gradient = parallel.gradient(parameter)
+        if gradient is not None:
+            flat = gradient.reshape([-1])
             found.append(paddle.dot(flat, flat).reshape([1]))
     return [float(value) for value in paddle.concat(found).numpy()] if found else []
 

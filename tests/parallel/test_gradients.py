@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
 from ernie_train.parallel import GradientReducer, gradients
@@ -80,6 +81,29 @@ def test_sums_are_those_of_two_equal_ranks_and_few_buckets_are_on_their_way(twin
     assert twins.most == gradients.MAX_IN_FLIGHT
     for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         np.testing.assert_array_equal(b.grad.numpy(), 2 * a.grad.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("during", [True, False])
+def test_gradients_of_bfloat16_travel_as_float32(twins, during):
+    one = paddle.nn.initializer.Constant(1.0)
+    first, last = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"
+    named = {n: paddle.create_parameter([3], "bfloat16", None, None, False, one)
+             for n in (first, last)}  # fmt: skip
+    reducing = GradientReducer(named)
+    parts = [1.0, 2.0**-10, 2.0**-10]  # of micro-batches; in bfloat16 their sum is 1
+    for number, part in enumerate(parts, 1):
+        if during and number == len(parts):
+            reducing.begin_last_backward()
+        scale = paddle.full([3], part, "float32").astype("bfloat16")
+        ((named[first] * scale) * named[last]).astype("float32").sum().backward()
+    assert (len(twins.sizes) > 0) is during
+    reducing.finish()
+    for name, parameter in named.items():
+        found = parallel.gradient(parameter)
+        np.testing.assert_array_equal(found.numpy(), np.full(3, 2 * sum(parts)), err_msg=name)
+        assert parameter.grad is None
+    parallel.free_gradients(named.values())
+    assert all(parallel.gradient(parameter) is None for parameter in named.values())
 
 
 @pytest.mark.parametrize("during", [True, False])

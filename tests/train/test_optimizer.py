@@ -163,32 +163,61 @@ def test_saved_state_continues_to_the_same_bits_and_a_gap_is_named():
         resumed.load_state(moments, optimizer.beta_powers())
 
 
-def test_state_of_bfloat16_parameters_continues_to_the_same_bits(monkeypatch):
-    """As on a GPU: weights in bfloat16 with float32 masters, beside routers in float32."""
-    kernel = paddle._C_ops.adamw_
+class Mixed(Two):
+    """As on a GPU: a weight in bfloat16, beside a bias in float32, as routers are."""
 
-    def through_masters(parameter, grad, *rest):
-        master = rest[6]
-        if master is None:
-            return kernel(parameter, grad, *rest)
-        options = [*rest[:6], None, *rest[7:16], False, *rest[17:]]
-        found = kernel(master, grad.astype("float32"), *options)
-        parameter.set_value(master.astype(parameter.dtype))
-        return found
-
-    monkeypatch.setattr(paddle._C_ops, "adamw_", through_masters)
-
-    def new_pair():
-        model = Two()
-        model.linear.weight = paddle.create_parameter(
+    def __init__(self):
+        super().__init__()
+        self.linear.weight = paddle.create_parameter(
             [3, 2], "bfloat16", default_initializer=paddle.nn.initializer.Constant(0.7)
         )
+
+    def backward(self, gradient):
+        """Add `gradient` to that of both parameters."""
+        for parameter in self.parameters():
+            factor = paddle.to_tensor(np.broadcast_to(gradient, parameter.shape), "float32")
+            (parameter * factor.astype(parameter.dtype)).astype("float32").sum().backward()
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+    """Paddle's sum would stop at 1: each of these is less than half of its last bit."""
+    model = Mixed()
+    optimizer = Optimizer(model, config(lr=1e-2, clip_grad_norm=1.0))
+    model.backward(1.0)
+    for _ in range(256):
+        model.backward(2.0**-10)
+    assert optimizer.gradient_norm() == pytest.approx(1.25 * math.sqrt(8), rel=1e-6)
+    model.backward(1.0)
+    optimizer.step(1e-2, optimizer.gradient_norm())
+    clipped = 1 / math.sqrt(8)
+    for tensor in optimizer.moments()["moment1"].values():
+        np.testing.assert_allclose(tensor.numpy(), 0.1 * clipped, rtol=1e-6)
+    optimizer.clear_gradients()
+    assert optimizer.gradient_norm() == 0.0
+
+
+def test_steps_that_bfloat16_cannot_show_add_up():
+    """Each is a sixteenth of the weight's last bit."""
+    model = Mixed()
+    optimizer = Optimizer(model, config(lr=2.0**-12, weight_decay=0.0, clip_grad_norm=None))
+    before = model.linear.weight.astype("float32").numpy()
+    moved = []
+    for _ in range(32):
+        model.backward(1.0)
+        optimizer.step(2.0**-12, 1.0)
+        optimizer.clear_gradients()
+        moved.append((before - model.linear.weight.astype("float32").numpy()) * 2.0**8)
+    for step, bits in ((4, 0), (16, 1), (32, 2)):
+        np.testing.assert_array_equal(moved[step - 1], np.full((3, 2), bits))
+
+
+def test_state_of_bfloat16_parameters_continues_to_the_same_bits():
+    def new_pair():
+        model = Mixed()
         return model, Optimizer(model, config(lr=1e-4, clip_grad_norm=None))
 
     def step(model, optimizer, seed):
-        for parameter in model.parameters():
-            grad = np.random.default_rng(seed).normal(size=parameter.shape)
-            parameter.grad = paddle.to_tensor(grad, "float32").astype(parameter.dtype)
+        model.backward(np.random.default_rng(seed).normal(size=2))
         optimizer.step(1e-4, 1.0)
         optimizer.clear_gradients()
 
