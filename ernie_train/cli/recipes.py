@@ -50,9 +50,6 @@ def plan(
     expert: Annotated[
         int | None, whole_number(min=1, help="only layouts of this expert degree")
     ] = None,
-    gradients: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; default as the weights")
-    ] = None,
     document_tokens: Annotated[
         int | None, whole_number(min=1, help="mean length of packed documents; default a row")
     ] = None,
@@ -77,7 +74,6 @@ def plan(
         ranks=gpus,
         memory_gb=gpu_memory_gb,
         expert=expert,
-        gradients=gradients,
         document_tokens=document_tokens,
         tflops=tflops,
         interconnect_gbps=interconnect_gbps,

@@ -9,6 +9,7 @@ from ernie_train.parallel.gradients import (
     gradient,
     owned_names,
     parameter_owners,
+    set_gradient_dtype,
     split_experts,
 )
 from ernie_train.parallel.lockstep import HasDecoder, Lockstep, dummy_pass
@@ -41,5 +42,6 @@ __all__ = [
     "parameter_owners",
     "recomputed_parts",
     "reference_model",
+    "set_gradient_dtype",
     "split_experts",
 ]

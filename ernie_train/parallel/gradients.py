@@ -1,6 +1,6 @@
 """Gradients summed over micro-batches and the ranks that hold a parameter; who updates it.
 
-Sums are float32 whatever the type of the weights, over micro-batches and over ranks.
+Sums over micro-batches and over ranks are of one type: see `set_gradient_dtype`.
 Dense parameters are on all ranks, experts on their replicas, so the two are summed over different
 groups. Losses are sums divided by counts of the whole step, so gradients are summed, not averaged.
 They travel in buckets, from the last layer to the first. In the last backward pass of a step a
@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import paddle
@@ -181,23 +181,31 @@ def _gradient_buckets(
 
 
 # ---- one parameter's gradient --------------------------------------------------------------------
-def sum_in_float32(parameters: Iterable[Tensor]) -> None:
-    """Sum the gradients of parameters over backward passes in float32 from now on.
+def set_gradient_dtype(parameters: Iterable[Tensor], dtype: Literal["float32", "bfloat16"]) -> None:
+    """Choose the type in which gradients of bfloat16 parameters are summed from now on.
 
-    Paddle sums in the type of the weights, and the eight bits of bfloat16 lose an addend of which
-    the sum is 512 times as large. What a pass adds therefore goes to `main_grad`, Paddle's own name
-    for it, as soon as a parameter has it; its gradient in bfloat16 is freed.
+    Paddle sums backward passes in the type of the weights, and the eight bits of bfloat16 lose an
+    addend of which the sum is 512 times as large. In float32, what a pass adds goes to `main_grad`,
+    Paddle's own name for it, as soon as a parameter has it; its gradient in bfloat16 is freed.
     """
     for parameter in parameters:
-        if parameter.dtype != paddle.float32 and not hasattr(parameter, "main_grad"):
+        if parameter.dtype == paddle.float32:
+            continue
+        if not hasattr(parameter, "main_grad"):
             parameter.main_grad = None
             # The parameter has the hook, which must not keep the parameter.
             parameter._register_backward_hook(partial(_move_gradient, weakref.ref(parameter)))
+        parameter.sums_in_float32 = dtype == "float32"
+
+
+def _sums_apart(parameter: Tensor) -> bool:
+    """Return whether the parameter's gradient is summed in `main_grad`."""
+    return getattr(parameter, "sums_in_float32", False)
 
 
 def _move_gradient(of: weakref.ref[Tensor]) -> None:
     parameter = of()
-    if parameter is None or parameter.grad is None:
+    if parameter is None or parameter.grad is None or not _sums_apart(parameter):
         return
     with paddle.no_grad():
         added = cast(parameter.grad, paddle.float32)
@@ -209,18 +217,20 @@ def _move_gradient(of: weakref.ref[Tensor]) -> None:
 
 
 def gradient(parameter: Tensor) -> Tensor | None:
-    """Return the gradient of all passes since `free_gradients` in float32, None without any."""
-    if parameter.dtype == paddle.float32:
-        return parameter.grad
-    found: Tensor | None = parameter.main_grad
+    """Return the gradient of all passes since `free_gradients`, None without any.
+
+    It has the parameter's type, or that of `set_gradient_dtype`.
+    """
+    found: Tensor | None = parameter.main_grad if _sums_apart(parameter) else parameter.grad
     return found
 
 
 def _gradient_or_zeros(parameter: Tensor) -> Tensor:
     """Return the gradient, made of zeros where there is none."""
     if gradient(parameter) is None:
-        name = "grad" if parameter.dtype == paddle.float32 else "main_grad"
-        setattr(parameter, name, paddle.zeros(parameter.shape, "float32"))
+        apart = _sums_apart(parameter)
+        zeros = paddle.zeros(parameter.shape, "float32" if apart else parameter.dtype)
+        setattr(parameter, "main_grad" if apart else "grad", zeros)
     return gradient(parameter)
 
 
@@ -228,7 +238,7 @@ def free_gradients(parameters: Iterable[Tensor]) -> None:
     """Free the gradients, which are None then."""
     for parameter in parameters:
         parameter.clear_gradient(False)
-        if parameter.dtype != paddle.float32:
+        if _sums_apart(parameter):
             parameter.main_grad = None
 
 
@@ -249,7 +259,6 @@ class GradientReducer:
         self.parts = _shared_parameters(parameters)
         self._buckets = _gradient_buckets(self.parts, owners)
         self._reset()
-        sum_in_float32(parameters.values())
         for name, parameter in parameters.items() if self.parts else ():
             parameter._register_backward_hook(_hook(weakref.ref(self), name))
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ernie_train.core import devices
-from ernie_train.core.errors import UserError
 from ernie_train.plan.cost import Rates
-from ernie_train.plan.layout import BYTES, Dtype, Layout, Precision
+from ernie_train.plan.layout import Dtype, Layout, Precision
 from ernie_train.plan.memory import Machine
 from ernie_train.plan.search import PlanRequest, candidates, smallest_cluster
 from ernie_train.plan.tables import (
@@ -37,14 +36,13 @@ CPU_RATES = Rates(tflops=0.05, inside_gbps=16.0, between_gbps=10.0, memory_gb_pe
 class PlanSettings:
     """Hold options of the command line; None: the default, which may depend on the device.
 
-    expert: only layouts of this expert degree. gradients: their type, if not that of weights.
+    expert: only layouts of this expert degree.
     document_tokens: mean length of packed documents; None: a row is one document.
     """
 
     ranks: int | None = None
     memory_gb: float | None = None
     expert: int | None = None
-    gradients: str | None = None
     document_tokens: int | None = None
     tflops: float | None = None
     interconnect_gbps: float | None = None
@@ -55,7 +53,7 @@ class PlanSettings:
 def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None:
     """Print memory, cost and the layouts that fit.
 
-    Raises `UserError` for an impossible expert degree or type of gradients.
+    Raises `UserError` for an impossible expert degree.
     """
     request, why = plan_request(recipe, settings)
     ranks = settings.ranks or DEFAULT_RANKS
@@ -112,20 +110,7 @@ def _machine(recipe: Recipe, settings: PlanSettings) -> tuple[Machine, str]:
             device = "gpu" if devices.select_device("auto") == "gpu" else "cpu"
             why = f"device: auto, {'a' if device == 'gpu' else 'no'} GPU here; --gpus plans GPUs"
     weights: Dtype = "bfloat16" if device == "gpu" else "float32"
-    gradients = _dtype(settings.gradients) or weights
-    if settings.gradients == "bfloat16" and weights == "float32":
-        raise UserError("--gradients bfloat16: on a CPU weights and gradients are float32")
-    on_gpu = device == "gpu"
-    return Machine(on_gpu, Precision(weights, gradients)), why
-
-
-def _dtype(name: str | None) -> Dtype | None:
-    for known in BYTES:
-        if name == known:
-            return known
-    if name is not None:
-        raise UserError(f"--gradients {name}: {' or '.join(BYTES)}")
-    return None
+    return Machine(device == "gpu", Precision(weights)), why
 
 
 def _rates(machine: Machine, settings: PlanSettings) -> Rates:

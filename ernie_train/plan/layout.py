@@ -65,22 +65,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Precision:
-    """Hold the types of weights and activations, and of gradients.
+    """Hold the type of weights and activations.
 
     float32 weights are their own masters; bfloat16 ones have float32 masters in the optimizer.
     """
 
     weights: Dtype
-    gradients: Dtype
 
     @property
     def width(self) -> int:
         """Return the bytes of a weight, and of most activations."""
         return BYTES[self.weights]
 
-    @property
-    def gradient_width(self) -> int:
-        return BYTES[self.gradients]
+    def gradient_width(self, chosen: Dtype) -> int:
+        """Return the bytes of a gradient; those of float32 weights are float32."""
+        return BYTES["float32" if self.weights == "float32" else chosen]
 
     @property
     def state_width(self) -> int:

@@ -234,14 +234,14 @@ def step_bytes(
     several = -(-load.micro_batches // layout.ranks) > 1
     moments = [(all_gradients * several, kept + _loss_bytes(config, load, width))]
     made = all_gradients if several else head
-    through, most_sent = _reduced_bytes(config, machine, layout) if trains_all else (0.0, 0.0)
+    through, most_sent = _reduced_bytes(config, machine, layout, load) if trains_all else (0.0, 0.0)
     on_top = _backward_bytes(config, machine, layout, load)
     for place, (own, again) in enumerate(reversed(layers)):
         moments.append((made, kept + again + on_top + min(place * through, most_sent)))
         made += of_layers[-1 - place] * (not several)
         kept -= own
     # The embedding's gradient, added to that of a tied head.
-    embedding = config.vocab_size * config.hidden_size * machine.precision.gradient_width
+    embedding = config.vocab_size * config.hidden_size * _gradient_width(machine, load)
     last = embedding * trains_all * (1 + config.tie_word_embeddings - (not several))
     moments.append((all_gradients, stays + last + min(len(layers) * through, most_sent)))
     return max(moments, key=sum)
@@ -271,7 +271,7 @@ def _gradient_bytes(
 ) -> tuple[float, float, list[float]]:
     """Return the gradients of a rank: all, those of an untied head, and those of each layer."""
     trained = count_parameters(config) if load.part is None else load.part.trained
-    own, width = trained.on_rank(layout), machine.precision.gradient_width
+    own, width = trained.on_rank(layout), _gradient_width(machine, load)
     embedding = config.vocab_size * config.hidden_size * (load.part is None)
     head = 0 if config.tie_word_embeddings else embedding
     dense = (own.dense - embedding - head) / config.num_hidden_layers
@@ -283,8 +283,12 @@ def _gradient_bytes(
     return own.total * width, head * width, layers
 
 
+def _gradient_width(machine: Machine, load: Workload) -> int:
+    return machine.precision.gradient_width(load.gradient_dtype)
+
+
 def _reduced_bytes(
-    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
 ) -> tuple[float, float]:
     """Return bytes of gradients that a layer sends to other ranks, and the most in transit.
 
@@ -295,7 +299,7 @@ def _reduced_bytes(
     sent = float(own.dense - config.vocab_size * config.hidden_size) * (layout.ranks > 1)
     sent += own.experts * (layout.data > 1)
     stack = own.experts / max(1, 3 * moe_layers(config))
-    width = machine.precision.gradient_width
+    width = _gradient_width(machine, load)
     most = MAX_IN_FLIGHT * max(BUCKET_ELEMENTS, stack) * width
     return sent / config.num_hidden_layers * width, most
 

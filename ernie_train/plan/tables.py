@@ -34,7 +34,7 @@ def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Conso
     less = "" if on_gpu else "; plain operators, while native kernels keep less for the way back"
     console.print(
         f"assumed: {ranks} {kind} of {request.memory_gb:g} GB (10^9 bytes); weights "
-        f"{precision.weights}, gradients {precision.gradients} ({why}){less}",
+        f"{precision.weights} ({why}){less}",
         highlight=False,
     )
     rates = request.rates

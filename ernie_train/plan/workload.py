@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.plan.layout import TrainedPart, count_trained
+from ernie_train.plan.layout import Dtype, TrainedPart, count_trained
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig, DpoConfig, RewardModelConfig, UpoConfig
 from ernie_train.train.supervised_data import SupervisedConfig
@@ -101,6 +101,7 @@ class Workload:
     # Sizes of the models that score completions for their reward; None: those of the policy.
     reward_models: tuple[Ernie4_5_MoeConfig | None, ...] = ()
     part: TrainedPart | None = None  # what trains; None: all of the model
+    gradient_dtype: Dtype = "float32"  # of bfloat16 weights
 
     @property
     def tokens(self) -> int:
@@ -115,7 +116,7 @@ def recipe_workloads(recipe: Recipe, document_tokens: int | None = None) -> list
     """
     config = recipe.model.build()
     return [
-        replace(load, part=count_trained(config, stage))
+        replace(load, part=count_trained(config, stage), gradient_dtype=stage.optim.gradient_dtype)
         for stage in recipe.stages
         for load in _stage_workloads(stage, document_tokens)
     ]

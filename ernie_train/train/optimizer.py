@@ -55,6 +55,10 @@ class OptimConfig(StrictConfig):
     """Added to the root of AdamW's second moment."""
     clip_grad_norm: Positive | None = 1.0
     """Largest global norm of the gradient, which is scaled down to it; `null` for no bound."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients of bfloat16 weights (on a GPU) are summed over micro-batches and
+    ranks. `bfloat16` takes half the memory and rounds each sum to 8 bits.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
@@ -129,6 +133,7 @@ class Optimizer:
         mine = {n: p for n, p in self.parameters.items() if self.owners[n] == process_group.rank()}
         self.owned = mine  # what this rank writes
         self.updated = mine if sharding else self.parameters
+        parallel.set_gradient_dtype(self.parameters.values(), config.gradient_dtype)
         self._reducer = parallel.GradientReducer(
             self.parameters, self.owners if self.shards_gradients else None
         )
@@ -197,7 +202,7 @@ class Optimizer:
                 if scale is not None:
                     gradient.scale_(scale)
                 if master is not parameter:
-                    master.grad = gradient
+                    master.grad = cast(gradient, paddle.float32)
                     parallel.free_gradients([parameter])  # Paddle has copied it
         self._adamw.set_lr(lr)
         # The first step names the moments. Paddle 3.3.1 numbers names through the whole process, so
@@ -315,7 +320,7 @@ def _square_sums(parameters: Iterable[Tensor]) -> list[float]:
     for parameter in parameters:
         gradient = parallel.gradient(parameter)
         if gradient is not None:
-            flat = gradient.reshape([-1])
+            flat = cast(gradient.reshape([-1]), paddle.float32)
             found.append(paddle.dot(flat, flat).reshape([1]))
     return [float(value) for value in paddle.concat(found).numpy()] if found else []
 

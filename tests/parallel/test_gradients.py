@@ -9,6 +9,7 @@ import pytest
 from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
+from ernie_train.model.dtypes import dtype_name
 from ernie_train.parallel import GradientReducer, gradients
 from ernie_train.parallel.collectives import Work
 from ernie_train.train.optimizer import OptimConfig, Optimizer
@@ -83,12 +84,14 @@ def test_sums_are_those_of_two_equal_ranks_and_few_buckets_are_on_their_way(twin
         np.testing.assert_array_equal(b.grad.numpy(), 2 * a.grad.numpy(), err_msg=name)
 
 
+@pytest.mark.parametrize(("dtype", "total"), [("float32", 1.0 + 2.0**-9), ("bfloat16", 1.0)])
 @pytest.mark.parametrize("during", [True, False])
-def test_gradients_of_bfloat16_travel_as_float32(twins, during):
+def test_gradients_of_bfloat16_travel_in_the_type_of_their_sums(twins, during, dtype, total):
     one = paddle.nn.initializer.Constant(1.0)
     first, last = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"
     named = {n: paddle.create_parameter([3], "bfloat16", None, None, False, one)
              for n in (first, last)}  # fmt: skip
+    parallel.set_gradient_dtype(named.values(), dtype)
     reducing = GradientReducer(named)
     parts = [1.0, 2.0**-10, 2.0**-10]  # of micro-batches; in bfloat16 their sum is 1
     for number, part in enumerate(parts, 1):
@@ -100,8 +103,10 @@ def test_gradients_of_bfloat16_travel_as_float32(twins, during):
     reducing.finish()
     for name, parameter in named.items():
         found = parallel.gradient(parameter)
-        np.testing.assert_array_equal(found.numpy(), np.full(3, 2 * sum(parts)), err_msg=name)
-        assert parameter.grad is None
+        assert dtype_name(found) == dtype
+        found = found.astype("float32").numpy()
+        np.testing.assert_array_equal(found, np.full(3, 2 * total), err_msg=name)
+        assert (parameter.grad is None) is (dtype == "float32")
     parallel.free_gradients(named.values())
     assert all(parallel.gradient(parameter) is None for parameter in named.values())
 

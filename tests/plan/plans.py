@@ -15,7 +15,7 @@ from ernie_train.plan.workload import recipe_workloads
 from ernie_train.run.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-BF16 = Precision("bfloat16", "bfloat16")
+BF16 = Precision("bfloat16")
 RATES = Rates(tflops=100.0, inside_gbps=800.0, between_gbps=80.0, memory_gb_per_s=1000.0)
 SFT = {
     "name": "sft", "kind": "sft", "data": [{"path": "x"}], "seq_len": 8192,
@@ -27,7 +27,8 @@ RL = {
         "prompts_per_iteration": 64, "group_size": 8, "max_prompt_tokens": 1024,
         "max_new_tokens": 7168, "batch_size": 16,
     },
-    "micro_batch_size": 2, "policy": {"minibatches": 4}, "optim": {"lr": 1e-6},
+    "micro_batch_size": 2, "policy": {"minibatches": 4},
+    "optim": {"lr": 1e-6, "gradient_dtype": "bfloat16"},
     "preference": {"coef": 0.1, "pairs": "online"},
 }  # fmt: skip
 CRITIC = {"critic": {"optim": {"lr": 1e-6}}}

@@ -179,19 +179,22 @@ class Mixed(Two):
             (parameter * factor.astype(parameter.dtype)).astype("float32").sum().backward()
 
 
-def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
-    """Paddle's sum would stop at 1: each of these is less than half of its last bit."""
+@pytest.mark.parametrize(("dtype", "weight"), [("float32", 1.25), ("bfloat16", 1.0)])
+def test_gradients_of_bfloat16_weights_are_summed_in_the_chosen_type(dtype, weight):
+    """Each of these is less than half of the last bit of 1; a later stage chooses anew."""
     model = Mixed()
-    optimizer = Optimizer(model, config(lr=1e-2, clip_grad_norm=1.0))
+    for chosen in ("float32", "bfloat16", dtype):
+        settings = config(lr=1e-2, clip_grad_norm=1.0, gradient_dtype=chosen)
+        optimizer = Optimizer(model, settings)
     model.backward(1.0)
     for _ in range(256):
         model.backward(2.0**-10)
-    assert optimizer.gradient_norm() == pytest.approx(1.25 * math.sqrt(8), rel=1e-6)
-    model.backward(1.0)
-    optimizer.step(1e-2, optimizer.gradient_norm())
-    clipped = 1 / math.sqrt(8)
-    for tensor in optimizer.moments()["moment1"].values():
-        np.testing.assert_allclose(tensor.numpy(), 0.1 * clipped, rtol=1e-6)
+    norm = math.sqrt(6 * weight**2 + 2 * 1.25**2)
+    assert optimizer.gradient_norm() == pytest.approx(norm, rel=1e-6)
+    optimizer.step(1e-2, norm)
+    moments = optimizer.moments()["moment1"]
+    for name, total in (("weight", weight), ("bias", 1.25)):
+        np.testing.assert_allclose(moments[f"linear.{name}"].numpy(), 0.1 * total / norm, rtol=5e-3)
     optimizer.clear_gradients()
     assert optimizer.gradient_norm() == 0.0
 

@@ -134,7 +134,7 @@ def planned_bytes(case: Case) -> float:
     from ernie_train.plan.memory import Machine, memory_demand
     from ernie_train.plan.workload import MicroBatch, Sampling, Workload
 
-    machine = Machine(on_gpu=False, precision=Precision("float32", "float32"))
+    machine = Machine(on_gpu=False, precision=Precision("float32"))
     half = case.seq_len // 2
     sampling = Sampling(case.sequences, 1, half, half, case.sequences) if case.sequences else None
     batch = MicroBatch(case.rows, case.seq_len, case.document_tokens)
