@@ -191,9 +191,7 @@ def _update_bytes(
         numbers += own.dense * (1 - 1 / layout.ranks) + own.experts * (1 - 1 / layout.data)
     numbers *= load.updates
     return {
-        "gradients": numbers
-        * precision.gradient_width(load.gradient_dtype)
-        * (1 if layout.sharding else 2),
+        "gradients": numbers * load.gradient_width(precision) * (1 if layout.sharding else 2),
         "weights": numbers * precision.width * layout.sharding,
     }
 

@@ -77,10 +77,6 @@ class Precision:
         """Return the bytes of a weight, and of most activations."""
         return BYTES[self.weights]
 
-    def gradient_width(self, chosen: Dtype) -> int:
-        """Return the bytes of a gradient; those of float32 weights are float32."""
-        return BYTES["float32" if self.weights == "float32" else chosen]
-
     @property
     def state_width(self) -> int:
         """Return bytes of optimizer state per parameter: two moments, a master if needed."""

@@ -241,7 +241,7 @@ def step_bytes(
         made += of_layers[-1 - place] * (not several)
         kept -= own
     # The embedding's gradient, added to that of a tied head.
-    embedding = config.vocab_size * config.hidden_size * _gradient_width(machine, load)
+    embedding = config.vocab_size * config.hidden_size * load.gradient_width(machine.precision)
     last = embedding * trains_all * (1 + config.tie_word_embeddings - (not several))
     moments.append((all_gradients, stays + last + min(len(layers) * through, most_sent)))
     return max(moments, key=sum)
@@ -271,7 +271,7 @@ def _gradient_bytes(
 ) -> tuple[float, float, list[float]]:
     """Return the gradients of a rank: all, those of an untied head, and those of each layer."""
     trained = count_parameters(config) if load.part is None else load.part.trained
-    own, width = trained.on_rank(layout), _gradient_width(machine, load)
+    own, width = trained.on_rank(layout), load.gradient_width(machine.precision)
     embedding = config.vocab_size * config.hidden_size * (load.part is None)
     head = 0 if config.tie_word_embeddings else embedding
     dense = (own.dense - embedding - head) / config.num_hidden_layers
@@ -281,10 +281,6 @@ def _gradient_bytes(
         for number in range(config.num_hidden_layers)
     ]
     return own.total * width, head * width, layers
-
-
-def _gradient_width(machine: Machine, load: Workload) -> int:
-    return machine.precision.gradient_width(load.gradient_dtype)
 
 
 def _reduced_bytes(
@@ -299,7 +295,7 @@ def _reduced_bytes(
     sent = float(own.dense - config.vocab_size * config.hidden_size) * (layout.ranks > 1)
     sent += own.experts * (layout.data > 1)
     stack = own.experts / max(1, 3 * moe_layers(config))
-    width = _gradient_width(machine, load)
+    width = load.gradient_width(machine.precision)
     most = MAX_IN_FLIGHT * max(BUCKET_ELEMENTS, stack) * width
     return sent / config.num_hidden_layers * width, most
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
-from ernie_train.plan.layout import Dtype, TrainedPart, count_trained
+from ernie_train.plan.layout import BYTES, Dtype, Precision, TrainedPart, count_trained
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig, DpoConfig, RewardModelConfig, UpoConfig
 from ernie_train.train.supervised_data import SupervisedConfig
@@ -102,6 +102,10 @@ class Workload:
     reward_models: tuple[Ernie4_5_MoeConfig | None, ...] = ()
     part: TrainedPart | None = None  # what trains; None: all of the model
     gradient_dtype: Dtype = "float32"  # of bfloat16 weights
+
+    def gradient_width(self, precision: Precision) -> int:
+        """Return the bytes of a gradient; those of float32 weights are float32."""
+        return max(BYTES[self.gradient_dtype], BYTES[precision.weights])
 
     @property
     def tokens(self) -> int:

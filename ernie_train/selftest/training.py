@@ -153,7 +153,7 @@ def memory(device: str) -> Result:
         trainer.train_step([batch], PackedLoss(), 3)
     measured = _peak(device) - held
     dtype: Any = training_dtype(device)
-    machine = Machine(device == "gpu", Precision(dtype, dtype))
+    machine = Machine(device == "gpu", Precision(dtype))
     demand = memory_demand(config, machine, Layout(1, 1, False, False), Workload("check", shape))
     planned = demand.peak - (GPU_RESERVE_BYTES if device == "gpu" else 0)
     figures = [
