@@ -144,6 +144,9 @@ PROBES: dict[str, Probe] = {
     "stages[].optim.beta2": Probe("sft", {"@optim.beta2": 0.5}),
     "stages[].optim.eps": Probe("sft", {"@optim.eps": 1e-2}),
     "stages[].optim.clip_grad_norm": Probe("sft", {"@optim.clip_grad_norm": None}),
+    "stages[].optim.gradient_dtype": Probe(
+        "sft", {"@optim.gradient_dtype": "bfloat16"}, observe="gradients"
+    ),
     "stages[].balance": Probe("sft", {"@balance": {"z_loss_coef": 0.1}}),
     "stages[].balance.orthogonal_coef": Probe("sft", {"@balance.orthogonal_coef": 0.1}),
     "stages[].balance.orthogonal_mode": Probe(

@@ -15,9 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import paddle
 import pytest
 import yaml
 
+from ernie_train import parallel
 from ernie_train.cli.main import main
 from ernie_train.cli.run import RunCommand
 from ernie_train.core.errors import GateError
@@ -32,6 +34,7 @@ from ernie_train.environments import EnvironmentConfig, EpisodeStart, open_toolb
 from ernie_train.eval.gates import check_gate
 from ernie_train.generate import Completion, SamplingConfig
 from ernie_train.generate.engines import EngineConfig, build_engine, served, servers
+from ernie_train.model.dtypes import dtype_name, zero_parameter
 from ernie_train.model.transformer import DecoderLayer
 from ernie_train.rewards.scoring import composition
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService
@@ -39,6 +42,7 @@ from ernie_train.rewards.scoring.worker import _graded
 from ernie_train.rl.reward import scoring
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.sources import ModelSource
+from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.stage import Gate
 from tests.generate.engine_stand_in import StandIn
 from tests.run.recipe_probes import REMOVED, Changes
@@ -193,6 +197,14 @@ class Spies:
 
     def model(self, base: str, changes: Changes) -> Any:
         return ModelSource(**recipe_of(self.root, base, changes)["model"]).build().to_dict()
+
+    def gradients(self, base: str, changes: Changes) -> Any:
+        """Return the type in which a bfloat16 weight's gradient is summed; here all are float32."""
+        model = paddle.nn.Layer()
+        model.weight = zero_parameter([2], "bfloat16")
+        Optimizer(model, Recipe(**recipe_of(self.root, base, changes)).stages[0].optim)
+        model.weight.sum().backward()
+        return dtype_name(parallel.gradient(model.weight))
 
     def gate(self, base: str, changes: Changes) -> Any:
         before, now = ({"tasks": [], "mean_accuracy": a, "domains": {"math": {"accuracy": a}}}
