@@ -67,6 +67,27 @@ def test_ids_are_those_of_the_tokenizers_library(own: Tokenizer, own_dir: Path) 
         assert own.encode(text) == theirs.encode(text).ids
 
 
+def test_offsets_take_time_linear_in_the_text(
+    own: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = 0
+    real = own._decode_rest  # type: ignore[attr-defined]
+
+    def counted(ids: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return str(real(ids))
+
+    text = "one and two \u00e9\u4e2d\U0001f600 \ufffd make three\n" * 6
+    monkeypatch.setattr(own, "_decode_rest", counted)
+    ids, offsets = own.encode_with_offsets(text)
+    so_far = [min(len(real(ids[: n + 1])), len(text)) for n in range(len(ids))]
+    assert [end for _, end in offsets] == so_far
+    assert [begin for begin, _ in offsets] == [0, *(end for _, end in offsets[:-1])]
+    assert len(ids) > 100
+    assert decoded < 3 * len(ids)
+
+
 def test_chat_works_and_lacking_tokens_are_named(own: Tokenizer) -> None:
     answer = {"role": "assistant", "content": "42", "reasoning": "7"}
     messages = [{"role": "user", "content": "hello"}, answer]

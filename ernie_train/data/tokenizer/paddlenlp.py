@@ -16,6 +16,8 @@ from ernie_train.data.tokenizer.base import (
     decode_known,
 )
 
+_UNFINISHED = "\ufffd"  # what the bytes of an unfinished character decode to
+
 
 class PaddleNLPTokenizer(Tokenizer):
     """Wrap the tokenizer that PaddleNLP's AutoTokenizer loads from a directory.
@@ -57,10 +59,23 @@ class PaddleNLPTokenizer(Tokenizer):
         return self._whole.encode(text, self._encode_rest)
 
     def _encode_rest(self, text: str) -> tuple[list[int], Offsets]:
-        """Return ids, and offsets by the length of what the ids decode to so far."""
+        """Return ids, and offsets by the length of what the ids decode to so far.
+
+        Ids that decode to exactly the next part of the text are not decoded again: the time is
+        linear in the text, where the tokenizer decodes to what it encoded.
+        """
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        ends = [min(len(self._decode_rest(ids[: n + 1])), len(text)) for n in range(len(ids))]
-        return ids, list(zip([0, *ends[:-1]], ends, strict=True)) if ids else []
+        offsets, begin, settled, first = [], 0, 0, 0
+        for n in range(len(ids)):
+            decoded = self._decode_rest(ids[first : n + 1])
+            end = min(settled + len(decoded), len(text))
+            offsets.append((begin, end))
+            begin = end
+            # An unfinished character may look like one of the text until the next id.
+            finished = decoded and not decoded.endswith(_UNFINISHED)
+            if finished and text[settled:end] == decoded:
+                settled, first = end, n + 1
+        return ids, offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         drop = self._control_ids if skip_special_tokens else set()
