@@ -194,7 +194,7 @@ def set_gradient_dtype(parameters: Iterable[Tensor], dtype: Literal["float32", "
         if not hasattr(parameter, "main_grad"):
             parameter.main_grad = None
             # The parameter has the hook, which must not keep the parameter.
-            parameter._register_backward_hook(partial(_move_gradient, weakref.ref(parameter)))
+            parameter._register_backward_hook(partial(_move_of, weakref.ref(parameter)))
         parameter.sums_in_float32 = dtype == "float32"
 
 
@@ -203,9 +203,14 @@ def _sums_apart(parameter: Tensor) -> bool:
     return getattr(parameter, "sums_in_float32", False)
 
 
-def _move_gradient(of: weakref.ref[Tensor]) -> None:
-    parameter = of()
-    if parameter is None or parameter.grad is None or not _sums_apart(parameter):
+def _move_of(reference: weakref.ref[Tensor]) -> None:
+    parameter = reference()
+    if parameter is not None and _sums_apart(parameter):
+        _move_gradient(parameter)
+
+
+def _move_gradient(parameter: Tensor) -> None:
+    if parameter.grad is None:
         return
     with paddle.no_grad():
         added = cast(parameter.grad, paddle.float32)
@@ -221,7 +226,10 @@ def gradient(parameter: Tensor) -> Tensor | None:
 
     It has the parameter's type, or that of `set_gradient_dtype`.
     """
-    found: Tensor | None = parameter.main_grad if _sums_apart(parameter) else parameter.grad
+    if not _sums_apart(parameter):
+        return parameter.grad
+    _move_gradient(parameter)  # if its hook failed for want of memory: Paddle drops that error
+    found: Tensor | None = parameter.main_grad
     return found
 
 

@@ -3,11 +3,9 @@
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -108,13 +106,13 @@ def test_a_process_that_could_not_be_made_ready_is_made_again(monkeypatch):
     assert run_calls(RIGHT, "f", [[1]]).values == [["value", 2]]
 
 
-def test_directories_are_made_while_others_remove_what_was_left():
+def test_directories_are_made_while_others_remove_what_was_left(own_temporary):
     """Removing a new directory before its owner has locked it costs a try, not the sandbox."""
     stop, failures = threading.Event(), []
 
     def remove():
         while not stop.is_set():
-            for path in Path(tempfile.gettempdir()).glob("ernie-sandbox-*"):
+            for path in own_temporary.glob("ernie-sandbox-*"):
                 with suppress(OSError):
                     lock = pool._locked(path)
                     path.rmdir()
