@@ -16,7 +16,13 @@ from typing import Any
 
 from ernie_train.core.config import load_yaml
 from tools.evidence import rivals
-from tools.evidence.real_tasks import LEVELS, LIKE, TASKS, write_all_levels, write_split
+from tools.evidence.real_tasks import (
+    LEVELS,
+    TASKS,
+    UNSEEN_LEVELS,
+    write_all_levels,
+    write_split,
+)
 from tools.evidence.runs import ROOT, run_program, train, write_json
 
 START_RECIPE = "recipes/rl_real_start.yaml"
@@ -145,8 +151,7 @@ def real_test(
     levels = json.loads((out / "levels.json").read_text("utf-8"))["chosen"]
     taken = {question for split in SEEDS for question in questions(rows / f"{split}.jsonl")}
     write_split(rows / "test.jsonl", problems, seed, levels, taken)
-    others = {task: levels[like] for task, like in LIKE.items()}
-    write_split(rows / "unseen.jsonl", unseen, seed, others, taken)
+    write_split(rows / "unseen.jsonl", unseen, seed, UNSEEN_LEVELS, taken)
     starts: Starts = {}
     for name in (START, MOE_START):
         figures = out / f"{name}.json"

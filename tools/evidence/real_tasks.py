@@ -2,7 +2,7 @@
 
     python -m tools.evidence.real_tasks DIRECTORY [--count 20] [--seed 0]
 
-Five tasks are trained on, two are kept back. Each has levels: digits, a bound of its numbers, how
+Five tasks are trained on, three are kept back. Each has levels: digits, a bound of its numbers, how
 many numbers, or minutes. All randomness comes from a seed, the name of the task and the level; no
 problem is in two splits.
 """
@@ -89,30 +89,37 @@ def _time(minutes: int) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}"
 
 
-def difference(rng: random.Random, level: int) -> Problem:
-    """Two numbers of `level` digits, the smaller taken from the larger."""
-    a, b = sorted((_number(rng, level), _number(rng, level)), reverse=True)
-    return Problem(f"What is {a} - {b}?", f"The answer is {a - b}.", str(a - b))
-
-
-def descending(rng: random.Random, level: int) -> Problem:
-    """`level` numbers below 100 in descending order."""
+def largest(rng: random.Random, level: int) -> Problem:
+    """The largest of `level` numbers below 100."""
     numbers = rng.sample(range(1, 100), level)
-    answer = ", ".join(map(str, sorted(numbers, reverse=True)))
-    shown = ", ".join(map(str, numbers))
-    return Problem(f"Sort from largest to smallest: {shown}", answer, answer, "exact")
+    most, shown = max(numbers), ", ".join(map(str, numbers))
+    return Problem(f"Which number is the largest: {shown}?", f"The answer is {most}.", str(most))
+
+
+def gift(rng: random.Random, level: int) -> Problem:
+    """What is left of a number of `level` digits after some is given away."""
+    given, owned = sorted((_number(rng, level), _number(rng, level)))
+    name, left = rng.choice(_NAMES), owned - given
+    question = f"{name} has {owned} coins and gives away {given} of them. How many coins are left?"
+    return Problem(question, f"The answer is {left}.", str(left))
+
+
+def double(rng: random.Random, level: int) -> Problem:
+    """Twice a number of `level` digits."""
+    a = _number(rng, level)
+    return Problem(f"What is twice {a}?", f"The answer is {2 * a}.", str(2 * a))
 
 
 Generator = Callable[[random.Random, int], Problem]
 TASKS: dict[str, Generator] = {
     "sum": sums, "product": product, "change": change, "sorting": sorting, "clock": clock,
 }  # fmt: skip
-UNSEEN: dict[str, Generator] = {"difference": difference, "descending": descending}
+UNSEEN: dict[str, Generator] = {"largest": largest, "gift": gift, "double": double}
 LEVELS: dict[str, tuple[int, ...]] = {  # to choose between
     "sum": (2, 3, 4), "product": (20, 50, 100, 1000), "change": (50, 100, 1000),
     "sorting": (3, 4, 5, 6), "clock": (30, 60, 120),
 }  # fmt: skip
-LIKE = {"difference": "sum", "descending": "sorting"}  # tasks that take the level of another
+UNSEEN_LEVELS = {"largest": 3, "gift": 1, "double": 2}  # a start solves some of each
 
 
 def make_rows(

@@ -16,7 +16,7 @@ from ernie_train.run.recipe import load_recipe
 from tests.small_writer import save_writer
 from tests.tools.evidence.in_process import one_process
 from tools.evidence import real_model, rivals, sweep
-from tools.evidence.real_tasks import LEVELS, LIKE, TASKS, UNSEEN, make_rows, write_rows
+from tools.evidence.real_tasks import LEVELS, TASKS, UNSEEN_LEVELS, make_rows, write_rows
 from tools.evidence.runs import ROOT
 from tools.evidence.sweep import load_sweep
 
@@ -72,7 +72,7 @@ def test_every_arm_has_a_rate_and_is_in_a_table() -> None:
 
 def make_start(root: Path) -> Path:
     """Write a dense model that writes words of the tasks."""
-    levels = {task: LEVELS[LIKE.get(task, task)][0] for task in [*TASKS, *UNSEEN]}
+    levels = {task: LEVELS[task][0] for task in TASKS} | UNSEEN_LEVELS
     rows = [row for task, level in levels.items() for row in make_rows(task, 20, 0, level)]
     return save_writer(root, [message["content"] for row in rows for message in row["messages"]])
 

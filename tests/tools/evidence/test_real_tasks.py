@@ -12,21 +12,21 @@ from ernie_train.rewards import REWARDS
 from tools.evidence import real_tasks
 from tools.evidence.real_tasks import (
     LEVELS,
-    LIKE,
     TASKS,
     UNSEEN,
+    UNSEEN_LEVELS,
     make_rows,
     write_all_levels,
     write_split,
 )
 
-LEVEL = {task: levels[1] for task, levels in LEVELS.items()}
-LEVEL |= {task: LEVEL[like] for task, like in LIKE.items()}
+ALL_LEVELS = LEVELS | {task: (level,) for task, level in UNSEEN_LEVELS.items()}
+LEVEL = {task: levels[1] for task, levels in LEVELS.items()} | UNSEEN_LEVELS
 
 
 @pytest.mark.parametrize("task", [*TASKS, *UNSEEN])
 def test_demonstrations_are_right_and_a_changed_answer_is_wrong(task: str) -> None:
-    rows = [row for level in LEVELS[LIKE.get(task, task)] for row in make_rows(task, 12, 4, level)]
+    rows = [row for level in ALL_LEVELS[task] for row in make_rows(task, 12, 4, level)]
     assert len({row["messages"][1]["content"] for row in rows}) == len(rows)
     for row in rows:
         graded = {**row, "thinking": False, "response_tags": False}
@@ -41,7 +41,7 @@ def test_demonstrations_are_right_and_a_changed_answer_is_wrong(task: str) -> No
     [
         ("sum", "What is {} + {}?", lambda a, b: a + b),
         ("product", "What is {} * {}?", lambda a, b: a * b),
-        ("difference", "What is {} - {}?", lambda a, b: a - b),
+        ("double", "What is twice {}?", lambda a: 2 * a),
     ],
 )
 def test_answers_are_those_of_the_questions(task, question, answer) -> None:  # type: ignore[no-untyped-def]
@@ -66,7 +66,7 @@ def test_splits_share_no_problem_and_depend_on_their_seed(tmp_path: Path) -> Non
     one, two, other = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "other"))
     taken = write_split(one, 20, 1, LEVEL, ())
     more = write_split(two, 20, 1, LEVEL, taken)
-    assert len(taken) == len(more) == 7 * 20 and not taken & more
+    assert len(taken) == len(more) == 20 * len(LEVEL) and not taken & more
     text = one.read_bytes()
     write_split(one, 20, 1, LEVEL, ())
     assert one.read_bytes() == text
