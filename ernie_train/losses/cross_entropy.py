@@ -108,24 +108,36 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return normalizer - chosen, probs
 
 
+def add_to_chosen(rows: Tensor, ids: Tensor, values: Tensor | float) -> Tensor:
+    """Return rows [N,V] with values [N], or a number, added in place to the entry ids[n] of row n.
+
+    In float32: a bfloat16 rounds probabilities from 0.998 on to 1, and p - 1 of a token that the
+    model knows is all of its gradient. Each row has one such entry, so nothing is summed in an
+    order of a GPU's own.
+    """
+    flat = rows.reshape([-1])
+    at = paddle.arange(rows.shape[0]) * rows.shape[1] + ids
+    return paddle.scatter_(flat, at, paddle.gather(flat, at) + values).reshape(rows.shape)
+
+
 def _chunk_gradients(
     probs: Tensor, h: Tensor, weight: Tensor, labels: Tensor, w: Tensor, trains: Trains
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of sum_n w_n * loss_n; the one-hot part of p - onehot is gathered.
+    """Return the gradients of sum_n w_n * loss_n; those of the logits, p - onehot, replace `probs`.
 
     What is frozen has none: each product would be a third of the head's work.
     """
-    p, w = cast(probs, weight.dtype), cast(w, weight.dtype)
     dh = dw = db = None
+    if not any(trains):
+        return dh, dw, db
+    rows, w = cast(add_to_chosen(probs, labels, -1.0), weight.dtype), cast(w, weight.dtype)
     if trains[0]:
-        dh = paddle.matmul(p, weight).subtract_(paddle.gather(weight, labels))
+        dh = paddle.matmul(rows, weight)
         dh = dh.multiply_(paddle.expand(w, dh.shape))
     if trains[1]:
-        weighted = h * paddle.expand(w, h.shape)
-        dw = paddle.index_add_(paddle.matmul(p, weighted, transpose_x=True), labels, 0, -weighted)
+        dw = paddle.matmul(rows, h * paddle.expand(w, h.shape), transpose_x=True)
     if trains[2]:
-        db = paddle.matmul(p, w, transpose_x=True).squeeze(1)
-        db = paddle.index_add(db, labels, 0, -w.squeeze(1))
+        db = paddle.matmul(rows, w, transpose_x=True).squeeze(1)
     return dh, dw, db
 
 
