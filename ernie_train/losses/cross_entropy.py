@@ -18,6 +18,8 @@ from ernie_train import kernels
 from ernie_train.core.autograd import once_differentiable
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # most logits of a chunk (32 MiB in float32)
+# On a GPU: a chunk reads and writes the gradient of a large head, a GB, and would be 81 tokens.
+GPU_CHUNK_ELEMENTS = 64 * 1024 * 1024
 Trains = tuple[bool, bool, bool]  # whether hidden, weight and bias take a gradient
 
 
@@ -40,7 +42,7 @@ class _LinearCrossEntropy(PyLayer):
             return (token_losses * token_weights).sum(), token_losses
         losses, grad_hidden = [], []
         grad_weight = grad_bias = None
-        for part in chunks(hidden.shape[0], weight.shape[0]):
+        for part in chunks(hidden, weight.shape[0]):
             h, y, w = hidden[part], labels[part], token_weights[part].unsqueeze(1)
             loss, (dh, dw, db) = _chunk(h, weight, bias, y, w, trains)
             losses.append(loss)
@@ -74,7 +76,7 @@ def _chunk(
 def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     """Add a chunk's gradient to the sum of those before, in float32; None where it has none.
 
-    The large model has a chunk for 81 tokens, and a bfloat16 sum of a thousand would lose a tenth.
+    A bfloat16 sum of a thousand would lose a tenth.
     """
     if part is None or total is None:
         return part if part is None else cast(part, paddle.float32)
@@ -86,10 +88,15 @@ def cast(tensor: Tensor, dtype: Any) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.astype(dtype)
 
 
-def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
-    """Yield slices of tokens whose logits fit into `CHUNK_ELEMENTS`."""
-    size = max(1, CHUNK_ELEMENTS // vocab_size)
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def chunk_elements(*, on_gpu: bool) -> int:
+    """Return the most logits that are made at once."""
+    return GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS
+
+
+def chunks(hidden: Tensor, vocab_size: int) -> Iterator[slice]:
+    """Yield slices of the tokens of hidden [N,H] whose logits fit into `chunk_elements`."""
+    size = max(1, chunk_elements(on_gpu=hidden.place.is_gpu_place()) // vocab_size)
+    return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

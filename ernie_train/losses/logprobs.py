@@ -97,7 +97,7 @@ class _TokenLogprobs(PyLayer):
         ctx.trains = tuple(t is not None and not t.stop_gradient for t in (hidden, weight, bias))
         ctx.set_materialize_grads(False)  # a gradient of None: no loss uses that output
         logprobs, entropies = [], []
-        for part in chunks(hidden.shape[0], weight.shape[0]):
+        for part in chunks(hidden, weight.shape[0]):
             logits = _logits(hidden[part], weight, bias, temperature)
             losses, probs = cross_entropy_rows(logits, ids[part])
             logprobs.append(-losses)
@@ -117,7 +117,7 @@ class _TokenLogprobs(PyLayer):
         grad_entropy = scaled[1] if len(scaled) > 1 else None
         grad_hidden: list[Any] = []
         totals: list[Tensor | None] = [None, None]
-        for part in chunks(hidden.shape[0], weight.shape[0]):
+        for part in chunks(hidden, weight.shape[0]):
             below = None if grad_entropy is None else grad_entropy[part]
             args = ids[part], grad_logprobs[part], below, ctx.trains
             dh, *sums = _chunk_gradients(hidden[part], weight, ctx.bias, ctx.temperature, *args)
