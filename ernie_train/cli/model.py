@@ -136,6 +136,7 @@ def import_source(
     referee: str | None,
 ) -> None:
     """Import the model at `path` to `out` and print the outcome of the comparison."""
+    devices.select_device("auto")
     console.print(f"converting {path}, then comparing the logits of both", highlight=False)
     receipt = import_model(
         path, out, upcycling=upcycling, dtype=dtype, max_shard_size=max_shard_size, referee=referee
