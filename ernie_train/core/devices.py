@@ -28,6 +28,7 @@ def select_device(name: str) -> str:
         ConfigError: the name is another one, or there is no GPU that Paddle can use.
     """
     import paddle
+    from paddle.base import core
 
     if name not in ("auto", "cpu", "gpu"):
         raise ConfigError(f"device: unknown device {name!r}; use auto, cpu or gpu")
@@ -39,9 +40,16 @@ def select_device(name: str) -> str:
         # The launcher gives each rank its GPU in FLAGS_selected_gpus.
         index = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"  # noqa: SIM112
         paddle.set_device(f"gpu:{index}")
+        # Routers and norms are float32 for their digits: no TF32, whose products have 11 bits.
+        core.set_cublas_switch(False)
     else:
         paddle.set_device("cpu")
     return device
+
+
+def compute_dtype(device: str) -> str:
+    """Return the dtype of weights on a device: `bfloat16` on a GPU, else `float32`."""
+    return "bfloat16" if device == "gpu" else "float32"
 
 
 def seed_everything(seed: int) -> None:

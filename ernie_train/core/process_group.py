@@ -210,7 +210,8 @@ def all_gather_ints(values: Sequence[int]) -> np.ndarray:
     sync()
     parts: list[Any] = []
     paddle.distributed.all_gather(parts, paddle.to_tensor(list(values), "int64"))
-    return np.stack([part.numpy() for part in parts])
+    found: np.ndarray = paddle.stack(parts).numpy()  # one copy from a GPU, not one a rank
+    return found
 
 
 def sum_over_ranks(ranks: Sequence[int], value: float) -> float:
@@ -226,7 +227,8 @@ def sum_over_ranks(ranks: Sequence[int], value: float) -> float:
     sync()
     parts: list[Any] = []
     paddle.distributed.all_gather(parts, paddle.to_tensor([value], "float64"))
-    return math.fsum(float(parts[at]) for at in ranks)
+    found = paddle.concat(parts).numpy()
+    return math.fsum(float(found[at]) for at in ranks)
 
 
 def any_rank(flag: bool) -> bool:

@@ -21,6 +21,7 @@ import paddle
 from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.errors import Interrupted
 from ernie_train.core.worker_pool import WorkerPool, can_limit_blas, one_blas_thread, shared_zeros
+from ernie_train.generate.device_sampler import DeviceSampler
 from ernie_train.generate.paddle_decoder import PaddleDecoder
 from ernie_train.generate.prompt_experts import PromptExperts
 from ernie_train.generate.sampler import Sampler, SamplingConfig
@@ -302,7 +303,9 @@ class _BatchSampler:
         """`batch`: prompt indices."""
         self.decoder, self.config, self.request = decoder, request.config, request
         self.prompts = [request.prompts[i] for i in batch]
-        self.sampler = Sampler(request.config, [request.sequence_ids[i] for i in batch])
+        on_gpu = isinstance(decoder, PaddleDecoder) and decoder.on_gpu
+        kind = DeviceSampler if on_gpu else Sampler
+        self.sampler = kind(request.config, [request.sequence_ids[i] for i in batch])
         self.outputs, self.prompt_index = outputs, np.array(batch)
 
     def run(self, before_pass: Callable[[], None]) -> None:

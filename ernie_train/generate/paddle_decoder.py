@@ -13,10 +13,14 @@ from ernie_train.model.numpy_decoder import Prediction
 
 
 class PaddleDecoder:
-    """Decodes with the model's own forward pass, where `NumpyDecoder` cannot compute the model."""
+    """Decodes with the model's own forward pass, where `NumpyDecoder` cannot compute the model.
+
+    On a GPU logits stay there, for a `DeviceSampler`.
+    """
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.model = model
+        self.on_gpu = bool(model.model.norm.weight.place.is_gpu_place())
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], recorded: list[np.ndarray] | None = None
@@ -39,7 +43,8 @@ class PaddleDecoder:
         return self._prediction(output.hidden, [stats.expert_ids for stats in output.router_stats])
 
     def _prediction(self, hidden: Tensor, experts: list[Tensor]) -> Prediction:
-        logits = self.model.logits(hidden).astype("float32").numpy()
+        logits = self.model.logits(hidden).astype("float32")
+        logits = logits if self.on_gpu else logits.numpy()
         return logits, list(paddle.stack(experts).numpy()) if experts else []
 
 

@@ -18,6 +18,8 @@ from ernie_train import kernels
 from ernie_train.core.autograd import once_differentiable
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # most logits of a chunk (32 MiB in float32)
+# On a GPU: a chunk reads and writes the gradient of a large head, a GB, and would be 81 tokens.
+GPU_CHUNK_ELEMENTS = 64 * 1024 * 1024
 Trains = tuple[bool, bool, bool]  # whether hidden, weight and bias take a gradient
 
 
@@ -40,7 +42,7 @@ class _LinearCrossEntropy(PyLayer):
             return (token_losses * token_weights).sum(), token_losses
         losses, grad_hidden = [], []
         grad_weight = grad_bias = None
-        for part in chunks(hidden.shape[0], weight.shape[0]):
+        for part in chunks(hidden, weight.shape[0]):
             h, y, w = hidden[part], labels[part], token_weights[part].unsqueeze(1)
             loss, (dh, dw, db) = _chunk(h, weight, bias, y, w, trains)
             losses.append(loss)
@@ -74,7 +76,7 @@ def _chunk(
 def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     """Add a chunk's gradient to the sum of those before, in float32; None where it has none.
 
-    The large model has a chunk for 81 tokens, and a bfloat16 sum of a thousand would lose a tenth.
+    A bfloat16 sum of a thousand would lose a tenth.
     """
     if part is None or total is None:
         return part if part is None else cast(part, paddle.float32)
@@ -86,10 +88,15 @@ def cast(tensor: Tensor, dtype: Any) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.astype(dtype)
 
 
-def chunks(tokens: int, vocab_size: int) -> Iterator[slice]:
-    """Yield slices of tokens whose logits fit into `CHUNK_ELEMENTS`."""
-    size = max(1, CHUNK_ELEMENTS // vocab_size)
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def chunk_elements(*, on_gpu: bool) -> int:
+    """Return the most logits that are made at once."""
+    return GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS
+
+
+def chunks(hidden: Tensor, vocab_size: int) -> Iterator[slice]:
+    """Yield slices of the tokens of hidden [N,H] whose logits fit into `chunk_elements`."""
+    size = max(1, chunk_elements(on_gpu=hidden.place.is_gpu_place()) // vocab_size)
+    return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,24 +115,36 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return normalizer - chosen, probs
 
 
+def add_to_chosen(rows: Tensor, ids: Tensor, values: Tensor | float) -> Tensor:
+    """Return rows [N,V] with values [N], or a number, added in place to the entry ids[n] of row n.
+
+    In float32: a bfloat16 rounds probabilities from 0.998 on to 1, and p - 1 of a token that the
+    model knows is all of its gradient. Each row has one such entry, so nothing is summed in an
+    order of a GPU's own.
+    """
+    flat = rows.reshape([-1])
+    at = paddle.arange(rows.shape[0]) * rows.shape[1] + ids
+    return paddle.scatter_(flat, at, paddle.gather(flat, at) + values).reshape(rows.shape)
+
+
 def _chunk_gradients(
     probs: Tensor, h: Tensor, weight: Tensor, labels: Tensor, w: Tensor, trains: Trains
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of sum_n w_n * loss_n; the one-hot part of p - onehot is gathered.
+    """Return the gradients of sum_n w_n * loss_n; those of the logits, p - onehot, replace `probs`.
 
     What is frozen has none: each product would be a third of the head's work.
     """
-    p, w = cast(probs, weight.dtype), cast(w, weight.dtype)
     dh = dw = db = None
+    if not any(trains):
+        return dh, dw, db
+    rows, w = cast(add_to_chosen(probs, labels, -1.0), weight.dtype), cast(w, weight.dtype)
     if trains[0]:
-        dh = paddle.matmul(p, weight).subtract_(paddle.gather(weight, labels))
+        dh = paddle.matmul(rows, weight)
         dh = dh.multiply_(paddle.expand(w, dh.shape))
     if trains[1]:
-        weighted = h * paddle.expand(w, h.shape)
-        dw = paddle.index_add_(paddle.matmul(p, weighted, transpose_x=True), labels, 0, -weighted)
+        dw = paddle.matmul(rows, h * paddle.expand(w, h.shape), transpose_x=True)
     if trains[2]:
-        db = paddle.matmul(p, w, transpose_x=True).squeeze(1)
-        db = paddle.index_add(db, labels, 0, -w.squeeze(1))
+        db = paddle.matmul(rows, w, transpose_x=True).squeeze(1)
     return dh, dw, db
 
 

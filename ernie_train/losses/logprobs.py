@@ -13,7 +13,14 @@ from paddle.autograd import PyLayer
 
 from ernie_train import kernels
 from ernie_train.core.autograd import once_differentiable
-from ernie_train.losses.cross_entropy import Trains, added, cast, chunks, cross_entropy_rows
+from ernie_train.losses.cross_entropy import (
+    Trains,
+    add_to_chosen,
+    added,
+    cast,
+    chunks,
+    cross_entropy_rows,
+)
 
 
 def token_logprobs(
@@ -90,7 +97,7 @@ class _TokenLogprobs(PyLayer):
         ctx.trains = tuple(t is not None and not t.stop_gradient for t in (hidden, weight, bias))
         ctx.set_materialize_grads(False)  # a gradient of None: no loss uses that output
         logprobs, entropies = [], []
-        for part in chunks(hidden.shape[0], weight.shape[0]):
+        for part in chunks(hidden, weight.shape[0]):
             logits = _logits(hidden[part], weight, bias, temperature)
             losses, probs = cross_entropy_rows(logits, ids[part])
             logprobs.append(-losses)
@@ -110,7 +117,7 @@ class _TokenLogprobs(PyLayer):
         grad_entropy = scaled[1] if len(scaled) > 1 else None
         grad_hidden: list[Any] = []
         totals: list[Tensor | None] = [None, None]
-        for part in chunks(hidden.shape[0], weight.shape[0]):
+        for part in chunks(hidden, weight.shape[0]):
             below = None if grad_entropy is None else grad_entropy[part]
             args = ids[part], grad_logprobs[part], below, ctx.trains
             dh, *sums = _chunk_gradients(hidden[part], weight, ctx.bias, ctx.temperature, *args)
@@ -172,16 +179,15 @@ def _head_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return gradients of hidden, weight and bias for logits' rows + grad_logprobs onehot(ids).
 
-    What is frozen has none, as in `cross_entropy`.
+    `rows` is changed. What is frozen has none, as in `cross_entropy`.
     """
-    rows, g = cast(rows, weight.dtype), cast(grad_logprobs, weight.dtype).unsqueeze(1)
-    g_wide = paddle.expand(g, h.shape)
+    rows = cast(add_to_chosen(rows, ids, grad_logprobs), weight.dtype)
     dh = dw = db = None
     if trains[0]:
-        dh = paddle.matmul(rows, weight).add_(paddle.gather(weight, ids) * g_wide)
+        dh = paddle.matmul(rows, weight)
     if trains[1]:
-        dw = paddle.index_add(paddle.matmul(rows, h, transpose_x=True), ids, 0, h * g_wide)
+        dw = paddle.matmul(rows, h, transpose_x=True)
     if trains[2]:
-        db = paddle.matmul(rows, paddle.ones_like(g), transpose_x=True).squeeze(1)
-        db = paddle.index_add(db, ids, 0, g.squeeze(1))
+        ones = paddle.ones([rows.shape[0], 1], rows.dtype)
+        db = paddle.matmul(rows, ones, transpose_x=True).squeeze(1)
     return dh, dw, db

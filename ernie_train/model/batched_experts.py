@@ -20,13 +20,15 @@ from paddle.autograd import PyLayer
 
 from ernie_train.core.autograd import needs_grad, once_differentiable, select_grads
 
-MOST_SLOTS_PER_ROW = 2.0  # beyond it the zeros cost more than kernels that start one by one
+# Beyond so many the zeros cost more than kernels that start one by one, unless there are few rows
+# at all, as in a step of decoding: there the starts take longest.
+MOST_SLOTS_PER_ROW, FEW_SLOTS = 2.0, 8192
 
 
 def pays(tokens_per_expert: list[int]) -> bool:
-    """Return whether experts are loaded evenly enough for batched products."""
+    """Return whether experts have few rows, or are loaded evenly enough, for batched products."""
     slots = len(tokens_per_expert) * max(tokens_per_expert)
-    return slots <= MOST_SLOTS_PER_ROW * sum(tokens_per_expert)
+    return slots <= max(FEW_SLOTS, MOST_SLOTS_PER_ROW * sum(tokens_per_expert))
 
 
 @dataclass(frozen=True)

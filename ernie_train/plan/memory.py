@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ernie_train.losses.cross_entropy import CHUNK_ELEMENTS
+from ernie_train.losses.cross_entropy import chunk_elements
 from ernie_train.model.batch_layout import KEPT_BLOCK, KEPT_LENGTH
 from ernie_train.model.batched_experts import MOST_SLOTS_PER_ROW
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
@@ -232,7 +232,7 @@ def step_bytes(
     kept = stays + sum(own for own, _ in layers)
     all_gradients, head, of_layers = _gradient_bytes(config, machine, layout, load)
     several = -(-load.micro_batches // layout.ranks) > 1
-    moments = [(all_gradients * several, kept + _loss_bytes(config, load, width))]
+    moments = [(all_gradients * several, kept + _loss_bytes(config, machine, load))]
     made = all_gradients if several else head
     through, most_sent = _reduced_bytes(config, machine, layout, load) if trains_all else (0.0, 0.0)
     on_top = _backward_bytes(config, machine, layout, load)
@@ -304,17 +304,17 @@ def _experts_at_once(layout: Layout, tokens: int) -> int:
     return min(tokens, chunk_tokens(layout.recompute) or tokens)
 
 
-def _loss_bytes(config: Ernie4_5_MoeConfig, load: Workload, width: int) -> float:
+def _loss_bytes(config: Ernie4_5_MoeConfig, machine: Machine, load: Workload) -> float:
     """Return the bytes of a chunk of float32 logits, and gradients of head and hidden states."""
-    tokens = load.micro_batch.tokens
+    tokens, width = load.micro_batch.tokens, machine.precision.width
     hidden = 2 * tokens * config.hidden_size * width
     if load.loss == "score":
         return hidden
-    logits = tokens * config.vocab_size
+    logits = min(tokens * config.vocab_size, chunk_elements(on_gpu=machine.on_gpu))
     # The sum over chunks and a chunk's in float32, and the chunk's as it was made if narrower.
     head = 2 * _FLOAT + (width if width < _FLOAT else 0)
     head *= _trains_all(load) * config.vocab_size * config.hidden_size
-    return LOGITS_TENSORS[load.loss] * min(logits, CHUNK_ELEMENTS) * _FLOAT + head + hidden
+    return LOGITS_TENSORS[load.loss] * logits * _FLOAT + head + hidden
 
 
 def _trains_all(load: Workload) -> bool:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import Tensor, nn
 
 from ernie_train.core.errors import WeightsError
-from ernie_train.io.safetensors import ArraysByOtherNames, TensorFiles
+from ernie_train.io.safetensors import ArraysByOtherNames, TensorFiles, to_bfloat16
 from ernie_train.model import (
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
@@ -100,4 +101,6 @@ class Critic(ScalarModel):
                 f"the critic is of another size than the policy: {', '.join(wrong[:5])}"
             )
         for name, tensor in own.items():
-            tensor.set_value(arrays[name])
+            # Arrays are float32 from the disk, and bits of bfloat16 (uint16) from `arrays`.
+            is_low = tensor.dtype == paddle.bfloat16 and arrays[name].dtype != np.uint16
+            tensor.set_value(to_bfloat16(arrays[name]) if is_low else arrays[name])

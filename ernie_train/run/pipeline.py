@@ -254,7 +254,7 @@ class Pipeline:
         process_group.require_backend(device)
         devices.seed_everything(self.recipe.seed)
         source = self.recipe.model
-        dtype = "bfloat16" if device == "gpu" else "float32"
+        dtype = devices.compute_dtype(device)
         if done:
             last = self._stage_dir(len(done) - 1) / CHECKPOINTS / done[-1].result["checkpoint"]
             verify_manifest(last, hashes=process_group.is_main())

@@ -30,23 +30,20 @@ def small_config(**changes: Any) -> Ernie4_5_MoeConfig:
     return Ernie4_5_MoeConfig.preset("tiny", **SMALL | changes)
 
 
-def training_dtype(device: str) -> str:
-    """Return the type of the weights in training on a device."""
-    return "bfloat16" if device == "gpu" else "float32"
-
-
 def new_trainer(
     config: Ernie4_5_MoeConfig, dtype: str, recompute: parallel.Recompute = False
 ) -> Trainer[Any, Batch]:
-    """Return a trainer of a model with the same weights at every call, up to `dtype`."""
-    paddle.seed(0)
-    model = parallel.new_model(config, "float32")
-    if dtype != "float32":
-        low = parallel.new_model(config, dtype, initialize=False)
-        low.set_state_dict(
-            {n: t.astype(low.state_dict()[n].dtype) for n, t in model.state_dict().items()}
-        )
-        model = low
+    """Return a trainer of a model with the same weights at every call, up to `dtype`.
+
+    They are drawn on the CPU: a GPU's generator draws others, and both are compared.
+    """
+    with on_cpu():
+        paddle.seed(0)
+        drawn = parallel.new_model(config, "float32").state_dict()
+        weights = {name: tensor.numpy() for name, tensor in drawn.items()}
+    model = parallel.new_model(config, dtype, initialize=False)
+    for name, tensor in model.state_dict().items():
+        tensor.set_value(paddle.to_tensor(weights[name]).astype(tensor.dtype))
     parallel.enable_recompute(model, recompute)
     model.train()
     optimizer = Optimizer(model, OptimConfig(lr=1e-3, schedule="constant"))

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 
 from ernie_train.core.cpu import cpu_setup
+from ernie_train.core.devices import compute_dtype
 from ernie_train.data import Batch
 from ernie_train.generate.engine import generate
 from ernie_train.kernels import plain_operators
@@ -30,7 +31,6 @@ from ernie_train.selftest.fixture import (
     packed_batch,
     small_config,
     train_small,
-    training_dtype,
 )
 from ernie_train.train.supervised import PackedLoss
 from ernie_train.train.trainer import Trainer
@@ -84,7 +84,7 @@ def training_step(device: str) -> Result:
         Figure("loss at the end / at first", trained["last_loss"] / trained["loss"], most=0.99)
     )
     return Result(
-        figures, f"4 steps in {training_dtype(device)}; float32 beside a CPU's plain operators"
+        figures, f"4 steps in {compute_dtype(device)}; float32 beside a CPU's plain operators"
     )
 
 
@@ -137,7 +137,7 @@ def _timed_trainer(
 ) -> tuple[Ernie4_5_MoeConfig, Trainer[Any, Batch], Batch, MicroBatch]:
     config = Ernie4_5_MoeConfig.preset("mini" if device == "gpu" else "tiny")
     rows, length = (8, 2048) if device == "gpu" else (1, 512)
-    trainer = new_trainer(config, training_dtype(device))
+    trainer = new_trainer(config, compute_dtype(device))
     batch = packed_batch(config.vocab_size, rows, length, length // 2)
     return config, trainer, batch, MicroBatch(rows, length, length // 2)
 
@@ -152,7 +152,7 @@ def memory(device: str) -> Result:
         _reset_peak(device)
         trainer.train_step([batch], PackedLoss(), 3)
     measured = _peak(device) - held
-    dtype: Any = training_dtype(device)
+    dtype: Any = compute_dtype(device)
     machine = Machine(device == "gpu", Precision(dtype))
     demand = memory_demand(config, machine, Layout(1, 1, False, False), Workload("check", shape))
     planned = demand.peak - (GPU_RESERVE_BYTES if device == "gpu" else 0)
@@ -206,7 +206,7 @@ def speed(device: str) -> Result:
     if peak is not None:
         share = tokens_per_s * flops / (peak * 1e12)
         figures.append(Figure("MFU", share, least=1e-6, most=1.0))
-    note = f"{shape.rows} x {shape.seq_len} tokens in {training_dtype(device)}; {source}"
+    note = f"{shape.rows} x {shape.seq_len} tokens in {compute_dtype(device)}; {source}"
     return Result(figures, note)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import paddle
 import pytest
 
 from ernie_train.cli import generate as generate_module
 from ernie_train.cli.main import main
+from ernie_train.cli.model import open_model
 from ernie_train.cli.score import pair_up, read_data, read_rows
+from ernie_train.core import devices
 from ernie_train.core.errors import EngineError, Interrupted
 from ernie_train.core.terminal import printable
 from ernie_train.generate import generate
@@ -174,3 +177,12 @@ def test_tokens_are_given_as_they_are_sampled(place):
     found = generate(model, prompts, max_new_tokens=6, temperature=1.0, eos_token_id=[3, 9, 20],
                      on_token=lambda at, token: seen.setdefault(at, []).append(token))  # fmt: skip
     assert [seen[at] for at in range(len(prompts))] == [one.ids for one in found]
+
+
+def test_on_a_gpu_weights_are_bfloat16_unless_they_are_to_be_written_again(place, monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "select_device", lambda name: asked.append(name) or "gpu")
+    for exact, dtype in ((False, paddle.bfloat16), (True, paddle.float32)):
+        model, _ = open_model(place / "model", exact=exact)
+        assert model.model.norm.weight.dtype == dtype
+    assert asked == ["auto", "auto"]

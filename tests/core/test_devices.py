@@ -35,6 +35,23 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.select_device("auto") == "cpu"
 
 
+def test_a_gpu_computes_float32_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would round what routers and norms multiply to 11 bits."""
+    import paddle
+    from paddle.base import core
+
+    said: list[object] = []
+    monkeypatch.setattr(devices, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(paddle, "set_device", said.append)
+    monkeypatch.setattr(core, "set_cublas_switch", said.append)
+    monkeypatch.setenv("FLAGS_selected_gpus", "3")
+    assert devices.select_device("auto") == "gpu"
+    assert said == ["gpu:3", False]
+    assert devices.compute_dtype("gpu") == "bfloat16"
+    assert devices.select_device("cpu") == "cpu"
+    assert said[2:] == ["cpu"] and devices.compute_dtype("cpu") == "float32"
+
+
 def test_one_seed_for_all_generators() -> None:
     import paddle
 

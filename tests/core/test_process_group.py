@@ -30,6 +30,25 @@ result = {"rank": d.rank(), "world": d.world_size(), "sums": sums, "seen": seen}
 """
 
 
+def test_numbers_of_all_ranks_are_one_copy_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer of experts waits for its counts: with a copy a rank it would wait eight times."""
+    import paddle
+
+    copies: list[int] = []
+    numpy = paddle.Tensor.numpy
+    monkeypatch.setattr(process_group, "world_size", lambda: 8)
+    monkeypatch.setattr(process_group, "sync", lambda: None)
+    monkeypatch.setattr(
+        paddle.distributed, "all_gather", lambda parts, own: parts.extend(own + n for n in range(8))
+    )
+    monkeypatch.setattr(paddle.Tensor, "numpy", lambda t: copies.append(t.size) or numpy(t))
+    found = process_group.all_gather_ints([2, 5])
+    assert found.tolist() == [[2 + n, 5 + n] for n in range(8)] and found.dtype == "int64"
+    assert copies == [16]
+    assert process_group.sum_over_ranks([1, 7], 0.5) == 9.0
+    assert copies == [16, 8]
+
+
 def test_a_single_process_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
     monkeypatch.setenv("PADDLE_TRAINER_ID", "3")  # left over from somewhere else

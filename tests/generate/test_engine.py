@@ -207,6 +207,22 @@ def test_equal_prompts_are_computed_once_and_sampled_apart(
         np.testing.assert_allclose(completion.logprobs, chosen, atol=2e-5)
 
 
+def test_on_a_gpu_logits_stay_there(model, prompts, monkeypatch):
+    """Those of a large vocabulary take longer to copy than to compute."""
+    monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 11}
+    expected = generate(model, [*prompts, prompts[0]], **settings)
+    copies = []
+    numpy = paddle.Tensor.numpy
+    monkeypatch.setattr(paddle.Tensor, "numpy", lambda t: copies.append(t.size) or numpy(t))
+    monkeypatch.setattr(paddle.base.core.Place, "is_gpu_place", lambda self: True, raising=False)
+    found = generate(model, [*prompts, prompts[0]], **settings)
+    assert max(copies) < model.config.vocab_size
+    assert [c.ids for c in found] == [c.ids for c in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+
+
 def test_finished_sequences_leave_the_batch(model, prompts, monkeypatch):
     batches = []
     step = generate_engine.NumpyDecoder.__call__

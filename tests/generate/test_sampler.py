@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import paddle
 import pytest
 
 from ernie_train.generate import sampler as sampler_module
+from ernie_train.generate.device_sampler import DeviceSampler
 from ernie_train.generate.sampler import Sampler, SamplingConfig, likeliest, sample
 
 ALMOST_ONE = np.nextafter(1.0, 0.0)
@@ -119,3 +121,30 @@ def test_numbers_depend_on_seed_and_index_alone():
         picked = few(logits, rows, step)[0].tolist()
         assert picked == many(logits, numbers, step)[0].tolist()
     assert picked != other(logits, rows, 2)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0, 1, 0), (1, 1, 0), (0.7, 0.8, 0), (1, 1, 5), (2, 0.9, 7)]
+)
+def test_a_device_samples_what_the_host_does(temperature, top_p, top_k):
+    logits = np.random.default_rng(7).normal(0, 3, size=(150, 90)).astype(np.float32)
+    config = SamplingConfig(3, temperature, top_p, top_k, seed=5)
+    rows = np.arange(150)[::-1].copy()
+    for step in range(3):
+        host = Sampler(config, range(150))(logits, rows, step)
+        device = DeviceSampler(config, range(150))(paddle.to_tensor(logits), rows, step)
+        assert [a.dtype for a in device] == [a.dtype for a in host]
+        same = device[0] == host[0]
+        assert same.mean() > 0.98  # sums differ in the last bits, so that few draws fall otherwise
+        np.testing.assert_allclose(device[1][same], host[1][same], atol=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [1e-12, 0.5, ALMOST_ONE])
+def test_a_device_too_never_picks_a_token_without_mass(uniform):
+    logits = np.full((3, 100), -np.inf, np.float32)
+    logits[:, [10, 79]] = 0.1
+    sampler = DeviceSampler(SamplingConfig(1, 1.0), range(3))
+    sampler.uniform[:] = uniform
+    tokens, logprobs = sampler(paddle.to_tensor(logits), np.arange(3), 0)
+    assert tokens.tolist() == [10 if uniform < 0.5 else 79] * 3
+    np.testing.assert_allclose(logprobs, np.log(0.5), rtol=1e-6)

@@ -109,6 +109,20 @@ def test_without_a_backward_pass_no_gradient_is_computed(monkeypatch, way):
     assert float(quiet) == float(loud) and not loud.stop_gradient
 
 
+def test_a_gpu_makes_more_logits_at_once(monkeypatch):
+    """The gradient of a large head passes through its memory once a chunk: few tokens cost much."""
+    hidden = paddle.zeros([4000, 1])
+
+    def sizes():
+        parts = list(cross_entropy.chunks(hidden, 103_424))
+        assert parts[0].start == 0 and parts[-1].stop >= 4000
+        return [part.stop - part.start for part in parts]
+
+    assert set(sizes()) == {81}
+    monkeypatch.setattr(paddle.base.core.Place, "is_gpu_place", lambda self: True, raising=False)
+    assert sizes() == [648] * 7
+
+
 def test_extreme_logits_stay_finite():
     hidden = paddle.to_tensor([[1e4, -1e4]], stop_gradient=False)
     weight = paddle.to_tensor([[1.0, 0.0], [0.0, 1.0]], stop_gradient=False)

@@ -222,12 +222,27 @@ def through_float32(operation):
     return run
 
 
-def test_bfloat16_head(monkeypatch):
-    """As on a GPU: logits and gradients in bfloat16, what lies between them in float32."""
-    operations = {paddle: ("matmul", "index_add"), paddle.Tensor: ("add_", "__add__")}
+def compute_in_bfloat16(monkeypatch):
+    """Let operations take bfloat16 tensors; those on float32 stay as they are."""
+    operations = {
+        paddle: ("matmul",),
+        paddle.Tensor: ("add_", "__add__", "__mul__", "__neg__", "subtract_", "multiply_"),
+    }
     for owner, names in operations.items():
         for name in names:
-            monkeypatch.setattr(owner, name, through_float32(getattr(owner, name)))
+            operation = getattr(owner, name)
+            narrow = through_float32(operation)
+            monkeypatch.setattr(
+                owner, name,
+                lambda *args, plain=operation, narrow=narrow, **options: (
+                    narrow if args[0].dtype == paddle.bfloat16 else plain
+                )(*args, **options),
+            )  # fmt: skip
+
+
+def test_bfloat16_head(monkeypatch):
+    """As on a GPU: logits and gradients in bfloat16, what lies between them in float32."""
+    compute_in_bfloat16(monkeypatch)
     rng = np.random.default_rng(2)
     arrays = [rng.normal(size=s).astype(np.float32) for s in ((6, 8), (5, 8), (5,))]
     rounded = [paddle.to_tensor(a).astype("bfloat16") for a in arrays]
@@ -248,40 +263,50 @@ def test_bfloat16_head(monkeypatch):
         np.testing.assert_allclose(tensor.grad.astype("float32").numpy(), slopes, atol=0.1)
 
 
+def head_gradients(arrays, ids, dtype, supervised):
+    """Gradients of hidden states and head, rounded to bfloat16 and computed in `dtype`."""
+    leaves = [paddle.to_tensor(a).astype("bfloat16").astype(dtype) for a in arrays]
+    for leaf in leaves:
+        leaf.stop_gradient = False
+    if supervised:
+        total, _ = linear_cross_entropy(*leaves, None, ids, paddle.ones([len(ids)]))
+    else:
+        total = token_logprobs(*leaves, None, ids)[0].sum()
+    total.backward()
+    return [leaf.grad.astype("float32").numpy() for leaf in leaves]
+
+
 @pytest.mark.parametrize("supervised", [True, False])
 def test_bfloat16_gradients_of_many_chunks_are_summed_in_float32(monkeypatch, supervised):
     """A sum in bfloat16 would be off by a tenth: small parts of it are rounded away."""
-    operations = {
-        paddle: ("matmul", "index_add", "index_add_"),
-        paddle.Tensor: ("add_", "__add__", "__mul__", "__neg__", "subtract_", "multiply_"),
-    }
-    for owner, names in operations.items():
-        for name in names:
-            operation = getattr(owner, name)
-            narrow = through_float32(operation)
-            monkeypatch.setattr(
-                owner, name,
-                lambda *args, plain=operation, narrow=narrow, **options: (
-                    narrow if args[0].dtype == paddle.bfloat16 else plain
-                )(*args, **options),
-            )  # fmt: skip
+    compute_in_bfloat16(monkeypatch)
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 16)
     rng = np.random.default_rng(3)
     arrays = [rng.normal(0.5, 1, size=s).astype(np.float32) for s in ((1000, 4), (16, 4))]
     ids = paddle.to_tensor(rng.integers(0, 16, 1000))
-    grads = []
-    for dtype in ("float32", "bfloat16"):
-        rounded = [paddle.to_tensor(a).astype("bfloat16").astype(dtype) for a in arrays]
-        hidden, weight = (t.detach() for t in rounded)
-        weight.stop_gradient = False
-        if supervised:
-            total, _ = linear_cross_entropy(hidden, weight, None, ids, paddle.ones([1000]))
-        else:
-            total = token_logprobs(hidden, weight, None, ids)[0].sum()
-        total.backward()
-        grads.append(weight.grad.astype("float32").numpy())
-    exact, ours = grads
+    exact, ours = (head_gradients(arrays, ids, d, supervised)[1] for d in ("float32", "bfloat16"))
     assert np.linalg.norm(ours - exact) < 5e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_bfloat16_head_learns_from_tokens_that_it_nearly_knows(monkeypatch, supervised):
+    """0.998 is 1 in bfloat16: rounded before 1 is taken from it, a gradient would be all wrong."""
+    compute_in_bfloat16(monkeypatch)
+    rng = np.random.default_rng(4)
+    weight = rng.normal(size=(16, 8)).astype(np.float32)
+    ids = rng.integers(0, 16, 64)
+    hidden = 2 * weight[ids] + rng.normal(0, 0.1, size=(64, 8)).astype(np.float32)
+    logits = hidden @ weight.T
+    known = np.exp(logits - logits.max(-1, keepdims=True))
+    known = (known / known.sum(-1, keepdims=True))[np.arange(64), ids]
+    hidden, ids = (a[(known > 0.98) & (known < 0.9999)] for a in (hidden, ids))
+    assert len(ids) > 10
+    exact, ours = (
+        head_gradients((hidden, weight), paddle.to_tensor(ids), dtype, supervised)
+        for dtype in ("float32", "bfloat16")
+    )
+    for right, found in zip(exact, ours, strict=True):
+        assert np.linalg.norm(found - right) < 0.06 * np.linalg.norm(right)
 
 
 @pytest.mark.parametrize(

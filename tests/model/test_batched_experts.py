@@ -54,10 +54,17 @@ def test_inputs_that_are_not_trained_get_no_gradient(frozen):
 
 
 def test_they_pay_where_experts_are_loaded_evenly():
-    assert batched_experts.pays([8, 8, 8])
-    assert batched_experts.pays([16, 8, 0])
-    assert not batched_experts.pays([17, 7, 0])
-    assert not batched_experts.pays([24, 0, 0])
+    many = batched_experts.FEW_SLOTS
+    assert batched_experts.pays([8 * many, 8 * many, 8 * many])
+    assert batched_experts.pays([16 * many, 8 * many, 0])
+    assert not batched_experts.pays([17 * many, 7 * many, 0])
+    assert not batched_experts.pays([24 * many, 0, 0])
+
+
+def test_few_rows_take_them_whatever_their_load():
+    """A step of decoding would start kernels of each expert, longer than they compute."""
+    assert batched_experts.pays([90, *[0] * 63])
+    assert not batched_experts.pays([200, *[0] * 63])
 
 
 @pytest.mark.parametrize("even", [True, False])

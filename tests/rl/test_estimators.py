@@ -9,7 +9,9 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie_train.io.safetensors import array_entries, write_tensor_files
 from ernie_train.losses import gae, whiten
+from ernie_train.parallel import new_model
 from ernie_train.rl.batch import MicroBatch
 from ernie_train.rl.config import CriticConfig, SamplerCorrectionConfig
 from ernie_train.rl.critic import Critic
@@ -24,7 +26,7 @@ from ernie_train.rl.estimators import (
     sequence_values,
 )
 from tests.rl.records import make_sequences
-from tests.small_models import assert_same, make_model, state
+from tests.small_models import assert_same, make_config, make_model, state
 
 
 def expected_logprobs(model, sequence, temperature):
@@ -110,6 +112,16 @@ def test_a_new_critic_values_everything_at_zero_and_survives_the_disk():
         hidden = policy.model(paddle.to_tensor([(s.prompt_ids + s.completion_ids)[:-1]])).hidden
         expected = hidden.numpy()[len(s.prompt_ids) - 1 :] @ weight
         np.testing.assert_allclose(found, expected[:, 0], atol=1e-4)
+
+
+def test_a_bfloat16_critic_survives_the_disk(tmp_path):
+    """Files are read as float32, which a bfloat16 parameter does not take."""
+    policy = new_model(make_config(), "bfloat16")
+    critic, other = Critic(policy), Critic(new_model(make_config(), "bfloat16"))
+    write_tensor_files(tmp_path, "model", array_entries(critic.arrays()), "1GB")
+    other.load_directory(tmp_path)
+    assert other.model.norm.weight.dtype == paddle.bfloat16
+    assert_same(state(other), state(critic))
 
 
 def test_by_default_a_reward_at_the_end_reaches_the_first_token_whole():

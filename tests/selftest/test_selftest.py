@@ -167,6 +167,21 @@ def test_a_step_is_compared_with_plain_operators(
     assert outcome_of("step").status == FAIL
 
 
+def test_weights_are_drawn_on_the_cpu_whatever_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's generator draws others, so that a step there would differ from the CPU's."""
+    device, drawn = ["gpu:0"], []
+    draw = paddle.randn
+    monkeypatch.setattr(paddle, "get_device", lambda: device[0])
+    monkeypatch.setattr(paddle, "set_device", lambda name: device.__setitem__(0, name))
+    monkeypatch.setattr(paddle, "randn", lambda *a: drawn.append(device[0]) or draw(*a))
+    model = fixture.new_trainer(fixture.small_config(), "float32").model
+    assert set(drawn) == {"cpu"} and device == ["gpu:0"]
+    low = fixture.new_trainer(fixture.small_config(), "bfloat16").model
+    for name, tensor in model.state_dict().items():
+        rounded = tensor.astype(low.state_dict()[name].dtype)
+        assert bool((rounded == low.state_dict()[name]).all()), name
+
+
 def test_an_index_of_the_wrong_type_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     plant_index(monkeypatch)
     found = outcome_of("operators")
