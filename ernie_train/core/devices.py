@@ -39,9 +39,21 @@ def select_device(name: str) -> str:
         # The launcher gives each rank its GPU in FLAGS_selected_gpus.
         index = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"  # noqa: SIM112
         paddle.set_device(f"gpu:{index}")
+        _multiply_float32_in_full()
     else:
         paddle.set_device("cpu")
     return device
+
+
+def _multiply_float32_in_full() -> None:
+    """Switch off TF32, in which Paddle multiplies float32 on GPUs unless told otherwise.
+
+    Its 10 bits would choose other experts than the float32 routers of other programs, and exports
+    would differ from their float32 reference by more than rounding. bfloat16 is not affected.
+    """
+    from paddle.base import core
+
+    core.set_cublas_switch(False)  # builds for GPUs have it; there is no public function
 
 
 def seed_everything(seed: int) -> None:

@@ -35,6 +35,21 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.select_device("auto") == "cpu"
 
 
+def test_float32_is_multiplied_in_full_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import paddle
+    from paddle.base import core
+
+    told: list[object] = []
+    monkeypatch.setattr(devices, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(paddle, "set_device", told.append)
+    monkeypatch.setattr(core, "set_cublas_switch", told.append, raising=False)
+    assert devices.select_device("cpu") == "cpu"
+    assert told == ["cpu"]
+    monkeypatch.setenv("FLAGS_selected_gpus", "3")
+    assert devices.select_device("auto") == "gpu"
+    assert told == ["cpu", "gpu:3", False]
+
+
 def test_one_seed_for_all_generators() -> None:
     import paddle
 
