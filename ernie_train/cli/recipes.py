@@ -51,7 +51,7 @@ def plan(
         int | None, whole_number(min=1, help="only layouts of this expert degree")
     ] = None,
     gradients: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; default as the weights")
+        str | None, typer.Option(help="float32 or bfloat16; default as the weights, as in a run")
     ] = None,
     document_tokens: Annotated[
         int | None, whole_number(min=1, help="mean length of packed documents; default a row")
