@@ -143,14 +143,16 @@ def describe(value: Any) -> str:
 
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DIRECTORIES = {"models", "runs", "checkpoints", "data"}  # which recipes name before they are there
 
 
 def hub_hint(path: str | Path) -> str:
     """Return the remedy for a path that may be a model's name on a hub, else "".
 
-    It is none if its first directory exists, as in `runs/nope`.
+    It is none if its first directory exists, as in `runs/nope`, or is one of every project.
     """
-    if not _HUB_NAME.fullmatch(str(path)) or Path(path).parent.exists():
+    place = Path(path).parent
+    if not _HUB_NAME.fullmatch(str(path)) or place.exists() or place.name in _DIRECTORIES:
         return ""
     return (
         f"; if it is a name on a hub, download it first: hf download {path} --local-dir DIR, and "

@@ -13,6 +13,7 @@ from ernie_train.plan.memory import Machine
 from ernie_train.plan.search import PlanRequest, candidates, smallest_cluster
 from ernie_train.plan.tables import (
     describe,
+    disk_notes,
     idle_ranks,
     layout_table,
     memory_table,
@@ -69,7 +70,8 @@ def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None
     console.print(f"the {'best' if fitting else 'smallest'}: {describe(shown.layout)}")
     console.print(memory_table(request.loads, shown))
     console.print(step_table(request, shown))
-    for line in [*idle_ranks(request.loads, shown), *rollout_notes(request)]:
+    notes = [*idle_ranks(request.loads, shown), *rollout_notes(request)]
+    for line in [*notes, *disk_notes(recipe, request, shown)]:
         console.print(line, highlight=False)
     own = recipe.parallel
     of_recipe = Layout(own.expert, own.data, own.sharding, own.recompute)

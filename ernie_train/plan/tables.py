@@ -9,10 +9,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
+from ernie_train.plan.disk import checkpoint_bytes, run_bytes
 from ernie_train.plan.layout import GB, Layout, count_parameters
 from ernie_train.plan.memory import MemoryDemand, dumped_bytes, recorded_bytes
 from ernie_train.plan.search import MOST_RANKS, Candidate, PlanRequest
 from ernie_train.plan.workload import Workload
+from ernie_train.run.recipe import Recipe
 
 _REMEDIES = {
     "activations": "a smaller micro_batch_size or shorter rows take less",
@@ -172,6 +174,24 @@ def rollout_notes(request: PlanRequest) -> list[str]:
                 f"not counted: give it GPUs of its own; a version of the weights takes "
                 f"{_gb(size)} GB of disk for it, two versions while one is loaded"
             )
+    return lines
+
+
+def disk_notes(recipe: Recipe, request: PlanRequest, candidate: Candidate) -> list[str]:
+    """Return what checkpoints take of the disk, and of memory while one is saved."""
+    config, precision = request.config, request.machine.precision
+    largest = max(checkpoint_bytes(config, precision, stage) for stage in recipe.stages)
+    most = run_bytes(recipe, config, precision)
+    lines = [
+        f"checkpoints: {_gb(largest)} GB each; those that are kept (checkpoint.keep_last) and one "
+        f"that is being written take up to {_gb(most)} GB of disk"
+    ]
+    if request.machine.on_gpu:
+        states = max(memory.optimizer + memory.critic for memory in candidate.memory)
+        lines.append(
+            f"while one is saved, up to {_gb(states)} GB of optimizer state are in the memory of "
+            "each rank's processor"
+        )
     return lines
 
 

@@ -273,6 +273,14 @@ def describe(
             f"{phase.steps or total_steps(config, prepared)}{base}",
             highlight=False,
         )
+    steps, warmup = total_steps(config, prepared), config.optim.warmup_steps
+    if config.epochs is not None and warmup >= steps:  # recipe_warnings knows steps that are given
+        console.print(
+            f"warning: stages.{config.name}.optim.warmup_steps={warmup} does not end within the "
+            f"{steps} steps of {config.epochs} epochs: the rate never reaches lr",
+            style="yellow",
+            highlight=False,
+        )
     if prepared.validation:
         console.print(
             f"validation: {sum(map(len, prepared.validation))} documents, every "

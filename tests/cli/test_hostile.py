@@ -101,7 +101,7 @@ OPTIONS = {
              "--max-turns", "--transcript"],
     "eval": ["--n", "--max-examples", "--max-new-tokens", "--batch-size", "--temperature",
              "--seed", "--tasks", "--data", "--out", "--k", "--shots", "--few-shot"],
-    "plan": ["--gpus", "--gpu-memory-gb", "--expert", "--gradients", "--document-tokens",
+    "plan": ["--gpus", "--gpu-memory-gb", "--expert", "--document-tokens",
              "--tflops", "--interconnect-gbps", "--between-gbps", "--memory-gb-per-s"],
     "run": ["--nproc", "--max-restarts", "--hang-timeout-s", "--nnodes", "--from",
             "--until", "--referee"],

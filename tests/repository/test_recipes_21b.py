@@ -107,12 +107,29 @@ def test_rows_of_128k_name_the_smallest_cluster_and_fit_it(cli):
     assert "what binds is activations" in told
     assert "the smallest cluster that holds it: 16 ranks" in told
     chunks = "parallel.recompute={chunk_tokens: 16384}"
-    comment = " ".join((ROOT / SFT).read_text("utf-8").replace("#", "").split())
-    assert f"{LONG[0]} parallel.expert=16 '{chunks}' {LONG[1]}" in comment
+    assert f"{LONG[0]} parallel.expert=16 '{chunks}' {LONG[1]}" in comment_of(SFT)
     sixteen = ("--gpus", "16", "--gpu-memory-gb", "80")
     status, told = cli("plan", SFT, *sixteen, *LONG, "parallel.expert=16", chunks)
     assert status == 0, told
     assert "chunks of 16384 fits: " in told
+
+
+def comment_of(recipe: str) -> str:
+    return " ".join((ROOT / recipe).read_text("utf-8").replace("#", "").split())
+
+
+def test_sft_is_of_the_thinking_model_as_its_publisher_tunes_it():
+    """Tokenizer and weights of one release; what changes for LoRA stands in the comment."""
+    recipe = load_recipe(ROOT / SFT)
+    assert Path(recipe.model.path).name == "ERNIE-4.5-21B-A3B-Thinking"
+    assert recipe.tokenizer.path == recipe.model.path
+    optim = recipe.stages[0].optim
+    assert (optim.lr, optim.min_lr, optim.warmup_steps) == (1e-5, 1e-6, 20)
+    assert (optim.beta2, optim.eps, optim.weight_decay) == (0.95, 1e-8, 0.1)
+    adapted = ["stages.sft.lora={rank: 32}", "stages.sft.optim.lr=3e-4"]
+    assert f"'{adapted[0]}' {adapted[1]}" in comment_of(SFT)
+    stage = load_recipe(ROOT / SFT, adapted).stages[0]
+    assert (stage.lora.rank, stage.lora.alpha_value, stage.optim.lr) == (32, 64, 3e-4)
 
 
 def test_a_run_without_weights_refuses(cli, tmp_path):
@@ -122,7 +139,7 @@ def test_a_run_without_weights_refuses(cli, tmp_path):
     path.write_text(yaml.safe_dump(recipe))
     status, told = cli("run", str(path), "--run-dir", str(tmp_path / "run"))
     assert status == 2
-    assert "models/ERNIE-4.5-21B-A3B-Base-PT does not exist" in told
+    assert "models/ERNIE-4.5-21B-A3B-Thinking does not exist" in told
     assert not (tmp_path / "run").exists()
 
 

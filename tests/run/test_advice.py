@@ -87,8 +87,9 @@ def test_a_name_of_a_hub_is_told_to_be_downloaded(recipe, tmp_path, monkeypatch)
         find_model("someone/Some-Model")
     with pytest.raises(UserError, match="hf download someone/some"):
         load_recipe(recipe, ["tokenizer.path=someone/some"]).load_tokenizer(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for path in ("/nowhere/at/all", "runs/nope", "./someone/some", "someone/some/more"):
+    elsewhere = ["/nowhere/at/all", "runs/nope", "./someone/some", "someone/some/more"]
+    (tmp_path / "mine").mkdir()
+    for path in (*elsewhere, "mine/nope", "models/ERNIE-4.5-21B-A3B-Thinking"):
         with pytest.raises(UserError) as failed:
             find_model(path)
         assert "download" not in str(failed.value)

@@ -44,6 +44,8 @@ INSTEAD = {
     "ablate_rl_start": "python -m tools.evidence.sweep rl",
     "rl_real": "python -m tools.evidence.sweep rl_real",
     "rl_real_start": "python -m tools.evidence.sweep rl_real",
+    "ernie-21b-a3b-sft": "ernie-train run ernie-21b-a3b-sft --nproc 8",
+    "ernie-21b-a3b-prl": "ernie-train run ernie-21b-a3b-prl --nproc 8",
 }
 ELSEWHERE = {
     "ablate_rl": ("rl_ablation.md", "five seeds of each arm, an hour of a core"),

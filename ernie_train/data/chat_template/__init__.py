@@ -9,6 +9,7 @@ from ernie_train.data.chat_template.template import (
     RESPONSE_TEMPLATE,
     SHIPPED_TEMPLATES,
     ChatTemplate,
+    common_start,
     shipped_template,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "RESPONSE_TEMPLATE",
     "SHIPPED_TEMPLATES",
     "ChatTemplate",
+    "common_start",
     "shipped_template",
 ]

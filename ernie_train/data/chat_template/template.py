@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from importlib.resources import files
+from itertools import takewhile
 from typing import Any
 
 import jinja2
@@ -132,6 +134,18 @@ class ChatTemplate:
         Raises:
             DataError: as for `render`.
         """
+        text, spans = self._rendered(messages, tools, add_generation_prompt)
+        if not add_generation_prompt and self.standing_prompt:
+            text = text.removesuffix(self.standing_prompt)
+        return text, spans
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render as the template does: it may write a generation prompt that is not asked for."""
         spans = _Spans()
         variables = {
             **self.special_tokens,
@@ -176,6 +190,33 @@ class ChatTemplate:
         """
         self._compiled()
         self._compiled(tools=True)
+
+    @functools.cached_property
+    def standing_prompt(self) -> str:
+        """Return the generation prompt that is written unasked, too; "" if the template asks.
+
+        The template released with ERNIE-4.5-21B-A3B-Thinking ends every conversation so. Behind an
+        answer there then stands, in place of what a next question begins with, what the answer
+        itself began with.
+        """
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _WORD}
+        try:
+            if self._rendered([question], None, False) != self._rendered([question], None, True):
+                return ""
+            whole = self._rendered([question, answer], None, False)[0]
+            longer = self._rendered([question, answer, question], None, False)[0]
+        except DataError:
+            return ""  # it is told where a conversation is rendered
+        (before, _, behind), following = whole.partition(_WORD), longer.partition(_WORD)[2]
+        shared = common_start(behind, following)
+        headers = list(_TURN_TOKEN.finditer(shared))
+        if headers and headers[-1].end() == len(shared):
+            begin = headers[-1].start()  # a token that begins any turn
+        else:
+            begin = max([shared.rfind("\n") + 1, *(found.end() for found in headers)])
+        prompt = behind[begin:]
+        opening = prompt.partition("\n")[0]
+        return prompt if len(shared) < len(behind) and opening and opening in before else ""
 
     def _strftime_now(self, pattern: str) -> str:
         now = datetime.now() if self.date is None else datetime.combine(self.date, time())
@@ -224,7 +265,15 @@ def shipped_template(name: str, special_tokens: Mapping[str, str] | None = None)
     return ChatTemplate(source.read_text(encoding="utf-8"), special_tokens or {}, f"{name}.jinja")
 
 
+def common_start(one: str, other: str) -> str:
+    """Return the longest text with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return one[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+
+
 _SPANS = "__generation_spans__"
+_WORD = "responsum"  # which no template writes
+_TURN_TOKEN = re.compile(r"<\|[^<>|]+\|>")
 
 
 class _Spans:

@@ -1,6 +1,7 @@
 """Convert text to token ids and back, by `tokenizers`, SentencePiece or PaddleNLP."""
 
-from ernie_train.data.tokenizer.base import MARK, ChatFormat, Tokenizer, common_start, unmark
+from ernie_train.data.chat_template import common_start
+from ernie_train.data.tokenizer.base import MARK, ChatFormat, Tokenizer, unmark
 from ernie_train.data.tokenizer.hf_files import bpe_merges
 from ernie_train.data.tokenizer.loading import load_tokenizer
 from ernie_train.data.tokenizer.markers import forgeable_turns

@@ -7,12 +7,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat_template import ChatTemplate
+from ernie_train.data.chat_template import ChatTemplate, common_start
 from ernie_train.data.completion_format import IM_END, SENTENCE_END
 from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES, write_chat_template
 from ernie_train.io.files import copy_file
@@ -225,12 +225,6 @@ def decode_known(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int
     """Decode ids, with U+FFFD for each that is beyond the vocabulary."""
     runs = groupby(map(int, ids), lambda token_id: 0 <= token_id < vocab_size)
     return "".join(decode([*run]) if known else "\ufffd" * len([*run]) for known, run in runs)
-
-
-def common_start(one: str, other: str) -> str:
-    """Return the longest text with which both begin."""
-    pairs = zip(one, other, strict=False)
-    return one[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
 
 
 def unmark(text: str) -> str:

@@ -29,6 +29,7 @@ def test_recipes_of_gpus_are_planned_and_say_so() -> None:
         entry = PAGE_TEXT.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         assert "**Planned, never run.**" in entry and "- it fits" in entry
         assert f"![curves of {name}]" not in entry
+        assert f"\nernie-train run {name} --nproc 8\n" in entry  # as its layout needs
 
 
 @pytest.fixture

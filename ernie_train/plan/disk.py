@@ -1,0 +1,39 @@
+"""Estimate what a run writes to disk: checkpoints of its stages, and what saving one takes."""
+
+from __future__ import annotations
+
+from ernie_train.model.configuration import Ernie4_5_MoeConfig
+from ernie_train.plan.layout import (
+    Precision,
+    count_parameters,
+    count_trained,
+    critic_parameters,
+)
+from ernie_train.run.recipe import Recipe
+from ernie_train.run.stages import AnyStageConfig, UpoConfig
+
+
+def checkpoint_bytes(
+    config: Ernie4_5_MoeConfig, precision: Precision, stage: AnyStageConfig
+) -> float:
+    """Return the bytes of one checkpoint: what the stage trains, with its optimizer state."""
+    part = count_trained(config, stage)
+    trained = count_parameters(config) if part is None else part.trained
+    count = trained.total
+    if isinstance(stage, UpoConfig) and stage.critic is not None:
+        count += critic_parameters(config).total
+    return float(count * (precision.width + precision.state_width))
+
+
+def run_bytes(recipe: Recipe, config: Ernie4_5_MoeConfig, precision: Precision) -> float:
+    """Return the most bytes of checkpoints at a time.
+
+    Each finished stage keeps its own; an earlier one is deleted once the next is whole.
+    """
+    most, kept = 0.0, 0.0
+    for stage in recipe.stages:
+        size = checkpoint_bytes(config, precision, stage)
+        keeps = stage.checkpoint.keep_last + (stage.checkpoint.best_metric is not None)
+        most = max(most, kept + (keeps + 1) * size)
+        kept += keeps * size
+    return most

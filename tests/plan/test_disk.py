@@ -1,0 +1,44 @@
+"""What checkpoints take of the disk, and of the processor's memory while they are saved."""
+
+import pytest
+
+from ernie_train.plan import PlanSettings
+from ernie_train.plan.disk import checkpoint_bytes, run_bytes
+from ernie_train.plan.layout import count_parameters, count_trained
+from tests.plan.plans import BF16, CRITIC, RL, SFT, printed, recipe
+
+ALL = 21_825_436_160 * (2 + 12)  # bfloat16 weights; float32 masters and two moments
+
+
+def test_a_checkpoint_has_what_trains_and_its_state() -> None:
+    of = recipe(SFT, RL | CRITIC, {**SFT, "name": "lora", "lora": {"rank": 32}})
+    config = of.model.build()
+    whole, with_critic, pairs = (checkpoint_bytes(config, BF16, stage) for stage in of.stages)
+    assert whole == ALL
+    assert with_critic == 2 * ALL + 14 * (2560 + 1)  # and a scalar head in place of the tied one
+    part = count_trained(config, of.stages[2])
+    assert part is not None
+    assert pairs == 14 * part.trained.total < ALL / 20
+    assert count_parameters(config).total == ALL / 14
+
+
+def test_finished_stages_keep_theirs_while_the_last_writes_one_more() -> None:
+    one = {"every_steps": 10, "keep_last": 1}
+    first, last = {**SFT, "checkpoint": one}, {**SFT, "name": "longer"}  # keep_last 2
+    best = {**last, "name": "best", "checkpoint": {"best_metric": "validation_loss"}}
+    best |= {"validation": [{"path": "x"}], "validate_every_steps": 200}
+    for stages, most in (((first,), 2), ((first, last), 1 + 3), ((best,), 4)):
+        of = recipe(*stages)
+        assert run_bytes(of, of.model.build(), BF16) == most * ALL
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_plan_tells_disk_and_memory(device: str) -> None:
+    told = printed(
+        recipe(SFT, preset="21b-a3b", device=device), PlanSettings(ranks=8, memory_gb=1e3)
+    )
+    width = {"gpu": 14, "cpu": 12}[device]  # a float32 weight is its own master
+    size = 21.825_436_160 * width
+    assert f"checkpoints: {size:.2f} GB each; those that are kept (checkpoint.keep_last)" in told
+    assert f"take up to {3 * size:.2f} GB of disk" in told
+    assert ("GB of optimizer state are in the memory of each rank's" in told) == (device == "gpu")
