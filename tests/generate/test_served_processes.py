@@ -73,6 +73,23 @@ def test_a_server_that_dies_at_once_says_why(
     engine.close()
 
 
+@pytest.mark.parametrize("gpus", [None, [4, 5]])
+def test_a_server_gets_gpus_of_its_own_and_is_no_rank_of_the_job(
+    model: Ernie4_5_MoeForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: Any
+) -> None:
+    """Paddle's launcher tells a rank by its environment, which FastDeploy would read too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("FLAGS_selected_gpus", "2")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "2")
+    text = "import os\nprint(sorted(k + '=' + v for k, v in os.environ.items()"
+    text += " if 'CUDA_V' in k or 'PADDLE_' in k or 'FLAGS_sel' in k))\nraise SystemExit(3)\n"
+    python = script(tmp_path, text)
+    engine = engine_of(tmp_path / "engine", kind="vllm", python=str(python), gpus=gpus)
+    visible = "4,5" if gpus else "0,1,2,3"
+    refuses(lambda: engine.load_weights(model, 1), rf"\['CUDA_VISIBLE_DEVICES={visible}'\]")
+    engine.close()
+
+
 def test_a_long_log_is_read_at_its_end_alone(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     with log.open("wb") as stream:

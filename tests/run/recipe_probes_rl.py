@@ -124,7 +124,7 @@ RL_PROBES: dict[str, Probe] = {
         f"stages[].rollout.engine.{name}": Probe("upo", {name: value}, STARTED, "engine")
         for name, value in {
             "kind": "fastdeploy", "python": "other", "args": ["--enforce-eager"],
-            "dtype": "bfloat16", "directory": "{root}/elsewhere", "parallel": 3,
+            "gpus": [1], "dtype": "bfloat16", "directory": "{root}/elsewhere", "parallel": 3,
             "timeout_s": 5.0, "start_timeout_s": 6.0,
         }.items()
     },

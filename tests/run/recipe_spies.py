@@ -297,7 +297,7 @@ class Spies:
 
         class Process:
             def __init__(self, command: list[str], environ: Any, log: Path) -> None:
-                found.append((command, log.parent))
+                found.append((command, log.parent, environ.get("CUDA_VISIBLE_DEVICES")))
                 names.append(command[command.index("--served-model-name") + 1])
 
             def require_alive(self) -> None: ...

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core.config import HARMLESS, Positive, PositiveInt, StrictConfig
 
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
 
 class EngineConfig(StrictConfig):
     """Settings of who samples: our own sampler, or a vLLM or FastDeploy server."""
@@ -22,6 +24,10 @@ class EngineConfig(StrictConfig):
     """
     args: Annotated[list[str], HARMLESS] = []
     """Further arguments of the server's command line."""
+    gpus: Annotated[list[NonNegativeInt] | None, Field(min_length=1), HARMLESS] = None
+    """Numbers of the GPUs that the server gets, as `CUDA_VISIBLE_DEVICES`; those that the run may
+    use, from the first, unless given.
+    """
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights that it is given; that of the model unless given."""
     directory: Annotated[str | None, Field(min_length=1), HARMLESS] = None
@@ -58,7 +64,7 @@ class EngineConfig(StrictConfig):
         given = sorted(self.model_dump(exclude_defaults=True).keys() - {"kind"})
         if self.kind == "own" and given:
             raise ValueError(f"{', '.join(given)}: no effect with kind: own; say kind: vllm")
-        if self.url is not None and (unused := {"python", "args"} & set(given)):
+        if self.url is not None and (unused := {"python", "args", "gpus"} & set(given)):
             raise ValueError(f"{', '.join(sorted(unused))}: no effect beside a url, which runs")
         if self.kind == "fastdeploy" and self.url is not None:
             raise ValueError(

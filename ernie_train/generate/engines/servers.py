@@ -85,7 +85,7 @@ class Server(ABC):
             "--served-model-name", model, *self.config.args,
         ]  # fmt: skip
         self._process = ServerProcess(
-            command, {**os.environ, **environ}, self.directory / "engine.log"
+            command, {**_environment(self.config.gpus), **environ}, self.directory / "engine.log"
         )
         self._connect(f"http://127.0.0.1:{port}", self._process.require_alive)
         self._require_model(model)
@@ -246,6 +246,16 @@ class FastDeployServer(Server):
     def require_version(self, weights: Weights) -> None:
         """Compare the name of the served model; every completion's is compared too."""
         self._require_model(weights.name)
+
+
+def _environment(gpus: Sequence[int] | None) -> dict[str, str]:
+    """Return the environment of a server: ours, without what says which rank of a job this is."""
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PADDLE_") and name != "FLAGS_selected_gpus"
+    }
+    return found if gpus is None else {**found, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
 
 
 def _vllm_python(given: str | None) -> str:
