@@ -210,7 +210,7 @@ def test_figures_are_by_problem_and_the_start_is_no_distance_from_itself(out: Pa
     assert any(value != 0 for value in group["by_problem"]["kl"])
     counts = {key: len(values) for key, values in group["by_problem"].items()}
     assert (counts["pass@1"], counts["pass@4"]) == (10, 10)
-    assert (counts["pass@1/sum"], counts["unseen"]) == (2, 2)
+    assert (counts["pass@1/sum"], counts["unseen"]) == (2, 3)
     table = (out / "table.md").read_text()
     assert "| UPO, solutions where all are wrong, MoE |" in table and "| KL |" in table
 
