@@ -149,7 +149,7 @@ def test_thirty_steps_are_those_of_transformers_and_peft(tmp_path: Path, referee
         found = np.load(tmp_path / name / "logits.npz")
         np.testing.assert_allclose(found["losses"], ours, atol=3e-5, err_msg=name)
         assert found["losses"][0] - found["losses"][-1] > 0.3, name
-        np.testing.assert_allclose(found["logits"], after[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found["logits"], after[name], atol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("dora", [False, True])
