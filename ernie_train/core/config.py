@@ -25,6 +25,7 @@ from ernie_train.core.yaml import load_yaml as load_yaml
 from ernie_train.core.yaml import parse_yaml
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 SampleWeight = Annotated[float, Field(gt=0, le=10_000)]  # how often a source is used in an epoch

@@ -14,7 +14,14 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, PrivateAttr
 
-from ernie_train.core.config import NonNegative, Positive, PositiveInt, StrictConfig, list_problems
+from ernie_train.core.config import (
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    StrictConfig,
+    list_problems,
+)
 from ernie_train.core.errors import ConfigError, did_you_mean
 from ernie_train.core.foreign_files import read_json
 from ernie_train.model.foreign_keys import NOT_CARRIED, foreign_problems, unknown_keys
@@ -75,7 +82,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
 TokenId = NonNegativeInt
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from ernie_train import parallel
 from ernie_train.core import process_group
-from ernie_train.core.config import NonNegative, Positive, StrictConfig
+from ernie_train.core.config import NonNegative, NonNegativeInt, Positive, StrictConfig
 from ernie_train.core.errors import CheckpointError
 from ernie_train.io.safetensors import ArraysByOtherNames
 from ernie_train.model.dtypes import cast, zero_parameter
@@ -41,7 +41,7 @@ class OptimConfig(StrictConfig):
     """Course of the learning rate after warm-up; `wsd` holds it, then lets it fall over
     `decay_fraction` of the steps.
     """
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     """First steps, over which the rate rises from 0."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of all steps over which the rate of `wsd` falls."""

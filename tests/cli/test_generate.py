@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import paddle
 import pytest
+from rich.console import Console
 
 from ernie_train.cli import generate as generate_module
 from ernie_train.cli.main import main
-from ernie_train.cli.model import open_model
+from ernie_train.cli.model import export_model, open_model
 from ernie_train.cli.score import pair_up, read_data, read_rows
 from ernie_train.core import devices
 from ernie_train.core.errors import EngineError, Interrupted
@@ -186,3 +188,12 @@ def test_on_a_gpu_weights_are_bfloat16_unless_they_are_to_be_written_again(place
         model, _ = open_model(place / "model", exact=exact)
         assert model.model.norm.weight.dtype == dtype
     assert asked == ["auto", "auto"]
+
+
+def test_an_export_on_a_gpu_keeps_the_bits_of_float32_weights(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "select_device", lambda name: "gpu")
+    out = tmp_path / "out"
+    export_model(place / "model", out, "float32", "5GB", None, Console(quiet=True))
+    before, after = (load_pretrained(path).state_dict() for path in (place / "model", out))
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name].numpy(), tensor.numpy(), err_msg=name)

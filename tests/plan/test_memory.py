@@ -14,6 +14,7 @@ import pytest
 from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
+from ernie_train.losses import cross_entropy
 from ernie_train.model import (
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
@@ -30,6 +31,7 @@ from ernie_train.plan.layout import (
     layouts,
 )
 from ernie_train.plan.memory import (
+    LOGITS_TENSORS,
     Machine,
     _backward_bytes,
     cache_bytes,
@@ -155,6 +157,32 @@ def test_gradients_come_with_the_backward_pass_and_go_with_the_update(
     assert 0 < two.peak - one.peak <= gradients
     assert short.gradients == gradients  # most are there when its last layer is reached
     assert short.peak == short.resident + short.rollouts  # where there are none
+
+
+def test_gradients_of_float32_weights_are_float32_whatever_the_recipe_says(
+    large: Ernie4_5_MoeConfig,
+) -> None:
+    load, layout = Workload("", MicroBatch(1, 8, 8), micro_batches=2), Layout(1, 1, False, False)
+    demands = [
+        memory_demand(large, CPU, layout, replace(load, gradient_dtype=dtype)).gradients
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert demands == [4 * count_parameters(large).total] * 2
+
+
+def test_the_loss_makes_the_logits_of_its_own_device(
+    large: Ernie4_5_MoeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank's later micro-batch meets all gradients in its loss, where a short row takes most."""
+    load = Workload("", MicroBatch(1, 2048, 2048), micro_batches=99, loss="logprobs")
+
+    def activations(machine: Machine) -> float:
+        return memory_demand(large, machine, Layout(8, 1, True, True), load).activations
+
+    before = activations(GPU), activations(CPU)
+    monkeypatch.setattr(cross_entropy, "GPU_CHUNK_ELEMENTS", 2 * cross_entropy.GPU_CHUNK_ELEMENTS)
+    assert activations(GPU) - before[0] == LOGITS_TENSORS["logprobs"] * 4 * 64 * 2**20
+    assert activations(CPU) == before[1]
 
 
 # ---- activations ---------------------------------------------------------------------------------

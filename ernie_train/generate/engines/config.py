@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ernie_train.core.config import HARMLESS, Positive, PositiveInt, StrictConfig
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from ernie_train.core.config import HARMLESS, NonNegativeInt, Positive, PositiveInt, StrictConfig
 
 
 class EngineConfig(StrictConfig):

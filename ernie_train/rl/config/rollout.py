@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ernie_train.core.config import (
     HARMLESS,
     NonNegative,
+    NonNegativeInt,
     PathText,
     Positive,
     PositiveInt,
@@ -60,11 +61,11 @@ class RolloutConfig(StrictConfig):
     """Sampling temperature; all logprobs are at this temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Samples from the likeliest tokens of this total probability."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: NonNegativeInt = 0
     """Samples from so many likeliest tokens; 0 for all."""
     batch_size: PositiveInt = 256
     """Sequences that our own sampler samples at once."""
-    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    refill_rounds: NonNegativeInt = 0
     """Further rounds of prompts that replace groups without a difference in reward."""
     skip_solved: SkipSolved | None = None
     """Passes over prompts that the policy solved before."""
