@@ -23,7 +23,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -201,26 +201,31 @@ class Runner:
         return [found[task] for task in tasks]
 
     def _side_by_side(self, tasks: Sequence[Task]) -> Iterator[Result]:
-        """Yield results as they come; the first failure, or Ctrl-C, ends all programs that run."""
-        futures: dict[Task, Future[Result]] = {}
+        """Yield results as they come; the first failure, or Ctrl-C, ends all programs that run.
+
+        Tasks begin in order, but a derived one only after its source: others go before it until
+        then, so that no core stands idle.
+        """
+        waiting, running = list(tasks), dict[Future[Result], Task]()
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                for arm, seed in tasks:
-                    own = self.sweep.derived.get(arm)
-                    source = futures.get((own.arm, seed)) if own else None
-                    futures[arm, seed] = pool.submit(self._result_after, source, (arm, seed))
-                for future in as_completed(futures.values()):
-                    yield future.result()
+                while waiting or running:
+                    unfinished = {*waiting, *running.values()}
+                    ready = [task for task in waiting if self._source(task) not in unfinished]
+                    for task in ready[: self.jobs - len(running)]:
+                        waiting.remove(task)
+                        running[pool.submit(self.result, task)] = task
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        yield future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 stop_programs()
                 raise
 
-    def _result_after(self, source: Future[Result] | None, task: Task) -> Result:
-        # Tasks begin in order, so a source that it waits for is running or done.
-        if source is not None:
-            source.result()
-        return self.result(task)
+    def _source(self, task: Task) -> Task | None:
+        arm, seed = task
+        return (self.sweep.derived[arm].arm, seed) if arm in self.sweep.derived else None
 
     def result(self, task: Task) -> Result:
         """Train and measure, unless the directory holds the result of these very settings.

@@ -4,7 +4,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,8 +122,8 @@ def test_overrides_come_in_order_and_know_the_directory() -> None:
 def test_a_derived_arm_begins_when_its_source_is_done(
     tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first seed's run takes its time, the second's takes until that of the derived one."""
-    begun, first_done = threading.Event(), threading.Event()
+    """Until then the other job takes the second seed, here until the derived one has begun."""
+    begun, first_done, second_began = threading.Event(), threading.Event(), threading.Event()
 
     def later(run_dir: Path) -> list[str]:
         assert first_done.is_set() or run_dir.name != "slow-seed1"
@@ -133,9 +132,10 @@ def test_a_derived_arm_begins_when_its_source_is_done(
 
     def measured(run_dir: Path, step: Step) -> dict[str, Any]:
         if run_dir.name == "slow-seed1":
-            time.sleep(0.2)
+            assert second_began.wait(30)
             first_done.set()
         elif run_dir.name == "slow-seed2":
+            second_began.set()
             assert begun.wait(30)
         return {"loss": 0.0}
 
@@ -233,15 +233,14 @@ def test_ctrl_c_ends_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(runs.sys, "executable", str(script))
     marks = [tmp_path / f"{arm}-seed1" for arm in ("quick", "slow")]
 
-    def interrupted(futures: list[Any]) -> Iterator[Any]:
+    def interrupted(futures: Any, **_: Any) -> None:
         give_up = time.monotonic() + 60
         while not all(mark.with_suffix(".began").exists() for mark in marks):
             assert time.monotonic() < give_up, "the programs did not begin"
             time.sleep(0.01)
         raise KeyboardInterrupt
-        yield
 
-    monkeypatch.setattr(sweep, "as_completed", interrupted)
+    monkeypatch.setattr(sweep, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Runner(make_sweep(), tmp_path, jobs=2).results(["quick", "slow"], [1])
     assert all(mark.with_suffix(".stopped").exists() for mark in marks)
