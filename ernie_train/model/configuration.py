@@ -92,8 +92,9 @@ class Ernie4_5_MoeConfig(StrictConfig):
     their defaults. `head_dim=None` means `hidden_size / num_attention_heads`,
     `num_key_value_heads=None` as many as query heads and `moe_layer_end_index=-1` the last layer;
     all three are resolved on construction.
-    Two keys are this toolkit's own: `moe_capacity_factor`, None routes every token (dropless);
-    `embedding_initializer_range`, None initializes the embedding by `initializer_range`.
+    Two keys are this toolkit's own: `moe_capacity_factor`, a limit on an expert's rows in training
+    alone, None routes every token (dropless); `embedding_initializer_range`, None initializes the
+    embedding by `initializer_range`.
 
     Raises `ConfigError` that lists every impossible value.
     """

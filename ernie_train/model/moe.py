@@ -282,9 +282,13 @@ class MoE(nn.Layer):
         return output, logits, expert_ids, routing.dropped
 
     def _capacity(self, tokens: int) -> int | None:
-        """Return the most rows an expert takes, None without a limit."""
+        """Return the most rows an expert takes, None without a limit.
+
+        Only training drops rows: what is sampled, validated or exported must not depend on the
+        other tokens of a batch, and other loaders know no limit.
+        """
         factor = self.config.moe_capacity_factor
-        if factor is None:
+        if factor is None or not self.training:
             return None
         return max(1, math.ceil(factor * tokens * self.config.moe_k / self.config.moe_num_experts))
 
@@ -292,8 +296,8 @@ class MoE(nn.Layer):
 def moe_block(norm: RMSNorm, moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return x + moe(norm(x)), router logits [T,E] and expert ids [T,K]; None: not computed here.
 
-    Nothing is dropped: a layer with a capacity is not computed here, nor one whose experts lie on
-    several ranks.
+    Nothing is dropped: a layer that trains with a capacity is not computed here, nor one whose
+    experts lie on several ranks.
     """
     shared, experts = moe.shared_experts, acting(moe.experts)
     modules: list[nn.Layer] = [norm, moe, moe.gate, experts]
@@ -303,7 +307,7 @@ def moe_block(norm: RMSNorm, moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     if not (
         is_ordinary(*modules)
         and type(moe.dispatcher) is LocalDispatcher
-        and moe.config.moe_capacity_factor is None
+        and moe._capacity(x.shape[0]) is None
         and experts.hidden_act in ("silu", "swish")
         and kernels.usable(x, norm.weight)
     ):

@@ -48,15 +48,13 @@ _Attend = Callable[[int, np.ndarray], np.ndarray]
 def can_decode(model: Ernie4_5_MoeForCausalLM) -> bool:
     """Return whether `NumpyDecoder` computes this model.
 
-    It must be float32 on a CPU, with all experts in this process and without a capacity limit,
-    which drops tokens depending on what the others of the batch chose.
+    It must be float32 on a CPU, with all experts in this process.
     """
     moe = [layer.mlp for layer in model.model.layers if layer.is_moe]
     weight = model.model.norm.weight
     return (
         weight.place.is_cpu_place()
         and weight.dtype == paddle.float32
-        and model.config.moe_capacity_factor is None
         and all(type(mlp.dispatcher) is LocalDispatcher for mlp in moe)
     )
 

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from ernie_train.core import devices
 from ernie_train.plan.cost import Rates
-from ernie_train.plan.layout import Dtype, Layout, Precision
-from ernie_train.plan.memory import Machine
+from ernie_train.plan.layout import Dtype, Layout, Machine, Precision
 from ernie_train.plan.search import PlanRequest, candidates, smallest_cluster
 from ernie_train.plan.tables import (
     describe,

@@ -84,6 +84,14 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Describe a kind of rank: its device and its types."""
+
+    on_gpu: bool
+    precision: Precision
+
+
+@dataclass(frozen=True)
 class Parameters:
     """Count parameters: routed experts, and all others (router and shared experts too)."""
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie_train.losses.cross_entropy import chunk_elements
-from ernie_train.model.batch_layout import KEPT_BLOCK, KEPT_LENGTH
 from ernie_train.model.batched_experts import MOST_SLOTS_PER_ROW
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.numpy_decoder import PROMPT_CHUNK_TOKENS
 from ernie_train.parallel import chunk_tokens, recomputed_parts
 from ernie_train.parallel.gradients import BUCKET_ELEMENTS, MAX_IN_FLIGHT
-from ernie_train.parallel.recompute import PARTS, Part
+from ernie_train.parallel.recompute import PARTS
+from ernie_train.plan.activations import layer_bytes, padded_rows, rows_per_token
 from ernie_train.plan.layout import (
     Layout,
+    Machine,
     Parameters,
-    Precision,
     TrainedPart,
     count_parameters,
     critic_parameters,
@@ -30,28 +30,17 @@ from ernie_train.plan.layout import (
 )
 from ernie_train.plan.workload import Sampling, Workload
 
-# Tensors of an expert's or an MLP's width that are kept for a row, of the stream's and a row's
-# gradient in a backward pass, of a chunk's logits.
-EXPERT_TENSORS, MLP_TENSORS, STREAM_GRADIENTS, ROW_GRADIENTS = 5, 4, 3, 2.5
+# Tensors of the stream's and a row's gradient in a backward pass, of a chunk's logits.
+STREAM_GRADIENTS, ROW_GRADIENTS = 3, 2.5
 LOGITS_TENSORS = {"cross_entropy": 2, "logprobs": 5}
-# Of experts in slots (model/batched_experts.py): tensors of an expert's width that are kept, and in
-# a backward pass those of a row's and of an expert's width. Up to MOST_SLOTS_PER_ROW pad each row.
-SLOT_TENSORS, SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 3, 5, 4
-# Rows of the fullest rank of an expert group, compared with the mean.
-LOAD_IMBALANCE = 1.25
+# Of rows in slots (model/batched_experts.py): tensors of a row's and of an expert's width in a
+# backward pass. Up to MOST_SLOTS_PER_ROW pad each row.
+SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 5, 4
 # Keys, then values, are copied as the cache grows; numpy's cache grows layer by layer.
 CACHE_GROWTH, NUMPY_CACHE_GROWTH = 1.5, 1.2
 # CUDA context, NCCL's buffers and the workspaces of libraries: an allowance, not measured.
 GPU_RESERVE_BYTES = 3e9
 _FLOAT = 4
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Describe a kind of rank: its device and its types."""
-
-    on_gpu: bool
-    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -158,59 +147,6 @@ def updated_parameters(config: Ernie4_5_MoeConfig, layout: Layout, trained: Para
     return dense + -(-stacks // layout.data) * own.experts / stacks
 
 
-def layer_bytes(
-    config: Ernie4_5_MoeConfig,
-    machine: Machine,
-    layout: Layout,
-    document_tokens: float,
-    moe: bool,
-    part: TrainedPart | None = None,
-) -> dict[Part, float]:
-    """Return the bytes that each part of a layer keeps of a token for its backward pass.
-
-    attention: H (4 + b) + 2 (N + K) D b, and on a CPU the probabilities of documents up to
-    KEPT_LENGTH. experts: H (4 + b) + 4 H + r (H + 5 I) b for r rows, 6 I with a GPU's padding, and
-    four times the width of shared experts (or of a dense MLP) times b. Each LoRA pair keeps as many
-    numbers as its rank, experts with pairs r (2 H + 4 I) b; DoRA as many more as outputs.
-    """
-    width, hidden = machine.precision.width, config.hidden_size
-    heads = config.num_attention_heads
-    all_heads = heads + config.num_key_value_heads
-    norm = hidden * (_FLOAT + width)
-    attention = float(norm + 2 * all_heads * config.attention_head_dim * width)
-    if not machine.on_gpu and document_tokens <= KEPT_LENGTH:
-        scores = min(document_tokens, (document_tokens + KEPT_BLOCK) / 2)
-        attention += heads * scores * width
-    rank, dora = (part.rank, part.dora) if part is not None else (0, False)
-    outputs = all_heads + config.num_key_value_heads  # of q, k and v
-    attention += (4 * rank + dora * (outputs * config.attention_head_dim + hidden)) * width
-
-    def pairs(inner: int) -> int:  # of a gate, an up and a down projection
-        return 3 * rank + dora * (2 * inner + hidden)
-
-    if not moe:
-        inner = config.intermediate_size
-        return {
-            "attention": attention,
-            "experts": norm + (MLP_TENSORS * inner + pairs(inner)) * width,
-        }
-    inner = config.moe_intermediate_size
-    of_shared = config.moe_num_shared_experts * inner
-    shared = MLP_TENSORS * of_shared + pairs(of_shared)
-    row = hidden + (SLOT_TENSORS * MOST_SLOTS_PER_ROW if machine.on_gpu else EXPERT_TENSORS) * inner
-    if part is not None and part.pairs.experts:
-        row = 2 * hidden + 4 * inner + pairs(inner)
-    rows = rows_per_token(config, layout)
-    experts = norm + hidden * _FLOAT + (rows * row + shared) * width
-    return {"attention": attention, "experts": experts}
-
-
-def rows_per_token(config: Ernie4_5_MoeConfig, layout: Layout) -> float:
-    """Return the rows that reach the experts of the fullest rank for each of its own tokens."""
-    rows = config.moe_k * min(1.0, config.moe_capacity_factor or 1.0)
-    return rows * LOAD_IMBALANCE if layout.expert > 1 else rows
-
-
 def step_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
 ) -> tuple[float, float]:
@@ -256,7 +192,10 @@ def _kept_by_layers(
     for number in range(config.num_hidden_layers):
         parts = recomputed_parts(layout.recompute, number)
         moe = config.is_moe_layer(number)
-        whole = layer_bytes(config, machine, layout, batch.document_tokens, moe, load.part)
+        padded = padded_rows(config, machine, layout, _experts_at_once(layout, batch.tokens))
+        whole = layer_bytes(
+            config, machine, layout, batch.document_tokens, moe, load.part, padded=padded
+        )
         own = stream * bool(parts) + sum(whole[part] for part in PARTS if part not in parts)
         again = 0.0
         if "experts" in parts:  # attention is recomputed once those of experts are freed
@@ -337,7 +276,8 @@ def _backward_bytes(
     tokens = _experts_at_once(layout, batch.tokens)
     numbers: float = STREAM_GRADIENTS * batch.tokens
     row, width = ROW_GRADIENTS, config.moe_intermediate_size / config.hidden_size
-    if machine.on_gpu and moe_layers(config) and not (load.part and load.part.pairs.experts):
+    pairs = load.part is not None and load.part.pairs.experts
+    if moe_layers(config) and not pairs and padded_rows(config, machine, layout, tokens):
         row = MOST_SLOTS_PER_ROW * (SLOT_ROW_GRADIENTS + SLOT_EXPERT_GRADIENTS * width)
     numbers += row * tokens * rows_per_token(config, layout)
     numbers += config.vocab_size * (config.tie_word_embeddings and trains_all)
@@ -384,7 +324,7 @@ def rollout_bytes(
     with a tied embedding twice, and prompts in chunks. Else equal prompts pass the model once.
     """
     width, sequences = machine.precision.width, sampling.at_once(layout.ranks)
-    numpy = not (machine.on_gpu or layout.expert > 1 or config.moe_capacity_factor is not None)
+    numpy = not (machine.on_gpu or layout.expert > 1)
     prompts = sequences if numpy else -(-sequences // sampling.group_size)
     tokens = prompts * sampling.prompt_tokens
     copy = 0.0
@@ -392,7 +332,8 @@ def rollout_bytes(
         embedding = config.vocab_size * config.hidden_size * config.tie_word_embeddings
         copy = _FLOAT * (count_parameters(config).total + embedding)
         tokens = min(tokens, max(PROMPT_CHUNK_TOKENS, sampling.prompt_tokens))
-    layer = layer_bytes(config, machine, layout, sampling.prompt_tokens, moe_layers(config) > 0)
+    padded, moe = padded_rows(config, machine, layout, tokens), moe_layers(config) > 0
+    layer = layer_bytes(config, machine, layout, sampling.prompt_tokens, moe, padded=padded)
     first = cache_bytes(config, prompts, sampling.prompt_tokens, width)
     first += tokens * sum(layer.values())
     cache = cache_bytes(config, sequences, sampling.prompt_tokens + sampling.new_tokens, width)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.plan.cost import Rates, StepCost, step_cost
-from ernie_train.plan.layout import GB, Layout, layouts
-from ernie_train.plan.memory import Machine, MemoryDemand, memory_demand
+from ernie_train.plan.layout import GB, Layout, Machine, layouts
+from ernie_train.plan.memory import MemoryDemand, memory_demand
 from ernie_train.plan.workload import Workload
 
 CLUSTERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # ranks that are tried

@@ -153,7 +153,7 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
         if scheduled and recipe.model.path is not None:
             limit = max(limit, *stage.lengths().values())
         problems += _length_problems(stage, f"stages.{index}", limit)
-        problems += _sharing_problems(stage, f"stages.{index}", config)
+        problems += _capacity_problems(stage, f"stages.{index}", config)
         problems += _balance_problems(stage, f"stages.{index}", config)
         added = index == 0 and bool(recipe.tokenizer.add)
         problems += _training_problems(stage, f"stages.{index}", config, new_tokens=added)
@@ -179,12 +179,13 @@ def _length_problems(stage: AnyStageConfig, path: str, limit: int) -> list[str]:
     ]
 
 
-def _sharing_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
-    if not (isinstance(stage, UpoConfig) and stage.share_prompts and config.moe_capacity_factor):
+def _capacity_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
+    if not (isinstance(stage, UpoConfig) and config.moe_capacity_factor):
         return []
     return [
-        f"{path}.share_prompts: moe_capacity_factor={config.moe_capacity_factor} counts the tokens "
-        "of a micro-batch, so that fewer prompts would drop other tokens; leave one of them out"
+        f"{path}: moe_capacity_factor={config.moe_capacity_factor} drops tokens in updates, by "
+        "what else is in a micro-batch, and none in rollouts: their log-probabilities would "
+        "differ; set model.moe_capacity_factor=null"
     ]
 
 

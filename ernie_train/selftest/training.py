@@ -19,8 +19,8 @@ from ernie_train.losses import token_logprobs
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Recompute, RecomputeConfig
 from ernie_train.plan.cost import mean_context, token_flops
-from ernie_train.plan.layout import Layout, Precision
-from ernie_train.plan.memory import GPU_RESERVE_BYTES, Machine, memory_demand
+from ernie_train.plan.layout import Layout, Machine, Precision
+from ernie_train.plan.memory import GPU_RESERVE_BYTES, memory_demand
 from ernie_train.plan.workload import MicroBatch, Workload
 from ernie_train.selftest.check import Figure, Result, Skip
 from ernie_train.selftest.fixture import (

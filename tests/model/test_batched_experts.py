@@ -54,11 +54,17 @@ def test_inputs_that_are_not_trained_get_no_gradient(frozen):
 
 
 def test_they_pay_where_experts_are_loaded_evenly():
-    many = batched_experts.FEW_SLOTS
-    assert batched_experts.pays([8 * many, 8 * many, 8 * many])
-    assert batched_experts.pays([16 * many, 8 * many, 0])
-    assert not batched_experts.pays([17 * many, 7 * many, 0])
-    assert not batched_experts.pays([24 * many, 0, 0])
+    some = batched_experts.MOST_ROWS - 24
+    assert batched_experts.pays([some] * 64)
+    assert batched_experts.pays([2 * some, 0] * 32)
+    assert not batched_experts.pays([2 * some + 1, 0, *[2 * some, 0] * 31])
+
+
+def test_many_rows_are_not_padded():
+    """An expert then computes for longer than its kernels take to start."""
+    assert not batched_experts.pays([6144] * 8)
+    assert not batched_experts.pays([batched_experts.MOST_ROWS + 1] * 64)
+    assert not batched_experts.few_rows(8 * 6144, 8)
 
 
 def test_few_rows_take_them_whatever_their_load():

@@ -138,7 +138,7 @@ def test_says_what_it_cannot_compute():
         pass
 
     assert can_decode(make_model())
-    assert not can_decode(make_model(moe_capacity_factor=1.0))
+    assert can_decode(make_model(moe_capacity_factor=1.0))  # training alone drops tokens
     assert not can_decode(make_model().to(dtype="bfloat16"))
     model = make_model()
     model.model.layers[2].mlp.dispatcher = Elsewhere()

@@ -8,8 +8,7 @@ from rich.console import Console
 from ernie_train.core.config import parse_config
 from ernie_train.plan import PlanSettings, print_plan
 from ernie_train.plan.cost import Rates
-from ernie_train.plan.layout import Precision
-from ernie_train.plan.memory import Machine
+from ernie_train.plan.layout import Machine, Precision
 from ernie_train.plan.search import PlanRequest
 from ernie_train.plan.workload import recipe_workloads
 from ernie_train.run.recipe import Recipe
@@ -28,7 +27,7 @@ RL = {
         "max_new_tokens": 7168, "batch_size": 16,
     },
     "micro_batch_size": 2, "policy": {"minibatches": 4},
-    "optim": {"lr": 1e-6, "gradient_dtype": "bfloat16"},
+    "optim": {"lr": 1e-6},
     "preference": {"coef": 0.1, "pairs": "online"},
 }  # fmt: skip
 CRITIC = {"critic": {"optim": {"lr": 1e-6}}}

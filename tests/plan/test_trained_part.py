@@ -10,8 +10,9 @@ import pytest
 from ernie_train.core.config import parse_config
 from ernie_train.model import is_expert_parameter
 from ernie_train.model.partial import begin_partial_training, trained_parameters
-from ernie_train.plan.layout import Layout, Precision, count_parameters, count_trained
-from ernie_train.plan.memory import Machine, layer_bytes, memory_demand
+from ernie_train.plan.activations import layer_bytes
+from ernie_train.plan.layout import Layout, Machine, Precision, count_parameters, count_trained
+from ernie_train.plan.memory import memory_demand
 from ernie_train.plan.workload import MicroBatch, Workload
 from ernie_train.rl.dpo import DpoConfig
 from ernie_train.weights.layout import parameter_shapes

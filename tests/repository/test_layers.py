@@ -61,7 +61,7 @@ PACKAGES: dict[str, str] = {
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
     "report": "run_files curves overview reading page",
-    "plan": "layout workload memory cost search disk tables command",
+    "plan": "layout workload activations memory cost search disk tables command",
     "selftest": "check fixture graph kernels training ranks report command",
     "cli": "arguments doctor model turn_view evaluate preview score generate grading chat run"
     " init recipes status watch main",

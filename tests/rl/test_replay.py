@@ -151,15 +151,15 @@ def test_shared_prompts_change_no_number_of_an_iteration(workspace, tmp_path):
     assert lines[1] == pytest.approx(lines[0], rel=1e-3, abs=1e-5)
 
 
-def test_shared_prompts_are_refused_beside_a_capacity_limit(workspace, tmp_path, capsys):
+def test_a_capacity_limit_is_refused(workspace, tmp_path, capsys):
     recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
-    recipe["stages"] = [stage(workspace, share_prompts=True)]
+    recipe["stages"] = [stage(workspace)]
     recipe["model"]["moe_capacity_factor"] = 1.5
     path = tmp_path / "capacity.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert run("check", path) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "stages.0.share_prompts: moe_capacity_factor=1.5 counts" in told
+    assert "stages.0: moe_capacity_factor=1.5 drops tokens in updates" in told
 
 
 def test_a_replay_that_is_not_there_is_told_before_the_stage_begins(workspace, tmp_path, capsys):

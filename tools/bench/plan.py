@@ -130,8 +130,8 @@ CASES = [
 def planned_bytes(case: Case) -> float:
     """Return the memory that `plan` states for the fullest rank."""
     from ernie_train.model import Ernie4_5_MoeConfig
-    from ernie_train.plan.layout import Precision, count_part
-    from ernie_train.plan.memory import Machine, memory_demand
+    from ernie_train.plan.layout import Machine, Precision, count_part
+    from ernie_train.plan.memory import memory_demand
     from ernie_train.plan.workload import MicroBatch, Sampling, Workload
 
     machine = Machine(on_gpu=False, precision=Precision("float32"))
