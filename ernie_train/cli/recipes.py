@@ -65,6 +65,9 @@ def plan(
     memory_gb_per_s: Annotated[
         float | None, number(min=1e-6, help="GB/s that a rank reads from its memory")
     ] = None,
+    layer_us: Annotated[
+        float | None, number(min=1e-6, help="microseconds to start a layer's kernels in sampling")
+    ] = None,
 ) -> None:
     """Show how a recipe fits a cluster: memory, traffic and time of every layout."""
     from ernie_train.plan import PlanSettings, print_plan
@@ -79,6 +82,7 @@ def plan(
         interconnect_gbps=interconnect_gbps,
         between_gbps=between_gbps,
         memory_gb_per_s=memory_gb_per_s,
+        layer_us=layer_us,
     )
     print_plan(load_recipe(recipe, overrides), settings, Terminal())
 

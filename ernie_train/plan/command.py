@@ -27,9 +27,12 @@ from ernie_train.run.check import describe_training
 from ernie_train.run.recipe import Recipe
 
 DEFAULT_RANKS, DEFAULT_MEMORY_GB = 8, 80.0
-# Assumed rates of an H100 and of a processor core, not measured; every plan prints them.
-GPU_RATES = Rates(tflops=300.0, inside_gbps=2400.0, between_gbps=400.0, memory_gb_per_s=2000.0)
-CPU_RATES = Rates(tflops=0.05, inside_gbps=16.0, between_gbps=10.0, memory_gb_per_s=10.0)
+# Assumed rates of an H100 and of a processor core, not measured; every plan prints them. A layer is
+# about a hundred kernels, each of which takes Python ten microseconds to start.
+GPU_RATES = Rates(
+    300.0, inside_gbps=2400.0, between_gbps=400.0, memory_gb_per_s=2000.0, layer_us=1000.0
+)
+CPU_RATES = Rates(0.05, inside_gbps=16.0, between_gbps=10.0, memory_gb_per_s=10.0, layer_us=100.0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class PlanSettings:
     interconnect_gbps: float | None = None
     between_gbps: float | None = None  # between machines, if that differs
     memory_gb_per_s: float | None = None
+    layer_us: float | None = None
 
 
 def print_plan(recipe: Recipe, settings: PlanSettings, console: Console) -> None:
@@ -122,4 +126,5 @@ def _rates(machine: Machine, settings: PlanSettings) -> Rates:
         wires or base.inside_gbps,
         settings.between_gbps or wires or base.between_gbps,
         settings.memory_gb_per_s or base.memory_gb_per_s,
+        settings.layer_us or base.layer_us,
     )

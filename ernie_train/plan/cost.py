@@ -30,13 +30,14 @@ class Rates:
 
     tflops: 10^12 operations a second in training. inside_gbps, between_gbps: 10^9 bits a second
     that a rank sends to others of its machine, and beyond. memory_gb_per_s: 10^9 bytes a second
-    that it reads from its memory.
+    that it reads from its memory. layer_us: microseconds in which the kernels of a layer start.
     """
 
     tflops: float
     inside_gbps: float
     between_gbps: float
     memory_gb_per_s: float
+    layer_us: float
 
     def seconds_to_compute(self, flops: float) -> float:
         return flops / (self.tflops * 1e12)
@@ -202,7 +203,7 @@ def _sampling_cost(
     """Return bytes sent and seconds of sampling all rounds of completions to their full length.
 
     A token of every sequence takes as long as reading all weights and the cache, or as its
-    operations at the rate of training, whichever is more.
+    operations at the rate of training, whichever is more, and as starting the layers' kernels.
     """
     on_rank, at_once = load.on_rank(layout.ranks), load.at_once(layout.ranks)
     batches = -(-on_rank // at_once)
@@ -214,6 +215,8 @@ def _sampling_cost(
     first = prompts * token_flops(config, mean_context(load.prompt_tokens)).forward
     tokens = on_rank * load.new_tokens + prompts
     sent = 2 * _exchange_bytes(config, precision, layout) * tokens
-    seconds = batches * load.new_tokens * max(reading / (rates.memory_gb_per_s * 1e9), computing)
+    a_token = max(reading / (rates.memory_gb_per_s * 1e9), computing)
+    a_token += config.num_hidden_layers * rates.layer_us / 1e6
+    seconds = batches * load.new_tokens * a_token
     seconds += rates.seconds_to_compute(first) + rates.seconds_to_send(sent, layout.expert)
     return load.rounds * sent, load.rounds * seconds

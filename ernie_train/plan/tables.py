@@ -43,7 +43,8 @@ def print_assumptions(request: PlanRequest, ranks: int, why: str, console: Conso
     console.print(
         f"assumed rates of a rank: {rates.tflops:g} TFLOPS, {rates.inside_gbps:g} Gbit/s within a "
         f"machine of 8 and {rates.between_gbps:g} beyond, {rates.memory_gb_per_s:g} GB/s from its "
-        "memory; communication is counted without overlap",
+        f"memory, {rates.layer_us:g} us to start a layer in sampling; communication is counted "
+        "without overlap",
         highlight=False,
     )
 

@@ -15,7 +15,7 @@ from ernie_train.run.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = Precision("bfloat16")
-RATES = Rates(tflops=100.0, inside_gbps=800.0, between_gbps=80.0, memory_gb_per_s=1000.0)
+RATES = Rates(100.0, inside_gbps=800.0, between_gbps=80.0, memory_gb_per_s=1000.0, layer_us=200.0)
 SFT = {
     "name": "sft", "kind": "sft", "data": [{"path": "x"}], "seq_len": 8192,
     "micro_batch_size": 1, "grad_accum_steps": 64, "steps": 10, "optim": {"lr": 1e-5},

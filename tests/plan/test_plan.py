@@ -199,17 +199,24 @@ def test_naming_gpus_plans_for_gpus() -> None:
 
 
 def test_rates_are_those_that_are_given() -> None:
-    """Rollouts read weights and cache: at half the rate they take twice as long."""
+    """Rollouts read weights and cache: at half the rate they take twice as long.
+
+    Where that takes nothing, what is left are the starts of layers: 64 sequences of a rank, 16 at a
+    time, 7168 tokens each, 28 layers.
+    """
     text = printed(recipe(RL), PlanSettings(interconnect_gbps=800.0, between_gbps=100.0))
     assert "800 Gbit/s within a machine of 8 and 100 beyond" in text
     assert "communication is counted without overlap" in text
 
-    def seconds(rate: float) -> float:
-        settings = PlanSettings(memory_gb_per_s=rate, tflops=1e9, interconnect_gbps=1e9)
+    def seconds(rate: float, layer_us: float = 1e-6) -> float:
+        settings = PlanSettings(
+            memory_gb_per_s=rate, tflops=1e9, interconnect_gbps=1e9, layer_us=layer_us
+        )
         planned, _ = plan_request(recipe(RL), settings)
         return candidates(planned, 8)[0].cost[0].seconds["rollouts"]
 
     assert seconds(1000.0) == pytest.approx(2 * seconds(2000.0), rel=1e-3)
+    assert seconds(1e9, 500.0) == pytest.approx(4 * 7168 * 28 * 500e-6, rel=1e-3)
 
 
 def test_ranks_without_a_micro_batch_are_told() -> None:
