@@ -51,6 +51,14 @@ class Collectives(Protocol):
 
     sent_bytes: int  # rows that left this rank, without padding
 
+    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
+        """Return the counts [E] of every rank of the expert group, [N,E]."""
+        ...
+
+    def most(self, count: int) -> int:
+        """Return the largest count of the ranks whose all-to-alls depend on one another."""
+        ...
+
     def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
         """Start an all-to-all within the expert group.
 
@@ -89,6 +97,12 @@ class GlooCollectives:
         self.grid, self.sent_bytes = grid, 0
         self.group = grid.expert_group(process_group.rank())
         self.group_rank = self.group.index(process_group.rank())
+
+    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
+        return process_group.all_gather_ints(counts)[self.group]
+
+    def most(self, count: int) -> int:
+        return int(process_group.all_gather_ints([count]).max())
 
     def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
         process_group.sync()
@@ -201,6 +215,17 @@ class NcclCollectives:
         self.world = _new_groups([list(world)])
         self.group_rank = process_group.rank() % grid.expert
 
+    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
+        # Of the group alone: an MoE layer waits for it, and must not wait for other machines.
+        parts: list[Tensor] = []
+        own = paddle.to_tensor(list(counts), "int64")
+        paddle_distributed.all_gather(parts, own, group=self.expert_group)
+        found: np.ndarray = paddle.stack(parts).numpy()  # one copy from the GPU, not one a rank
+        return found
+
+    def most(self, count: int) -> int:
+        return int(self.gather_counts([count]).max())
+
     def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
         me = self.group_rank
         sent, expected = counts[me].tolist(), counts[:, me].tolist()
@@ -254,12 +279,3 @@ def get_collectives() -> Collectives:
         process_group.init_process_group()
         _of_grid[grid] = _BACKENDS[paddle_distributed.get_backend()](grid)
     return _of_grid[grid]
-
-
-def gather_expert_counts(tokens_per_expert: Sequence[int]) -> np.ndarray:
-    """Gather the rows that each rank of the expert group has for every expert, [N,E].
-
-    All ranks of the job must call it.
-    """
-    counts = process_group.all_gather_ints(tokens_per_expert)
-    return counts[process_group.grid().expert_group(process_group.rank())]

@@ -25,12 +25,7 @@ from ernie_train.model import Ernie4_5_MoeConfig, Placement
 from ernie_train.model.dtypes import cast
 from ernie_train.model.moe import LOCAL_PLACEMENT
 from ernie_train.model.token_dispatcher import Dispatched, InFlight, Permute, Routing, Unpermute
-from ernie_train.parallel.collectives import (
-    Collectives,
-    Work,
-    gather_expert_counts,
-    get_collectives,
-)
+from ernie_train.parallel.collectives import Collectives, Work, get_collectives
 
 
 @dataclass(frozen=True)
@@ -53,19 +48,19 @@ class AllToAllPlan:
 
         Every rank must call it at the same place.
         """
-        ranks = process_group.grid().expert
-        counts = gather_expert_counts(tokens_per_expert).reshape([ranks, ranks, -1])  # [from,to,L]
+        ranks, collectives = process_group.grid().expert, get_collectives()
+        gathered = collectives.gather_counts(tokens_per_expert)
+        counts = gathered.reshape([ranks, ranks, -1])  # [from,to,L]
         arriving = counts[:, process_group.rank() % ranks]  # [N,L]
-        block = np.arange(arriving.size).reshape(arriving.shape)  # by (rank, expert), as they come
-        block_of_row = np.repeat(block.reshape(-1), arriving.reshape(-1))
-        place_of_block = np.argsort(block.T.reshape(-1))  # by (expert, rank)
-        to_expert_order = np.argsort(place_of_block[block_of_row], kind="stable")
+        to_expert_order = _expert_order(arriving)
+        to_arrival_order = np.empty_like(to_expert_order)
+        to_arrival_order[to_expert_order] = np.arange(len(to_expert_order))
         return cls(
-            get_collectives(),
+            collectives,
             counts.sum(-1),
             arriving.sum(0).tolist(),
             paddle.to_tensor(to_expert_order),
-            paddle.to_tensor(np.argsort(to_expert_order, kind="stable")),
+            paddle.to_tensor(to_arrival_order),
         )
 
     @property
@@ -91,6 +86,17 @@ class AllToAllPlan:
         """Start sending rows [A,W] back to the ranks of their tokens; inverse of the dispatch."""
         rows = rows[:0] if self.nothing_arrives else paddle.gather(rows, self.to_arrival_order)
         return self.collectives.all_to_all(rows, self.counts.T)
+
+
+def _expert_order(arriving: np.ndarray) -> np.ndarray:
+    """Return the places [A], in the order of arrival, of rows in the order of experts.
+
+    arriving: [N,L] rows from each rank for each expert, which arrive rank after rank.
+    """
+    ends = np.cumsum(arriving).reshape(arriving.shape)
+    blocks = arriving.T.reshape(-1)  # by (expert, rank)
+    starts = (ends - arriving).T.reshape(-1) - (np.cumsum(blocks) - blocks)
+    return np.repeat(starts, blocks) + np.arange(blocks.sum())
 
 
 class _Transfer:

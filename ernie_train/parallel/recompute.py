@@ -25,6 +25,7 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.attention import AttentionTables
 from ernie_train.model.kv_cache import KVCache
 from ernie_train.model.transformer import DecoderLayer, RouterOutput, run_layer
+from ernie_train.parallel.collectives import get_collectives
 
 Part = Literal["attention", "experts"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -173,10 +174,10 @@ def _chunks(tokens: int, size: int, together: bool) -> list[slice]:
     """Return slices of a micro-batch of `tokens` tokens, `size` each.
 
     With `together` every rank has as many, the last ones empty where its micro-batch is smaller,
-    because all ranks must run the all-to-alls of every chunk.
+    because all must run the all-to-alls of every chunk.
     """
     own = -(-tokens // size)
-    count = int(process_group.all_gather_ints([own]).max()) if together else own
+    count = get_collectives().most(own) if together else own
     return [slice(min(i * size, tokens), min((i + 1) * size, tokens)) for i in range(count)]
 
 

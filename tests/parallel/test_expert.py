@@ -12,7 +12,13 @@ from ernie_train.core.errors import ConfigError
 from ernie_train.core.process_group import Grid, set_grid
 from ernie_train.parallel import check_expert_degree, collectives
 from ernie_train.parallel.collectives import _partners
-from ernie_train.parallel.expert import _Combine, _StartDispatch, _Transfer, _WaitDispatch
+from ernie_train.parallel.expert import (
+    _Combine,
+    _expert_order,
+    _StartDispatch,
+    _Transfer,
+    _WaitDispatch,
+)
 from tests.parallel.empty_ranks import everything
 from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_config
@@ -103,11 +109,16 @@ def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
         told.update(keys)
         return task
 
+    def gathered(parts, own, group):
+        told.update(group=group)
+        parts += [own, own + 1]
+
     made = []
     monkeypatch.setattr(
         collectives, "paddle_distributed",
         SimpleNamespace(new_group=lambda ranks: made.append(ranks) or tuple(ranks),
-                        alltoall_single=all_to_all, all_reduce=summed, reduce=summed),
+                        alltoall_single=all_to_all, all_reduce=summed, reduce=summed,
+                        all_gather=gathered),
     )  # fmt: skip
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     monkeypatch.setenv("PADDLE_TRAINER_ID", "3")
@@ -117,6 +128,10 @@ def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
     assert told == {"sent": [4, 1], "received": [2, 1], "group": (2, 3), "sync_op": False}
     assert pending.wait().shape == [3, 7]
     assert told.pop("waited")
+    told.clear()
+    assert nccl.gather_counts([3, 4]).tolist() == [[3, 4], [4, 5]]
+    assert nccl.most(6) == 7
+    assert told == {"group": (2, 3)}  # an MoE layer does not wait for ranks of other groups
     everyone, replicas, flat = (0, 1, 2, 3), (1, 3), paddle.ones([2])
     for experts, dst, expected in (
         (False, None, {"group": everyone}),
@@ -129,6 +144,16 @@ def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
         assert pending.wait() is flat
         assert told["waited"]
     assert nccl.sent_bytes == 4 * 7 * 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_arrive_are_ordered_by_expert_then_by_rank(seed):
+    arriving = np.random.default_rng(seed).integers(0, 4, (3, 4))
+    rows = [(expert, rank) for rank in range(3) for expert in range(4)
+            for _ in range(arriving[rank, expert])]  # fmt: skip
+    order = _expert_order(arriving)
+    assert [rows[at] for at in order] == sorted(rows)
+    assert sorted(order) == list(range(len(rows)))
 
 
 @pytest.mark.parametrize(("degree", "keys", "message"), [
