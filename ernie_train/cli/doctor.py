@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from itertools import starmap
@@ -131,7 +130,8 @@ def _device() -> list[Finding]:
     of_peak = "" if device == "gpu" else _of_peak(setup)
     speed = f"{gflops:.0f} GFLOP/s{of_peak}, {MATMUL_SIZE} x {MATMUL_SIZE}, float32"
     advice = "" if device == "gpu" else matmul_advice(gflops, setup, os.getloadavg()[0])
-    findings = [Finding("device", device)]
+    findings = [Finding("device", device, _why_on_the_cpu() if device == "cpu" else "")]
+    findings += _gpus() if device == "gpu" else []
     findings += [Finding("CPU set-up", line) for line in cpu.cpu_setup_report()]
     findings.append(Finding("Paddle's matmul", speed, advice))
     findings.append(check_numpy_kernels(measure_numpy_gflops(), gflops, setup))
@@ -146,6 +146,30 @@ def _device() -> list[Finding]:
         used = f"Paddle's {FLASHMASK}" if there else f"plain operators; Paddle has no {FLASHMASK}"
         findings.append(Finding("attention kernel", used))
     return findings
+
+
+def _why_on_the_cpu() -> str:
+    """Return what keeps a GPU build of Paddle from a GPU; "" for the CPU build."""
+    import paddle
+
+    return (devices.why_no_gpu() or "") if paddle.is_compiled_with_cuda() else ""
+
+
+def _gpus() -> list[Finding]:
+    """Report each GPU, and the CUDA libraries that Paddle was built with."""
+    import paddle
+
+    findings = []
+    for index in range(paddle.device.cuda.device_count()):
+        gpu = paddle.device.cuda.get_device_properties(index)
+        memory, capability = f"{gpu.total_memory / 1e9:.0f} GB", f"{gpu.major}.{gpu.minor}"
+        has_it = paddle.amp.is_bfloat16_supported(f"gpu:{index}")
+        advice = "" if has_it else "it has no bfloat16: models are float32 on it, twice as large"
+        value = f"{gpu.name}, {memory}, compute capability {capability}"
+        findings.append(Finding(f"GPU {index}", value, advice))
+    version = paddle.version
+    libraries = f"CUDA {version.cuda()}, cuDNN {version.cudnn()}, NCCL {version.nccl()}"
+    return [*findings, Finding("Paddle's libraries", libraries)]
 
 
 def check_sandbox() -> Finding:
@@ -165,26 +189,13 @@ def check_sandbox() -> Finding:
     return Finding(name, layer, advice)
 
 
-def check_address() -> Finding:
-    """Report this machine's address for ranks on others, as Paddle's launcher resolves it."""
-    name = "address"
-    if os.environ.get("POD_IP"):
-        return Finding(name, f"{os.environ['POD_IP']} (POD_IP)")
-    advice = "for runs on several machines set POD_IP to an address that the others reach"
-    try:
-        address = socket.gethostbyname(socket.getfqdn(socket.gethostname()))
-    except OSError:
-        return Finding(name, "this machine's name leads to none", advice)
-    return Finding(name, address, advice if address.startswith("127.") else "")
-
-
 def _ranks() -> list[Finding]:
     import paddle
 
     gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     places, kind = (gpus, "GPU") if gpus else (cpu.cpu_setup().cores, "core")
     value = f"run --nproc {places} starts one for each {kind}"
-    return [Finding("ranks", value), check_address()]
+    return [Finding("ranks", value)]
 
 
 def _surroundings() -> list[Finding]:

@@ -96,7 +96,7 @@ def run(
     ] = LaunchSettings.hang_timeout_s,
     nnodes: Annotated[int, whole_number(min=1, help="machines")] = LaunchSettings.nnodes,
     master: Annotated[
-        str | None, typer.Option(help="address:port on one of the machines")
+        str | None, typer.Option(help="name or address of one of the machines, and a port there")
     ] = LaunchSettings.master,
     node_rank: Annotated[
         int, whole_number(min=-1, help="number of this machine; -1: in order of arrival")

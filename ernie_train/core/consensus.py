@@ -38,7 +38,7 @@ def fail_together() -> Iterator[None]:
     except ErnieTrainError as error:
         failure = error
     if not over_gloo():
-        # NCCL's collectives time out after half an hour, and one rank may have work for longer.
+        # In a collective of NCCL a rank would wait at full load, and for ever for one that died.
         wait_for_all_ranks()
     if not any_rank(failure is not None):
         return

@@ -14,7 +14,12 @@ def why_no_gpu() -> str | None:
     if not paddle.is_compiled_with_cuda():
         return "this Paddle is the CPU build; install requirements-gpu.txt"
     if paddle.device.cuda.device_count() == 0:
-        return "Paddle sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        # Paddle counts none too where the driver is older than its CUDA.
+        cuda = paddle.version.cuda().partition(".")[0]
+        return (
+            "Paddle sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES: the driver must be one "
+            f"for CUDA {cuda} or later"
+        )
     return None
 
 
@@ -37,9 +42,7 @@ def select_device(name: str) -> str:
         raise ConfigError(f"device: gpu was asked for, but {missing}")
     device = "cpu" if missing or name == "cpu" else "gpu"
     if device == "gpu":
-        # The launcher gives each rank its GPU in FLAGS_selected_gpus.
-        index = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"  # noqa: SIM112
-        paddle.set_device(f"gpu:{index}")
+        paddle.set_device(_own_gpu())
         # Routers and norms are float32 for their digits: no TF32, whose products have 11 bits.
         core.set_cublas_switch(False)
     else:
@@ -47,9 +50,22 @@ def select_device(name: str) -> str:
     return device
 
 
+def _own_gpu() -> str:
+    """Return this rank's GPU, which the launcher names in FLAGS_selected_gpus."""
+    index = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"  # noqa: SIM112
+    return f"gpu:{index}"
+
+
 def compute_dtype(device: str) -> str:
-    """Return the dtype of weights on a device: `bfloat16` on a GPU, else `float32`."""
-    return "bfloat16" if device == "gpu" else "float32"
+    """Return the dtype of weights on a device: `bfloat16` on a GPU that has it, else `float32`.
+
+    GPUs before Ampere (compute capability 8.0), such as T4 and V100, have no products in it.
+    """
+    import paddle
+
+    if device == "gpu" and paddle.amp.is_bfloat16_supported(_own_gpu()):
+        return "bfloat16"
+    return "float32"
 
 
 def seed_everything(seed: int) -> None:

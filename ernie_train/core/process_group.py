@@ -118,7 +118,8 @@ def require_backend(device: str) -> None:
     if found != wanted:
         raise ConfigError(
             f"device: the ranks talk over {found.lower()}, which does not go with device {device}: "
-            f"start them with --nproc, or with PADDLE_DISTRI_BACKEND={wanted.lower()}"
+            f"set `device: {device}` in the recipe and start them with --nproc, or with "
+            f"PADDLE_DISTRI_BACKEND={wanted.lower()}"
         )
 
 

@@ -13,10 +13,12 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
 from ernie_train.core.foreign_files import read_json
 from ernie_train.io.files import fingerprint, verify_manifest, write_json
@@ -27,6 +29,7 @@ ENVIRONMENT = "environment.json"  # versions of this toolkit and of its librarie
 RECEIPT = "export_receipt.json"
 DONE = "DONE"
 LOCK = ".lock"
+SHOWN_WITHIN_S = 10.0  # a shared file system shows what another machine wrote
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -67,6 +70,7 @@ class RunLock:
                 raise
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.fsync(descriptor)  # for other machines, see `require_shared`
         self._descriptor = descriptor
 
     def release(self) -> None:
@@ -104,6 +108,38 @@ def lock_owner(run_dir: str | Path) -> str | None:
         return None  # there are no locks
     finally:
         os.close(descriptor)
+
+
+def require_shared(run_dir: Path) -> None:
+    """Check that all ranks see the run directory whose lock rank 0 holds; every rank must call it.
+
+    Each of them writes a part of every checkpoint there.
+
+    Raises:
+        UserError: on all ranks, where one has another directory under that name.
+    """
+    if process_group.world_size() == 1:
+        return
+    lock = run_dir / LOCK
+    owner = consensus.run_on_main(lock.read_text)
+    with consensus.fail_together():
+        if not _is_shown(lock, owner):
+            raise UserError(
+                f"--run-dir {run_dir}: rank {process_group.rank()} on {socket.gethostname()} does "
+                f"not see what rank 0 ({owner.strip()}) wrote there: several machines need a run "
+                "directory that all of them share"
+            )
+
+
+def _is_shown(path: Path, text: str) -> bool:
+    end = time.monotonic() + SHOWN_WITHIN_S
+    while True:
+        with suppress(OSError):
+            if path.read_text() == text:
+                return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.2)
 
 
 def _blocked_by(descriptor: int, kind: int) -> str | None:

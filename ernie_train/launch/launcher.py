@@ -21,6 +21,7 @@ from pathlib import Path
 from ernie_train.core import processes
 from ernie_train.core.signals import StopFlag
 from ernie_train.launch import rank_files
+from ernie_train.launch.addresses import own_address
 
 HANG_TIMEOUT_S = 25.0  # below gloo's own time-out for collectives, 30 s
 # The launcher would read these in place of its options.
@@ -29,9 +30,11 @@ _LAUNCHER_VARIABLES = (
     "PADDLE_RUN_MODE", "PADDLE_LOG_LEVEL", "PADDLE_JOB_ID", "PADDLE_MAX_RESTART", "PADDLE_DEVICES",
     "PADDLE_ELASTIC_LEVEL", "PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM", "PADDLE_LOCAL_SIZE",
     "PADDLE_TRAINER_ENDPOINTS", "PADDLE_CURRENT_ENDPOINT", "PADDLE_START_PORT", "PADDLE_IPS",
+    "PADDLE_SORT_IP", "DISTRIBUTED_TRAINER_ENDPOINTS",
 )  # fmt: skip
 _BACKEND = "PADDLE_DISTRI_BACKEND"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DEALS_GPUS = "selected_dev_list[i]"  # the line of Paddle's launcher that gives a rank its GPU
 _FAILED_RANK = re.compile(r"^Container rank (\d+) status failed .* code (-?\d+) log", re.MULTILINE)
 
 
@@ -41,7 +44,7 @@ class LaunchSettings:
 
     nproc: int  # ranks on this machine
     nnodes: int = 1
-    master: str | None = None  # address:port that all machines reach, if there are several
+    master: str | None = None  # name or address, and port, that all machines reach
     node_rank: int = -1  # this machine's number; -1: the launcher assigns one
     max_restarts: int = 0
     hang_timeout_s: float = HANG_TIMEOUT_S
@@ -77,6 +80,11 @@ def failed_ranks(log: Path) -> dict[int, int]:
     return {int(local_rank): int(status) for local_rank, status in _FAILED_RANK.findall(text)}
 
 
+def lacks_gpus(log: Path) -> bool:
+    """Return whether the launcher ended because there are fewer GPUs than ranks."""
+    return _DEALS_GPUS in log.read_text("utf-8", "replace")
+
+
 def last_line(path: Path) -> str:
     """Return the last non-empty line of a text file, "" if there is none."""
     text = path.read_text("utf-8", "replace") if path.exists() else ""
@@ -89,7 +97,13 @@ def _options(settings: LaunchSettings, directory: Path) -> list[str]:
     if settings.nnodes == 1:
         # A host name may resolve to an address that the machine no longer has.
         return [*options, "--host=127.0.0.1"]
-    return [*options, f"--master={settings.master}", f"--rank={settings.node_rank}"]
+    host = own_address(str(settings.master))  # POD_IP, if it is set, takes its place
+    return [
+        *options,
+        f"--host={host}",
+        f"--master={settings.master}",
+        f"--rank={settings.node_rank}",
+    ]
 
 
 def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:

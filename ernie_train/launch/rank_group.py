@@ -15,7 +15,13 @@ from pathlib import Path
 
 from ernie_train.core import processes
 from ernie_train.launch import rank_files
-from ernie_train.launch.launcher import Launcher, LaunchSettings, failed_ranks, last_line
+from ernie_train.launch.launcher import (
+    Launcher,
+    LaunchSettings,
+    failed_ranks,
+    lacks_gpus,
+    last_line,
+)
 from ernie_train.launch.logs import RankLogs
 from ernie_train.launch.rank_files import RankExit, RankProcess
 
@@ -147,6 +153,9 @@ class RankGroup:
             message = f"rank {local_rank} of this machine {self._cause_of_death(local_rank)}"
             output = last_line(self._launcher.rank_log(local_rank))
             return ExitReport(1, f"{message}: {output}" if output else message, restartable=True)
+        if lacks_gpus(self._launcher.log):
+            few = "there are fewer GPUs here (nvidia-smi and CUDA_VISIBLE_DEVICES show them)"
+            return ExitReport(2, f"--nproc {self.settings.nproc}: {few}; each rank takes one")
         output = last_line(self._launcher.log) or "without a word"
         return ExitReport(1, f"Paddle's launcher ended: {output}", restartable=True)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.console import Console
 from ernie_train.core import processes
 from ernie_train.core.errors import ConfigError
 from ernie_train.core.signals import NOTICE, StopFlag
+from ernie_train.launch.addresses import is_master, resolve_master
 from ernie_train.launch.console import SafeConsole
 from ernie_train.launch.launcher import LaunchSettings
 from ernie_train.launch.logs import LOGS, RankLogs
@@ -20,7 +21,6 @@ from ernie_train.launch.rank_files import STAGES_SET_ASIDE, has_marker
 from ernie_train.launch.rank_group import POLL_S, ExitReport, RankGroup
 
 RECORD = "launches.jsonl"
-_ADDRESS = re.compile(r"[^:/\s]+:\d+")
 # Called with True once the stages that --from repeats have been set aside.
 Command = Callable[[bool], Sequence[str]]
 
@@ -35,9 +35,11 @@ def supervise(
     is killed. If output or logs cannot be written, the ranks go on.
 
     Raises:
-        ConfigError: the settings contradict each other.
+        ConfigError: the settings contradict each other, or the master is not to be found.
     """
     check_settings(settings)
+    if settings.master is not None:
+        settings = replace(settings, master=resolve_master(settings.master))
     processes.adopt_orphans()
     restarts, stages_set_aside, safe_console = 0, False, SafeConsole(console)
     with StopFlag(NOTICE) as stop:
@@ -67,7 +69,7 @@ def check_settings(settings: LaunchSettings) -> None:
     problems = []
     if settings.nnodes > 1 and settings.master is None:
         problems.append("--nnodes: several machines need --master ADDRESS:PORT to connect")
-    elif settings.master is not None and not _ADDRESS.fullmatch(settings.master):
+    elif settings.master is not None and not is_master(settings.master):
         problems.append(f"--master: expected ADDRESS:PORT, got {settings.master!r}")
     if settings.nnodes > 1 and settings.max_restarts > 0:
         problems.append(

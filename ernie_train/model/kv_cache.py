@@ -9,6 +9,7 @@ Q the most new tokens of a sequence, G = N/K query heads per key/value head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,10 +87,8 @@ class KVCache:
         """Keep the sequences `keep`, in that order, and drop the others."""
         heads = self.config.num_key_value_heads
         lanes = paddle.to_tensor((keep[:, None] * heads + np.arange(heads)).reshape(-1))
-        self.keys = [paddle.gather(x, lanes) for x in self.keys]
-        self.values = [paddle.gather(x, lanes) for x in self.values]
+        self._replace(lambda x: paddle.gather(x, lanes))
         self.lengths = self.lengths[keep]
-        self._update_row_views()
 
     def _grow(self, slots: int) -> None:
         if slots <= self.capacity:
@@ -103,10 +102,17 @@ class KVCache:
             layers = range(self.config.num_hidden_layers)
             self.keys = [room.clone() for _ in layers]
             self.values = [room.clone() for _ in layers]
+            self._update_row_views()
         else:
-            self.keys = [paddle.concat([x, room], axis=1) for x in self.keys]
-            self.values = [paddle.concat([x, room], axis=1) for x in self.values]
+            self._replace(lambda x: paddle.concat([x, room], axis=1))
         self.capacity = capacity
+
+    def _replace(self, made: Callable[[Tensor], Tensor]) -> None:
+        """Put `made(x)` in the place of all keys and values x, of which only one exists twice."""
+        self.key_rows = self.value_rows = []  # they share the memory
+        for stored in (self.keys, self.values):
+            for i in range(len(stored)):
+                stored[i] = made(stored[i])
         self._update_row_views()
 
     def _update_row_views(self) -> None:

@@ -36,8 +36,7 @@ LOGITS_TENSORS = {"cross_entropy": 2, "logprobs": 5}
 # Of rows in slots (model/batched_experts.py): tensors of a row's and of an expert's width in a
 # backward pass. Up to MOST_SLOTS_PER_ROW pad each row.
 SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 5, 4
-# Keys, then values, are copied as the cache grows; numpy's cache grows layer by layer.
-CACHE_GROWTH, NUMPY_CACHE_GROWTH = 1.5, 1.2
+NUMPY_CACHE_GROWTH = 1.2  # while it grows; of Paddle's, one layer's keys or values exist twice
 # CUDA context, NCCL's buffers and the workspaces of libraries: an allowance, not measured.
 GPU_RESERVE_BYTES = 3e9
 _FLOAT = 4
@@ -338,4 +337,5 @@ def rollout_bytes(
     first += tokens * sum(layer.values())
     cache = cache_bytes(config, sequences, sampling.prompt_tokens + sampling.new_tokens, width)
     logits = 2 * sequences * config.vocab_size * _FLOAT  # and probabilities
-    return copy + max(first, (NUMPY_CACHE_GROWTH if numpy else CACHE_GROWTH) * cache + logits)
+    cache *= NUMPY_CACHE_GROWTH if numpy else 1 + 0.5 / config.num_hidden_layers
+    return copy + max(first, cache + logits)

@@ -45,6 +45,7 @@ from ernie_train.io.run_dir import (
     StageDone,
     read_done,
     read_result,
+    require_shared,
     saved_steps,
     write_done,
 )
@@ -134,6 +135,7 @@ class Pipeline:
                 if process_group.is_main():
                     check_run_directory(self.run_dir, ENVIRONMENT, WRITTEN)
                     held.enter_context(RunLock(self.run_dir))
+            require_shared(self.run_dir)
             self.recipe = consensus.run_on_main(lambda: self.recipe.dated(tokenizer, self.run_dir))
             tokenizer = self.recipe.load_tokenizer(self.base_dir)
             model, lineage = self._begin(selection, stop, tokenizer)

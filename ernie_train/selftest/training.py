@@ -45,8 +45,8 @@ TIMED_STEPS = 5
 
 def low_precision(device: str) -> Result:
     """Compare loss and gradients of a batch in bfloat16 with float32."""
-    if device != "gpu":
-        raise Skip("CPUs train in float32: Paddle has no products in bfloat16 for them")
+    if compute_dtype(device) != "bfloat16":
+        raise Skip("this device trains in float32: Paddle has no products in bfloat16 for it")
     return precision_figures("bfloat16")
 
 
@@ -79,13 +79,12 @@ def training_step(device: str) -> Result:
         Figure(f"{name}, relative difference", abs(ours[name] / theirs[name] - 1), most=1e-3)
         for name in ("loss", "grad_norm", "last_loss")
     ]
-    trained = ours if device == "cpu" else train_small("bfloat16")
+    dtype = compute_dtype(device)
+    trained = ours if dtype == "float32" else train_small(dtype)
     figures.append(
         Figure("loss at the end / at first", trained["last_loss"] / trained["loss"], most=0.99)
     )
-    return Result(
-        figures, f"4 steps in {compute_dtype(device)}; float32 beside a CPU's plain operators"
-    )
+    return Result(figures, f"4 steps in {dtype}; float32 beside a CPU's plain operators")
 
 
 def recompute(device: str) -> Result:
@@ -107,7 +106,7 @@ def recompute(device: str) -> Result:
 def sampling(device: str) -> Result:
     """Compare the logprobs of sampled tokens with those of the forward pass of training."""
     figures = []
-    for dtype in ("float32", "bfloat16") if device == "gpu" else ("float32",):
+    for dtype in sorted({compute_dtype(device), "float32"}, reverse=True):
         model = new_trainer(small_config(), dtype).model
         errors = np.abs(_sampled_minus_trained(model))
         most = 1e-3 if dtype == "float32" else 0.5

@@ -1,6 +1,7 @@
 """The `doctor` report: what it finds and what it advises."""
 
 import io
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -45,9 +46,40 @@ def test_on_a_gpu_the_attention_kernel_that_will_run_is_named(
         return registered
 
     monkeypatch.setattr(doctor.devices, "kernel_available", available)
+    monkeypatch.setattr(doctor, "_gpus", list)
     findings = {finding.name: finding.value for finding in doctor._device()}
     assert findings["attention kernel"].startswith(expected)
     assert asked == [("flashmask_attention", "gpu")]
+
+
+def test_each_gpu_is_named_and_one_without_bfloat16_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import paddle
+
+    gpus = [
+        SimpleNamespace(name="NVIDIA H100", total_memory=85_028_765_696, major=9, minor=0),
+        SimpleNamespace(name="Tesla T4", total_memory=15_835_660_288, major=7, minor=5),
+    ]
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(paddle.device.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr(paddle.amp, "is_bfloat16_supported", lambda device: device == "gpu:0")
+    monkeypatch.setattr(paddle.version, "cuda", lambda: "12.6")
+    first, second, libraries = doctor._gpus()
+    assert first == ("GPU 0", "NVIDIA H100, 85 GB, compute capability 9.0", "")
+    assert second[:2] == ("GPU 1", "Tesla T4, 16 GB, compute capability 7.5")
+    assert "no bfloat16" in second.advice
+    assert libraries.value.startswith("CUDA 12.6, cuDNN ")
+
+
+def test_a_gpu_build_without_a_gpu_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    import paddle
+
+    assert doctor._why_on_the_cpu() == "", "a CPU build is what was installed"
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(paddle.version, "cuda", lambda: "12.6")
+    assert "the driver must be one for CUDA 12 or later" in doctor._why_on_the_cpu()
 
 
 def test_the_measured_matmul_has_the_speed_that_a_stopwatch_gives() -> None:

@@ -30,7 +30,8 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         devices.select_device("gpu")
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="sees no GPU; check nvidia-smi"):
+    monkeypatch.setattr(paddle.version, "cuda", lambda: "12.6")
+    with pytest.raises(ConfigError, match=r"sees no GPU; check nvidia-smi .* CUDA 12 or later"):
         devices.select_device("gpu")
     assert devices.select_device("auto") == "cpu"
 
@@ -47,9 +48,24 @@ def test_a_gpu_computes_float32_without_tf32(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FLAGS_selected_gpus", "3")
     assert devices.select_device("auto") == "gpu"
     assert said == ["gpu:3", False]
-    assert devices.compute_dtype("gpu") == "bfloat16"
     assert devices.select_device("cpu") == "cpu"
     assert said[2:] == ["cpu"] and devices.compute_dtype("cpu") == "float32"
+
+
+@pytest.mark.parametrize(("has_it", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_without_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, has_it: bool, dtype: str
+) -> None:
+    """A V100 or T4: cuBLAS has no such product for it, and FlashMask no kernel."""
+    import paddle
+
+    asked: list[str] = []
+    monkeypatch.setattr(
+        paddle.amp, "is_bfloat16_supported", lambda device: asked.append(device) or has_it
+    )
+    monkeypatch.setenv("FLAGS_selected_gpus", "3")
+    assert devices.compute_dtype("gpu") == dtype
+    assert asked == ["gpu:3"]
 
 
 def test_one_seed_for_all_generators() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ernie_train.core import processes
 from tests.launch.launched import Launch, left_behind, wait_for
 
 
@@ -191,3 +192,18 @@ def test_no_process_outlives_the_job(launch, tmp_path, victim):
     else:
         assert status == 1
         assert ("Paddle's launcher was killed" in err) == (victim == "launcher")
+
+
+# ---- several machines ----------------------------------------------------------------------------
+
+
+def test_machines_find_each_other_by_the_master_s_name(launch, tmp_path):
+    (port,) = processes.free_ports(1)
+    machines = [
+        launch("together", nproc=1, nnodes=2, master=f"localhost:{port}", node_rank=number)
+        for number in range(2)
+    ]
+    ends = [machine.end() for machine in machines]
+    assert [(status, err) for status, _, err in ends] == [(0, ""), (0, "")]
+    assert "step 3 of rank 0" in ends[0][1]
+    assert "step 3 of rank 1" in (tmp_path / "logs/rank_1.log").read_text()

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ernie_train.launch import LaunchSettings, launcher
+from ernie_train.launch.console import SafeConsole
+from ernie_train.launch.logs import RankLogs
+from ernie_train.launch.rank_group import RankGroup
 from tests.launch.launched import wait_for
 
 # Stands in for the interpreter that runs the launcher. CUDA counts up to the first wrong number.
@@ -37,13 +41,19 @@ path.with_suffix(".tmp").replace(path.with_suffix(".json"))
 """
 
 
+def stand_in(tmp_path: Path, gpus: int) -> Path:
+    """An interpreter that finds so many GPUs."""
+    machine = tmp_path / "machine"
+    machine.write_text(MACHINE.format(python=sys.executable, gpus=gpus))
+    machine.chmod(0o755)
+    return machine
+
+
 def environments(
     tmp_path: Path, patch: pytest.MonkeyPatch, *, gpus: int, hide_gpus: bool
 ) -> list[dict[str, str]]:
     """What two ranks find in their environment on a machine with so many GPUs."""
-    machine, rank = tmp_path / "machine", tmp_path / "rank.py"
-    machine.write_text(MACHINE.format(python=sys.executable, gpus=gpus))
-    machine.chmod(0o755)
+    machine, rank = stand_in(tmp_path, gpus), tmp_path / "rank.py"
     rank.write_text(RANK)
     command = [sys.executable, "-u", str(rank), str(tmp_path)]
     with patch.context() as pretended:
@@ -85,6 +95,18 @@ def test_each_rank_gets_its_gpu_where_it_may_have_one(tmp_path, monkeypatch):
     assert [rank["FLAGS_selected_gpus"] for rank in found] == ["0", "1"]
     assert all(rank["CUDA_VISIBLE_DEVICES"] == "2,5" for rank in found)
     assert not any("PADDLE_DISTRI_BACKEND" in rank for rank in found)
+
+
+def test_fewer_gpus_than_ranks_are_the_user_s_mistake(tmp_path, monkeypatch):
+    """Paddle's launcher ends with `list index out of range`."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(launcher.sys, "executable", str(stand_in(tmp_path, gpus=1)))
+    logs = RankLogs(None, "2 ranks", SafeConsole(Console()))
+    with RankGroup([str(tmp_path / "never")], LaunchSettings(2), logs) as ranks:
+        wait_for(lambda: ranks.exit_report() is not None, "the launcher did not end")
+        report = ranks.exit_report()
+    assert report is not None and report.status == 2 and not report.restartable
+    assert report.message.startswith("--nproc 2: there are fewer GPUs here")
 
 
 def test_the_launcher_s_log_tells_how_a_rank_died(tmp_path):

@@ -19,6 +19,7 @@ import ernie_train  # noqa: F401
 from ernie_train.cli.main import main
 from ernie_train.core import process_group
 from ernie_train.core.errors import StorageError
+from ernie_train.io import run_dir
 from tests.kept_workers import kept_workers
 
 
@@ -60,6 +61,7 @@ def hide(name: str, files: list[str], value: object) -> Any:
     return patch.object(Path, name, blind)
 
 
+run_dir.SHOWN_WITHIN_S = 0.1
 statuses = []
 for number, command in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     with ExitStack() as held, kept_workers():

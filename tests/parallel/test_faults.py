@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ernie_train.io.run_dir import LOCK
 from tests.parallel.ranks import start_on_ranks
 from tests.rl.upo_stages import GAE, REWARD, merged, stage, write_prompts
 from tests.workspace import make_workspace
@@ -56,6 +57,7 @@ def told(tmp_path_factory) -> dict[str, Any]:
     ]
     commands += [command("rl", "rl", rank=1, blind=UNSEEN), command("sft", "sft")]
     commands += [command("sft", "sft", rank=1, blind=UNSEEN)]
+    commands += [command("sft", "unshared", rank=1, blind=[LOCK])]
     listed = root / "commands.json"
     listed.write_text(json.dumps(commands))
     printed = start_on_ranks(RANKS, "faults.py", listed, timeout_s=500)
@@ -70,10 +72,17 @@ def test_a_rank_that_cannot_write_ends_all_with_its_message(told, number):
     name = next(iter(FAULTS[number][2].values())).partition(":")[2]
     message = f"error: no room for {name} " if name else "cannot write: the disk is full"
     assert told["printed"].count(message) == 1
-    assert told["printed"].count("error:") == len(FAULTS), "one message each"
+    assert told["printed"].count("error:") == len(FAULTS) + 1, "one message each"
 
 
 def test_rank_0_alone_decides_what_is_there(told):
     """Offline pairs, a finished stage, evaluation and export that another rank does not see yet."""
-    assert [rank[len(FAULTS) :] for rank in told["statuses"]] == [[0, 0, 0]] * RANKS
+    assert [rank[len(FAULTS) : -1] for rank in told["statuses"]] == [[0, 0, 0]] * RANKS
     assert "done before, 2 steps" in told["printed"]
+
+
+def test_a_run_directory_that_is_another_one_on_a_rank_is_refused_before_anything_is_trained(told):
+    """As on machines that share no disk: each rank writes a part of every checkpoint."""
+    assert [rank[-1] for rank in told["statuses"]] == [2] * RANKS
+    assert "does not see what rank 0 (process" in told["printed"]
+    assert "a run directory that all of them share" in told["printed"]

@@ -57,7 +57,7 @@ PACKAGES: dict[str, str] = {
     "rl.rollout": "records files grading sampler second_reward",
     "rl": "config batch routing critic preference_data pair_stage estimators reward data rollout"
     " report pairs loss learner loop dpo",
-    "launch": "console rank_files logs launcher rank_group supervise cores",
+    "launch": "addresses console rank_files logs launcher rank_group supervise cores",
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
     "report": "run_files curves overview reading page",

@@ -197,6 +197,9 @@ def test_ranks_that_differ_are_found() -> None:
 
 def test_flashmask_is_compared_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome_of("flashmask").status == SKIPPED
+    monkeypatch.setattr(kernels, "compute_dtype", lambda device: "float32")
+    assert outcome_of("flashmask", "gpu").status == SKIPPED, "a GPU without bfloat16"
+    monkeypatch.setattr(kernels, "compute_dtype", lambda device: "bfloat16")
     monkeypatch.setattr(kernels, "flashmask_available", lambda x: True)
     # Any kernel in bfloat16 stands for it: the one that replaces it on a CPU.
     monkeypatch.setattr(kernels, "flashmask_document_attention", kernels.document_attention)
