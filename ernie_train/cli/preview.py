@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def preview_data(
     read = ReadReport(data)
     found = iter_records(data, "auto", read, settings.columns)
     if settings.row is not None:
-        read.most_listed = sys.maxsize  # the row may be any of those left out
+        read.wanted = partial(_is_row, row=settings.row)  # it may be any of those left out
         _print_one(found, read, settings.row, tokenizer, settings, console)
         return
     records = list(islice(found, settings.most_rows or None))
@@ -86,7 +86,7 @@ def preview_data(
         if kind == "sft" and (line := forgeable_turns(tokenizer)):
             console.print(line, highlight=False)
         read.left_out, read.dropped = report.sources[0].left_out, report.sources[0].dropped
-    _print_left_out(grouped(read.bad + read.left_out, read.dropped), console)
+    _print_left_out(grouped(read.bad, read.left_out, read.dropped), console)
 
 
 def preview_tokenizer(model: Path | None, tokenizer: Path | None) -> Tokenizer | None:
@@ -110,7 +110,7 @@ def _print_one(
         if _is_row(record.source, row):
             _print_record(record, tokenizer, settings, console)
             return
-    for left_out in read.bad + read.left_out:
+    for left_out in read.bad.listed + read.left_out:
         if _is_row(left_out.source, row):
             console.print(f"left out: {left_out}", highlight=False)
             return
@@ -207,7 +207,7 @@ def _encoded(
     read = ReadReport(record.source)
     documents, report = encode_records([record], read, tokenizer, kind=kind, seq_len=seq_len)
     source = report.sources[0]
-    if left_out := source.bad + source.left_out:
+    if left_out := source.bad.listed + source.left_out:
         raise DataError(left_out[0].reason)
     return [("", document) for document in documents]
 
@@ -230,4 +230,4 @@ def _print_left_out(reasons: list[str], console: Console) -> None:
     for reason in reasons[:SHOWN_LEFT_OUT]:
         console.print(f"left out: {reason}", highlight=False)
     if len(reasons) > SHOWN_LEFT_OUT:
-        console.print(f"and {len(reasons) - SHOWN_LEFT_OUT} other reasons")
+        console.print("and other reasons")

@@ -17,7 +17,7 @@ from ernie_train.data.files import find_files
 from ernie_train.data.formats import Column, Columns, MappedRows, parse_columns
 from ernie_train.data.loader import Batch, ConsecutiveLoaders, PackedLoader
 from ernie_train.data.packing import pack_documents
-from ernie_train.data.reader import BadRow, ReadReport, Record, iter_records, read_records
+from ernie_train.data.reader import ReadReport, Record, iter_records, read_records
 from ernie_train.data.report import DataReport, SourceReport, preview
 from ernie_train.data.sources import DataSource, encode_records, load_sources, refit
 from ernie_train.data.tokenizer import (
@@ -30,7 +30,6 @@ from ernie_train.data.tokenizer import (
 
 __all__ = [
     "SHIPPED_TEMPLATES",
-    "BadRow",
     "Batch",
     "ChatFormat",
     "ChatTemplate",

@@ -14,6 +14,7 @@ most $ERNIE_TRAIN_CACHE_GB; what a process has opened stays.
 A directory may also hold `found.json` alone: what was found out about rows (`remember`).
 """
 
+import atexit
 import fcntl
 import functools
 import hashlib
@@ -26,7 +27,7 @@ import uuid
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,7 +159,8 @@ def _is_at(stream: IO[bytes], path: Path) -> bool:
         return False
 
 
-_held: list[IO[bytes]] = []  # locks of what this process maps; they end with it
+_held = ExitStack()  # locks of what this process maps
+atexit.register(_held.close)
 
 
 def hold(directory: Path) -> None:
@@ -171,7 +173,7 @@ def hold(directory: Path) -> None:
                 break
             stream.close()  # of a directory that was removed meanwhile
         os.utime(directory / IN_USE)
-    _held.append(stream)
+    _held.enter_context(stream)
 
 
 def cache_bound() -> int:

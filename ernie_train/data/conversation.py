@@ -78,7 +78,7 @@ class Conversation:
         template: ChatTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._renderings: dict[tuple[Any, ...], tuple[Sequence[Message], Rendering]] = {}
+        self._renderings: dict[str, Rendering] = {}
         self.template = template or require_chat_template(self.required_tokenizer)
         self.history = tokenizer.chat.history_reasoning if tokenizer else "template"
         self.tools = None if not tools else self._marked(canonical_tools(tools), "a tool")
@@ -143,16 +143,12 @@ class Conversation:
         return self._rendering(messages, ask)[0]
 
     def _rendering(self, messages: Sequence[Message], ask: bool = False) -> Rendering:
-        """Return text and generation blocks, rendered once: most of encoding a row is rendering.
-
-        Messages are known by their identity, for they are not changed in place; held here, they
-        keep it to themselves.
-        """
-        key = (ask, *map(id, messages))
+        """Return text and generation blocks, rendered once: most of encoding a row is rendering."""
+        key = repr((ask, messages))
         if (known := self._renderings.get(key)) is None:
             made = self.template.render_spans(messages, self.tools, add_generation_prompt=ask)
-            known = self._renderings[key] = (tuple(messages), made)
-        return known[1]
+            known = self._renderings[key] = made
+        return known
 
     def _with_all_reasoning(self, messages: Sequence[Message], ask: bool) -> str:
         """Render every assistant turn as the template renders the last one.

@@ -4,7 +4,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import product
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from ernie_train.data.cache import DocumentStore
 from ernie_train.data.chat import ChatTraining, drop_thinking, encode_chat, encode_conversation
 from ernie_train.data.documents import DocumentBuilder, Documents
 from ernie_train.data.formats import MappedRows, Record
-from ernie_train.data.reader import BadRow, HeldOut, ReadReport, iter_records
+from ernie_train.data.reader import BadRow, BadRows, HeldOut, ReadReport, iter_records
 from ernie_train.data.report import SourceReport
 from ernie_train.data.tokenizer import Tokenizer
 
@@ -148,8 +148,10 @@ class SourceEncoding:
         if not store.state:
             return
         read, counts = dict(store.state["read"]), dict(store.state["counts"])
-        for report, name in product((read, counts), ("bad", "left_out")):
-            report[name] = [BadRow(*row) for row in report[name]]
+        for report in (read, counts):
+            report["left_out"] = [BadRow(**row) for row in report["left_out"]]
+            bad = report["bad"]
+            report["bad"] = BadRows(**{**bad, "listed": [BadRow(**row) for row in bad["listed"]]})
         for report, names in ((read, ("dropped", "unread")), (counts, ("dropped", "notes"))):
             report.update({name: Counter(report[name]) for name in names})
         self.read = ReadReport(**read)
@@ -178,7 +180,7 @@ class SourceEncoding:
             self.lengths.extend(len(ids) for ids, _ in samples)
             pieces = _fit_all(samples, self.seq_len, self.source.overlong, self.counts)
         except DataError as error:
-            self.read.bad.append(BadRow(record.source, str(error)))
+            self.read.add_bad(record.source, str(error))
         except _Dropped as reason:
             self.counts.drop(str(reason), record.source)
         else:
@@ -198,9 +200,8 @@ class SourceEncoding:
 
 def _plain(report: ReadReport | SourceReport) -> dict[str, Any]:
     values = {key: value for key, value in vars(report).items() if key != "lengths"}
-    for name in ("bad", "left_out"):
-        values[name] = [[row.source, row.reason] for row in values[name]]
-    return values
+    left_out = [asdict(row) for row in report.left_out]
+    return {**values, "bad": asdict(report.bad), "left_out": left_out}
 
 
 def _fit_all(

@@ -49,32 +49,64 @@ class BadRow:
         return f"{self.source}: {self.reason}"
 
 
-def grouped(rows: Sequence[BadRow], counts: Mapping[str, int] | None = None) -> list[str]:
+@dataclass
+class BadRows:
+    """Count bad rows and list some: the first ones, and the first of each of the first reasons.
+
+    reasons: the number of rows of each of the first reasons. What is kept does not grow with the
+    number of rows.
+    """
+
+    count: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    listed: list[BadRow] = field(default_factory=list)
+
+    def add(self, row: BadRow, *, listed: bool = False) -> None:
+        """Count a row; `listed` lists it wherever it stands."""
+        self.count += 1
+        is_new = row.reason not in self.reasons and len(self.reasons) < LISTED_ROWS
+        if is_new:
+            self.reasons[row.reason] = 0
+        if row.reason in self.reasons:
+            self.reasons[row.reason] += 1
+        if listed or is_new or self.count <= LISTED_ROWS:
+            self.listed.append(row)
+
+    def update(self, other: "BadRows") -> None:
+        """Count the rows of another path too."""
+        self.count += other.count
+        for reason, count in other.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.listed += other.listed
+
+
+def grouped(bad: BadRows, left_out: Sequence[BadRow], dropped: Mapping[str, int]) -> list[str]:
     """Return a line for each reason: how many rows have it, and the first of them.
 
-    `counts` are those of reasons of which `rows` lists the first rows alone.
+    `dropped` are the numbers of the reasons of which `left_out` lists the first rows alone.
     """
-    by_reason: dict[str, list[BadRow]] = {}
-    for row in rows:
-        by_reason.setdefault(row.reason, []).append(row)
-    lines = []
-    for reason, found in by_reason.items():
-        count = max(len(found), (counts or {}).get(reason, 0))
-        several = f"{count} rows: {reason}, first at {found[0].source}"
-        lines.append(several if count > 1 else str(found[0]))
-    return lines
+    first: dict[str, BadRow] = {}
+    for row in [*bad.listed, *left_out]:
+        first.setdefault(row.reason, row)
+    counts = {**bad.reasons, **dropped}
+    return [
+        f"{counts[reason]} rows: {reason}, first at {row.source}"
+        if counts[reason] > 1
+        else str(row)
+        for reason, row in first.items()
+    ]
 
 
 def remarks(
     path: str,
     dropped: Mapping[str, int],
-    bad: Sequence[BadRow],
+    bad: BadRows,
     unread: Mapping[str, int],
     passed_over: str,
 ) -> list[str]:
     """Return a line for everything of a path that was left out or is not read."""
     reasons = [f"{count} {reason}" for reason, count in dropped.items()]
-    reasons += [f"{len(bad)} bad, first {bad[0]}"] if bad else []
+    reasons += [f"{bad.count} bad, first {bad.listed[0]}"] if bad.count else []
     keys = ", ".join(f"{key} ({count})" for key, count in sorted(unread.items()))
     told = {
         f"left out of {path}": "; ".join(reasons),
@@ -91,19 +123,20 @@ def splits_warning(path: str, splits: list[str]) -> str:
 
 @dataclass
 class ReadReport:
-    """Count the rows read from a path and the rows kept, and list the bad rows.
+    """Count the rows read from a path, the rows kept and the bad rows.
 
     dropped: rows left out for a reason that is no fault, by reason.
     unread: keys of messages that nothing reads, with the number of rows that have them.
     passed_over: names in a directory that hold no rows.
     splits: names of splits such as train and test, where the files are of several.
+    wanted: says of a source ("file:line") whether its row is listed, though many were left out.
     """
 
     path: str
     format: str = ""
     rows: int = 0
     kept: int = 0
-    bad: list[BadRow] = field(default_factory=list)
+    bad: BadRows = field(default_factory=BadRows)
     dropped: Counter[str] = field(default_factory=Counter)
     left_out: list[BadRow] = field(default_factory=list)  # the first dropped rows
     unread: Counter[str] = field(default_factory=Counter)
@@ -112,7 +145,7 @@ class ReadReport:
     splits: list[str] = field(default_factory=list)
     bytes_total: int = 0
     bytes_read: int = 0
-    most_listed: int = LISTED_ROWS  # of dropped rows
+    wanted: Callable[[str], bool] | None = None
 
     def add_format(self, name: str) -> None:
         if name not in self.format.split("+"):
@@ -121,8 +154,15 @@ class ReadReport:
     def drop(self, reason: str, source: str) -> None:
         """Count a row that is left out, and name it if it is one of the first."""
         self.dropped[reason] += 1
-        if len(self.left_out) < self.most_listed:
+        if len(self.left_out) < LISTED_ROWS or self._is_wanted(source):
             self.left_out.append(BadRow(source, reason))
+
+    def add_bad(self, source: str, reason: str) -> None:
+        """Count a row that cannot be read."""
+        self.bad.add(BadRow(source, reason), listed=self._is_wanted(source))
+
+    def _is_wanted(self, source: str) -> bool:
+        return self.wanted is not None and self.wanted(source)
 
     def note_unread_fields(self, record: Record) -> None:
         """Count the keys of a row that training does not read."""
@@ -147,13 +187,13 @@ class ReadReport:
         """
         if not self.rows:
             raise DataError(f"{self.path} holds no rows")
-        if len(self.bad) > max_bad_fraction * self.rows:
-            shown = "\n".join(f"  {row}" for row in self.bad[:SHOWN_BAD_ROWS])
-            more = len(self.bad) - SHOWN_BAD_ROWS
+        if self.bad.count > max_bad_fraction * self.rows:
+            shown = "\n".join(f"  {row}" for row in self.bad.listed[:SHOWN_BAD_ROWS])
+            more = self.bad.count - SHOWN_BAD_ROWS
             rest = f"\n  and {more} more" if more > 0 else ""
             rest += f"\n{remedy}" if remedy else ""
             raise DataError(
-                f"{self.path}: {len(self.bad)} of {self.rows} rows are bad, more than "
+                f"{self.path}: {self.bad.count} of {self.rows} rows are bad, more than "
                 f"max_bad_fraction {max_bad_fraction:g} allows:\n{shown}{rest}"
             )
 
@@ -275,7 +315,7 @@ def _file_records(
         except BlankAnswer as reason:
             report.drop(str(reason), source)
         except RowError as error:
-            report.bad.append(BadRow(source, str(error)))
+            report.add_bad(source, str(error))
         else:
             report.unread.update(record.unread)
             yield record

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ernie_train.data.documents import EncodedDocument
-from ernie_train.data.reader import LISTED_ROWS, BadRow, remarks, splits_warning
+from ernie_train.data.reader import LISTED_ROWS, BadRow, BadRows, remarks, splits_warning
 from ernie_train.data.tokenizer import Tokenizer
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -38,7 +38,7 @@ class SourceReport:
     overlong: str
     rows: int = 0
     kept: int = 0
-    bad: list[BadRow] = field(default_factory=list)
+    bad: BadRows = field(default_factory=BadRows)
     dropped: Counter[str] = field(default_factory=Counter)
     left_out: list[BadRow] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
@@ -77,8 +77,8 @@ class SourceReport:
             "weight": self.weight,
             "rows": self.rows,
             "kept": self.kept,
-            "bad": len(self.bad),
-            "bad_rows": [str(row) for row in self.bad[:LISTED_ROWS]],
+            "bad": self.bad.count,
+            "bad_rows": [str(row) for row in self.bad.listed[:LISTED_ROWS]],
             "dropped": dict(self.dropped),
             "dropped_rows": [str(row) for row in self.left_out],
             "unread": dict(self.unread),
@@ -97,19 +97,24 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """Hold the reports of all sources; `packing_fill` is the share of tokens not padding, 0..1."""
+    """Hold the reports of all sources; `packing_fill` is the share of tokens not padding, 0..1.
+
+    `warnings` are of settings that do not go with the rows.
+    """
 
     sources: list[SourceReport]
     seq_len: int
     packing_fill: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
     def total(self) -> SourceReport:
         """Return the sum of all sources."""
         total = SourceReport("total", "", 1.0, "")
-        counts = "rows kept bad documents tokens trainable_tokens over_seq_len truncated"
+        counts = "rows kept documents tokens trainable_tokens over_seq_len truncated"
         for source in self.sources:
             for name in counts.split():
                 setattr(total, name, getattr(total, name) + getattr(source, name))
+            total.bad.update(source.bad)
             total.dropped.update(source.dropped)
             total.notes.update(source.notes)
         if self.sources:
@@ -158,6 +163,8 @@ class DataReport:
                     "raise seq_len, or set overlong: truncate",
                 )
                 text.append("\n").append_text(warning)
+        for line in self.warnings:
+            text.append("\n").append(f"warning: {line}", LOUD)
         return text
 
     def _left_out(self) -> list[str]:

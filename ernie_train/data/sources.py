@@ -168,6 +168,6 @@ def _nothing_left(reports: list[SourceReport]) -> str:
     lines = []
     for report in reports:
         reasons = [f"{count} {reason}" for reason, count in report.dropped.items()]
-        reasons += [f"{len(report.bad)} bad"] if report.bad else []
+        reasons += [f"{report.bad.count} bad"] if report.bad.count else []
         lines.append(f"  {report.path}: {report.rows} rows; {', '.join(reasons) or 'none kept'}")
     return "the data leaves nothing to train on:\n" + "\n".join(lines)

@@ -21,9 +21,11 @@ from ernie_train.model.batch_layout import BatchLayout
 TokenArrays = Sequence[np.ndarray | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedCompletion:
     """A prompt and a completion of it, as token ids; they are never tokenized again.
+
+    Two of the same tokens are two: sampling may well give them, and each has its reward.
 
     sampled_mask: which tokens of the completion the policy sampled, where others stand between
         them, such as tool outputs. Only those have logprobs, values and advantages, and are
@@ -38,10 +40,8 @@ class TokenizedCompletion:
     prompt_ids: list[int]
     completion_ids: list[int]
     sampled_mask: list[bool] | None = field(default=None, kw_only=True)
-    expert_ids: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
-    prompt_expert_ids: np.ndarray | None = field(
-        default=None, kw_only=True, compare=False, repr=False
-    )
+    expert_ids: np.ndarray | None = field(default=None, kw_only=True, repr=False)
+    prompt_expert_ids: np.ndarray | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         mask = self.sampled_mask

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ernie_train.core.errors import ConfigError, DataError
-from ernie_train.data import BadRow, ReadReport, Record, Tokenizer
+from ernie_train.data import ReadReport, Record, Tokenizer
 from ernie_train.data.packing import epoch_order
 from ernie_train.data.report import too_long_warning
 from ernie_train.environments import Toolbox, open_toolbox
@@ -150,7 +150,7 @@ def encode_prompts(
         try:
             ids = encode_prompt(tokenizer, record)
         except DataError as error:
-            report.bad.append(BadRow(record.source, str(error)))
+            report.add_bad(record.source, str(error))
             continue
         if len(ids) > longest:
             too_long.append(len(ids))

@@ -114,8 +114,9 @@ class Learner:
         if rollout.groups:
             if self.reference is not None:
                 metrics["kl"] = float(np.mean(np.concatenate(_kl(batch, "k3")), dtype=np.float64))
-            batch, more = self._with_advantages(batch, rollout)
-            metrics |= more
+            if self.config.policy.coef:
+                batch, more = self._with_advantages(batch, rollout)
+                metrics |= more
         return batch, metrics
 
     def _logprobs_before_update(self, batch: RolloutBatch) -> list[np.ndarray | None]:

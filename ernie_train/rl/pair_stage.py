@@ -15,10 +15,8 @@ from ernie_train.data.reader import prompts_of
 from ernie_train.rl.preference_data import PromptReport, TokenizedPair, read_fitting_pairs
 from ernie_train.train.loss_terms import BatchT, LossFn, ModelT
 from ernie_train.train.moe_health import PromptProbe
-from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.stage import StageConfig, StageData, StageRun
 from ernie_train.train.step_loop import StepLoop
-from ernie_train.train.trainer import Trainer
 
 
 class PairStageConfig(StageConfig, MappedRows):
@@ -118,18 +116,13 @@ class PairRun(StepLoop[ModelT, BatchT]):
         model: ModelT,
         loss: LossFn[ModelT, BatchT],
     ) -> None:
-        self.prepared, self.model = prepared, model
-        trainer: Trainer[ModelT, BatchT] = Trainer(
-            model,
-            Optimizer(model, config.optim),
-            grad_accum_steps=config.micro_batches_per_step,
-            balance=config.balance,
-        )
+        self.prepared = prepared
         super().__init__(
             config,
             stage,
-            trainer,
+            model,
             loss,
+            grad_accum_steps=config.micro_batches_per_step,
             steps=config.steps,
             validate_every=config.validation_interval,
         )

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from ernie_train.core.errors import DataError
 from ernie_train.data import (
-    BadRow,
     Columns,
     ReadReport,
     Record,
@@ -53,14 +52,14 @@ def add_pairs(
 
     A completion that is there already, the same object, keeps its place.
     """
-    places = {id(sequence): at for at, sequence in enumerate(sequences)}
+    places = {sequence: at for at, sequence in enumerate(sequences)}
     found = []
     for pair in pairs:
         for completion in pair.completions:
-            if id(completion) not in places:
-                places[id(completion)] = len(sequences)
+            if completion not in places:
+                places[completion] = len(sequences)
                 sequences.append(completion)
-        found.append(PreferencePair(places[id(pair.chosen)], places[id(pair.rejected)]))
+        found.append(PreferencePair(places[pair.chosen], places[pair.rejected]))
     return found
 
 
@@ -154,7 +153,7 @@ def read_fitting_pairs(
         longest_pair = max(c.length for pair in pairs for c in pair.completions)
         warnings = [too_long_warning(what, bound, longest_pair, "raise it, or shorten them")]
     warnings += [Text(line, "yellow") for line in read.remarks()]
-    return fitting, facts | {"bad": list(map(str, read.bad))}, warnings
+    return fitting, facts | {"bad": list(map(str, read.bad.listed))}, warnings
 
 
 def read_pairs(
@@ -182,7 +181,7 @@ def read_pairs(
                 pair = replace(pair, margin=_margin(record.fields))
                 record.fields.pop("margin", None)
         except DataError as error:
-            report.bad.append(BadRow(record.source, str(error)))
+            report.add_bad(record.source, str(error))
             continue
         if pair is None:
             others += 1

@@ -13,7 +13,7 @@ from ernie_train.core.errors import Interrupted
 from ernie_train.io.metrics_log import PendingLine, StageMetrics
 from ernie_train.train.loss_terms import BatchT, LossFn, ModelT
 from ernie_train.train.moe_health import MoeHealth
-from ernie_train.train.optimizer import optimizer_arrays, restore_optimizer
+from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageConfig, StageRun
 from ernie_train.train.trainer import StepResult, Throughput, Trainer
 from ernie_train.weights.adapters import from_disk, to_disk
@@ -23,10 +23,12 @@ from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
 class StepLoop(ABC, Generic[ModelT, BatchT]):
     """Runs a stage of optimizer steps from its latest checkpoint to its end.
 
-    A kind of stage derives from it, gives it a trainer and a loss, and says what is its own:
-    batches, validation, and further state. A stop loses no step: the line of a step that was not
-    validated yet stands in the checkpoint.
+    A kind of stage derives from it, gives it a loss, and says what is its own: batches, validation,
+    and further state. A stop loses no step: the line of a step that was not validated yet stands in
+    the checkpoint.
 
+    model: what the loss takes, the stage's model or one around it.
+    grad_accum_steps: micro-batches of a step.
     steps: of the whole stage.
     validate_every: steps between two validations; None for a stage without any.
     """
@@ -35,13 +37,20 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
         self,
         config: StageConfig,
         stage: StageRun,
-        trainer: Trainer[ModelT, BatchT],
+        model: ModelT,
         loss: LossFn[ModelT, BatchT],
         *,
+        grad_accum_steps: int,
         steps: int,
         validate_every: int | None,
     ) -> None:
-        self.config, self.stage, self.trainer, self.loss = config, stage, trainer, loss
+        self.config, self.stage, self.model, self.loss = config, stage, model, loss
+        self.trainer: Trainer[ModelT, BatchT] = Trainer(
+            model,
+            Optimizer(model, config.optim),
+            grad_accum_steps=grad_accum_steps,
+            balance=config.balance,
+        )
         self.steps, self.validate_every = steps, validate_every
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
         self.validation: dict[str, float] = {}

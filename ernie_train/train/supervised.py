@@ -16,7 +16,6 @@ from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Lockstep
 from ernie_train.train.loss_terms import LossFn, LossOutput, LossTerm, Mean
-from ernie_train.train.optimizer import Optimizer
 from ernie_train.train.rope_schedule import RopeSchedule
 from ernie_train.train.stage import StageRun
 from ernie_train.train.step_loop import StepLoop
@@ -29,7 +28,6 @@ from ernie_train.train.supervised_data import (
     batch_source,
     total_steps,
 )
-from ernie_train.train.trainer import Trainer
 from ernie_train.weights.checkpoint import Checkpoint
 
 
@@ -103,17 +101,12 @@ class _SupervisedRun(StepLoop[Ernie4_5_MoeForCausalLM, Batch]):
         self.source = batch_source(config, prepared)
         # Phases are relative to the base at the stage's start, not to that of a checkpoint.
         start_theta = stage.model.model.rope_theta
-        trainer: Trainer[Ernie4_5_MoeForCausalLM, Batch] = Trainer(
-            stage.model,
-            Optimizer(stage.model, config.optim),
-            grad_accum_steps=config.grad_accum_steps,
-            balance=config.balance,
-        )
         super().__init__(
             config,
             stage,
-            trainer,
+            stage.model,
             loss,
+            grad_accum_steps=config.grad_accum_steps,
             steps=total_steps(config, prepared),
             validate_every=config.validation_interval,
         )

@@ -189,7 +189,14 @@ def prepare(config: PretrainConfig | SftConfig, data: StageData) -> SupervisedDa
 
     documents, report = read(config.data)
     validation = read(config.validation)[0] if config.validation else []
-    return SupervisedData(documents, report, validation, _loaders(config, data, documents))
+    prepared = SupervisedData(documents, report, validation, _loaders(config, data, documents))
+    steps, warmup = total_steps(config, prepared), config.optim.warmup_steps
+    if config.epochs is not None and warmup >= steps:  # recipe_warnings knows steps that are given
+        report.warnings.append(
+            f"stages.{config.name}.optim.warmup_steps={warmup} does not end within the {steps} "
+            f"steps of {config.epochs} epochs: the rate never reaches lr"
+        )
+    return prepared
 
 
 def _loaders(
@@ -271,14 +278,6 @@ def describe(
             f"a step trains {rows} rows of {phase.seq_len} tokens ({rows * phase.seq_len} at most) "
             f"in {config.grad_accum_steps} micro-batches; steps: "
             f"{phase.steps or total_steps(config, prepared)}{base}",
-            highlight=False,
-        )
-    steps, warmup = total_steps(config, prepared), config.optim.warmup_steps
-    if config.epochs is not None and warmup >= steps:  # recipe_warnings knows steps that are given
-        console.print(
-            f"warning: stages.{config.name}.optim.warmup_steps={warmup} does not end within the "
-            f"{steps} steps of {config.epochs} epochs: the rate never reaches lr",
-            style="yellow",
             highlight=False,
         )
     if prepared.validation:

@@ -153,6 +153,8 @@ def test_a_row_behind_many_that_are_left_out_can_be_asked_for(preview, tmp_path)
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps(chat("q", " ")) + "\n") * 150 + json.dumps(chat("q", "a")) + "\n")
     assert "a.jsonl:150: with a blank answer" in preview(path, "--row", 150)
+    path.write_text("{\n" * 300)
+    assert "a.jsonl:250: it is not valid JSON" in preview(path, "--row", 250)
 
 
 def test_a_row_that_is_not_there_and_wrong_options_are_mistakes(preview, data, root, tmp_path):

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -74,7 +76,7 @@ def test_cached_documents_are_those_without_a_cache(
 ) -> None:
     monkeypatch.setenv("ERNIE_TRAIN_CACHE", "off")
     plain = load(tokenizer, data)
-    assert not home.exists() and plain[1].sources[0].bad
+    assert not home.exists() and plain[1].sources[0].bad.count
     monkeypatch.setenv("ERNIE_TRAIN_CACHE", str(home))
     encoded = count_encoded(monkeypatch)
     first, second = load(tokenizer, data), load(tokenizer, data)
@@ -216,9 +218,7 @@ def test_one_process_encodes_and_the_others_wait(tmp_path: Path) -> None:
 
 def release() -> None:
     """Let go of what this process holds, as its end does."""
-    for stream in module._held:
-        stream.close()
-    module._held.clear()
+    module._held.close()
 
 
 def test_caches_used_longest_ago_are_removed_beyond_the_bound(
@@ -252,6 +252,13 @@ def test_caches_used_longest_ago_are_removed_beyond_the_bound(
 
 def size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def test_what_a_process_holds_is_closed_at_its_end(tmp_path: Path) -> None:
+    program = f"from ernie_train.data import cache; cache.hold(cache.Path({str(tmp_path)!r}))"
+    command = [sys.executable, "-W", "default::ResourceWarning", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "in_use" not in done.stderr and (tmp_path / "in_use").exists()
 
 
 def test_a_cache_that_is_encoded_or_read_stays(tmp_path: Path) -> None:

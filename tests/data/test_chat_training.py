@@ -18,6 +18,7 @@ from ernie_train.data import (
     prompt_ids,
     render_chat,
 )
+from ernie_train.data.conversation import Conversation
 from ernie_train.data.tokenizer import ChatFormat, Tokenizer, load_tokenizer
 from tests.data.test_chat import CALL, THINKING, TOOL, Message, assistant, random_conversation, user
 
@@ -89,6 +90,13 @@ def test_nothing_is_rendered_twice(tokenizer: Tokenizer, monkeypatch: pytest.Mon
     result = {"role": "tool", "content": "4"}
     encode_conversation(tokenizer, [question, call, result, answer], [TOOL])
     assert len(rendered) == len(set(rendered))
+
+
+def test_a_message_that_was_changed_is_rendered_anew(tokenizer: Tokenizer) -> None:
+    conversation = Conversation(tokenizer, [user("before"), assistant("so")], None)
+    assert "before" in conversation.text
+    conversation.messages[0]["content"] = "after"
+    assert "after" in conversation.text
 
 
 def test_a_turn_of_weight_0_is_not_trained(tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ from tests.data.format_rows import ANSWER, ASK, CHATS, TIDE, said
 
 def read_one(write_rows: Any, row: dict[str, Any]) -> Record:
     (record,), report = read_records(write_rows("rows.jsonl", [row]))
-    assert not report.bad and not report.dropped
+    assert not report.bad.count and not report.dropped
     return record
 
 
@@ -200,8 +200,8 @@ def test_what_cannot_be_trained_as_asked_is_refused(
     write_rows: Any, row: dict[str, Any], reason: str
 ) -> None:
     _, report = read_records(write_rows("rows.jsonl", [row]), max_bad_fraction=1)
-    assert len(report.bad) == 1
-    assert re.search(reason, report.bad[0].reason), report.bad[0].reason
+    assert report.bad.count == 1
+    assert re.search(reason, report.bad.listed[0].reason), report.bad.listed[0].reason
 
 
 @pytest.mark.parametrize(

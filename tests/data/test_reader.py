@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import pickle
 from typing import Any, get_args
 
 import pytest
 
 from ernie_train.core.errors import DataError
 from ernie_train.data.formats import FORMATS
-from ernie_train.data.reader import Record, read_records
+from ernie_train.data.reader import ReadReport, Record, grouped, iter_records, read_records
 from ernie_train.data.sources import FormatName
 
 Q = {"role": "user", "content": "q"}
@@ -141,7 +142,7 @@ def test_formats(
     assert record.kind == kind and record.source == f"{path}:1"
     for key, value in expected.items():
         assert getattr(record, key) == value
-    assert (report.rows, report.kept, report.bad) == (1, 1, [])
+    assert (report.rows, report.kept, report.bad.count) == (1, 1, 0)
     assert report.format == (name if asked == "auto" else "") or report.format == name
 
 
@@ -196,7 +197,7 @@ def test_a_bad_row_is_left_out_with_line_and_reason(write_rows: Any, row: Any, r
     path = write_rows("rows.jsonl", [GOOD, "", row, GOOD])
     records, report = read_records(path, max_bad_fraction=0.5)
     assert len(records) == 2 and report.rows == 3
-    (bad,) = report.bad
+    (bad,) = report.bad.listed
     assert bad.source == f"{path}:3"
     with pytest.raises(DataError, match=reason) as caught:
         read_records(path, max_bad_fraction=0.3)
@@ -233,7 +234,7 @@ def test_the_share_of_bad_rows_decides(write_rows: Any) -> None:
     rows: list[Any] = [GOOD] * 99 + ["{"]
     path = write_rows("rows.jsonl", rows)
     records, report = read_records(path)
-    assert len(records) == 99 and len(report.bad) == 1
+    assert len(records) == 99 and report.bad.count == 1
     with pytest.raises(DataError, match="2 of 101 rows are bad"):
         read_records(write_rows("more.jsonl", [*rows, "{"]))
 
@@ -242,6 +243,17 @@ def test_only_the_first_bad_rows_are_listed(write_rows: Any) -> None:
     with pytest.raises(DataError, match="and 15 more") as caught:
         read_records(write_rows("rows.jsonl", ["{"] * 25))
     assert len(str(caught.value).splitlines()) == 12
+
+
+def test_what_is_kept_of_bad_rows_does_not_grow_with_their_number(write_rows: Any) -> None:
+    report = ReadReport("many")
+    rows = [GOOD, *["{"] * 200, *['{"a":' + " " * at for at in range(200)], *["["] * 1600]
+    assert len(list(iter_records(write_rows("rows.jsonl", rows), "auto", report))) == 1
+    with pytest.raises(DataError, match="2000 of 2001 rows are bad"):
+        report.check(0.5)
+    told = grouped(report.bad, report.left_out, report.dropped)
+    assert told[0].startswith("200 rows: it is not valid JSON: Expecting property name")
+    assert len(pickle.dumps(report)) < 40_000, "of each row it would be 200,000"
 
 
 def test_an_odd_first_row_does_not_decide_the_format(write_rows: Any) -> None:
@@ -279,7 +291,7 @@ def test_gzipped_rows_are_read_like_plain_ones(tmp_path: Any) -> None:
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text))
     records, report = read_records(tmp_path, max_bad_fraction=0.5)
     assert len(records) == 3
-    assert report.bad[0].source == f"{tmp_path / 'rows.jsonl.gz'}:4"
+    assert report.bad.listed[0].source == f"{tmp_path / 'rows.jsonl.gz'}:4"
     assert report.bytes_read == report.bytes_total == (tmp_path / "rows.jsonl.gz").stat().st_size
 
 
@@ -288,7 +300,7 @@ def test_a_row_that_is_not_utf8_is_bad(tmp_path: Any) -> None:
     good = json.dumps(GOOD).encode()
     path.write_bytes(good + b'\n{"messages": "\xff"}\n' + good)
     records, report = read_records(path, max_bad_fraction=0.5)
-    assert len(records) == 2 and "not UTF-8" in report.bad[0].reason
+    assert len(records) == 2 and "not UTF-8" in report.bad.listed[0].reason
 
 
 @pytest.mark.parametrize(

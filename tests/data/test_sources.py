@@ -202,7 +202,7 @@ def test_rows_that_cannot_be_encoded_count_as_bad(tokenizer: Tokenizer, write_ro
     rows = [chat("q", "a")] * 3 + [chat("q", "<think>open"), "{"]
     path = write_rows("a.jsonl", rows)
     _, report = load(tokenizer, path, max_bad_fraction=0.4)
-    assert sorted(row.source[-1] for row in report.sources[0].bad) == ["4", "5"]
+    assert sorted(row.source[-1] for row in report.sources[0].bad.listed) == ["4", "5"]
     with pytest.raises(DataError, match="2 of 5 rows are bad") as caught:
         load(tokenizer, path, max_bad_fraction=0.39)
     assert "a.jsonl:4: an assistant turn opens <think> and never closes it" in str(caught.value)

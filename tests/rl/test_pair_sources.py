@@ -113,7 +113,7 @@ def test_gold_is_the_rows_solution_against_the_wrong_one_nearest_in_length(
         return
     (pair,) = found
     assert pair.rejected.text == rejected
-    assert pair.chosen == TokenizedCompletion([1, 2, 4], solution)
+    assert (pair.chosen.prompt_ids, pair.chosen.completion_ids) == ([1, 2, 4], solution)
 
 
 def test_hinted_completions_begin_like_the_solution_and_the_best_is_chosen(monkeypatch):
@@ -140,7 +140,7 @@ def test_hinted_completions_begin_like_the_solution_and_the_best_is_chosen(monke
     assert asked["prompts"] == [[1, 2, 4, 5, 6]] * 3 and asked["limits"] == [18] * 3
     assert asked["weights"] == ("model", 4)
     (pair,) = found
-    assert pair.chosen == TokenizedCompletion([1, 2, 4], [5, 6, 31, 2])
+    assert (pair.chosen.prompt_ids, pair.chosen.completion_ids) == ([1, 2, 4], [5, 6, 31, 2])
     assert metrics["pairs/hint"] == 1
 
 
@@ -182,6 +182,13 @@ def test_an_audit_takes_the_place_of_the_reward():
     assert audited[0] == MIXED and audited[2] == NONE_RIGHT
     assert all((c.raw_reward, c.reward_parts) == (0.25, {"audit/row": 0.25}) for c in audited[1])
     assert [c.completion_ids for c in audited[1]] == [c.completion_ids for c in ALL_RIGHT]
+
+
+def test_completions_of_the_same_tokens_stay_two():
+    one, other = (make_scored(sampled_logprobs=np.zeros(1, np.float32)) for _ in range(2))
+    sequences: list[TokenizedCompletion] = [one, other]
+    assert add_pairs(sequences, [TokenizedPair(one, other)]) == [(0, 1)] and len(sequences) == 2
+    assert one != other and len({one, other}) == 2
 
 
 def test_a_pair_with_a_solution_goes_where_its_group_goes():

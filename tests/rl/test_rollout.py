@@ -127,7 +127,7 @@ def test_a_rollout_survives_the_disk(tmp_path):
     (first, second), (third,) = read_rollout(tmp_path / "000001.jsonl")
     assert first.sampled_logprobs.tobytes() == logprobs.tobytes()
     assert (first.reward_parts, first.score) == ({"a": 0.5}, Score.correct())
-    assert second == third == make_scored()
+    assert vars(second) == vars(third) == vars(make_scored())
     (tmp_path / "old.jsonl").write_text('{"group": 0, "problem": 1}\n')
     with pytest.raises(CheckpointError, match=r"old\.jsonl: not a rollout"):
         read_rollout(tmp_path / "old.jsonl")

@@ -154,7 +154,8 @@ def expected(config: UpoConfig, directory: Path) -> Outcome:
         places = [taken.index(n) for n in offline]
         lines.append(referee.iterate(number, groups, texts, places))
         means = [float(a.mean()) for a in referee.advantages[: len(flat)]]
-        advantages.append([a if t else None for a, t in zip(means, referee.trained, strict=True)])
+        told = [t and config.policy.coef > 0 for t in referee.trained]
+        advantages.append([a if t else None for a, t in zip(means, told, strict=True)])
     weights = referee.policy | (referee.critic if config.critic else {})
     return Outcome(lines, referee.gradients, advantages, weights)
 

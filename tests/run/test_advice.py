@@ -9,6 +9,7 @@ from typing import Annotated
 import pydantic
 import pytest
 
+from ernie_train.cli.main import main
 from ernie_train.core.config import schemas_in
 from ernie_train.core.errors import ConfigError, UserError, did_you_mean
 from ernie_train.data import load_tokenizer, train_tokenizer
@@ -108,6 +109,22 @@ def test_settings_that_are_unlikely_to_be_meant(recipe, overrides, warning):
     lines = recipe_warnings(loaded, loaded.load_tokenizer(recipe.parent))
     assert len(lines) == (warning is not None)
     assert warning is None or re.search(warning, lines[0])
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+@pytest.mark.parametrize("warmup", [99, 1])
+def test_a_warm_up_that_outlasts_the_epochs_is_told_once(recipe, tmp_path, capsys, verb, warmup):
+    """How many steps epochs have is known when their data are read."""
+    settings = ["steps=null", "epochs=1", f"optim.warmup_steps={warmup}", "validation=[]",
+                "validate_every_steps=null", "checkpoint={every_steps: 99}"]  # fmt: skip
+    place = ["--run-dir", str(tmp_path)] if verb == "run" else []
+    overrides = [f"stages.sft.{setting}" for setting in settings]
+    with pytest.raises(SystemExit) as ended:
+        main([verb, str(recipe), *place, *overrides, "evaluation=null", "export=null"])
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    line = r"warning: stages\.sft\.optim\.warmup_steps=99 does not end within the \d+ steps of 1 ep"
+    assert len(re.findall(line, told)) == (warmup == 99), told
 
 
 def test_a_tokenizer_of_another_vocabulary_than_the_models(recipe, tmp_path):

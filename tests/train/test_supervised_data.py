@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -11,12 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
 
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.data import EncodedDocument
-from ernie_train.train import supervised_data
 from ernie_train.train.rope_schedule import Phase, RopeSchedule
 from ernie_train.train.supervised_data import (
     PretrainConfig,
@@ -37,23 +34,6 @@ def loaders(schedule, parts, kind="pretrain", **keys):
         **stage(schedule, kind=kind, data=[{"path": str(n)} for n in range(len(parts))], **keys)
     )
     return config, _loaders(config, DATA, parts)
-
-
-@pytest.mark.parametrize(("warmup", "warns"), [(4, True), (3, False)])
-def test_a_warm_up_that_outlasts_the_epochs_is_told(monkeypatch, warmup, warns):
-    """A recipe that names steps is warned before its data are read; epochs are known only then."""
-    monkeypatch.setattr(supervised_data, "preview", lambda *_, **__: "a row")
-    keys = {"data": [{"path": "x"}], "seq_len": 8, "grad_accum_steps": 2, "epochs": 2}
-    optim = {"lr": 1e-5, "warmup_steps": warmup}
-    config = SftConfig(name="sft", kind="sft", micro_batch_size=1, optim=optim, **keys)
-    four = SimpleNamespace(batches_per_epoch=lambda epoch: 4)  # batches of an epoch: 4 steps in all
-    prepared = SimpleNamespace(loaders=[four], validation=[], documents=[["row"]])
-    console = Console(width=200, record=True, file=io.StringIO())
-    supervised_data.describe(config, DATA, prepared, console)
-    told = console.export_text()
-    assert "steps: 4" in told
-    line = "warning: stages.sft.optim.warmup_steps=4 does not end within the 4 steps of 2 epochs"
-    assert (line in told) == warns
 
 
 # ---- data ----------------------------------------------------------------------------------------

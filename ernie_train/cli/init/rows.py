@@ -150,10 +150,10 @@ def _kind(data: str, records: list[Record]) -> str:
 
 def _nothing_left(data: str, source: SourceReport) -> DataError:
     """Return the error that says why every row is left out."""
-    lines = grouped(source.bad + source.left_out, source.dropped)
+    lines = grouped(source.bad, source.left_out, source.dropped)
     if len(lines) > SHOWN_REASONS:
-        lines[SHOWN_REASONS:] = [f"and {len(lines) - SHOWN_REASONS} other reasons"]
-    if any(ANOTHER_TEMPLATE in row.reason for row in source.bad):
+        lines[SHOWN_REASONS:] = ["and other reasons"]
+    if any(ANOTHER_TEMPLATE in row.reason for row in source.bad.listed):
         shown_by = shared_path(TOOL_TEMPLATE)
         lines.append(f"another template shows them: --template {shown_by}, or your own")
     return DataError(f"{data}: every row is left out:\n  " + "\n  ".join(lines))

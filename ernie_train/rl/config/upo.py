@@ -183,10 +183,11 @@ class UpoConfig(StageConfig):
         tools, room = self.environment, self.rollout.max_new_tokens
         if tools is None:
             return []
-        if self.preference is not None and "hint" in self.preference.pairs:
+        if self.preference is not None and self.preference.of_solutions:
+            source = "gold" if "gold" in self.preference.pairs else "hint"
             return [
-                "preference.pairs: hint samples one turn and carries out no call of it, which "
-                "environment needs: leave one of them out"
+                f"preference.pairs: {source} needs a solution of one turn, and an environment asks "
+                "for episodes of several: leave one of them out"
             ]
         if tools.max_tool_tokens < room:
             return []

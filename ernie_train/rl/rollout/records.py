@@ -17,7 +17,7 @@ from ernie_train.rl.batch import TokenizedCompletion
 from ernie_train.rl.config import RolloutConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoredCompletion(TokenizedCompletion):
     """A completion of a prompt of the stage, with its verdict and what sampling knew of it.
 

@@ -82,7 +82,7 @@ def test_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         make_needles.main(["--out", str(tmp_path / name)])
     records, report = read_records(tmp_path / "a" / "train")
-    assert (report.kept, len(report.bad)) == (25, 0)
+    assert (report.kept, report.bad.count) == (25, 0)
     tokenizer = load_tokenizer(tmp_path / "a" / "tokenizer")
     lengths = [len(tokenizer.encode(record.text or "")) for record in records]
     assert sorted(lengths) == [63] * 20 + [127] * 5
