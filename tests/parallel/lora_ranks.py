@@ -24,11 +24,11 @@ from ernie_train.weights.adapters import describe_base, to_disk
 from ernie_train.weights.layout import parameter_shapes
 from tests.parallel.scenario import step_batches
 
-STEPS = 3
+STEPS = 2
 
 
 def train(base: Path, out: Path, grid: Grid, *, dora: bool) -> None:
-    """Writes `out`/step_000003: the pairs after some steps, and AdamW's moments."""
+    """Writes `out`/step_000002: the pairs after some steps, and AdamW's moments."""
     process_group.set_grid(grid)
     model = load_pretrained(base)
     parallel.enable_recompute(model)

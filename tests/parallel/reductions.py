@@ -22,12 +22,12 @@ from ernie_train.train.supervised import PackedLoss
 from tests.parallel.scenario import new_trainer, step_batches
 
 gradients.BUCKET_ELEMENTS = 3000  # so that there are many
-STEPS = 2
-# Micro-batches of a step: two for each rank, or one of the ranks without a last one.
-CASES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "accumulated": (2 * process_group.world_size(), ()),
-    "idle": (2 * process_group.world_size() - 1, ()),
-    "frozen": (process_group.world_size(), (
+# Steps, of which a second one meets what the first has left, and the micro-batches of a step: two
+# for each rank, or one of the ranks without a last one.
+CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "accumulated": (1, 2 * process_group.world_size(), ()),
+    "idle": (2, 2 * process_group.world_size() - 1, ()),
+    "frozen": (1, process_group.world_size(), (
         "layers.1.input_layernorm", "k_proj", "layers.2.mlp.experts.up_proj", "lm_head",
     )),
 }  # fmt: skip
@@ -109,7 +109,7 @@ class Log:
 
 def trained(grid: Grid, case: str, mode: str, **keys: Any) -> tuple[dict[str, Any], Log]:
     """Weights and norms after some steps; mode: after (the pass), during, late (collectives)."""
-    micro_batches, frozen = CASES[case]
+    steps, micro_batches, frozen = CASES[case]
     process_group.set_grid(grid)
     real = collectives.get_collectives()
     trainer = new_trainer(moe_num_experts=12, frozen=frozen, **keys)
@@ -119,9 +119,9 @@ def trained(grid: Grid, case: str, mode: str, **keys: Any) -> tuple[dict[str, An
     if mode == "late":
         collectives._of_grid[grid] = LateCollectives(real)  # type: ignore[assignment]
     found: dict[str, Any] = {}
-    for step in range(STEPS):
+    for step in range(steps):
         batches = [b for more in range(2) for b in step_batches(2 * step + more)][:micro_batches]
-        result = trainer.train_step(batches, PackedLoss("tokens"), STEPS)
+        result = trainer.train_step(batches, PackedLoss("tokens"), steps)
         found |= {f"{step}: {name}": np.float64(v) for name, v in result.metrics.items()}
     collectives._of_grid[grid] = real
     return found | {n: t.numpy() for n, t in trainer.model.state_dict().items()}, log

@@ -19,7 +19,7 @@ ON_TWO = [
     "2,1,0,experts", "2,1,0,experts of 2", "2,1,1,chunks",
 ]  # fmt: skip
 ON_FOUR = [
-    "4,1,0,none", "4,1,1,layers", "2,2,0,none", "2,2,1,experts", "2,2,1,none", "2,2,2,layers",
+    "4,1,0,none", "4,1,1,layers", "2,2,0,none", "2,2,1,experts", "2,2,2,layers",
     "2,2,0,chunks of experts",
 ]  # fmt: skip
 RELATIVE = 1e-5

@@ -31,7 +31,7 @@ def one() -> dict[str, np.ndarray]:
     return everything()
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [3, 4])
 def test_experts_and_ranks_without_a_token_neither_hang_nor_skew(one, ranks, tmp_path):
     """With every token at two experts, the other ranks' experts get none.
 

@@ -48,7 +48,12 @@ def test_a_directory_is_imported_row_by_row(tmp_path: Path, keys: dict[str, Any]
 
 
 @pytest.mark.parametrize("experts", [None, Upcycling(4, 2, 1)], ids=["dense", "upcycled"])
-def test_transformers_agrees(tmp_path: Path, experts: Upcycling | None) -> None:
+def test_transformers_agrees(
+    tmp_path: Path, experts: Upcycling | None, request: pytest.FixtureRequest
+) -> None:
+    """The interpreter is started as users start it, once, since it takes seconds."""
+    if experts is not None:
+        request.getfixturevalue("reader")
     write_directory(tmp_path / "llama", tie_word_embeddings=False)
     python = str(referee_directory() / "bin" / "python")
     receipt = import_model(

@@ -57,7 +57,7 @@ def begun(tmp_path_factory) -> Path:
 
 def run(root: Path) -> int:
     with pytest.raises(SystemExit) as stopped:
-        main(["run", str(root / "recipe.yaml"), "--run-dir", str(root / "run"), "--nproc", "1"])
+        main(["run", str(root / "recipe.yaml"), "--run-dir", str(root / "run")])
     return int(stopped.value.code or 0)
 
 
