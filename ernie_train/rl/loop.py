@@ -112,7 +112,7 @@ class _UpoLoop:
         toolbox: Toolbox | None,
     ) -> None:
         self.config, self.stage, self.prepared = config, stage, prepared
-        self.toolbox = toolbox
+        self.engine, self.toolbox = engine, toolbox
         self.learner = Learner(config, stage)
         dtype = dtype_name(stage.model.model.norm.weight)
         with consensus.fail_together():
@@ -239,6 +239,7 @@ class _UpoLoop:
         metrics = rollout_metrics(rollout, every_group=self.config.learns_from_every_group)
         metrics |= reward_model_metrics(rollout, self.config.reward.parts)
         found, counts = pairs.find(iteration, rollout) if pairs is not None else ([], {})
+        self.engine.sleep()
         batch, estimated = self.learner.prepare(rollout, found)
         metrics |= counts | estimated
         by_policy = self.config.policy.coef > 0

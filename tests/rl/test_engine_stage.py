@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 
 from ernie_train.core.errors import StorageError
 from ernie_train.generate.engines import served
+from ernie_train.weights import load_pretrained, save_pretrained
 from tests.conftest import REPOSITORY
 from tests.generate.engine_stand_in import BAD, StandIn, serving
 from tests.parallel.test_runs import apart, run_on
@@ -127,6 +129,52 @@ def test_a_disk_that_fills_with_weights_for_a_server_loses_nothing(
     assert "version_000003: the disk is full" in said and "step_000002 is saved" in said
 
 
+LENGTHS = """
+def score(row, completion):
+    return len(completion) % 7 / 10  # differs between completions of random weights
+"""
+
+
+def by_length(root: Path) -> dict[str, str]:
+    """A reward by which every iteration has something to learn."""
+    (root / "lengths.py").write_text(LENGTHS)
+    return {"python": str(root / "lengths.py") + ":score"}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"moe_num_experts": 0}])
+@pytest.mark.parametrize("lora", [{"rank": 2}, {"rank": 2, "dora": True}])
+def test_a_server_gets_the_pairs_of_lora_merged(
+    workspace: Path, tmp_path: Path, server: StandIn, sizes: dict[str, Any], lora: dict[str, Any]
+) -> None:
+    """Bit for bit what the checkpoint of those weights is exported as."""
+
+    def keeps(state: StandIn, body: dict[str, Any]) -> Any:
+        number = state.counts["/collective_rpc"]
+        shutil.copytree(body["kwargs"]["weights_path"], tmp_path / f"sent_{number}")
+        return state.usual("/collective_rpc", body)
+
+    server.faults["/collective_rpc"] = keeps
+    directory, engine = tmp_path / "lora", {"kind": "vllm", "url": server.url}
+    changes = {
+        "lora": lora, "checkpoint": {"every_steps": 1, "keep_last": 9},
+        "reward": by_length(workspace),
+    }  # fmt: skip
+    model = yaml.safe_load((workspace / "recipe.yaml").read_text())["model"] | sizes
+    assert run_with(workspace, directory, engine, model, **changes) == 0
+    found = lines(directory)
+    assert any("logprob_mismatch" in line for line in found)
+    assert all(line.get("logprob_mismatch", 0) < 1e-4 for line in found)
+    sent = {}
+    for number in (2, 3):
+        checkpoint = directory / f"01-rl/checkpoints/step_{number - 1:06d}"
+        assert (checkpoint / "adapter_model.safetensors").exists()
+        save_pretrained(load_pretrained(checkpoint), tmp_path / f"merged_{number}")
+        sides = (tmp_path / f"{side}_{number}" / "model.safetensors" for side in ("sent", "merged"))
+        sent[number], merged = (side.read_bytes() for side in sides)
+        assert sent[number] == merged
+    assert sent[2] != sent[3]
+
+
 def test_what_a_server_sampled_replays_to_the_bit(
     workspace: Path,
     tmp_path: Path,
@@ -179,14 +227,6 @@ def test_settings_that_contradict_are_refused(case: str) -> None:
         RolloutConfig(max_new_tokens=4, **given)
 
 
-def test_an_engine_does_not_get_the_pairs_of_lora(workspace: Path) -> None:
-    from ernie_train.rl.config import UpoConfig
-
-    values = stage(workspace, lora={"rank": 2}, rollout={"engine": {"kind": "vllm"}})
-    with pytest.raises(ValueError, match="without the pairs that train"):
-        UpoConfig(**{**values, "reward": {"parts": [{"name": "exact"}]}})
-
-
 # ---- vLLM ----------------------------------------------------------------------------------------
 
 
@@ -196,12 +236,6 @@ def vllm_python() -> str:
     if not python.exists():
         pytest.fail(f"no {python}: make it with tools/vllm.sh", pytrace=False)
     return str(python)
-
-
-LENGTHS = """
-def score(row, completion):
-    return len(completion) % 7 / 10  # differs between completions of random weights
-"""
 
 
 @pytest.mark.slow
@@ -216,9 +250,7 @@ def test_a_stage_learns_from_vllm(workspace: Path, tmp_path: Path, monkeypatch: 
     directory = tmp_path / "vllm"
     rollout = {"prompts_per_iteration": 8, "max_new_tokens": 24, "engine": engine, "dump": True}
     model = {"preset": "tiny", "vocab_size": 384}  # vLLM's attention needs heads of 32 and more
-    (workspace / "lengths.py").write_text(LENGTHS)
-    reward = {"python": str(workspace / "lengths.py") + ":score"}
-    changes = {"iterations": 2, "rollout": rollout, "reward": reward}
+    changes = {"iterations": 2, "rollout": rollout, "reward": by_length(workspace)}
     assert run_with(workspace, directory, engine, model, **changes) == 0
     for line in lines(directory):
         path = directory / "01-rl" / "rollouts" / f"{line['step']:06d}.jsonl"

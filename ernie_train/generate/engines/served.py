@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ernie_train.core import consensus, process_group
+from ernie_train.core import consensus, devices, process_group
 from ernie_train.core.errors import EngineError, FailedElsewhere, Interrupted, StorageError
 from ernie_train.data import Tokenizer
 from ernie_train.generate.engine import Completion, check_request, moe_shape
@@ -71,6 +71,9 @@ class ServedEngine:
             eos_token_id=self.tokenizer.stop_token_ids,
             stop_requested=self.server.stop_requested,
         )
+        if self.config.sleep:
+            devices.release_cached_memory()
+            process_group.barrier()  # the server takes memory on the GPUs of all ranks
 
         def load() -> Weights:
             # The name is of this start alone: a server may hold what another start called so.
@@ -137,6 +140,13 @@ class ServedEngine:
         if process_group.any_rank(stop_requested()):
             raise Interrupted("stopped on a signal while generating")
         return found
+
+    def sleep(self) -> None:
+        """Have the server give its GPU memory back until the next `load_weights`, if it is set."""
+        if not self.config.sleep or self._loaded is None:
+            return
+        self._loaded = None
+        consensus.run_on_main(self.server.sleep)
 
     def close(self) -> None:
         """End the server, if it was started here, and delete the weights that it was given."""
