@@ -259,7 +259,13 @@ class _UpoLoop:
         settings, last = self.config.evaluation, self.config.iterations
         if settings is None or (iteration % settings.every_iterations and iteration != last):
             return {}
-        return evaluate_held_out(self.config, self.stage, self.prepared.held_out, self.toolbox)
+        served = None
+        if self.config.rollout.engine.kind != "own":
+            # The next rollout asks for the same version, which then is there.
+            self.engine.load_weights(self.stage.model, version=iteration + 1)
+            served = self.engine
+        problems = self.prepared.held_out
+        return evaluate_held_out(self.config, self.stage, problems, self.toolbox, served)
 
     def _save(self) -> None:
         """Write the state at the end of the last finished iteration, if the weights still hold it.

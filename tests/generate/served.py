@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def started_as(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class Process:
         def __init__(self, command: list[str], environ: Any, log: Path) -> None:
             events.append("start")
-            given = dict(zip(command, command[1:], strict=False))
+            given = dict(pairwise(command))
             server.model, server.version = given["--served-model-name"], "default"
             server.can_sleep, server.asleep = "--enable-sleep-mode" in command, set()
             server.load(Path(given["--model"]))

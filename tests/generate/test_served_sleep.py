@@ -138,7 +138,7 @@ def test_a_vllm_that_cannot_sleep_is_a_mistake_with_one_message(
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"
-        "echo '  Value error, Sleep mode is not supported on current platform. [type=value_error]'\n"
+        "echo '  Value error, Sleep mode is not supported on current platform. [type=value]'\n"
         "echo '    For further information visit https://errors.pydantic.dev'\nexit 1\n"
     )
     python.chmod(0o755)
@@ -154,9 +154,7 @@ def test_a_learner_gives_up_its_spare_memory_first(
     """Before the server starts, and before it wakes."""
     started_as(server, monkeypatch)
     seen: list[int] = []
-    monkeypatch.setattr(
-        devices, "release_cached_memory", lambda: seen.append(len(server.requests))
-    )
+    monkeypatch.setattr(devices, "release_cached_memory", lambda: seen.append(len(server.requests)))
     engine = started(tmp_path, sleep=True)
     engine.load_weights(model, 1)
     assert seen == [0]

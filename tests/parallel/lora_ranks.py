@@ -28,7 +28,7 @@ STEPS = 3
 
 
 def train(base: Path, out: Path, grid: Grid, *, dora: bool) -> None:
-    """Writes `out`/step_000003, the pairs after some steps and AdamW's moments, and `out`/merged."""
+    """Writes `out`/step_000003, pairs and AdamW's moments after some steps, and `out`/merged."""
     process_group.set_grid(grid)
     model = load_pretrained(base)
     parallel.enable_recompute(model)

@@ -96,6 +96,13 @@ class Server(ABC):
         self._require_model(model)
         self.model = model
 
+    def _find(self) -> None:
+        self._connect(str(self.config.url))
+        served = self._served_models()
+        if not served:
+            raise EngineError(f"the engine at {self.endpoint.url} serves no model")
+        self.model = served[0]
+
     def _connect(self, url: str, alive: Callable[[], None] = lambda: None) -> None:
         self.endpoint = Endpoint(url, self.config.parallel, alive)
         self.endpoint.wait_until_up(self.config.start_timeout_s, self.stop_requested)
@@ -202,13 +209,6 @@ class VllmServer(Server):
             raise
         self._name(weights)
 
-    def _find(self) -> None:
-        self._connect(str(self.config.url))
-        served = self._served_models()
-        if not served:
-            raise EngineError(f"the engine at {self.endpoint.url} serves no model")
-        self.model = served[0]
-
     def _reload(self, weights: Weights) -> None:
         # Nothing of ours runs; requests of a run that was killed may. One that sleeps is paused,
         # its cache is gone, and it samples again once that has its memory, which comes last: both
@@ -254,6 +254,22 @@ class VllmServer(Server):
                     f"weights in its memory {changed}"
                 )
         self._loaded = (weights.digest, checksums)
+
+
+@dataclass
+class GivenServer(Server):
+    """Asks a server at a URL, which keeps the weights that it has."""
+
+    def load(self, weights: Weights) -> None:
+        self._find()
+
+    def require_version(self, weights: Weights) -> None:
+        """Require the model's name, all that it says of its weights."""
+        if self.model not in (served := self._served_models()):
+            raise EngineError(
+                f"the engine at {self.endpoint.url} serves {short_repr(served)}, no longer "
+                f"{self.model!r}"
+            )
 
 
 @dataclass
