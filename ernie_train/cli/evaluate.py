@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ernie_train import __version__
-from ernie_train.cli.model import best_checkpoint, open_model
+from ernie_train.cli.model import best_checkpoint, engine_at, open_model
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import UserError
 from ernie_train.core.signals import StopFlag
+from ernie_train.core.terminal import progress_bar
 from ernie_train.data import Column, Columns
 from ernie_train.environments import EnvironmentConfig, open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
@@ -42,6 +44,7 @@ class EvalCommand:
     shots: int | None
     config: EvalConfig
     environment: EnvironmentConfig | None
+    engine: str | None  # URL of a server that samples
     out: Path | None
     force: bool
 
@@ -68,6 +71,7 @@ class EvalCommand:
         with (
             open_toolbox(self.environment, tokenizer, Path.cwd()) as toolbox,
             StopFlag("stopping; nothing is written") as stop,
+            engine_at(self.engine, model, tokenizer, lambda: stop.requested) as engine,
         ):
             require_episodes(toolbox, problems)
             found = evaluate(
@@ -75,9 +79,10 @@ class EvalCommand:
                 tokenizer,
                 problems,
                 self.config,
-                console=progress,
+                progress=partial(progress_bar, progress, "problems"),
                 few_shot=examples,
                 toolbox=toolbox,
+                engine=engine,
                 stop_requested=lambda: stop.requested,
             )
         results = self._results(path, found)
@@ -113,6 +118,7 @@ class EvalCommand:
             "few_shot": None if self.few_shot is None else str(self.few_shot),
             "shots": self.shots,
             "environment": self.environment.model_dump() if self.environment else None,
+            "engine": self.engine,
         }
         return {
             "format": FORMAT,

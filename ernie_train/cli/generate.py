@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ernie_train.cli.model import best_checkpoint, open_model
+from ernie_train.cli.model import best_checkpoint, engine_at, open_model
 from ernie_train.cli.turn_view import TokenText
 from ernie_train.core.errors import DataError, Interrupted, UserError
 from ernie_train.core.signals import StopFlag
@@ -23,7 +23,7 @@ from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.io.files import write_jsonl
 from ernie_train.io.outputs import check_output_file
 
-BATCH_SIZE = 64
+BATCH_SIZE, SERVER_BATCH_SIZE = 64, 512
 BAD_ROWS = 0.01
 ROW_KEYS = ("prompt", "completion", "finished", "tokens")  # of each row of the output
 
@@ -41,7 +41,8 @@ class GenerateCommand:
     system: str | None
     raw: bool
     sampling: SamplingConfig
-    batch_size: int | None  # for `prompts`; BATCH_SIZE unless given
+    batch_size: int | None  # for `prompts`; BATCH_SIZE or SERVER_BATCH_SIZE unless given
+    engine: str | None  # URL of a server that samples
     out: Path | None
     force: bool
 
@@ -62,14 +63,21 @@ class GenerateCommand:
         records = self._records()
         model, tokenizer = open_model(best_checkpoint(self.model) if self.best else self.model)
         prompts = self._encode(tokenizer, records, model.config.max_position_embeddings)
-        with StopFlag("stopping; nothing more is written") as stop:
-            sample = partial(
+        with (
+            StopFlag("stopping; nothing more is written") as stop,
+            engine_at(self.engine, model, tokenizer, lambda: stop.requested) as engine,
+        ):
+            sample: Callable[..., list[Completion]] = partial(
                 generate,
                 model,
                 **asdict(self.sampling),
                 eos_token_id=tokenizer.stop_token_ids,
                 stop_requested=lambda: stop.requested,
             )
+            if engine is not None:
+                sample = partial(
+                    engine.sample, settings=self.sampling, stop_requested=lambda: stop.requested
+                )
             if self.prompt is not None and self.out is None:
                 _stream(sample, tokenizer, prompts)
                 return
@@ -89,6 +97,10 @@ class GenerateCommand:
             raise UserError("--max-bad-fraction is that of --prompts: leave it out")
         if self.prompts is None and self.batch_size is not None:
             raise UserError("--batch-size is that of --prompts: leave it out")
+        if self.prompts is None and self.engine is not None:
+            raise UserError(
+                "--engine answers --prompts FILE: a --prompt is shown while our own sampler writes"
+            )
         if self.out is None and self.force:
             raise UserError("--force replaces what lies at --out: give that, or leave it out")
         if not sampling.temperature and (sampling.top_p < 1 or sampling.top_k):
@@ -148,7 +160,7 @@ class GenerateCommand:
         prompts: Sequence[list[int]],
     ) -> Iterator[dict[str, Any]]:
         """Yield a row for each prompt, in order, batch after batch."""
-        size = self.batch_size or BATCH_SIZE
+        size = self.batch_size or (SERVER_BATCH_SIZE if self.engine else BATCH_SIZE)
         for start in range(0, len(prompts), size):
             batch = range(start, min(start + size, len(prompts)))
             found = sample([prompts[at] for at in batch], sequence_ids=batch)

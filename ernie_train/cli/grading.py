@@ -55,6 +55,12 @@ Temperature = Annotated[float | None, temperature_option(help="default 0 for n=1
 ResultsDirectory = Annotated[
     Path | None, typer.Option(help="directory for results.json and samples.jsonl")
 ]
+EngineUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", metavar="URL", help="a vLLM server that has the same model, and samples"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print results as JSON")]
 
 
@@ -72,9 +78,12 @@ def evaluate(
     tools: Tools = None,
     max_turns: MaxTurns = None,
     max_new_tokens: Annotated[int, whole_number(min=1)] = 128,
-    batch_size: Annotated[int, whole_number(min=1)] = 256,
+    batch_size: Annotated[
+        int | None, whole_number(min=1, help="completions sampled at once; default 256")
+    ] = None,
     temperature: Temperature = None,
     seed: Seed = 0,
+    engine: EngineUrl = None,
     out: ResultsDirectory = None,
     as_json: AsJson = False,
     force: Force = False,
@@ -90,6 +99,8 @@ def evaluate(
         raise UserError("--shots needs --few-shot, the file of the examples")
     if max_turns is not None and tools is None:
         raise UserError("--max-turns needs --tools: without them a problem has one turn")
+    if engine is not None and batch_size is not None:
+        raise UserError("--batch-size is that of our own sampler: leave it out beside --engine")
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
     command = EvalCommand(
         model=model,
@@ -102,9 +113,10 @@ def evaluate(
         few_shot=few_shot,
         shots=(shots or 4) if few_shot is not None else None,
         config=EvalConfig(
-            max_new_tokens, batch_size, n, chosen, seed, () if k is None else parse_ks(k)
+            max_new_tokens, batch_size or 256, n, chosen, seed, () if k is None else parse_ks(k)
         ),
         environment=None if tools is None else parse_tools(tools, max_turns or 8, max_new_tokens),
+        engine=engine,
         out=out,
         force=force,
     )
@@ -160,8 +172,12 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = 0,
     batch_size: Annotated[
-        int | None, whole_number(min=1, help="prompts of --prompts sampled at once; default 64")
+        int | None,
+        whole_number(
+            min=1, help="prompts of --prompts sampled at once; default 64, with --engine 512"
+        ),
     ] = None,
+    engine: EngineUrl = None,
     out: Annotated[
         Path | None, typer.Option(help="write JSONL here; default: print it, row by row")
     ] = None,
@@ -184,6 +200,7 @@ def generate(
         raw=raw,
         sampling=SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed),
         batch_size=batch_size,
+        engine=engine,
         out=out,
         force=force,
     ).run(Terminal(stderr=True))

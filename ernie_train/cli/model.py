@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from ernie_train.core import devices
 from ernie_train.core.config import parse_config
 from ernie_train.core.errors import UserError
 from ernie_train.data import DataSource, Tokenizer, load_tokenizer
+from ernie_train.generate.engines import Engine, ask_engine
 from ernie_train.io.run_dir import RECEIPT, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.reward import find_score
@@ -46,6 +49,25 @@ def open_model(path: Path, *, exact: bool = False) -> tuple[Ernie4_5_MoeForCausa
 def best_checkpoint(path: Path) -> Path:
     """Return the checkpoint of a run, or of a stage's directory, with the best `best_metric`."""
     return find_model(path, best=True).weights
+
+
+@contextmanager
+def engine_at(
+    url: str | None,
+    model: Ernie4_5_MoeForCausalLM,
+    tokenizer: Tokenizer,
+    stop_requested: Callable[[], bool],
+) -> Iterator[Engine | None]:
+    """Yield an engine that samples with the server at `url`; None without one.
+
+    Raises `EngineError` unless the server has the weights of `model`.
+    """
+    if url is None:
+        yield None
+        return
+    with closing(ask_engine(url, tokenizer, stop_requested)) as engine:
+        engine.load_weights(model, 1)
+        yield engine
 
 
 def export_model(

@@ -68,6 +68,14 @@ def compute_dtype(device: str) -> str:
     return "float32"
 
 
+def release_cached_memory() -> None:
+    """Give the GPU memory that Paddle keeps for later tensors to other processes."""
+    import paddle
+
+    if paddle.get_device().startswith("gpu"):
+        paddle.device.cuda.empty_cache()
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and Paddle's global generators with the same number."""
     import numpy as np

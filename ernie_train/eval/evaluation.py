@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from ernie_train.core.errors import ConfigError, DataError, describe
-from ernie_train.core.terminal import progress_bar
 from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
 from ernie_train.data.completion_format import parse_completion
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
@@ -28,12 +26,16 @@ from ernie_train.eval.prompts import (
     user_prompt,
 )
 from ernie_train.generate.engine import Completion
+from ernie_train.generate.engines import Engine
+from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.generate.sharded import generate_sharded, score_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score, reward_named, score_batch
 from ernie_train.rewards.registry import ANSWER_FORMS, answer_form
 from ernie_train.rewards.sandbox import layer_in_force
 
+# Shows that of so many problems more are completed, as often as it is told.
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 LONGEST_NAME = 200  # characters of a task, a domain or a verifier
 SHOWN_PROBLEMS = 10
 SHOWN_PLACES = 3  # of one mistake
@@ -236,18 +238,18 @@ def evaluate(
     problems: Sequence[Record],
     config: EvalConfig,
     *,
-    console: Console | None = None,
-    label: str = "problems",
+    progress: Progress | None = None,
     few_shot: FewShot | None = None,
     toolbox: Toolbox | None = None,
+    engine: Engine | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Complete every problem and score the completions with the problems' own verifiers.
 
     With `few_shot` worked examples stand before each problem; with a `toolbox` problems are
-    episodes, in which its tools may be called. With a `console` a progress display called `label`
-    is shown on it. Every rank must call it; each does a share of the work and returns the whole
-    result. Raises `Interrupted` when asked to stop.
+    episodes, in which its tools may be called. An `engine`, which has loaded the model, samples in
+    its place. `progress` shows how many problems are completed. Every rank must call it; each does
+    a share of the work and returns the whole result. Raises `Interrupted` when asked to stop.
     """
     room = model.config.max_position_embeddings - config.max_new_tokens
     problems = [toolbox.offer(problem) if toolbox else problem for problem in problems]
@@ -257,9 +259,9 @@ def evaluate(
         for ids, record in zip(prompts, problems, strict=True)
         for _ in range(config.samples)
     ]
-    with progress_bar(console, label, len(starts)) if console else nullcontext(_ignore) as update:
+    with progress(len(starts)) if progress else nullcontext(_ignore) as update:
         episodes = _played(
-            model, tokenizer, starts, config, toolbox=toolbox, update=update,
+            model, tokenizer, starts, config, toolbox=toolbox, engine=engine, update=update,
             stop_requested=stop_requested,
         )  # fmt: skip
     owners = [record for record in problems for _ in range(config.samples)]
@@ -290,6 +292,7 @@ def _played(
     config: EvalConfig,
     *,
     toolbox: Toolbox | None,
+    engine: Engine | None,
     update: Callable[[int], None],
     stop_requested: Callable[[], bool],
 ) -> list[Episode]:
@@ -301,12 +304,24 @@ def _played(
         limits: Sequence[int],
     ) -> list[Completion]:
         seeds = np.random.SeedSequence([config.seed, turn])
+        seed = int(seeds.generate_state(1)[0]) if turn else config.seed
+        if engine is not None:
+            settings = SamplingConfig(max(limits), config.temperature, seed=seed)
+            found = engine.sample(
+                prompts,
+                settings,
+                sequence_ids=episodes,
+                limits=limits,
+                stop_requested=stop_requested,
+            )
+            update(0 if turn else len(found))
+            return found
         return generate_sharded(
             model,
             prompts,
             max_new_tokens=max(limits),
             temperature=config.temperature,
-            seed=int(seeds.generate_state(1)[0]) if turn else config.seed,
+            seed=seed,
             eos_token_id=tokenizer.stop_token_ids,
             batch_size=config.batch_size,
             sequence_ids=episodes,

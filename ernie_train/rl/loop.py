@@ -112,7 +112,7 @@ class _UpoLoop:
         toolbox: Toolbox | None,
     ) -> None:
         self.config, self.stage, self.prepared = config, stage, prepared
-        self.toolbox = toolbox
+        self.engine, self.toolbox = engine, toolbox
         self.learner = Learner(config, stage)
         dtype = dtype_name(stage.model.model.norm.weight)
         with consensus.fail_together():
@@ -239,6 +239,7 @@ class _UpoLoop:
         metrics = rollout_metrics(rollout, every_group=self.config.learns_from_every_group)
         metrics |= reward_model_metrics(rollout, self.config.reward.parts)
         found, counts = pairs.find(iteration, rollout) if pairs is not None else ([], {})
+        self.engine.sleep()
         batch, estimated = self.learner.prepare(rollout, found)
         metrics |= counts | estimated
         by_policy = self.config.policy.coef > 0
@@ -258,7 +259,13 @@ class _UpoLoop:
         settings, last = self.config.evaluation, self.config.iterations
         if settings is None or (iteration % settings.every_iterations and iteration != last):
             return {}
-        return evaluate_held_out(self.config, self.stage, self.prepared.held_out, self.toolbox)
+        served = None
+        if self.config.rollout.engine.kind != "own":
+            # The next rollout asks for the same version, which then is there.
+            self.engine.load_weights(self.stage.model, version=iteration + 1)
+            served = self.engine
+        problems = self.prepared.held_out
+        return evaluate_held_out(self.config, self.stage, problems, self.toolbox, served)
 
     def _save(self) -> None:
         """Write the state at the end of the last finished iteration, if the weights still hold it.

@@ -15,6 +15,7 @@ from ernie_train.data import Record
 from ernie_train.environments import Toolbox
 from ernie_train.eval.evaluation import EvalConfig, evaluate
 from ernie_train.eval.prompts import user_prompt
+from ernie_train.generate.engines import Engine
 from ernie_train.io.healthy import ranges_of
 from ernie_train.losses import PairCounts
 from ernie_train.rewards.scoring import RewardPart
@@ -192,7 +193,11 @@ def mean_advantages(batch: RolloutBatch) -> dict[int, float]:
 
 
 def evaluate_held_out(
-    config: UpoConfig, stage: StageRun, problems: Sequence[Record], toolbox: Toolbox | None = None
+    config: UpoConfig,
+    stage: StageRun,
+    problems: Sequence[Record],
+    toolbox: Toolbox | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, float]:
     """Return accuracy on held-out problems as eval/<task>, eval/<domain>, eval/mean.
 
@@ -213,6 +218,7 @@ def evaluate_held_out(
             seed=stage.data.seed,
         ),
         toolbox=toolbox,
+        engine=engine,
         stop_requested=stage.stop_requested,
     )
     metrics = {f"eval/{task.task}": task.accuracy for task in found.tasks}

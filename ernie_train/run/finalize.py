@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from ernie_train.core import consensus, devices
 from ernie_train.core.signals import StopFlag
+from ernie_train.core.terminal import progress_bar
 from ernie_train.data import Record, Tokenizer
 from ernie_train.environments import open_toolbox
 from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
@@ -172,8 +174,7 @@ class Finalizer:
                 self.tokenizer,
                 load_problems(settings.path, max_examples=max_examples, columns=settings.columns),
                 config,
-                console=self.console,
-                label=label,
+                progress=partial(progress_bar, self.console, label),
                 few_shot=settings.examples(Path.cwd(), self.recipe.seed),
                 toolbox=toolbox,
                 stop_requested=lambda: self.stop.requested,

@@ -32,7 +32,7 @@ from ernie_train.model.lora import (
     HEAD,
     MAGNITUDE,
     magnitude_name,
-    merge,
+    merge_pair,
     pair_names,
     pair_shapes,
 )
@@ -264,9 +264,8 @@ class Part:
         a, b = pair_names(name)
         if a not in self.pairs:
             return array
-        product = np.matmul(self.pairs[a], self.pairs[b]) * np.float32(self.scale)
         magnitude = self.pairs.get(magnitude_name(name))
-        return merge(array, product, magnitude, is_head=name == HEAD)
+        return merge_pair(name, array, self.pairs[a], self.pairs[b], magnitude, self.scale)
 
     def _refuse_untrained(self) -> None:
         factors = {n: a for n, a in self.pairs.items() if n.endswith(("lora_B", "embedding_A"))}

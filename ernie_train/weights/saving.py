@@ -19,11 +19,14 @@ from ernie_train.io.files import FileDigest, write_directory, write_json
 from ernie_train.io.safetensors import (
     TensorEntry,
     array_entries,
+    from_bfloat16,
     parse_size,
     write_tensor_files,
 )
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.dtypes import dtype_name
+from ernie_train.model.lora import Adapter, merge_pair
+from ernie_train.model.partial import adapter_of
 from ernie_train.parallel import owned_names
 from ernie_train.weights.hf import DTYPES, check_dtype
 from ernie_train.weights.layout import TensorMapping, tensor_mappings
@@ -48,11 +51,12 @@ def write_weights(
     max_shard_size: int | str = "5GB",
     only: set[str] | None = None,
     quantization: Quantization | None = None,
+    merge: bool = False,
 ) -> dict[str, FileDigest]:
     """Write `model*.safetensors` and `config.json` into an existing directory.
 
     Every rank must call it and writes the tensors that it owns. Needs memory for the model and one
-    more parameter.
+    more parameter, to merge a pair for about three of it in float32.
 
     Args:
         model: the model to write.
@@ -61,6 +65,7 @@ def write_weights(
         max_shard_size: the size of a file, in bytes or as "5GB".
         only: names of the parameters to write; None writes all, and what the model carries.
         quantization: of this model, which is stored in place of the weights that it is of.
+        merge: LoRA pairs of a model in training are added to the parameters beside them.
 
     Returns:
         The digests of this rank's files, by file name.
@@ -71,7 +76,7 @@ def write_weights(
     """
     digests: dict[str, FileDigest] = {}
     if only is None or only:
-        entries = tensor_entries(model, dtype, only, quantization)
+        entries = tensor_entries(model, dtype, only, quantization, merge=merge)
         digests = write_tensor_files(directory, "model", entries, max_shard_size)
     stored_as = dtype or dtype_name(model.model.embed_tokens.weight)
     with consensus.fail_together():
@@ -88,18 +93,21 @@ def tensor_entries(
     dtype: str | None = None,
     only: set[str] | None = None,
     quantization: Quantization | None = None,
+    *,
+    merge: bool = False,
 ) -> list[TensorEntry]:
     """Return the tensors of a model that this rank writes, of all parameters or `only` some.
 
     Of all, rank 0 writes those that the model carries from the directory that was read too. Of a
-    quantized weight these are its codes and scales.
+    quantized weight these are its codes and scales. With `merge` LoRA pairs are added to the
+    parameters beside them.
 
     Raises:
         ConfigError: `dtype` is unknown.
     """
     if dtype is not None:
         check_dtype(dtype)
-    read = _CachedParameter(model)
+    read = _CachedParameter(model, adapter_of(model) if merge else None)
     mine = owned_names(read.state)
     entries = []
     for mapping in tensor_mappings(model.config, experts=model.model.placement.experts):
@@ -116,20 +124,37 @@ def tensor_entries(
 
 
 class _CachedParameter:
-    """Copy parameters to numpy arrays and keep the last one, which several tensors share."""
+    """Copy parameters to numpy arrays and keep the last one, which several tensors share.
 
-    def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
-        self.state = model.state_dict()
+    Those with a pair of `adapter` are merged with it, in float32.
+    """
+
+    def __init__(self, model: Ernie4_5_MoeForCausalLM, adapter: Adapter | None) -> None:
+        self.state, self.adapter = model.state_dict(), adapter
         self.name = ""
         self.array = np.empty(0)
 
     def producer(self, mapping: TensorMapping) -> Callable[[], np.ndarray]:
         def produce() -> np.ndarray:
             if self.name != mapping.parameter:
-                self.name, self.array = mapping.parameter, self.state[mapping.parameter].numpy()
+                self.name, self.array = mapping.parameter, self._read(mapping.parameter)
             return mapping.to_stored(self.array)
 
         return produce
+
+    def _read(self, name: str) -> np.ndarray:
+        array: np.ndarray = self.state[name].numpy()
+        pair = None if self.adapter is None else self.adapter.pairs.get(name)
+        if self.adapter is None or pair is None:
+            return array
+        wide, a, b = map(_as_float32, (array, pair.a.numpy(), pair.b.numpy()))
+        magnitude = None if pair.lengths is None else pair.lengths.magnitude.numpy()
+        return merge_pair(name, wide, a, b, magnitude, self.adapter.config.scale)
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    """Return an array as float32; uint16 holds the bits of bfloat16."""
+    return from_bfloat16(array) if array.dtype == np.uint16 else array.astype(np.float32)
 
 
 def save_pretrained(
@@ -143,8 +168,9 @@ def save_pretrained(
     """Write a directory that `transformers` loads: weights, configs and the tokenizer's files.
 
     The directory appears whole or not at all. An existing one is replaced if it is empty or was
-    written by this function (it has our `MANIFEST.json`, which holds the weights' hashes). Every
-    rank must call it.
+    written by this function (it has our `MANIFEST.json`, which holds the weights' hashes). LoRA
+    pairs of a model in training are merged, to the bits that its checkpoint reads as. Every rank
+    must call it.
 
     Args:
         model: the model to write.
@@ -170,8 +196,9 @@ def save_pretrained(
 
     def write(directory: Path) -> dict[str, FileDigest]:
         digests = write_weights(
-            model, directory, dtype=dtype, max_shard_size=max_shard_size, quantization=quantization
-        )
+            model, directory, dtype=dtype, max_shard_size=max_shard_size,
+            quantization=quantization, merge=True,
+        )  # fmt: skip
         with consensus.fail_together():
             if process_group.is_main():
                 generation = generation_config(config, tokenizer)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 Answer = Callable[["StandIn", dict[str, Any]], Any]
 BAD = object()  # an answer for which the connection is cut
@@ -31,6 +32,8 @@ class StandIn:
         self.faults: dict[str, Answer] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.counts: Counter[str] = Counter()
+        self.calls: list[str] = []  # paths with their queries
+        self.can_sleep, self.asleep = False, set[str]()  # what vLLM calls tags
         self.version, self.weights, self.policy = "default", "", None
         self.url = ""
         self._lock = threading.Lock()
@@ -43,15 +46,32 @@ class StandIn:
         self.weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
-        path = path.partition("?")[0]
+        path, _, query = path.partition("?")
         with self._lock:
             self.counts[path] += 1
             self.requests.append((path, body))
+            self.calls.append(f"{path}?{query}" if query else path)
         if path in self.faults:
             return self.faults[path](self, body)
+        if path in ("/sleep", "/wake_up"):
+            return self.turn(path, parse_qs(query))
         return self.usual(path, body)
 
+    def turn(self, path: str, query: dict[str, list[str]]) -> Any:
+        """Sleep at level 2, which keeps nothing, or take memory back for some tags."""
+        if path == "/wake_up":
+            self.asleep -= set(query["tags"])
+            return {"status": "sleeping" if self.asleep else "awake"}
+        if not self.can_sleep or query["level"] != ["2"]:
+            return 500, {"error": "sleep mode is off"}
+        self.asleep, self.policy, self.weights = {"weights", "kv_cache"}, None, "garbage"
+        return {"status": "sleeping"}
+
     def usual(self, path: str, body: dict[str, Any]) -> Any:
+        memory = {"/collective_rpc": {"weights"}, "/weight_checker": {"weights"},
+                  "/v1/completions": {"weights", "kv_cache"}}  # fmt: skip
+        if self.asleep & memory.get(path, set()):
+            return 500, {"error": f"{path} while {self.asleep} sleep"}
         if path == "/health":
             return {}
         if path == "/v1/models":
@@ -135,10 +155,14 @@ def _handler(state: StandIn) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 1024  # of connections that open at once
+
+
 @contextlib.contextmanager
 def serving(state: StandIn, port: int = 0) -> Iterator[StandIn]:
     """Answer at `state.url` while the block runs."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(state))
+    server = _Server(("127.0.0.1", port), _handler(state))
     server.daemon_threads = True
     state.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 
 from ernie_train.core.errors import EngineError
 from ernie_train.generate import SamplingConfig
-from ernie_train.generate.engines import EngineConfig, build_engine
+from ernie_train.generate.engines import EngineConfig, build_engine, servers
 from ernie_train.generate.engines.protocol import Engine
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from tests.generate.engine_stand_in import StandIn
 
 SETTINGS = SamplingConfig(8, temperature=1.0, seed=4)
 PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 7]]
@@ -36,6 +38,28 @@ def engine_of(
         EngineConfig(**settings), Tokens(), temperature=1.0, batch_size=8,  # type: ignore[arg-type]
         directory=run, base_dir=run.parent, largest_gap=0.05, stop_requested=stop_requested,
     )  # fmt: skip
+
+
+def started_as(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have `server` be what a vLLM that is started becomes; return what happens to the process."""
+    events: list[str] = []
+
+    class Process:
+        def __init__(self, command: list[str], environ: Any, log: Path) -> None:
+            events.append("start")
+            given = dict(pairwise(command))
+            server.model, server.version = given["--served-model-name"], "default"
+            server.can_sleep, server.asleep = "--enable-sleep-mode" in command, set()
+            server.load(Path(given["--model"]))
+
+        def require_alive(self) -> None: ...
+        def close(self) -> None:
+            events.append("end")
+
+    port = int(server.url.rpartition(":")[2])
+    monkeypatch.setattr(servers, "ServerProcess", Process)
+    monkeypatch.setattr(servers, "free_ports", lambda count: [port] * count)
+    return events
 
 
 def recomputed(model: Ernie4_5_MoeForCausalLM, prompt: list[int], ids: list[int]) -> np.ndarray:

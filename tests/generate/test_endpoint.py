@@ -11,6 +11,7 @@ import pytest
 
 from ernie_train.core.errors import EngineError, Interrupted
 from ernie_train.generate import SamplingConfig
+from ernie_train.generate.engines import EngineConfig
 from ernie_train.generate.engines import endpoint as endpoint_module
 from ernie_train.generate.engines.answer import Request
 from ernie_train.generate.engines.endpoint import Endpoint
@@ -187,3 +188,17 @@ def unused_url() -> Callable[[], str]:
             return state.url
 
     return url
+
+
+def test_as_many_requests_as_the_settings_say_are_open_at_once(server: StandIn) -> None:
+    """None is answered before all have come; connections follow, one each."""
+    settings = EngineConfig(kind="vllm", url=server.url)
+    together = threading.Barrier(settings.parallel)
+
+    def waits(state: StandIn, body: dict[str, Any]) -> Any:
+        together.wait(60.0)
+        return state.completion(body)
+
+    server.faults["/v1/completions"] = waits
+    found = complete(server, 512, parallel=settings.parallel, timeout_s=120.0)
+    assert len(found) == 512

@@ -19,7 +19,7 @@ from ernie_train.model.partial import begin_partial_training, select, trained_pa
 from ernie_train.train.optimizer import OptimConfig, Optimizer, optimizer_arrays
 from ernie_train.train.supervised import PackedLoss
 from ernie_train.train.trainer import Trainer
-from ernie_train.weights import CheckpointStore, load_pretrained
+from ernie_train.weights import CheckpointStore, load_pretrained, save_pretrained
 from ernie_train.weights.adapters import describe_base, to_disk
 from ernie_train.weights.layout import parameter_shapes
 from tests.parallel.scenario import step_batches
@@ -28,7 +28,7 @@ STEPS = 2
 
 
 def train(base: Path, out: Path, grid: Grid, *, dora: bool) -> None:
-    """Writes `out`/step_000002: the pairs after some steps, and AdamW's moments."""
+    """Writes `out`/step_000002, pairs and AdamW's moments after some steps, and `out`/merged."""
     process_group.set_grid(grid)
     model = load_pretrained(base)
     parallel.enable_recompute(model)
@@ -49,6 +49,7 @@ def train(base: Path, out: Path, grid: Grid, *, dora: bool) -> None:
     store.load(path).load_model(model)
     for name, matrix in trained_parameters(model).items():
         np.testing.assert_array_equal(matrix.numpy(), before[name], err_msg=name)
+    save_pretrained(model, out / "merged")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from ernie_train.core import process_group
 from ernie_train.core.process_group import Grid
 from ernie_train.io.safetensors import TensorFiles
-from ernie_train.weights import save_pretrained
+from ernie_train.weights import load_pretrained, save_pretrained
 from tests.parallel.lora_ranks import train
 from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_model
@@ -40,3 +40,13 @@ def test_ranks_save_what_one_rank_does(found: Path, case: str, stem: str) -> Non
         np.testing.assert_allclose(
             ranks[name] / scale, one[name] / scale, atol=tolerance, err_msg=name
         )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_write_the_merged_model_bit_for_bit(found: Path, case: str, tmp_path: Path) -> None:
+    """As one process reads and writes their checkpoint; an engine is given these files."""
+    save_pretrained(load_pretrained(found / case / "step_000003"), tmp_path / "merged")
+    expected, written = TensorFiles(tmp_path / "merged"), TensorFiles(found / case / "merged")
+    assert set(written) == set(expected)
+    for name in expected:
+        assert written[name].tobytes() == expected[name].tobytes(), name

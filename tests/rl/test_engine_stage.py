@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,14 @@ import pytest
 import yaml
 
 from ernie_train.core.errors import StorageError
+from ernie_train.data import load_tokenizer
+from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.generate.engines import served
+from ernie_train.rl.learner import Learner
+from ernie_train.weights import load_pretrained, save_pretrained
 from tests.conftest import REPOSITORY
 from tests.generate.engine_stand_in import BAD, StandIn, serving
+from tests.generate.served import started_as
 from tests.parallel.test_runs import apart, run_on
 from tests.rl.upo_stages import run, stage
 
@@ -127,6 +134,107 @@ def test_a_disk_that_fills_with_weights_for_a_server_loses_nothing(
     assert "version_000003: the disk is full" in said and "step_000002 is saved" in said
 
 
+LENGTHS = """
+def score(row, completion):
+    return len(completion) % 7 / 10  # differs between completions of random weights
+"""
+
+
+def by_length(root: Path) -> dict[str, str]:
+    """A reward by which every iteration has something to learn."""
+    (root / "lengths.py").write_text(LENGTHS)
+    return {"python": str(root / "lengths.py") + ":score"}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"moe_num_experts": 0}])
+@pytest.mark.parametrize("lora", [{"rank": 2}, {"rank": 2, "dora": True}])
+def test_a_server_gets_the_pairs_of_lora_merged(
+    workspace: Path, tmp_path: Path, server: StandIn, sizes: dict[str, Any], lora: dict[str, Any]
+) -> None:
+    """Bit for bit what the checkpoint of those weights is exported as."""
+
+    def keeps(state: StandIn, body: dict[str, Any]) -> Any:
+        number = state.counts["/collective_rpc"]
+        shutil.copytree(body["kwargs"]["weights_path"], tmp_path / f"sent_{number}")
+        return state.usual("/collective_rpc", body)
+
+    server.faults["/collective_rpc"] = keeps
+    directory, engine = tmp_path / "lora", {"kind": "vllm", "url": server.url}
+    changes = {
+        "lora": lora, "checkpoint": {"every_steps": 1, "keep_last": 9},
+        "reward": by_length(workspace),
+    }  # fmt: skip
+    model = yaml.safe_load((workspace / "recipe.yaml").read_text())["model"] | sizes
+    assert run_with(workspace, directory, engine, model, **changes) == 0
+    found = lines(directory)
+    assert any("logprob_mismatch" in line for line in found)
+    assert all(line.get("logprob_mismatch", 0) < 1e-4 for line in found)
+    sent = {}
+    for number in (2, 3):
+        checkpoint = directory / f"01-rl/checkpoints/step_{number - 1:06d}"
+        assert (checkpoint / "adapter_model.safetensors").exists()
+        save_pretrained(load_pretrained(checkpoint), tmp_path / f"merged_{number}")
+        sides = (tmp_path / f"{side}_{number}" / "model.safetensors" for side in ("sent", "merged"))
+        sent[number], merged = (side.read_bytes() for side in sides)
+        assert sent[number] == merged
+    assert sent[2] != sent[3]
+
+
+def test_a_server_sleeps_while_the_policy_learns(
+    workspace: Path, tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics are those of a server that stays awake; held-out problems are solved by it too."""
+    learner, told = Learner.prepare, []
+
+    def noted(self: Learner, *arguments: Any) -> Any:
+        told.append(set(server.asleep))
+        return learner(self, *arguments)
+
+    monkeypatch.setattr(Learner, "prepare", noted)
+    events = started_as(server, monkeypatch)
+    changes = {
+        "iterations": 3, "reward": by_length(workspace),
+        "evaluation": {"path": str(workspace / "test.jsonl"), "every_iterations": 2},
+    }  # fmt: skip
+    found = {}
+    for name, sleep in {"awake": False, "sleeping": True}.items():
+        engine = {"kind": "vllm", "python": sys.executable, "sleep": sleep}
+        server.calls.clear()
+        assert run_with(workspace, tmp_path / name, engine, **changes) == 0
+        found[name] = [
+            {key: value for key, value in line.items() if key != "time"}
+            for line in lines(tmp_path / name)
+        ]
+    assert told == [set()] * 3 + [{"weights", "kv_cache"}] * 3
+    assert found["sleeping"] == found["awake"]
+    assert [line["step"] for line in found["awake"] if "eval/mean" in line] == [2, 3]
+    turns = [call for call in server.calls if call.startswith(("/sleep", "/collective_rpc"))]
+    # A rollout has the weights that the evaluation before it had; the start needs no reload.
+    assert turns == ["/sleep?level=2&mode=abort", "/collective_rpc"] * 3
+    assert events == ["start", "end"] * 2
+
+
+def test_held_out_problems_are_solved_by_the_server_as_by_our_own_sampler(
+    workspace: Path, tmp_path: Path, server: StandIn
+) -> None:
+    """Greedy completions of the weights after the update."""
+    changes = {
+        "iterations": 1, "reward": by_length(workspace),
+        "evaluation": {"path": str(workspace / "test.jsonl"), "every_iterations": 1},
+    }  # fmt: skip
+    directory = tmp_path / "served"
+    assert run_with(workspace, directory, {"kind": "vllm", "url": server.url}, **changes) == 0
+    problems = load_problems(workspace / "test.jsonl")
+    assert server.counts["/v1/completions"] == 3 * 4 + len(problems) + 2 * 4  # and two probes
+    model = load_pretrained(directory / "01-rl/checkpoints/step_000001")
+    tokenizer = load_tokenizer(workspace / "tokenizer")
+    own = evaluate(model, tokenizer, problems, EvalConfig(max_new_tokens=6))
+    asked = [body for path, body in server.requests if path == "/v1/completions"]
+    greedy = [body for body in asked if body["temperature"] == 0 and body["max_tokens"] == 6]
+    assert len(greedy) == len(problems)
+    assert lines(directory)[0]["eval/mean"] == own.mean_accuracy
+
+
 def test_what_a_server_sampled_replays_to_the_bit(
     workspace: Path,
     tmp_path: Path,
@@ -179,14 +287,6 @@ def test_settings_that_contradict_are_refused(case: str) -> None:
         RolloutConfig(max_new_tokens=4, **given)
 
 
-def test_an_engine_does_not_get_the_pairs_of_lora(workspace: Path) -> None:
-    from ernie_train.rl.config import UpoConfig
-
-    values = stage(workspace, lora={"rank": 2}, rollout={"engine": {"kind": "vllm"}})
-    with pytest.raises(ValueError, match="without the pairs that train"):
-        UpoConfig(**{**values, "reward": {"parts": [{"name": "exact"}]}})
-
-
 # ---- vLLM ----------------------------------------------------------------------------------------
 
 
@@ -198,14 +298,11 @@ def vllm_python() -> str:
     return str(python)
 
 
-LENGTHS = """
-def score(row, completion):
-    return len(completion) % 7 / 10  # differs between completions of random weights
-"""
-
-
 @pytest.mark.slow
-def test_a_stage_learns_from_vllm(workspace: Path, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("trains", [{}, {"lora": {"rank": 4}}])
+def test_a_stage_learns_from_vllm(
+    workspace: Path, tmp_path: Path, monkeypatch: Any, trains: dict[str, Any]
+) -> None:
     """Log-probabilities of its float32 are ours up to rounding, in each iteration's weights."""
     # Its first request compiles a sampler for minutes otherwise.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
@@ -216,9 +313,10 @@ def test_a_stage_learns_from_vllm(workspace: Path, tmp_path: Path, monkeypatch: 
     directory = tmp_path / "vllm"
     rollout = {"prompts_per_iteration": 8, "max_new_tokens": 24, "engine": engine, "dump": True}
     model = {"preset": "tiny", "vocab_size": 384}  # vLLM's attention needs heads of 32 and more
-    (workspace / "lengths.py").write_text(LENGTHS)
-    reward = {"python": str(workspace / "lengths.py") + ":score"}
-    changes = {"iterations": 2, "rollout": rollout, "reward": reward}
+    changes = {
+        "iterations": 2, "rollout": rollout, "reward": by_length(workspace),
+        "evaluation": {"path": str(workspace / "test.jsonl"), "every_iterations": 2}, **trains,
+    }  # fmt: skip
     assert run_with(workspace, directory, engine, model, **changes) == 0
     for line in lines(directory):
         path = directory / "01-rl" / "rollouts" / f"{line['step']:06d}.jsonl"

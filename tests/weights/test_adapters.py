@@ -46,17 +46,24 @@ ON_457_ALONE = {
 
 
 def begin(
-    directory: Path, sizes: dict[str, Any], zero_b: bool = False, **settings: Any
+    directory: Path,
+    sizes: dict[str, Any],
+    zero_b: bool = False,
+    dtype: str = "float32",
+    **settings: Any,
 ) -> Ernie4_5_MoeForCausalLM:
     """A model with pairs of random numbers, its base in `directory`/base."""
     model = make_model(**sizes)
-    save_pretrained(model, directory / "base")
+    save_pretrained(model, directory / "base", dtype=dtype)
+    if dtype != "float32":
+        model = load_pretrained(directory / "base", dtype=dtype)
     lora = LoraConfig(**{"rank": 3, "alpha": 8, **settings})
     selection = select(parameter_shapes(model.config), lora, [], [])
     begin_partial_training(model, selection, lora, describe_base(directory / "base"), seed=1)
     random = np.random.default_rng(1)
     for matrix in trained_parameters(model).values() if not zero_b else ():
-        matrix.set_value(random.normal(0, 0.1, matrix.shape).astype(np.float32))
+        values = random.normal(0, 0.1, matrix.shape).astype(np.float32)
+        matrix.set_value(paddle.to_tensor(values).astype(matrix.dtype))
     return model
 
 
@@ -97,6 +104,25 @@ def test_peft_computes_what_we_do(tmp_path: Path, referee: Referee, transformers
         found = np.load(tmp_path / name / "logits.npz")
         np.testing.assert_allclose(found["logits"], ours, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(found["merged"], ours, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES | ON_457_ALONE)
+def test_a_model_in_training_is_saved_as_its_adapter_reads(
+    tmp_path: Path, case: str, dtype: str
+) -> None:
+    """Bit for bit: what an engine is given is what the stage's export will hold."""
+    variant, settings = (CASES | ON_457_ALONE)[case]
+    model = begin(tmp_path, VARIANTS[variant], dtype=dtype, **settings)
+    adapter = save(model, tmp_path)
+    save_pretrained(model, tmp_path / "training", max_shard_size="20KB")
+    merged = load_pretrained(adapter)
+    save_pretrained(merged, tmp_path / "merged", dtype=dtype, max_shard_size="20KB")
+    files = sorted(path.name for path in (tmp_path / "merged").glob("model*"))
+    assert len(files) > 2
+    for name in files:
+        found, expected = (tmp_path / side / name for side in ("training", "merged"))
+        assert found.read_bytes() == expected.read_bytes(), name
 
 
 def full_batch(ids: np.ndarray) -> Batch:

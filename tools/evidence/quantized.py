@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from ernie_train.cli.model import export_model, open_model
+from ernie_train.core.terminal import progress_bar
 from ernie_train.eval.estimates import Estimate, bootstrap
 from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
 from ernie_train.run.proof import Trace, own_logits, trace
@@ -68,7 +70,7 @@ def main() -> None:
             model, tokenizer = open_model(out)
             megabytes = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
             solved = evaluate(model, tokenizer, problems, EvalConfig(max_new_tokens=128),
-                              console=console, label=name)  # fmt: skip
+                              progress=partial(progress_bar, console, name))  # fmt: skip
             scores = [float(sample["value"] or 0.0) for sample in solved.samples]
             if base is None:
                 base = trace(model, prompts_of(tokenizer)), scores

@@ -5,9 +5,9 @@ out. `OwnEngine` samples with the model that is trained, on the learner's own ra
 asks a server, vLLM or FastDeploy, that is given each version of the weights.
 """
 
-from ernie_train.generate.engines.build import build_engine
+from ernie_train.generate.engines.build import ask_engine, build_engine
 from ernie_train.generate.engines.config import EngineConfig
 from ernie_train.generate.engines.own import OwnEngine
 from ernie_train.generate.engines.protocol import Engine
 
-__all__ = ["Engine", "EngineConfig", "OwnEngine", "build_engine"]
+__all__ = ["Engine", "EngineConfig", "OwnEngine", "ask_engine", "build_engine"]

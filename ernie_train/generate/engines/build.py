@@ -9,10 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ernie_train.core import consensus
+from ernie_train.core.config import parse_config
 from ernie_train.data import Tokenizer
 from ernie_train.generate.engines.config import EngineConfig
 from ernie_train.generate.engines.own import OwnEngine
 from ernie_train.generate.engines.protocol import Engine
+
+_A_DAY_S = 86400.0  # a user ends what takes too long
+# Mean exp|difference| - 1. Two programs in bfloat16 differ by some 0.02.
+_GAP_OF_ANOTHER_DTYPE = 0.1
 
 
 def build_engine(
@@ -55,6 +60,21 @@ def build_engine(
         mode = "raw_logprobs" if temperature == 1 else "processed_logprobs"
         server = VllmServer(config, directory, stop_requested, mode)
     return ServedEngine(config, server, tokenizer, weights, largest_gap)
+
+
+def ask_engine(url: str, tokenizer: Tokenizer, stop_requested: Callable[[], bool]) -> Engine:
+    """Return an engine that samples with the vLLM server at `url` as it is.
+
+    `load_weights` changes nothing there: it raises `EngineError` unless the server has the weights
+    of that model, by its log-probabilities. Raises `ConfigError` for what is no URL.
+    """
+    settings = {"kind": "vllm", "url": url, "timeout_s": _A_DAY_S, "start_timeout_s": 60.0}
+    config = parse_config(EngineConfig, settings, "--engine")
+    from ernie_train.generate.engines.served import ServedEngine
+    from ernie_train.generate.engines.servers import GivenServer
+
+    server = GivenServer(config, Path(), stop_requested)
+    return ServedEngine(config, server, tokenizer, None, _GAP_OF_ANOTHER_DTYPE)
 
 
 def _run_id(directory: Path) -> str:

@@ -32,8 +32,14 @@ class EngineConfig(StrictConfig):
     """Directory in which a folder of the run takes each version of the weights; `engine/` in the
     stage's directory unless given.
     """
-    parallel: Annotated[PositiveInt, HARMLESS] = 64
-    """Requests at a time."""
+    parallel: Annotated[PositiveInt, HARMLESS] = 512
+    """Requests at a time, of one sequence each; a connection each, so beyond some 900 `ulimit -n`
+    must be raised.
+    """
+    sleep: Annotated[bool, HARMLESS] = False
+    """Gives the GPU memory of a server that the stage starts to the learner between sampling and
+    the next weights: vLLM sleeps, FastDeploy ends until it is started again.
+    """
     timeout_s: Annotated[Positive, HARMLESS] = 1800.0
     """Seconds that all completions of an iteration, or of a turn of its episodes, may take."""
     start_timeout_s: Annotated[Positive, HARMLESS] = 900.0
@@ -64,6 +70,11 @@ class EngineConfig(StrictConfig):
             raise ValueError(f"{', '.join(given)}: no effect with kind: own; say kind: vllm")
         if self.url is not None and (unused := {"python", "args", "gpus"} & set(given)):
             raise ValueError(f"{', '.join(sorted(unused))}: no effect beside a url, which runs")
+        if self.url is not None and self.sleep:
+            raise ValueError(
+                "sleep: no effect beside a url: only a server that the stage starts is put to "
+                "sleep, as others may use one that runs; leave the url out"
+            )
         if self.kind == "fastdeploy" and self.url is not None:
             raise ValueError(
                 "fastdeploy cannot be given new weights at a url: name the python that starts it"

@@ -53,5 +53,8 @@ class OwnEngine:
             record_prompt_experts=self.record_prompts,
         )
 
+    def sleep(self) -> None:
+        """Do nothing: there is no memory beside the learner's."""
+
     def close(self) -> None:
         """Do nothing: the model belongs to the learner."""

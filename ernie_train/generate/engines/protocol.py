@@ -62,6 +62,14 @@ class Engine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Give memory that the learner can use back until `load_weights`, if it is so set up.
+
+        Does nothing before weights were loaded. `load_weights` comes before `sample` again, of the
+        same version too. Raises `EngineError` where the engine fails.
+        """
+        ...
+
     def close(self) -> None:
         """End what the engine started; may be called more than once."""
         ...

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ernie_train.core import consensus, process_group
+from ernie_train.core import consensus, devices, process_group
 from ernie_train.core.errors import EngineError, FailedElsewhere, Interrupted, StorageError
 from ernie_train.data import Tokenizer
 from ernie_train.generate.engine import Completion, check_request, moe_shape
@@ -49,7 +49,7 @@ class ServedEngine:
     config: EngineConfig
     server: Server
     tokenizer: Tokenizer
-    directory: Path  # of this run's weights alone; absolute
+    directory: Path | None  # of this run's weights alone; None: the server keeps its own
     largest_gap: float  # mean exp|difference| - 1 of log-probabilities, as in the learner's check
     _run: str = field(default_factory=lambda: secrets.token_hex(4), init=False)
     _loaded: _Loaded | None = field(default=None, init=False, repr=False)
@@ -59,9 +59,11 @@ class ServedEngine:
         if self._loaded is not None and version == self._loaded.version:
             return
         self._loaded = None
-        directory = self.directory / f"version_{version:06d}"
         dtype = self.config.dtype or dtype_name(model.model.embed_tokens.weight)
-        self._write(model, directory, dtype)
+        directory = None
+        if self.directory is not None:
+            directory = self.directory / f"version_{version:06d}"
+            self._write(model, directory, dtype)
 
         vocab_size = model.config.vocab_size
         expected = generate_sharded(
@@ -71,25 +73,38 @@ class ServedEngine:
             eos_token_id=self.tokenizer.stop_token_ids,
             stop_requested=self.server.stop_requested,
         )
+        if self.config.sleep:
+            devices.release_cached_memory()
+            process_group.barrier()  # the server takes memory on the GPUs of all ranks
 
         def load() -> Weights:
             # The name is of this start alone: a server may hold what another start called so.
-            weights = Weights(f"{self._run}-{version}", directory, _digest(directory), dtype)
+            name, digest = f"{self._run}-{version}", _digest(directory) if directory else ""
+            weights = Weights(name, directory or Path(), digest, dtype)
             self.server.load(weights)
             gap = self._gap(expected, vocab_size)
             if not gap <= self.largest_gap and self.server.restart(weights):
                 gap = self._gap(expected, vocab_size)
             if not gap <= self.largest_gap:
-                raise EngineError(
-                    f"the engine at {self.server.endpoint.url} was given {directory}, but its "
-                    f"log-probabilities differ from the model's by {gap:.2g} on average, more than "
-                    f"rollout.max_logprob_mismatch={self.largest_gap:g} allows: it computes with "
-                    "other weights, or in a narrower dtype"
-                )
+                raise EngineError(self._complaint(gap, directory))
             self._remove_versions(but=directory)
             return weights
 
         self._loaded = _Loaded(model, version, consensus.run_on_main(load))
+
+    def _complaint(self, gap: float, directory: Path | None) -> str:
+        url, most = self.server.endpoint.url, f"{self.largest_gap:g}"
+        if directory is None:
+            return (
+                f"the engine at {url} serves another model, or computes in a narrower dtype: its "
+                f"log-probabilities differ from the model's by {gap:.2g} on average, more than "
+                f"{most}"
+            )
+        return (
+            f"the engine at {url} was given {directory}, but its log-probabilities differ from the "
+            f"model's by {gap:.2g} on average, more than rollout.max_logprob_mismatch={most} "
+            "allows: it computes with other weights, or in a narrower dtype"
+        )
 
     def _write(self, model: Ernie4_5_MoeForCausalLM, directory: Path, dtype: str) -> None:
         """Write the weights; a full disk is an `EngineError` on all ranks, which can save then."""
@@ -138,13 +153,21 @@ class ServedEngine:
             raise Interrupted("stopped on a signal while generating")
         return found
 
+    def sleep(self) -> None:
+        """Have the server give its GPU memory back until the next `load_weights`, if it is set."""
+        if not self.config.sleep or self._loaded is None:
+            return
+        self._loaded = None
+        consensus.run_on_main(self.server.sleep)
+
     def close(self) -> None:
         """End the server, if it was started here, and delete the weights that it was given."""
         if process_group.is_main():
             self.server.close()
             self._remove_versions()
-            with suppress(OSError):  # there is more in the stage's own, such as the log
-                self.directory.rmdir()
+            if self.directory is not None:
+                with suppress(OSError):  # there is more in the stage's own, such as the log
+                    self.directory.rmdir()
 
     def _gap(self, expected: Sequence[Completion], vocab_size: int) -> float:
         """Return mean exp|difference| - 1 of greedy log-probabilities from the expected ones.
@@ -170,7 +193,7 @@ class ServedEngine:
 
     def _remove_versions(self, but: Path | None = None) -> None:
         """Delete the weights on the disk, those too that this run left when it was killed."""
-        for directory in self.directory.glob("version_*"):
+        for directory in self.directory.glob("version_*") if self.directory else ():
             if directory != but:
                 remove_directory(directory)
 

@@ -25,6 +25,7 @@ from ernie_train.generate.engines.process import ServerProcess
 
 ENVIRONMENT = "ERNIE_TRAIN_VLLM"
 _EMPTY = hashlib.sha256(b"").hexdigest()  # the checksum of a matrix that was packed away
+_CANNOT_SLEEP = "Sleep mode is not supported"  # what vLLM 0.32 says then
 _IN_PLACE = (
     "it must take weights in place: start it with VLLM_SERVER_DEV_MODE=1 in its environment, "
     "vLLM 0.32 or later"
@@ -68,6 +69,10 @@ class Server(ABC):
         """Start it anew with `weights`, now and for later versions; False where that is no help."""
         return False
 
+    def sleep(self) -> None:
+        """Give the GPU memory of our process back until `load`: it ends, unless it can sleep."""
+        self.close()
+
     def close(self) -> None:
         """End the process, if it is ours; may be called more than once."""
         if self._process is not None:
@@ -90,6 +95,13 @@ class Server(ABC):
         self._connect(f"http://127.0.0.1:{port}", self._process.require_alive)
         self._require_model(model)
         self.model = model
+
+    def _find(self) -> None:
+        self._connect(str(self.config.url))
+        served = self._served_models()
+        if not served:
+            raise EngineError(f"the engine at {self.endpoint.url} serves no model")
+        self.model = served[0]
 
     def _connect(self, url: str, alive: Callable[[], None] = lambda: None) -> None:
         self.endpoint = Endpoint(url, self.config.parallel, alive)
@@ -135,6 +147,7 @@ class VllmServer(Server):
     _must_have: ClassVar[str] = _IN_PLACE
     _runs: bool = field(default=False, init=False)
     _in_place: bool = field(default=True, init=False)
+    _sleeps: bool = field(default=False, init=False)
     _loaded: tuple[str, dict[str, Any]] | None = field(default=None, init=False)
 
     def load(self, weights: Weights) -> None:
@@ -156,6 +169,16 @@ class VllmServer(Server):
         self.load(weights)
         return True
 
+    def sleep(self) -> None:
+        """Keep neither weights nor cache; end where the next version needs a new process anyway."""
+        if not self._in_place:
+            super().sleep()
+            return
+        # Level 1 would keep a copy of the weights in the memory of the CPU, but all of the next
+        # version's are read.
+        self._call("/sleep?level=2&mode=abort", {})
+        self._sleeps = True
+
     def require_version(self, weights: Weights) -> None:
         found = self._call("/weight_info").get("weight_version")
         if found != weights.name:
@@ -170,29 +193,37 @@ class VllmServer(Server):
             _vllm_python(self.config.python), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(weights.directory), "--dtype", weights.dtype,
             "--generation-config", "vllm", "--logprobs-mode", self.logprobs_mode,
+            *(["--enable-sleep-mode"] if self.config.sleep else []),
         ]  # fmt: skip
-        self._loaded = None
-        self._start_process(
-            f"policy-{secrets.token_hex(4)}", port, command,
-            VLLM_SERVER_DEV_MODE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
-        )  # fmt: skip
+        self._loaded, self._sleeps = None, False
+        try:
+            self._start_process(
+                f"policy-{secrets.token_hex(4)}", port, command, VLLM_SERVER_DEV_MODE="1",
+                HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
+            )  # fmt: skip
+        except EngineError as error:
+            if self.config.sleep and _CANNOT_SLEEP in str(error):
+                raise UserError(
+                    "rollout.engine.sleep: this vLLM cannot sleep, as one for CPUs: leave it out"
+                ) from None
+            raise
         self._name(weights)
 
-    def _find(self) -> None:
-        self._connect(str(self.config.url))
-        served = self._served_models()
-        if not served:
-            raise EngineError(f"the engine at {self.endpoint.url} serves no model")
-        self.model = served[0]
-
     def _reload(self, weights: Weights) -> None:
-        # Nothing of ours runs; requests of a run that was killed may.
-        self._call("/pause?mode=abort", {})
+        # Nothing of ours runs; requests of a run that was killed may. One that sleeps is paused,
+        # its cache is gone, and it samples again once that has its memory, which comes last: both
+        # versions of a matrix may be there while it is read.
+        before, after = ["/pause?mode=abort"], ["/reset_prefix_cache", "/resume"]
+        if self._sleeps:
+            before, after = ["/wake_up?tags=weights"], ["/wake_up?tags=kv_cache"]
+        for path in before:
+            self._call(path, {})
         self._name(weights)  # while nothing is sampled: no completion of them has an older name
         arguments = {"weights_path": str(weights.directory)}
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
-        self._call("/reset_prefix_cache", {})
-        self._call("/resume", {})
+        for path in after:
+            self._call(path, {})
+        self._sleeps = False
 
     def _name(self, weights: Weights) -> None:
         self._call("/update_weight_version", {"new_version": weights.name})
@@ -223,6 +254,22 @@ class VllmServer(Server):
                     f"weights in its memory {changed}"
                 )
         self._loaded = (weights.digest, checksums)
+
+
+@dataclass
+class GivenServer(Server):
+    """Asks a server at a URL, which keeps the weights that it has."""
+
+    def load(self, weights: Weights) -> None:
+        self._find()
+
+    def require_version(self, weights: Weights) -> None:
+        """Require the model's name, all that it says of its weights."""
+        if self.model not in (served := self._served_models()):
+            raise EngineError(
+                f"the engine at {self.endpoint.url} serves {short_repr(served)}, no longer "
+                f"{self.model!r}"
+            )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ernie_train.model.lora.config import (
     pair_names,
     pair_shapes,
 )
-from ernie_train.model.lora.layers import adapted_layer, merge, merged_weight
+from ernie_train.model.lora.layers import adapted_layer, merge_pair, merged_weight
 from ernie_train.model.lora.pairs import Adapter, Pair, new_pair
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "Pair",
     "adapted_layer",
     "magnitude_name",
-    "merge",
+    "merge_pair",
     "merged_weight",
     "new_pair",
     "pair_names",

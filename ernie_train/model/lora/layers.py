@@ -15,6 +15,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from ernie_train.model.layers import ACTIVATIONS
+from ernie_train.model.lora.config import HEAD
 from ernie_train.model.lora.pairs import Pair
 from ernie_train.model.moe import Experts
 from ernie_train.model.transformer import LMHead
@@ -151,6 +152,23 @@ def merge(
     norms = np.sqrt(np.square(merged, dtype=np.float32).sum(axis, keepdims=True))
     scaled: np.ndarray = merged * (np.expand_dims(magnitude, axis) / norms)
     return scaled
+
+
+def merge_pair(
+    name: str,
+    parameter: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    magnitude: np.ndarray | None,
+    scale: float,
+) -> np.ndarray:
+    """Return the float32 parameter `name` with its pair, all arrays in float32.
+
+    Parameter [..,in,out] (a head: [out,in]), A [..,in,r], B [..,r,out], magnitude [..,out]. A model
+    that trains is written with these bits, and an adapter on disk is read with them.
+    """
+    product = np.matmul(a, b) * np.float32(scale)
+    return merge(parameter, product, magnitude, is_head=name == HEAD)
 
 
 def merged_weight(layer: nn.Layer, name: str = "weight") -> np.ndarray:

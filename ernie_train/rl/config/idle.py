@@ -156,9 +156,8 @@ def _of_our_own_sampler(config: _Stage) -> Iterator[Idle]:
             "policy.router_replay needs the experts that sampling chose, which fastdeploy does "
             "not give: leave it out, or sample with vllm or our own sampler"
         )
-    if config.evaluation is None:
-        yield from _message(
-            _given(rollout, "rollout.", ("batch_size",)),
-            "on an engine, as it is that of our own sampler",
-            ": engine.parallel has how many requests go out at a time",
-        )
+    yield from _message(
+        _given(rollout, "rollout.", ("batch_size",)),
+        "on an engine, as it is that of our own sampler",
+        ": engine.parallel has how many requests go out at a time",
+    )

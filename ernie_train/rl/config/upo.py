@@ -116,11 +116,6 @@ class UpoConfig(StageConfig):
         rollout, preference = self.rollout, self.preference
         if rollout.engine.kind == "own":
             return self
-        if self.lora is not None:
-            raise ValueError(
-                "lora: an engine is given the model's own matrices, without the pairs that train: "
-                "leave rollout.engine out"
-            )
         samples_pairs = preference is not None and preference.samples_completions
         if rollout.replay is not None and not samples_pairs:
             raise ValueError("rollout.engine has no effect with replay: nothing is sampled")
