@@ -29,7 +29,7 @@ from ernie_train.data import (
     preview,
     prompt_ids,
 )
-from ernie_train.data.reader import grouped, splits_warning
+from ernie_train.data.reader import BadRows, grouped, remarks, splits_warning
 from ernie_train.weights.model_directory import find_model
 
 SHOWN_LEFT_OUT = 10
@@ -77,8 +77,10 @@ def preview_data(
     console.rule("the data")
     _print_counts(records, read, settings, console)
     if tokenizer is None:
-        lines = read.remarks() + ([splits_warning(data, read.splits)] if read.splits else [])
-        console.print("\n".join(lines), highlight=False)
+        lines = remarks(data, {}, BadRows(), read.unread, read.passed_over)  # left out: told below
+        lines += [splits_warning(data, read.splits)] if read.splits else []
+        for line in lines:
+            console.print(line, highlight=False)
     else:
         kind: Any = "pretrain" if all(r.kind == "text" for r in records) else "sft"
         _, report = encode_records(records, read, tokenizer, kind=kind, seq_len=settings.seq_len)

@@ -1,6 +1,7 @@
 """Read data files of every known container and format, and report bad rows."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.files import find_files, read_rows
+from ernie_train.data.files import container, find_files, read_rows
 from ernie_train.data.formats import (
     FORMATS,
     BlankAnswer,
@@ -34,6 +35,11 @@ FOR_VERIFIERS = {
     *("id", "task", "domain", "reward", "answer", "tests", "hidden_tests", "entry_point"),
     *("expected_calls", "difficulty", "tools", "source", "data_source"),
 }
+_KNOWN_KEYS = {
+    *(key for entry in FORMATS.values() for marks in entry.marks for key in marks),
+    *("input", "history", "context", "system", "tools"),
+}
+_PLAIN_KEY = re.compile(r"\w[\w -]*")  # needs no quotes in YAML
 # A file of which no row has a known format is given up after so many.
 MOST_UNKNOWN_ROWS = 1000
 
@@ -333,12 +339,23 @@ def _read(row: Row, format_name: str) -> Record:
 
 def _unknown_format(file: Path, row: dict[str, Any]) -> str:
     known = "; ".join(
-        name if {name} == (keys := entry.marks[0]) else f"{name} ({' + '.join(sorted(keys))})"
+        name if {name} == (marks := entry.marks[0]) else f"{name} ({' + '.join(sorted(marks))})"
         for name, entry in FORMATS.items()
     )
+    keys = ", ".join(sorted(row)) or "(none: every value is null)"
+    if container(file)[0] in (".csv", ".tsv"):
+        keys += " (the first line of such a file names its columns)"
     return (
-        f"{file}: cannot tell the format of rows with the keys {', '.join(sorted(row))}\n"
+        f"{file}: cannot tell the format of rows with the keys {keys}\n"
         f"known formats: {known} (docs/data.md)\n"
-        "say what yours are: --columns '{question: frage, answer: antwort}' "
+        f"say what yours are: --columns '{{{_columns_hint(row)}}}' "
         "(or the recipe's `columns:`)"
     )
+
+
+def _columns_hint(row: Row) -> str:
+    """Return columns that would name the keys of a row, where they differ by capitals alone."""
+    own = {key.strip().lower(): key for key in row if _PLAIN_KEY.fullmatch(key)}
+    if detect_format(dict.fromkeys(own)) is None:
+        return "question: frage, answer: antwort"
+    return ", ".join(f"{key}: {own[key]}" for key in own if key in _KNOWN_KEYS)

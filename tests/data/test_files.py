@@ -301,37 +301,6 @@ def test_nested_columns_of_csv_are_json(tmp_path: Path) -> None:
 # ---- other faults --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", b'[{"text": "x"}, {"text": ', "is not valid JSON: row 2"),
-        ("a.json", b'[{"text": "x"}', "is not valid JSON: row 2"),
-        ("a.json", b'[{"text": "x"}] [{"text": "y"}]', "behind the end of its JSON list"),
-        ("a.json", b'{"rows": [{"text": "x"}]}', r"a\.json is one object and no list .*\[\{"),
-        ("a.json", b'"text"', "must hold a JSON list"),
-        ("a.json", b" ", "holds no rows"),
-        ("a.xlsx", b"x", r"a\.xlsx is a spreadsheet: save it as CSV in UTF-8"),
-        ("rows", b"{}", r"rows is not a .* file: its name must end so"),
-        ("a.json", b'[{"text": "caf\xe9"}]', "not UTF-8: byte 14 is .*; save it as UTF-8"),
-        ("a.json", b'["' + b"x" * 2**25 + b'"]', "row 1 does not end within 16777216 characters"),
-        ("a.json", b'[{"text": "\\ud83d"}]', r"a\.json:row 1: it is not valid Unicode"),
-        ("a.jsonl", b'{"text": "\\ud83d"}', r"a\.jsonl:1: it is not valid Unicode"),
-        ("a.jsonl", b'{"text": "caf\xe9"}', r"a\.jsonl:1: it is not UTF-8: .* the file as UTF-8"),
-        ("a.jsonl", b'[\n {"text": "x"}\n]', r"a\.jsonl:1: .*a row is one line.* a \.json file"),
-        ("a.jsonl", b'{\n "text": "x"\n}', r"a\.jsonl:1: .*a row is one line"),
-        ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), r"a\.jsonl:1: "),
-        ("a.jsonl.zst", pa.compress(lines(), "zstd", asbytes=True)[:-9], "not a whole zstd file"),
-        ("a.jsonl.zst", b"{}", "not a whole zstd file"),
-        ("a.parquet.gz", b"x", "is not a .jsonl"),
-        ("a.arrow", b"ARROW1\0\0", "is not a whole arrow file"),
-    ],
-)
-def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_records(tmp_path / name)
-
-
 def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])

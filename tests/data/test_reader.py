@@ -169,13 +169,15 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": [3]}, "message 1 is not an object"),
     ({"messages": [Q, {"role": "assistant"}]}, r"message 2 \(assistant\) is empty"),
     ({"messages": [{"role": "user", "content": ""}, A]}, r"message 1 \(user\) is empty"),
-    ({"messages": [{"content": "q"}]}, "message 1 has role None"),
+    ({"messages": [{"content": "q"}]}, "message 1 has no role; a message needs role"),
     ({"messages": [{"role": ["user"], "content": "q"}]}, "message 1 has role"),
-    ({"messages": [{"role": "user", "content": 5}]}, "content that is not text"),
+    ({"messages": [{"role": "user", "content": 5}]}, "content that is not text: a number"),
+    ({"messages": [Q, {**A, "content": {"text": "a"}}]}, "content that is not text: an object"),
     (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "content that is not text",
+        {"messages": [{"role": "user", "content": ["q", {"type": "image_url"}]}]},
+        "content that is not text: a part of type image_url",
     ),
+    ('"text"', "it is a text, not an object"),
     ({"messages": [Q, {**A, "reasoning_content": 5}]}, "reasoning_content must be text"),
     ({"messages": [Q, {**A, "tool_calls": 5}]}, "tool_calls must be a list"),
     ({"messages": [Q, {**A, "tool_calls": [{}]}]}, "tool call without a name"),
@@ -208,7 +210,7 @@ def test_a_bad_row_is_left_out_with_line_and_reason(write_rows: Any, row: Any, r
     ("row", "reason"),
     [
         ({"instruction": "q", "output": ""}, "output is empty"),
-        ({"instruction": "q", "output": 3}, "output must be text"),
+        ({"instruction": "q", "output": 3}, "output must be text, not a number"),
         ({"instruction": "q", "output": "a", "input": 3}, "input must be text"),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "history must be"),
         ({"instruction": "q", "output": "a", "system": 3}, "system must be text"),
@@ -219,7 +221,10 @@ def test_a_bad_row_is_left_out_with_line_and_reason(write_rows: Any, row: Any, r
         ({"conversations": [turn("system", "x")], "system": "y"}, "two system messages"),
         ({"prompt": "q", "completion": ""}, "completion is empty"),
         ({"prompt": " ", "completion": "a"}, "prompt is empty"),
-        ({"question": 5, "answer": "a"}, "question must be text or a list of messages, not int"),
+        (
+            {"question": 5, "answer": "a"},
+            "question must be text or a list of messages, not a number",
+        ),
         ({"chosen": [Q, A], "rejected": [Q, A]}, "begin alike and end differently"),
         ({"chosen": "a", "rejected": "b"}, "begin alike and end differently"),
         ({"text": "  "}, "text is empty"),
@@ -228,6 +233,27 @@ def test_a_bad_row_is_left_out_with_line_and_reason(write_rows: Any, row: Any, r
 def test_bad_rows_of_the_other_formats(write_rows: Any, row: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         read_records(write_rows("rows.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.csv",
+            "Question,Answer,Context\nq,a,c\n",
+            r"--columns '\{question: Question, answer: Answer, context: Context\}'",
+        ),
+        ("a.csv", "q,a\n", r"cannot tell .* a, q \(the first line of such a file names its col"),
+        ("a.jsonl", '{"frage": "q"}\n', r"--columns '\{question: frage, answer: antwort\}'"),
+        ("a.jsonl", '{"messages": null}\n', r"rows with the keys \(none: every value is null\)"),
+    ],
+)
+def test_unknown_keys_are_told_with_a_remedy(
+    tmp_path: Any, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text * 2)
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / name)
 
 
 def test_the_share_of_bad_rows_decides(write_rows: Any) -> None:

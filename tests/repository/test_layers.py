@@ -30,7 +30,7 @@ PACKAGES: dict[str, str] = {
     " tokenizer report chat_messages conversation chat encoding sources",
     "data.chat_template": "sandbox template",
     "data.formats": "values columns messages record kinds",
-    "data.files": "find rows",
+    "data.files": "find heads rows",
     "data.tokenizer": "sentencepiece_proto hf_files base huggingface paddlenlp"
     " sentencepiece loading markers",
     "rewards": "score sandbox verifiers registry scoring",

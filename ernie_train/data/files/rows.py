@@ -22,16 +22,20 @@ from typing import Any, BinaryIO
 from ernie_train.core.errors import DataError
 from ernie_train.core.foreign_files import open_regular
 from ernie_train.data.files.find import container, is_json_lines
-from ernie_train.data.formats.values import Row, RowError
+from ernie_train.data.files.heads import check_head
+from ernie_train.data.formats.values import Row, RowError, kind_of
 
 Located = tuple[str, Row | RowError]
 
 BOM = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 CHUNK_CHARACTERS = 2**20
-LONGEST_ROW = 2**24  # characters, of a field in CSV and of a row in a JSON list
+LONGEST_ROW = 2**24  # characters of a row; bytes of a line
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half of a pair
 TABLE_ROWS = 64  # rows of a Parquet or Arrow file that are made at a time
+_TOO_LONG = f"more than {LONGEST_ROW} bytes"
+_LIST_FILE = "a list of rows is a .json file"
+_LONE_CR = "a lone CR; save it with line breaks LF or CRLF"
 
 
 def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
@@ -42,6 +46,7 @@ def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
     """
     kind, compression = container(file)
     try:
+        check_head(file, kind, compression)
         if kind in (".parquet", ".arrow"):
             yield from _table_rows(file, kind, on_bytes)
             return
@@ -73,7 +78,11 @@ class _Text:
     on_bytes: Callable[[int], None]
 
     def lines(self) -> Iterator[bytes]:
-        for line in self.stream:
+        """Yield the lines; of one of more than LONGEST_ROW bytes no more than one byte beyond."""
+        while line := self.stream.readline(LONGEST_ROW + 1):
+            part = line
+            while len(part) > LONGEST_ROW and not part.endswith(b"\n"):
+                part = self.stream.readline(LONGEST_ROW + 1)
             self.on_bytes(self.raw.tell())
             yield line.removeprefix(BOM)
 
@@ -117,7 +126,10 @@ def _opened(file: Path, compression: str, on_bytes: Callable[[int], None]) -> It
 
 def _json_lines(text: _Text) -> Iterator[Located]:
     for number, line in enumerate(text.lines(), start=1):
-        if line.strip():
+        if len(line) > LONGEST_ROW:
+            hint = f"; {_LIST_FILE}" if line.lstrip()[:1] == b"[" else ""
+            yield f"{text.file}:{number}", RowError(f"it has {_TOO_LONG}{hint}")
+        elif line.strip():
             yield f"{text.file}:{number}", _parsed(line)
 
 
@@ -125,22 +137,41 @@ def _parsed(line: bytes) -> Row | RowError:
     try:
         # Without its line break, which the message on a row that breaks off would blame.
         text = line.decode("utf-8").rstrip("\r\n")
-        return _as_row(json.loads(text), text)
+        return _as_row(json.loads(text), text, f"; {_LIST_FILE}")
     except UnicodeDecodeError as error:
         return RowError(_not_utf8("it", error.start, error.reason, "the file"))
     except json.JSONDecodeError as error:
         what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        if text.strip() in ("{", "["):
-            what += "; a row is one line here, and a list over several lines a .json file"
-        return RowError(f"it is not valid JSON: {what}")
-    except (ValueError, RecursionError) as error:
-        return RowError(f"it is not valid JSON: {error}")
+        return RowError(f"it is not valid JSON: {what}{_json_remedy(text, error)}")
+    except RecursionError:
+        return RowError("it is not valid JSON: nested too deeply")
+    except ValueError:
+        return RowError("it is not valid JSON: a number has thousands of digits")
 
 
-def _as_row(row: Any, text: str) -> Row | RowError:
-    """Return the row that was parsed from `text`, if it is an object of valid Unicode."""
+def _json_remedy(text: str, error: json.JSONDecodeError) -> str:
+    """Return what to do about the usual faults of a line of JSON, "" for others."""
+    before, behind = text[: error.pos].rstrip(), text[error.pos :].strip()
+    if text.strip() in ("{", "["):
+        return "; a row is one line here, and a list over several lines a .json file"
+    if "\0" in text:
+        return "; it has NUL characters, as a damaged file has"
+    if error.msg == "Extra data":
+        comma = behind == ","
+        return "; remove the comma behind the row" if comma else "; each row needs its own line"
+    if before.endswith(",") and behind[:1] in ("}", "]"):
+        return "; remove the comma before it"
+    return ""
+
+
+def _as_row(row: Any, text: str, remedy: str = "") -> Row | RowError:
+    """Return the row that was parsed from `text`, if it is an object of valid Unicode.
+
+    `remedy` ends the message on a list of objects.
+    """
     if not isinstance(row, dict):
-        return RowError(f"it is a {type(row).__name__}, not an object")
+        of_rows = isinstance(row, list) and bool(row) and isinstance(row[0], dict)
+        return RowError(f"it is {kind_of(row)}, not an object{remedy if of_rows else ''}")
     if _SURROGATE.search(text):
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
@@ -217,7 +248,7 @@ class _Window:
 
 def _csv_rows(text: _Text, delimiter: str = "") -> Iterator[Located]:
     csv.field_size_limit(LONGEST_ROW)
-    file, texts = text.file, (line.decode("utf-8", "surrogateescape") for line in text.lines())
+    file, texts = text.file, _csv_lines(text)
     first = next(texts, "")
     delimiter = delimiter or max(",;\t", key=first.count)  # the first of them where none occurs
     reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
@@ -232,7 +263,8 @@ def _csv_rows(text: _Text, delimiter: str = "") -> Iterator[Located]:
                     f"{file}:{line}: a quote that opens in this row is never closed; double the "
                     'quotes inside a quoted field ("" for ")'
                 ) from error
-            yield f"{file}:{line}", RowError(f"it is not valid CSV: {error}")
+            reason = _LONE_CR if "new-line" in str(error) else str(error)
+            yield f"{file}:{line}", RowError(f"it is not valid CSV: {reason}")
             continue
         if cells is None:
             return
@@ -240,6 +272,13 @@ def _csv_rows(text: _Text, delimiter: str = "") -> Iterator[Located]:
             header = _header(file, cells)
         elif cells:
             yield f"{file}:{line}", _csv_row(header, cells)
+
+
+def _csv_lines(text: _Text) -> Iterator[str]:
+    for number, line in enumerate(text.lines(), start=1):
+        if len(line) > LONGEST_ROW:
+            raise DataError(f"{text.file}:{number}: the line has {_TOO_LONG}")
+        yield line.decode("utf-8", "surrogateescape")
 
 
 def _header(file: Path, cells: list[str]) -> list[str]:
@@ -263,7 +302,8 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
 
 
 def _whole_text(text: _Text) -> Iterator[Located]:
-    yield f"{text.file}:1", {"text": b"".join(text.lines()).decode("utf-8")}
+    whole = b"".join(line.removeprefix(BOM) for line in text.stream)
+    yield f"{text.file}:1", {"text": whole.decode("utf-8")}
 
 
 _READERS: dict[str, Callable[[_Text], Iterator[Located]]] = {

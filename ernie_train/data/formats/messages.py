@@ -13,6 +13,7 @@ from ernie_train.data.formats.values import (
     Message,
     RowError,
     as_json,
+    kind_of,
     parse_json,
     shown,
     without_nulls,
@@ -123,8 +124,9 @@ def _message(turn: Message, number: int) -> Message:
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join(_ROLE_NAMES)
+        has = "no role" if speaker is None else f"role {shown(speaker)}"
         raise RowError(
-            f"message {number} has role {shown(speaker)}; a message needs role (or from): {known} "
+            f"message {number} has {has}; a message needs role (or from): {known} "
             "and content (or value)"
         )
     for key, harmless in UNSUPPORTED.items():
@@ -192,7 +194,14 @@ def _content(value: Any, role: str, number: int) -> tuple[str, str]:
             return "\n".join(texts), "\n".join(thoughts)
     if role == "tool":
         return as_json(value), ""
-    raise RowError(f"message {number} ({role}) has content that is not text")
+    found = [part for part in value if _part(part) is None] if isinstance(value, list) else [value]
+    raise RowError(f"message {number} ({role}) has content that is not text: {_named(found[0])}")
+
+
+def _named(part: Any) -> str:
+    """Return a name for a part of a content that is no text, for a message."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return f"a part of type {kind}" if isinstance(kind, str) else kind_of(part)
 
 
 def _part(part: Any) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from ernie_train.data.formats.values import (
     Message,
     Row,
     RowError,
+    kind_of,
     list_of,
     parse_json,
     text_at,
@@ -114,7 +115,7 @@ def turns_at(row: Row, key: str, role: str) -> list[Message]:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]  # one conversation in a list of conversations
     if not isinstance(value, list):
-        raise RowError(f"{key} must be text or a list of messages, not {type(value).__name__}")
+        raise RowError(f"{key} must be text or a list of messages, not {kind_of(value)}")
     return read_messages(list_of({key: value}, key))
 
 

@@ -36,6 +36,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
+_KINDS: dict[type, str] = {
+    str: "a text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null",
+}  # fmt: skip
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, in JSON's words, for a message that rows of a file share."""
+    return _KINDS.get(type(value), "a number")
+
+
 def parse_json(text: str, what: str) -> Any:
     """Return the JSON value of a text.
 
@@ -75,7 +85,7 @@ def text_at(row: Row, key: str) -> str:
     """
     value = row.get(key)
     if not isinstance(value, str):
-        raise RowError(f"{key} must be text, not {type(value).__name__}")
+        raise RowError(f"{key} must be text, not {kind_of(value)}")
     if not value.strip():
         raise RowError(f"{key} is empty")
     return value
