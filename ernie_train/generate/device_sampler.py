@@ -3,7 +3,7 @@
 The logits of 256 sequences over a vocabulary of 100,000 are 100 MB a token: to copy them from a GPU
 and take numpy's exponentials would last ten times as long as the model's own pass.
 
-Shapes: B sequences still running, V vocabulary.
+Shapes: B sequences whose next token is sampled, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from ernie_train.generate.sampler import Sampler
 class DeviceSampler(Sampler):
     """Draws with the same random numbers from the same distribution; sums differ by rounding."""
 
-    def __call__(self, logits: Tensor, rows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
-        """Sample token number `step` of the sequences `rows` [B]; logits [B,V] float32.
+    def __call__(
+        self, logits: Tensor, lanes: np.ndarray, steps: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Sample token number `steps` [B] of the sequences in `lanes` [B]; logits [B,V] float32.
 
         Returns tokens [B] and logprobs [B] float32 as `Sampler` does, by one copy from the device.
         """
@@ -34,7 +36,7 @@ class DeviceSampler(Sampler):
         else:
             if config.top_p < 1 or config.top_k:
                 mass = _truncated(mass / total, config.top_p, config.top_k)
-            tokens = _drawn(mass, paddle.to_tensor(self.uniform[rows, step][:, None]))
+            tokens = _drawn(mass, paddle.to_tensor(self.uniform[lanes, steps][:, None]))
         logprobs = paddle.take_along_axis(shifted, tokens, 1) - paddle.log(total)
         both = paddle.concat([tokens.astype("float64"), logprobs.astype("float64")], 1).numpy()
         return both[:, 0].astype(np.int64), both[:, 1].astype(np.float32)

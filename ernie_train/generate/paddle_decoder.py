@@ -22,11 +22,19 @@ class PaddleDecoder:
         self.model = model
         self.on_gpu = bool(model.model.norm.weight.place.is_gpu_place())
 
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        """Return a cache for `batch` sequences of at most `slots` tokens, to be filled."""
+        return self.model.new_cache(batch, slots)
+
     def prefill(
-        self, prompts: Sequence[Sequence[int]], recorded: list[np.ndarray] | None = None
-    ) -> tuple[Prediction, KVCache]:
-        """Return the prediction after each prompt and the filled cache, as `NumpyDecoder` does."""
-        cache = self.model.new_cache(len(prompts))
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: KVCache,
+        sequences: np.ndarray,
+        recorded: list[np.ndarray] | None = None,
+    ) -> Prediction:
+        """Fill `sequences` of `cache` in one pass and predict, as `NumpyDecoder` does."""
+        cache.start(sequences)
         input_ids, document_ids = _right_padded(prompts)
         output = self.model.model(input_ids, document_ids=document_ids, kv_cache=cache)
         ends = np.cumsum(output.layout.row_counts)
@@ -35,7 +43,7 @@ class PaddleDecoder:
             recorded += [part[:-1] for part in np.split(chosen, ends[:-1])]
         last = paddle.to_tensor(ends - 1)
         experts = [paddle.gather(stats.expert_ids, last) for stats in output.router_stats]
-        return self._prediction(paddle.gather(output.hidden, last), experts), cache
+        return self._prediction(paddle.gather(output.hidden, last), experts)
 
     def __call__(self, tokens: np.ndarray, cache: KVCache) -> Prediction:
         """Append `tokens` [B] to the sequences of `cache` and predict the next ones."""

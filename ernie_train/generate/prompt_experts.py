@@ -12,23 +12,23 @@ from ernie_train.core.worker_pool import shared_zeros
 class PromptExperts:
     """Experts of prompts but for their last position, in memory that the processes share.
 
-    Equal prompts of a batch are prefilled once and share an array; those of different batches may
+    A process prefills equal prompts once, and they share an array; those of different processes may
     have been computed with other roundings, and keep their own.
     """
 
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],
-        batches: Sequence[Sequence[Sequence[int]]],
+        queues: Sequence[Sequence[int]],
         moe_shape: tuple[int, int],
     ) -> None:
-        """`batches` [process][batch]: indices of prompts; `moe_shape`: (MoE layers, experts)."""
-        self._first: dict[int, int] = {}  # of each prompt, the first of its batch that equals it
+        """`queues`: the indices of prompts of each process; `moe_shape`: (MoE layers, experts)."""
+        self._first: dict[int, int] = {}  # of each prompt, the first of its queue that equals it
         self._places: dict[int, slice] = {}  # of those
         end = 0
-        for batch in (batch for part in batches for batch in part):
+        for queue in queues:
             seen: dict[tuple[int, ...], int] = {}
-            for i in batch:
+            for i in queue:
                 self._first[i] = first = seen.setdefault(tuple(prompts[i]), i)
                 if first == i:
                     self._places[i] = slice(end, end + len(prompts[i]) - 1)
@@ -36,10 +36,9 @@ class PromptExperts:
         self._table = shared_zeros((max(end, 1), *moe_shape), np.int16)
         self._copies: dict[int, np.ndarray] = {}
 
-    def record(self, batch: Sequence[int], experts: Sequence[np.ndarray]) -> None:
-        """Keep the experts [S-1,L,K] of the different prompts of `batch`, in their order."""
-        different = [i for i in batch if self._first[i] == i]
-        for i, chosen in zip(different, experts, strict=True):
+    def record(self, prefilled: Sequence[int], experts: Sequence[np.ndarray]) -> None:
+        """Keep the experts [S-1,L,K] of the prompts `prefilled`, the first of their kind."""
+        for i, chosen in zip(prefilled, experts, strict=True):
             self._table[self._places[i]] = chosen
 
     def of(self, i: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Sample the next token of every sequence from its logits.
 
-Shapes: B sequences still running, V vocabulary, S sequences at the start.
+Shapes: B sequences whose next token is sampled, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,16 +44,28 @@ class SamplingConfig:
 class Sampler:
     """Samples with one uniform random number per token and sequence; greedy decoding uses none."""
 
-    def __init__(self, config: SamplingConfig, sequence_ids: Sequence[int]) -> None:
-        """`sequence_ids` [S]: with the seed, they alone determine the random numbers."""
+    def __init__(self, config: SamplingConfig, lanes: int) -> None:
+        """`lanes`: the sequences that are sampled side by side; `seat` says which they are."""
         self.config = config
-        if config.temperature > 0:
-            generators = (np.random.Philox(key=[config.seed, i]) for i in sequence_ids)
-            draws = [np.random.Generator(g).random(config.max_new_tokens) for g in generators]
-            self.uniform = np.stack(draws)  # [S, max_new_tokens]
+        size = (lanes, config.max_new_tokens) if config.temperature > 0 else (lanes, 0)
+        self.uniform = np.zeros(size)  # [lanes, max_new_tokens]
 
-    def __call__(self, logits: np.ndarray, rows: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
-        """Sample token number `step` of the sequences `rows` [B] of `sequence_ids`.
+    def seat(self, lanes: np.ndarray, sequence_ids: Sequence[int]) -> None:
+        """Draw for the sequences that take `lanes`: from the seed and their ids alone."""
+        if self.config.temperature == 0:
+            return
+        for lane, i in zip(lanes.tolist(), sequence_ids, strict=True):
+            generator = np.random.Generator(np.random.Philox(key=[self.config.seed, i]))
+            self.uniform[lane] = generator.random(self.uniform.shape[1])
+
+    def select(self, keep: np.ndarray) -> None:
+        """Keep the lanes `keep`, in that order."""
+        self.uniform = self.uniform[keep]
+
+    def __call__(
+        self, logits: np.ndarray, lanes: np.ndarray, steps: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Sample token number `steps` [B] of the sequences in `lanes` [B].
 
         logits [B,V] float32 -> tokens [B] and their logprobs [B] float32, at the temperature but
         before top-k and top-p truncate the distribution; greedy: at temperature 1.
@@ -66,7 +78,7 @@ class Sampler:
         if self.config.temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            tokens = sample(self._truncate(mass, total), self.uniform[rows, step])
+            tokens = sample(self._truncate(mass, total), self.uniform[lanes, steps])
         return tokens, shifted[np.arange(len(tokens)), tokens] - np.log(total)
 
     def _truncate(self, mass: np.ndarray, total: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, in one growing row of slots per sequence.
+"""Keys and values of the tokens so far, in one row of slots per sequence.
 
 Sequences of different lengths share a batch: sequence b fills slots 0 to lengths[b] - 1, so there
 is no padding on the left, and positions are slot indices.
@@ -9,7 +9,6 @@ Q the most new tokens of a sequence, G = N/K query heads per key/value head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from paddle import Tensor
 from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 
-_GROWTH = 32  # slots are added in multiples of this number
+_MULTIPLE = 32  # the slots of a sequence are a multiple of this number
 _MASKED = -1e30
 
 
@@ -42,10 +41,26 @@ def require_rope_theta(cached: float, present: float) -> None:
         )
 
 
-class KVCache:
-    """Preallocated keys and values [B*K,C,D] of every layer in `dtype`, grown in steps."""
+def _rounded(slots: int) -> int:
+    return -(-slots // _MULTIPLE) * _MULTIPLE
 
-    def __init__(self, config: Ernie4_5_MoeConfig, batch: int, dtype: str = "float32") -> None:
+
+def _first_rows(memory: Tensor, lanes: int, slots: int) -> Tensor:
+    """Return the first rows of `memory` [rows,D] as [lanes,slots,D], which share it."""
+    return memory[: lanes * slots].reshape([lanes, slots, memory.shape[1]])
+
+
+class KVCache:
+    """Keys and values [B*K,C,D] of every layer in `dtype`, and the memory they lie in.
+
+    `slots`: the most that a sequence will fill, for which memory is taken at once; without it, or
+    beyond it, memory is added when it is needed. C is no more than a quarter above what the longest
+    sequence fills, as attention reads all of it.
+    """
+
+    def __init__(
+        self, config: Ernie4_5_MoeConfig, batch: int, dtype: str = "float32", slots: int = 0
+    ) -> None:
         self.config = config
         self.lengths = np.zeros(batch, np.int64)
         self.rope_theta = config.rope_theta
@@ -55,26 +70,39 @@ class KVCache:
         self.values: list[Tensor] = []
         self.key_rows: list[Tensor] = []  # the same memory as [B*K*C,D]
         self.value_rows: list[Tensor] = []
+        self._most = _rounded(slots)
+        # [rows,D] for each layer's keys and values; the tensors above are the first rows of it, so
+        # that they change their shape without other memory.
+        self._memory: list[Tensor] = []
+        self._starting: np.ndarray | None = None  # the sequences that the next pass begins
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
 
+    def start(self, sequences: np.ndarray) -> None:
+        """Empty `sequences` [n]; the next pass has n rows, their tokens, and leaves the others."""
+        self.lengths[sequences] = 0
+        self._starting = sequences
+
     def begin(self, layout: BatchLayout) -> np.ndarray:
         """Allocate slots for a batch of new tokens and return their positions [T].
 
-        Raises `ValueError` if the batch has another number of sequences than the cache.
+        Raises `ValueError` if the batch has another number of sequences than the cache, or than
+        `start` was given.
         """
-        if layout.batch != self.batch:
-            raise ValueError(f"the cache holds {self.batch} sequences, the batch {layout.batch}")
+        rows = np.arange(self.batch) if self._starting is None else self._starting
+        if layout.batch != len(rows):
+            raise ValueError(f"the cache expects {len(rows)} sequences, the batch {layout.batch}")
         counts = layout.row_counts
-        sequence = np.repeat(np.arange(self.batch), counts)  # [T]
+        sequence = np.repeat(rows, counts)  # [T]
         offset = np.concatenate([np.arange(n) for n in counts])
         slots = self.lengths[sequence] + offset
-        was_empty = not self.lengths.any()
+        was_empty = not self.lengths[rows].any()
+        self._starting = None
         self._grow(int(slots.max()) + 1)
         self.step = self._index(sequence, offset, slots, was_empty)
-        self.lengths = self.lengths + counts
+        self.lengths[rows] += counts
         return slots
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,43 +111,73 @@ class KVCache:
         paddle.scatter_(self.value_rows[layer], self.step.slot_rows, v)
         return self.keys[layer], self.values[layer]
 
+    def copy(self, sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> None:
+        """Make each of `targets` [n] a copy of the first `lengths` slots of its source."""
+        self._copy(sources, targets, int(lengths.max()))
+        self.lengths[targets] = lengths
+
+    def rewind(self, sequences: np.ndarray) -> None:
+        """Take the last token of `sequences` back: the next one has its slot."""
+        self.lengths[sequences] -= 1
+
     def select(self, keep: np.ndarray) -> None:
-        """Keep the sequences `keep`, in that order, and drop the others."""
-        heads = self.config.num_key_value_heads
-        lanes = paddle.to_tensor((keep[:, None] * heads + np.arange(heads)).reshape(-1))
-        self._replace(lambda x: paddle.gather(x, lanes))
+        """Keep the sequences `keep`, in that order, and drop the others; no new memory is taken."""
+        if len(keep):
+            self._copy(keep, np.arange(len(keep)), int(self.lengths[keep].max()))
         self.lengths = self.lengths[keep]
+        self._update_views()
+
+    def _copy(self, sources: np.ndarray, targets: np.ndarray, slots: int) -> None:
+        """Copy the first `slots` of sources elsewhere; all are read before one is written."""
+        moved = sources != targets
+        if not moved.any():
+            return
+        read, written = (paddle.to_tensor(self._rows(x[moved], slots)) for x in (sources, targets))
+        for rows in (*self.key_rows, *self.value_rows):
+            paddle.scatter_(rows, written, paddle.gather(rows, read))
+
+    def _rows(self, sequences: np.ndarray, slots: int) -> np.ndarray:
+        """Return the rows of the first `slots` of `sequences` [n], [n*K*slots]."""
+        heads = self.config.num_key_value_heads
+        lanes = sequences[:, None] * heads + np.arange(heads)  # [n,K]
+        rows: np.ndarray = lanes[:, :, None] * self.capacity + np.arange(slots)
+        return rows.reshape(-1)
 
     def _grow(self, slots: int) -> None:
+        """Make room for `slots`; one layer's keys or values at a time exist twice."""
         if slots <= self.capacity:
             return
-        heads, head_dim = self.config.num_key_value_heads, self.config.attention_head_dim
-        capacity = -(-slots // _GROWTH) * _GROWTH
-        room = paddle.zeros(
-            [self.batch * heads, capacity - self.capacity, head_dim], dtype=self.dtype
-        )
-        if self.capacity == 0:
-            layers = range(self.config.num_hidden_layers)
-            self.keys = [room.clone() for _ in layers]
-            self.values = [room.clone() for _ in layers]
-            self._update_row_views()
-        else:
-            self._replace(lambda x: paddle.concat([x, room], axis=1))
-        self.capacity = capacity
+        before, capacity = self.capacity, _rounded(max(slots, self.capacity * 5 // 4))
+        self.capacity = min(capacity, self._most) if slots <= self._most else capacity
+        lanes = self.batch * self.config.num_key_value_heads
+        rows, head_dim = lanes * max(self.capacity, self._most), self.config.attention_head_dim
+        self._drop_views()  # they would keep memory that is replaced
+        for i in range(2 * self.config.num_hidden_layers):
+            if before == 0:
+                self._memory.append(paddle.zeros([rows, head_dim], dtype=self.dtype))
+                continue
+            held = _first_rows(self._memory[i], lanes, before)
+            if self._memory[i].shape[0] >= lanes * self.capacity:
+                held = held.clone()
+            else:
+                self._memory[i] = paddle.zeros([rows, head_dim], dtype=self.dtype)
+            _first_rows(self._memory[i], lanes, self.capacity)[:, :before] = held
+        self._update_views()
 
-    def _replace(self, made: Callable[[Tensor], Tensor]) -> None:
-        """Put `made(x)` in the place of all keys and values x, of which only one exists twice."""
-        self.key_rows = self.value_rows = []  # they share the memory
-        for stored in (self.keys, self.values):
-            for i in range(len(stored)):
-                stored[i] = made(stored[i])
-        self._update_row_views()
+    def _drop_views(self) -> None:
+        self.keys, self.values, self.key_rows, self.value_rows = [], [], [], []
 
-    def _update_row_views(self) -> None:
-        # Paddle's reshape shares memory, so `scatter_` into the rows writes keys and values.
-        head_dim = self.config.attention_head_dim
-        self.key_rows = [x.reshape([-1, head_dim]) for x in self.keys]
-        self.value_rows = [x.reshape([-1, head_dim]) for x in self.values]
+    def _update_views(self) -> None:
+        # Paddle's slices and reshapes share memory, so `scatter_` into the rows writes keys and
+        # values.
+        lanes = self.batch * self.config.num_key_value_heads
+        views = [_first_rows(memory, lanes, self.capacity) for memory in self._memory]
+        if views and views[0].data_ptr() != self._memory[0].data_ptr():
+            raise RuntimeError("Paddle copies slices here: remove FLAGS_use_stride_kernel")
+        layers = self.config.num_hidden_layers
+        self.keys, self.values = views[:layers], views[layers:]
+        rows = [view.reshape([-1, view.shape[2]]) for view in views]
+        self.key_rows, self.value_rows = rows[:layers], rows[layers:]
 
     def _index(
         self, sequence: np.ndarray, offset: np.ndarray, slots: np.ndarray, was_empty: bool

@@ -32,7 +32,7 @@ from ernie_train.model.numpy_layers import (
 from ernie_train.model.token_dispatcher import LocalDispatcher
 from ernie_train.model.transformer import DecoderLayer, Ernie4_5_MoeForCausalLM
 
-_GROWTH = 32  # slots are added in multiples of this number
+_MULTIPLE = 32  # the slots of a sequence are a multiple of this number
 _MASKED = np.float32(-1e30)
 PROMPT_CHUNK_TOKENS = 2048  # most prompt tokens, with padding, in one pass: bounds the activations
 _CHUNK_RATIO = 1.25  # the longest prompt of a chunk is at most this much longer than the shortest
@@ -63,44 +63,64 @@ class DecoderCache:
     """Keys and values of B sequences; sequence b fills its slots 0..lengths[b]-1."""
 
     def __init__(
-        self, config: Ernie4_5_MoeConfig, batch: int, slots: int, rope_theta: float
+        self, config: Ernie4_5_MoeConfig, batch: int, most: int, rope_theta: float
     ) -> None:
-        self.rope_theta = rope_theta
+        """`most`: the slots that a sequence fills at most; the cache grows towards them."""
+        self.rope_theta, self.most = rope_theta, most
         heads, head_dim = config.num_key_value_heads, config.attention_head_dim
         self.lengths = np.zeros(batch, np.int64)
         # Per layer [B,2,K,C,D]: keys and values. Free slots are masked to weight 0, and 0 * NaN is
         # NaN: they must be finite.
-        shape = (batch, 2, heads, -(-slots // _GROWTH) * _GROWTH, head_dim)
+        shape = (batch, 2, heads, 0, head_dim)
         self.layers = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
 
     @property
     def capacity(self) -> int:
         return int(self.layers[0].shape[3])
 
+    def start(self, sequences: np.ndarray, lengths: np.ndarray) -> None:
+        """Give `sequences` [n] other contents of `lengths` tokens, which `layers` receive later."""
+        self._grow(int(lengths.max()) + 1)
+        self.lengths[sequences] = lengths
+
     def advance(self) -> np.ndarray:
         """Add a slot for one new token of every sequence; return their positions [B]."""
         positions = self.lengths
-        if int(positions.max()) >= self.capacity:
-            # By a quarter of the capacity, so that the copies of long completions stay few.
-            added = max(_GROWTH, self.capacity // 4 // _GROWTH * _GROWTH)
-            room = ((0, 0), (0, 0), (0, 0), (0, added), (0, 0))
-            for i, layer in enumerate(self.layers):
-                self.layers[i] = np.pad(layer, room)
+        self._grow(int(positions.max()) + 1)
         self.lengths = positions + 1
         return positions
 
+    def rewind(self, sequences: np.ndarray) -> None:
+        """Take the last token of `sequences` back: the next one has its slot."""
+        self.lengths[sequences] -= 1
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> None:
+        """Make each of `targets` [n] a copy of the first `lengths` slots of its source."""
+        self._copy(sources, targets, int(lengths.max()))
+        self.lengths[targets] = lengths
+
     def select(self, keep: np.ndarray) -> None:
         """Keep the sequences `keep`, in that order, and drop the others."""
-        size = len(keep)
-        if size > len(self.lengths):
-            self.layers = [layer[keep] for layer in self.layers]
-        else:
-            moves = np.flatnonzero(keep != np.arange(size))
-            # In place: only the sequences that fill a gap are copied.
-            for i, layer in enumerate(self.layers):
-                layer[moves] = layer[keep[moves]]
-                self.layers[i] = layer[:size]
+        if len(keep):
+            self._copy(keep, np.arange(len(keep)), int(self.lengths[keep].max()))
+        self.layers = [layer[: len(keep)] for layer in self.layers]
         self.lengths = self.lengths[keep]
+
+    def _copy(self, sources: np.ndarray, targets: np.ndarray, slots: int) -> None:
+        """Copy the first `slots` of sources elsewhere; all are read before one is written."""
+        moved = sources != targets
+        for layer in self.layers if moved.any() else ():
+            layer[targets[moved], :, :, :slots] = layer[sources[moved], :, :, :slots]
+
+    def _grow(self, slots: int) -> None:
+        if slots <= self.capacity:
+            return
+        # By a quarter of the capacity, so that the copies of long completions stay few.
+        wanted = max(slots, min(self.capacity * 5 // 4, self.most))
+        added = -(-wanted // _MULTIPLE) * _MULTIPLE - self.capacity
+        room = ((0, 0), (0, 0), (0, 0), (0, added), (0, 0))
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = np.pad(layer, room)
 
 
 class NumpyDecoder:
@@ -118,27 +138,32 @@ class NumpyDecoder:
         # A forked process must not call Paddle, which computes the other activations.
         self.without_paddle = config.hidden_act in NUMPY_ACTIVATIONS
 
+    def new_cache(self, batch: int, slots: int) -> DecoderCache:
+        """Return a cache for `batch` sequences of at most `slots` tokens, to be filled."""
+        return DecoderCache(self.config, batch, slots, self.rope_theta)
+
     def prefill(
         self,
         prompts: Sequence[Sequence[int]],
+        cache: DecoderCache,
+        sequences: np.ndarray,
         recorded: list[np.ndarray] | None = None,
-    ) -> tuple[Prediction, DecoderCache]:
-        """Return the prediction after each prompt and the filled cache.
+    ) -> Prediction:
+        """Make `sequences` [n] of `cache` those of `prompts`; return the prediction after each.
 
         Neighbours of similar length run in one chunk, so prompts sorted by length take less time.
 
         recorded: a list that receives, for each prompt, the experts [S-1,L,k] of its
             positions but the last, whose experts are in the prediction; L MoE layers.
         """
-        slots = max(map(len, prompts)) + 1
-        cache = DecoderCache(self.config, len(prompts), slots, self.rope_theta)
-        cache.lengths[:] = [len(prompt) for prompt in prompts]
+        lengths = np.array([len(prompt) for prompt in prompts])
+        cache.start(sequences, lengths)
         parts = [
-            self._prefill_chunk(prompts, rows, cache, recorded) for rows in _chunks(cache.lengths)
+            self._prefill_chunk(prompts[chunk], cache, sequences[chunk], recorded)
+            for chunk in _chunks(lengths)
         ]
         logits, experts = zip(*parts, strict=True)
-        joined = [np.concatenate(layer) for layer in zip(*experts, strict=True)]
-        return (np.concatenate(logits), joined), cache
+        return np.concatenate(logits), [np.concatenate(x) for x in zip(*experts, strict=True)]
 
     def __call__(self, tokens: np.ndarray, cache: DecoderCache) -> Prediction:
         """Append `tokens` [B] to the sequences of `cache` and predict the next ones.
@@ -167,15 +192,15 @@ class NumpyDecoder:
     def _prefill_chunk(
         self,
         prompts: Sequence[Sequence[int]],
-        rows: slice,
         cache: DecoderCache,
+        sequences: np.ndarray,
         recorded: list[np.ndarray] | None,
     ) -> Prediction:
         """Run prompts padded on the right: causal attention keeps padding from the real tokens."""
-        lengths = cache.lengths[rows]
+        lengths = cache.lengths[sequences]
         batch, width = len(lengths), int(lengths.max())
         tokens = np.zeros((batch, width), np.int64)
-        for row, prompt in enumerate(prompts[rows]):
+        for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         heads, head_dim = self.config.num_key_value_heads, self.config.attention_head_dim
 
@@ -183,9 +208,9 @@ class NumpyDecoder:
             # [B*S,(N+2K)*D] -> [B,N+2K,S,D]
             split = qkv.reshape(batch, width, -1, head_dim).swapaxes(1, 2)
             q, kv = split[:, : -2 * heads], split[:, -2 * heads :]
-            kept = cache.layers[index][rows, :, :, :width]
-            kept[:] = kv.reshape(kept.shape)
-            output = _causal_attention(q.reshape(batch, heads, -1, width, head_dim), kept)
+            kv = kv.reshape(batch, 2, heads, width, head_dim)
+            cache.layers[index][sequences, :, :, :width] = kv
+            output = _causal_attention(q.reshape(batch, heads, -1, width, head_dim), kv)
             # [B,N,S,D] -> [B*S,N*D]
             by_head = output.reshape(batch, -1, width, head_dim)
             return by_head.swapaxes(1, 2).reshape(batch * width, -1)

@@ -287,9 +287,12 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         if self.lm_head.bias is not None:
             self.lm_head.bias = _with_mean_rows(self.lm_head.bias, size)
 
-    def new_cache(self, batch: int) -> KVCache:
-        """Return an empty key/value cache for `batch` sequences under the present RoPE base."""
-        cache = KVCache(self.config, batch, dtype=dtype_name(self.model.norm.weight))
+    def new_cache(self, batch: int, slots: int = 0) -> KVCache:
+        """Return an empty key/value cache for `batch` sequences under the present RoPE base.
+
+        slots: the most tokens of a sequence, if known; their memory is taken at once.
+        """
+        cache = KVCache(self.config, batch, dtype_name(self.model.norm.weight), slots)
         cache.rope_theta = self.model.rope_theta
         return cache
 

@@ -178,9 +178,11 @@ def test_the_models_own_forward_samples_the_same(model, prompts, monkeypatch):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
 
 
-@pytest.mark.parametrize("own_forward", [False, True])
+@pytest.mark.parametrize(
+    ("own_forward", "lanes"), [(False, 256), (False, 3), (True, 256), (True, 3)]
+)
 def test_equal_prompts_are_computed_once_and_sampled_apart(
-    model, prompts, own_forward, monkeypatch
+    model, prompts, own_forward, lanes, monkeypatch
 ):
     if own_forward:
         monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
@@ -188,15 +190,15 @@ def test_equal_prompts_are_computed_once_and_sampled_apart(
     computed = []
     prefill = engine.prefill
 
-    def noted(self, rows, recorded):
-        computed.append(rows)
-        return prefill(self, rows, recorded)
+    def noted(self, rows, *others):
+        computed.extend(rows)
+        return prefill(self, rows, *others)
 
     monkeypatch.setattr(engine, "prefill", noted)
     repeated = [p for _ in range(4) for p in prompts]
     settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 11}
-    completions = generate(model, repeated, **settings)
-    assert [sorted(rows, key=len) for rows in computed] == [sorted(map(tuple, prompts), key=len)]
+    completions = generate(model, repeated, batch_size=lanes, **settings)
+    assert sorted(computed, key=len) == sorted(prompts, key=len)
     assert [c.ids for c in completions[: len(prompts)]] == [
         c.ids for c in generate(model, prompts, **settings)
     ]
@@ -234,10 +236,12 @@ def test_finished_sequences_leave_the_batch(model, prompts, monkeypatch):
     monkeypatch.setattr(generate_engine.NumpyDecoder, "__call__", counted)
     settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "eos_token_id": [5, 6, 7, 8]}
     completions = generate(model, prompts * 4, **settings)
-    # With 20 sequences the cache is repacked when 3 of them are done: 1/8 of the batch.
     running = [sum(len(c.ids) > n for c in completions) for n in range(1, len(batches) + 1)]
-    for left, batch in zip(running, batches, strict=True):
-        assert left <= batch <= left / (1 - generate_engine._COMPACT_SHARE)
+    assert all(left <= batch for left, batch in zip(running, batches, strict=True))
+    # The cache is repacked once lanes have idled for as long as one pass takes.
+    for size in set(batches):
+        idled = [b - left for left, b in zip(running, batches, strict=True) if b == size]
+        assert sum(idled) < 2 * size
     assert len(set(batches)) > 3
 
 
@@ -312,7 +316,9 @@ def test_a_step_sends_a_mask_for_sequences_not_for_heads(model, monkeypatch):
     """For all heads of a large batch it would be as large as the scores, token after token."""
     decoder = PaddleDecoder(model)
     with paddle.no_grad():
-        _, cache = decoder.prefill([[1] * length for length in PROMPT_LENGTHS])
+        cache = decoder.new_cache(len(PROMPT_LENGTHS), max(PROMPT_LENGTHS) + 1)
+        rows = [[1] * length for length in PROMPT_LENGTHS]
+        decoder.prefill(rows, cache, np.arange(len(PROMPT_LENGTHS)))
         sizes = []
         original = paddle.to_tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ernie_train.core.processes import process_state
 from ernie_train.generate import engine as generate_engine
 from ernie_train.generate.engine import generate
 from ernie_train.kernels import packed
+from ernie_train.model.numpy_decoder import NumpyDecoder
 from tests.small_models import make_model
 
 SETTINGS = {"max_new_tokens": 24, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
@@ -152,13 +154,13 @@ def test_without_openblas_nothing_is_forked(model, prompts, forks, threads, monk
 def test_a_batch_bounds_what_all_sample_at_once(model, prompts, threads, monkeypatch, processes):
     threads(processes)
     most = worker_pool.shared_zeros(1, np.int64)
-    prefill = generate_engine._prefill
+    new_cache = NumpyDecoder.new_cache
 
-    def noted(engine, rows, recorded):
-        most[0] = max(most[0], len(rows))
-        return prefill(engine, rows, recorded)
+    def noted(self, batch, slots):
+        most[0] = max(most[0], batch)
+        return new_cache(self, batch, slots)
 
-    monkeypatch.setattr(generate_engine, "_prefill", noted)
+    monkeypatch.setattr(NumpyDecoder, "new_cache", noted)
     generate(model, prompts, max_new_tokens=2, batch_size=25)
     assert most[0] == {1: 25, 2: 12, 3: 8}[processes]
 
@@ -180,14 +182,14 @@ def test_a_stop_request_ends_all(model, prompts, forks, threads):
 
 def slow_in_copies(monkeypatch, action):
     """Forked processes do `action` before they sample; this one does not."""
-    own, prefill = os.getpid(), generate_engine._prefill
+    own, prefill = os.getpid(), NumpyDecoder.prefill
 
-    def slow(engine, rows, recorded):
+    def slow(*arguments):
         if os.getpid() != own:
             action()
-        return prefill(engine, rows, recorded)
+        return prefill(*arguments)
 
-    monkeypatch.setattr(generate_engine, "_prefill", slow)
+    monkeypatch.setattr(NumpyDecoder, "prefill", slow)
 
 
 def test_a_stop_request_is_heard_while_waiting_for_others(
@@ -251,20 +253,21 @@ def test_the_partition_is_even_and_splits_few_groups(sizes, processes):
     rng = np.random.default_rng(0)
     distinct = sorted((rng.integers(3, 96, n).tolist() for n in rng.integers(3, 90, 20)), key=len)
     prompts = [p for p, size in zip(distinct, sizes, strict=False) for _ in range(size)]
-    batches = generate_engine._partition(prompts, processes, 1000)
-    assert sorted(i for of_process in batches for batch in of_process for i in batch) == list(
-        range(len(prompts))
-    )
-    (counts,) = {tuple(sum(map(len, of_process)) for of_process in batches)}
+    leaders = [prompts.index(prompt) for prompt in prompts]
+    queues = generate_engine._partition(prompts, leaders, processes)
+    assert sorted(i for queue in queues for i in queue) == list(range(len(prompts)))
+    counts = [len(queue) for queue in queues]
     assert max(counts) - min(counts) <= 1
     owners = {}
-    for process, of_process in enumerate(batches):
-        for batch in of_process:
-            assert [len(prompts[i]) for i in batch] == sorted(len(prompts[i]) for i in batch)
-            for i in batch:
-                owners.setdefault(tuple(prompts[i]), set()).add(process)
+    for process, queue in enumerate(queues):
+        lengths = [len(prompts[i]) for i in queue]
+        assert lengths == sorted(lengths, reverse=True)
+        different = [leader for leader, _ in groupby(leaders[i] for i in queue)]
+        assert len(set(different)) == len(different), "equal prompts are neighbours"
+        for leader in different:
+            owners.setdefault(leader, set()).add(process)
     assert sum(len(found) > 1 for found in owners.values()) <= processes - 1
-    tokens = [sum(len(prompts[i]) for batch in of_process for i in batch) for of_process in batches]
+    tokens = [sum(len(prompts[i]) for i in queue) for queue in queues]
     if len(sizes) > 2 * processes:
         assert max(tokens) - min(tokens) <= 90 * max(sizes)
-    assert generate_engine._partition(prompts, processes, 1000) == batches
+    assert generate_engine._partition(prompts, leaders, processes) == queues

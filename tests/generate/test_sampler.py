@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import paddle
 import pytest
@@ -22,6 +24,13 @@ def cut_and_normalized(probs: np.ndarray, top_p: float, top_k: int) -> np.ndarra
         kept[token] = probs[token]
         mass += probs[token]
     return kept / kept.sum()
+
+
+def seated(kind: type[Sampler], config: SamplingConfig, ids: Sequence[int]) -> Sampler:
+    """A sampler with the sequences `ids` in its lanes."""
+    sampler = kind(config, len(ids))
+    sampler.seat(np.arange(len(ids)), ids)
+    return sampler
 
 
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 128, 1000])
@@ -63,9 +72,9 @@ def test_follows_the_cut_distribution_and_reports_the_whole_one(top_p, top_k):
     logits = rng.normal(0, 1.5, 70)
     temperature, count = 0.8, 20000
     config = SamplingConfig(1, temperature, top_p, top_k, seed=3)
-    sampler = Sampler(config, range(count))
+    sampler = seated(Sampler, config, range(count))
     wide = np.tile(logits, (count, 1)).astype(np.float32)
-    tokens, logprobs = sampler(wide, np.arange(count), 0)
+    tokens, logprobs = sampler(wide, np.arange(count), np.zeros(count, np.int64))
     whole = np.exp(logits / temperature - np.logaddexp.reduce(logits / temperature))
     np.testing.assert_allclose(logprobs, np.log(whole)[tokens], atol=2e-6)
     left = cut_and_normalized(whole, top_p, top_k)
@@ -94,7 +103,7 @@ def test_what_is_left_is_that_of_a_sort_of_all_tokens_but_few_are_sorted(
     )
     logits = np.random.default_rng(4).normal(0, spread, (40, 200)).round(1)
     mass = np.exp(logits).astype(np.float32)
-    sampler = Sampler(SamplingConfig(1, 1.0, top_p, top_k), range(40))
+    sampler = Sampler(SamplingConfig(1, 1.0, top_p, top_k), 40)
     left = sampler._truncate(mass, mass.sum(-1))
     for row, probs in zip(left, mass / mass.sum(-1, keepdims=True), strict=True):
         expected = cut_and_normalized(probs.astype(np.float64), top_p, top_k)
@@ -105,7 +114,7 @@ def test_what_is_left_is_that_of_a_sort_of_all_tokens_but_few_are_sorted(
 
 def test_greedy_reports_the_distribution_at_temperature_one():
     logits = np.random.default_rng(2).normal(0, 2, (5, 33)).astype(np.float32)
-    tokens, logprobs = Sampler(SamplingConfig(1), range(5))(logits, np.arange(5), 0)
+    tokens, logprobs = Sampler(SamplingConfig(1), 5)(logits, np.arange(5), np.zeros(5, np.int64))
     assert tokens.tolist() == logits.argmax(-1).tolist()
     expected = logits.max(-1) - np.logaddexp.reduce(logits.astype(np.float64), axis=-1)
     np.testing.assert_allclose(logprobs, expected, atol=2e-6)
@@ -113,14 +122,20 @@ def test_greedy_reports_the_distribution_at_temperature_one():
 
 def test_numbers_depend_on_seed_and_index_alone():
     logits = np.zeros((4, 50), np.float32)
-    few = Sampler(SamplingConfig(3, 1.0, seed=9), [7, 2, 5, 0])
-    many = Sampler(SamplingConfig(8, 1.0, seed=9), range(8))
-    other = Sampler(SamplingConfig(3, 1.0, seed=10), [7, 2, 5, 0])
+    few = seated(Sampler, SamplingConfig(3, 1.0, seed=9), [7, 2, 5, 0])
+    many = seated(Sampler, SamplingConfig(8, 1.0, seed=9), range(8))
+    other = seated(Sampler, SamplingConfig(3, 1.0, seed=10), [7, 2, 5, 0])
+    late = seated(Sampler, SamplingConfig(3, 1.0, seed=9), [1, 7, 3, 4, 5])
+    late.seat(np.array([2, 3]), [2, 0])
+    late.select(np.array([1, 2, 4, 3]))
     rows, numbers = np.arange(4), np.array([7, 2, 5, 0])
-    for step in range(3):
+    for step in np.repeat(np.arange(3), 4).reshape(3, 4):
         picked = few(logits, rows, step)[0].tolist()
         assert picked == many(logits, numbers, step)[0].tolist()
-    assert picked != other(logits, rows, 2)[0].tolist()
+        assert picked == late(logits, rows, step)[0].tolist()
+    assert picked != other(logits, rows, step)[0].tolist()
+    mixed = few(logits, rows, np.array([2, 0, 1, 2]))[0].tolist()
+    assert mixed == [few(logits, rows, np.full(4, at))[0][i] for i, at in enumerate((2, 0, 1, 2))]
 
 
 @pytest.mark.parametrize(
@@ -130,9 +145,9 @@ def test_a_device_samples_what_the_host_does(temperature, top_p, top_k):
     logits = np.random.default_rng(7).normal(0, 3, size=(150, 90)).astype(np.float32)
     config = SamplingConfig(3, temperature, top_p, top_k, seed=5)
     rows = np.arange(150)[::-1].copy()
-    for step in range(3):
-        host = Sampler(config, range(150))(logits, rows, step)
-        device = DeviceSampler(config, range(150))(paddle.to_tensor(logits), rows, step)
+    for step in np.repeat(np.arange(3), 150).reshape(3, 150):
+        host = seated(Sampler, config, range(150))(logits, rows, step)
+        device = seated(DeviceSampler, config, range(150))(paddle.to_tensor(logits), rows, step)
         assert [a.dtype for a in device] == [a.dtype for a in host]
         same = device[0] == host[0]
         assert same.mean() > 0.98  # sums differ in the last bits, so that few draws fall otherwise
@@ -143,8 +158,9 @@ def test_a_device_samples_what_the_host_does(temperature, top_p, top_k):
 def test_a_device_too_never_picks_a_token_without_mass(uniform):
     logits = np.full((3, 100), -np.inf, np.float32)
     logits[:, [10, 79]] = 0.1
-    sampler = DeviceSampler(SamplingConfig(1, 1.0), range(3))
+    sampler = DeviceSampler(SamplingConfig(1, 1.0), 3)
     sampler.uniform[:] = uniform
-    tokens, logprobs = sampler(paddle.to_tensor(logits), np.arange(3), 0)
+    steps = np.zeros(3, np.int64)
+    tokens, logprobs = sampler(paddle.to_tensor(logits), np.arange(3), steps)
     assert tokens.tolist() == [10 if uniform < 0.5 else 79] * 3
     np.testing.assert_allclose(logprobs, np.log(0.5), rtol=1e-6)

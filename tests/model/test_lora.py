@@ -106,7 +106,9 @@ def test_a_model_with_pairs_computes_what_the_merged_one_does(variant: str, dora
     with adapter_off(model):
         base = model(ids).logits.numpy()
     found = model(ids).logits.numpy()
-    (sampled, _), _ = NumpyDecoder(model).prefill(ids.numpy().tolist())
+    prompts, decoder = ids.numpy().tolist(), NumpyDecoder(model)
+    cache = decoder.new_cache(len(prompts), ids.shape[1])
+    sampled, _ = decoder.prefill(prompts, cache, np.arange(len(prompts)))
     assert len(trained_parameters(model)) == (3 if dora else 2) * len(adapter_of(model).pairs)
     assert_same(state(model), before)  # the pairs are none of the model's parameters
     merge(model)

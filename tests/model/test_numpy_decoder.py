@@ -41,7 +41,8 @@ def test_equals_the_uncached_model(name, least_packed, monkeypatch):
     rng = np.random.default_rng(0)
     sequences = [rng.integers(1, 96, n).tolist() for n in PROMPT_LENGTHS]
     decoder = NumpyDecoder(model)
-    _, cache = decoder.prefill(sequences)
+    cache = decoder.new_cache(len(sequences), max(PROMPT_LENGTHS) + STEPS)
+    decoder.prefill(sequences, cache, np.arange(len(sequences)))
     capacities = []
     for step in range(STEPS):
         if step == LEAVES_AT:  # the longest leaves, the others change places
@@ -65,8 +66,8 @@ def test_equals_the_uncached_model(name, least_packed, monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 @paddle.no_grad()
 def test_prefill_equals_the_uncached_model(name, small_kernel, monkeypatch):
-    """In chunks of one and of several prompts, whose queries are scored in blocks, and once more
-    after equal ones have been spread."""
+    """In chunks of one and of several prompts, whose queries are scored in blocks, into sequences
+    in any order, and once more after some have been copied."""
     monkeypatch.setattr(numpy_layers, "_HAS_SMALL_KERNEL", small_kernel)
     monkeypatch.setattr(numpy_decoder, "PROMPT_CHUNK_TOKENS", 60)
     monkeypatch.setattr(numpy_decoder, "_QUERY_BLOCK", 16)
@@ -74,15 +75,18 @@ def test_prefill_equals_the_uncached_model(name, small_kernel, monkeypatch):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 96, n).tolist() for n in (3, 3, 17, 20, 18, 90, 5)]
     decoder = NumpyDecoder(model)
-    (logits, experts), cache = decoder.prefill(prompts)
-    assert cache.lengths.tolist() == [len(prompt) for prompt in prompts]
+    cache = decoder.new_cache(9, 91)
+    places = np.array([2, 0, 3, 1, 5, 4, 8])
+    logits, experts = decoder.prefill(prompts, cache, places)
+    assert cache.lengths[places].tolist() == [len(prompt) for prompt in prompts]
     assert len(experts) == sum(layer.is_moe for layer in model.model.layers)
     for row, prompt in enumerate(prompts):
         expected, chosen = uncached(model, prompt)
         np.testing.assert_allclose(logits[row], expected, atol=2e-5)
         assert [sorted(e[row].tolist()) for e in experts] == [sorted(c) for c in chosen]
-    owner = np.array([0, 0, 3, 5, 1, 2, 4, 6, 6])
-    cache.select(owner)
+    copied = np.array([3, 1])
+    cache.copy(places[copied], np.array([6, 7]), np.array([20, 3]))
+    owner = np.array([1, 3, 0, 2, 5, 4, 3, 1, 6])  # the prompt of each sequence
     tokens = rng.integers(1, 96, len(owner))
     logits, _ = decoder(tokens, cache)
     for row, token in enumerate(tokens.tolist()):
@@ -151,7 +155,8 @@ def test_positions_follow_the_base_of_the_model():
     model.set_rope_theta(100.0)
     prompt = [4, 8, 15, 16]
     decoder = NumpyDecoder(model)
-    _, cache = decoder.prefill([prompt])
+    cache = decoder.new_cache(1, 5)
+    decoder.prefill([prompt], cache, np.arange(1))
     logits, _ = decoder(np.array([23]), cache)
     expected, _ = uncached(model, [*prompt, 23])
     np.testing.assert_allclose(logits[0], expected, atol=2e-5)
@@ -162,7 +167,9 @@ def test_positions_follow_the_base_of_the_model():
 @paddle.no_grad()
 def test_a_cache_of_another_base_is_refused():
     model = make_model()
-    _, cache = NumpyDecoder(model).prefill([[5, 6, 7]])
+    decoder = NumpyDecoder(model)
+    cache = decoder.new_cache(1, 4)
+    decoder.prefill([[5, 6, 7]], cache, np.arange(1))
     model.set_rope_theta(2 * model.config.rope_theta)
     with pytest.raises(ValueError, match="the cache was made under rope_theta="):
         NumpyDecoder(model)(np.array([8]), cache)

@@ -47,7 +47,7 @@ PACKAGES: dict[str, str] = {
     "weights": "layout quantize peft_config adapters hf saving gguf_file gguf_tokenizer llama"
     " upcycle convert checkpoint model_directory",
     "weights.quantize": "scheme gptq calibration stored",
-    "generate": "sampler device_sampler prompt_experts paddle_decoder engine sharded engines",
+    "generate": "sampler device_sampler prompt_experts paddle_decoder lanes engine sharded engines",
     "generate.engines": "config protocol own answer endpoint guard process servers served build",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " step_loop supervised_data supervised",

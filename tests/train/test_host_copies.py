@@ -71,7 +71,8 @@ def test_experts_of_all_layers_are_one_copy_a_step_of_decoding_and_of_a_probe(co
     model = Ernie4_5_MoeForCausalLM(CONFIG.with_overrides(deeper))
     decoder = PaddleDecoder(model)
     with paddle.no_grad():
-        (_, experts), cache = decoder.prefill([[1, 2], [3, 4]])
+        cache = decoder.new_cache(2, 3)
+        _, experts = decoder.prefill([[1, 2], [3, 4]], cache, np.arange(2))
         assert len(experts) == layers and experts[0].shape == (2, CONFIG.moe_k)
         copies.clear()
         decoder(np.array([5, 6]), cache)
