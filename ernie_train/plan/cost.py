@@ -206,7 +206,7 @@ def _sampling_cost(
     operations at the rate of training, whichever is more, and as starting the layers' kernels.
     """
     on_rank, at_once = load.on_rank(layout.ranks), load.at_once(layout.ranks)
-    batches = -(-on_rank // at_once)
+    turns = max(1.0, on_rank / at_once)  # a lane whose sequence has ended takes the next one
     mean_length = load.prompt_tokens + load.new_tokens // 2
     read = count_parameters(config).on_rank(layout).total * precision.width
     reading = read + cache_bytes(config, at_once, mean_length, precision.width)
@@ -217,6 +217,6 @@ def _sampling_cost(
     sent = 2 * _exchange_bytes(config, precision, layout) * tokens
     a_token = max(reading / (rates.memory_gb_per_s * 1e9), computing)
     a_token += config.num_hidden_layers * rates.layer_us / 1e6
-    seconds = batches * load.new_tokens * a_token
+    seconds = turns * load.new_tokens * a_token
     seconds += rates.seconds_to_compute(first) + rates.seconds_to_send(sent, layout.expert)
     return load.rounds * sent, load.rounds * seconds
