@@ -7,6 +7,7 @@ cannot live beside paddlenlp's pins. Tests exchange files with it, never Python 
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from multiprocessing.connection import Listener
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,12 @@ hypothesis.settings.load_profile("suite")
 
 # Sets the processor up; it must come before any test module imports Paddle.
 import ernie_train  # noqa: E402, F401
+from ernie_train.core import blas, devices  # noqa: E402
 from tests import waiting  # noqa: E402
+
+# Every run measures the processor, which is the same for all of them.
+blas.product_error = cache(blas.product_error)
+devices.slow_products = cache(devices.slow_products)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFEREE_SCRIPTS = Path(__file__).resolve().parent / "referee"
@@ -53,8 +59,8 @@ SLOW_LIMIT_S = 3600.0
 # others idle.
 LONGEST = (
     "parallel/test_runs.py",
-    "run/test_recipe_keys_act.py",
     "model/test_parity.py",
+    "run/test_recipe_keys_act.py",
     "tools/evidence/test_main_job.py",
     "repository/test_embedded_data.py",
     "weights/test_adapters.py",
@@ -63,13 +69,18 @@ LONGEST = (
     "repository/test_recipes_21b.py",
 )
 
-# One worker runs them, since one launch of ranks serves them all.
-ON_RANKS = tuple(
-    f"tests/{name}.py"
-    for name in (
-        "parallel/test_runs", "parallel/test_equal_results", "parallel/test_faults",
-        "parallel/test_gradients", "parallel/test_expert", "parallel/test_lora",
-        "parallel/test_sampling", "parallel/test_lockstep", "rl/test_engine_stage",
+# One worker runs all files of a group, since what is started once serves them all: ranks, or torch.
+TOGETHER = tuple(
+    tuple(f"tests/{name}.py" for name in names)
+    for names in (
+        ("parallel/test_runs", "parallel/test_equal_results", "parallel/test_faults",
+         "parallel/test_gradients", "parallel/test_expert", "parallel/test_lora",
+         "parallel/test_sampling", "parallel/test_lockstep", "rl/test_engine_stage",
+         "core/test_process_group"),
+        ("model/test_parity", "weights/test_adapters", "weights/test_hf_transformers",
+         "weights/test_quantize", "run/test_export", "run/test_import", "rl/test_reward_model",
+         "data/test_chat", "data/test_chat_families", "data/test_tokenizer",
+         "data/test_tokenizer_kinds", "io/test_safetensors"),
     )
 )  # fmt: skip
 
@@ -93,7 +104,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return ON_RANKS[0] if file in ON_RANKS else file
+            return next((group[0] for group in TOGETHER if file in group), file)
 
     config.option.loadscopereorder = False  # by the number of tests: long files have few
     return Scheduling(config, log)

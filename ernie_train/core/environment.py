@@ -82,6 +82,10 @@ def code_version(checkout: Path = _CHECKOUT) -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(dash)}
 
 
+# Once a process: it runs the code that it has imported, whatever is committed after that.
+_imported_code = cache(code_version)
+
+
 def describe_environment() -> dict[str, Any]:
     """Return versions, device, cores, memory and CPU set-up as plain values that JSON can hold."""
     import paddle
@@ -90,7 +94,7 @@ def describe_environment() -> dict[str, Any]:
     gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     return {
         "ernie_train": __version__,
-        "code": code_version(),
+        "code": dict(_imported_code()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": dict(installed_versions()),

@@ -11,6 +11,7 @@ import pytest
 
 from ernie_train.core import process_group
 from ernie_train.core.errors import ConfigError
+from tests.parallel.ranks import start_on_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -86,18 +87,7 @@ def test_the_launcher_s_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> N
 def test_two_ranks_wait_and_add_up(tmp_path: Path) -> None:
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    launch = [sys.executable, "-W", "ignore", "-m", "paddle.distributed.launch"]
-    launch += ["--nproc_per_node", "2", "--backend", "gloo", "--log_dir", str(tmp_path / "log")]
-    environ = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
-        cwd=tmp_path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    start_on_ranks(2, str(script), tmp_path)
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     # In float32 the second would lose its 2 and the third would be 0.
     expected = {"world": 2, "sums": [3.0, 2.0**53 + 2, 2e-300], "seen": True}

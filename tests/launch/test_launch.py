@@ -57,7 +57,6 @@ def test_a_mistake_of_the_user_is_reported_once(launch):
     [
         ("not_finite", 4, "error: step 7 would not be finite"),
         ("elsewhere", 2, "error: rank 1 sees no data"),
-        ("gate", 5, "error: eval/logic is below its gate"),
     ],
 )
 def test_the_first_failing_rank_gives_the_status(launch, behaviour, status, message):
@@ -162,7 +161,7 @@ def test_a_job_goes_on_where_nobody_can_be_shown_what_it_prints(launch):
     assert err.count("No space left on device") == 1
 
 
-@pytest.mark.parametrize(("behaviour", "status"), [("together", 0), ("mistake", 2)])
+@pytest.mark.parametrize(("behaviour", "status"), [("alone", 0), ("mistake", 2)])
 def test_a_job_ends_with_its_status_where_all_readers_have_gone(launch, behaviour, status):
     reading, writing = os.pipe()
     os.close(reading)

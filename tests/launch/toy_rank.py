@@ -18,7 +18,6 @@ from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group, processes
 from ernie_train.core.errors import (
     FailedElsewhere,
-    GateError,
     Interrupted,
     NonFiniteError,
     UserError,
@@ -92,10 +91,6 @@ def elsewhere() -> None:
     raise UserError("rank 1 sees no data")
 
 
-def gate() -> None:
-    raise GateError("eval/logic is below its gate")
-
-
 def defect() -> None:
     if RANK == 1:
         print("what rank 1 was doing", flush=True)
@@ -129,7 +124,7 @@ def terminal() -> None:
 
 
 BEHAVIOURS = {
-    "alone": alone, "mistake": mistake, "not_finite": not_finite, "gate": gate,
+    "alone": alone, "mistake": mistake, "not_finite": not_finite,
     "elsewhere": elsewhere, "defect": defect, "dies_once": dies_once,
     "grandchildren": grandchildren, "terminal": terminal,
 }  # fmt: skip

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,15 @@ def expected_counts(split):
     }
 
 
+@cache
+def rows_in(path):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream.read().rstrip("\n").split("\n")]
+
+
 def rows_of(split, domain=None, data=DATA):
-    rows = []
-    for name in [domain] if domain else DOMAINS:
-        path = file_of(data, split, name)
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as stream:
-            rows += [json.loads(line) for line in stream.read().rstrip("\n").split("\n")]
-    return rows
+    names = [domain] if domain else DOMAINS
+    return [row for name in names for row in rows_in(file_of(data, split, name))]
 
 
 def completion_of(message):

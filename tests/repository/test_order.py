@@ -47,13 +47,27 @@ def test_a_worker_gets_whole_files_in_the_order_of_collection(dist: str) -> None
     assert not files[0] & files[1]
 
 
-def test_all_files_that_use_ranks_go_to_one_worker() -> None:
+@pytest.mark.parametrize(
+    ("group", "use"),
+    zip(
+        conftest.TOGETHER,
+        [
+            r"^from tests\S* import .*\b(start_on_ranks|run_on)\b",
+            r'\breferee\((script|\s*")|"reader"',
+        ],
+        strict=True,
+    ),
+    ids=["ranks", "torch"],
+)
+def test_all_files_that_use_what_is_started_once_go_to_one_worker(
+    group: tuple[str, ...], use: str
+) -> None:
     found = {
         path.relative_to(TESTS.parent).as_posix()
         for path in TESTS.rglob("test_*.py")
-        if re.search(r"^from tests\S* import .*\b(start_on_ranks|run_on)\b", path.read_text(), re.M)
+        if re.search(use, path.read_text(), re.M) and path != Path(__file__)
     }
-    assert found == set(conftest.ON_RANKS)
+    assert found == set(group)
     config: Any = SimpleNamespace(
         option=SimpleNamespace(), getvalue={"dist": "loadfile", "tx": ["2*popen"]}.get
     )

@@ -12,7 +12,6 @@ from ernie_train.weights.checkpoint import (
 )
 from ernie_train.weights.layout import tensor_mappings, to_stored
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 8,

@@ -1,19 +1,21 @@
 """Checkpoints on disks that flip bits, cut files, are full, or whose writer is killed."""
 
 import logging
+import multiprocessing
 import os
 import random
+import resource
 import subprocess
-import sys
-import textwrap
 import time
+from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from ernie_train.core.errors import CheckpointError, StorageError
-from tests.weights import checkpoints
-from tests.weights.checkpoints import REPOSITORY, check, make_store, save
+from tests.weights.checkpoints import check, make_store, save
 
 # ---- damage ------------------------------------------------------------------------------------
 
@@ -129,23 +131,26 @@ def test_failing_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check(store, store.path_of(2), 2)
 
 
-SMALL_DISK = """
-    import importlib.util, resource, sys
-    from pathlib import Path
-    from ernie_train.core.errors import StorageError
-    spec = importlib.util.spec_from_file_location("helpers", sys.argv[3])
-    helpers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(helpers)
-    store = helpers.make_store(Path(sys.argv[1]), keep_last=50)
-    if sys.argv[2] == "limit":
+def in_a_fork(work: Callable[..., None], *arguments: object) -> tuple[ForkProcess, IO[str]]:
+    """Start `work`, whose last argument is a pipe, in a fork of this process, and read the pipe."""
+    reading, writing = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=work, args=(*arguments, writing))
+    process.start()
+    os.close(writing)
+    return process, os.fdopen(reading)
+
+
+def fill_disk(directory: Path, kind: str, out: int) -> None:
+    """Save until that fails; write to `out` the last step that was saved, and why."""
+    store = make_store(directory, keep_last=50)
+    if kind == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     for step in range(2, 200):
         try:
-            helpers.save(store, step)
+            save(store, step)
         except StorageError as error:
-            print(step - 1, error)
+            os.write(out, f"{step - 1} {error}".encode())
             break
-"""
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "limit"])
@@ -159,13 +164,10 @@ def test_full_disk(kind: str, tmp_path: Path) -> None:
     try:
         store = make_store(directory)
         save(store, 1)
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SMALL_DISK),
-             str(directory), kind, checkpoints.__file__],
-            capture_output=True, text=True, timeout=120, cwd=REPOSITORY,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        last, message = done.stdout.split(maxsplit=1)
+        process, told = in_a_fork(fill_disk, directory, kind)
+        with told:
+            last, message = told.read().split(maxsplit=1)
+        process.join()
         assert ("disk is full" if kind == "tmpfs" else "size limit") in message
         latest = store.latest()
         assert latest == store.path_of(int(last))
@@ -186,23 +188,19 @@ def test_unwritable_directory(tmp_path: Path) -> None:
 
 # ---- kill -9 -----------------------------------------------------------------------------------
 
-SAVER = """
-    import importlib.util, sys, time
-    from pathlib import Path
-    spec = importlib.util.spec_from_file_location("helpers", sys.argv[2])
-    helpers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(helpers)
-    store = helpers.make_store(Path(sys.argv[1]), keep_last=2, best_metric="score")
+
+def save_on(directory: Path, out: int) -> None:
+    """Write to `out` how long a save takes, then each step that has been saved."""
+    store = make_store(directory, keep_last=2, best_metric="score")
     saved = store.load_latest()
     step = saved.step if saved else 0
     start = time.monotonic()
-    helpers.save(helpers.make_store(Path(sys.argv[1], "trial")), step)
-    print(time.monotonic() - start, flush=True)
+    save(make_store(directory / "trial"), step)
+    os.write(out, f"{time.monotonic() - start}\n".encode())
     while True:
         step += 1
-        helpers.save(store, step, score=step % 5)
-        print(step, flush=True)
-"""
+        save(store, step, score=step % 5)
+        os.write(out, f"{step}\n".encode())
 
 
 def kill_while_saving(directory: Path, kills: int) -> None:
@@ -210,17 +208,13 @@ def kill_while_saving(directory: Path, kills: int) -> None:
     store = make_store(directory, keep_last=2, best_metric="score")
     known = 0
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SAVER), directory,
-             checkpoints.__file__],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
-        )  # fmt: skip
-        assert process.stdout is not None
+        process, told = in_a_fork(save_on, directory)
         # So many seconds a save takes now: a busy machine needs longer to write any.
-        seconds = process.stdout.readline() or pytest.fail(process.communicate()[1])
-        time.sleep(generator.uniform(0.0, 4 * float(seconds)))
+        time.sleep(generator.uniform(0.0, 4 * float(told.readline())))
         process.kill()
-        reported = [int(line) for line in process.communicate()[0].split()]
+        process.join()
+        with told:
+            reported = [int(line) for line in told]
         known = max([known, *reported])
         latest = store.latest()
         if known:
