@@ -38,13 +38,19 @@ _LIST_FILE = "a list of rows is a .json file"
 _LONE_CR = "a lone CR; save it with line breaks LF or CRLF"
 
 
-def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
+def read_rows(
+    file: Path, on_bytes: Callable[[int], None], *, as_lines: bool = False
+) -> Iterator[Located]:
     """Yield ("file:line", row) for each row; calls `on_bytes` with the bytes read so far.
+
+    `as_lines` reads JSON lines whatever the name says, and keeps halves of surrogate pairs in them,
+    which completions of a model may have.
 
     Raises:
         DataError: the file cannot be read, decompressed or decoded.
     """
     kind, compression = container(file)
+    kind = ".jsonl" if as_lines else kind
     try:
         check_head(file, kind, compression)
         if kind in (".parquet", ".arrow"):
@@ -54,7 +60,7 @@ def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
             with _opened(file, compression, lambda count: None) as text:
                 kind = ".jsonl" if is_json_lines(text.stream) else kind
         with _opened(file, compression, on_bytes) as text:
-            yield from _READERS[kind](text)
+            yield from _json_lines(text, halves=True) if as_lines else _READERS[kind](text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{file} is not a whole gzip file: {error}") from error
     except OSError as error:
@@ -124,20 +130,20 @@ def _opened(file: Path, compression: str, on_bytes: Callable[[int], None]) -> It
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
-def _json_lines(text: _Text) -> Iterator[Located]:
+def _json_lines(text: _Text, *, halves: bool = False) -> Iterator[Located]:
     for number, line in enumerate(text.lines(), start=1):
         if len(line) > LONGEST_ROW:
             hint = f"; {_LIST_FILE}" if line.lstrip()[:1] == b"[" else ""
             yield f"{text.file}:{number}", RowError(f"it has {_TOO_LONG}{hint}")
         elif line.strip():
-            yield f"{text.file}:{number}", _parsed(line)
+            yield f"{text.file}:{number}", _parsed(line, halves=halves)
 
 
-def _parsed(line: bytes) -> Row | RowError:
+def _parsed(line: bytes, *, halves: bool) -> Row | RowError:
     try:
         # Without its line break, which the message on a row that breaks off would blame.
         text = line.decode("utf-8").rstrip("\r\n")
-        return _as_row(json.loads(text), text, f"; {_LIST_FILE}")
+        return _as_row(json.loads(text), "" if halves else text, f"; {_LIST_FILE}")
     except UnicodeDecodeError as error:
         return RowError(_not_utf8("it", error.start, error.reason, "the file"))
     except json.JSONDecodeError as error:
@@ -165,7 +171,7 @@ def _json_remedy(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _as_row(row: Any, text: str, remedy: str = "") -> Row | RowError:
-    """Return the row that was parsed from `text`, if it is an object of valid Unicode.
+    """Return a row if it is an object, and of valid Unicode where `text` has its escapes.
 
     `remedy` ends the message on a list of objects.
     """
