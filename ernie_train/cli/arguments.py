@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -119,9 +120,40 @@ def referee_interpreter(referee: str | None) -> str | None:
     return str(python)
 
 
+# Verbs of LLaMA-Factory, axolotl, ms-swift, TRL and torchtune -> what does it here.
+_VERBS_ELSEWHERE = {
+    **dict.fromkeys(("train", "sft", "pt", "dpo", "grpo", "finetune", "fine-tune"), "run RECIPE"),
+    **dict.fromkeys(("merge", "merge-lora", "save"), "export MODEL OUT"),
+    **dict.fromkeys(("infer", "inference", "predict"), "generate MODEL"),
+    **dict.fromkeys(("serve", "deploy", "api"), "export MODEL OUT, for a server: docs/serving.md"),
+    **dict.fromkeys(("evaluate", "validate"), "eval MODEL"),
+    **dict.fromkeys(("preprocess", "tokenize"), "preview DATA"),
+    **dict.fromkeys(("convert", "quantize"), "import SOURCE OUT, or export MODEL OUT --quantize"),
+}
+
+
 def usage_message(error: Any) -> str:
     """Return the message of typer's error about an argument, with the command that helps."""
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
     message = error.format_message()
+    if verb := re.match("No such command '([^']*)'", message):
+        known = _VERBS_ELSEWHERE.get(verb[1])
+        message = f"{verb[0]}; here it is ernie-train {known}" if known else message
+    elif (option := getattr(error, "option_name", None)) and "overrides" in _parameters(context):
+        message += _as_override(option)
     return f"{message}{hint}" if message else ""  # without any argument the help was shown
+
+
+def _parameters(context: Any) -> set[str]:
+    return {parameter.name for parameter in context.command.params} if context else set()
+
+
+def _as_override(option: str) -> str:
+    """Return how a setting of the recipe is given that stands as an option."""
+    from ernie_train.run.foreign_keys import FOREIGN_KEYS
+
+    known = FOREIGN_KEYS.get(option.lstrip("-").replace("-", "_"), "stages[].optim.lr")
+    if " " in known:
+        return f"; {known}"
+    return f"; a setting of the recipe stands without dashes: {known.replace('[]', '.0')}=..."

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import has_magic
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,10 +15,10 @@ from rich.table import Table
 
 from ernie_train.core.config import StrictConfig, load_yaml, parse_config
 from ernie_train.core.errors import DataError, Interrupted
-from ernie_train.core.foreign_files import open_regular
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Columns, files, find_files, load_tokenizer
-from ernie_train.data.formats import ColumnMap, RowError
+from ernie_train.data.files import container
+from ernie_train.data.formats import ColumnMap, Row, RowError
 from ernie_train.eval.prompts import answer_parts
 from ernie_train.io.files import write_jsonl
 from ernie_train.rewards.score import Status
@@ -33,7 +32,7 @@ from ernie_train.weights.model_directory import find_model
 
 _STATUSES: tuple[Status, ...] = get_args(Status)
 _SHOWN_REASONS = 3
-_COMPRESSED = tuple(f".{kind}.{how}" for kind in ("jsonl", "ndjson") for how in ("gz", "zst"))
+_LINES = (".jsonl", ".ndjson", ".txt", "")  # endings of files that hold JSON lines here
 SCORE_KEYS = ("value", "status", "detail", "parts")  # of each row of the output
 
 
@@ -71,7 +70,7 @@ def score_file(
     form = {} if model is None else answer_parts(load_tokenizer(find_model(model).tokenizer))
     rows = [{**form, **row} for row in read_data(data, columns)]
     pairs = pair_up(rows, read_rows(completions), data, completions)
-    texts = [_text_of(completion, completions) for _, completion in pairs]
+    texts = [_text_of(found, completions, at) for at, (_, found) in enumerate(pairs, start=1)]
     composed = build_reward(config, base_directory)
     try:
         with StopFlag("stopping; nothing is written") as stop:
@@ -110,50 +109,28 @@ def reward_config(reward: str) -> tuple[RewardConfig, Path]:
 def read_data(path: Path, columns: Columns | None = None) -> list[dict[str, Any]]:
     """Read the rows of any data file, directory or pattern; `DataError` names a bad row."""
     mapped = ColumnMap(columns)
-    if path.suffix in ("", ".jsonl", ".ndjson") and not (path.is_dir() or has_magic(str(path))):
-        named = [(f"{path}, row {at}", row) for at, row in enumerate(read_rows(path), start=1)]
-        located: Iterable[tuple[str, dict[str, Any] | RowError]] = iter(named)
-    else:
-        found = find_files(path).files
-        located = chain.from_iterable(files.read_rows(file, lambda count: None) for file in found)
-    rows = []
-    for source, row in located:
-        try:
-            if isinstance(row, RowError):
-                raise row
-            rows.append(mapped(row))
-        except RowError as error:
-            raise DataError(f"{source}: {error}") from None
+    rows = _read(path, mapped)
     mapped.check(str(path))
-    return _some(rows, path)
+    return rows
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a .jsonl file, compressed or not; `DataError` names a mistake's line."""
+    """Read completions, or rows as they stand, of any data file; `DataError` names a bad row."""
+    return _read(path, lambda row: row)
+
+
+def _read(path: Path, change: Callable[[Row], Row]) -> list[Row]:
+    several = path.is_dir() or has_magic(str(path))
+    as_lines = container(path)[0] in _LINES and not several
     rows = []
-    if path.name.lower().endswith(_COMPRESSED):
-        for source, found in files.read_rows(path, lambda count: None):
-            if isinstance(found, RowError):
-                raise DataError(f"{source}: {found}")
-            rows.append(found)
-        return _some(rows, path)
-    try:
-        with open_regular(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: it is no JSON object")
-                rows.append(row)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{number}: it is not valid JSON: {error}") from None
-    return _some(rows, path)
-
-
-def _some(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    for file in [path] if as_lines else find_files(path).files:
+        for source, row in files.read_rows(file, lambda count: None, as_lines=as_lines):
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                rows.append(change(row))
+            except RowError as error:
+                raise DataError(f"{source}: {error}") from None
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
@@ -224,11 +201,14 @@ def _mean(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.4f}" if values else "-"
 
 
-def _text_of(completion: dict[str, Any], path: Path) -> str:
+def _text_of(completion: dict[str, Any], path: Path, number: int) -> str:
     for key in ("completion", "text"):
         if isinstance(completion.get(key), str):
             return str(completion[key])
-    raise DataError(f"{path}: a completion needs a text under completion or text: {completion!r}")
+    keys = ", ".join(completion) or "none"
+    raise DataError(
+        f"{path}: completion {number} needs a text under completion or text; its keys are {keys}"
+    )
 
 
 def _row(entry: Graded) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ernie_train.core.cpu import __version__
-from ernie_train.core.errors import CheckpointError, GateError
+from ernie_train.core.errors import CheckpointError, GateError, run_hint
 from ernie_train.core.foreign_files import read_json, read_text
 from ernie_train.core.yaml import load_yaml
 from ernie_train.eval.gates import check_gate
@@ -82,7 +82,9 @@ def _recorded_recipe(run_dir: Path) -> Mapping[str, Any]:
     """Return the resolved recipe of a run; validated, which takes Paddle, unless it is known."""
     path = run_dir / RECIPE
     if not is_run(run_dir):
-        raise CheckpointError(f"{run_dir}: not a run directory (it has no recipe.yaml)")
+        raise CheckpointError(
+            f"{run_dir}: not a run directory (it has no recipe.yaml){run_hint(run_dir)}"
+        )
     if _is_as_written_here(run_dir):
         return load_yaml(path)
     from ernie_train.run.recipe import recorded_recipe

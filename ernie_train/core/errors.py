@@ -160,6 +160,12 @@ def hub_hint(path: str | Path) -> str:
     )
 
 
+def run_hint(path: str | Path) -> str:
+    """Return the remedy for the name of a run that stands for its directory, else ""."""
+    near = Path("runs") / path
+    return f"; did you mean {near}?" if not Path(path).exists() and near.is_dir() else ""
+
+
 # Reasons that lie in a path itself, or in what is there; not in a full disk or a broken one.
 _WRONG_PATH = {
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES,

@@ -342,11 +342,11 @@ def _unknown_format(file: Path, row: dict[str, Any]) -> str:
         name if {name} == (marks := entry.marks[0]) else f"{name} ({' + '.join(sorted(marks))})"
         for name, entry in FORMATS.items()
     )
-    keys = ", ".join(sorted(row)) or "(none: every value is null)"
+    found = ", ".join(sorted(row)) or "(none: every value is null)"
     if container(file)[0] in (".csv", ".tsv"):
-        keys += " (the first line of such a file names its columns)"
+        found += " (the first line of such a file names its columns)"
     return (
-        f"{file}: cannot tell the format of rows with the keys {keys}\n"
+        f"{file}: cannot tell the format of rows with the keys {found}\n"
         f"known formats: {known} (docs/data.md)\n"
         f"say what yours are: --columns '{{{_columns_hint(row)}}}' "
         "(or the recipe's `columns:`)"

@@ -36,6 +36,8 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         return load_yaml(path)
     shipped = shipped_recipes()
     if path.name not in shipped:
+        if (named := path.with_suffix(".yaml")).is_file():
+            raise ConfigError(f"{path}: no such file; did you mean {named}?")
         raise ConfigError(
             f"{path}: no such file, and no recipe of that name comes with ernie-train, which has "
             f"{', '.join(shipped)}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ernie_train.core.errors import ErnieTrainError, UserError
+from ernie_train.core.errors import ErnieTrainError, UserError, run_hint
 from ernie_train.core.foreign_files import open_regular, parse_json, read_json, read_text
 from ernie_train.core.yaml import parse_yaml
 from ernie_train.io.metrics_log import FILE_NAME
@@ -109,7 +109,8 @@ def read_run(run_dir: Path) -> RunFiles:
         UserError: it is no directory, or nothing in it is of a run.
     """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such directory; a report is made of a run directory")
+        what = run_hint(run_dir) or "; a report is made of a run directory"
+        raise UserError(f"{run_dir}: no such directory{what}")
     remarks: list[str] = []
     recipe, recipe_text = _recipe(run_dir, remarks.append)
     stages = _stages(run_dir, recipe, remarks.append)

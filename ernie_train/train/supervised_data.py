@@ -65,7 +65,8 @@ class SupervisedConfig(StageConfig):
         elif self.seq_len is None:
             raise ValueError("seq_len must be given, or a rope_schedule")
         elif (self.epochs is None) == (self.steps is None):
-            raise ValueError("exactly one of epochs and steps must be given")
+            remedy = "" if self.steps is None else "; epochs=null takes epochs away"
+            raise ValueError(f"exactly one of epochs and steps must be given{remedy}")
         if self.validate_every_steps is not None and not self.validation:
             raise ValueError("validate_every_steps needs validation data")
         self._check_best_metric(self.checkpoint)

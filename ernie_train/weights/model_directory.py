@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie_train.core.errors import CheckpointError, hub_hint
+from ernie_train.core.errors import CheckpointError, hub_hint, run_hint
 from ernie_train.io.files import MANIFEST, verify_manifest
 from ernie_train.io.run_dir import is_run, read_done
 from ernie_train.weights.adapters import find_base, is_partial
@@ -48,7 +48,7 @@ def find_model(path: str | Path, *, best: bool = False) -> ModelDirectory:
     if not (root / "config.json").exists():
         raise CheckpointError(
             f"{root}: neither a model directory (config.json), a checkpoint nor a run directory "
-            f"(recipe.yaml){hub_hint(path)}"
+            f"(recipe.yaml){run_hint(path) or hub_hint(path)}"
         )
     if (root / "state.json").exists():
         verify_manifest(root)

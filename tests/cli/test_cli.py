@@ -107,7 +107,7 @@ def test_an_unknown_key_in_a_stage_names_the_nearest(workspace, cli):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.sft.epochs=2", "exactly one of epochs and steps"),
+        ("stages.sft.epochs=2", "exactly one of epochs and steps must be given; epochs=null takes"),
         ("stages.sft.validation=[]", "validate_every_steps needs validation data"),
         ("stages.sft.seq_len=4096", "max_position_embeddings=256"),
         ("model.vocab_size=100", "vocab_size=100"),

@@ -1,5 +1,6 @@
 """The verb score: files in, a table and scores out, and one message for every mistake."""
 
+import gzip
 import json
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from ernie_train.cli.main import main
@@ -135,14 +137,27 @@ def test_a_signal_stops_it_at_once(files, tmp_path):
         ("mth", None, None, "did you mean 'math'"),
         ("nowhere.py:score", None, None, "cannot read"),
         ("nowhere.yaml", None, None, "nowhere.yaml"),
-        ("math", "absent", None, "cannot read"),
+        ("math", "absent", None, "rows.jsonl cannot be read: No such file or directory"),
         ("math", None, "", "holds no rows"),
         ("math", None, "{}\n", "has 6 rows and"),
         ("math", None, "nonsense\n", "other.jsonl:1: it is not valid JSON"),
-        ("math", None, "[]\n", "other.jsonl:1: it is no JSON object"),
+        ("math", None, "[]\n", "other.jsonl:1: it is a list, not an object"),
         ("math", None, b'{"completion": ""}\n{"completion": "\xff"}', "other.jsonl:2: it is not"),
         ("math", None, '{"id": 77, "completion": ""}\n', "the id 77 occurs 0 times"),
-        ("math", None, '{"id": 1, "answer": ""}\n', "needs a text under completion or text"),
+        (
+            "math",
+            None,
+            '{"id": 1, "answer": ""}\n',
+            "completion 1 needs a text under completion or text; its keys are id, answer",
+        ),
+        (
+            "math",
+            None,
+            '{"completion": "a"},\n',
+            "other.jsonl:1: it is not valid JSON: Extra data",
+        ),
+        ("math", None, '{"completion": "a"},\n', "remove the comma behind the row"),
+        ("math", None, '{"completion": "a"}\n'.encode("utf-16"), "is not UTF-8 but UTF-16"),
         ("row", '{"answer": "1"}\n', '{"completion": ""}\n', "a row names no verifier"),
     ],
 )
@@ -189,6 +204,27 @@ def test_any_file_of_rows_is_graded_through_its_columns(score, tmp_path):
     assert cells(out, "all")[1:3] == ["1", "1"]
     wrong = ("--columns", "{answer: gold}")
     assert "no row has this column" in score("exact", tmp_path / "rows.csv", completions, *wrong)[2]
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.csv", "c.parquet", "c.txt", "c", "c.jsonl.gz"])
+def test_completions_may_be_any_file_of_rows(score, tmp_path, name):
+    rows = lines(tmp_path / "rows.jsonl", [{"answer": "2"}, {"answer": "4"}])
+    given = [{"completion": format_completion("x", answer)} for answer in ("2", "5")]
+    path, text = tmp_path / name, "".join(json.dumps(row) + "\n" for row in given)
+    if name == "c.json":
+        path.write_text(json.dumps(given, indent=1))
+    elif name == "c.jsonl.gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif name == "c.parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(given), path)
+    elif name == "c.csv":
+        quoted = [row["completion"].replace('"', '""') for row in given]
+        path.write_text("completion\n" + "".join(f'"{answer}"\n' for answer in quoted))
+    else:
+        path.write_text(text)
+    status, out, errors = score("exact", rows, path)
+    assert status == 0, errors
+    assert cells(out, "all")[1:3] == ["1", "1"]
 
 
 def test_completions_of_a_model_without_thinking_have_its_format(score, tmp_path):

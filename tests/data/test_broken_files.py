@@ -68,6 +68,8 @@ from ernie_train.data.reader import read_records
         ("a.jsonl", b'{"text": "x",}', r"a\.jsonl:1: .*; remove the comma before it"),
         ("a.jsonl", b'{"text": "x\0"}', r"a\.jsonl:1: .*NUL characters, as a damaged file has"),
         ("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}", "valid JSON: a number has thousands of digits"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}', r"a\.jsonl:1: it has the key 'text' twice"),
+        ("a.json", b'[{"text": "x", "m": {"k": 1, "k": 1}}]', "row 1: it has the key 'k' twice"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: it is not valid JSON: nested too deeply"),
         ("a.csv", b"text\rx\ry\r", r"a\.csv:1: .*: a lone CR; save it with line breaks LF or CRLF"),
         (

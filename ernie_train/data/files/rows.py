@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +23,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.core.foreign_files import open_regular
 from ernie_train.data.files.find import container, is_json_lines
 from ernie_train.data.files.heads import check_head
-from ernie_train.data.formats.values import Row, RowError, kind_of
+from ernie_train.data.formats.values import Row, RowError, kind_of, shown
 
 Located = tuple[str, Row | RowError]
 
@@ -38,13 +38,19 @@ _LIST_FILE = "a list of rows is a .json file"
 _LONE_CR = "a lone CR; save it with line breaks LF or CRLF"
 
 
-def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
+def read_rows(
+    file: Path, on_bytes: Callable[[int], None], *, as_lines: bool = False
+) -> Iterator[Located]:
     """Yield ("file:line", row) for each row; calls `on_bytes` with the bytes read so far.
+
+    `as_lines` reads JSON lines whatever the name says, and keeps halves of surrogate pairs in them,
+    which completions of a model may have.
 
     Raises:
         DataError: the file cannot be read, decompressed or decoded.
     """
     kind, compression = container(file)
+    kind = ".jsonl" if as_lines else kind
     try:
         check_head(file, kind, compression)
         if kind in (".parquet", ".arrow"):
@@ -54,7 +60,7 @@ def read_rows(file: Path, on_bytes: Callable[[int], None]) -> Iterator[Located]:
             with _opened(file, compression, lambda count: None) as text:
                 kind = ".jsonl" if is_json_lines(text.stream) else kind
         with _opened(file, compression, on_bytes) as text:
-            yield from _READERS[kind](text)
+            yield from _json_lines(text, halves=True) if as_lines else _READERS[kind](text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{file} is not a whole gzip file: {error}") from error
     except OSError as error:
@@ -124,20 +130,41 @@ def _opened(file: Path, compression: str, on_bytes: Callable[[int], None]) -> It
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
-def _json_lines(text: _Text) -> Iterator[Located]:
+class _Decoder(json.JSONDecoder):
+    """Decode JSON; `twice` is a key that an object of the last text has twice, and would lose."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.twice: str | None = None
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.twice = None
+        return super().raw_decode(s, idx)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = sorted(key for key, _ in pairs)
+            self.twice = next(key for key, other in pairwise(keys) if key == other)
+        return found
+
+
+def _json_lines(text: _Text, *, halves: bool = False) -> Iterator[Located]:
+    decoder = _Decoder()
     for number, line in enumerate(text.lines(), start=1):
         if len(line) > LONGEST_ROW:
             hint = f"; {_LIST_FILE}" if line.lstrip()[:1] == b"[" else ""
             yield f"{text.file}:{number}", RowError(f"it has {_TOO_LONG}{hint}")
         elif line.strip():
-            yield f"{text.file}:{number}", _parsed(line)
+            yield f"{text.file}:{number}", _parsed(line, decoder, halves=halves)
 
 
-def _parsed(line: bytes) -> Row | RowError:
+def _parsed(line: bytes, decoder: _Decoder, *, halves: bool) -> Row | RowError:
     try:
         # Without its line break, which the message on a row that breaks off would blame.
         text = line.decode("utf-8").rstrip("\r\n")
-        return _as_row(json.loads(text), text, f"; {_LIST_FILE}")
+        row = decoder.decode(text)
+        return _as_row(row, "" if halves else text, decoder.twice, f"; {_LIST_FILE}")
     except UnicodeDecodeError as error:
         return RowError(_not_utf8("it", error.start, error.reason, "the file"))
     except json.JSONDecodeError as error:
@@ -164,11 +191,13 @@ def _json_remedy(text: str, error: json.JSONDecodeError) -> str:
     return ""
 
 
-def _as_row(row: Any, text: str, remedy: str = "") -> Row | RowError:
-    """Return the row that was parsed from `text`, if it is an object of valid Unicode.
+def _as_row(row: Any, text: str, twice: str | None, remedy: str = "") -> Row | RowError:
+    """Return a row if it is an object, and of valid Unicode where `text` has its escapes.
 
-    `remedy` ends the message on a list of objects.
+    `twice` is a key that it has twice; `remedy` ends the message on a list of objects.
     """
+    if twice is not None:
+        return RowError(f"it has the key {shown(twice)} twice")
     if not isinstance(row, dict):
         of_rows = isinstance(row, list) and bool(row) and isinstance(row[0], dict)
         return RowError(f"it is {kind_of(row)}, not an object{remedy if of_rows else ''}")
@@ -208,7 +237,7 @@ class _Window:
     def __init__(self, file: Path, read: Callable[[int], str]) -> None:
         self.file, self.read = file, read
         self.text, self.at = "", 0
-        self.decoder = json.JSONDecoder()
+        self.decoder = _Decoder()
 
     def next_character(self, also: str = "") -> str:
         """Go to the next character that is no white space and return it; "" at the end."""
@@ -227,7 +256,7 @@ class _Window:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
                 text, self.at = self.text[self.at : end], end
-                return _as_row(value, text)
+                return _as_row(value, text, self.decoder.twice)
             except (ValueError, RecursionError) as error:
                 where = f"{self.file} is not valid JSON: row {number}"
                 if len(self.text) - self.at > LONGEST_ROW:
