@@ -130,7 +130,7 @@ def _device() -> list[Finding]:
     of_peak = "" if device == "gpu" else _of_peak(setup)
     speed = f"{gflops:.0f} GFLOP/s{of_peak}, {MATMUL_SIZE} x {MATMUL_SIZE}, float32"
     advice = "" if device == "gpu" else matmul_advice(gflops, setup, os.getloadavg()[0])
-    findings = [Finding("device", device, _why_on_the_cpu() if device == "cpu" else "")]
+    findings = [Finding("device", device, devices.gpu_problem())]
     findings += _gpus() if device == "gpu" else []
     findings += [Finding("CPU set-up", line) for line in cpu.cpu_setup_report()]
     findings.append(Finding("Paddle's matmul", speed, advice))
@@ -146,13 +146,6 @@ def _device() -> list[Finding]:
         used = f"Paddle's {FLASHMASK}" if there else f"plain operators; Paddle has no {FLASHMASK}"
         findings.append(Finding("attention kernel", used))
     return findings
-
-
-def _why_on_the_cpu() -> str:
-    """Return what keeps a GPU build of Paddle from a GPU; "" for the CPU build."""
-    import paddle
-
-    return (devices.why_no_gpu() or "") if paddle.is_compiled_with_cuda() else ""
 
 
 def _gpus() -> list[Finding]:

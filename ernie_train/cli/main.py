@@ -36,7 +36,13 @@ from ernie_train.cli.grading import evaluate, generate, score
 from ernie_train.cli.recipes import check, doctor, init, plan, preview, schema
 from ernie_train.cli.run import RunCommand
 from ernie_train.core import process_group
-from ernie_train.core.errors import ErnieTrainError, FailedElsewhere, UserError, wrong_path
+from ernie_train.core.errors import (
+    ErnieTrainError,
+    FailedElsewhere,
+    UserError,
+    full_gpu,
+    wrong_path,
+)
 from ernie_train.core.terminal import CurrentStderr, Terminal, show_every_character
 from ernie_train.io.outputs import check_output_directory
 from ernie_train.launch import LaunchSettings, print_error
@@ -332,8 +338,9 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
     except Exception as error:  # anything else is a defect: one line, unless --debug asks for more
         if hasattr(error, "exit_code") and hasattr(error, "ctx"):  # a mistake in the arguments
             return error.exit_code, usage_message(error)
-        if isinstance(error, OSError) and (mistake := wrong_path(error)):
-            return _failure(mistake, mistake.exit_status, debug=options.debug)
+        known = full_gpu(error) or (wrong_path(error) if isinstance(error, OSError) else None)
+        if known is not None:
+            return _failure(known, known.exit_status, debug=options.debug)
         hint = " (a defect; --debug shows where)"
         return _failure(error, 1, hint, debug=options.debug)
     return result if isinstance(result, int) else 0, ""

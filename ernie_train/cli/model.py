@@ -37,13 +37,14 @@ from ernie_train.weights.upcycle import Upcycling
 def open_model(path: Path, *, exact: bool = False) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
     """Load model and tokenizer of a Hugging Face directory, a checkpoint or a run directory.
 
-    On a GPU weights are bfloat16, as in training: half the memory, and the kernels that are fast.
+    Weights are of the type that training has here: on a GPU bfloat16, for memory and fast kernels.
     With `exact` they are float32 there too, to be written again.
     """
     place = find_model(path)
     tokenizer = load_tokenizer(place.tokenizer)
-    dtype = devices.compute_dtype(devices.select_device("auto"))
-    return load_pretrained(place.weights, "float32" if exact else dtype), tokenizer
+    device = devices.select_device("auto")
+    dtype = "float32" if exact else devices.compute_dtype(device)
+    return load_pretrained(place.weights, dtype), tokenizer
 
 
 def best_checkpoint(path: Path) -> Path:

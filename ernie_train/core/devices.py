@@ -23,6 +23,13 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def gpu_problem() -> str:
+    """Return what keeps a GPU build of Paddle from a GPU; "" with a GPU, and for the CPU build."""
+    import paddle
+
+    return (why_no_gpu() or "") if paddle.is_compiled_with_cuda() else ""
+
+
 def select_device(name: str) -> str:
     """Select and return the device: `cpu`, or `gpu` for this rank's GPU.
 

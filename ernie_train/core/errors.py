@@ -180,6 +180,21 @@ def wrong_path(error: OSError) -> UserError | None:
     return UserError(f"{error.filename}: {error.strerror}")
 
 
+# As Paddle's allocator says it, whatever class of exception it arrives in.
+_GPU_IS_FULL = re.compile(r"Out of memory error on GPU \d+\. Cannot allocate [^\n]*")
+
+
+def full_gpu(error: Exception) -> ErnieTrainError | None:
+    """Return the message for a GPU whose memory does not suffice, else None."""
+    found = _GPU_IS_FULL.search(str(error))
+    if found is None:
+        return None
+    return ErnieTrainError(
+        f"{found[0]} What takes less, first of all a smaller micro_batch_size with more "
+        "grad_accum_steps: docs/troubleshooting.md, Out of memory. `ernie-train plan` says how much"
+    )
+
+
 @contextmanager
 def storage_errors(what: str, path: Path) -> Iterator[None]:
     """Turn an `OSError` inside into a `StorageError` that says what failed, where and why.

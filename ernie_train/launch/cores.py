@@ -13,7 +13,6 @@ counts as nothing to share out.
 from __future__ import annotations
 
 import glob
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -31,7 +30,7 @@ from ernie_train.core.environment import memory_bytes
 from ernie_train.core.errors import UserError
 from ernie_train.core.foreign_files import read_json
 from ernie_train.core.processes import import_path
-from ernie_train.launch.launcher import hides_gpus
+from ernie_train.launch.launcher import has_gpu_build, hides_gpus
 
 # In fewer tokens a further rank does not win back the seconds that its start takes.
 WORTHWHILE_TOKENS = 30_000
@@ -101,11 +100,7 @@ def _count(number: int, what: str) -> str:
 def _may_use_gpu(device: object) -> bool:
     if device != "auto":
         return device != "cpu"
-    if hides_gpus(os.environ):
-        return False
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return bool(importlib.metadata.version("paddlepaddle-gpu"))
-    return False
+    return has_gpu_build() and not hides_gpus(os.environ)
 
 
 def _chosen_ranks(

@@ -8,12 +8,14 @@ rank that has written its exit report exits with 0, and rank_group.py decides wh
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +110,7 @@ def _options(settings: LaunchSettings, directory: Path) -> list[str]:
 
 def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
-    if settings.hide_gpus or hides_gpus(environment):
+    if settings.hide_gpus or hides_gpus(environment) or not has_gpu_build():
         # The launcher picks the backend by the GPUs that it counts, not by what ranks will use. It
         # counts "" as one GPU, and fails with fewer GPUs than ranks; -1 is never a GPU's number.
         environment |= {_VISIBLE: ",".join(["-1"] * settings.nproc), _BACKEND: "gloo"}
@@ -126,9 +128,19 @@ def _environment(settings: LaunchSettings, directory: Path) -> dict[str, str]:
 
 
 def hides_gpus(environment: Mapping[str, str]) -> bool:
-    """Return True if CUDA_VISIBLE_DEVICES hides every GPU: CUDA ignores all after a wrong one."""
+    """Return True if CUDA_VISIBLE_DEVICES hides every GPU: CUDA ignores all after a wrong one.
+
+    `NoDevFiles` is Slurm's, for a job without GPUs.
+    """
     visible = environment.get(_VISIBLE)
-    return visible is not None and visible.split(",")[0].strip() in ("", "-1")
+    return visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
+
+
+def has_gpu_build() -> bool:
+    """Return whether Paddle's GPU build is installed; loads no Paddle."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version("paddlepaddle-gpu"))
+    return False
 
 
 def _prepare_process(parent: int) -> None:

@@ -1,10 +1,11 @@
-"""RMSNorm with a hand-written backward pass, and the gated MLP of dense layers and shared experts.
+"""RMSNorm with a hand-written backward pass, the embedding, and the gated MLP.
 
-Shapes: T tokens, H hidden size.
+Shapes: T tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,47 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate=True),
     "relu": F.relu,
 }
+
+
+class Embedding(nn.Embedding):
+    """A table [V,H] of rows by id."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return look_up(ids, self.weight)
+
+
+def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+    """Return rows of `weight` [V,H] for ids [T]; their gradients are summed in float32.
+
+    Paddle (3.3.1) sums those of equal ids in the type of the weights, and a bfloat16 sum loses what
+    is a 512th of it: the gradient of a token that a batch has a thousand times.
+    """
+    trains = paddle.is_grad_enabled() and not weight.stop_gradient
+    if not trains or weight.dtype == paddle.float32 or _sums_in_order():
+        return F.embedding(ids, weight)
+    return _LookUp.apply(weight, ids)
+
+
+def _sums_in_order() -> bool:
+    """Return whether Paddle is told to fix the order of sums: index_add is one thread then."""
+    flag = os.environ.get("FLAGS_cudnn_deterministic", "")  # noqa: SIM112
+    return flag.lower() not in ("", "0", "false")
+
+
+class _LookUp(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (ids,) = ctx.saved_tensor()
+        total = paddle.zeros(ctx.shape, "float32")
+        paddle.index_add_(total, ids, 0, cast(grads[0], paddle.float32))
+        return cast(total, ctx.dtype)
 
 
 class MLP(nn.Layer):

@@ -21,7 +21,7 @@ from ernie_train.model.batch_layout import BatchLayout
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.dtypes import dtype_name, zero_parameter, zero_parameters
 from ernie_train.model.kv_cache import KVCache, require_rope_theta
-from ernie_train.model.layers import MLP, RMSNorm, mlp_block
+from ernie_train.model.layers import MLP, Embedding, RMSNorm, mlp_block
 from ernie_train.model.moe import LOCAL_PLACEMENT, MoE, RouterStats, moe_block
 from ernie_train.model.rope import RopeTables
 from ernie_train.model.token_dispatcher import Placement, is_expert_parameter
@@ -114,7 +114,7 @@ class Ernie4_5_MoeModel(nn.Layer):
         self.placement = placement
         self.rope_theta = config.rope_theta
         self.run_layer: Callable[..., tuple[Tensor, RouterOutput]] = run_layer
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.LayerList(
             [DecoderLayer(config, i, placement) for i in range(config.num_hidden_layers)]
         )
@@ -279,7 +279,7 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
             return
         self.config = self.config.with_overrides({"vocab_size": size})
         self.model.config = self.config
-        embedding = nn.Embedding(size, self.config.hidden_size)
+        embedding = Embedding(size, self.config.hidden_size)
         embedding.weight = _with_mean_rows(self.model.embed_tokens.weight, size)
         self.model.embed_tokens = embedding
         if self.lm_head.weight is not None:

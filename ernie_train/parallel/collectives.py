@@ -214,6 +214,23 @@ class NcclCollectives:
         self.replicas = _new_groups(map(grid.replicas, world))
         self.world = _new_groups([list(world)])
         self.group_rank = process_group.rank() % grid.expert
+        self._connect()
+
+    def _connect(self) -> None:
+        """Make one collective of each kind in each group, for which NCCL takes memory.
+
+        Later there may be none: Paddle keeps what a rollout freed, for tensors alone.
+        """
+        one, expert = paddle.zeros([1]), self.grid.expert
+        for ranks, group in ((expert, self.expert_group), (self.grid.data, self.replicas)):
+            if ranks > 1:
+                paddle_distributed.all_reduce(one, group=group)
+        paddle_distributed.all_reduce(one, group=self.world)
+        if expert > 1:
+            rows, each = paddle.zeros([expert, 1]), [1] * expert
+            paddle_distributed.alltoall_single(
+                paddle.empty_like(rows), rows, each, each, group=self.expert_group
+            )
 
     def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
         # Of the group alone: an MoE layer waits for it, and must not wait for other machines.

@@ -265,6 +265,8 @@ class GradientReducer:
     def __init__(self, parameters: Named, owners: Mapping[str, int] | None = None) -> None:
         self.parameters = parameters
         self.parts = _shared_parameters(parameters)
+        if self.parts:
+            get_collectives()  # connects the ranks while there is memory for it
         self._buckets = _gradient_buckets(self.parts, owners)
         self._reset()
         for name, parameter in parameters.items() if self.parts else ():

@@ -53,6 +53,8 @@ def selftest(only: Sequence[str], out: Path | None, console: Console) -> bool:
     if out is not None:
         check_report_path(out)
     device = devices.select_device("auto")
+    if problem := devices.gpu_problem():
+        console.print(problem, style="yellow", highlight=False)
     outcomes = []
     for name, check in CHECKS.items():
         if only and name not in only:

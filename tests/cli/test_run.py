@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_train.cli.main import main
+from ernie_train.cli.main import _run, main
 from ernie_train.cli.run import RunCommand
 from ernie_train.io.run_dir import RunLock
 from ernie_train.launch import LaunchSettings, last_launch
@@ -117,3 +117,28 @@ def test_one_rank_under_supervision_runs_a_recipe(tmp_path):
     assert "step 3/3" in done.stdout
     assert (tmp_path / "run/01-sft/DONE").exists()
     assert last_launch(tmp_path / "run") == "1 rank, ended with status 0"
+
+
+FULL = """
+
+Out of memory error on GPU 0. Cannot allocate 1.500000GB memory on GPU 0, 78.1GB memory has been \
+allocated and available memory is only 0.9GB.
+
+Please check whether there is any other process using GPU 0.
+"""
+
+
+@pytest.mark.parametrize("error", [MemoryError(f"-- C++ Traceback --{FULL}"),
+                                   OSError(f"(External) MemoryError: {FULL}")])  # fmt: skip
+def test_a_full_gpu_is_told_in_a_sentence(monkeypatch, error):
+    """Within a backward pass of our own, which recomputation is, Paddle wraps the error."""
+
+    def fails(*given: object, **named: object) -> int:
+        raise error
+
+    monkeypatch.setattr(RunCommand, "run_on_cores", fails)
+    status, message = _run(["run", "tiny"])
+    assert status == 1
+    assert message.startswith("Out of memory error on GPU 0. Cannot allocate 1.500000GB memory")
+    assert "a defect" not in message and "smaller micro_batch_size" in message
+    assert "Please check" not in message

@@ -26,6 +26,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import paddle
 
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
+    assert devices.gpu_problem() == "", "a CPU build is what was installed"
     with pytest.raises(ConfigError, match=r"CPU build; install requirements-gpu\.txt"):
         devices.select_device("gpu")
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
@@ -34,6 +35,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"sees no GPU; check nvidia-smi .* CUDA 12 or later"):
         devices.select_device("gpu")
     assert devices.select_device("auto") == "cpu"
+    assert devices.gpu_problem().endswith("for CUDA 12 or later")
 
 
 def test_a_gpu_computes_float32_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from ernie_train.cli.run import RunCommand
 from ernie_train.core.blas import Processor
 from ernie_train.core.cpu import CpuSetup
-from ernie_train.launch import LaunchSettings, cores
+from ernie_train.launch import LaunchSettings, cores, launcher
 from ernie_train.launch.cores import CorePlan, plan_cores
 from ernie_train.model.configuration import PRESETS, Ernie4_5_MoeConfig
 
@@ -158,7 +158,7 @@ def test_a_layout_of_the_recipe_decides(layout: dict[str, Any]) -> None:
 
 
 def test_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores.importlib.metadata, "version", lambda name: "3.3.1")
+    monkeypatch.setattr(launcher.importlib.metadata, "version", lambda name: "3.3.1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert plan(SFT, device="gpu") is None and plan(SFT, device="auto") is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -50,7 +50,12 @@ def stand_in(tmp_path: Path, gpus: int) -> Path:
 
 
 def environments(
-    tmp_path: Path, patch: pytest.MonkeyPatch, *, gpus: int, hide_gpus: bool
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    *,
+    gpus: int,
+    hide_gpus: bool = False,
+    gpu_build: bool = True,
 ) -> list[dict[str, str]]:
     """What two ranks find in their environment on a machine with so many GPUs."""
     machine, rank = stand_in(tmp_path, gpus), tmp_path / "rank.py"
@@ -58,6 +63,7 @@ def environments(
     command = [sys.executable, "-u", str(rank), str(tmp_path)]
     with patch.context() as pretended:
         pretended.setattr(launcher.sys, "executable", str(machine))
+        pretended.setattr(launcher, "has_gpu_build", lambda: gpu_build)
         started = launcher.Launcher(command, LaunchSettings(2, hide_gpus=hide_gpus), tmp_path)
     try:
         found = [tmp_path / f"rank_{number}.json" for number in range(2)]
@@ -74,24 +80,32 @@ def environments(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "hide_gpus", "visible"), [(8, True, None), (1, True, "0"), (8, False, "")]
+    ("gpus", "hide_gpus", "visible", "gpu_build"),
+    [
+        (8, True, None, True),
+        (1, True, "0", True),
+        (8, False, "", True),
+        (8, False, "NoDevFiles", True),
+        (1, False, "0", False),  # Paddle's launcher goes by the variable alone
+    ],
 )
 def test_on_a_gpu_machine_ranks_stay_on_the_cpu_if_they_should(
-    tmp_path, monkeypatch, gpus, hide_gpus, visible
+    tmp_path, monkeypatch, gpus, hide_gpus, visible, gpu_build
 ):
     """Also with fewer GPUs than ranks, which the launcher would deal out."""
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    for found in environments(tmp_path, monkeypatch, gpus=gpus, hide_gpus=hide_gpus):
+    machine = {"gpus": gpus, "hide_gpus": hide_gpus, "gpu_build": gpu_build}
+    for found in environments(tmp_path, monkeypatch, **machine):
         assert found.get("PADDLE_DISTRI_BACKEND") == "gloo"
         assert found["CUDA_VISIBLE_DEVICES"].split(",")[0] == "-1", "CUDA shows it no GPU"
 
 
 def test_each_rank_gets_its_gpu_where_it_may_have_one(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    found = environments(tmp_path, monkeypatch, gpus=8, hide_gpus=False)
+    found = environments(tmp_path, monkeypatch, gpus=8)
     assert [rank["FLAGS_selected_gpus"] for rank in found] == ["0", "1"]
     assert all(rank["CUDA_VISIBLE_DEVICES"] == "2,5" for rank in found)
     assert not any("PADDLE_DISTRI_BACKEND" in rank for rank in found)
@@ -101,6 +115,7 @@ def test_fewer_gpus_than_ranks_are_the_user_s_mistake(tmp_path, monkeypatch):
     """Paddle's launcher ends with `list index out of range`."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(launcher.sys, "executable", str(stand_in(tmp_path, gpus=1)))
+    monkeypatch.setattr(launcher, "has_gpu_build", lambda: True)
     logs = RankLogs(None, "2 ranks", SafeConsole(Console()))
     with RankGroup([str(tmp_path / "never")], LaunchSettings(2), logs) as ranks:
         wait_for(lambda: ranks.exit_report() is not None, "the launcher did not end")

@@ -98,7 +98,7 @@ def test_nccl_is_told_what_goes_and_what_comes(monkeypatch):
     told = {}
     task = SimpleNamespace(wait=lambda: told.update(waited=True))
 
-    def all_to_all(out, rows, in_split_sizes, out_split_sizes, group, sync_op):
+    def all_to_all(out, rows, in_split_sizes, out_split_sizes, group, sync_op=True):
         told.update(sent=in_split_sizes, received=out_split_sizes, group=group, sync_op=sync_op)
         assert sum(in_split_sizes) == rows.shape[0]
         assert sum(out_split_sizes) == out.shape[0]
@@ -154,6 +154,31 @@ def test_rows_that_arrive_are_ordered_by_expert_then_by_rank(seed):
     order = _expert_order(arriving)
     assert [rows[at] for at in order] == sorted(rows)
     assert sorted(order) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (Grid(expert=2, data=2), [("sum", (2, 3)), ("sum", (1, 3)), ("sum", (0, 1, 2, 3)),
+                                  ("rows", (2, 3))]),
+        (Grid(expert=1, data=4), [("sum", (0, 1, 2, 3)), ("sum", (0, 1, 2, 3))]),
+    ],
+)  # fmt: skip
+def test_nccl_takes_its_memory_before_there_is_a_model_s_work_to_do(monkeypatch, grid, expected):
+    """Paddle connects a group in its first collective, and a group of one has none."""
+    seen = []
+    monkeypatch.setattr(
+        collectives, "paddle_distributed",
+        SimpleNamespace(
+            new_group=lambda ranks: tuple(ranks),
+            all_reduce=lambda flat, group: seen.append(("sum", group)),
+            alltoall_single=lambda out, rows, sent, got, group: seen.append(("rows", group)),
+        ),
+    )  # fmt: skip
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "3")
+    collectives.NcclCollectives(grid)
+    assert seen == expected
 
 
 @pytest.mark.parametrize(("degree", "keys", "message"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -190,9 +191,21 @@ def test_an_index_of_the_wrong_type_is_found_without_a_gpu(monkeypatch: pytest.M
 
 def test_ranks_that_differ_are_found() -> None:
     one = {"loss": 3.0, "grad_norm": 2.0, "last_loss": 1.0}
-    assert all(figure.passed for figure in ranks.compare({"expert": one}, one))
-    off = ranks.compare({"expert": one, "data": one | {"grad_norm": 2.01}}, one)
+    most = ranks.TOLERANCES
+    assert all(figure.passed for figure in ranks.compare({"expert": one}, one, most))
+    off = ranks.compare({"expert": one, "data": one | {"grad_norm": 2.01}}, one, most)
     assert [f.name for f in off if not f.passed] == ["data: grad_norm, relative difference"]
+
+
+def test_ranks_of_gpus_train_in_bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = {"loss": 3.0, "grad_norm": 2.0, "last_loss": 1.0}
+    one = {"float32": exact, "bfloat16": {"loss": 3.02, "grad_norm": 2.1, "last_loss": 1.05}}
+    monkeypatch.setattr(ranks, "train_small", one.__getitem__)
+    for found, passes in ((one["bfloat16"], True), (exact | {"loss": 2.5}, False)):
+        both = {"expert": exact, ranks.LOW: found}
+        monkeypatch.setattr(ranks, "_on_two_ranks", lambda device, both=both: dict(both))
+        figures = ranks.two_ranks("cpu").figures
+        assert len(figures) == 6 and all(figure.passed for figure in figures) == passes
 
 
 def test_flashmask_is_compared_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +278,14 @@ def test_a_check_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.M
     assert [row["status"] for row in told["checks"]] == ["fail", "skipped", "pass"]
     assert str(Path.home()) not in again.read_text()
     assert not command.selftest([], again, Terminal(quiet=True)), "a report may be replaced"
+
+
+def test_a_gpu_build_that_finds_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "CHECKS", {})
+    monkeypatch.setattr(command.devices, "gpu_problem", lambda: "the driver is too old")
+    said = io.StringIO()
+    assert command.selftest([], None, Terminal(file=said))
+    assert "the driver is too old" in said.getvalue()
 
 
 def test_mistakes_in_the_arguments_are_told_before_anything_runs(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from ernie_train.model.layers import ACTIVATIONS
+from ernie_train.model.layers import ACTIVATIONS, look_up
 from ernie_train.model.lora.config import HEAD
 from ernie_train.model.lora.pairs import Pair
 from ernie_train.model.moe import Experts
@@ -83,12 +83,12 @@ class _LoraEmbedding(_LoraLayer):
     """Ids [T] -> [T,H]; A [V,r] is looked up."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.weight)
+        x = look_up(ids, self.weight)
         if not self.is_on:
             return x
         pair = self.pair
         scale = pair.adapter.config.scale
-        x = x + paddle.matmul(F.embedding(ids, pair.a), pair.b) * scale
+        x = x + paddle.matmul(look_up(ids, pair.a), pair.b) * scale
         ratio = pair.ratio(self.weight)
         return x if ratio is None else x * ratio.astype(x.dtype)
 
