@@ -172,7 +172,8 @@ def rollout_notes(request: PlanRequest) -> list[str]:
             size = count_parameters(request.config).total * request.machine.precision.width
             lines.append(
                 f"{load.name}: completions come from {sampling.engine}, whose memory and time are "
-                f"not counted: give it GPUs of its own; a version of the weights takes "
+                "not counted: give it GPUs of its own, or sleep: true and what the learner leaves "
+                "of its GPUs while it does not train; a version of the weights takes "
                 f"{_gb(size)} GB of disk for it, two versions while one is loaded"
             )
     return lines

@@ -154,7 +154,9 @@ class _CachedParameter:
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
     """Return an array as float32; uint16 holds the bits of bfloat16."""
-    return from_bfloat16(array) if array.dtype == np.uint16 else array.astype(np.float32)
+    if array.dtype == np.uint16:
+        return from_bfloat16(array)
+    return array.astype(np.float32, copy=False)
 
 
 def save_pretrained(

@@ -125,7 +125,7 @@ RL_PROBES: dict[str, Probe] = {
         for name, value in {
             "kind": "fastdeploy", "python": "other", "args": ["--enforce-eager"],
             "gpus": [1], "dtype": "bfloat16", "directory": "{root}/elsewhere", "parallel": 3,
-            "timeout_s": 5.0, "start_timeout_s": 6.0,
+            "sleep": True, "timeout_s": 5.0, "start_timeout_s": 6.0,
         }.items()
     },
     "stages[].rollout.batch_size": Probe("upo", {"@rollout.batch_size": 2}, observe="batches"),

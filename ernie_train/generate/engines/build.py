@@ -68,7 +68,7 @@ def ask_engine(url: str, tokenizer: Tokenizer, stop_requested: Callable[[], bool
     `load_weights` changes nothing there: it raises `EngineError` unless the server has the weights
     of that model, by its log-probabilities. Raises `ConfigError` for what is no URL.
     """
-    settings = {"kind": "vllm", "url": url, "timeout_s": _A_DAY_S, "start_timeout_s": 60.0}
+    settings = {"kind": "vllm", "url": url, "timeout_s": _A_DAY_S, "start_timeout_s": 120.0}
     config = parse_config(EngineConfig, settings, "--engine")
     from ernie_train.generate.engines.served import ServedEngine
     from ernie_train.generate.engines.servers import GivenServer

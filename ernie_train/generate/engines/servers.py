@@ -210,14 +210,15 @@ class VllmServer(Server):
         self._name(weights)
 
     def _reload(self, weights: Weights) -> None:
-        # Nothing of ours runs; requests of a run that was killed may. One that sleeps is paused,
-        # its cache is gone, and it samples again once that has its memory, which comes last: both
-        # versions of a matrix may be there while it is read.
-        before, after = ["/pause?mode=abort"], ["/reset_prefix_cache", "/resume"]
         if self._sleeps:
-            before, after = ["/wake_up?tags=weights"], ["/wake_up?tags=kv_cache"]
-        for path in before:
-            self._call(path, {})
+            # It is paused without a cache, whose memory comes last, and it samples again then: a
+            # matrix may be there twice while it is read.
+            self._call("/wake_up?tags=weights", {})
+            after = ["/wake_up?tags=kv_cache"]
+        else:
+            # Nothing of ours runs; requests of a run that was killed may.
+            self._call("/pause?mode=abort", {})
+            after = ["/reset_prefix_cache", "/resume"]
         self._name(weights)  # while nothing is sampled: no completion of them has an older name
         arguments = {"weights_path": str(weights.directory)}
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
