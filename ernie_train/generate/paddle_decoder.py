@@ -9,17 +9,22 @@ import paddle
 from paddle import Tensor
 
 from ernie_train.model import Ernie4_5_MoeForCausalLM, KVCache
+from ernie_train.model.dtypes import cast
 from ernie_train.model.numpy_decoder import Prediction
 
 
 class PaddleDecoder:
     """Decodes with the model's own forward pass, where `NumpyDecoder` cannot compute the model.
 
-    On a GPU logits stay there, for a `DeviceSampler`.
+    On a GPU logits stay there, for a `DeviceSampler`. They are made in float32 by a copy of the
+    head, as those of an update are (`losses.token_logprobs`): weights must not change meanwhile.
     """
 
     def __init__(self, model: Ernie4_5_MoeForCausalLM) -> None:
         self.model = model
+        weight, bias = model.head()
+        self.head = cast(weight, paddle.float32)
+        self.bias = None if bias is None else cast(bias, paddle.float32)
         self.on_gpu = bool(model.model.norm.weight.place.is_gpu_place())
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
@@ -51,7 +56,8 @@ class PaddleDecoder:
         return self._prediction(output.hidden, [stats.expert_ids for stats in output.router_stats])
 
     def _prediction(self, hidden: Tensor, experts: list[Tensor]) -> Prediction:
-        logits = self.model.logits(hidden).astype("float32")
+        logits = paddle.matmul(cast(hidden, paddle.float32), self.head, transpose_y=True)
+        logits = logits if self.bias is None else logits + self.bias
         logits = logits if self.on_gpu else logits.numpy()
         return logits, list(paddle.stack(experts).numpy()) if experts else []
 

@@ -1,4 +1,4 @@
-"""Estimate what a run writes to disk: checkpoints of its stages, and what saving one takes."""
+"""Estimate what a run writes to disk: checkpoints of its stages, and dumps of recorded experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from ernie_train.plan.layout import (
     count_parameters,
     count_trained,
     critic_parameters,
+    moe_layers,
 )
+from ernie_train.plan.workload import Sampling
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig, UpoConfig
 
@@ -37,3 +39,12 @@ def run_bytes(recipe: Recipe, config: Ernie4_5_MoeConfig, precision: Precision) 
         most = max(most, kept + (keeps + 1) * size)
         kept += keeps * size
     return most
+
+
+def dumped_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling) -> float:
+    """Return the most bytes of experts that an iteration's dump has, in base64, uncompressed.
+
+    Each completion is written with its prompt.
+    """
+    tokens = sampling.total * (sampling.prompt_tokens + sampling.new_tokens)
+    return 2.0 * moe_layers(config) * config.moe_k * tokens * 4 / 3

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie_train.losses.cross_entropy import chunk_elements
+from ernie_train.model.attention import WIDENED_ELEMENTS
 from ernie_train.model.batched_experts import MOST_SLOTS_PER_ROW
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.model.numpy_decoder import PROMPT_CHUNK_TOKENS
@@ -252,7 +253,13 @@ def _loss_bytes(config: Ernie4_5_MoeConfig, machine: Machine, load: Workload) ->
     # The sum over chunks and a chunk's in float32, and the chunk's as it was made if narrower.
     head = 2 * _FLOAT + (width if width < _FLOAT else 0)
     head *= _trains_all(load) * config.vocab_size * config.hidden_size
+    head += _widened_head(config, width) * (load.loss == "logprobs")
     return LOGITS_TENSORS[load.loss] * logits * _FLOAT + head + hidden
+
+
+def _widened_head(config: Ernie4_5_MoeConfig, width: int) -> int:
+    """Return bytes of the float32 copy of a narrower head, of which logprobs and samples are."""
+    return _FLOAT * config.vocab_size * config.hidden_size * (width < _FLOAT)
 
 
 def _trains_all(load: Workload) -> bool:
@@ -261,10 +268,7 @@ def _trains_all(load: Workload) -> bool:
 
 
 def _backward_bytes(
-    config: Ernie4_5_MoeConfig,
-    machine: Machine,
-    layout: Layout,
-    load: Workload,
+    config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, load: Workload
 ) -> float:
     """Return bytes of gradients in a layer's backward pass: of stream, rows and experts.
 
@@ -305,15 +309,6 @@ def recorded_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling | None) -> flo
     return 2.0 * moe_layers(config) * config.moe_k * tokens
 
 
-def dumped_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling) -> float:
-    """Return the most bytes of experts that an iteration's dump has, in base64, uncompressed.
-
-    Each completion is written with its prompt.
-    """
-    tokens = sampling.total * (sampling.prompt_tokens + sampling.new_tokens)
-    return 2.0 * moe_layers(config) * config.moe_k * tokens * 4 / 3
-
-
 def rollout_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, sampling: Sampling
 ) -> float:
@@ -336,6 +331,9 @@ def rollout_bytes(
     first = cache_bytes(config, prompts, sampling.prompt_tokens, width)
     first += tokens * sum(layer.values())
     cache = cache_bytes(config, sequences, sampling.prompt_tokens + sampling.new_tokens, width)
-    logits = 2 * sequences * config.vocab_size * _FLOAT  # and probabilities
+    logits: float = 2 * sequences * config.vocab_size * _FLOAT  # and probabilities
+    if not numpy and width < _FLOAT:  # keys of a layer too are widened, for scores
+        keys = cache / (2 * config.num_hidden_layers * width)
+        logits += _widened_head(config, width) + min(WIDENED_ELEMENTS, keys) * _FLOAT
     cache *= NUMPY_CACHE_GROWTH if numpy else 1 + 0.5 / config.num_hidden_layers
     return copy + max(first, cache + logits)

@@ -9,9 +9,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from ernie_train.plan.disk import checkpoint_bytes, run_bytes
+from ernie_train.plan.disk import checkpoint_bytes, dumped_bytes, run_bytes
 from ernie_train.plan.layout import GB, Layout, count_parameters
-from ernie_train.plan.memory import MemoryDemand, dumped_bytes, recorded_bytes
+from ernie_train.plan.memory import MemoryDemand, recorded_bytes
 from ernie_train.plan.search import MOST_RANKS, Candidate, PlanRequest
 from ernie_train.plan.workload import Workload
 from ernie_train.run.recipe import Recipe

@@ -381,6 +381,7 @@ def _policy_loss(config: UpoConfig) -> UpoLoss:
     return UpoLoss(
         temperature=config.rollout.temperature,
         clip_ratio=policy.clip_range,
+        dual_clip=policy.dual_clip if policy.has_dual_clip else None,
         objective=policy.objective,
         sequence_ratio=policy.ratio == "sequence",
         router_replay=policy.router_replay,

@@ -138,6 +138,7 @@ class UpoLoss:
 
     temperature: float
     clip_ratio: tuple[float, float]
+    dual_clip: float | None = None
     objective: PolicyObjective = "ppo"
     sequence_ratio: bool = False
     router_replay: bool = False
@@ -209,6 +210,7 @@ class UpoLoss:
                 _tensor(batch.advantages),
                 mask,
                 clip_ratio=self.clip_ratio,
+                dual_clip=self.dual_clip,
                 objective=self.objective,
                 sequence_ids=_tensor(batch.sequence_ids) if self.sequence_ratio else None,
                 weights=gains,
@@ -222,8 +224,11 @@ class UpoLoss:
                 LossTerm("entropy_loss", total, counts["entropy_loss"], -self.entropy_coef)
             )
         if self.kl_kind is not None and "kl_loss" in counts:
-            reference = _tensor(batch.ref_logprobs)
-            total = kl_loss(logprobs, reference, mask, kind=self.kl_kind, weights=weights)
+            old, reference = _tensor(batch.old_logprobs), _tensor(batch.ref_logprobs)
+            total, truncated = kl_loss(
+                logprobs, old, reference, mask, kind=self.kl_kind, weights=weights
+            )
+            metrics["kl_loss/truncated"] = Mean(float(truncated), tokens)
             terms.append(LossTerm("kl_loss", total, counts["kl_loss"], self.kl_coef))
         return terms, metrics
 

@@ -78,6 +78,7 @@ FOREIGN_KEYS = {
     "reward_funcs": "stages[].reward",
     "epsilon": "stages[].policy.clip_ratio",
     "epsilon_high": "stages[].policy.clip_ratio_high",
+    "clip_ratio_c": "stages[].policy.dual_clip",
     "loss_agg_mode": "stages[].policy.aggregation",
     "importance_sampling_level": "stages[].policy.ratio",
     "num_iterations": "stages[].policy.update_epochs",

@@ -241,7 +241,7 @@ def compute_in_bfloat16(monkeypatch):
 
 
 def test_bfloat16_head(monkeypatch):
-    """As on a GPU: logits and gradients in bfloat16, what lies between them in float32."""
+    """As on a GPU: gradients in bfloat16, what lies before them in float32."""
     compute_in_bfloat16(monkeypatch)
     rng = np.random.default_rng(2)
     arrays = [rng.normal(size=s).astype(np.float32) for s in ((6, 8), (5, 8), (5,))]
@@ -253,14 +253,39 @@ def test_bfloat16_head(monkeypatch):
     logprobs, entropy = token_logprobs(*rounded, paddle.to_tensor(ids), with_entropy=True)
     assert logprobs.dtype == entropy.dtype == paddle.float32
     expected = reference(*exact, ids, 1.0)
-    np.testing.assert_allclose(logprobs.numpy(), expected[0], atol=0.05)  # logits have 8 bits
-    np.testing.assert_allclose(entropy.numpy(), expected[1], atol=0.05)
+    np.testing.assert_allclose(logprobs.numpy(), expected[0], atol=1e-5)
+    np.testing.assert_allclose(entropy.numpy(), expected[1], atol=1e-5)
     (logprobs.sum() + entropy.sum()).backward()
     for i, tensor in enumerate(rounded):
         slopes = gradient(
             lambda z, i=i: np.sum(reference(*exact[:i], z, *exact[i + 1 :], ids, 1.0)), exact[i]
         )
         np.testing.assert_allclose(tensor.grad.astype("float32").numpy(), slopes, atol=0.1)
+
+
+def large_logits(tokens=64):
+    """Hidden states and a head in bfloat16 whose logits go up to 20, and the exact logits."""
+    rng = np.random.default_rng(6)
+    weight = rng.normal(size=(512, 64)).astype(np.float32)
+    hidden = 0.25 * weight[rng.integers(0, 512, tokens)] + rng.normal(0, 0.05, (tokens, 64))
+    rounded = [paddle.to_tensor(a.astype(np.float32)).astype("bfloat16") for a in (hidden, weight)]
+    exact = [t.astype("float32").numpy().astype(np.float64) for t in rounded]
+    logits = exact[0] @ exact[1].T
+    assert 18 < logits.max() < 32
+    return rounded, logits
+
+
+def test_logprobs_of_a_bfloat16_head_are_those_of_its_exact_logits(monkeypatch):
+    compute_in_bfloat16(monkeypatch)
+    (hidden, weight), logits = large_logits()
+    ids = np.random.default_rng(7).integers(0, 512, len(logits))
+    top = logits.max(-1, keepdims=True)
+    exact = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    logprobs, entropy = token_logprobs(
+        hidden, weight, None, paddle.to_tensor(ids), with_entropy=True
+    )
+    np.testing.assert_allclose(logprobs.numpy(), exact[np.arange(len(ids)), ids], atol=1e-4)
+    np.testing.assert_allclose(entropy.numpy(), -(np.exp(exact) * exact).sum(-1), atol=1e-4)
 
 
 def head_gradients(arrays, ids, dtype, supervised):

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie_train import kernels
-from ernie_train.model import batch_layout
-from ernie_train.model.attention import blocked, online
+from ernie_train.model import KVCache, batch_layout
+from ernie_train.model.attention import blocked, layer, online
 from ernie_train.model.attention.layer import document_attention
 from ernie_train.model.batch_layout import BatchLayout
+from tests.losses.test_logprobs import compute_in_bfloat16
+from tests.small_models import make_config
 
 
 def plain_attention(q, k, v, segment_of_token, heads, key_heads):
@@ -119,3 +121,34 @@ def test_documents_are_split_at_padding_and_at_row_ends():
     ]  # fmt: skip
     assert layout.default_positions().tolist() == [0, 1, 0, 0, 0, 1, 0]
     assert layout.row_counts.tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("elements", [1, 64 * 1024 * 1024])
+def test_cached_attention_in_bfloat16_has_scores_of_float32(monkeypatch, elements):
+    """A score of 20 has a rounding of 0.06 in bfloat16, which is that of its probability."""
+    compute_in_bfloat16(monkeypatch)
+    monkeypatch.setattr(layer, "WIDENED_ELEMENTS", elements)
+    rng = np.random.default_rng(3)
+    config = make_config(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    cache = KVCache(config, 3, "bfloat16")
+    lengths = np.array([9, 5, 7])
+    cache.begin(BatchLayout.from_document_ids((np.arange(9) < lengths[:, None]).astype(int)))
+    keys, values, queries = (
+        paddle.to_tensor(rng.normal(size=shape).astype(np.float32)).astype("bfloat16")
+        for shape in ((6, cache.capacity, 8), (6, cache.capacity, 8), (12, 8))
+    )
+    queries = (6 * queries.astype("float32")).astype("bfloat16")
+    cache.begin(BatchLayout.full_rows(3, 1))
+    found = layer.cached_attention(queries, cache.step, keys, values)
+    assert found.dtype == paddle.bfloat16
+    k, v, q = (t.astype("float32").numpy().astype(np.float64) for t in (keys, values, queries))
+    tops = []
+    for at in range(12):
+        lane, slots = at // 2, int(cache.lengths[at // 4])
+        scores = k[lane, :slots] @ q[at] / np.sqrt(8)
+        tops.append(np.abs(scores).max())
+        probs = np.exp(scores - scores.max())
+        exact = probs @ v[lane, :slots] / probs.sum()
+        # Probabilities and outputs have 8 bits.
+        np.testing.assert_allclose(found[at].astype("float32").numpy(), exact, atol=0.012)
+    assert max(tops) > 15

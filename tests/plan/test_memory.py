@@ -184,6 +184,16 @@ def test_the_loss_makes_the_logits_of_its_own_device(
     assert activations(CPU) == before[1]
 
 
+def test_logprobs_are_of_a_float32_copy_of_a_narrower_head(large: Ernie4_5_MoeConfig) -> None:
+    demands = {}
+    for loss in ("cross_entropy", "logprobs"):
+        load = Workload("", MicroBatch(1, 2048, 2048), micro_batches=99, loss=loss)
+        demands[loss] = memory_demand(large, GPU, Layout(8, 1, True, True), load).activations
+    count = LOGITS_TENSORS["logprobs"] - LOGITS_TENSORS["cross_entropy"]
+    more = demands["logprobs"] - demands["cross_entropy"] - count * 4 * 64 * 2**20
+    assert more == 4 * large.vocab_size * large.hidden_size
+
+
 # ---- activations ---------------------------------------------------------------------------------
 
 
@@ -322,7 +332,8 @@ def test_rollouts_hold_a_layer_s_keys_twice_as_the_cache_grows(large: Ernie4_5_M
     sampling = Sampling(512, 8, 1024, 7168, 16)
     logits = 2 * 16 * large.vocab_size * 4
     found = rollout_bytes(large, GPU, Layout(8, 1, True, True), sampling)
-    assert found == pytest.approx((1 + 1 / 56) * 57_344 * 8192 * 16 + logits)
+    head, keys = 4 * large.vocab_size * large.hidden_size, 4 * 64 * 2**20  # in float32
+    assert found == pytest.approx((1 + 1 / 56) * 57_344 * 8192 * 16 + logits + head + keys)
     assert sampling.on_rank(8) == 64
     assert sampling.at_once(64) == 8  # fewer sequences than a batch holds
 

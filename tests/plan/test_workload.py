@@ -6,8 +6,9 @@ import pytest
 
 from ernie_train.plan import PlanSettings
 from ernie_train.plan.cost import step_cost, token_flops
+from ernie_train.plan.disk import dumped_bytes
 from ernie_train.plan.layout import Layout, Machine
-from ernie_train.plan.memory import dumped_bytes, memory_demand, recorded_bytes
+from ernie_train.plan.memory import memory_demand, recorded_bytes
 from ernie_train.plan.workload import MicroBatch, recipe_workloads
 from ernie_train.run.recipe import load_recipe
 from tests.plan.plans import BF16, CRITIC, RATES, RL, ROOT, printed, recipe

@@ -17,6 +17,7 @@ import numpy as np
 from ernie_train.data.packing import permutation
 from ernie_train.rl.config import UpoConfig
 from tests.rl.referee_adamw import AdamW, Array
+from tests.rl.referee_kl import k3, kl_terms
 
 
 class Text(NamedTuple):
@@ -85,7 +86,7 @@ class Referee:
         metrics["entropy"] = np.concatenate(entropies).mean()
         if config.preference is not None or (kl and kl.coef):
             d = np.concatenate([self.old[i] - self.ref[i] for i in mine])
-            metrics["kl"] = (np.exp(-d) - 1 + d).mean()
+            metrics["kl"] = k3(d)[0].mean()
         penalties = [kl_in_reward * (self.old[i] - self.ref[i]) for i in mine]
         pairs = []
         if config.preference and "online" in config.preference.pairs:
@@ -254,9 +255,7 @@ class Referee:
         given = [pair for pair in pairs if pair[0] >= len(self.trained)]
         for home, mine in enumerate(np.array_split(order, count)):
             trained = [i for p in mine for i in self.groups[p] if self.trained[i]]
-            own = [
-                pair for pair in pairs if pair[0] < len(self.trained) and pair[0] // size in mine
-            ]
+            own = [p for p in pairs if p[0] < len(self.trained) and p[0] // size in mine]
             parts.append((trained if self.config.policy.coef else [], own + given[home::count]))
         return [part for part in parts if part[0] or part[1]]
 
@@ -355,7 +354,11 @@ class Referee:
                 slope = -held * gain
             else:
                 is_clipped = held * gain < ratio * gain
-                found["policy"] -= np.minimum(ratio * gain, held * gain).sum() * weight
+                term = np.minimum(ratio * gain, held * gain)
+                if policy.ratio == "token" and policy.dual_clip is not None:
+                    is_clipped |= (gain < 0) & (ratio > policy.dual_clip)
+                    term = np.where(gain < 0, np.maximum(term, policy.dual_clip * gain), term)
+                found["policy"] -= term.sum() * weight
                 found["clip_ratio"] += is_clipped.sum() / tokens
                 slope = np.where(is_clipped, 0.0, -ratio * gain)
             slopes["policy"][i] += policy.coef * slope * weight
@@ -363,11 +366,10 @@ class Referee:
                 found["entropy_loss"] -= (np.exp(table) * table).sum() * weight
             kl = policy.kl
             if kl and kl.coef and kl.place == "loss":
-                d = lp - self.ref[i]
-                estimate = d**2 / 2 if kl.kind == "k2" else np.exp(-d) - 1 + d
+                estimate, slope, beyond = kl_terms(lp, self.old[i], self.ref[i], kl.kind)
                 found["kl_loss"] += estimate.sum() * weight
-                slope = d if kl.kind == "k2" else 1 - np.exp(-d)
                 slopes["kl_loss"][i] += kl.coef * weight * slope
+                found["kl_loss/truncated"] += beyond.sum() / tokens
         return dict(found)
 
     def pair_terms(self, pairs: Any, tables: Any, slopes: Any) -> dict[str, float]:
@@ -377,10 +379,8 @@ class Referee:
         found = defaultdict(float)
         for pair in pairs:
             shares = [1 / len(self.texts[i].tokens) if means else 1.0 for i in pair]
-            chosen, rejected = (
-                beta * share * (tables[i][1] - self.ref[i]).sum()
-                for i, share in zip(pair, shares, strict=True)
-            )
+            sums = [(tables[i][1] - self.ref[i]).sum() for i in pair]
+            chosen, rejected = (beta * s * r for s, r in zip(shares, sums, strict=True))
             found["preference"] += np.log1p(np.exp(rejected - chosen)) / count
             pull = -settings.coef * beta / (1 + np.exp(chosen - rejected)) / count
             slopes["preference"][pair[0]] += pull * shares[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ernie_train import losses
 from ernie_train.rl import (
     batch,
     critic,
@@ -98,6 +99,22 @@ FAULTS: dict[str, Fault] = {
     "k3 in the loss instead of k2": Fault(
         "k2 in the loss", learner, "_policy_loss", "kl.kind_in_loss", '"k3"'
     ),
+    "KL as if its tokens were the policy's own samples": Fault(
+        "kl in the loss", losses.policy, "kl_loss", "estimates * paddle.clip(ratio", "estimates + 0"
+        " * paddle.clip(ratio", (loss,),
+    ),
+    "KL with a gradient of its ratio": Fault(
+        "kl in the loss", losses.policy, "kl_loss", "mask).detach())", "mask))", (loss,)
+    ),
+    "KL with ratios as large as they are": Fault(
+        "kl in the loss", losses.policy, "kl_loss", "max=MAX_KL_RATIO", "max=1e9", (loss,)
+    ),
+    "k3 beyond any bound": Fault(
+        "kl in the loss", losses.policy, "_k3", "-math.log(MAX_KL_RATIO)", "-1e9"
+    ),
+    "k3 without a slope beyond its bound": Fault(
+        "kl in the loss", losses.policy, "_k3", "MAX_KL_RATIO - 1", "0.0"
+    ),
     "coefficient of KL ignored": Fault(
         "kl in the loss", learner, "_policy_loss", "kl_coef=kl.coef", "kl_coef=1.0"
     ),
@@ -117,6 +134,14 @@ FAULTS: dict[str, Fault] = {
     ),
     "clip range turned around": Fault(
         "clipped", learner, "_policy_loss", "policy.clip_range", "policy.clip_range[::-1]"
+    ),
+    "no second clip of negative advantages": Fault(
+        "dual clip", learner, "_policy_loss", "policy.dual_clip if policy.has_dual_clip else None",
+        "None",
+    ),
+    "second clip of positive advantages": Fault(
+        "dual clip", losses.policy, "policy_loss", "paddle.where(gain < 0, ",
+        "paddle.where(gain > 0, ", (loss,),
     ),
     "coefficient of the policy ignored": Fault(
         "terms", learner, "_policy_loss", "policy_coef=policy.coef", "policy_coef=1.0"

@@ -27,6 +27,7 @@ RAMP = {"truncated": "ramp", "truncation_penalty": 0.5, "overlong_tokens": 4}
 GRID: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"optim": FAR, "policy": {"clip_ratio_high": 0.28, "update_epochs": 3}},
+    "dual clip": {"optim": FAR, "policy": {"dual_clip": 1.5, "update_epochs": 3}},
     "undivided": {"policy": {"group_scale": "none"}},
     "undivided raw": {"policy": {"group_scale": "none", "normalize_rewards": "none"}},
     "leave one out": {"policy": {"baseline": "leave_one_out", "normalize_rewards": "none"}},
@@ -106,6 +107,13 @@ def near(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
 def test_an_iteration_is_what_the_referee_makes_of_it(name, referee, tmp_path, monkeypatch):
     ours, rollouts = referee(name)
     agree(ours, observed(toy_config(**GRID[name]), rollouts, tmp_path, monkeypatch))
+
+
+def test_the_grid_has_ratios_that_are_truncated_and_a_setting_without(referee):
+    truncated = {name: [line["kl_loss/truncated"] for line in referee(name)[0].lines]
+                 for name in ("kl in the loss", "terms")}  # fmt: skip
+    assert truncated["kl in the loss"][-1] > 0.1
+    assert not any(truncated["terms"])
 
 
 @pytest.mark.parametrize(

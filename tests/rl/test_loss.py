@@ -79,8 +79,11 @@ def pairs_by_definition(term, batch, logprobs):
     return total / len(batch.pairs)
 
 
-def by_definition(model, batch, term=SUMS):
-    """(policy, entropy, kl, preference) sums over counts, in float64."""
+def by_definition(model, batch, term=SUMS, sampled=None):
+    """(policy, entropy, kl, preference) sums over counts, in float64.
+
+    sampled: logprobs of the policy of whose samples the KL is, which has no gradient in it.
+    """
     policy = entropy_sum = kl = 0.0
     tokens = 0
     found = []
@@ -97,7 +100,8 @@ def by_definition(model, batch, term=SUMS):
             policy -= min(ratio * advantage, clipped * advantage)
             entropy_sum += entropy[t]
             d = lp[t] - batch.ref_logprobs[at][t]
-            kl += math.exp(-d) - 1 + d
+            drawn = lp[t] if sampled is None else float(sampled[at][t])
+            kl += math.exp(drawn - batch.old_logprobs[at][t]) * (math.exp(-d) - 1 + d)
     preference = pairs_by_definition(term, batch, found)
     return policy / tokens, entropy_sum / tokens, kl / tokens, preference
 
@@ -215,13 +219,14 @@ def test_the_gradient_is_that_of_the_objective(coefs, weights):
     # Along the gradient, so that a term is not lost among the others.
     length = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in kept.values()))
     direction = {n: (g / length).astype(np.float32) for n, g in kept.items()}
+    sampled = [logprobs_of(model, s)[0] for s in batch.sequences]
 
     def objective(step):
         held = {n: p.numpy() for n, p in model.named_parameters()}
         for n, p in model.named_parameters():
             if n in direction:
                 p.set_value(held[n] + np.float32(step) * direction[n])
-        parts = by_definition(model, batch, coefs.get("pairs", SUMS))
+        parts = by_definition(model, batch, coefs.get("pairs", SUMS), sampled)
         for n, p in model.named_parameters():
             p.set_value(held[n])
         return float(np.dot(weights, parts))

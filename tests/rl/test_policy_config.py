@@ -53,12 +53,15 @@ def test_bounds_of_weights_follow_the_kind():
 def test_the_settings_of_a_stage_reach_its_loss():
     """Two stages that differ in one of them have losses that differ in what it means."""
     expected = {
-        "objective": ("cispo", {"objective": "cispo", "clip_ratio": (1.0, 4.0)}),
-        "ratio": ("sequence", {"sequence_ratio": True, "clip_ratio": (3e-4, 4e-4)}),
+        "objective": ("cispo", {"objective": "cispo", "clip_ratio": (1.0, 4.0), "dual_clip": None}),
+        "ratio": ("sequence", {
+            "sequence_ratio": True, "clip_ratio": (3e-4, 4e-4), "dual_clip": None,
+        }),
         "aggregation": ("constant", {"aggregation": "constant"}),
         "router_replay": (True, {"router_replay": True}),
         "clip_ratio_high": (0.28, {"clip_ratio": (0.2, 0.28)}),
-    }
+        "dual_clip": (None, {"dual_clip": None}),
+    }  # fmt: skip
     stage = {
         "name": "u", "kind": "upo", "data": [{"path": "p"}], "reward": "math", "iterations": 1,
         "micro_batch_size": 1, "optim": {"lr": 1e-3},
@@ -66,7 +69,7 @@ def test_the_settings_of_a_stage_reach_its_loss():
     }  # fmt: skip
     twice = {"update_epochs": 2}
     plain = _policy_loss(UpoConfig(**stage, policy=twice))
-    assert plain.max_new_tokens == 7 and not plain.router_replay
+    assert plain.max_new_tokens == 7 and not plain.router_replay and plain.dual_clip == 3.0
     for key, (value, changes) in expected.items():
         assert _policy_loss(UpoConfig(**stage, policy={**twice, key: value})) == replace(
             plain, **changes

@@ -49,6 +49,7 @@ VALUES: dict[str, list[Any]] = {
     "policy.ratio": ["sequence"],
     "policy.clip_ratio": [0.01],
     "policy.clip_ratio_high": [0.01],
+    "policy.dual_clip": [1.01],
     "policy.aggregation": ["sequence", "constant"],
     "policy.entropy_coef": [0.1],
     "policy.kl": [{"coef": 0.2}, {"coef": 0.0, "kind": "k2"}],

@@ -38,7 +38,10 @@ CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
           "offline": {"path": "x", "per_iteration": 2}}}, "than the 8 groups and offline pairs"),
         *(({"policy": {"minibatches": 1, **policy}}, f"policy.{name} has no effect with one optim")
           for name, policy in {"clip_ratio": {"clip_ratio": 0.1}, "ratio": {"ratio": "sequence"},
-                               "clip_ratio_high": {"clip_ratio_high": 0.3}}.items()),
+                               "clip_ratio_high": {"clip_ratio_high": 0.3},
+                               "dual_clip": {"dual_clip": 2.0}}.items()),
+        *(({"policy": {"minibatches": 2, "dual_clip": 2.0, **policy}}, "dual_clip has no effect")
+          for policy in ({"objective": "cispo"}, {"ratio": "sequence"})),
         ({"policy": {"minibatches": 1}, "critic": {**CRITIC, "clip_range": 0.1}},
          "critic.clip_range has no effect with one optimizer step"),
         ({"policy": {"kl": {"coef": 0.0, "place": "reward"}}}, "no effect with coef: 0"),

@@ -150,10 +150,10 @@ RL_PROBES: dict[str, Probe] = {
     **{
         f"stages[].policy.{name}": Probe("upo", {f"@policy.{name}": value}, TWO_STEPS)
         for name, value in {
-            "coef": 0.5, "clip_ratio": 0.001, "clip_ratio_high": 0.001, "entropy_coef": 0.1,
-            "kl": {"coef": 0.5}, "update_epochs": 1, "minibatches": 2, "group_scale": "none",
-            "objective": "cispo", "ratio": "sequence", "aggregation": "constant",
-            "baseline": "leave_one_out", "router_replay": True,
+            "coef": 0.5, "clip_ratio": 0.001, "clip_ratio_high": 0.001, "dual_clip": 1.001,
+            "entropy_coef": 0.1, "kl": {"coef": 0.5}, "update_epochs": 1, "minibatches": 2,
+            "group_scale": "none", "objective": "cispo", "ratio": "sequence",
+            "aggregation": "constant", "baseline": "leave_one_out", "router_replay": True,
         }.items()
     },
     "stages[].policy.sampler_correction": Probe(

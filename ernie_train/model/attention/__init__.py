@@ -9,6 +9,7 @@ from ernie_train.model.attention.flashmask import (
     document_attention as flashmask_document_attention,
 )
 from ernie_train.model.attention.layer import (
+    WIDENED_ELEMENTS,
     Attention,
     AttentionTables,
     attention_block,
@@ -17,6 +18,7 @@ from ernie_train.model.attention.layer import (
 )
 
 __all__ = [
+    "WIDENED_ELEMENTS",
     "Attention",
     "AttentionTables",
     "attention_block",

@@ -28,6 +28,9 @@ from ernie_train.model.kv_cache import CacheStep, KVCache
 from ernie_train.model.layers import RMSNorm, acting, is_ordinary, ordinary
 from ernie_train.model.rope import RopeTables
 
+# Most elements of cached keys that are widened to float32 at once (256 MiB).
+WIDENED_ELEMENTS = 64 * 1024 * 1024
+
 
 class _DocumentAttention(PyLayer):
     """softmax(q k^T / sqrt(D)) v within the gathered documents, q [T*N,D], k and v [T*K,D]."""
@@ -131,12 +134,26 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout)
 
 
 def cached_attention(q: Tensor, step: CacheStep, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend from new tokens q [T*N,D] to cached keys and values [B*K,C,D]; no gradient."""
-    lanes, _, head_dim = keys.shape
-    queries = paddle.gather(q, step.query_rows).reshape([lanes, -1, head_dim])
-    scores = paddle.matmul(queries.scale_(head_dim**-0.5), keys, transpose_y=True)
-    output = paddle.matmul(F.softmax(scores.add_(step.mask)), values)
+    """Attend from new tokens q [T*N,D] to cached keys and values [B*K,C,D]; no gradient.
+
+    Scores and probabilities are float32, as in FlashMask: in bfloat16 a score of 20 is off by 0.06.
+    """
+    lanes, slots, head_dim = keys.shape
+    queries = cast(paddle.gather(q, step.query_rows), paddle.float32)
+    queries = queries.reshape([lanes, -1, head_dim]).scale_(head_dim**-0.5)
+    if keys.dtype == paddle.float32:
+        output = _attend(queries, keys, values, step.mask)
+    else:
+        size = max(1, WIDENED_ELEMENTS // (slots * head_dim))
+        parts = (slice(start, start + size) for start in range(0, lanes, size))
+        output = _concat([_attend(queries[p], keys[p], values[p], step.mask[p]) for p in parts])
     return paddle.gather(output.reshape([-1, head_dim]), step.query_return)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    scores = paddle.matmul(queries, cast(keys, paddle.float32), transpose_y=True)
+    probs = F.softmax(scores.add_(cast(mask, paddle.float32)))
+    return paddle.matmul(cast(probs, values.dtype), values)
 
 
 @ordinary

@@ -61,7 +61,7 @@ def _in_one_step(config: _Stage) -> Iterator[Idle]:
     policy, lora = config.policy, config.lora
     if policy.update_epochs * policy.minibatches > 1 or (lora is not None and lora.dropout):
         return
-    idle = _given(policy, "policy.", ("ratio", "clip_ratio", "clip_ratio_high"))
+    idle = _given(policy, "policy.", ("ratio", "clip_ratio", "clip_ratio_high", "dual_clip"))
     idle |= _given(config.critic, "critic.", ("clip_range",))
     yield from _message(
         idle,

@@ -131,6 +131,11 @@ class PolicyConfig(StrictConfig):
     """How far it may rise, if not as far; unless given `clip_ratio`, with `ratio: sequence` 4e-4
     where `clip_ratio` is not given either, with `cispo` 4.
     """
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Ratio above which a token of a negative advantage has no gradient either, where `ppo` alone
+    pushes the harder the more likely it became; `null`: none (docs/upo.md#objectives). Of
+    `objective: ppo` with `ratio: token` alone.
+    """
     aggregation: Aggregation = "token"
     """Terms of tokens are means over the step's tokens (`token`), means over its sequences of their
     means (`sequence`, GRPO), or sums divided by `max_new_tokens` x sequences (`constant`, Dr.
@@ -168,14 +173,23 @@ class PolicyConfig(StrictConfig):
         if self.coef == 0 and (self.entropy_coef or (self.kl and self.kl.coef)):
             raise ValueError("entropy_coef and kl act on the policy term's tokens: coef is 0")
         acting = (
-            "objective", "ratio", "clip_ratio", "clip_ratio_high", "aggregation", "baseline",
-            "group_scale", "normalize_rewards", "sampler_correction",
+            "objective", "ratio", "clip_ratio", "clip_ratio_high", "dual_clip", "aggregation",
+            "baseline", "group_scale", "normalize_rewards", "sampler_correction",
         )  # fmt: skip
         fields = type(self).model_fields
         idle = [key for key in acting if getattr(self, key) != fields[key].default]
         if self.coef == 0 and idle:
             raise ValueError(f"{', '.join(idle)}: no effect with coef: 0")
+        if not self.has_dual_clip and self.dual_clip != fields["dual_clip"].default:
+            raise ValueError(
+                "dual_clip has no effect but with objective: ppo and ratio: token: leave it out"
+            )
         return self
+
+    @property
+    def has_dual_clip(self) -> bool:
+        """Return whether `dual_clip` bounds ratios; cispo does so itself, means hardly move."""
+        return self.objective == "ppo" and self.ratio == "token"
 
     @property
     def clip_range(self) -> tuple[float, float]:
