@@ -145,6 +145,7 @@ def wait_for_all_ranks() -> None:
     """Wait for all ranks without a time limit; see `HostBarrier`."""
     global _host_barrier
     if _host_barrier is None:
+        init_process_group()
         _host_barrier = _connect_host_barrier()
     _host_barrier.wait()
 

@@ -8,6 +8,7 @@ by name; other keys (library versions, caching, parallel layout) are carried thr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,7 +211,7 @@ class Ernie4_5_MoeConfig(StrictConfig):
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         problems = foreign_problems(values, defaults)
         model_type = values.get("model_type", MOE_MODEL_TYPE)
-        if model_type not in ARCHITECTURES:
+        if model_type not in list(ARCHITECTURES):  # it may be a list, which no dict takes
             problems.append(f"model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}")
         problems += _merge_rope(values)
         if problems:
@@ -387,7 +388,7 @@ def _merge_rope(values: dict[str, Any]) -> list[str]:
             problems.append(f"{key}: partial_rotary_factor is not implemented")
         if parameters.get("rope_theta") is not None:
             bases[f"{key}.rope_theta"] = parameters["rope_theta"]
-    if len(set(map(repr, map(_as_float, bases.values())))) > 1:
+    if any(base != other for base, other in pairwise(bases.values())):
         listed = ", ".join(f"{key} = {value}" for key, value in bases.items())
         problems.append(f"conflicting RoPE bases: {listed}; make them equal")
     elif bases:
@@ -395,7 +396,3 @@ def _merge_rope(values: dict[str, Any]) -> list[str]:
     elif "rope_theta" in values:
         del values["rope_theta"]  # null: the default
     return problems
-
-
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int | float) else value

@@ -101,15 +101,17 @@ def find_base(directory: Path, *, verify: bool = False) -> Path:
     if file.exists():
         record = read_json_object(file)
         base = Path(str(record.get("path")))
-        if not base.is_dir() and "relative" in record:  # the run directory was moved
+        if not os.path.isdir(base) and "relative" in record:  # the run directory was moved
             base = Path(os.path.normpath(directory / str(record["relative"])))
     else:
         file, key = directory / ADAPTER_CONFIG, "base_model_name_or_path"
         base = Path(str(read_json_object(file).get(key)))
     where = f"{file}: {key}"
-    if not base.is_dir():
+    # Path.is_dir fails at a name of a megabyte.
+    if not os.path.isdir(base) or base.samefile(directory):
         raise WeightsError(
-            f"{where} names the base {base}, which is no directory here: set it to the base's place"
+            f"{where} names the base {base}, which is not another directory here: set it to the "
+            "base's place"
         )
     if verify and record.get("sha256") not in (None, hash_weights(base)):
         raise WeightsError(

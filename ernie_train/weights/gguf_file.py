@@ -63,7 +63,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         # What else the library raises depends on where in its structures the file is damaged.
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
             raise WeightsError(f"{path}: truncated or damaged ({error}); fetch it anew") from None
-        if int(self._fields.get("split.count") or 0) > 1:
+        if self._fields.get("split.count", 0) not in (0, 1):
             raise WeightsError(
                 f"{path}: one of several files; merge them with llama-gguf-split --merge"
             )

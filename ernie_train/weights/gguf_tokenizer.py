@@ -18,7 +18,7 @@ from tokenizers import (  # type: ignore[import-untyped]
     processors,
 )
 
-from ernie_train.core.errors import DataError
+from ernie_train.core.errors import DataError, describe
 from ernie_train.data.tokenizer import bpe_merges
 from ernie_train.io.files import write_json, write_text
 
@@ -36,6 +36,13 @@ _SPLIT_BY = {
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), _WORDS % ""),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _WORDS % "{1,3}"),
 }
+# The type of a key's value; of a list, that of its items too.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "chat_template": (str,), "ggml.model": (str,), "ggml.pre": (str,), "ggml.tokens": (list, str),
+    "ggml.token_type": (list, int), "ggml.merges": (list, str), "ggml.scores": (list, float),
+    "ggml.add_bos_token": (bool,), "ggml.add_space_prefix": (bool,), "ggml.bos_token_id": (int,),
+    "ggml.eos_token_id": (int,), "ggml.unknown_token_id": (int,), "ggml.padding_token_id": (int,),
+}  # fmt: skip
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 
 
@@ -52,6 +59,7 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], directory: Path, source: s
         for key, value in metadata.items()
         if key.startswith("tokenizer.ggml.")
     }
+    _check_types(metadata, source)
     tokens: list[str] = own.get("tokens") or []
     if not tokens:
         _log.warning("%s holds no tokenizer: put its files into the directory yourself", source)
@@ -96,6 +104,18 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], directory: Path, source: s
         config["chat_template"] = template
         write_text(directory / "chat_template.jinja", template)
     write_json(directory / "tokenizer_config.json", config)
+
+
+def _check_types(metadata: Mapping[str, Any], source: str) -> None:
+    """Raise `DataError` that names a key of which the value has another type."""
+    for key, (kind, *items) in _TYPES.items():
+        value = metadata.get(f"tokenizer.{key}")
+        if value is None:
+            continue
+        within = {type(item) for item in value} if isinstance(value, list) else set()
+        if type(value) is not kind or within - {*items}:
+            wanted = " of ".join(t.__name__ for t in (kind, *items))
+            raise DataError(f"{source}: tokenizer.{key} must be a {wanted}, got {describe(value)}")
 
 
 def _byte_level(

@@ -14,6 +14,7 @@ from ernie_train.model.lora import LoraConfig
 from ernie_train.weights.layout import TensorMapping, tensor_mappings
 
 ADAPTER_CONFIG = "adapter_config.json"
+_MOST_ALPHA = 2**60  # far beyond any; also no NaN is below it
 # Keys that change what an adapter computes, with the only value that is read here.
 _PLAIN = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": {},
@@ -51,13 +52,17 @@ def read_settings(path: Path) -> AdapterSettings:
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         odd.append(f"init_lora_weights: {start}, which changes the base")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    switches = {key: settings.get(key) or False for key in ("use_rslora", "use_dora")}
+    odd += [f"{key}: {value!r}" for key, value in switches.items() if type(value) is not bool]
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
     if odd:
         raise WeightsError(f"{path}: cannot be read here: {', '.join(odd)}")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if type(rank) is not int or rank < 1 or not is_number or not abs(alpha) < _MOST_ALPHA:
         raise WeightsError(f"{path}: r and lora_alpha must be numbers, r at least 1")
-    root = math.sqrt(rank) if settings.get("use_rslora") else rank
-    return AdapterSettings(rank, alpha / root, bool(settings.get("use_dora")))
+    root = math.sqrt(rank) if switches["use_rslora"] else rank
+    return AdapterSettings(rank, alpha / root, switches["use_dora"])
 
 
 def describe_adapter(

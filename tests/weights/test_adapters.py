@@ -333,7 +333,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half a pair": (lambda d: rewrite(d, lambda a: a.__delitem__(Q_A)), "missing .*q_proj.lora_A"),
     "base": (
         lambda d: shutil.move(d.parent / "base", d.parent / "elsewhere"),
-        "names the base .*, which is no directory here: set it to the base's place",
+        "names the base .*, which is not another directory here: set it to the base's place",
     ),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model"),
 }

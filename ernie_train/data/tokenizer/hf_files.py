@@ -20,7 +20,7 @@ from tokenizers import (  # type: ignore[import-untyped]
 )
 
 from ernie_train.core import foreign_files
-from ernie_train.core.errors import DataError
+from ernie_train.core.errors import DataError, describe
 from ernie_train.data.chat_template import (
     CONTROL_TOKENS,
     ERNIE_THINKING,
@@ -39,6 +39,8 @@ from ernie_train.io.files import write_json, write_text
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"  # instead, where there are tools
 CONFIG_FILE = "tokenizer_config.json"
+LONGEST_TOKEN = 1000  # the library takes more than the square of it: seconds for 10,000
+SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token")
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -120,9 +122,17 @@ class TokenizerConfig:
         content = optional_json(directory / CONFIG_FILE)
         named = {**optional_json(directory / "special_tokens_map.json"), **content}
         roles = {key: token_text(value) for key, value in named.items() if key.endswith("_token")}
+        for role in SPECIAL_ROLES:
+            if named.get(role) is not None and roles[role] is None:
+                raise DataError(
+                    f"{directory}: {role} must be a text, or an object with one as its content, in "
+                    f"{CONFIG_FILE} or special_tokens_map.json, got {describe(named[role])}"
+                )
         added = optional_json(directory / "added_tokens.json")
-        if not all(type(token_id) is int for token_id in added.values()):
-            raise DataError(f"{directory / 'added_tokens.json'}: every id must be a whole number")
+        if not all(type(token_id) is int and token_id >= 0 for token_id in added.values()):
+            raise DataError(
+                f"{directory / 'added_tokens.json'}: every id must be a whole number from 0 on"
+            )
         texts = {role: text for role, text in roles.items() if text is not None}
         return cls(directory, content, texts, added)
 
@@ -130,7 +140,7 @@ class TokenizerConfig:
         """Return text -> id of the tokens that the files add to the vocabulary.
 
         Raises:
-            DataError: added_tokens_decoder is not a table of ids and tokens.
+            DataError: added_tokens_decoder is not a table of ids and tokens, or a token is no word.
         """
         added = dict(self.added)
         decoder = self.content.get("added_tokens_decoder") or {}
@@ -141,6 +151,8 @@ class TokenizerConfig:
                     f"{self.directory / CONFIG_FILE}: added_tokens_decoder must map ids to tokens"
                 )
             added[text] = int(token_id)
+        if (longest := max(map(len, added), default=0)) > LONGEST_TOKEN:
+            raise DataError(f"{self.directory}: an added token has {longest} characters")
         return added
 
     def special_added(self) -> set[str]:
@@ -157,7 +169,7 @@ class TokenizerConfig:
             DataError: no eos_token is named, or a named token is not in the vocabulary.
         """
         ids: dict[str, int] = {}
-        for role in ("bos_token", "eos_token", "pad_token"):
+        for role in SPECIAL_ROLES:
             text = self.special_tokens.get(role)
             if text is None:
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ernie_train.core.errors import DataError
+from ernie_train.core.errors import DataError, describe
 from ernie_train.data.chat_template import (
     CONTROL_TOKENS,
     ERNIE_PLAIN,
@@ -97,6 +97,14 @@ def _require_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> None:
 
 
 def _declared_stops(directory: Path) -> list[int]:
-    stops = optional_json(directory / "generation_config.json").get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    return [stop for stop in stops if type(stop) is int]
+    file = directory / "generation_config.json"
+    stops = optional_json(file).get("eos_token_id")
+    if stops is None:
+        return []
+    found = stops if isinstance(stops, list) else [stops]
+    if not all(type(stop) is int and stop >= 0 for stop in found):
+        raise DataError(
+            f"{file}: eos_token_id must be the id of a token or a list of them, got "
+            f"{describe(stops)}"
+        )
+    return found
