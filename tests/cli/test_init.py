@@ -29,6 +29,10 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "mapped": [{"frage": "1 + 1?", "antwort": f"so #### {i}"} for i in range(9)],
 }  # fmt: skip
 STAGES = {"texts": "pretrain", "pairs": "dpo"}
+NO_TOOLS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 COLUMNS = "{prompt: frage, completion: {column: antwort, after: '####'}}"
 
 
@@ -180,10 +184,7 @@ def test_rows_that_are_all_left_out_are_told_with_their_reason_and_the_remedy(
     call = {"role": "assistant", "tool_calls": [{"name": "count", "arguments": {"to": 8}}]}
     asked = {"messages": [{"role": "user", "content": "to 8?"}, call], "tools": [{"name": "count"}]}
     write_rows(tmp_path / "calls.jsonl", [asked] * 12)
-    (tmp_path / "no_tools.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
+    (tmp_path / "no_tools.jinja").write_text(NO_TOOLS)
     given = ("init", "--model", place / "model", "--data", "calls.jsonl")
     status, told = cli(*given, "--template", "no_tools.jinja")
     assert status == 2 and "calls.jsonl: every row is left out:\n  12 rows: message 2: " in told
@@ -191,6 +192,32 @@ def test_rows_that_are_all_left_out_are_told_with_their_reason_and_the_remedy(
     assert "at most" not in told
     named = re.search(r"--template (\S+recipes/chatml_tools\.jinja), or your own", told)
     assert named and cli(*given, "--template", named[1])[0] == 0, "found from any directory"
+
+
+def test_rows_of_which_the_template_shows_some_are_refused_as_check_would(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "no_tools.jinja").write_text(NO_TOOLS)
+    call = {"function": {"name": "f", "arguments": {}}}
+    called = {"messages": [{"role": "user", "content": "?"},
+                           {"role": "assistant", "content": "", "tool_calls": [call]}]}  # fmt: skip
+    write_rows(tmp_path / "some.jsonl", [*rows(20, 0), *[called] * 4])
+    given = ("init", "--model", place / "model", "--data", "some.jsonl")
+    status, told = cli(*given, "--template", "no_tools.jinja")
+    assert status == 2 and "4 of 24 rows are bad" in told and "some.jsonl:21: message 2: " in told
+    assert "--max-bad-fraction" in told and "chatml_tools.jinja, or your own" in told
+    assert not (tmp_path / "recipe.yaml").exists()
+    allowed = ("--template", "no_tools.jinja", "--max-bad-fraction", "0.5")
+    status, told = cli(*given, *allowed)
+    assert status == 0 and "left out of some.jsonl: 4 bad, first some.jsonl:21: " in told
+    assert cli("check", "recipe.yaml")[0] == 0
+
+
+def test_keys_that_nothing_reads_are_told(place: Path, cli: Any, tmp_path: Path) -> None:
+    text = "Write a function that adds two numbers. " * 4
+    write_rows(tmp_path / "mbpp.jsonl", [{"text": text, "code": "a + b"}] * 8)
+    status, told = cli("init", "--model", place / "model", "--data", "mbpp.jsonl")
+    assert status == 0 and "keys of mbpp.jsonl that nothing reads: code (8)" in told
 
 
 def test_marks_of_turns_that_text_can_forge_are_warned_of(

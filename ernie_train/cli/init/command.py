@@ -114,6 +114,7 @@ class InitCommand:
         ]
         if held.rows:
             about[2] += f", in {held_out_path(self.out)}; rows that ask the same are not trained"
+        about += rows.remarks
         if rows.kind != "pretrain":
             template = self.model.tokenizer.chat.template
             about.insert(1, f"chat template: {template and template.origin}")

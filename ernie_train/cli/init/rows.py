@@ -22,7 +22,7 @@ from ernie_train.data import (
 )
 from ernie_train.data.conversation import ANOTHER_TEMPLATE
 from ernie_train.data.encoding import Kind
-from ernie_train.data.reader import grouped
+from ernie_train.data.reader import grouped, remarks
 from ernie_train.io.shipped import shared_path
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.rl.preference_data import encode_completion, read_pairs
@@ -33,6 +33,7 @@ ROWS_READ = 2000  # of the data, for their format and lengths
 LONGEST_ROW = 8192  # tokens; longer rows are left out
 BAD_ROWS = 0.01
 SHOWN_REASONS = 10
+_REMEDY = "mend them, or let more be left out: --max-bad-fraction"
 TOOL_TEMPLATE = "recipes/chatml_tools.jinja"
 
 
@@ -78,6 +79,7 @@ class Rows:
     """Hold what rows of the data were found to be.
 
     longest: tokens of the longest one. tokens: of all rows of the data, by those that were read.
+    remarks: lines on rows that were left out, and on keys that nothing reads.
     """
 
     kind: str  # of the stage that trains on them
@@ -86,6 +88,7 @@ class Rows:
     longest: int
     tokens: int
     whole: bool  # all rows were read
+    remarks: tuple[str, ...] = ()
 
     def without(self, count: int) -> Rows:
         """Return what is left of them where so many are held out."""
@@ -107,7 +110,7 @@ class RowsRead:
         found = iter_records(data, "auto", read, self.columns)
         records = list(islice(found, ROWS_READ))
         whole = next(found, None) is None
-        read.check(self.max_bad_fraction, "mend them, or let more be left out: --max-bad-fraction")
+        read.check(self.max_bad_fraction, _REMEDY)
         kind = _kind(data, records)
         if kind != "pretrain":
             require_chat_template(model.tokenizer)
@@ -117,6 +120,7 @@ class RowsRead:
             lengths = [one.length for pair in pairs for one in pair.completions]
             kept = [length for length in lengths if length <= limit]
             whole, count, tokens = True, len(pairs), sum(lengths)
+            remarked: tuple[str, ...] = ()
         else:
             as_kind = cast(Kind, kind)
             _, report = encode_records(records, read, model.tokenizer, kind=as_kind, seq_len=limit)
@@ -125,12 +129,15 @@ class RowsRead:
             count, tokens = source.kept, source.tokens
             if not count and (len(kept) or not len(source.lengths)):
                 raise _nothing_left(data, source)
+            read.check(self.max_bad_fraction, "\n".join([_REMEDY, *_another_template(source)]))
+            found_out = (source.dropped, source.bad, source.unread, source.passed_over)
+            remarked = tuple(remarks(data, *found_out))
         if not kept and kind != "pretrain":
             raise DataError(f"{data}: no row has at most {limit} tokens")
         if not whole:
             share = max(1, read.bytes_total) / max(1, read.bytes_read)
             count, tokens = round(count * share), round(tokens * share)
-        return Rows(kind, read.format, count, max(kept, default=limit), tokens, whole)
+        return Rows(kind, read.format, count, max(kept, default=limit), tokens, whole, remarked)
 
 
 def _kind(data: str, records: list[Record]) -> str:
@@ -153,7 +160,12 @@ def _nothing_left(data: str, source: SourceReport) -> DataError:
     lines = grouped(source.bad, source.left_out, source.dropped)
     if len(lines) > SHOWN_REASONS:
         lines[SHOWN_REASONS:] = ["and other reasons"]
-    if any(ANOTHER_TEMPLATE in row.reason for row in source.bad.listed):
-        shown_by = shared_path(TOOL_TEMPLATE)
-        lines.append(f"another template shows them: --template {shown_by}, or your own")
+    lines += _another_template(source)
     return DataError(f"{data}: every row is left out:\n  " + "\n  ".join(lines))
+
+
+def _another_template(source: SourceReport) -> list[str]:
+    """Return a line that names a template, if rows are bad because the model's has no place."""
+    if not any(ANOTHER_TEMPLATE in row.reason for row in source.bad.listed):
+        return []
+    return [f"another template shows them: --template {shared_path(TOOL_TEMPLATE)}, or your own"]
