@@ -50,3 +50,23 @@ def test_a_cache_that_grows_or_shrinks_copies_one_layer_at_a_time(what: str) -> 
     assert more < grown + 4 * layer
     for held in (*cache.keys, *cache.values):
         assert bool((held[:, :HELD] == 1).all())
+
+
+def test_a_step_of_decoding_copies_a_number_a_sequence_to_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mask of every slot, made on the host, would be copied with each token."""
+    cache, sizes = filled(), []
+    to_tensor = paddle.to_tensor
+
+    def counted(data: np.ndarray, *args: object, **named: object) -> paddle.Tensor:
+        sizes.append(np.asarray(data).size)
+        return to_tensor(data, *args, **named)
+
+    monkeypatch.setattr(paddle, "to_tensor", counted)
+    append(cache, 1)
+    assert max(sizes) <= SEQUENCES * cache.config.num_attention_heads
+    seen = np.arange(cache.capacity) <= HELD
+    mask = cache.step.mask.numpy()
+    assert mask.shape == (SEQUENCES * 2, 2, cache.capacity)
+    assert ((mask == 0) == seen).all() and (mask[..., ~seen] < -1e29).all()
