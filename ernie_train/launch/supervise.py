@@ -21,6 +21,7 @@ from ernie_train.launch.rank_files import STAGES_SET_ASIDE, has_marker
 from ernie_train.launch.rank_group import POLL_S, ExitReport, RankGroup
 
 RECORD = "launches.jsonl"
+NOTICE_AFTER_S = 30.0  # of waiting for other machines
 # Called with True once the stages that --from repeats have been set aside.
 Command = Callable[[bool], Sequence[str]]
 
@@ -47,7 +48,7 @@ def supervise(
             title = f"{settings.nproc} ranks" + (f", restart {restarts}" if restarts else "")
             logs = RankLogs(run_dir, title, safe_console)
             with RankGroup(command(stages_set_aside), settings, logs) as ranks:
-                report = _wait(ranks, stop)
+                report = _wait(ranks, stop, safe_console)
                 stages_set_aside |= has_marker(ranks.directory, STAGES_SET_ASIDE)
                 if report.status not in (0, 3):
                     _print_failure(ranks, report, safe_console)
@@ -84,9 +85,18 @@ def check_settings(settings: LaunchSettings) -> None:
         raise ConfigError(problems)
 
 
-def _wait(ranks: RankGroup, stop: StopFlag) -> ExitReport:
+def _wait(ranks: RankGroup, stop: StopFlag, console: SafeConsole) -> ExitReport:
+    notice_at: float | None = time.monotonic() + NOTICE_AFTER_S
     while True:
         ranks.poll()
+        if notice_at is not None and time.monotonic() >= notice_at:
+            notice_at = None
+            if ranks.is_waiting_for_machines:
+                console.print(
+                    f"waiting for {ranks.settings.nnodes - 1} other machines at "
+                    f"{ranks.settings.master}: the same command must run on each, and one of them "
+                    "must have that address"
+                )
         if stop.requested:
             ranks.terminate()
         report = ranks.exit_report()
