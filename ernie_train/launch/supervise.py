@@ -36,13 +36,15 @@ def supervise(
     is killed. If output or logs cannot be written, the ranks go on.
 
     Raises:
-        ConfigError: the settings contradict each other, or the master is not to be found.
+        ConfigError: the settings contradict each other, or no other machine reaches the master.
+        ErnieTrainError: the master's name is not known, for ten minutes.
     """
     check_settings(settings)
-    if settings.master is not None:
-        settings = replace(settings, master=resolve_master(settings.master))
-    processes.adopt_orphans()
     restarts, stages_set_aside, safe_console = 0, False, SafeConsole(console)
+    if settings.master is not None:
+        master = resolve_master(settings.master, safe_console.print)
+        settings = replace(settings, master=master)
+    processes.adopt_orphans()
     with StopFlag(NOTICE) as stop:
         while True:
             title = f"{settings.nproc} ranks" + (f", restart {restarts}" if restarts else "")
