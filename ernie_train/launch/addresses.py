@@ -11,10 +11,11 @@ import ipaddress
 import re
 import socket
 import time
+from collections.abc import Callable
 
-from ernie_train.core.errors import ConfigError
+from ernie_train.core.errors import ConfigError, ErnieTrainError
 
-RESOLVE_LIMIT_S = 300.0  # a cluster may know the name of a machine only once it is up
+RESOLVE_LIMIT_S = 600.0  # a cluster may know the name of a machine only once it is up
 _MASTER = re.compile(r"[^:/\s]+:\d+")
 _THIS_MACHINE_ALONE = ("localhost", "127.0.0.1")
 
@@ -24,14 +25,19 @@ def is_master(text: str) -> bool:
     return _MASTER.fullmatch(text) is not None
 
 
-def resolve_master(master: str, limit_s: float = RESOLVE_LIMIT_S) -> str:
+def resolve_master(
+    master: str, notice: Callable[[str], None], limit_s: float = RESOLVE_LIMIT_S
+) -> str:
     """Return `master` (name or address, with a port) with an IPv4 address in place of a name.
 
-    Waits for a name that is not known yet. Raises `ConfigError` where it stays unknown for
-    `limit_s` seconds, and where it leads to this machine alone.
+    Waits for a name that is not known yet, and says so by `notice`, once.
+
+    Raises:
+        ErnieTrainError: it stays unknown for `limit_s` seconds.
+        ConfigError: it leads to this machine alone.
     """
     name, _, port = master.rpartition(":")
-    address = _look_up(name, time.monotonic() + limit_s)
+    address = _look_up(name, notice, time.monotonic() + limit_s)
     if ipaddress.ip_address(address).is_loopback and name not in _THIS_MACHINE_ALONE:
         raise ConfigError(
             f"--master: {name} is {address} on this machine, where no other one reaches it: give "
@@ -40,13 +46,18 @@ def resolve_master(master: str, limit_s: float = RESOLVE_LIMIT_S) -> str:
     return f"{address}:{port}"
 
 
-def _look_up(name: str, until: float) -> str:
+def _look_up(name: str, notice: Callable[[str], None], until: float) -> str:
+    told = False
     while True:
         try:
             return socket.gethostbyname(name)
         except OSError as error:
+            unknown = f"--master: there is no machine {name} ({error})"
             if time.monotonic() >= until:
-                raise ConfigError(f"--master: there is no machine {name} ({error})") from None
+                raise ErnieTrainError(unknown) from None
+            if not told:
+                notice(f"{unknown}; waiting for it")
+                told = True
         time.sleep(1.0)
 
 

@@ -91,6 +91,15 @@ class RankGroup:
             self._record_sign_of_life(rank, now)
         self.logs.forward()
 
+    @property
+    def is_waiting_for_machines(self) -> bool:
+        """Return whether the launcher has started no rank because other machines are not there."""
+        ranks = range(self.settings.nproc)
+        return self.settings.nnodes > 1 and not any(map(self._has_begun, ranks))
+
+    def _has_begun(self, local_rank: int) -> bool:
+        return self._launcher.rank_log(local_rank).exists()
+
     def terminate(self) -> None:
         """Send SIGTERM once to every rank that has started; call again for those that had not."""
         for rank, process in self.ranks.items():
@@ -187,7 +196,7 @@ class RankGroup:
         """Report a rank that the launcher started long ago and that has not reported itself."""
         known = {process.local_rank for process in self.ranks.values()}
         missing = [i for i in range(self.settings.nproc) if i not in known]
-        launched = [i for i in missing if self._launcher.rank_log(i).exists()]
+        launched = [i for i in missing if self._has_begun(i)]
         if not launched:
             self._waiting_since = now  # machines wait for each other before ranks are launched
         if now - self._waiting_since <= START_LIMIT_S:

@@ -21,6 +21,7 @@ from ernie_train.launch.rank_files import STAGES_SET_ASIDE, has_marker
 from ernie_train.launch.rank_group import POLL_S, ExitReport, RankGroup
 
 RECORD = "launches.jsonl"
+NOTICE_AFTER_S = 30.0  # of waiting for other machines
 # Called with True once the stages that --from repeats have been set aside.
 Command = Callable[[bool], Sequence[str]]
 
@@ -35,19 +36,21 @@ def supervise(
     is killed. If output or logs cannot be written, the ranks go on.
 
     Raises:
-        ConfigError: the settings contradict each other, or the master is not to be found.
+        ConfigError: the settings contradict each other, or no other machine reaches the master.
+        ErnieTrainError: the master's name is not known, for ten minutes.
     """
     check_settings(settings)
-    if settings.master is not None:
-        settings = replace(settings, master=resolve_master(settings.master))
-    processes.adopt_orphans()
     restarts, stages_set_aside, safe_console = 0, False, SafeConsole(console)
+    if settings.master is not None:
+        master = resolve_master(settings.master, safe_console.print)
+        settings = replace(settings, master=master)
+    processes.adopt_orphans()
     with StopFlag(NOTICE) as stop:
         while True:
             title = f"{settings.nproc} ranks" + (f", restart {restarts}" if restarts else "")
             logs = RankLogs(run_dir, title, safe_console)
             with RankGroup(command(stages_set_aside), settings, logs) as ranks:
-                report = _wait(ranks, stop)
+                report = _wait(ranks, stop, safe_console)
                 stages_set_aside |= has_marker(ranks.directory, STAGES_SET_ASIDE)
                 if report.status not in (0, 3):
                     _print_failure(ranks, report, safe_console)
@@ -84,9 +87,18 @@ def check_settings(settings: LaunchSettings) -> None:
         raise ConfigError(problems)
 
 
-def _wait(ranks: RankGroup, stop: StopFlag) -> ExitReport:
+def _wait(ranks: RankGroup, stop: StopFlag, console: SafeConsole) -> ExitReport:
+    notice_at: float | None = time.monotonic() + NOTICE_AFTER_S
     while True:
         ranks.poll()
+        if notice_at is not None and time.monotonic() >= notice_at:
+            notice_at = None
+            if ranks.is_waiting_for_machines:
+                console.print(
+                    f"waiting for {ranks.settings.nnodes - 1} other machines at "
+                    f"{ranks.settings.master}: the same command must run on each, and one of them "
+                    "must have that address"
+                )
         if stop.requested:
             ranks.terminate()
         report = ranks.exit_report()

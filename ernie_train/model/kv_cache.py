@@ -201,11 +201,10 @@ class KVCache:
         place = place * widest + offset[:, None, None]  # [T,K,G]
         last = np.zeros((self.batch, widest), np.int64)
         last[sequence, offset] = slots
-        hidden = np.arange(self.capacity) > last[:, :, None]  # [B,Q,C]
-        mask = paddle.to_tensor(np.where(hidden, np.float32(_MASKED), np.float32(0.0)))
-        # Widened on the device: for all heads it is as large as the scores.
-        wide = [self.batch, total_heads, widest, self.capacity]
-        mask = paddle.expand(mask.astype(self.dtype).unsqueeze(1), wide)
+        # Made on the device: for all heads it is as large as the scores.
+        hidden = paddle.arange(self.capacity) > paddle.to_tensor(last[:, None, :, None])
+        mask = hidden.astype(self.dtype) * _MASKED  # [B,1,Q,C]
+        mask = paddle.expand(mask, [self.batch, total_heads, widest, self.capacity])
         return CacheStep(
             slot_rows,
             True,

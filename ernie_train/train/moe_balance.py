@@ -87,20 +87,24 @@ class RouterStatsAccumulator:
     def add(self, router_stats: Sequence[RouterStats]) -> None:
         if not router_stats:
             return
-        experts = self.tokens_per_expert.shape[1]
-        columns = []
+        layers, experts = len(router_stats), self.tokens_per_expert.shape[1]
         with paddle.no_grad():
+            ids = paddle.stack([stats.expert_ids.reshape([-1]) for stats in router_stats])
+            ids = ids + paddle.arange(layers).unsqueeze(1) * experts
+            # One count and one copy to the host for all layers: each of them waits for the device,
+            # a count twice more, for the smallest and the largest number. float64 holds both.
+            chosen = paddle.bincount(ids.reshape([-1]), minlength=layers * experts)
+            columns = [chosen.astype("float64")]
             for stats in router_stats:
-                chosen = paddle.bincount(stats.expert_ids.reshape([-1]), minlength=experts)
                 probs = stats.router_probs.detach()
                 entropy = (probs * paddle.log(paddle.clip(probs, 1e-30))).sum()
-                columns += [chosen.astype("float64"), entropy.astype("float64").reshape([1])]
-            # One copy to the host for all layers: each waits for the device. float64 holds both.
-            found = paddle.concat(columns).numpy().reshape(len(router_stats), experts + 1)
-        for stats, row in zip(router_stats, found, strict=True):
+                columns.append(entropy.astype("float64").reshape([1]))
+            found = paddle.concat(columns).numpy()
+        counts, entropies = found[:-layers].reshape(layers, experts), found[-layers:]
+        for stats, count, entropy in zip(router_stats, counts, entropies, strict=True):
             at = self.layers.index(stats.layer)
-            self.tokens_per_expert[at] += row[:experts]
-            self.entropy[at] -= row[experts]
+            self.tokens_per_expert[at] += count
+            self.entropy[at] -= entropy
             self.tokens[at] += stats.router_probs.shape[0]
             self.dropped[at] += stats.dropped
 

@@ -310,22 +310,3 @@ def test_a_cache_made_under_another_rope_base_is_refused(model):
     cache.rope_theta = 123.0
     with pytest.raises(ValueError, match="rope_theta"):
         model(paddle.to_tensor([[1, 2]]), kv_cache=cache)
-
-
-def test_a_step_sends_a_mask_for_sequences_not_for_heads(model, monkeypatch):
-    """For all heads of a large batch it would be as large as the scores, token after token."""
-    decoder = PaddleDecoder(model)
-    with paddle.no_grad():
-        cache = decoder.new_cache(len(PROMPT_LENGTHS), max(PROMPT_LENGTHS) + 1)
-        rows = [[1] * length for length in PROMPT_LENGTHS]
-        decoder.prefill(rows, cache, np.arange(len(PROMPT_LENGTHS)))
-        sizes = []
-        original = paddle.to_tensor
-
-        def counted(array, *arguments, **options):
-            sizes.append(np.size(array))
-            return original(array, *arguments, **options)
-
-        monkeypatch.setattr(paddle, "to_tensor", counted)
-        decoder(np.ones(len(PROMPT_LENGTHS), np.int64), cache)
-    assert max(sizes) == len(PROMPT_LENGTHS) * cache.capacity

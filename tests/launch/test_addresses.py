@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ernie_train.core.errors import ConfigError
+from ernie_train.core.errors import ConfigError, ErnieTrainError
 from ernie_train.launch import addresses
 
 
@@ -24,7 +24,9 @@ def test_a_name_becomes_an_address_once_it_is_known(monkeypatch):
 
     monkeypatch.setattr(socket, "gethostbyname", look_up)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    assert addresses.resolve_master("ernie-0.ernie:6379") == "10.0.0.7:6379"
+    told: list[str] = []
+    assert addresses.resolve_master("ernie-0.ernie:6379", told.append) == "10.0.0.7:6379"
+    assert told == ["--master: there is no machine ernie-0.ernie (unknown); waiting for it"]
 
 
 def test_an_unknown_name_is_refused(monkeypatch):
@@ -32,8 +34,9 @@ def test_an_unknown_name_is_refused(monkeypatch):
         raise OSError("not known")
 
     monkeypatch.setattr(socket, "gethostbyname", look_up)
-    with pytest.raises(ConfigError, match="there is no machine nowhere"):
-        addresses.resolve_master("nowhere:6379", limit_s=0)
+    with pytest.raises(ErnieTrainError, match="there is no machine nowhere") as refused:
+        addresses.resolve_master("nowhere:6379", print, limit_s=0)
+    assert refused.value.exit_status == 1, "it may be known when a scheduler tries again"
 
 
 @pytest.mark.parametrize("name", ["node-1", "127.0.1.1"])
@@ -41,12 +44,12 @@ def test_a_name_that_leads_to_this_machine_alone_is_refused(monkeypatch, name):
     """Debian gives a machine's own name the address 127.0.1.1, in /etc/hosts."""
     monkeypatch.setattr(socket, "gethostbyname", lambda asked: "127.0.1.1")
     with pytest.raises(ConfigError, match="where no other one reaches it"):
-        addresses.resolve_master(f"{name}:6379")
+        addresses.resolve_master(f"{name}:6379", print)
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
 def test_one_machine_may_stand_for_several(name):
-    assert addresses.resolve_master(f"{name}:6379") == "127.0.0.1:6379"
+    assert addresses.resolve_master(f"{name}:6379", print) == "127.0.0.1:6379"
 
 
 def test_a_machine_announces_the_address_by_which_it_reaches_the_master():

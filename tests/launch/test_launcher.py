@@ -12,6 +12,7 @@ from rich.console import Console
 from ernie_train.launch import LaunchSettings, launcher
 from ernie_train.launch.console import SafeConsole
 from ernie_train.launch.logs import RankLogs
+from ernie_train.launch.rank_files import restore_proxies
 from ernie_train.launch.rank_group import RankGroup
 from tests.launch.launched import wait_for
 
@@ -109,6 +110,18 @@ def test_each_rank_gets_its_gpu_where_it_may_have_one(tmp_path, monkeypatch):
     assert [rank["FLAGS_selected_gpus"] for rank in found] == ["0", "1"]
     assert all(rank["CUDA_VISIBLE_DEVICES"] == "2,5" for rank in found)
     assert not any("PADDLE_DISTRI_BACKEND" in rank for rank in found)
+
+
+def test_ranks_have_the_proxies_of_their_user(tmp_path, monkeypatch):
+    """Paddle's launcher takes them away, for the sake of NCCL."""
+    proxies = {"http_proxy": "http://proxy:1", "https_proxy": "http://proxy:2"}
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    for found in environments(tmp_path, monkeypatch, gpus=8, hide_gpus=True):
+        assert not proxies.keys() & found.keys()
+        restore_proxies(found)
+        assert proxies.items() <= found.items()
+        assert not any(name.endswith("_original") for name in found)
 
 
 def test_fewer_gpus_than_ranks_are_the_user_s_mistake(tmp_path, monkeypatch):

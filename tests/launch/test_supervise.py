@@ -10,11 +10,16 @@ import sys
 import tempfile
 
 import pytest
+from rich.console import Console
 
+from ernie_train.core import processes
 from ernie_train.core.errors import ConfigError
+from ernie_train.core.signals import StopFlag
 from ernie_train.launch import LaunchSettings
-from ernie_train.launch.rank_group import delete_abandoned_directories
-from ernie_train.launch.supervise import check_settings, last_launch
+from ernie_train.launch.console import SafeConsole
+from ernie_train.launch.logs import RankLogs
+from ernie_train.launch.rank_group import RankGroup, delete_abandoned_directories
+from ernie_train.launch.supervise import _wait, check_settings, last_launch
 from tests.launch.launched import REPOSITORY, SUPERVISOR, TOY
 from tests.terminal import read_terminal
 
@@ -57,6 +62,25 @@ def test_status_tells_of_the_last_launch(tmp_path):
 def test_contradictions_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         check_settings(settings)
+
+
+def test_a_machine_that_waits_for_others_says_so(monkeypatch):
+    """Paddle's launcher tells its log alone."""
+    monkeypatch.setattr(sys.modules[_wait.__module__], "NOTICE_AFTER_S", 0.0)
+    (port,) = processes.free_ports(1)
+    settings = LaunchSettings(1, nnodes=3, master=f"127.0.0.1:{port}", node_rank=0)
+
+    class Said(Exception):
+        pass
+
+    class Listener(SafeConsole):
+        def print(self, text: str) -> None:
+            raise Said(text)
+
+    console = Listener(Console())
+    with RankGroup(["never"], settings, RankLogs(None, "", console)) as ranks:  # noqa: SIM117
+        with pytest.raises(Said, match=rf"waiting for 2 other machines at 127.0.0.1:{port}"):
+            _wait(ranks, StopFlag(), console)
 
 
 def test_rank_0_draws_for_the_terminal_that_the_user_has(tmp_path):

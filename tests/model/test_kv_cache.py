@@ -128,3 +128,28 @@ def test_a_pass_of_another_number_of_sequences_is_refused(model):
     cache.start(np.array([2]))
     with pytest.raises(ValueError, match="the cache expects 1 sequences, the batch 3"):
         step(model, cache, [1, 2, 3])
+
+
+def test_a_step_of_decoding_copies_a_number_a_sequence_to_the_device(monkeypatch):
+    """A mask of every slot, made on the host, would be copied with each token."""
+    config, sequences, held = make_model().config, 16, 50
+    cache, sizes, to_tensor = KVCache(config, sequences), [], paddle.to_tensor
+    cache.begin(BatchLayout.full_rows(sequences, held))
+    for _ in range(2):  # the first of them grows the cache
+        cache.begin(BatchLayout.full_rows(sequences, 1))
+
+    def counted(data, *args, **named):
+        sizes.append(np.asarray(data).size)
+        return to_tensor(data, *args, **named)
+
+    monkeypatch.setattr(paddle, "to_tensor", counted)
+    cache.begin(BatchLayout.full_rows(sequences, 1))
+    assert max(sizes) <= sequences * config.num_attention_heads < sequences * cache.capacity
+    seen = np.arange(cache.capacity) < held + 3
+    heads, group = (
+        config.num_key_value_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
+    mask = cache.step.mask.numpy()
+    assert mask.shape == (sequences * heads, group, cache.capacity)
+    assert ((mask == 0) == seen).all() and (mask[..., ~seen] < -1e29).all()
