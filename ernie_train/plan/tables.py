@@ -170,12 +170,12 @@ def rollout_notes(request: PlanRequest) -> list[str]:
             )
         if not sampling.by_ranks:
             size = count_parameters(request.config).total * request.machine.precision.width
-            lines.append(
+            lines += [
                 f"{load.name}: completions come from {sampling.engine}, whose memory and time are "
-                "not counted: give it GPUs of its own, or sleep: true and what the learner leaves "
-                "of its GPUs while it does not train; a version of the weights takes "
-                f"{_gb(size)} GB of disk for it, two versions while one is loaded"
-            )
+                "not counted: give it GPUs of its own, or sleep: true",
+                f"{load.name}: a version of the weights takes {_gb(size)} GB of disk for it, two "
+                "versions while one is loaded",
+            ]
     return lines
 
 

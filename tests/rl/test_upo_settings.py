@@ -30,6 +30,8 @@ CRITIC = {"optim": {"lr": 1e-3}, "warmup_iterations": 0}
         ({"audit_reward": {"name": "exact", "weight": 0.5, "share": 0.5}}, "give both the same"),
         ({"rollout": {"engine": {"kind": "vllm"}, "replay": "x"}}, "nothing is sampled"),
         ({"rollout": {"engine": {"kind": "vllm"}, "batch_size": 8}}, "of our own sampler"),
+        ({"rollout": {"engine": {"kind": "vllm"}, "batch_size": 8},
+          "evaluation": {"path": "x", "every_iterations": 2}}, "of our own sampler"),
         ({"rollout": {"engine": {"kind": "fastdeploy", "python": "p"}},
           "policy": {"router_replay": True}}, "which fastdeploy does not give"),
         ({"policy": {"minibatches": 7}}, "minibatches=7 is more than the 6 groups"),
@@ -135,7 +137,7 @@ def test_impossible_settings_are_refused(changes, says):
     [
         {"reward": [{"name": "row", "weight": 0.3}],
          "preference": {"coef": 0.1, "pairs": "shorter"}},
-        {"rollout": {"engine": {"kind": "vllm"}, "batch_size": 8},
+        {"rollout": {"engine": {"kind": "vllm"}}, "lora": {"rank": 2},
          "evaluation": {"path": "x", "every_iterations": 2}},
         {"rollout": {"engine": {"kind": "vllm"}, "replay": "x"},
          "preference": {"coef": 0.1, "pairs": "hint"}},
