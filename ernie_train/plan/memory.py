@@ -39,8 +39,7 @@ LOGITS_TENSORS = {"cross_entropy": 2, "logprobs": 5}
 SLOT_TENSORS, SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 3, 5, 4
 # Rows of the fullest rank of an expert group, compared with the mean.
 LOAD_IMBALANCE = 1.25
-# Keys, then values, are copied as the cache grows; numpy's cache grows layer by layer.
-CACHE_GROWTH, NUMPY_CACHE_GROWTH = 1.5, 1.2
+NUMPY_CACHE_GROWTH = 1.2  # a layer that grows exists twice; elsewhere its keys or values alone
 # CUDA context, NCCL's buffers and the workspaces of libraries: an allowance, not measured.
 GPU_RESERVE_BYTES = 3e9
 _FLOAT = 4
@@ -378,23 +377,24 @@ def dumped_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling) -> float:
 def rollout_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, sampling: Sampling
 ) -> float:
-    """Return bytes of the cache at full length, or of the prompts' first pass.
+    """Return bytes of the cache at full length and of a pass beside it, that of prompts too.
 
     On a CPU that has all experts numpy samples (model/numpy_decoder.py): on a copy of the weights,
     with a tied embedding twice, and prompts in chunks. Else equal prompts pass the model once.
     """
     width, sequences = machine.precision.width, sampling.at_once(layout.ranks)
     numpy = not (machine.on_gpu or layout.expert > 1 or config.moe_capacity_factor is not None)
-    prompts = sequences if numpy else -(-sequences // sampling.group_size)
-    tokens = prompts * sampling.prompt_tokens
-    copy = 0.0
+    different = sequences if numpy else sampling.prompts(sequences, layout.ranks)
+    copy, tokens = 0.0, different * sampling.prompt_tokens
+    growth = NUMPY_CACHE_GROWTH if numpy else 1 + 1 / (2 * config.num_hidden_layers)
     if numpy:
         embedding = config.vocab_size * config.hidden_size * config.tie_word_embeddings
         copy = _FLOAT * (count_parameters(config).total + embedding)
         tokens = min(tokens, max(PROMPT_CHUNK_TOKENS, sampling.prompt_tokens))
     layer = layer_bytes(config, machine, layout, sampling.prompt_tokens, moe_layers(config) > 0)
-    first = cache_bytes(config, prompts, sampling.prompt_tokens, width)
-    first += tokens * sum(layer.values())
     cache = cache_bytes(config, sequences, sampling.prompt_tokens + sampling.new_tokens, width)
+    held = cache  # while prompts pass
+    if numpy and sampling.on_rank(layout.ranks) == sequences:  # none waits until it is long
+        held *= sampling.prompt_tokens / (sampling.prompt_tokens + sampling.new_tokens)
     logits = 2 * sequences * config.vocab_size * _FLOAT  # and probabilities
-    return copy + max(first, (NUMPY_CACHE_GROWTH if numpy else CACHE_GROWTH) * cache + logits)
+    return copy + max(held + tokens * sum(layer.values()), growth * cache + logits)
