@@ -77,7 +77,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
 
     The random numbers of a sequence depend on `seed` and its sequence id alone (by default the
     index of its prompt), not on the batch or the process that samples it. Logits are rounded
-    differently with another number of threads. Equal prompts are prefilled once per process. At
+    differently with other threads or neighbours. Equal prompts are prefilled once per process. At
     most `batch_size` sequences are sampled at once, over all processes; as they end, others start.
 
     record_experts: fill `Completion.expert_ids`; record_prompt_experts: `prompt_expert_ids` too.
@@ -92,11 +92,10 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     """
     config = SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed)
     max_tokens = check_request(prompts, config, limits)
-    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    stops = np.array([eos_token_id] if isinstance(eos_token_id, int) else [*eos_token_id], np.int64)
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
     leaders = _leaders(prompts)
-    stop_tokens = np.array(stops, np.int64)
-    request = Request(prompts, leaders, ids, config, stop_tokens, max_tokens, on_token)
+    request = Request(prompts, leaders, ids, config, stops, max_tokens, on_token)
     outputs = Outputs(len(prompts), max_new_tokens, moe_shape(model) if record_experts else None)
     was_training = model.training
     model.eval()

@@ -23,8 +23,9 @@ from ernie_train.generate.sampler import Sampler, SamplingConfig
 from ernie_train.model.numpy_decoder import Prediction
 
 # Lanes are taken anew, or dropped, once they have idled for as long as so many passes of all lanes
-# take. Like that their time and that of prefills add up to least where a prefill of a few prompts
-# takes as long as a decoding step, whatever the length of completions.
+# take: where a prefill of a few prompts takes as long as a decoding step, this is the least that
+# both cost together, whatever the length of completions. With `tiny` on a CPU, 8 to 64 lanes, 0.25
+# gives 0.96 to 1.05 times as many tokens per processor second, 3 gives 0.89 to 0.97 times.
 _IDLE_PASSES = 1.0
 
 
@@ -184,19 +185,20 @@ class LaneSampler:
         steps = outputs.lengths[self.prompts[lanes]]
         tokens, logprobs = self.sampler(logits, lanes, steps - idle)
         self.tokens[lanes] = tokens
-        prompts, steps = self.prompts[lanes][~idle], steps[~idle]
-        outputs.ids[prompts, steps] = tokens[~idle]
-        outputs.logprobs[prompts, steps] = logprobs[~idle]
+        runs = ~idle
+        prompts, steps, tokens = self.prompts[lanes][runs], steps[runs], tokens[runs]
+        outputs.ids[prompts, steps] = tokens
+        outputs.logprobs[prompts, steps] = logprobs[runs]
         if outputs.experts is not None:
-            outputs.experts[prompts, steps] = np.stack(experts, 1)[~idle]  # [n,L,K]
+            outputs.experts[prompts, steps] = np.stack(experts, 1)[runs]  # [n,L,K]
         outputs.lengths[prompts] = steps + 1
         if self.request.on_token is not None:
-            for prompt, token in zip(prompts.tolist(), tokens[~idle].tolist(), strict=True):
+            for prompt, token in zip(prompts.tolist(), tokens.tolist(), strict=True):
                 self.request.on_token(prompt, token)
-        stopped = np.isin(tokens[~idle], self.request.stop_tokens)
+        stopped = np.isin(tokens, self.request.stop_tokens)
         outputs.finished[prompts] = stopped
         outputs.ended[prompts] = stopped | (steps + 1 == self.request.limits[prompts])
-        self.idle[lanes] = outputs.ended[self.prompts[lanes]]
+        self.idle[lanes[runs]] = outputs.ended[prompts]
 
 
 def _rows(prediction: Prediction, rows: np.ndarray) -> Prediction:

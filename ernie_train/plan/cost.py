@@ -211,7 +211,7 @@ def _sampling_cost(
     read = count_parameters(config).on_rank(layout).total * precision.width
     reading = read + cache_bytes(config, at_once, mean_length, precision.width)
     computing = rates.seconds_to_compute(at_once * token_flops(config, mean_length).forward)
-    prompts = -(-on_rank // load.group_size) * load.prompt_tokens
+    prompts = load.prompts(on_rank, layout.ranks) * load.prompt_tokens
     first = prompts * token_flops(config, mean_context(load.prompt_tokens)).forward
     tokens = on_rank * load.new_tokens + prompts
     sent = 2 * _exchange_bytes(config, precision, layout) * tokens

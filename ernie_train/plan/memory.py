@@ -37,7 +37,7 @@ LOGITS_TENSORS = {"cross_entropy": 2, "logprobs": 5}
 # Of rows in slots (model/batched_experts.py): tensors of a row's and of an expert's width in a
 # backward pass. Up to MOST_SLOTS_PER_ROW pad each row.
 SLOT_ROW_GRADIENTS, SLOT_EXPERT_GRADIENTS = 5, 4
-NUMPY_CACHE_GROWTH = 1.2  # while it grows; of Paddle's, one layer's keys or values exist twice
+NUMPY_CACHE_GROWTH = 1.2  # a layer that grows exists twice; elsewhere its keys or values alone
 # CUDA context, NCCL's buffers and the workspaces of libraries: an allowance, not measured.
 GPU_RESERVE_BYTES = 3e9
 _FLOAT = 4
@@ -312,28 +312,29 @@ def recorded_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling | None) -> flo
 def rollout_bytes(
     config: Ernie4_5_MoeConfig, machine: Machine, layout: Layout, sampling: Sampling
 ) -> float:
-    """Return bytes of the cache at full length, or of the prompts' first pass.
+    """Return bytes of the cache at full length and of a pass beside it, that of prompts too.
 
     On a CPU that has all experts numpy samples (model/numpy_decoder.py): on a copy of the weights,
     with a tied embedding twice, and prompts in chunks. Else equal prompts pass the model once.
     """
     width, sequences = machine.precision.width, sampling.at_once(layout.ranks)
     numpy = not (machine.on_gpu or layout.expert > 1)
-    prompts = sequences if numpy else -(-sequences // sampling.group_size)
-    tokens = prompts * sampling.prompt_tokens
-    copy = 0.0
+    different = sequences if numpy else sampling.prompts(sequences, layout.ranks)
+    copy, tokens = 0.0, different * sampling.prompt_tokens
+    growth = NUMPY_CACHE_GROWTH if numpy else 1 + 1 / (2 * config.num_hidden_layers)
     if numpy:
         embedding = config.vocab_size * config.hidden_size * config.tie_word_embeddings
         copy = _FLOAT * (count_parameters(config).total + embedding)
         tokens = min(tokens, max(PROMPT_CHUNK_TOKENS, sampling.prompt_tokens))
     padded, moe = padded_rows(config, machine, layout, tokens), moe_layers(config) > 0
     layer = layer_bytes(config, machine, layout, sampling.prompt_tokens, moe, padded=padded)
-    first = cache_bytes(config, prompts, sampling.prompt_tokens, width)
-    first += tokens * sum(layer.values())
     cache = cache_bytes(config, sequences, sampling.prompt_tokens + sampling.new_tokens, width)
+    held = cache  # while prompts pass
+    if numpy and sampling.on_rank(layout.ranks) == sequences:  # none waits until it is long
+        held *= sampling.prompt_tokens / (sampling.prompt_tokens + sampling.new_tokens)
     logits: float = 2 * sequences * config.vocab_size * _FLOAT  # and probabilities
     if not numpy and width < _FLOAT:  # keys of a layer too are widened, for scores
         keys = cache / (2 * config.num_hidden_layers * width)
-        logits += _widened_head(config, width) + min(WIDENED_ELEMENTS, keys) * _FLOAT
-    cache *= NUMPY_CACHE_GROWTH if numpy else 1 + 0.5 / config.num_hidden_layers
-    return copy + max(first, cache + logits)
+        copy += _widened_head(config, width)
+        logits += min(WIDENED_ELEMENTS, keys) * _FLOAT
+    return copy + max(held + tokens * sum(layer.values()), growth * cache + logits)

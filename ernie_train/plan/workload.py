@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ernie_train.generate.sharded import pieces_of
 from ernie_train.model.configuration import Ernie4_5_MoeConfig
 from ernie_train.plan.layout import BYTES, Dtype, Precision, TrainedPart, count_trained
 from ernie_train.run.recipe import Recipe
@@ -74,6 +75,12 @@ class Sampling:
     def on_rank(self, ranks: int) -> int:
         """Return the sequences of a round on the fullest rank."""
         return -(-self.sequences // ranks)
+
+    def prompts(self, sequences: int, ranks: int) -> int:
+        """Return the most different prompts that so many sequences of a rank have."""
+        new_tokens = self.group_size * self.new_tokens
+        pieces = pieces_of(self.group_size, self.prompt_tokens, new_tokens, ranks)
+        return -(-sequences // (self.group_size // pieces))
 
     def at_once(self, ranks: int) -> int:
         """Return the sequences that share a cache on the fullest rank."""

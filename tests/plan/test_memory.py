@@ -328,14 +328,38 @@ def test_the_cache_of_one_sequence(large: Ernie4_5_MoeConfig) -> None:
     assert cache_bytes(large, 1, 8192, 2) == 57_344 * 8192
 
 
-def test_rollouts_hold_a_layer_s_keys_twice_as_the_cache_grows(large: Ernie4_5_MoeConfig) -> None:
-    sampling = Sampling(512, 8, 1024, 7168, 16)
-    logits = 2 * 16 * large.vocab_size * 4
-    found = rollout_bytes(large, GPU, Layout(8, 1, True, True), sampling)
-    head, keys = 4 * large.vocab_size * large.hidden_size, 4 * 64 * 2**20  # in float32
-    assert found == pytest.approx((1 + 1 / 56) * 57_344 * 8192 * 16 + logits + head + keys)
+def test_rollouts_hold_the_cache_and_what_a_pass_adds(large: Ernie4_5_MoeConfig) -> None:
+    """One of the 56 tensors of the cache exists twice, or up to 8 different prompts pass.
+
+    The head, and keys of a layer for their scores, are there in float32 too.
+    """
+    layout, sampling = Layout(8, 1, True, True), Sampling(512, 8, 1024, 7168, 16)
+    cache, logits = 57_344 * 8192 * 16, 2 * 16 * large.vocab_size * 4
+    head, keys = 4 * large.vocab_size * large.hidden_size, 4 * 64 * 2**20
+    short = replace(sampling, prompt_tokens=1, new_tokens=8191)
+    expected = cache * 57 / 56 + logits + head + keys
+    assert rollout_bytes(large, GPU, layout, short) == pytest.approx(expected)
+    # 8 x 7168 tokens are worth three ranks of 16 x 1024 each, so that two of a group are together.
+    assert sampling.prompts(16, 8) == 8
+    tokens = 8 * 1024
+    padded = padded_rows(large, GPU, layout, tokens)
+    row = sum(layer_bytes(large, GPU, layout, 1024, moe=True, padded=padded).values())
+    found = rollout_bytes(large, GPU, layout, sampling)
+    assert found == pytest.approx(head + cache + max(tokens * row, cache / 56 + logits + keys))
     assert sampling.on_rank(8) == 64
     assert sampling.at_once(64) == 8  # fewer sequences than a batch holds
+
+
+def test_prompts_that_wait_pass_beside_a_full_cache() -> None:
+    """In numpy too, where the first ones pass beside a cache of their own length."""
+    config, layout = Ernie4_5_MoeConfig.preset("mini"), Layout(1, 1, False, False)
+    sampling = Sampling(16, 1, 256, 256, 16)
+    once = rollout_bytes(config, CPU, layout, sampling)
+    waiting = rollout_bytes(config, CPU, layout, replace(sampling, sequences=17))
+    row = sum(layer_bytes(config, CPU, layout, 256, moe=True).values())
+    cache = cache_bytes(config, 16, 512, 4)
+    logits = 2 * 16 * config.vocab_size * 4
+    assert waiting - once == cache + 2048 * row - max(1.2 * cache + logits, cache / 2 + 2048 * row)
 
 
 def test_sampling_on_a_cpu_copies_the_weights() -> None:
