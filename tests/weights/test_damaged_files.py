@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ernie_train.weights.gguf_tokenizer import write_gguf_tokenizer
 from ernie_train.weights.hf import load_config
 from ernie_train.weights.llama import open_source
 from ernie_train.weights.peft_config import _PLAIN, read_settings
+from ernie_train.weights.quantize import QuantizationScheme
 from tests import small_llama
 from tests.workspace import make_workspace, save_model
 
@@ -82,6 +84,14 @@ def test_a_config_of_ernie(model: Path) -> None:
     found = refused(model / "config.json", lambda: load_config(model), keys)
     assert {("model_type", "[]"), ("rope_theta", "1" + "0" * 8)} <= found
     assert {("hidden_size", "'1'"), ("layer_types", "-1"), ("layer_types", "1.5")} <= found
+
+
+def test_a_config_of_quantized_weights(tmp_path: Path) -> None:
+    file, scheme = tmp_path / "config.json", QuantizationScheme(4, 32)
+    for key, value in ((key, value) for key in ("num_bits", "group_size") for value in ODD):
+        odd = with_value(scheme.to_config(), ("config_groups", "group_0", "weights", key), value)
+        was_told = told(partial(QuantizationScheme.from_config, odd, str(file)), file)
+        assert was_told or value == 10**309, (key, value)  # a size that no weight has
 
 
 def test_a_config_of_llama(tmp_path: Path) -> None:

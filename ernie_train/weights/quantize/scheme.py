@@ -102,9 +102,11 @@ class QuantizationScheme:
         """
         try:
             (group,) = config["config_groups"].values()
-            found = cls(int(group["weights"]["num_bits"]), group["weights"].get("group_size"))
+            size = group["weights"].get("group_size")
+            found = cls(int(group["weights"]["num_bits"]), size)
             known = found.bits in (4, 8) and _essence(config) == _essence(found.to_config())
-        except (LookupError, TypeError, ValueError, AttributeError):
+            known &= size is None or (type(size) is int and size > 0)
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
             known = False
         if not known:
             raise ConfigError(
