@@ -213,6 +213,17 @@ def test_rows_of_which_the_template_shows_some_are_refused_as_check_would(
     assert cli("check", "recipe.yaml")[0] == 0
 
 
+def test_a_line_break_in_the_name_of_the_data_stays_in_its_comment(
+    place: Path, cli: Any, tmp_path: Path
+) -> None:
+    name = "rows\nseed: 12345\n#.jsonl"
+    write_rows(tmp_path / name, KINDS["messages"])
+    assert cli("init", "--model", place / "model", "--data", name)[0] == 0
+    recipe = load_yaml(tmp_path / "recipe.yaml")
+    assert "seed" not in recipe and recipe["stages"][0]["data"][0]["path"] == name
+    assert cli("check", "recipe.yaml")[0] == 0
+
+
 def test_keys_that_nothing_reads_are_told(place: Path, cli: Any, tmp_path: Path) -> None:
     text = "Write a function that adds two numbers. " * 4
     write_rows(tmp_path / "mbpp.jsonl", [{"text": text, "code": "a + b"}] * 8)

@@ -64,7 +64,9 @@ class InitCommand:
         values, about = self._sized(self.rows.without(len(held.rows)), seq_len, held)
         check_fit(self._parsed(values), self.model.config, self.model.tokenizer)
         head = [f"yaml-language-server: $schema={SCHEMA}", *about]
-        text = "".join(f"# {printable(line)}\n" for line in head)
+        # A line break in the name of the data would end the comment.
+        comments = [printable(line).replace("\n", "\\n") for line in head]
+        text = "".join(f"# {line}\n" for line in comments)
         if held.rows:
             write_jsonl(held_out_path(self.out), held.rows)
         write_text(self.out.parent / SCHEMA, schema_text())
