@@ -178,11 +178,10 @@ def _scored_pairs(stage: RewardModelConfig) -> Workload:
 def _reinforced(stage: UpoConfig) -> Workload:
     """Return the workload of RL on prompts with completions; the last token predicts nothing."""
     rollout = stage.rollout
-    length = rollout.max_prompt_tokens + rollout.max_new_tokens - 1
     sampled = (rollout.prompts_per_iteration or 0) * rollout.group_size
     trained = _trained_samples(stage, sampled)
     per_update = -(-trained // stage.policy.minibatches)
-    rows = min(stage.micro_batch_size, per_update)
+    batch = _rl_micro_batch(stage, per_update)
     critic = stage.critic is not None
     reward_models = tuple(
         _reward_model(part.model.path) for part in stage.reward.parts if part.model is not None
@@ -198,12 +197,11 @@ def _reinforced(stage: UpoConfig) -> Workload:
         rollout.dump,
         1 + rollout.refill_rounds,
     )
-    shared = rows - -(-rows // rollout.group_size) if stage.share_prompts else 0
     return Workload(
         stage.name,
-        MicroBatch(rows, length, length, shared * rollout.max_prompt_tokens),
+        batch,
         updates=stage.policy.update_epochs * stage.policy.minibatches,
-        micro_batches=-(-per_update // rows),
+        micro_batches=-(-per_update // batch.rows),
         steps=stage.iterations,
         loss="logprobs",
         reference=stage.needs_reference,
@@ -217,6 +215,21 @@ def _reinforced(stage: UpoConfig) -> Workload:
         + len(reward_models),
         reward_models=reward_models,
     )
+
+
+def _rl_micro_batch(stage: UpoConfig, sequences: int) -> MicroBatch:
+    """Return the largest micro-batch of `sequences` of full length."""
+    rollout, most = stage.rollout, stage.micro_batch_tokens
+    length = rollout.max_prompt_tokens + rollout.max_new_tokens - 1
+
+    def of(rows: int) -> MicroBatch:
+        shared = rows - -(-rows // rollout.group_size) if stage.share_prompts else 0
+        return MicroBatch(rows, length, length, shared * rollout.max_prompt_tokens)
+
+    rows = min(stage.micro_batch_size, sequences)
+    while most is not None and rows > 1 and of(rows).tokens > most:
+        rows -= 1
+    return of(rows)
 
 
 def _reward_model(path: str) -> Ernie4_5_MoeConfig | None:

@@ -26,7 +26,12 @@ from ernie_train.losses import (
 )
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.parallel import HasDecoder, Lockstep
-from ernie_train.rl.batch import MicroBatch, TokenizedCompletion, length_order
+from ernie_train.rl.batch import (
+    MicroBatch,
+    TokenizedCompletion,
+    fill_micro_batches,
+    length_order,
+)
 from ernie_train.rl.config import SamplerCorrectionConfig
 from ernie_train.rl.critic import ScalarModel
 
@@ -80,6 +85,7 @@ def _evaluate(
     compute: Callable[[MicroBatch], tuple[np.ndarray, T]],
     stop_requested: Callable[[], bool] = lambda: False,
     *,
+    batch_tokens: int | None = None,
     share_prompts: bool = False,
 ) -> tuple[list[np.ndarray], list[T]]:
     """Run `compute` over all sequences, each rank for its share of the micro-batches.
@@ -91,7 +97,11 @@ def _evaluate(
     """
     key = length_order(sequences, share_prompts=share_prompts)
     order = sorted(range(len(sequences)), key=key)
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    units = [[index] for index in order]
+    filled = fill_micro_batches(
+        units, sequences, batch_size, batch_tokens, share_prompts=share_prompts
+    )
+    chunks = [[order[number] for number in numbers] for numbers in filled]
     own = []
     with Lockstep(model, stop_requested) as lockstep, paddle.no_grad():
         for chunk in process_group.shard(chunks):
@@ -126,6 +136,7 @@ def sequence_logprobs(
     *,
     temperature: float,
     batch_size: int,
+    batch_tokens: int | None = None,
     router_replay: bool = False,
     with_entropy: bool = False,
     share_prompts: bool = False,
@@ -133,6 +144,7 @@ def sequence_logprobs(
 ) -> SequenceLogprobs:
     """Return logprobs of every sequence's completion; every rank must call it.
 
+    batch_size, batch_tokens: the most that go through the model together, as in `micro_batches`.
     router_replay: tokens take the experts that sampling chose for them. The share of changed ones
     leaves out micro-batches of which any is unknown. Raises `Interrupted` on all ranks when a stop
     is requested on one.
@@ -152,7 +164,13 @@ def sequence_logprobs(
     training = model.training
     model.eval()
     arrays, seen = _evaluate(
-        model, sequences, batch_size, compute, stop_requested, share_prompts=share_prompts
+        model,
+        sequences,
+        batch_size,
+        compute,
+        stop_requested,
+        batch_tokens=batch_tokens,
+        share_prompts=share_prompts,
     )
     if training:
         model.train()
@@ -183,6 +201,7 @@ def sequence_values(
     sequences: Sequence[TokenizedCompletion],
     *,
     batch_size: int,
+    batch_tokens: int | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     share_prompts: bool = False,
 ) -> list[np.ndarray]:
@@ -197,6 +216,7 @@ def sequence_values(
         batch_size,
         lambda batch: (critic_values(critic, batch)[0].numpy(), 0),
         stop_requested,
+        batch_tokens=batch_tokens,
         share_prompts=share_prompts,
     )
     critic.train()

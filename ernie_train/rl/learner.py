@@ -17,11 +17,9 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
     MicroBatch,
-    Minibatch,
     RolloutBatch,
     TokenizedCompletion,
     micro_batches,
-    minibatches,
 )
 from ernie_train.rl.config import SamplerCorrectionConfig, UpoConfig
 from ernie_train.rl.critic import Critic
@@ -34,6 +32,7 @@ from ernie_train.rl.estimators import (
     sequence_values,
 )
 from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss
+from ernie_train.rl.minibatches import Minibatch, minibatches
 from ernie_train.rl.preference_data import TokenizedPair, add_pairs
 from ernie_train.rl.report import mean_metrics
 from ernie_train.rl.rollout import Rollout
@@ -77,6 +76,9 @@ class Learner:
                 critic, Optimizer(critic, config.critic.optim), balance=config.balance
             )
         self.loss = _policy_loss(config)
+        # The most that goes through a model together.
+        tokens = config.micro_batch_tokens
+        self.most: dict[str, Any] = {"batch_size": config.micro_batch_size, "batch_tokens": tokens}
 
     # ---- before the update -----------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ class Learner:
                     self.reference,
                     batch.sequences,
                     temperature=self.config.rollout.temperature,
-                    batch_size=self.config.micro_batch_size,
+                    **self.most,
                     share_prompts=self.config.share_prompts,
                 ).logprobs
             batch = replace(batch, ref_logprobs=reference)
@@ -126,7 +128,7 @@ class Learner:
             self.policy,
             batch.sequences[len(known) :],
             temperature=self.config.rollout.temperature,
-            batch_size=self.config.micro_batch_size,
+            **self.most,
         )
         return [*known, *others.logprobs]
 
@@ -138,7 +140,7 @@ class Learner:
             self.policy,
             completions,
             temperature=self.config.rollout.temperature,
-            batch_size=self.config.micro_batch_size,
+            **self.most,
             router_replay=self.config.policy.router_replay,
             with_entropy=True,
             share_prompts=self.config.share_prompts,
@@ -211,7 +213,7 @@ class Learner:
         values = sequence_values(
             self.critic.model,
             completions,
-            batch_size=config.micro_batch_size,
+            **self.most,
             share_prompts=config.share_prompts,
         )
         advantages, returns = gae_advantages(
@@ -248,7 +250,7 @@ class Learner:
             key = (self.seed, iteration, epoch, 11)
             for part in minibatches(batch, policy.minibatches, *key, train_groups=policy.coef > 0):
                 if self.critic is not None and config.critic is not None and part.trained:
-                    micro = micro_batches(batch, part.trained, [], config.micro_batch_size)
+                    micro = micro_batches(batch, part.trained, [], **self.most)
                     loss = ValueLoss(config.critic.clip_range)
                     values.append(self.critic.train_step(micro, loss, config.iterations * steps))
                 if iteration > warmup:
@@ -268,7 +270,7 @@ class Learner:
     def _policy_step(
         self, batch: RolloutBatch, part: Minibatch, iteration: int, total: int, *, is_first: bool
     ) -> StepResult:
-        micro = micro_batches(batch, part.trained, part.pairs, self.config.micro_batch_size)
+        micro = micro_batches(batch, part.trained, part.pairs, **self.most)
         norms: dict[str, float] = {}
         every = self.config.measures_term_norms_every
         if every and is_first and (self.trainer.step == 0 or iteration % every == 0):

@@ -79,6 +79,7 @@ FOREIGN_KEYS = {
     "epsilon": "stages[].policy.clip_ratio",
     "epsilon_high": "stages[].policy.clip_ratio_high",
     "clip_ratio_c": "stages[].policy.dual_clip",
+    "ppo_max_token_len_per_gpu": "stages[].micro_batch_tokens",
     "loss_agg_mode": "stages[].policy.aggregation",
     "importance_sampling_level": "stages[].policy.ratio",
     "num_iterations": "stages[].policy.update_epochs",

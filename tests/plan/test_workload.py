@@ -46,6 +46,16 @@ def test_an_iteration_of_rl() -> None:
     assert (load.reference, load.critic, load.scoring_models) == (True, True, 3)
 
 
+def test_a_micro_batch_of_rl_is_the_largest_within_its_tokens() -> None:
+    many = RL | {"micro_batch_size": 16, "preference": None, "micro_batch_tokens": 3 * 8191 + 5}
+    (load,) = recipe_workloads(recipe(many))
+    assert load.micro_batch == MicroBatch(3, 8191, 8191)
+    assert load.micro_batches == 43  # of 128 sequences
+    (load,) = recipe_workloads(recipe(many | {"share_prompts": True}))
+    batch = load.micro_batch
+    assert (batch.rows, batch.tokens) == (3, 3 * 8191 - 2 * RL["rollout"]["max_prompt_tokens"])
+
+
 @pytest.mark.parametrize("learns_from", ["informative groups", "critic", "pairs"])
 def test_refills_are_counted_as_full_rounds(learns_from: str) -> None:
     """They are sampled, scored, kept and written; what they replace is not trained on, if it is."""

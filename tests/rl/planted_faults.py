@@ -19,6 +19,7 @@ from ernie_train.rl import (
     learner,
     loop,
     loss,
+    minibatches,
     pairs,
     preference_data,
     report,
@@ -251,7 +252,7 @@ FAULTS: dict[str, Fault] = {
     ),
     # ---- pairs
     "an online pair in another minibatch than its group": Fault(
-        "pairs", batch, "minibatches", _HOME, _NEXT, (learner,)
+        "pairs", minibatches, "minibatches", _HOME, _NEXT, (learner,)
     ),
     "chosen and rejected swapped": Fault(
         "pairs", pairs, "best_worst_pairs", "for p, chosen, rejected in",

@@ -13,9 +13,10 @@ from ernie_train.rl.batch import (
     RolloutBatch,
     TokenizedCompletion,
     micro_batches,
-    minibatches,
 )
+from ernie_train.rl.minibatches import minibatches
 from tests.rl.records import make_sequences
+from tests.rl.test_loss import FULL, filled, new_trainer, split
 
 
 def places(batch, micro):
@@ -44,6 +45,39 @@ def test_micro_batches_hold_every_sequence_once_and_partners_together(size):
     for micro in found:
         for place, trained in zip(places(batch, micro), micro.trained, strict=True):
             assert trained == (place < 13), "what is outside the groups is only compared"
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_no_micro_batch_is_over_its_tokens_and_partners_stay_together(share_prompts):
+    sequences = sharing_sequences() + make_sequences(30, seed=2)
+    pairs = [PreferencePair(0, 2), PreferencePair(7, 12), PreferencePair(7, 9)]
+    batch = RolloutBatch(sequences, pairs, 36, 1, share_prompts=share_prompts)
+    most = max(2 * (s.length - 1) for s in sequences)
+    found = micro_batches(batch, range(36), pairs, 9, most)
+    sizes = [micro.num_tokens for micro in found]
+    assert max(sizes) <= most and sum(sizes) > 0.6 * most * len(found), "and they are full"
+    counts = [len(micro.sequences) for micro in found]
+    assert max(counts) <= 9 and len(set(counts)) > 2, "long ones by fewer than short ones"
+    assert sum(sum(micro.trained) for micro in found) == 36
+    assert sum(len(micro.pairs) for micro in found) == 3
+    by_count = micro_batches(batch, range(36), pairs, 9)
+    assert micro_batches(batch, range(36), pairs, 9, 10**6) == by_count != found
+
+
+def test_gradients_are_those_of_micro_batches_by_count():
+    batch, grads = filled(), []
+    most = 2 * max(s.length for s in batch.sequences)
+    parts = [split(batch, 6), micro_batches(batch, range(6), batch.pairs, 6, most)]
+    assert [len(m.sequences) for m in parts[0]] != [len(m.sequences) for m in parts[1]]
+    for micro in parts:
+        trainer = new_trainer()
+        trainer.optimizer.step = lambda lr, norm, model=trainer.model: grads.append(
+            {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+        )
+        trainer.train_step(micro, FULL, 9)
+    for name, grad in grads[0].items():
+        scale = float(np.abs(grad).max())
+        np.testing.assert_allclose(grads[1][name], grad, rtol=0, atol=1e-4 * scale + 1e-8)
 
 
 def test_a_sequence_in_two_pairs_is_trained_once():

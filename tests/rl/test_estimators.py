@@ -12,6 +12,7 @@ import pytest
 from ernie_train.io.safetensors import array_entries, write_tensor_files
 from ernie_train.losses import gae, whiten
 from ernie_train.parallel import new_model
+from ernie_train.rl import estimators
 from ernie_train.rl.batch import MicroBatch
 from ernie_train.rl.config import CriticConfig, SamplerCorrectionConfig
 from ernie_train.rl.critic import Critic
@@ -68,6 +69,28 @@ def test_each_sequence_gets_its_own_logprobs_whatever_the_batches(size):
     assert entropy == pytest.approx(np.concatenate(expected).mean(), rel=1e-5)
     for array, sequence in zip(found, sequences, strict=True):
         np.testing.assert_allclose(array, expected_logprobs(model, sequence, 1.0)[0], atol=2e-5)
+
+
+def test_passes_without_gradient_keep_within_the_tokens_too(monkeypatch):
+    model, sequences = make_model(), make_sequences(12)
+    most = max(s.length for s in sequences) + 2
+    sizes = []
+    forward = estimators.policy_logprobs
+
+    def counted(model, batch, **options):
+        sizes.append(batch.num_tokens)
+        return forward(model, batch, **options)
+
+    monkeypatch.setattr(estimators, "policy_logprobs", counted)
+    found = sequence_logprobs(
+        model, sequences, temperature=1.0, batch_size=9, batch_tokens=most
+    ).logprobs
+    assert sum(sizes) == sum(s.length - 1 for s in sequences) and max(sizes) <= most
+    for array, sequence in zip(found, sequences, strict=True):
+        np.testing.assert_allclose(array, expected_logprobs(model, sequence, 1.0)[0], atol=2e-5)
+    critic = Critic(model)
+    values = sequence_values(critic, sequences, batch_size=9, batch_tokens=most)
+    assert [len(v) for v in values] == [s.num_sampled for s in sequences]
 
 
 def test_the_share_of_changed_experts_is_counted_by_token():

@@ -43,6 +43,10 @@ GRID: dict[str, dict[str, Any]] = {
     "punished": {"rollout": {"truncated": "punish", "truncation_penalty": 0.7}},
     "ramp": {"rollout": RAMP, "preference": ONLINE},
     "pairs": {"preference": BOTH, "micro_batch_size": 2},
+    "pairs by tokens": {
+        "preference": BOTH, "micro_batch_tokens": 24, "rollout": {"max_prompt_tokens": 4},
+        "critic": RL_CRITIC,
+    },
     "pairs of sums": {"preference": {**ONLINE, "length_normalize": False, "rpo_alpha": 0.2}},
     "pairs alone": {"policy": {"coef": 0.0}, "preference": BOTH},
     "critic": {"critic": RL_CRITIC, "policy": {"update_epochs": 3}},

@@ -95,7 +95,7 @@ VALUES: dict[str, list[Any]] = {
 # Of data, models and sampling, not of an iteration's arithmetic: other tests show what they do.
 ELSEWHERE = {
     "name", "kind", "data", "reward", "policy", "rollout", "environment", "evaluation",
-    "share_prompts", "preference.pair_reward",
+    "share_prompts", "micro_batch_tokens", "preference.pair_reward",
     "rollout.prompts_per_iteration", "rollout.max_prompt_tokens", "rollout.max_new_tokens",
     "preference.offline.prompts", "preference.offline.columns", "critic.optim",
     *(name for name in StageConfig.model_fields if name != "micro_batch_size"),

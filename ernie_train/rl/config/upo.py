@@ -73,6 +73,10 @@ class UpoConfig(StageConfig):
     """A dearer reward in place of `reward` on a share of the prompts."""
     iterations: PositiveInt
     """Duration: rollouts, each with its updates."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens of a micro-batch too, where sequences are of very different lengths: a few long
+    ones then fill it, or many short ones, up to `micro_batch_size`. Unless given only these count.
+    """
     rollout: RolloutConfig
     """Settings of the sampling of an iteration."""
     environment: EnvironmentConfig | None = None
@@ -146,6 +150,7 @@ class UpoConfig(StageConfig):
         if preference is not None:
             problems += self._pair_problems(preference)
         problems += self._environment_problems()
+        problems += self._micro_batch_problems()
         if not is_recorded(info):
             problems += [idle.message for idle in settings_without_effect(self)]
         if problems:
@@ -190,6 +195,26 @@ class UpoConfig(StageConfig):
             f"environment.max_tool_tokens={tools.max_tool_tokens} leaves no room in "
             f"rollout.max_new_tokens={room}, which holds an episode's turns and results of tools"
         ]
+
+    def _micro_batch_problems(self) -> list[str]:
+        most = self.micro_batch_tokens
+        if most is None:
+            return []
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens - 1
+        together = 2 if self.preference is not None else 1
+        if most < together * longest:
+            what = "the two of a pair" if together == 2 else "a sequence"
+            return [
+                f"micro_batch_tokens={most} holds less than {what} of rollout.max_prompt_tokens + "
+                f"max_new_tokens - 1: at least {together * longest}"
+            ]
+        if most >= self.micro_batch_size * longest:
+            return [
+                f"micro_batch_tokens={most} has no effect: {self.micro_batch_size} sequences, of "
+                f"micro_batch_size, have {self.micro_batch_size * longest} at most; raise that, or "
+                "leave micro_batch_tokens out"
+            ]
+        return []
 
     def _best_metric_problems(self) -> list[str]:
         if self.checkpoint.best_metric is None:
