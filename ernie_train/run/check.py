@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,8 +68,10 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         if line := describe_training(stage, config):
             console.print(line, highlight=False)
     if problems := check_evaluation(recipe, config, tokenizer, base_dir):
-        tasks = {record.fields["task"] for record in problems}
-        console.print(f"evaluation: {len(problems)} problems of {len(tasks)} tasks")
+        tasks = Counter(record.fields["task"] for record in problems)
+        most = recipe.evaluation.max_examples if recipe.evaluation else None
+        solved = sum(count if most is None else min(count, most) for count in tasks.values())
+        console.print(f"evaluation: {solved} problems of {len(tasks)} tasks")
 
 
 def _tokenizer_or_fallback(recipe: Recipe, base_dir: Path, console: Console) -> Tokenizer:
