@@ -306,14 +306,10 @@ def _played(
         seeds = np.random.SeedSequence([config.seed, turn])
         seed = int(seeds.generate_state(1)[0]) if turn else config.seed
         if engine is not None:
-            settings = SamplingConfig(max(limits), config.temperature, seed=seed)
             found = engine.sample(
-                prompts,
-                settings,
-                sequence_ids=episodes,
-                limits=limits,
-                stop_requested=stop_requested,
-            )
+                prompts, SamplingConfig(max(limits), config.temperature, seed=seed),
+                sequence_ids=episodes, limits=limits, stop_requested=stop_requested,
+            )  # fmt: skip
             update(0 if turn else len(found))
             return found
         return generate_sharded(

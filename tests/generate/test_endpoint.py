@@ -190,15 +190,14 @@ def unused_url() -> Callable[[], str]:
     return url
 
 
-def test_as_many_requests_as_the_settings_say_are_open_at_once(server: StandIn) -> None:
+def test_an_iteration_of_512_completions_is_open_at_once(server: StandIn) -> None:
     """None is answered before all have come; connections follow, one each."""
-    settings = EngineConfig(kind="vllm", url=server.url)
-    together = threading.Barrier(settings.parallel)
+    together = threading.Barrier(512)
 
     def waits(state: StandIn, body: dict[str, Any]) -> Any:
-        together.wait(60.0)
+        together.wait(30.0)
         return state.completion(body)
 
-    server.faults["/v1/completions"] = waits
-    found = complete(server, 512, parallel=settings.parallel, timeout_s=120.0)
-    assert len(found) == 512
+    server.faults[PATH] = waits
+    parallel = EngineConfig(kind="vllm", url=server.url).parallel
+    assert len(complete(server, 512, parallel=parallel, timeout_s=60.0)) == 512
