@@ -16,8 +16,8 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 class OwnEngine:
     """Samples with the model that is trained, each rank a share of the prompts.
 
-    Completions are the same bits on any number of ranks and in any batch. Weights are shared with
-    the learner, not copied. `batch_size`: sequences that are sampled at once. `record_prompts`:
+    The same settings on as many ranks give the same bits; elsewhere a completion has the same
+    random numbers, and logits round differently. Weights are shared with the learner, not copied. `batch_size`: sequences that are sampled at once. `record_prompts`:
     the experts at the positions of prompts are recorded too.
     """
 
