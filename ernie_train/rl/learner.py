@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,11 +16,13 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
     MicroBatch,
+    Minibatch,
     RolloutBatch,
     TokenizedCompletion,
     micro_batches,
+    minibatches,
 )
-from ernie_train.rl.config import SamplerCorrectionConfig, UpoConfig
+from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import (
     gae_advantages,
@@ -32,25 +33,15 @@ from ernie_train.rl.estimators import (
     sequence_values,
 )
 from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss
-from ernie_train.rl.minibatches import Minibatch, minibatches
 from ernie_train.rl.preference_data import TokenizedPair, add_pairs
 from ernie_train.rl.report import mean_metrics
-from ernie_train.rl.rollout import Rollout
+from ernie_train.rl.rollout import Rollout, correction_of, logprob_mismatch
 from ernie_train.train.moe_health import MoeHealth
 from ernie_train.train.optimizer import Optimizer, optimizer_arrays, restore_optimizer
 from ernie_train.train.stage import StageRun
 from ernie_train.train.trainer import StepResult, Trainer
 from ernie_train.weights.adapters import from_disk, to_disk
 from ernie_train.weights.checkpoint import Checkpoint
-
-# With a correction the gap of logprobs may be so many times `max_logprob_mismatch`.
-_CORRECTED_MISMATCH = 20
-# A replayed rollout with a gap above this one was sampled by another policy.
-_OTHER_POLICY = 0.05
-_REMEDY_OF_MISMATCH = (
-    "both must compute with one dtype and the same weights; policy.sampler_correction corrects "
-    "small gaps, such as those of bfloat16"
-)
 
 
 class Learner:
@@ -85,41 +76,54 @@ class Learner:
     def prepare(
         self, rollout: Rollout, pairs: Sequence[TokenizedPair]
     ) -> tuple[RolloutBatch, dict[str, float]]:
-        """Compute logprobs, values and advantages of all that was sampled, and what they say.
+        """Compute logprobs, values and advantages of what was sampled, and what they say.
 
         pairs: of the rollout's completions, or of others. Entropy and KL are means over all of the
-        rollout: groups without a difference are the most certain ones. Raises `ErnieTrainError`
-        where sampling and update disagree on logprobs.
+        rollout, or over an even sample: groups without a difference are the most certain ones.
+        Raises `ErnieTrainError` where sampling and update disagree on logprobs.
         """
         trained = rollout.trained(every_group=self.config.learns_from_every_group)
         batch = _assemble(rollout, trained, pairs)
         batch = replace(batch, share_prompts=self.config.share_prompts)
+        measured, others = self._scored(batch)
         metrics: dict[str, float] = {}
         if rollout.groups:
-            batch, metrics = self._with_old_logprobs(batch, rollout)
+            batch, metrics = self._with_old_logprobs(batch, rollout, measured, others)
         if self.reference is not None and batch.sequences:
             # Those of offline pairs are computed in each iteration, though they do not change: the
             # last bit of a logprob depends on what shares its micro-batch, and an iteration must
             # not depend on earlier ones.
+            places = sorted([*measured, *others])
             with adapter_off(self.reference):
                 reference = sequence_logprobs(
                     self.reference,
-                    batch.sequences,
+                    [batch.sequences[at] for at in places],
                     temperature=self.config.rollout.temperature,
                     **self.most,
                     share_prompts=self.config.share_prompts,
                 ).logprobs
-            batch = replace(batch, ref_logprobs=reference)
+            spread = _spread(places, reference, len(batch.sequences))
+            batch = replace(batch, ref_logprobs=spread)
         preference = self.config.preference
         if preference is not None and preference.reference == "last_iteration" and pairs:
             batch = replace(batch, pair_ref_logprobs=self._logprobs_before_update(batch))
         if rollout.groups:
             if self.reference is not None:
-                metrics["kl"] = float(np.mean(np.concatenate(_kl(batch, "k3")), dtype=np.float64))
+                kl = np.concatenate(_kl(batch, "k3", measured))
+                metrics["kl"] = float(np.mean(kl, dtype=np.float64))
             if self.config.policy.coef:
                 batch, more = self._with_advantages(batch, rollout)
                 metrics |= more
         return batch, metrics
+
+    def _scored(self, batch: RolloutBatch) -> tuple[list[int], list[int]]:
+        """Return what metrics are means over, and what is learnt from or compared beside it."""
+        count, most = batch.num_in_groups, self.config.measured_completions
+        measured = list(range(0, count, -(-count // (most or count)) if count else 1))
+        used = {at for pair in batch.pairs for at in pair}
+        if self.config.policy.coef:
+            used |= {at for at in range(count) if batch.is_trained(at)}
+        return measured, sorted(used.difference(measured))
 
     def _logprobs_before_update(self, batch: RolloutBatch) -> list[np.ndarray | None]:
         """Return the policy's logprobs of all sequences; those of the groups are known."""
@@ -133,58 +137,48 @@ class Learner:
         return [*known, *others.logprobs]
 
     def _with_old_logprobs(
-        self, batch: RolloutBatch, rollout: Rollout
+        self, batch: RolloutBatch, rollout: Rollout, measured: list[int], others: list[int]
     ) -> tuple[RolloutBatch, dict[str, float]]:
         completions = rollout.completions()
-        logprobs, entropy, changed = sequence_logprobs(
-            self.policy,
-            completions,
-            temperature=self.config.rollout.temperature,
-            **self.most,
-            router_replay=self.config.policy.router_replay,
-            with_entropy=True,
-            share_prompts=self.config.share_prompts,
-        )
-        found = {"entropy": entropy, "experts_changed": changed}
+        parts = [measured, [at for at in others if at < len(completions)]]
+        seen = [
+            sequence_logprobs(
+                self.policy,
+                [completions[at] for at in part],
+                temperature=self.config.rollout.temperature,
+                **self.most,
+                router_replay=self.config.policy.router_replay,
+                with_entropy=True,
+                share_prompts=self.config.share_prompts,
+            )
+            for part in parts
+            if part
+        ]
+        found = {"entropy": seen[0].entropy, "experts_changed": seen[0].experts_changed}
         metrics = {name: value for name, value in found.items() if value is not None}
+        gaps = [
+            logprob_mismatch(one.logprobs, [completions[at].sampled_logprobs for at in part])
+            for part, one in zip(parts, seen, strict=False)
+        ]
+        metrics["logprob_mismatch"] = gaps[0]
+        places = [at for part in parts for at in part]
+        logprobs = _spread(places, [a for one in seen for a in one.logprobs], len(completions))
         batch = replace(batch, old_logprobs=logprobs)
-        sampled = [c.sampled_logprobs for c in completions]
-        metrics["logprob_mismatch"] = mismatch = _mismatch(logprobs, sampled)
-        correction = self._correction(mismatch)
+        correction = correction_of(self.config, float(np.max(gaps)))
         if correction is None:
             return batch, metrics
+        scored = [at for at, array in enumerate(logprobs) if array is not None]
+        sampled = [completions[at].sampled_logprobs for at in scored]
         known = [array for array in sampled if array is not None]
         if len(known) < len(sampled):
             raise ErnieTrainError(
                 "policy.sampler_correction needs the logprobs of sampling, which "
                 f"{len(sampled) - len(known)} completions lack; nothing was updated"
             )
-        weights, seen = sampler_weights(logprobs, known, correction)
-        return replace(batch, sampler_weights=weights), metrics | seen
-
-    def _correction(self, mismatch: float) -> SamplerCorrectionConfig | None:
-        """Return how tokens are weighed; None: all alike, as samples of the policy itself.
-
-        A replayed rollout of another policy is corrected, whether the recipe says so or not.
-        Raises `ErnieTrainError` where sampling and update differ by more than they may.
-        """
-        rollout, correction = self.config.rollout, self.config.policy.sampler_correction
-        bound, remedy = rollout.max_logprob_mismatch, _REMEDY_OF_MISMATCH
-        if rollout.replay is not None:
-            bound = math.inf
-            if correction is None and mismatch > _OTHER_POLICY:
-                correction = SamplerCorrectionConfig(kind="truncated")
-        elif correction is not None:
-            bound *= _CORRECTED_MISMATCH
-            remedy = "no correction bridges that: the sampler's weights or settings are not these"
-        # A gap of NaN or infinity is out of any bound.
-        if not (mismatch <= bound and math.isfinite(mismatch)):
-            raise ErnieTrainError(
-                f"the logprobs of sampling and of the update differ by {mismatch:.2e}, more than "
-                f"{bound:g}, of rollout.max_logprob_mismatch="
-                f"{rollout.max_logprob_mismatch:g}; nothing was updated: {remedy}"
-            )
-        return correction
+        new = [array for array in logprobs if array is not None]
+        weights, weighed = sampler_weights(new, known, correction)
+        spread = _spread(scored, weights, len(completions))
+        return replace(batch, sampler_weights=spread), metrics | weighed
 
     def _with_advantages(
         self, batch: RolloutBatch, rollout: Rollout
@@ -326,19 +320,23 @@ class Learner:
             )
 
 
-def _kl(batch: RolloutBatch, kind: KlKind) -> list[np.ndarray]:
-    """Return the KL estimate of each token of the groups, before the update."""
-    pairs = zip(batch.old_logprobs, batch.ref_logprobs, strict=False)  # those of pairs come behind
+def _kl(batch: RolloutBatch, kind: KlKind, places: Sequence[int] | None = None) -> list[np.ndarray]:
+    """Return the KL estimate of each token of the groups, or at `places`, before the update."""
+    pairs = list(zip(batch.old_logprobs, batch.ref_logprobs, strict=False))  # of pairs come behind
+    chosen = pairs if places is None else [pairs[at] for at in places]
     return [
-        kl_estimate(old, ref, kind) for old, ref in pairs if old is not None and ref is not None
+        kl_estimate(old, ref, kind) for old, ref in chosen if old is not None and ref is not None
     ]
 
 
-def _mismatch(recomputed: Sequence[np.ndarray], sampled: Sequence[np.ndarray | None]) -> float:
-    """Return mean exp|recomputed - sampled logprob| - 1 over the tokens."""
-    pairs = zip(recomputed, sampled, strict=True)
-    gaps = [np.abs(new - old) for new, old in pairs if old is not None]
-    return float(np.expm1(np.concatenate(gaps).astype(np.float64)).mean()) if gaps else 0.0
+def _spread(
+    places: Sequence[int], arrays: Sequence[np.ndarray], count: int
+) -> list[np.ndarray | None]:
+    """Return `arrays` at their `places` among `count`; None elsewhere."""
+    found: list[np.ndarray | None] = [None] * count
+    for at, array in zip(places, arrays, strict=True):
+        found[at] = array
+    return found
 
 
 def _assemble(

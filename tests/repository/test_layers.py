@@ -52,11 +52,12 @@ PACKAGES: dict[str, str] = {
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " step_loop supervised_data supervised",
     "eval": "prompts estimates measured evaluation gates",
+    "rl.batch": "sequences dealing",
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
-    "rl.rollout": "records files grading sampler second_reward",
+    "rl.rollout": "records files grading sampler second_reward sampler_gap",
     "rl": "config batch routing critic preference_data pair_stage estimators reward data rollout"
-    " report pairs loss minibatches learner loop dpo",
+    " report pairs loss learner loop dpo",
     "launch": "addresses console rank_files logs launcher rank_group supervise cores",
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",

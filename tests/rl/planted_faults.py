@@ -13,17 +13,16 @@ import pytest
 
 from ernie_train import losses
 from ernie_train.rl import (
-    batch,
     critic,
     estimators,
     learner,
     loop,
     loss,
-    minibatches,
     pairs,
     preference_data,
     report,
 )
+from ernie_train.rl.batch import dealing
 from ernie_train.rl.config import RolloutConfig
 from ernie_train.rl.learner import Learner
 from ernie_train.rl.rollout import Rollout
@@ -95,7 +94,17 @@ FAULTS: dict[str, Fault] = {
         "kl in the loss", Learner, "_with_old_logprobs", "self.policy,", "self.reference,"
     ),
     "KL metric over trained tokens": Fault(
-        "kl in the loss", Learner, "prepare", '_kl(batch, "k3")', _TRAINED_KL
+        "kl in the loss", Learner, "prepare", '_kl(batch, "k3", measured)', _TRAINED_KL
+    ),
+    "KL metric over more than is measured": Fault(
+        "measured", Learner, "prepare", '_kl(batch, "k3", measured)', '_kl(batch, "k3")'
+    ),
+    "every completion is measured": Fault(
+        "measured", Learner, "_scored", "-(-count // (most or count))", "1"
+    ),
+    "pairs that do not train are not scored": Fault(
+        "measured", Learner, "_scored", "{at for pair in batch.pairs for at in pair}",
+        "{at for pair in batch.pairs for at in pair if at >= count}",
     ),
     "k3 in the loss instead of k2": Fault(
         "k2 in the loss", learner, "_policy_loss", "kl.kind_in_loss", '"k3"'
@@ -180,7 +189,7 @@ FAULTS: dict[str, Fault] = {
         "self.max_new_tokens",
     ),
     "sequences of pairs are trained": Fault(
-        "pairs", batch, "_micro_batch", "not m.is_copy and batch.is_trained(m.sequence)",
+        "pairs", dealing, "_micro_batch", "not m.is_copy and batch.is_trained(m.sequence)",
         "not m.is_copy",
     ),
     # ---- advantages
@@ -252,7 +261,7 @@ FAULTS: dict[str, Fault] = {
     ),
     # ---- pairs
     "an online pair in another minibatch than its group": Fault(
-        "pairs", minibatches, "minibatches", _HOME, _NEXT, (learner,)
+        "pairs", dealing, "minibatches", _HOME, _NEXT, (learner,)
     ),
     "chosen and rejected swapped": Fault(
         "pairs", pairs, "best_worst_pairs", "for p, chosen, rejected in",
@@ -262,7 +271,7 @@ FAULTS: dict[str, Fault] = {
         "pairs", preference_data.OfflinePairSource, "take", "(iteration - 1)", "iteration"
     ),
     "pairs against the old logprobs": Fault(
-        "pairs", batch, "_micro_batch", "gather(batch.ref_logprobs", "gather(batch.old_logprobs"
+        "pairs", dealing, "_micro_batch", "gather(batch.ref_logprobs", "gather(batch.old_logprobs"
     ),
     "coefficient of pairs ignored": Fault(
         "pairs", learner, "_policy_loss", "preference.coef", "1.0"

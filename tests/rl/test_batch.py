@@ -13,8 +13,8 @@ from ernie_train.rl.batch import (
     RolloutBatch,
     TokenizedCompletion,
     micro_batches,
+    minibatches,
 )
-from ernie_train.rl.minibatches import minibatches
 from tests.rl.records import make_sequences
 from tests.rl.test_loss import FULL, filled, new_trainer, split
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ernie_train.rl import learner
 from tests.rl import toy_stage
 from tests.rl.planted_faults import FAULTS
 from tests.rl.toy_stage import Outcome, expected, observed, toy_config
@@ -46,6 +47,10 @@ GRID: dict[str, dict[str, Any]] = {
     "pairs by tokens": {
         "preference": BOTH, "micro_batch_tokens": 24, "rollout": {"max_prompt_tokens": 4},
         "critic": RL_CRITIC,
+    },
+    "measured": {
+        "measured_completions": 4, "preference": {**BOTH, "margin": 0.2},
+        "policy": {"kl": {"coef": 0.2}},
     },
     "pairs of sums": {"preference": {**ONLINE, "length_normalize": False, "rpo_alpha": 0.2}},
     "pairs alone": {"policy": {"coef": 0.0}, "preference": BOTH},
@@ -111,6 +116,32 @@ def near(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
 def test_an_iteration_is_what_the_referee_makes_of_it(name, referee, tmp_path, monkeypatch):
     ours, rollouts = referee(name)
     agree(ours, observed(toy_config(**GRID[name]), rollouts, tmp_path, monkeypatch))
+
+
+def test_completions_that_teach_nothing_pass_no_model_but_for_a_sample(
+    referee, tmp_path, monkeypatch
+):
+    """Of 20 completions 11 train; of the sample of 4 two are of groups that do not."""
+    changes: dict[str, Any] = {"optim": FAR, "policy": {"kl": {"coef": 0.2}}}
+    _, rollouts = referee("kl in the loss")
+    original, ends = learner.sequence_logprobs, []
+    for number, most in enumerate((None, 4)):
+        counts: list[int] = []
+
+        def counted(model: Any, sequences: Any, counts: list[int] = counts, **options: Any) -> Any:
+            counts.append(len(sequences))
+            return original(model, sequences, **options)
+
+        monkeypatch.setattr(learner, "sequence_logprobs", counted)
+        config = toy_config(**changes, measured_completions=most)
+        ends.append((observed(config, rollouts, tmp_path / str(number), monkeypatch), counts))
+    (everything, all_counts), (sampled, few_counts) = ends
+    trained = [sum(a is not None for a in each) for each in everything.advantages]
+    assert all_counts == [20, 20] * 2  # by the policy and by its start
+    assert trained == [11, 11]
+    assert few_counts == [4, 9, 13] * 2  # by the policy the sample, then the others
+    near(sampled.weights["head"], everything.weights["head"], "head")
+    assert sampled.lines[0]["entropy"] != everything.lines[0]["entropy"]
 
 
 def test_the_grid_has_ratios_that_are_truncated_and_a_setting_without(referee):

@@ -19,9 +19,8 @@ from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring import ComposedScore
 from ernie_train.rl import data as rl_data
 from ernie_train.rl import pairs as pairs_module
-from ernie_train.rl.batch import RolloutBatch, TokenizedCompletion
+from ernie_train.rl.batch import RolloutBatch, TokenizedCompletion, minibatches
 from ernie_train.rl.config import PreferenceConfig, RolloutConfig, UpoConfig
-from ernie_train.rl.minibatches import minibatches
 from ernie_train.rl.pairs import PairSources, all_wrong, shorter_pairs
 from ernie_train.rl.preference_data import TokenizedPair, add_pairs
 from ernie_train.rl.rollout import Rollout, SecondReward

@@ -40,6 +40,7 @@ BASES: list[dict[str, Any]] = [
 VALUES: dict[str, list[Any]] = {
     "micro_batch_size": [2],
     "iterations": [1],
+    "measured_completions": [4],
     "audit_reward": [{"name": "exact", "weight": 1.5, "share": 0.5}],
     "curriculum": [{"start": 1}],
     "preference": [ONLINE, BOTH, {"coef": 0.3, "pairs": "shorter"}],

@@ -130,6 +130,7 @@ RL_PROBES: dict[str, Probe] = {
     },
     "stages[].rollout.batch_size": Probe("upo", {"@rollout.batch_size": 2}, observe="batches"),
     "stages[] of kind upo.micro_batch_tokens": Probe("upo", {"@micro_batch_tokens": 70}),
+    "stages[] of kind upo.measured_completions": Probe("upo", {"@measured_completions": 2}),
     "stages[] of kind upo.share_prompts": Probe("upo", {"@share_prompts": True}),
     "stages[].rollout.skip_solved": Probe(
         "upo", {"@rollout.skip_solved": {"after": 1}}, {**SOLVED, "@rollout.skip_solved": None}

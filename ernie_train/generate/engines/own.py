@@ -17,8 +17,9 @@ class OwnEngine:
     """Samples with the model that is trained, each rank a share of the prompts.
 
     The same settings on as many ranks give the same bits; elsewhere a completion has the same
-    random numbers, and logits round differently. Weights are shared with the learner, not copied. `batch_size`: sequences that are sampled at once. `record_prompts`:
-    the experts at the positions of prompts are recorded too.
+    random numbers, and logits round differently. Weights are shared with the learner, not copied.
+    `batch_size`: sequences that are sampled at once. `record_prompts`: the experts at the positions
+    of prompts are recorded too.
     """
 
     stop_token_ids: Iterable[int]

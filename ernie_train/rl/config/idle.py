@@ -36,6 +36,7 @@ def settings_without_effect(config: _Stage) -> list[Idle]:
         *_without_rollouts(config),
         *_shares(config),
         *_shared_prompts(config),
+        *_measured(config),
         *_of_our_own_sampler(config),
     ]
 
@@ -144,6 +145,24 @@ def _shared_prompts(config: _Stage) -> Iterator[Idle]:
             "share_prompts has no effect with rollout.group_size=1: no two completions share one",
             {"share_prompts": False},
         )
+
+
+def _measured(config: _Stage) -> Iterator[Idle]:
+    """Only completions that do not train are left out."""
+    most, rollout = config.measured_completions, config.rollout
+    if most is None:
+        return
+    rounds = 1 + rollout.refill_rounds
+    total = rounds * (rollout.prompts_per_iteration or 0) * rollout.group_size
+    if not config.samples_each_iteration:
+        why = "where iterations sample nothing"
+    elif config.learns_from_every_group:
+        why = "with a critic or a KL in the reward, where every group trains"
+    elif most >= total:
+        why = f"as an iteration has {total} completions at most"
+    else:
+        return
+    yield from _message({"measured_completions": None}, why)
 
 
 def _of_our_own_sampler(config: _Stage) -> Iterator[Idle]:

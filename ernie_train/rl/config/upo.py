@@ -99,6 +99,11 @@ class UpoConfig(StageConfig):
     """Rows on which the reward is tried before the first iteration."""
     samples_per_iteration: Annotated[int, Field(ge=0), HARMLESS] = 8
     """Completions that an iteration adds to `samples.jsonl`."""
+    measured_completions: PositiveInt | None = None
+    """Completions of an iteration over which `entropy`, `kl`, `experts_changed` and
+    `logprob_mismatch` are means; others that neither train nor are compared then pass no model
+    before the update. All unless given (docs/upo.md#one-iteration).
+    """
     term_norms_every: Annotated[PositiveInt | None, HARMLESS] = None
     """Iterations between measurements of each term's gradient norm, besides the first; they cost a
     pass a term. 10 where a policy and a preference term are joined, else never, unless given.

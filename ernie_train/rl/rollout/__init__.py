@@ -8,6 +8,7 @@ from ernie_train.rl.rollout.files import read_rollout, write_rollout
 from ernie_train.rl.rollout.grading import Answer, grade
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.rollout.sampler import RolloutSampler
+from ernie_train.rl.rollout.sampler_gap import correction_of, logprob_mismatch
 from ernie_train.rl.rollout.second_reward import SecondReward, second_rewards
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "RolloutSampler",
     "ScoredCompletion",
     "SecondReward",
+    "correction_of",
     "grade",
+    "logprob_mismatch",
     "read_rollout",
     "second_rewards",
     "write_rollout",

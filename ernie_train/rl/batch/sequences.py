@@ -6,7 +6,7 @@ completions that the policy sampled. Tool outputs between them are context: no a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -272,106 +272,3 @@ def length_order(
         return (longest[prompt], prompt, sequences[index].length)
 
     return key
-
-
-def fill_micro_batches(
-    units: Sequence[Sequence[int]],
-    sequences: Sequence[TokenizedCompletion],
-    batch_size: int,
-    batch_tokens: int | None,
-    *,
-    share_prompts: bool,
-) -> Iterator[list[int]]:
-    """Yield the units of each micro-batch, by number: as many, in order, as fit.
-
-    A unit is the indices of sequences that stay together. At most `batch_size` sequences and
-    `batch_tokens` tokens (None: any number) go through the model together; what is larger alone
-    goes alone.
-    """
-    held: list[int] = []
-    members: list[TokenizedCompletion] = []
-    for number, unit in enumerate(units):
-        more = [sequences[index] for index in unit]
-        both = MicroBatch.without_arrays([*members, *more], share_prompts=share_prompts)
-        fits = len(both.sequences) <= batch_size
-        fits = fits and (batch_tokens is None or both.num_tokens <= batch_tokens)
-        if held and not fits:
-            yield held
-            held, members = [], []
-        held.append(number)
-        members += more
-    if held:
-        yield held
-
-
-class _Member(NamedTuple):
-    """A sequence on its way into a micro-batch; a copy is compared, not trained again."""
-
-    sequence: int
-    is_copy: bool
-
-
-def micro_batches(
-    batch: RolloutBatch,
-    trained: Sequence[int],
-    pairs: Sequence[PreferencePair],
-    batch_size: int,
-    batch_tokens: int | None = None,
-) -> list[MicroBatch]:
-    """Put sequences and pairs into micro-batches of at most so many sequences and tokens.
-
-    `trained` are indices of sequences. The two of a pair go into the same micro-batch, whether
-    among them or not; each sequence goes through the model once, unless it is in several pairs:
-    then it comes again, to be compared only. Similar lengths go together.
-    """
-    placed: set[int] = set()
-    units: list[tuple[list[_Member], list[PreferencePair]]] = []
-    for pair in pairs:
-        units.append(([_Member(index, index in placed) for index in pair], [PreferencePair(0, 1)]))
-        placed |= set(pair)
-    units += [([_Member(index, False)], []) for index in trained if index not in placed]
-    key = length_order(batch.sequences, share_prompts=batch.share_prompts)
-    units.sort(key=lambda u: max(key(m.sequence) for m in u[0]))
-    indices = [[m.sequence for m in unit] for unit, _ in units]
-    found: list[MicroBatch] = []
-    for numbers in fill_micro_batches(
-        indices, batch.sequences, batch_size, batch_tokens, share_prompts=batch.share_prompts
-    ):
-        members: list[_Member] = []
-        held: list[PreferencePair] = []
-        for unit, unit_pairs in (units[number] for number in numbers):
-            held += [PreferencePair(a + len(members), b + len(members)) for a, b in unit_pairs]
-            members += unit
-        found.append(_micro_batch(batch, members, held))
-    return found
-
-
-def _micro_batch(
-    batch: RolloutBatch, members: Sequence[_Member], pairs: Sequence[PreferencePair]
-) -> MicroBatch:
-    sequences = tuple(batch.sequences[m.sequence] for m in members)
-
-    def gather(arrays: TokenArrays, *, for_copies: bool = False) -> np.ndarray | None:
-        """Join the arrays of the members to one [N]; zeros for a member without one, or a copy."""
-        if not arrays:
-            return None
-        parts = []
-        for m, sequence in zip(members, sequences, strict=True):
-            known = m.sequence < len(arrays) and (for_copies or not m.is_copy)
-            array = arrays[m.sequence] if known else None
-            parts.append(np.zeros(sequence.num_sampled, np.float32) if array is None else array)
-        return np.concatenate(parts).astype(np.float32)
-
-    return MicroBatch(
-        sequences,
-        tuple(not m.is_copy and batch.is_trained(m.sequence) for m in members),
-        tuple(pairs),
-        old_logprobs=gather(batch.old_logprobs),
-        ref_logprobs=gather(batch.ref_logprobs, for_copies=True),
-        pair_ref_logprobs=gather(batch.pair_ref_logprobs, for_copies=True),
-        advantages=gather(batch.advantages),
-        values=gather(batch.values),
-        returns=gather(batch.returns),
-        sampler_weights=gather(batch.sampler_weights),
-        share_prompts=batch.share_prompts,
-    )
