@@ -162,8 +162,6 @@ def test_check_shows_batch_report_and_label_mask(workspace, cli):
     assert "think_mode=True" in out
     assert "20 problems of 1 tasks" in words
     assert "beta2: 0.95" not in out  # a default: of the recipe itself nothing is repeated
-    _, out, _ = cli("check", workspace / "recipe.yaml", "evaluation.max_examples=5")
-    assert "5 problems of 1 tasks" in " ".join(out.split())
 
 
 def test_check_prints_the_recipe_with_its_defaults_when_asked(workspace, cli):

@@ -93,7 +93,7 @@ def test_a_line_that_is_too_long_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{long}\n{{"text": "b"}}\n')
     records, report = read_records(tmp_path / "a.jsonl", max_bad_fraction=0.5)
     assert [record.text for record in records] == ["a", "b"]
-    assert [(row.source, row.reason) for row in report.bad] == [
+    assert [(row.source, row.reason) for row in report.bad.listed] == [
         (f"{tmp_path}/a.jsonl:2", "it has more than 16777216 bytes")
     ]
 

@@ -5,7 +5,7 @@ They deliver when they are waited for, and not before: until then the buffer hol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import paddle
@@ -36,6 +36,9 @@ class LateCollectives:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.sent_bytes = 0
+
+    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
+        return np.array([counts])
 
     def all_to_all(self, rows: paddle.Tensor, counts: np.ndarray) -> Work:
         assert counts.tolist() == [[rows.shape[0]]]

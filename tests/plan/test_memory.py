@@ -248,12 +248,12 @@ def measured() -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("number", range(len(PEAKS)), ids=map(str, PEAKS))
 def test_the_peak_of_a_real_step(number: int, measured: list[dict[str, float]]) -> None:
-    """Against Paddle's own count of the bytes of all tensors, at its highest, in a fresh process.
+    """Against Paddle's own count of the bytes of all tensors, at its highest, in a fresh fork.
 
     The formula leaves out temporaries, about 1 % of a step.
     """
     found = measured[number]
-    assert found["planned"] == pytest.approx(found["tensors"], rel=0.02)
+    assert found["planned"] == pytest.approx(found["tensors"], rel=0.025)
 
 
 def test_native_kernels_need_less_than_the_plan_says(measured: list[dict[str, float]]) -> None:

@@ -53,7 +53,7 @@ def test_a_worker_gets_whole_files_in_the_order_of_collection(dist: str) -> None
         conftest.TOGETHER,
         [
             r"^from tests\S* import .*\b(start_on_ranks|run_on)\b",
-            r'\breferee\((script|\s*")|"reader"',
+            r'\breferee\((script|\s*"[^ ]*")|"reader"',
         ],
         strict=True,
     ),

@@ -51,6 +51,8 @@ def test_they_pass_check_on_a_bare_clone(cli, recipe):
     place = load_recipe(recipe).model.path
     assert f"model: nothing at {place}; sizes are those of preset 21b-a3b." in told
     assert "data/tokenizer stands in for it" in told
+    if recipe == PRL:  # at most 20 of each task
+        assert "evaluation: 440 problems of 22 tasks" in told
     missing = devices.why_no_gpu()
     assert (f"device: gpu, but here {missing}. A run needs a GPU." in told) == bool(missing)
 
