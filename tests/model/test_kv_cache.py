@@ -7,7 +7,7 @@ import paddle
 import pytest
 from paddle.base import core  # no public function for the memory of tensors on a CPU
 
-from ernie_train.model import KVCache
+from ernie_train.model import KVCache, kv_cache
 from ernie_train.model.batch_layout import BatchLayout
 from tests.small_models import make_model
 
@@ -153,3 +153,12 @@ def test_a_step_of_decoding_copies_a_number_a_sequence_to_the_device(monkeypatch
     mask = cache.step.mask.numpy()
     assert mask.shape == (sequences * heads, group, cache.capacity)
     assert ((mask == 0) == seen).all() and (mask[..., ~seen] < -1e29).all()
+
+
+def test_a_paddle_whose_slices_are_copies_is_refused(monkeypatch):
+    """Tokens would be written into copies, and lost as the cache grows."""
+    first_rows = kv_cache._first_rows
+    monkeypatch.setattr(kv_cache, "_first_rows", lambda *args: first_rows(*args).clone())
+    cache = KVCache(make_model().config, 2)
+    with pytest.raises(RuntimeError, match="FLAGS_use_stride_kernel"):
+        cache.begin(BatchLayout.full_rows(2, 3))
