@@ -104,6 +104,12 @@ def test_passes_are_those_of_full_lanes(scripted, seed, group):
         assert passes < 0.8 * waves
 
 
+def test_a_lane_whose_sequence_is_at_its_limit_fills_no_more_slots(scripted):
+    """It idles beside one that began later; `Scripted` refuses tokens beyond what was asked for."""
+    _, found = scripted([[10, 20], [11, 3], [12, 20]], 2, max_new_tokens=20)
+    assert [len(completion.ids) for completion in found] == [20, 3, 20]
+
+
 def test_passes_of_many_short_batches(scripted):
     """64 sequences over 16 lanes, all but four of them short: nobody waits for those."""
     lengths = [400 if i % 16 == 3 else 20 for i in range(64)]
