@@ -14,7 +14,7 @@ from ernie_train.core.yaml import load_yaml
 from tools import recipe_reference
 from tools.recipe_reference import PAGE, ROOT, SCHEMA, recipe_keys, render_page
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("tools/evidence/recipes/*.yaml")])
 KEYS = recipe_keys()
 
 
@@ -72,7 +72,9 @@ def test_a_section_that_is_missing_or_unknown_is_told() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_name_the_schema_and_are_valid(path: Path, schema: Draft202012Validator) -> None:
-    assert path.read_text("utf-8").splitlines()[0] == recipe_reference.MODELINE
+    mark, _, named = path.read_text("utf-8").partition("\n")[0].partition("=")
+    assert mark == recipe_reference.MODELINE.partition("=")[0]
+    assert (path.parent / named).resolve() == ROOT / "recipes/schema.json"
     assert [error.message for error in schema.iter_errors(load_yaml(path))] == []
 
 

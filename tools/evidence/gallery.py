@@ -37,21 +37,13 @@ IMAGES = ROOT / "docs/images/gallery"
 RUNS = ROOT / "runs/gallery"
 RECIPES = ROOT / "recipes"
 NEEDLES = "python -m tools.data.make_needles --out runs/needles"
-# Commands that make what a recipe reads, and recipes that are for other tools.
+# Commands that make what a recipe reads, and those in place of a plain run.
 BEFORE = {"long_context": NEEDLES}
 INSTEAD = {
-    "ablate_rl": "python -m tools.evidence.sweep rl",
-    "ablate_rl_start": "python -m tools.evidence.sweep rl",
-    "rl_real": "python -m tools.evidence.sweep rl_real",
-    "rl_real_start": "python -m tools.evidence.sweep rl_real",
     "ernie-21b-a3b-sft": "ernie-train run ernie-21b-a3b-sft --nproc 8",
     "ernie-21b-a3b-prl": "ernie-train run ernie-21b-a3b-prl --nproc 8",
 }
 ELSEWHERE = {
-    "ablate_rl": ("rl_ablation.md", "five seeds of each arm, an hour of a core"),
-    "ablate_rl_start": ("rl_ablation.md", "the start of the arms"),
-    "rl_real": ("rl_real_model.md", "RL beside more SFT and rejection sampling"),
-    "rl_real_start": ("rl_real_model.md", "the start of the arms"),
     "tiny": ("tiny.md", "held-out problems after each stage"),
     "sft": ("worked_steps.md", "held-out problems with and without worked steps"),
     "tools": ("tools.md", "what demonstrations and RL reach"),

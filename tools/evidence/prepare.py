@@ -18,7 +18,7 @@ from tools.evidence.measure import DOMAIN, LOOSE_DOMAIN
 from tools.evidence.runs import ROOT, run_program, train
 
 NEEDLES = ROOT / "runs" / "needles"  # as recipes/long_context.yaml names it
-START_RECIPE = "recipes/ablate_rl_start.yaml"
+START_RECIPE = "tools/evidence/recipes/ablate_rl_start.yaml"
 START_SEED = 7
 MADE = "MADE"  # marks a directory of rows as whole
 

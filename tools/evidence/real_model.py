@@ -25,7 +25,7 @@ from tools.evidence.real_tasks import (
 )
 from tools.evidence.runs import ROOT, run_program, train, write_json
 
-START_RECIPE = "recipes/rl_real_start.yaml"
+START_RECIPE = "tools/evidence/recipes/rl_real_start.yaml"
 SEEDS = {  # of what choices may see
     "demonstrations": 101, "probe": 102, "prompts": 103, "validation": 104,
 }  # fmt: skip
