@@ -34,15 +34,17 @@ from ernie_train.weights.model_directory import find_model
 from ernie_train.weights.upcycle import Upcycling
 
 
-def open_model(path: Path, *, exact: bool = False) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
+def open_model(
+    path: Path, *, device: str = "auto", exact: bool = False
+) -> tuple[Ernie4_5_MoeForCausalLM, Tokenizer]:
     """Load model and tokenizer of a Hugging Face directory, a checkpoint or a run directory.
 
-    Weights are of the type that training has here: on a GPU bfloat16, for memory and fast kernels.
-    With `exact` they are float32 there too, to be written again.
+    Weights are of the type that training has on the device: on a GPU bfloat16, for memory and fast
+    kernels. With `exact` they are float32 there too, to be written again.
     """
     place = find_model(path)
     tokenizer = load_tokenizer(place.tokenizer)
-    device = devices.select_device("auto")
+    device = devices.select_device(device)
     dtype = "float32" if exact else devices.compute_dtype(device)
     return load_pretrained(place.weights, dtype), tokenizer
 
@@ -91,7 +93,9 @@ def export_model(
     recipe = recorded_recipe(path)
     weights = find_model(path).weights
     require_change(weights, dtype)
-    model, tokenizer = open_model(path, exact=True)
+    # In float32 a model of 21B does not fit a GPU; only GPTQ computes enough to need one.
+    device = "auto" if quantize is not None else "cpu"
+    model, tokenizer = open_model(path, device=device, exact=True)
     card = f"# {path.resolve().name}\n\nExported with ernie_train.\n"
     if recipe is not None:
         card = model_card(recipe, read_result(path / EVALUATION))

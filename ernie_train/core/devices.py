@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ernie_train.core import blas
 from ernie_train.core.errors import ConfigError
@@ -55,6 +57,19 @@ def select_device(name: str) -> str:
     else:
         paddle.set_device("cpu")
     return device
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Compute on the CPU within the context, then on the device of before."""
+    import paddle
+
+    before = paddle.get_device()
+    paddle.set_device("cpu")
+    try:
+        yield
+    finally:
+        paddle.set_device(before)
 
 
 def _own_gpu() -> str:

@@ -16,6 +16,9 @@ from ernie_train.plan.search import MOST_RANKS, Candidate, PlanRequest
 from ernie_train.plan.workload import Workload
 from ernie_train.run.recipe import Recipe
 
+# A parameter of the float32 model by which a single rank proves an export, and of its sampler.
+PROOF_WIDTH = 8
+
 _REMEDIES = {
     "activations": "a smaller micro_batch_size or shorter rows take less",
     "rollouts": "a smaller rollout.batch_size takes less",
@@ -194,6 +197,12 @@ def disk_notes(recipe: Recipe, request: PlanRequest, candidate: Candidate) -> li
             f"while one is saved, up to {_gb(states)} GB of optimizer state are in the memory of "
             "each rank's processor"
         )
+        if recipe.export is not None and candidate.layout.ranks == 1:
+            proof = PROOF_WIDTH * count_parameters(config).total
+            lines.append(
+                "the export is proved in float32 on the processor, in up to "
+                f"{_gb(proof)} GB of its memory"
+            )
     return lines
 
 

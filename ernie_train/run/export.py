@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from ernie_train.core import consensus, process_group
+from ernie_train.core import consensus, devices, process_group
 from ernie_train.core.errors import UserError, WeightsError
 from ernie_train.data import Tokenizer
 from ernie_train.io.files import (
@@ -114,8 +114,12 @@ def export(
         max_shard_size=weight_format.max_shard_size, quantization=quantization,
     )  # fmt: skip
     prompts = comparison_prompts(tokenizer, seed)
-    expected = trace(model if dtype == "float32" else rounded_copy(model, dtype), prompts)
-    result, reader, note = _read_back(directory, expected, referee, interruptible)
+    with _room_for_float32():
+        here = weights_are_here(model)
+        exact = model if dtype == "float32" and here else rounded_copy(model, dtype)
+        expected = trace(exact, prompts)
+        del exact
+        result, reader, note = _read_back(directory, expected, referee, interruptible)
     entries = tensor_entries(model, dtype, quantization=quantization)
     with consensus.fail_together():
         odd = differing_tensors(directory, entries)
@@ -134,6 +138,21 @@ def export(
                 f"{directory}: the exported model differs from the trained one: {receipt.complaint}"
             )
     return receipt
+
+
+def _room_for_float32() -> AbstractContextManager[None]:
+    """Return a context that computes where float32 weights fit beside the trained ones.
+
+    A GPU that holds a whole model in bfloat16 has no room for them. Several ranks have a part each,
+    and exchange rows of experts between GPUs alone.
+    """
+    return devices.on_cpu() if process_group.world_size() == 1 else nullcontext()
+
+
+def weights_are_here(model: Ernie4_5_MoeForCausalLM) -> bool:
+    """Return whether the weights are where Paddle computes now, on a CPU or a GPU."""
+    on_gpu = model.model.norm.weight.place.is_gpu_place()
+    return bool(on_gpu == paddle.get_device().startswith("gpu"))
 
 
 def _read_back(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import paddle
 
 from ernie_train import parallel
+from ernie_train.core import devices
 from ernie_train.data import Batch
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.train.moe_balance import BalanceConfig
@@ -37,7 +37,7 @@ def new_trainer(
 
     They are drawn on the CPU: a GPU's generator draws others, and both are compared.
     """
-    with on_cpu():
+    with devices.on_cpu():
         paddle.seed(0)
         drawn = parallel.new_model(config, "float32").state_dict()
         weights = {name: tensor.numpy() for name, tensor in drawn.items()}
@@ -89,17 +89,6 @@ def gradients(
         if parameter.grad is not None
     }
     return float(term.sum) / term.count, named
-
-
-@contextmanager
-def on_cpu() -> Iterator[None]:
-    """Compute on the CPU within the context."""
-    before = paddle.get_device()
-    paddle.set_device("cpu")
-    try:
-        yield
-    finally:
-        paddle.set_device(before)
 
 
 def relative_error(found: Any, expected: Any) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ernie_train.core import devices
 from ernie_train.core.cpu import cpu_setup
 from ernie_train.core.devices import compute_dtype
 from ernie_train.data import Batch
@@ -27,7 +28,6 @@ from ernie_train.selftest.fixture import (
     gradients,
     largest_error,
     new_trainer,
-    on_cpu,
     packed_batch,
     small_config,
     train_small,
@@ -73,7 +73,7 @@ def precision_figures(dtype: str) -> Result:
 def training_step(device: str) -> Result:
     """Train some steps here and by plain operators of the CPU in float32, and see the loss fall."""
     ours = train_small("float32")
-    with on_cpu(), plain_operators():
+    with devices.on_cpu(), plain_operators():
         theirs = train_small("float32")
     figures = [
         Figure(f"{name}, relative difference", abs(ours[name] / theirs[name] - 1), most=1e-3)

@@ -5,6 +5,7 @@ import pytest
 from ernie_train.plan import PlanSettings
 from ernie_train.plan.disk import checkpoint_bytes, run_bytes
 from ernie_train.plan.layout import count_parameters, count_trained
+from ernie_train.run.recipe import ExportConfig
 from tests.plan.plans import BF16, CRITIC, RL, SFT, printed, recipe
 
 ALL = 21_825_436_160 * (2 + 12)  # bfloat16 weights; float32 masters and two moments
@@ -42,3 +43,13 @@ def test_plan_tells_disk_and_memory(device: str) -> None:
     assert f"checkpoints: {size:.2f} GB each; those that are kept (checkpoint.keep_last)" in told
     assert f"take up to {3 * size:.2f} GB of disk" in told
     assert ("GB of optimizer state are in the memory of each rank's" in told) == (device == "gpu")
+
+
+def test_plan_tells_the_memory_of_the_proof_of_an_export() -> None:
+    lora = {**SFT, "lora": {"rank": 8}}
+    bare = recipe(lora)
+    of = bare.model_copy(update={"export": ExportConfig(dtype="bfloat16")})
+    line = f"in up to {21.825_436_160 * 8:.2f} GB of its memory"
+    alone, eight = (PlanSettings(ranks=n, memory_gb=1e3) for n in (1, 8))
+    assert line in printed(of, alone)
+    assert "proved in float32" not in printed(of, eight) + printed(bare, alone)

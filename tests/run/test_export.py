@@ -10,10 +10,12 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie_train.core import process_group
 from ernie_train.core.errors import WeightsError
 from ernie_train.data import DataSource, load_tokenizer
 from ernie_train.io.safetensors import TensorFiles, array_entries, write_tensor_files
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+from ernie_train.run import export as exports
 from ernie_train.run.export import Extras, WeightFormat, export, rounded_copy
 from ernie_train.run.proof import Receipt, Trace, compare
 from ernie_train.run.quantize import QuantizeConfig, Quantizer
@@ -235,6 +237,27 @@ def test_without_torch_the_receipt_says_so(tokenizer, tmp_path):
     receipt = write(new_model(), tokenizer, tmp_path / "out")
     assert receipt.reader == "ernie_train"
     assert "torch is not installed" in receipt.note
+
+
+@pytest.mark.parametrize(("ranks", "where"), [(1, ["cpu", "gpu:0"]), (8, [])])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_holds_no_float32_model_beside_the_trained_one(
+    tokenizer, tmp_path, monkeypatch, ranks, where, dtype
+):
+    """21B in bfloat16 leave no room for it; several ranks have a part each, and need their GPUs."""
+    model, selected, compared = new_model(), [], []
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0" if not selected else selected[-1])
+    monkeypatch.setattr(paddle, "set_device", selected.append)
+    monkeypatch.setattr(process_group, "world_size", lambda: ranks)
+    monkeypatch.setattr(exports, "save_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(exports, "trace", lambda model, _: compared.append((model, [*selected])))
+    monkeypatch.setattr(exports, "_read_back", lambda *_: [*selected] == where[:1] and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(model, tokenizer, tmp_path / "out", dtype=dtype)
+    ((traced, during),) = compared
+    assert during == where[:1] and selected == where
+    # The stand-in's weights are on the CPU: where it computes on "the GPU", they are a copy.
+    assert (traced is model) == (dtype == "float32" and ranks == 1)
 
 
 def test_rounding_keeps_the_router_exact():

@@ -17,6 +17,7 @@ import paddle.nn.functional as F
 import pytest
 
 from ernie_train import kernels as native_kernels
+from ernie_train.core import devices
 from ernie_train.core.errors import UserError
 from ernie_train.core.terminal import Terminal
 from ernie_train.model.batch_layout import AttentionLayout
@@ -322,7 +323,7 @@ def test_a_check_in_a_process_of_its_own_that_dies_has_failed(
 
 def test_the_device_of_before_is_selected_again() -> None:
     before = paddle.get_device()
-    with fixture.on_cpu():
+    with devices.on_cpu():
         assert paddle.get_device() == "cpu"
     assert paddle.get_device() == before
 
