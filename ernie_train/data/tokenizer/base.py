@@ -15,7 +15,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import ChatTemplate, common_start
 from ernie_train.data.completion_format import IM_END, SENTENCE_END
 from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES, write_chat_template
-from ernie_train.io.files import copy_file
+from ernie_train.io.files import GENERATION_CONFIG, copy_file, write_json
 
 MARK = "\ufdd0"  # a noncharacter of Unicode, which no text contains
 _GUARDS = (MARK, ";", "!", ".")  # the first that a tokenizer encodes apart from what follows
@@ -91,12 +91,17 @@ class Tokenizer(ABC):
         """Return the id of a token of the vocabulary, given as text; None if there is none."""
 
     def save_pretrained(self, out_dir: str | Path) -> None:
-        """Write the files that `transformers` needs, with the chat template."""
+        """Write the files that `transformers` needs, with the chat template.
+
+        Declared stop ids are written to generation_config.json, where loading finds them.
+        """
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         _copy_files(self.directory, out_dir)
         self._complete_files(out_dir)
         write_chat_template(out_dir, self.chat.template)
+        if self.declared_stop_ids:
+            write_json(out_dir / GENERATION_CONFIG, {"eos_token_id": [*self.declared_stop_ids]})
 
     def _complete_files(self, out_dir: Path) -> None:  # noqa: B027 - not every kind needs it
         """Write what a copy of the tokenizer's files lacks or has wrong; by default nothing."""
