@@ -123,7 +123,7 @@ def test_offsets_and_plain_control_tokens(directories: dict[str, Path], name: st
 def prefixing(kind: str) -> Backend:
     """Return a tokenizer that puts a space before a text; the space and an `s` are one token."""
     space = "\u0120" if kind == "byte_level" else "▁"
-    known = pre_tokenizers.ByteLevel.alphabet() + ["▁", f"{space}s", f"{space}/", f"{space}i"]
+    known = [*pre_tokenizers.ByteLevel.alphabet(), "▁", f"{space}s", f"{space}/", f"{space}i"]
     pieces = ["<unk>", *sorted(set(known))]
     if kind == "unigram":
         backend = Backend(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
