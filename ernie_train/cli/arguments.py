@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,12 +70,19 @@ ColumnsText = Annotated[
         help="names of your columns: '{prompt: question, reward: {value: math}}'; docs/data.md",
     ),
 ]
+Template = Annotated[
+    str | None, typer.Option(help="another chat template: ernie_plain, ..., or a file")
+]
 MaxBadFraction = Annotated[float, bad_fraction_option(help=BAD_ROWS_HELP)]
 TopP = Annotated[
-    float, typer.Option(callback=_top_p, help="above 0: only the likeliest tokens of this mass")
+    float,
+    typer.Option(
+        callback=_top_p, help="below 1: only the likeliest tokens, of this total probability"
+    ),
 ]
 TopK = Annotated[int, whole_number(min=0, help="above 0: only this many likeliest tokens")]
-Seed = Annotated[int, whole_number(min=0)]
+Seed = Annotated[int, whole_number(min=0, help="seed of the random numbers")]
+ShardSize = Annotated[str, typer.Option(help="largest weights file: bytes, or 5GB")]
 Force = Annotated[
     bool, typer.Option("--force", help="replace an output of another kind, or what is read")
 ]
@@ -87,6 +94,20 @@ Referee = Annotated[
         "the export is then proven by transformers",
     ),
 ]
+
+
+def refuse_idle(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse options of the command line that have no effect beside the others.
+
+    Defaults, and what the environment sets, pass.
+
+    Raises:
+        UserError: one of `names` is given; the message ends in `reason`.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"--{name.replace('_', '-')} {reason}")
 
 
 def referee_interpreter(referee: str | None) -> str | None:

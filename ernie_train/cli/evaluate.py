@@ -18,8 +18,9 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.core.terminal import progress_bar
 from ernie_train.data import Column, Columns
 from ernie_train.environments import EnvironmentConfig, open_toolbox
-from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate
 from ernie_train.eval.measured import measured, require_scores
+from ernie_train.eval.problems import load_problems
 from ernie_train.eval.prompts import load_few_shot, require_episodes
 from ernie_train.io.files import FileDigest, write_directory, write_json, write_jsonl
 from ernie_train.io.outputs import check_output_directory
@@ -101,6 +102,8 @@ class EvalCommand:
             )
         if wrong := [k for k in config.ks if not 1 <= k <= n]:
             raise UserError(f"--k {wrong[0]}: pass@k needs 1 to --n completions, here {n}")
+        if self.out is None and self.force:
+            raise UserError("--force replaces what lies at --out: give that, or leave it out")
         if self.out is not None:
             inputs = [path for path in (self.data, self.model, self.few_shot) if path is not None]
             check_output_directory(self.out, RESULTS, inputs=inputs, force=self.force)
@@ -111,6 +114,7 @@ class EvalCommand:
             for key, column in (self.columns or {}).items()
         }
         settings = asdict(self.config) | {
+            "max_new_tokens": self.config.most_new_tokens,
             "k": self.config.ks,
             "tasks": self.tasks,
             "max_examples": self.max_examples,

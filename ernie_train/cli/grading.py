@@ -32,8 +32,8 @@ Problems = Annotated[Path, typer.Option(help="problems: a file of rows, a direct
 HeldOut = Annotated[
     Path | None,
     typer.Option(
-        help="problems: a file of rows, a directory or a pattern; default data/test, here or as it "
-        "comes along"
+        help="problems: a file of rows, a directory or a pattern; default data/test of this "
+        "directory, or of the package"
     ),
 ]
 Tasks = Annotated[str | None, typer.Option(help="only these tasks or domains: math,aiw")]
@@ -50,6 +50,16 @@ Tools = Annotated[
 ]
 MaxTurns = Annotated[
     int | None, whole_number(min=2, help="turns of an episode with --tools; default 8")
+]
+NewTokens = Annotated[
+    int | None,
+    whole_number(
+        min=1,
+        help="longest completion, in tokens; default 1024, or what the model's context leaves",
+    ),
+]
+BatchSize = Annotated[
+    int | None, whole_number(min=1, help="completions sampled at once; default 256")
 ]
 Temperature = Annotated[float | None, temperature_option(help="default 0 for n=1, else 1")]
 ResultsDirectory = Annotated[
@@ -77,10 +87,8 @@ def evaluate(
     max_examples: MaxExamples = None,
     tools: Tools = None,
     max_turns: MaxTurns = None,
-    max_new_tokens: Annotated[int, whole_number(min=1)] = 128,
-    batch_size: Annotated[
-        int | None, whole_number(min=1, help="completions sampled at once; default 256")
-    ] = None,
+    max_new_tokens: NewTokens = None,
+    batch_size: BatchSize = None,
     temperature: Temperature = None,
     seed: Seed = 0,
     engine: EngineUrl = None,
@@ -102,6 +110,10 @@ def evaluate(
     if engine is not None and batch_size is not None:
         raise UserError("--batch-size is that of our own sampler: leave it out beside --engine")
     chosen = (0.0 if n == 1 else 1.0) if temperature is None else temperature
+    config = EvalConfig(
+        max_new_tokens, batch_size or 256, n, chosen, seed, () if k is None else parse_ks(k)
+    )
+    turns = max_turns or 8
     command = EvalCommand(
         model=model,
         best=best,
@@ -112,10 +124,8 @@ def evaluate(
         max_examples=max_examples,
         few_shot=few_shot,
         shots=(shots or 4) if few_shot is not None else None,
-        config=EvalConfig(
-            max_new_tokens, batch_size or 256, n, chosen, seed, () if k is None else parse_ks(k)
-        ),
-        environment=None if tools is None else parse_tools(tools, max_turns or 8, max_new_tokens),
+        config=config,
+        environment=None if tools is None else parse_tools(tools, turns, config.most_new_tokens),
         engine=engine,
         out=out,
         force=force,
@@ -146,6 +156,8 @@ def score(
     from ernie_train.cli.score import SCORE_KEYS, score_file
     from ernie_train.data import parse_columns
 
+    if out is None and force:
+        raise UserError("--force replaces what lies at --out: give that, or leave it out")
     if out is not None:
         check_output_file(out, SCORE_KEYS, inputs=[data, completions], force=force)
     mapped = None if columns is None else parse_columns(columns, "--columns")
@@ -166,7 +178,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option(help="continue the text itself, without chat format")
     ] = False,
-    max_new_tokens: Annotated[int, whole_number(min=1)] = 256,
+    max_new_tokens: Annotated[int, whole_number(min=1, help="longest completion, in tokens")] = 256,
     temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,

@@ -24,10 +24,12 @@ from ernie_train.cli.arguments import (
     RecipePath,
     Referee,
     Seed,
+    ShardSize,
     TopK,
     TopP,
     number,
     referee_interpreter,
+    refuse_idle,
     temperature_option,
     usage_message,
     whole_number,
@@ -153,7 +155,7 @@ def report(
         Path | None, typer.Option(help="the page; default report.html in the first directory")
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="write it again and again until the runs are complete")
+        bool, typer.Option("--watch", help="keep it up to date until the runs are complete")
     ] = False,
 ) -> None:
     """Write a page that shows runs: curves, health, completions, evaluation, recipe."""
@@ -182,7 +184,7 @@ def chat(
     max_turns: Annotated[
         int | None, whole_number(min=2, help="turns of an answer with --tools; default 8")
     ] = None,
-    max_new_tokens: Annotated[int, whole_number(min=1, help="of a turn")] = 1024,
+    max_new_tokens: Annotated[int, whole_number(min=1, help="longest turn, in tokens")] = 1024,
     temperature: Annotated[float, temperature_option(help="0 is greedy")] = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
@@ -202,6 +204,8 @@ def chat(
     given = tools not in (None, "none")
     if max_turns is not None and not given:
         raise UserError("--max-turns needs --tools: those of a recipe have its max_turns")
+    if transcript is None and force:
+        raise UserError("--force replaces what lies at --transcript: give that, or leave it out")
     ChatCommand(
         model=model,
         best=best,
@@ -217,10 +221,11 @@ def chat(
 
 @app.command()
 def export(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="directory to write")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
-    max_shard_size: Annotated[str, typer.Option()] = "5GB",
+    max_shard_size: ShardSize = "5GB",
     referee: Referee = None,
     force: Force = False,
     best: Best = False,
@@ -252,8 +257,9 @@ def export(
         quantize, calibration, method=quantize_method, group_size=group_size,
         calibration_tokens=calibration_tokens,
     )  # fmt: skip
-    if adapter and settings is not None:
-        raise UserError("--adapter and --quantize exclude each other: an adapter stays as trained")
+    if adapter:
+        unread = ["quantize", "dtype", "max_shard_size", "referee"]
+        refuse_idle(context, unread, "and --adapter exclude each other: it is copied as trained")
     mark = "adapter_config.json" if adapter else RECEIPT
     check_output_directory(out, mark, inputs=[model], force=force)
     model = best_checkpoint(model) if best else model
@@ -268,6 +274,7 @@ def export(
 
 @app.command(name="import")
 def import_(
+    context: typer.Context,
     source: Annotated[
         Path, typer.Argument(help="a Llama-architecture directory (safetensors) or a GGUF file")
     ],
@@ -280,11 +287,11 @@ def import_(
     noise: Annotated[
         float, number(min=0, help="noise on routed experts, relative to their weights")
     ] = 0.0,
-    seed: Seed = 0,
+    seed: Annotated[int, whole_number(min=0, help="seed of --noise and of the router")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default as stored")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option()] = "5GB",
+    max_shard_size: ShardSize = "5GB",
     referee: Referee = None,
     force: Force = False,
 ) -> None:
@@ -295,8 +302,8 @@ def import_(
 
     if (experts is None) != (top_k is None):
         raise UserError("--experts and --top-k go together")
-    if experts is None and (shared or noise):
-        raise UserError("--shared and --noise need --experts and --top-k")
+    if experts is None:
+        refuse_idle(context, ["shared", "noise", "seed"], "needs --experts and --top-k")
     check_output_directory(out, RECEIPT, inputs=[source], force=force)
     upcycling = experts and top_k and Upcycling(experts, top_k, shared, noise, seed)
     import_source(

@@ -91,13 +91,18 @@ def preview_data(
     _print_left_out(grouped(read.bad, read.left_out, read.dropped), console)
 
 
-def preview_tokenizer(model: Path | None, tokenizer: Path | None) -> Tokenizer | None:
-    """Return the tokenizer that `--tokenizer` or `--model` names; None if neither is given."""
+def preview_tokenizer(
+    model: Path | None, tokenizer: Path | None, template: str | None
+) -> Tokenizer | None:
+    """Return the tokenizer that `--tokenizer` or `--model` names; None if neither is given.
+
+    `template` replaces its chat template.
+    """
     if model is not None and tokenizer is not None:
         raise UserError("--model and --tokenizer name the tokenizer twice; leave one of them out")
     if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    return None if model is None else load_tokenizer(find_model(model).tokenizer)
+        return load_tokenizer(tokenizer, template=template)
+    return model and load_tokenizer(find_model(model).tokenizer, template=template)
 
 
 def _print_one(

@@ -16,7 +16,9 @@ from ernie_train.cli.arguments import (
     MaxBadFraction,
     Overrides,
     RecipePath,
+    Template,
     number,
+    refuse_idle,
     whole_number,
 )
 from ernie_train.core.errors import UserError
@@ -88,11 +90,13 @@ def plan(
 
 
 def preview(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="a file of rows, a directory or a pattern")],
     model: Annotated[
         Path | None, typer.Option(help="a model directory: shows text and label mask in its format")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer directory, the same")] = None,
+    template: Template = None,
     columns: ColumnsText = None,
     row: Annotated[
         str | None, typer.Option(help="only this row, by its line or as file:line")
@@ -106,9 +110,14 @@ def preview(
     from ernie_train.cli.preview import PreviewSettings, preview_data, preview_tokenizer
     from ernie_train.data import parse_columns
 
+    if row is not None:
+        refuse_idle(context, ["rows", "max_rows"], "and --row exclude each other")
+    if model is None and tokenizer is None:
+        unread = ["template", "seq_len", "max_tokens"]
+        refuse_idle(context, unread, "needs --model or --tokenizer, whose tokens it is about")
     mapped = None if columns is None else parse_columns(columns, "--columns")
     settings = PreviewSettings(mapped, row, rows, max_rows, seq_len, max_tokens)
-    preview_data(data, preview_tokenizer(model, tokenizer), settings, Terminal())
+    preview_data(data, preview_tokenizer(model, tokenizer, template), settings, Terminal())
 
 
 def schema() -> None:
@@ -125,9 +134,7 @@ def init(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="recipe to write; default recipe.yaml")] = None,
     columns: ColumnsText = None,
-    template: Annotated[
-        str | None, typer.Option(help="another chat template: ernie_plain, ..., or a file")
-    ] = None,
+    template: Template = None,
     method: Annotated[
         str | None, typer.Option(help="full, lora, or auto (default): what fits the memory")
     ] = None,

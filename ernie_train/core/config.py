@@ -64,6 +64,7 @@ class StrictConfig(pydantic.BaseModel):
 
     # Keys that others use, of the outermost section: a path in it, or advice in several words.
     foreign_keys: ClassVar[Mapping[str, str]] = {}
+    foreign_kinds: ClassVar[Mapping[str, str]] = {}  # values of a `kind` that others use -> advice
 
     model_config = pydantic.ConfigDict(
         extra="forbid",
@@ -251,7 +252,9 @@ def _messages(
             wanted.append(expected)
             value = context.get("tag", value)
             if isinstance(value, str):
+                advice = getattr(cls, "foreign_kinds", {}).get(value.lower())
                 hint = did_you_mean(value, re.findall(r"'([^']*)'", expected))
+                hint = f"; {advice}" if advice and kind == "union_tag_invalid" else hint
         elif error["msg"].startswith("Input should be "):
             want = error["msg"].removeprefix("Input should be ")
             wanted.append(re.sub("|".join(_WORDS), lambda found: _WORDS[found[0]], want))

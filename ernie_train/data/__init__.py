@@ -19,7 +19,7 @@ from ernie_train.data.loader import Batch, ConsecutiveLoaders, PackedLoader
 from ernie_train.data.packing import pack_documents
 from ernie_train.data.reader import ReadReport, Record, iter_records, read_records
 from ernie_train.data.report import DataReport, SourceReport, preview
-from ernie_train.data.sources import DataSource, encode_records, load_sources, refit
+from ernie_train.data.sources import DataSource, RowSource, encode_records, load_sources, refit
 from ernie_train.data.tokenizer import (
     ChatFormat,
     Tokenizer,
@@ -46,6 +46,7 @@ __all__ = [
     "PackedLoader",
     "ReadReport",
     "Record",
+    "RowSource",
     "SourceReport",
     "Tokenizer",
     "drop_thinking",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ernie_train.core.errors import DataError
-from ernie_train.data.chat_template import REASONING_KEYS, ChatTemplate
+from ernie_train.data.chat_template import ChatTemplate
 from ernie_train.data.completion_format import (
     RESPONSE_OPEN,
     THINK_CLOSE,
@@ -19,7 +19,7 @@ from ernie_train.data.completion_format import (
     TOOL_CALL_OPEN,
     parse_completion,
 )
-from ernie_train.data.formats import without_nulls
+from ernie_train.data.formats import REASONING_KEYS, read_call, read_tool
 
 Message = dict[str, Any]
 
@@ -40,7 +40,7 @@ def canonical_message(message: Message, at: int, template: ChatTemplate) -> Mess
     """Return message `at` of a conversation as `template` expects it.
 
     Raises:
-        DataError: it is not well-formed.
+        DataError, RowError: it is not well-formed.
     """
     role = message.get("role")
     if role not in ROLES:
@@ -51,17 +51,20 @@ def canonical_message(message: Message, at: int, template: ChatTemplate) -> Mess
     kept = {k: v for k, v in message.items() if k in ("name", "tool_call_id")}
     canonical: Message = {"role": role, "content": content or "", **kept}
     if role == "assistant":
-        canonical |= _assistant_keys(message, template)
+        canonical |= _assistant_keys(message, at, template)
     return canonical
 
 
-def _assistant_keys(message: Message, template: ChatTemplate) -> Message:
+def _assistant_keys(message: Message, at: int, template: ChatTemplate) -> Message:
     weight = message.get("weight", 1)
     if weight not in (0, 1):
         raise DataError(f"the weight of a message must be 0 or 1, not {weight!r}")
     turn: Message = {"weight": int(weight)}
     reasoning, content = split_reasoning(message)
-    calls = [_canonical_call(call) for call in message.get("tool_calls") or []]
+    calls = [
+        {**_id_of(call), **read_call(call, f"message {at + 1}")}
+        for call in message.get("tool_calls") or []
+    ]
     if not content.strip("\n") and not calls:
         raise DataError("an assistant turn has neither an answer nor a tool call")
     if RESPONSE_OPEN in template.source:
@@ -69,6 +72,11 @@ def _assistant_keys(message: Message, template: ChatTemplate) -> Message:
     if reasoning and THINK_CLOSE not in (message.get("content") or ""):
         turn |= {key: reasoning for key in REASONING_KEYS if key in template.source}
     return turn | ({"tool_calls": calls} if calls else {})
+
+
+def _id_of(call: Any) -> Message:
+    known = isinstance(call, dict) and isinstance(call.get("id"), str)
+    return {"id": call["id"]} if known else {}
 
 
 def split_reasoning(message: Message) -> tuple[str, str]:
@@ -123,18 +131,15 @@ def canonical_tools(tools: Sequence[Any]) -> list[Message]:
     """Return tools as OpenAI's API writes them: wrapped, in one order of keys, without nulls.
 
     Parameters in short, {"place": "string"}, become the JSON schema that they stand for.
+
+    Raises:
+        DataError, RowError: one is no object, or has no name.
     """
     found = []
-    for tool in tools:
-        if isinstance(tool, str):
-            try:
-                tool = json.loads(tool)
-            except (ValueError, RecursionError):
-                raise DataError("a tool is text that is not JSON") from None
-        function = (tool.get("function") or tool) if isinstance(tool, dict) else None
+    for tool in map(read_tool, tools):
+        function = tool.get("function") or tool
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError("a tool needs a name: {name, description, parameters}")
-        function = without_nulls(function)
         kept: Message = {"name": function["name"]}
         if isinstance(function.get("description"), str):
             kept["description"] = function["description"]
@@ -150,23 +155,6 @@ def _schema(parameters: Message) -> Message:
         return parameters
     properties = {name: {"type": kind} for name, kind in parameters.items()}
     return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def _canonical_call(call: Any) -> Message:
-    """Return a call as OpenAI's API writes it, with its arguments as a dict."""
-    function = call.get("function") or call if isinstance(call, dict) else {}
-    name, arguments = function.get("name"), function.get("arguments")
-    if isinstance(arguments, str) and arguments.strip():
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise DataError(f"the arguments of a call of {name} are not JSON") from None
-    arguments = arguments or {}
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        raise DataError("a tool call needs a name, and arguments that are a JSON object")
-    known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    arguments = without_nulls(arguments)
-    return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _check_blocks(content: str) -> None:

@@ -23,6 +23,7 @@ from ernie_train.data.chat_messages import (
     without_reasoning,
 )
 from ernie_train.data.chat_template import ChatTemplate
+from ernie_train.data.formats import RowError
 from ernie_train.data.tokenizer import MARK, Tokenizer, common_start
 
 ANOTHER_TEMPLATE = "chat.template in the recipe names one that writes it (docs/chat.md)"
@@ -81,11 +82,14 @@ class Conversation:
         self._renderings: dict[str, Rendering] = {}
         self.template = template or require_chat_template(self.required_tokenizer)
         self.history = tokenizer.chat.history_reasoning if tokenizer else "template"
-        self.tools = None if not tools else self._marked(canonical_tools(tools), "a tool")
-        self.messages = [
-            self._marked(canonical_message(m, at, self.template), f"message {at + 1}")
-            for at, m in enumerate(messages)
-        ]
+        try:
+            self.tools = None if not tools else self._marked(canonical_tools(tools), "a tool")
+            self.messages = [
+                self._marked(canonical_message(m, at, self.template), f"message {at + 1}")
+                for at, m in enumerate(messages)
+            ]
+        except RowError as error:
+            raise DataError(str(error)) from None
         if not messages:
             raise DataError("a conversation has no messages")
         if any("tool_calls" in message for message in self.messages):

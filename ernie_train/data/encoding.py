@@ -19,7 +19,14 @@ from ernie_train.data.cache import DocumentStore
 from ernie_train.data.chat import ChatTraining, drop_thinking, encode_chat, encode_conversation
 from ernie_train.data.documents import DocumentBuilder, Documents
 from ernie_train.data.formats import MappedRows, Record
-from ernie_train.data.reader import BadRow, BadRows, HeldOut, ReadReport, iter_records
+from ernie_train.data.reader import (
+    BadRow,
+    BadRows,
+    HeldOut,
+    ReadReport,
+    iter_records,
+    prompts_of,
+)
 from ernie_train.data.report import SourceReport
 from ernie_train.data.tokenizer import Tokenizer
 
@@ -45,21 +52,33 @@ COMMIT_TOKENS = 2**22  # are encoded before they are written to the cache
 SILENT_S = 2.0  # a progress bar appears after this
 
 
-class DataSource(MappedRows):
-    """Configure one entry of a stage's `data`."""
+class RowSource(MappedRows):
+    """Configure one entry of a stage's `data`: where its rows are, and which of them count."""
 
     path: Annotated[PathText, Field(min_length=1), HARMLESS]
     """A file of rows, a directory, or a pattern such as `data/*.parquet` (docs/data.md)."""
-    weight: SampleWeight = 1.0
-    """An epoch has round(weight x documents) samples of the source."""
     format: FormatName = "auto"
     """Format of its rows; `auto` detects it (docs/data.md)."""
-    max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Uses the first so many valid rows; all unless given."""
     without: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
     """A file of held-out rows of the same columns: rows that ask what one of them asks are left out
     (docs/data.md#held-out-rows).
     """
+
+    def held_out(self, base_dir: Path) -> HeldOut | None:
+        """Return the prompts of `without`; raises the errors of `prompts_of`."""
+        if self.without is None:
+            return None
+        path = base_dir / self.without
+        return str(path), prompts_of(path, self.format, self.columns)
+
+
+class DataSource(RowSource):
+    """Configure one entry of the `data` of pre-training and SFT."""
+
+    weight: SampleWeight = 1.0
+    """An epoch has round(weight x documents) samples of the source."""
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Uses the first so many valid rows; all unless given."""
     include_thinking: bool = True
     """`false` trains answers without the reasoning before them."""
     overlong: Overlong | None = None

@@ -102,7 +102,7 @@ class PackedLoader:
             raise ValueError(f"a document of {longest} tokens does not fit seq_len {self._seq_len}")
 
     def _make_identity(self) -> str:
-        # The 1 was the number of shards in version 0.1.0, whose checkpoints must still continue.
+        # The 1 was a number of shards once; without it no run that was begun would go on.
         facts = [self._seed, self._seq_len, self._micro_batch_size, 1]
         facts += [part.checksum() for part in self._documents]
         return f"{zlib.crc32(repr((facts, self._weights)).encode()):08x}"

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from ernie_train.data.formats import (
 
 __all__ = ["BadRow", "ReadReport", "Record", "iter_records", "read_records"]
 
-HeldOut = tuple[str, Container[bytes]]  # a path, and the `Record.prompt_key` of its rows
+HeldOut = tuple[str, frozenset[bytes]]  # a path, and the `Record.prompt_key` of its rows
 _log = logging.getLogger(__name__)
 SHOWN_BAD_ROWS = 10
 LISTED_ROWS = 100

@@ -23,6 +23,7 @@ from ernie_train.data.encoding import (
     Encode,
     FormatName,
     Kind,
+    RowSource,
     SourceEncoding,
     encoder,
     refit,
@@ -30,11 +31,11 @@ from ernie_train.data.encoding import (
 from ernie_train.data.files import find_files
 from ernie_train.data.formats import Record
 from ernie_train.data.loader import PackedLoader
-from ernie_train.data.reader import ReadReport, prompts_of
+from ernie_train.data.reader import ReadReport
 from ernie_train.data.report import DataReport, SourceReport
 from ernie_train.data.tokenizer import Tokenizer
 
-__all__ = ["DataSource", "FormatName", "encode_records", "load_sources", "refit"]
+__all__ = ["DataSource", "FormatName", "RowSource", "encode_records", "load_sources", "refit"]
 
 
 def load_sources(
@@ -136,11 +137,9 @@ def _load(
     path = base_dir / source.path
     files = find_files(path).files
     settings = source.model_dump(mode="json", exclude={"path", "weight", "without"})
-    without = None
-    if source.without is not None:
-        held_out = prompts_of(base_dir / source.without, source.format, source.columns)
-        without = str(base_dir / source.without), held_out
-        settings["without"] = sorted(key.hex() for key in held_out)
+    without = source.held_out(base_dir)
+    if without is not None:
+        settings["without"] = sorted(key.hex() for key in without[1])
     directory = cache_directory(files, {**identity, **settings, "seq_len": seq_len})
     work = SourceEncoding(path, source, encode, seq_len, without)
     if directory is None:

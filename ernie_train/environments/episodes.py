@@ -50,10 +50,14 @@ class SampleTurn(Protocol):
 
 @dataclass(frozen=True)
 class EpisodeStart:
-    """Hold the ids of a problem as it is asked; `record` is None for one that has but one turn."""
+    """Hold the ids of a problem as it is asked; `record` is None for one that has but one turn.
+
+    max_new_tokens: bounds what follows the prompt; None leaves that to the caller of all episodes.
+    """
 
     prompt_ids: list[int]
     record: Record | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass
@@ -147,6 +151,7 @@ def play_episodes(
     on one: what a tool never answered must not be trained on.
     """
     episodes = [Episode() for _ in starts]
+    most = [start.max_new_tokens or max_new_tokens for start in starts]
     environments = _environments(starts, toolbox, stop_requested)
     max_turns = toolbox.config.max_turns if toolbox else 1
     live = list(range(len(starts)))
@@ -155,7 +160,7 @@ def play_episodes(
             [starts[at].prompt_ids + episodes[at].completion_ids for at in live],
             turn=turn,
             episodes=live,
-            limits=[max_new_tokens - len(episodes[at].completion_ids) for at in live],
+            limits=[most[at] - len(episodes[at].completion_ids) for at in live],
         )
         for at, one in zip(live, sampled, strict=True):
             episodes[at].add_turn(one, tokenizer)
@@ -166,8 +171,8 @@ def play_episodes(
         live = []
         for at in (at for at in asked if not results[at].done):
             ids = toolbox.result_ids(results[at].messages)
-            most = max_new_tokens if turn + 1 < max_turns else 0
-            if episodes[at].add_results(results[at], ids, most=most):
+            room = most[at] if turn + 1 < max_turns else 0
+            if episodes[at].add_results(results[at], ids, most=room):
                 live.append(at)
         if not live:
             break

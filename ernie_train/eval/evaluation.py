@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ernie_train.core.errors import ConfigError, DataError, describe
-from ernie_train.data import Columns, Record, Tokenizer, read_records, require_chat_template
+from ernie_train.data import Record, Tokenizer, require_chat_template
 from ernie_train.data.completion_format import parse_completion
 from ernie_train.environments import Episode, EpisodeStart, Toolbox, play_episodes
 from ernie_train.eval.estimates import Estimate, estimates
 from ernie_train.eval.prompts import (
-    GOLD,
     FewShot,
     encode_problems,
-    expecting_own_calls,
     is_episode,
     problem_row,
     user_prompt,
@@ -30,25 +26,24 @@ from ernie_train.generate.engines import Engine
 from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.generate.sharded import generate_sharded, score_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
-from ernie_train.rewards import Score, reward_named, score_batch
+from ernie_train.rewards import Score, score_batch
 from ernie_train.rewards.registry import ANSWER_FORMS, answer_form
-from ernie_train.rewards.sandbox import layer_in_force
 
 # Shows that of so many problems more are completed, as often as it is told.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
-LONGEST_NAME = 200  # characters of a task, a domain or a verifier
-SHOWN_PROBLEMS = 10
-SHOWN_PLACES = 3  # of one mistake
+MAX_NEW_TOKENS = 1024  # by default: with fewer, nearly every answer of a reasoning model is cut
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Settings of an evaluation: `samples` completions per problem, greedy at temperature 0.
 
+    max_new_tokens: every prompt must leave room for them; None takes MAX_NEW_TOKENS, or what the
+        model's context leaves to a prompt.
     k: the sizes for which pass@k is estimated; 1 and `samples` if it is empty.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     batch_size: int = 256
     samples: int = 1
     temperature: float = 0.0
@@ -58,6 +53,10 @@ class EvalConfig:
     @property
     def ks(self) -> list[int]:
         return sorted(set(self.k or (1, self.samples)))
+
+    @property
+    def most_new_tokens(self) -> int:
+        return MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -120,118 +119,6 @@ class Evaluation:
         }
 
 
-def load_problems(
-    path: str | Path,
-    *,
-    tasks: Sequence[str] = (),
-    max_examples: int | None = None,
-    needs_reward: bool = True,
-    max_bad_fraction: float = 0.01,
-    columns: Columns | None = None,
-) -> list[Record]:
-    """Read the problems of a path, as `read_records` does, and name their task and domain.
-
-    Rows that do not say what is expected are graded by the tool calls that they end in, if they do.
-    A row without `task` belongs to the task that its file is named after, one without `domain` to
-    the domain that its task is named after.
-
-    Args:
-        tasks: keep only these tasks or domains.
-        max_examples: keep only the first of each task.
-        needs_reward: require that rows name a verifier.
-        max_bad_fraction: share of unreadable rows that is tolerated.
-        columns: what to read the columns of rows as.
-
-    Raises:
-        DataError: a missing path, or rows that lack a prompt, a verifier or a name that is text.
-        ConfigError: a name in `tasks` is neither a task nor a domain of these problems.
-    """
-    records, read = read_records(path, max_bad_fraction=max_bad_fraction, columns=columns)
-    read.warn()
-    problems = [_with_names(record) for record in records]
-    if needs_reward:
-        problems = expecting_own_calls(path, problems)
-    _check_fields(path, problems, needs_reward)
-    known = {record.fields[key] for record in problems for key in ("task", "domain")}
-    if unknown := sorted(set(tasks) - known):
-        raise ConfigError(f"no task or domain {', '.join(unknown)}; there are {sorted(known)}")
-    seen: Counter[str] = Counter()
-    kept = []
-    for record in problems:
-        task, domain = record.fields["task"], record.fields["domain"]
-        if tasks and task not in tasks and domain not in tasks:
-            continue
-        seen[task] += 1
-        if max_examples is None or seen[task] <= max_examples:
-            kept.append(record)
-    return kept
-
-
-def _with_names(record: Record) -> Record:
-    file = Path(record.source.rpartition(":")[0])
-    task = record.fields.get("task", file.name.partition(".")[0])
-    return replace(record, fields={"domain": task, **record.fields, "task": task})
-
-
-def _check_fields(path: str | Path, problems: Sequence[Record], needs_reward: bool) -> None:
-    """Raise `DataError` that lists what is wrong with the problems' fields, by file and line."""
-    places: dict[str, list[str]] = {}  # by reason: a file mostly lacks the same in all its rows
-    for record in problems:
-        for reason in _wrong_fields(record, needs_reward):
-            places.setdefault(reason, []).append(record.source)
-    if not places:
-        return
-    wrong = [
-        ", ".join(found[:SHOWN_PLACES])
-        + (f" and {len(found) - SHOWN_PLACES} more" if len(found) > SHOWN_PLACES else "")
-        + f": {reason}"
-        for reason, found in places.items()
-    ]
-    if len(wrong) > SHOWN_PROBLEMS:
-        wrong[SHOWN_PROBLEMS:] = [f"and {len(wrong) - SHOWN_PROBLEMS} other mistakes"]
-    keys = ", ".join(sorted(problems[0].fields.keys() - {"task", "domain"})) or "nothing"
-    if places.keys() == {_needs("reward")}:
-        hint = "One verifier for all rows: {reward: {value: math}}"
-    else:
-        hint = "Other names are mapped: {answer: gold, reward: {value: math}}"
-    raise DataError(
-        f"{path}: fields of problems are wrong:\n  " + "\n  ".join(wrong) + "\n"
-        f"Beside its prompt the first row has {keys}. {hint}, as `columns` beside the path or as "
-        "--columns of eval; docs/rewards.md lists verifiers"
-    )
-
-
-def _needs(key: str) -> str:
-    return f"a problem needs the field {key!r}"
-
-
-def _wrong_fields(record: Record, needs_reward: bool) -> Iterator[str]:
-    fields = record.fields
-    if not record.messages:
-        yield "a problem needs a prompt, or messages"
-    for key in ("task", "domain", *(("reward",) if needs_reward else ())):
-        value = fields.get(key)
-        if value is None:
-            yield _needs(key)
-        elif not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
-            yield f"{key!r} must be a text of 1 to {LONGEST_NAME} characters, not {describe(value)}"
-    if needs_reward and "reward" not in fields and not fields.keys() & GOLD:
-        yield "a problem needs what its verifier grades by, such as 'answer' (docs/rewards.md)"
-
-
-def require_verifiers(problems: Sequence[Record]) -> None:
-    """Check before training that the problems can be scored after it.
-
-    Raises `UserError` for an unknown reward, and `SandboxUnavailable` if programs must be run and
-    no sandbox works.
-    """
-    names = {str(record.fields["reward"]) for record in problems}
-    for name in sorted(names):
-        reward_named(name)
-    if "code" in names:
-        layer_in_force()
-
-
 def evaluate(
     model: Ernie4_5_MoeForCausalLM,
     tokenizer: Tokenizer,
@@ -251,11 +138,17 @@ def evaluate(
     its place. `progress` shows how many problems are completed. Every rank must call it; each does
     a share of the work and returns the whole result. Raises `Interrupted` when asked to stop.
     """
-    room = model.config.max_position_embeddings - config.max_new_tokens
+    positions = model.config.max_position_embeddings
     problems = [toolbox.offer(problem) if toolbox else problem for problem in problems]
-    prompts = encode_problems(tokenizer, problems, room, few_shot)
+    prompts = encode_problems(
+        tokenizer, problems, positions - (config.max_new_tokens or 1), few_shot
+    )
     starts = [
-        EpisodeStart(ids, record if toolbox and toolbox.serves(record) else None)
+        EpisodeStart(
+            ids,
+            record if toolbox and toolbox.serves(record) else None,
+            min(config.most_new_tokens, positions - len(ids)),
+        )
         for ids, record in zip(prompts, problems, strict=True)
         for _ in range(config.samples)
     ]
@@ -331,7 +224,7 @@ def _played(
         sample,
         tokenizer,
         toolbox,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.most_new_tokens,
         stop_requested=stop_requested,
     )
 

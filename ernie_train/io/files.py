@@ -25,6 +25,7 @@ from ernie_train.core.errors import CheckpointError, StorageError, UserError, st
 from ernie_train.core.foreign_files import open_regular, read_json
 
 MANIFEST = "MANIFEST.json"
+GENERATION_CONFIG = "generation_config.json"  # of a model: what ends a text, how to sample
 MANIFEST_FORMAT = "ernie_train 1"
 # Marks a `.tmp` or `.old` directory as ours, so that cleaning up deletes no other program's files.
 MARKER = ".ernie_train_incomplete"

@@ -222,6 +222,8 @@ class Ernie4_5_MoeForCausalLM(nn.Layer):
         self.config = config
         # Stored tensors that mean nothing here, by name; written again with the weights.
         self.carried: dict[str, np.ndarray] = {}
+        # generation_config.json of the directory that was read; written again likewise.
+        self.generation: dict[str, Any] = {}
         with nullcontext() if initialize else zero_parameters():
             self.model = Ernie4_5_MoeModel(config, placement)
             self.lm_head = LMHead(config)

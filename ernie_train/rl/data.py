@@ -17,8 +17,8 @@ from ernie_train.data import ReadReport, Record, Tokenizer
 from ernie_train.data.packing import epoch_order
 from ernie_train.data.report import too_long_warning
 from ernie_train.environments import Toolbox, open_toolbox
-from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
+from ernie_train.eval.problems import load_problems, require_verifiers
 from ernie_train.eval.prompts import encode_prompt
 from ernie_train.rewards.scoring import build_reward
 from ernie_train.rl.config import PromptSource, SkipSolved, UpoConfig
@@ -117,7 +117,11 @@ def _read_prompts(
         needs_reward=any(part.name == "row" for r in config.rewards() for part in r.parts),
         max_bad_fraction=config.max_bad_fraction,
         columns=source.columns,
+        format=source.format,
+        without=source.held_out(data.base_dir),
     )
+    if not records:
+        raise DataError(f"{source.path}: no problem is left: every row is held out")
     if toolbox is not None:
         records = [toolbox.offer(record) for record in records]
     longest = config.rollout.max_prompt_tokens

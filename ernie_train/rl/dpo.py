@@ -14,7 +14,6 @@ import numpy as np
 import paddle
 
 from ernie_train import parallel
-from ernie_train.core.errors import CheckpointError
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
@@ -30,7 +29,6 @@ from ernie_train.rl.pair_stage import PairRun, PairStageConfig, PreparedPairs
 from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair, add_pairs
 from ernie_train.train.stage import StageRun
 from ernie_train.train.supervised_data import VALIDATION_LOSS
-from ernie_train.weights.checkpoint import Checkpoint
 
 
 class DpoConfig(PairStageConfig, PairLoss):
@@ -140,14 +138,6 @@ class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
         return validation_metrics(
             self.model, self.held_out, self.term, size, stop_requested=stop_requested
         )
-
-    def restore(self, saved: Checkpoint) -> None:
-        if "powers" not in saved.state:
-            raise CheckpointError(
-                f"{saved.path}: a checkpoint of a dpo stage of version 0.1.0, which this version "
-                "does not continue: begin the stage again with --from"
-            )
-        super().restore(saved)
 
 
 def validation_metrics(

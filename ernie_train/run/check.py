@@ -13,8 +13,8 @@ from rich.syntax import Syntax
 from ernie_train.core import devices
 from ernie_train.core.errors import ConfigError, UserError
 from ernie_train.data import Record, Tokenizer, forgeable_turns, load_tokenizer
-from ernie_train.eval.evaluation import load_problems, require_verifiers
 from ernie_train.eval.gates import known_metrics
+from ernie_train.eval.problems import load_problems, require_verifiers
 from ernie_train.eval.prompts import check_problems
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.partial import trained_sizes
@@ -95,7 +95,7 @@ def check_evaluation(
     problems = load_problems(base_dir / asked.path, columns=asked.columns)
     require_verifiers(problems)
     check_gates(recipe, problems)
-    room = config.max_position_embeddings - asked.max_new_tokens
+    room = config.max_position_embeddings - (asked.max_new_tokens or 1)
     examples = asked.examples(base_dir, recipe.seed)
     check_problems(tokenizer, problems, room, asked.environment, base_dir, examples)
     return problems

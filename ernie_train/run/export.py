@@ -287,7 +287,7 @@ def rounded_copy(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForC
             array = convert(array, DTYPES[dtype])
             array = from_bfloat16(array) if dtype == "bfloat16" else array.astype("float32")
         copy.state_dict()[name].set_value(paddle.to_tensor(array))
-    copy.carried = model.carried
+    copy.carried, copy.generation = model.carried, model.generation
     return copy
 
 

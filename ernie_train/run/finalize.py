@@ -18,8 +18,9 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.core.terminal import progress_bar
 from ernie_train.data import Record, Tokenizer
 from ernie_train.environments import open_toolbox
-from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, Evaluation, evaluate
 from ernie_train.eval.gates import check_gate
+from ernie_train.eval.problems import load_problems
 from ernie_train.io.files import fingerprint, write_json, write_jsonl, write_text
 from ernie_train.io.run_dir import is_whole_export, read_result
 from ernie_train.model import Ernie4_5_MoeForCausalLM

@@ -7,8 +7,7 @@ from typing import Any
 from ernie_train.core.cpu import __version__
 
 _RUN_DIR = "where to write is said by --run-dir"
-_PRECISION = "delete it: weights are bfloat16 on GPUs and float32 on CPUs"
-_LOGGED = "delete it: every step goes to metrics.jsonl and to VisualDL's log"
+_PRECISION = "delete it: by device weights are bfloat16 on GPUs and float32 on CPUs"
 _LAYOUT = "a layout is set by parallel.expert, parallel.data and parallel.sharding"
 _PACKED = "delete it: rows are always packed, without attention between documents"
 
@@ -94,10 +93,10 @@ FOREIGN_KEYS = {
     "fp16": _PRECISION,
     "torch_dtype": _PRECISION,
     "dtype": _PRECISION,
-    "report_to": _LOGGED,
-    "logging_steps": _LOGGED,
-    "use_wandb": _LOGGED,
-    "wandb_project": _LOGGED,
+    "report_to": "metrics",
+    "use_wandb": "metrics",
+    "wandb_project": "metrics",
+    "logging_steps": "delete it: every step goes to metrics.jsonl",
     "deepspeed": _LAYOUT,
     "fsdp": _LAYOUT,
     "tensor_parallel_degree": _LAYOUT,
@@ -108,6 +107,24 @@ FOREIGN_KEYS = {
     "resume_from_checkpoint": "delete it: a run on the same --run-dir continues by itself",
     "load_in_4bit": "delete it: quantized weights cannot be trained here",
     "load_in_8bit": "delete it: quantized weights cannot be trained here",
+    # Of earlier versions.
+    "thinking": "delete it: the chat format is the model's own; for thinking: false write chat: "
+    "{template: ernie_plain} beside model and tokenizer",
+    "sandbox": "delete it: programs of a model always run in a sandbox",
+}
+
+# Kinds of a stage elsewhere -> the kind and the settings that are that algorithm.
+FOREIGN_KINDS = {
+    "rl": "write kind: upo",
+    "rlhf": "write kind: upo",
+    "grpo": "write kind: upo, which is GRPO unless its settings say otherwise",
+    "dr_grpo": "write kind: upo with "
+    "policy: {aggregation: constant, group_scale: none, normalize_rewards: none}",
+    "dapo": "write kind: upo with policy: {clip_ratio_high: 0.28, minibatches: 2}",
+    "gspo": "write kind: upo with policy: {ratio: sequence, minibatches: 2}",
+    "cispo": "write kind: upo with policy: {objective: cispo, minibatches: 2}",
+    "rloo": "write kind: upo with policy: {baseline: leave_one_out}",
+    "ppo": "write kind: upo with critic: {optim: {lr: 1e-5}}",
 }
 
 
@@ -139,7 +156,8 @@ def minor_version(version: str) -> tuple[int, int]:
 
 
 def as_written_today(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a resolved recipe of 0.2 with what is refused today under its name of today."""
+    """Return a resolved recipe of an earlier version with what is refused today as it is now."""
+    data.pop("sandbox", None)  # until 0.3 it had one value
     formats = []
     for stage in data.get("stages") or []:
         rollout = stage.get("rollout") or {}

@@ -32,6 +32,7 @@ from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.parallel import Recompute
 from ernie_train.run.foreign_keys import (
     FOREIGN_KEYS,
+    FOREIGN_KINDS,
     as_written_today,
     later_version,
     version_advice,
@@ -93,8 +94,8 @@ class EvaluationConfig(MappedRows):
 
     path: PathText
     """A path of problems, as docs/data.md lists them."""
-    max_new_tokens: PositiveInt = 128
-    """Longest completion, in tokens."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest completion, in tokens; 1024, or what the model's context leaves, unless given."""
     batch_size: PositiveInt = 256
     """Sequences that are completed at once."""
     max_examples: PositiveInt | None = None
@@ -150,6 +151,7 @@ class Recipe(StrictConfig):
     """A model, its training stages, its evaluation and its export."""
 
     foreign_keys = FOREIGN_KEYS
+    foreign_kinds = FOREIGN_KINDS
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     """Name of the run, and of its directory `runs/NAME`."""
@@ -171,8 +173,6 @@ class Recipe(StrictConfig):
     """
     parallel: ParallelConfig = ParallelConfig()
     """Layout over ranks."""
-    sandbox: Literal["strict"] = "strict"
-    """`strict` alone: programs of a model never run without a sandbox."""
     metrics: list[LoggerChoice] = ["visualdl"]
     """What the metrics of a stage are sent to beside its `metrics.jsonl`: `visualdl`,
     `tensorboard`, or a class of your own as `{python: my_logger.py:Logger}`
@@ -184,17 +184,6 @@ class Recipe(StrictConfig):
     """Held-out problems that the trained model solves."""
     export: ExportConfig | None = None
     """Writes the trained model as a Hugging Face directory."""
-
-    @field_validator("sandbox", mode="before")
-    @classmethod
-    def _refuse_limits_alone(cls, value: object) -> object:
-        if value == "rlimits_only":
-            raise ValueError(
-                "rlimits_only was removed, since programs could read the user's files behind it; "
-                "delete the line, and install bubblewrap or use a kernel with Landlock (5.13 or "
-                "newer)"
-            )
-        return value
 
     @field_validator("version")
     @classmethod

@@ -16,6 +16,8 @@ from ernie_train.io.run_dir import RECEIPT
 from ernie_train.run.proof import Receipt
 from ernie_train.run.recipe import Recipe
 
+MOST_CUT = 0.2  # share of completions without an end
+
 
 def evaluation_table(result: dict[str, Any]) -> Group:
     """Return accuracy by task and domain, beside baseline and untrained model, for printing.
@@ -62,7 +64,7 @@ def evaluation_table(result: dict[str, Any]) -> Group:
         of_all = sum(task["completions"] for task in trained["tasks"])
         lines.append(f"{called} of {of_all} completions could call tools")
     more = [_estimate_table(trained["tasks"])] if several else []
-    return Group(tasks, *more, domains, *lines, *_unclosed_lines(trained))
+    return Group(tasks, *more, domains, *lines, *_cut_lines(trained), *_unclosed_lines(trained))
 
 
 def _estimates(task: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -79,6 +81,17 @@ def _estimate_table(tasks: Sequence[dict[str, Any]]) -> Table:
         cells = [f"{_percent(one['value'])}\n{_interval(one)}" if one else "-" for one in found]
         table.add_row(task["task"], *cells)
     return table
+
+
+def _cut_lines(evaluation: dict[str, Any]) -> list[Text]:
+    """Return a warning if more completions were cut off than a result can be trusted with."""
+    tasks = evaluation["tasks"]
+    problems = sum(task["problems"] for task in tasks)
+    share = sum(task["truncated"] * task["problems"] for task in tasks) / problems
+    if share <= MOST_CUT:
+        return []
+    line = f"{_percent(share)} % of the completions were cut off, which are hardly ever right"
+    return [Text(f"{line}: give more new tokens, if the model's context has room", "yellow")]
 
 
 def _unclosed_lines(evaluation: dict[str, Any]) -> list[Text]:

@@ -349,9 +349,8 @@ def restore_optimizer(
     """
     if steps and not arrays:
         raise CheckpointError(
-            f"{checkpoint}: no optimizer state although {steps} steps were made. Version 0.1.0 "
-            "wrote none in the second and later stages of a run: begin this stage again with "
-            "--from, or start a recipe of its own from the weights"
+            f"{checkpoint}: no optimizer state although {steps} steps were made: begin this stage "
+            "again with --from, or start a recipe of its own from the weights"
         )
     slots: dict[str, dict[str, str]] = {}
     for key in arrays:

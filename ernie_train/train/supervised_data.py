@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -144,16 +144,6 @@ class SftConfig(SupervisedConfig):
     """Trains every turn of the assistant (`all`) or the `last` one alone."""
     train_reasoning: bool = True
     """`false` trains answers alone; their reasoning stays in the context."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_thinking(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "thinking" in data:
-            raise ValueError(
-                "thinking: the chat format is the model's now; delete the line, or for thinking: "
-                "false write chat: {template: ernie_plain} beside model and tokenizer"
-            )
-        return data
 
     @property
     def chat_training(self) -> ChatTraining:

@@ -10,7 +10,6 @@ checkpoints/step_000500/
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import math
@@ -295,7 +294,7 @@ class CheckpointStore:
         manifest = verify_manifest(path, hashes=verify)
         try:
             text = read_text(path / "state.json")
-            state = json.loads(text, object_hook=_decode_tagged)
+            state = json.loads(text)
             state = _merge_state(state, _tensors(path, "state", manifest["files"]))
             optimizer = _tensors(path, "optimizer", manifest["files"])
             step, metrics = int(manifest["step"]), _read_metrics(manifest)
@@ -372,23 +371,9 @@ def _merge_state(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dic
     return plain
 
 
-def _decode_tagged(value: dict[str, Any]) -> Any:
-    """Decode an object of version 0.1.0, which wrote arrays and NaN as tagged objects."""
-    kind = value.get("__ernie_train__")
-    if kind is None:
-        return value
-    if kind == "float":
-        return float(value["value"])
-    if kind == "array":
-        data = np.frombuffer(base64.b64decode(value["base64"]), dtype=value["dtype"])
-        return data.reshape(value["shape"]).copy()
-    raise ValueError(f"unknown kind of value {kind!r}")
-
-
 def _read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
     """Return a manifest's metrics; NaN and infinities, which JSON lacks, are stored as text."""
-    metrics = {
-        name: _decode_tagged(value) if isinstance(value, dict) else value
-        for name, value in manifest["metrics"].items()
-    }
-    return {name: float(value) for name, value in metrics.items()}
+    try:
+        return {name: float(value) for name, value in manifest["metrics"].items()}
+    except TypeError:
+        raise CheckpointError("its metrics are as ernie_train 0.1 wrote them: use that") from None

@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from ernie_train.core.errors import DataError, UserError
-from ernie_train.io.files import FileDigest, copy_file, write_directory, write_json, write_text
+from ernie_train.io.files import (
+    GENERATION_CONFIG,
+    FileDigest,
+    copy_file,
+    write_directory,
+    write_json,
+    write_text,
+)
 from ernie_train.io.safetensors import TensorEntry, write_tensor_files
 from ernie_train.weights.gguf_file import GgufFile
 from ernie_train.weights.gguf_tokenizer import write_gguf_tokenizer
@@ -21,7 +28,7 @@ from ernie_train.weights.upcycle import UpcycledSource
 _CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "additional_chat_templates/*", "vocab.json", "merges.txt", "vocab.txt",
-    "generation_config.json", "LICENSE*", "NOTICE*",
+    GENERATION_CONFIG, "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -91,8 +98,8 @@ def _write_tokenizer(source: Source, directory: Path) -> None:
             for file in sorted(source.path.glob(pattern)):
                 if file.is_file():
                     copy_file(file, directory / file.relative_to(source.path))
-    if not (directory / "generation_config.json").exists():
-        write_json(directory / "generation_config.json", generation_config(source.config))
+    if not (directory / GENERATION_CONFIG).exists():
+        write_json(directory / GENERATION_CONFIG, generation_config(source.config))
     largest = _largest_id(directory / "tokenizer.json")
     if largest >= source.config.vocab_size:
         raise DataError(

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
 
 from ernie_train.core import process_group
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError
-from ernie_train.io.files import MANIFEST, verify_manifest
+from ernie_train.io.files import GENERATION_CONFIG, MANIFEST, verify_manifest
 from ernie_train.io.safetensors import TensorFiles, from_bfloat16, to_bfloat16
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.model.configuration import read_config_json
@@ -60,6 +61,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
     _open(Path(path), config, verify=False)  # report mismatches before a large model is built
     model = new_model(config, dtype, initialize=False)
     skipped = load_weights(model, path)
+    model.generation = _read_generation(Path(path))
     if unknown := config.unknown_keys:
         _log.warning("%s: unknown keys in config.json change nothing: %s", path, ", ".join(unknown))
     if skipped:
@@ -83,6 +85,18 @@ def load_config(path: str | Path) -> Ernie4_5_MoeConfig:
         layout = detect_layout(TensorFiles(Path(path)))
         values["tie_word_embeddings"] = layout != "paddle"
     return Ernie4_5_MoeConfig.from_dict(values, source=str(file))
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    """Return the content of generation_config.json; {} without one.
+
+    A partial directory that has none takes its base's. Private keys are left out: one says that
+    the file was made from config.json, by which transformers makes it anew.
+    """
+    file = path / GENERATION_CONFIG
+    if not file.exists():
+        return _read_generation(find_base(path)) if is_partial(path) else {}
+    return {key: value for key, value in read_config_json(file).items() if key[:1] != "_"}
 
 
 def load_weights(

@@ -15,7 +15,7 @@ import numpy as np
 
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import UserError
-from ernie_train.io.files import FileDigest, write_directory, write_json
+from ernie_train.io.files import GENERATION_CONFIG, FileDigest, write_directory, write_json
 from ernie_train.io.safetensors import (
     TensorEntry,
     array_entries,
@@ -53,7 +53,7 @@ def write_weights(
     quantization: Quantization | None = None,
     merge: bool = False,
 ) -> dict[str, FileDigest]:
-    """Write `model*.safetensors` and `config.json` into an existing directory.
+    """Write `model*.safetensors`, `config.json` and the `generation_config.json` that was read.
 
     Every rank must call it and writes the tensors that it owns. Needs memory for the model and one
     more parameter, to merge a pair for about three of it in float32.
@@ -85,6 +85,8 @@ def write_weights(
             if quantization is not None:
                 config[QUANTIZATION_KEY] = quantization.scheme.to_config()
             write_json(directory / "config.json", config)
+            if model.generation:
+                write_json(directory / GENERATION_CONFIG, model.generation)
     return digests
 
 
@@ -203,10 +205,10 @@ def save_pretrained(
         )  # fmt: skip
         with consensus.fail_together():
             if process_group.is_main():
-                generation = generation_config(config, tokenizer)
-                write_json(directory / "generation_config.json", generation)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(directory)
+                generation = {**model.generation, **generation_config(config, tokenizer)}
+                write_json(directory / GENERATION_CONFIG, generation)
         return digests
 
     # Only the weights are hashed: the other files are small texts that users may edit.
@@ -216,7 +218,7 @@ def save_pretrained(
 def generation_config(
     config: Ernie4_5_MoeConfig, tokenizer: SavesPretrained | None = None
 ) -> dict[str, Any]:
-    """Return the content of generation_config.json: the special tokens and what ends a turn."""
+    """Return what generation_config.json says of tokens: the special ones and what ends a turn."""
     eos = tokenizer.stop_token_ids if tokenizer is not None else config.eos_token_id
     ids = {
         "bos_token_id": config.bos_token_id,

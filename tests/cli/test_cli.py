@@ -63,7 +63,7 @@ MISTAKES = [
     ({"seed": "seven"}, "seed"),
     ({"seed": -1}, "seed"),
     ({"device": "tpu"}, "device"),
-    ({"sandbox": "rlimits_only"}, "delete the line, and install bubblewrap"),
+    ({"sandbox": "rlimits_only"}, "delete it: programs of a model always run in a"),
     ({"stages": []}, "stages"),
     ({"export": {"dtype": "int8"}}, "export.dtype"),
     ({"parallel": {"expert": 3}}, "parallel.expert"),

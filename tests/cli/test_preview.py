@@ -96,6 +96,16 @@ def test_text_mask_and_lengths_with_a_tokenizer(preview, data, root):
     assert "p50" in out and "1 longer than seq_len" in out
 
 
+def test_another_template_shows_its_text(preview, data, root, tmp_path):
+    """By name or by file, as `init` takes it."""
+    given = (data, "--tokenizer", root / "tokenizer", "--row", 1)
+    assert "User: " in preview(*given, "--template", "ernie_plain")
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]\n{% endfor %}")
+    assert "<|im_start|>" not in preview(*given, "--template", tmp_path / "own.jinja")
+    assert "<|im_start|>" in preview(*given)
+    assert "no.jinja: " in preview(*given, "--template", "no.jinja", status=2)
+
+
 def test_an_encoding_without_a_character_shows_its_code(data, root, monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, "latin-1", write_through=True))

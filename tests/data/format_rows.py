@@ -156,7 +156,7 @@ CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"messages": [ASK, said("at noon", **{key: "the table says so"})]},
             [ASK, said("at noon", reasoning_content="the table says so")],
         )
-        for key in ("reasoning_content", "reasoning", "thinking")
+        for key in ("reasoning_content", "reasoning", "thinking", "thoughts")
     },
     "the same reasoning twice": (
         {"messages": [ASK, said("at noon", reasoning="r", reasoning_content="r")]},

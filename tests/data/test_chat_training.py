@@ -19,6 +19,7 @@ from ernie_train.data import (
     render_chat,
 )
 from ernie_train.data.conversation import Conversation
+from ernie_train.data.formats.messages import read_messages
 from ernie_train.data.tokenizer import ChatFormat, Tokenizer, load_tokenizer
 from tests.data.test_chat import CALL, THINKING, TOOL, Message, assistant, random_conversation, user
 
@@ -186,7 +187,7 @@ def test_control_tokens_in_texts_are_text_or_refused(
         ([user("x"), assistant("<response>1</response>and more")], "outside"),
         ([user("x"), assistant("<response>1")], "outside"),
         ([user("x"), assistant("<tool_call>{</tool_call>")], "not valid JSON"),
-        ([user("x"), assistant("", tool_calls=[{"arguments": {}}])], "needs a name"),
+        ([user("x"), assistant("", tool_calls=[{"arguments": {}}])], "without a name"),
         ([user("x"), assistant("y", weight=0.5)], "must be 0 or 1"),
     ],
 )
@@ -197,6 +198,28 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(
         encode_chat(tokenizer, messages)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"function": {"name": "add", "arguments": '{"a": 1}'}},
+        {"name": "add", "arguments": {"a": 1, "b": None}},
+        {"name": "add", "parameters": {"a": 1}},
+        {"function": None, "name": "add", "parameters": '{"a": 1}'},
+    ],
+)
+def test_a_call_of_a_conversation_is_read_as_that_of_a_row(
+    tokenizer: Tokenizer, call: Message
+) -> None:
+    usual = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked, result = user("1?"), {"role": "tool", "content": "1"}
+    shown, as_row = (
+        render_chat(tokenizer, [asked, assistant("", tool_calls=calls), result], [TOOL])
+        for calls in ([usual], [call])
+    )
+    assert as_row == shown and '"a": 1' in shown
+    assert read_messages([asked, assistant("", tool_calls=[call])])[1]["tool_calls"] == [usual]
+
+
 def test_refusals_of_prompts_tools_and_plain_conversations(
     tokenizer: Tokenizer, plain: Tokenizer
 ) -> None:
@@ -204,7 +227,7 @@ def test_refusals_of_prompts_tools_and_plain_conversations(
         prompt_ids(tokenizer, [user("x"), assistant("y")])
     with pytest.raises(DataError, match="a tool needs a name"):
         encode_chat(tokenizer, [user("x")], [{"parameters": {}}])
-    with pytest.raises(DataError, match="a tool is text that is not JSON"):
+    with pytest.raises(DataError, match="a tool is not valid JSON"):
         encode_chat(tokenizer, [user("x")], ["add"])  # type: ignore[list-item]
     with pytest.raises(DataError, match="no tools"):
         encode_chat(plain, [user("x")], [TOOL])
@@ -212,7 +235,7 @@ def test_refusals_of_prompts_tools_and_plain_conversations(
         encode_chat(plain, [user("x"), {"role": "tool", "content": "1"}])
     with pytest.raises(DataError, match="neither an answer"):
         encode_chat(plain, [user("x"), assistant("")])
-    with pytest.raises(DataError, match="a call of add are not JSON"):
+    with pytest.raises(DataError, match="arguments of a tool call"):
         call = {"name": "add", "arguments": "{a}"}
         encode_chat(tokenizer, [user("x"), assistant("", tool_calls=[call])])
 

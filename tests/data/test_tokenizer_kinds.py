@@ -120,6 +120,48 @@ def test_offsets_and_plain_control_tokens(directories: dict[str, Path], name: st
     assert not {own.token_id(token) for token in ("<|im_end|>", "</s>")} & set(plain)
 
 
+def prefixing(kind: str) -> Backend:
+    """Return a tokenizer that puts a space before a text; the space and an `s` are one token."""
+    space = "\u0120" if kind == "byte_level" else "▁"
+    known = [*pre_tokenizers.ByteLevel.alphabet(), "▁", f"{space}s", f"{space}/", f"{space}i"]
+    pieces = ["<unk>", *sorted(set(known))]
+    if kind == "unigram":
+        backend = Backend(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    else:
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        merges = [(space, "s"), (space, "/"), (space, "i")]
+        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    spaces = normalizers.Replace(" ", "▁")
+    if kind == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+    elif kind == "byte_level":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        scheme = "first" if kind == "first" else "always"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if kind == "without_marks":  # it knows no noncharacter and leaves it out
+        backend.normalizer = normalizers.Replace("\ufdd0", "")
+    return backend
+
+
+@pytest.mark.parametrize(
+    "kind", ["prepend", "first", "always", "byte_level", "unigram", "without_marks"]
+)
+def test_a_plain_control_token_has_no_space_inside(tmp_path: Path, kind: str) -> None:
+    """As the same tokenizer encodes the text if it has no control tokens."""
+    backend = prefixing(kind)
+    text = "is <s>old</s> a <|im_end|>; </s>is"
+    without = backend.encode(text, add_special_tokens=False)
+    backend.add_special_tokens(SPECIAL)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    roles = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    own = load_tokenizer(tmp_path)
+    ids, offsets = own.encode_marked(own.mark_control_tokens(text, "a row"))
+    assert ids == without.ids
+    assert offsets == without.offsets
+
+
 def test_special_tokens_that_are_words_of_the_protocol(
     directories: dict[str, Path], tokenizer_dir: Path, tmp_path: Path
 ) -> None:

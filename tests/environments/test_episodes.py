@@ -198,6 +198,15 @@ def test_python_belongs_to_its_episode(box):
     assert [episode.messages[3]["content"] for episode in found] == ["3", "4"]
 
 
+def test_an_episode_may_have_fewer_tokens_than_the_others(box):
+    starts = [EpisodeStart([5], max_new_tokens=most) for most in (None, 7)]
+    found = play_episodes(
+        starts, Script(box.tokenizer, [[MULTIPLY]] * 2), box.tokenizer, box,
+        max_new_tokens=9, stop_requested=lambda: False,
+    )  # fmt: skip
+    assert [len(episode.completion_ids) for episode in found] == [9, 7]
+
+
 def test_a_problem_without_an_environment_has_one_turn(box):
     tokenizer = box.tokenizer
     starts = [EpisodeStart(prompt_ids(tokenizer, QUESTION))]

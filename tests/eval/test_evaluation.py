@@ -8,14 +8,9 @@ from ernie_train.core.errors import DataError, Interrupted
 from ernie_train.data import Record, load_tokenizer
 from ernie_train.environments import Episode
 from ernie_train.eval import evaluation as module
-from ernie_train.eval.evaluation import (
-    EvalConfig,
-    Evaluation,
-    TaskResult,
-    evaluate,
-    load_problems,
-)
-from ernie_train.eval.prompts import user_prompt
+from ernie_train.eval.evaluation import EvalConfig, Evaluation, TaskResult, evaluate
+from ernie_train.eval.problems import load_problems
+from ernie_train.eval.prompts import encode_prompt, user_prompt
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.rewards import Score
 from tests.workspace import make_workspace, rows, write_rows
@@ -77,6 +72,27 @@ def test_completions_that_never_close_the_thinking_part_are_counted(model, token
     own = load_tokenizer(tokenizer.directory, template="ernie_plain")
     plain = evaluate(model, own, asked, EvalConfig(max_new_tokens=1))
     assert plain.tasks[0].unclosed == 0
+
+
+def test_completions_have_1024_tokens_or_what_the_context_leaves(model, tokenizer, monkeypatch):
+    given: list[int | None] = []
+
+    def play(starts, *_, **__):
+        given[:] = [start.max_new_tokens for start in starts]
+        return [Episode(text="2") for _ in starts]
+
+    monkeypatch.setattr(module, "play_episodes", play)
+    asked = [problem(ASKED), problem(("user", "What is 1 + 1? " * 20))]
+    longest = [len(encode_prompt(tokenizer, record)) for record in asked]
+    for positions in (4096, max(longest) + 5):
+        room = model.config.model_copy(update={"max_position_embeddings": positions})
+        monkeypatch.setattr(model, "config", room)
+        evaluate(model, tokenizer, asked, EvalConfig())
+        assert given == [min(1024, positions - length) for length in longest]
+        evaluate(model, tokenizer, asked, EvalConfig(max_new_tokens=5))
+        assert given == [5, 5]
+    with pytest.raises(DataError, match=r"beside max_new_tokens .* leave"):
+        evaluate(model, tokenizer, asked, EvalConfig(max_new_tokens=6))
 
 
 def test_what_cannot_be_scored_stays_in_the_denominator(model, tokenizer, monkeypatch):

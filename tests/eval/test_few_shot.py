@@ -7,7 +7,7 @@ import pytest
 from ernie_train.core.errors import DataError
 from ernie_train.data import Record, load_tokenizer, parse_columns
 from ernie_train.eval import prompts
-from ernie_train.eval.evaluation import load_problems
+from ernie_train.eval.problems import load_problems
 from ernie_train.eval.prompts import answer_parts, encode_prompt, load_few_shot
 from tests.workspace import make_workspace, write_rows
 

@@ -12,7 +12,7 @@ from ernie_train.core.config import parse_config
 from ernie_train.core.errors import DataError
 from ernie_train.data import ChatFormat, ChatTemplate, MappedRows, Record, load_tokenizer
 from ernie_train.eval import prompts
-from ernie_train.eval.evaluation import load_problems
+from ernie_train.eval.problems import load_problems
 from ernie_train.eval.prompts import FewShot, check_problems, load_few_shot
 from ernie_train.rewards import score_batch
 from ernie_train.rl.data import encode_prompts

@@ -14,7 +14,8 @@ from ernie_train.data import Record, load_tokenizer
 from ernie_train.data.completion_format import response_block, tool_call_block
 from ernie_train.environments import EnvironmentConfig, ToolEnvironment, build_toolbox
 from ernie_train.eval import evaluation
-from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, evaluate
+from ernie_train.eval.problems import load_problems
 from ernie_train.eval.prompts import check_problems, require_episodes
 from ernie_train.generate import Completion
 from tests.small_models import make_model

@@ -51,7 +51,7 @@ PACKAGES: dict[str, str] = {
     "generate.engines": "config protocol own answer endpoint guard process servers served build",
     "train": "loss_terms optimizer rope_schedule moe_balance moe_health trainer stage"
     " step_loop supervised_data supervised",
-    "eval": "prompts estimates measured evaluation gates",
+    "eval": "prompts problems estimates measured evaluation gates",
     "rl.batch": "sequences dealing",
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",

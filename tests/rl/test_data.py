@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ernie_train.cli.score import read_rows
 from ernie_train.core.errors import DataError
 from ernie_train.data import Tokenizer, load_tokenizer
 from ernie_train.io.run_dir import read_done
@@ -85,6 +86,27 @@ def test_prompts_and_pairs_of_an_rl_stage_too(root):
     found = printed(rl_data.prepare(config, stage_data(root)).report)
     assert "2 of 6 prompts of" in found and "longer than rollout.max_prompt_tokens=64" in found
     assert "3 of 5 pairs of pairs.jsonl are longer than rollout.max_prompt_tokens=64 or" in found
+
+
+def test_problems_that_are_held_out_are_not_asked_in_training(root, caplog):
+    asked = [row["messages"][0]["content"] for row in read_rows(root / "prompts.jsonl")]
+    held = [{"prompt": f" {q}", "system": "Be brief.", "answer": "other"} for q in asked[3:5]]
+    write_rows(root / "held.jsonl", held)
+
+    def questions(**entry: Any) -> list[str]:
+        source = {"path": "prompts.jsonl", **entry}
+        config = UpoConfig(**upo_stage(root, data=[source], rollout={"max_prompt_tokens": 2000}))
+        assert set(config.paths()) >= {"prompts.jsonl", *filter(None, [entry.get("without")])}
+        prompts = rl_data.prepare(config, stage_data(root)).prompts
+        return [prompt.record.messages[0]["content"] for prompt in prompts]
+
+    assert questions() == asked and "held out" not in caplog.text
+    assert questions(without="held.jsonl") == [*asked[:3], asked[5]]
+    assert f"prompts.jsonl: 2 held out in {root / 'held.jsonl'}" in caplog.text
+    with pytest.raises(DataError, match=r"prompts\.jsonl: no problem is left: every row is held"):
+        questions(without="prompts.jsonl")
+    with pytest.raises(DataError, match="lacks instruction"):
+        questions(format="alpaca")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import yaml
 
 from ernie_train.core.errors import StorageError
 from ernie_train.data import load_tokenizer
-from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, evaluate
+from ernie_train.eval.problems import load_problems
 from ernie_train.generate.engines import served
 from ernie_train.rl.learner import Learner
 from ernie_train.weights import load_pretrained, save_pretrained

@@ -44,6 +44,10 @@ TOOLS = {**LONG_PROMPTS, "@environment": {"tools": ["calculator"], "max_tool_tok
 RL_PROBES: dict[str, Probe] = {
     "stages[] of kind upo.data": Probe("upo", {"@data": [{"path": "{root}/two_tasks.jsonl"}]}),
     "stages[].data[] of kind upo.path": Probe("upo", {"@data.0.path": "{root}/two_tasks.jsonl"}),
+    "stages[].data[] of kind upo.format": Probe("upo", {"@data.0.format": "alpaca"}),
+    "stages[].data[] of kind upo.without": Probe(
+        "upo", {"@data.0.without": "{root}/two_tasks.jsonl"}
+    ),
     "stages[].data[] of kind upo.weight": Probe(
         "upo", {"@data.1.weight": 3.0},
         {"@data": [{"path": "{root}/prompts.jsonl"}, {"path": "{root}/two_tasks.jsonl"}]},

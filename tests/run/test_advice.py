@@ -8,14 +8,16 @@ from typing import Annotated
 
 import pydantic
 import pytest
+import yaml
 
 from ernie_train.cli.main import main
-from ernie_train.core.config import schemas_in
+from ernie_train.core.config import parse_config, schemas_in
 from ernie_train.core.errors import ConfigError, UserError, did_you_mean
+from ernie_train.core.yaml import parse_yaml
 from ernie_train.data import load_tokenizer, train_tokenizer
 from ernie_train.model import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from ernie_train.run.check import recipe_warnings
-from ernie_train.run.foreign_keys import FOREIGN_KEYS
+from ernie_train.run.foreign_keys import FOREIGN_KEYS, FOREIGN_KINDS
 from ernie_train.run.recipe import Recipe, load_recipe
 from ernie_train.run.sources import tokenizer_directory
 from ernie_train.weights import save_pretrained
@@ -45,7 +47,9 @@ def test_every_path_in_the_table_of_foreign_keys_exists():
         ("stages.sft.per_device_train_batch_size=4", "did you mean 'stages.sft.micro_batch_size'?"),
         ("stages.sft.optim.learning_rate=1", "did you mean 'stages.sft.optim.lr'?"),
         ("stages.0.optim.learning_rate=1", "did you mean 'stages.sft.optim.lr'?"),
-        ("report_to=wandb", "metrics.jsonl"),
+        ("report_to=wandb", "did you mean 'metrics'?"),
+        ("use_wandb=true", "did you mean 'metrics'?"),
+        ("sandbox=strict", "sandbox: unknown key; delete it: programs of a model always run in a"),
         ("output_dir=x", "--run-dir"),
         ("model_name_or_path=x", "did you mean 'model.path'?"),
         ("lora={}", "did you mean 'stages[].lora'?"),
@@ -58,6 +62,22 @@ def test_the_key_that_was_meant(recipe, override, hint):
     with pytest.raises(ConfigError) as failed:
         load_recipe(recipe, [override])
     assert hint in str(failed.value)
+
+
+@pytest.mark.parametrize("kind", FOREIGN_KINDS)
+def test_the_kind_of_a_stage_elsewhere_names_the_settings_that_it_is_here(recipe, kind):
+    with pytest.raises(ConfigError, match=r"stages\.0\.kind: must be .*write kind: upo") as failed:
+        load_recipe(recipe, [f"stages.0.kind={kind}"])
+    advice = str(failed.value).partition("write ")[2]
+    assert advice == FOREIGN_KINDS[kind].partition("write ")[2]
+    settings = {"kind": "upo", **(parse_yaml(advice.partition(" with ")[2], "advice") or {})}
+    stage = {
+        "name": "rl", "data": [{"path": "x"}], "reward": "math", "iterations": 9,
+        "micro_batch_size": 8, "rollout": {"prompts_per_iteration": 4, "max_new_tokens": 8},
+        "optim": {"lr": 1e-3}, **settings,
+    }  # fmt: skip
+    made = yaml.safe_load(recipe.read_text()) | {"stages": [stage], "evaluation": None}
+    assert parse_config(Recipe, made, "advice").stages
 
 
 def test_every_path_may_begin_at_the_home_directory(monkeypatch):

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from ernie_train.cli.main import main
 from ernie_train.data import load_tokenizer
 from ernie_train.io.safetensors import TensorFiles
 from ernie_train.run.export import Extras, WeightFormat, export
 from ernie_train.run.quantize import QuantizeConfig, Quantizer
 from ernie_train.weights.hf import DTYPES
 from tests.run.test_export import new_model
-from tests.workspace import make_workspace
+from tests.workspace import make_workspace, save_model
 
 IDS = ("pad", "bos", "eos")
+SAMPLING = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "max_new_tokens": 2048}
 
 
 def read(directory: Path, name: str) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def disagreements(directory: Path) -> list[str]:
     stored = TensorFiles(directory).stored["model.norm.weight"].dtype
     if DTYPES[config["torch_dtype"]] != stored or "dtype" in config:
         found.append("dtype of config.json")
-    if generation.keys() > {"bos_token_id", "eos_token_id", "pad_token_id"}:
+    if {key: v for key, v in generation.items() if not key.endswith("_token_id")} != SAMPLING:
         found.append("sampling of generation_config.json")
     return found
 
@@ -71,7 +74,9 @@ def written(workspace: Path, out: Path, template: str, dtype: str, **keys: Any) 
     tokenizer = load_tokenizer(workspace / "tokenizer", template=template)
     quantizer = quantize and Quantizer(QuantizeConfig(to=quantize, method="rtn"), [], workspace)
     stored_as = WeightFormat(dtype, quantizer=quantizer)
-    export(new_model(**keys), tokenizer, out, weight_format=stored_as, extras=Extras("# card\n"))
+    model = new_model(**keys)
+    model.generation = {**SAMPLING, "eos_token_id": [9], "bos_token_id": 9, "pad_token_id": 9}
+    export(model, tokenizer, out, weight_format=stored_as, extras=Extras("# card\n"))
     return out
 
 
@@ -108,3 +113,30 @@ def test_a_file_that_disagrees_is_found(an_export, tmp_path, file, changes, comp
     path = out / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     assert disagreements(out) == [complaint]
+
+
+def test_sampling_and_stops_of_the_base_go_through_training(workspace, tmp_path):
+    """From the base to the checkpoints of a whole and a LoRA stage, and both kinds of export."""
+    base, run_dir = save_model(workspace), tmp_path / "run"
+    told = read(base, "generation_config.json")
+    told |= {**SAMPLING, "_from_model_config": True, "eos_token_id": [*told["eos_token_id"], 77]}
+    (base / "generation_config.json").write_text(json.dumps(told))
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    (stage,) = recipe["stages"]
+    keys = ("seq_len", "micro_batch_size", "data", "optim")
+    short = {"kind": "sft", "steps": 1, **{key: stage[key] for key in keys}}
+    recipe |= {
+        "model": {"path": str(base)}, "tokenizer": {"path": str(base)}, "evaluation": None,
+        "stages": [{"name": "whole", **short}, {"name": "lora", "lora": {"rank": 2}, **short}],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    written_by = [["run", tmp_path / "recipe.yaml", "--run-dir", run_dir]]
+    written_by += [["export", run_dir, tmp_path / "later", "--dtype", "float32"]]
+    for arguments in written_by:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert not ended.value.code
+    for directory in (run_dir / "export", tmp_path / "later"):
+        found = read(directory, "generation_config.json")
+        assert sorted(found.pop("eos_token_id")) == sorted(told["eos_token_id"])
+        assert found == {**SAMPLING, "bos_token_id": 1, "pad_token_id": 0}

@@ -115,7 +115,7 @@ def test_the_recipes_evaluation_samples_behind_examples(
     recipe: Any = SimpleNamespace(seed=5)
     finalizer = finalize.Finalizer(recipe, tmp_path, nothing, nothing, nothing, nothing)
     finalizer._solve(settings, nothing, None, "problems")
-    assert asked["config"] == EvalConfig(128, 256, 8, 0.7, 5, (2, 4))
+    assert asked["config"] == EvalConfig(None, 256, 8, 0.7, 5, (2, 4))
     assert asked["few_shot"].shots == 3 and len(asked["few_shot"].examples) == 9
     finalizer._solve(EvaluationConfig(path=settings.path), nothing, None, "problems")
     assert asked["config"] == EvalConfig(seed=5) and asked["few_shot"] is None

@@ -113,7 +113,7 @@ BASELINES: dict[str, Any] = {}
 
 
 def has_one_value(key: Key) -> bool:
-    """Tell whether the key's type leaves no choice: `sandbox: strict`."""
+    """Tell whether the key's type leaves no choice: the `kind` of a stage."""
     found = key.owner.model_fields.get(key.name)
     return (
         found is not None

@@ -121,6 +121,20 @@ def test_episodes_are_counted() -> None:
     assert not any("tools" in " ".join(row) for row in printed({"trained": result(completions=8)}))
 
 
+def test_many_completions_that_are_cut_off_are_warned_of() -> None:
+    """By their share of all problems: the second task has 24, the first 8."""
+
+    def warned(first: float, second: float) -> list[str]:
+        both = [*result(truncated=first)["tasks"], *result(task="product", problems=24)["tasks"]]
+        both[1]["truncated"] = second
+        found = printed({"trained": {**result(), "tasks": both}})
+        return [" ".join(line) for line in found if "hardly" in line]
+
+    assert warned(0.8, 0.0) == [] and warned(0.0, 0.26) == []
+    (line,) = warned(0.4, 0.2)
+    assert line.startswith("25.0 % of the completions were cut off")
+
+
 def test_completions_that_never_close_the_thinking_part_are_told() -> None:
     def lines(**changes: int) -> list[str]:
         return [" ".join(row) for row in printed({"trained": result(**changes)})]

@@ -33,11 +33,16 @@ def sft_of_020(**settings: Any) -> dict[str, Any]:
 )
 def test_a_recipe_that_0_2_0_resolved_opens_with_its_format(tmp_path, formats, template):
     stages = [sft_of_020(name=f"s{i}", thinking=one) for i, one in enumerate(formats)]
-    recipe = {"name": "old", "model": {"preset": "tiny"}, "tokenizer": {"path": "t"}}
+    recipe = {
+        "name": "old",
+        "sandbox": "strict",
+        "model": {"preset": "tiny"},
+        "tokenizer": {"path": "t"},
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"stages": stages}))
     found = recorded_recipe(tmp_path)
     assert found is not None and found.chat.template == template
-    with pytest.raises(ConfigError, match="thinking: the chat format is the model's now"):
+    with pytest.raises(ConfigError, match=r"thinking: unknown key; .* the model's own"):
         load_recipe(tmp_path / "recipe.yaml")  # a recipe that somebody writes says it anew
 
 
@@ -73,14 +78,18 @@ def as_of(version: str, root: Path, **settings: Any) -> None:
         (root / "run" / name).write_text(json.dumps(found))
 
 
-def test_a_run_of_an_earlier_version_is_refused_by_version_in_one_message(begun, tmp_path, capsys):
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0"])
+def test_a_run_of_an_earlier_version_is_refused_by_version_in_one_message(
+    begun, tmp_path, capsys, version
+):
     root = tmp_path / "old"
     shutil.copytree(begun, root)
-    as_of("0.2.0", root, thinking=True)
+    as_of(version, root, thinking=True)
     assert run(root) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert (
-        "was written by ernie_train 0.2.0 at commit abc123, and its stage sft cannot go on" in told
+        f"was written by ernie_train {version} at commit abc123, and its stage sft cannot go on"
+        in told
     )
     assert f"go on with ernie_train {__version__}" in told and "--from sft" in told
     assert "thinking" not in told and "(absent)" not in told

@@ -118,7 +118,8 @@ class FineTune:
 
     def solve(self) -> dict[str, Any]:
         """Return how many of the held-out problems a greedy answer solves."""
-        from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+        from ernie_train.eval.evaluation import EvalConfig, evaluate
+        from ernie_train.eval.problems import load_problems
 
         self.model.eval()
         problems = load_problems(self.request["held_out"])

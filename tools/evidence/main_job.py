@@ -16,7 +16,8 @@ import numpy as np
 from ernie_train.cli.model import open_model
 from ernie_train.core.config import load_yaml
 from ernie_train.data import Record
-from ernie_train.eval.evaluation import EvalConfig, load_problems
+from ernie_train.eval.evaluation import EvalConfig
+from ernie_train.eval.problems import load_problems
 from tools.data import make_data
 from tools.data.tasks.base import level_of
 from tools.evidence import rivals

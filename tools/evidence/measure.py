@@ -21,7 +21,8 @@ import numpy as np
 from ernie_train.cli.model import open_model
 from ernie_train.core.config import load_yaml
 from ernie_train.data import Record, Tokenizer
-from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, evaluate
+from ernie_train.eval.problems import load_problems
 from ernie_train.eval.prompts import encode_prompt, problem_row
 from ernie_train.generate.engine import generate
 from ernie_train.io.metrics_log import read_metrics

@@ -20,7 +20,8 @@ from rich.console import Console
 from ernie_train.cli.model import export_model, open_model
 from ernie_train.core.terminal import progress_bar
 from ernie_train.eval.estimates import Estimate, bootstrap
-from ernie_train.eval.evaluation import EvalConfig, evaluate, load_problems
+from ernie_train.eval.evaluation import EvalConfig, evaluate
+from ernie_train.eval.problems import load_problems
 from ernie_train.run.proof import Trace, own_logits, trace
 from ernie_train.run.quantize import QuantizeConfig
 from tools.evidence.serving import prompts_of

@@ -35,7 +35,7 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.data import Record, Tokenizer, load_tokenizer
 from ernie_train.data.completion_format import parse_completion
 from ernie_train.environments import open_toolbox
-from ernie_train.eval.evaluation import load_problems
+from ernie_train.eval.problems import load_problems
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate.engines import build_engine
 from ernie_train.io.files import fingerprint, write_jsonl

@@ -70,9 +70,6 @@ MARKUP_TOKENS = (
     "think_mode=True",
 )
 
-# Names under which templates read the reasoning of a turn; `transformers` 5 fills them alike.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
-
 # How `transformers` 5 reads a completion of ERNIE's Thinking format back into a message.
 RESPONSE_TEMPLATE: dict[str, Any] = {
     "start_anchor": f"{IM_START}assistant\n",
@@ -199,7 +196,10 @@ class ChatTemplate:
         answer there then stands, in place of what a next question begins with, what the answer
         itself began with.
         """
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _WORD}
+        question, answer = (
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _SENTINEL},
+        )
         try:
             if self._rendered([question], None, False) != self._rendered([question], None, True):
                 return ""
@@ -207,7 +207,7 @@ class ChatTemplate:
             longer = self._rendered([question, answer, question], None, False)[0]
         except DataError:
             return ""  # it is told where a conversation is rendered
-        (before, _, behind), following = whole.partition(_WORD), longer.partition(_WORD)[2]
+        (before, _, behind), following = whole.partition(_SENTINEL), longer.partition(_SENTINEL)[2]
         shared = common_start(behind, following)
         headers = list(_TURN_TOKEN.finditer(shared))
         if headers and headers[-1].end() == len(shared):
@@ -272,7 +272,7 @@ def common_start(one: str, other: str) -> str:
 
 
 _SPANS = "__generation_spans__"
-_WORD = "responsum"  # which no template writes
+_SENTINEL = "sentinel-answer"  # which no template writes
 _TURN_TOKEN = re.compile(r"<\|[^<>|]+\|>")
 
 

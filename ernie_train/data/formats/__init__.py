@@ -8,11 +8,13 @@ from ernie_train.data.formats.columns import (
     parse_columns,
 )
 from ernie_train.data.formats.kinds import FORMATS, as_prompt, detect_format, missing_keys
+from ernie_train.data.formats.messages import REASONING_KEYS, read_call, read_tool
 from ernie_train.data.formats.record import Record
-from ernie_train.data.formats.values import BlankAnswer, Row, RowError, without_nulls
+from ernie_train.data.formats.values import BlankAnswer, Row, RowError
 
 __all__ = [
     "FORMATS",
+    "REASONING_KEYS",
     "BlankAnswer",
     "Column",
     "ColumnMap",
@@ -25,5 +27,6 @@ __all__ = [
     "detect_format",
     "missing_keys",
     "parse_columns",
-    "without_nulls",
+    "read_call",
+    "read_tool",
 ]

@@ -1,7 +1,7 @@
 """Map the columns of rows to the keys that formats and verifiers know, as a recipe asks."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -37,7 +37,6 @@ class Column(StrictConfig):
 
 
 Columns = Mapping[str, str | Column]
-_LATER_KEYS = ("columns", "without")
 
 
 class MappedRows(StrictConfig):
@@ -48,11 +47,15 @@ class MappedRows(StrictConfig):
     (docs/data.md#columns-of-your-own).
     """
 
+    # Keys that there were not always: recorded settings of runs that were started before stay the
+    # same, where these are not set.
+    later_keys: ClassVar[tuple[str, ...]] = ("columns", "without")
+
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Recorded settings of runs that were started before there were these keys stay the same.
         values: dict[str, Any] = dump(self)
-        return {k: v for k, v in values.items() if k not in _LATER_KEYS or v is not None}
+        fields, later = type(self).model_fields, self.later_keys
+        return {k: v for k, v in values.items() if k not in later or v != fields[k].default}
 
 
 def parse_columns(text: str, source: str) -> Columns:

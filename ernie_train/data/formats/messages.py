@@ -25,11 +25,12 @@ _ROLE_NAMES = {
     "assistant": "assistant gpt chatgpt model bot chatbot ai",
     "tool": "tool function observation function_response tool_response tool_result ipython",
 }
-ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names.split()}
+_ROLE_OF = {name: role for role, names in _ROLE_NAMES.items() for name in names.split()}
 CALL_ROLES = ("function_call", "tool_call")  # turns whose text is the JSON of calls
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Names of the reasoning in rows, and in templates, for which `transformers` 5 fills all of them.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 FLAGS = ("weight", "loss", "train", "train_on_turn")
 # Keys that would change what is trained, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -96,7 +97,41 @@ def tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
         calls = [calls]
     if not isinstance(calls, list):
         raise RowError(f"message {number}: tool_calls must be a list")
-    return [_tool_call(call, number) for call in calls]
+    return [read_call(call, f"message {number}") for call in calls]
+
+
+def read_call(call: Any, where: str) -> dict[str, Any]:
+    """Return one call as OpenAI's API writes it, without its id; `where` is for messages.
+
+    Raises:
+        RowError: it has no name, or arguments that are no object.
+    """
+    function = call.get("function") or call if isinstance(call, dict) else {}
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise RowError(f"{where} has a tool call without a name")
+    arguments = _first(function, ("arguments", "parameters"))
+    if isinstance(arguments, str):
+        text = arguments.strip() or "{}"
+        arguments = parse_json(text, f"{where}: the arguments of a tool call")
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise RowError(f"{where}: the arguments of a tool call must be an object")
+    function = {"name": name, "arguments": without_nulls(arguments)}
+    return {"type": "function", "function": function}
+
+
+def read_tool(tool: Any) -> dict[str, Any]:
+    """Return a tool, an object or its JSON text, without nulls.
+
+    Raises:
+        RowError: it is no object.
+    """
+    tool = parse_json(tool, "a tool") if isinstance(tool, str) else tool
+    if not isinstance(tool, dict):
+        raise RowError("tools must be a list of objects")
+    cleaned: dict[str, Any] = without_nulls(tool)
+    return cleaned
 
 
 def trained_flag(value: Any, what: str) -> int:
@@ -121,7 +156,7 @@ def _speaker(turn: Message) -> Any:
 
 def _message(turn: Message, number: int) -> Message:
     speaker = _speaker(turn)
-    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    role = _ROLE_OF.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join(_ROLE_NAMES)
         has = "no role" if speaker is None else f"role {shown(speaker)}"
@@ -229,18 +264,3 @@ def _call_turn(turn: Message, number: int) -> Message:
     message = {"role": "assistant", "content": "", "tool_calls": value}
     flags = {key: turn[key] for key in (*FLAGS, *REASONING_KEYS) if key in turn}
     return _assistant({**message, **flags}, "", "", number)
-
-
-def _tool_call(call: Any, number: int) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(f"message {number} has a tool call without a name")
-    arguments = _first(function, ("arguments", "parameters"))
-    if isinstance(arguments, str):
-        text = arguments.strip() or "{}"
-        arguments = parse_json(text, f"message {number}: the arguments of a tool call")
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        raise RowError(f"message {number}: the arguments of a tool call must be an object")
-    function = {"name": function["name"], "arguments": without_nulls(arguments)}
-    return {"type": "function", "function": function}

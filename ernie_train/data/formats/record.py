@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ernie_train.data.formats.messages import (
     REASONING_KEYS,
     read_messages,
+    read_tool,
     trained_flag,
     unread_keys,
 )
@@ -19,7 +20,6 @@ from ernie_train.data.formats.values import (
     list_of,
     parse_json,
     text_at,
-    without_nulls,
 )
 
 Kind = Literal["chat", "text", "prompt", "preference"]
@@ -177,12 +177,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
         tools = parse_json(tools, "tools") if tools.strip() else None
     if not tools:
         return None
-    listed = tools if isinstance(tools, list) else [None]
-    tools = [parse_json(tool, "a tool") if isinstance(tool, str) else tool for tool in listed]
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("tools must be a list of objects")
-    cleaned: list[dict[str, Any]] = without_nulls(tools)
-    return cleaned
+    return [read_tool(tool) for tool in (tools if isinstance(tools, list) else [None])]
 
 
 def _fields(row: Row, used: set[str]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import ChatTemplate, common_start
 from ernie_train.data.completion_format import IM_END, SENTENCE_END
 from ernie_train.data.tokenizer.hf_files import TOKENIZER_FILES, write_chat_template
-from ernie_train.io.files import copy_file
+from ernie_train.io.files import GENERATION_CONFIG, copy_file, write_json
 
 MARK = "\ufdd0"  # a noncharacter of Unicode, which no text contains
+_GUARDS = (MARK, ";", "!", ".")  # the first that a tokenizer encodes apart from what follows
 Offsets = list[tuple[int, int]]
 
 
@@ -90,12 +91,17 @@ class Tokenizer(ABC):
         """Return the id of a token of the vocabulary, given as text; None if there is none."""
 
     def save_pretrained(self, out_dir: str | Path) -> None:
-        """Write the files that `transformers` needs, with the chat template."""
+        """Write the files that `transformers` needs, with the chat template.
+
+        Declared stop ids are written to generation_config.json, where loading finds them.
+        """
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         _copy_files(self.directory, out_dir)
         self._complete_files(out_dir)
         write_chat_template(out_dir, self.chat.template)
+        if self.declared_stop_ids:
+            write_json(out_dir / GENERATION_CONFIG, {"eos_token_id": [*self.declared_stop_ids]})
 
     def _complete_files(self, out_dir: Path) -> None:  # noqa: B027 - not every kind needs it
         """Write what a copy of the tokenizer's files lacks or has wrong; by default nothing."""
@@ -155,18 +161,36 @@ class Tokenizer(ABC):
         """Return ids and offsets of a text in which plain control tokens are marked.
 
         The offsets count the characters of the text without marks.
+
+        Raises:
+            DataError: the tokenizer cannot encode what follows a mark as the middle of a text.
         """
-        if MARK not in text:
-            return self.encode_with_offsets(text)
-        ids: list[int] = []
-        offsets: Offsets = []
-        length = 0
-        for part in text.split(MARK):  # behind a token's first character: neither half is a token
-            part_ids, places = self.encode_with_offsets(part)
+        first, *others = text.split(MARK)  # behind a token's first character: no half is a token
+        ids, offsets = self.encode_with_offsets(first)
+        length = len(first)
+        for part in filter(None, others):
+            part_ids, places = self._encode_behind(part)
             ids += part_ids
             offsets += [(start + length, stop + length) for start, stop in places]
             length += len(part)
         return ids, offsets
+
+    def _encode_behind(self, part: str) -> tuple[list[int], Offsets]:
+        """Return ids and offsets of a text that goes on where another one ended.
+
+        A guard in front of it takes what a tokenizer puts at the start of every text, such as
+        the space of Llama 2. Its ids are left out; that is exact where it has ids of its own.
+        """
+        for guard in _GUARDS:
+            ids, offsets = self.encode_with_offsets(guard + part)
+            size = len(guard)
+            own = sum(stop <= size for _, stop in offsets)
+            if own and all(start >= size for start, _ in offsets[own:]):
+                return ids[own:], [(start - size, stop - size) for start, stop in offsets[own:]]
+        raise DataError(
+            f"the tokenizer in {self.directory} cannot encode {part[:20]!r} in the middle of a "
+            "text: leave out the control token that it is part of"
+        )
 
     def encode_plain(self, text: str, where: str) -> list[int]:
         """Return the ids of a text that is no conversation.

@@ -24,6 +24,7 @@ from ernie_train.data.tokenizer.hf_files import (
 from ernie_train.data.tokenizer.huggingface import TOKENIZER_JSON, HuggingFaceTokenizer
 from ernie_train.data.tokenizer.paddlenlp import PaddleNLPTokenizer
 from ernie_train.data.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+from ernie_train.io.files import GENERATION_CONFIG
 
 
 def load_tokenizer(
@@ -97,7 +98,7 @@ def _require_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> None:
 
 
 def _declared_stops(directory: Path) -> list[int]:
-    file = directory / "generation_config.json"
+    file = directory / GENERATION_CONFIG
     stops = optional_json(file).get("eos_token_id")
     if stops is None:
         return []

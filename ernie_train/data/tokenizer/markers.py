@@ -8,11 +8,11 @@ from ernie_train.core.errors import DataError
 from ernie_train.data.chat_template import CONTROL_TOKENS, MARKUP_TOKENS
 from ernie_train.data.tokenizer.base import Tokenizer
 
-_QUESTION, _ANSWER = "quaestio", "responsum"  # words that no template writes
+_QUESTION, _ANSWER = "sentinel-question", "sentinel-answer"  # which no template writes
 _LIKE_A_TOKEN = re.compile(r"<\|[^<>]{1,40}\|>|</?[^<>\s/]{1,40}>|\[/?[A-Z_]{2,20}\]")
 _REMEDY = (
-    "unless the model was trained so, chat.template (--template of init) should name one that "
-    "writes special tokens of the tokenizer"
+    "unless the model was trained so, chat.template (--template of init and preview) should name "
+    "one that writes special tokens of the tokenizer"
 )
 _SHOWN_CHARACTERS = 40
 

@@ -26,10 +26,9 @@ from ernie_train.rl.config.rollout import (
     SkipSolved,
     StageEvaluation,
 )
-from ernie_train.rl.config.upo import MOVED_KEYS, UpoConfig
+from ernie_train.rl.config.upo import UpoConfig
 
 __all__ = [
-    "MOVED_KEYS",
     "Aggregation",
     "CriticConfig",
     "Curriculum",

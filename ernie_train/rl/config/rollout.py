@@ -16,15 +16,15 @@ from ernie_train.core.config import (
     SampleWeight,
     StrictConfig,
 )
-from ernie_train.data import MappedRows
+from ernie_train.data import MappedRows, RowSource
 from ernie_train.generate.engines import EngineConfig
 
 
-class PromptSource(MappedRows):
+class PromptSource(RowSource):
     """Problems with a verifier: a file of rows, a directory or a pattern of them."""
 
-    path: Annotated[PathText, Field(min_length=1), HARMLESS]
-    """A file of problems, a directory, or a pattern (docs/data.md)."""
+    later_keys = (*RowSource.later_keys, "format")
+
     weight: SampleWeight = 1.0
     """An epoch has round(weight x problems) of them."""
     tasks: list[str] = []
@@ -85,9 +85,9 @@ class RolloutConfig(StrictConfig):
     dump: Annotated[bool, HARMLESS] = False
     """Keeps each iteration's rollout in `rollouts/` of the stage's directory."""
     replay: Annotated[PathText | None, HARMLESS] = None
-    """A directory of such rollouts, used instead of sampling: `top_p`, `top_k`, `batch_size`,
-    `refill_rounds`, `curriculum` and `audit_reward` had their say when it was sampled, and are
-    refused beside it. The stage's prompts and `group_size` must be those of then.
+    """A directory of such rollouts, used instead of sampling. Settings that decided what they hold
+    are refused beside it: `top_p`, `top_k`, `batch_size`, `refill_rounds`, `curriculum` and
+    `audit_reward`. The stage's prompts and `group_size` must be those that they were sampled with.
     """
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -20,45 +20,6 @@ from ernie_train.rl.config.rollout import (
 )
 from ernie_train.train.stage import StageConfig
 
-# Keys of version 0.1.0, which had all settings at the top level of the stage.
-MOVED_KEYS = {
-    "prompts_per_iteration": "rollout.prompts_per_iteration",
-    "group_size": "rollout.group_size",
-    "max_prompt_tokens": "rollout.max_prompt_tokens",
-    "max_new_tokens": "rollout.max_new_tokens",
-    "temperature": "rollout.temperature",
-    "top_p": "rollout.top_p",
-    "top_k": "rollout.top_k",
-    "rollout_batch_size": "rollout.batch_size",
-    "refill_rounds": "rollout.refill_rounds",
-    "truncated": "rollout.truncated",
-    "truncation_penalty": "rollout.truncation_penalty",
-    "max_logprob_mismatch": "rollout.max_logprob_mismatch",
-    "dump_rollouts": "rollout.dump",
-    "replay_rollouts": "rollout.replay",
-    "policy_coef": "policy.coef",
-    "clip_ratio": "policy.clip_ratio",
-    "clip_ratio_high": "policy.clip_ratio_high",
-    "entropy_coef": "policy.entropy_coef",
-    "kl": "policy.kl",
-    "update_epochs": "policy.update_epochs",
-    "minibatches": "policy.minibatches",
-    "group_scale": "policy.group_scale",
-    "normalize_rewards": "policy.normalize_rewards",
-    "gamma": "critic.gamma",
-    "lam": "critic.lam",
-    "preference_coef": "preference.coef",
-    "pairs": "preference.pairs",
-    "pair_margin": "preference.margin",
-    "beta": "preference.beta",
-    "offline": "preference.offline",
-}
-_REMOVED_KEYS = {
-    "advantage": "left out: a `critic` makes advantages generalized, without one they are "
-    "group-relative",
-    "max_pair_tokens": "left out: pairs are bound by rollout.max_prompt_tokens and max_new_tokens",
-}
-
 
 class UpoConfig(StageConfig):
     """Unified preference optimization: PPO joined with a loss of pairs of completions."""
@@ -70,7 +31,7 @@ class UpoConfig(StageConfig):
     reward: RewardConfig
     """What judges completions: a verifier's name, a part, a list of parts, or a section."""
     audit_reward: SharedReward | None = None
-    """A dearer reward in place of `reward` on a share of the prompts."""
+    """A costlier reward in place of `reward` on a share of the prompts."""
     iterations: PositiveInt
     """Duration: rollouts, each with its updates."""
     micro_batch_tokens: PositiveInt | None = None
@@ -108,17 +69,6 @@ class UpoConfig(StageConfig):
     """Iterations between measurements of each term's gradient norm, besides the first; they cost a
     pass a term. 10 where a policy and a preference term are joined, else never, unless given.
     """
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_old_keys(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        old = [f"{key} is now {MOVED_KEYS[key]}" for key in values if key in MOVED_KEYS]
-        old += [f"{key} is {_REMOVED_KEYS[key]}" for key in values if key in _REMOVED_KEYS]
-        if old:
-            raise ValueError("; ".join(old))
-        return values
 
     @model_validator(mode="after")
     def _engine_fits(self) -> UpoConfig:
@@ -323,6 +273,7 @@ class UpoConfig(StageConfig):
     def paths(self) -> list[str]:
         """Return every file or directory that the stage reads."""
         found = [source.path for source in self.data]
+        found += [source.without for source in self.data if source.without is not None]
         found += self.environment.files if self.environment else []
         parts = [part for reward in self.rewards() for part in reward.parts]
         for path in (

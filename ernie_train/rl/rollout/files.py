@@ -57,13 +57,11 @@ def read_rollout(path: Path) -> list[PromptGroup]:
 def _read_completion(row: dict[str, Any]) -> ScoredCompletion:
     logprobs = row["logprobs"]
     names = (
-        "prompt_ids", "completion_ids", "prompt", "domain", "task", "text", "finished",
-        "raw_reward", "reward_parts",
+        "prompt_ids", "completion_ids", "sampled_mask", "turns", "prompt", "domain", "task", "text",
+        "finished", "raw_reward", "reward_parts",
     )  # fmt: skip
     read = ScoredCompletion(
         **{name: row[name] for name in names},
-        sampled_mask=row.get("sampled_mask"),  # version 0.1.0 writes none, nor turns
-        turns=row.get("turns"),
         score=Score(*row["score"]),
         sampled_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
     )

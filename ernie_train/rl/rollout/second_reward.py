@@ -1,4 +1,4 @@
-"""A dearer reward beside a stage's own: it judges a share of the prompts of each iteration."""
+"""A costlier reward beside a stage's own: it judges a share of the prompts of each iteration."""
 
 from __future__ import annotations
 

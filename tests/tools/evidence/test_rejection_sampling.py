@@ -13,7 +13,7 @@ import yaml
 from ernie_train.cli.main import main as ernie_train
 from ernie_train.data import Record, load_tokenizer
 from ernie_train.data.encoding import encode_conversation
-from ernie_train.eval.evaluation import load_problems
+from ernie_train.eval.problems import load_problems
 from ernie_train.eval.prompts import encode_prompt
 from ernie_train.rewards.score import Score
 from ernie_train.rl.rollout import ScoredCompletion, read_rollout
