@@ -146,7 +146,7 @@ def score(
         Path, typer.Option(help='lines {"completion": text}, in the order of the data or with id')
     ],
     model: Annotated[
-        Path | None, typer.Option(help="whose chat format they have; default ERNIE's Thinking one")
+        Path | None, typer.Option(help="whose chat format they have; default: as they look")
     ] = None,
     columns: ColumnsText = None,
     out: Annotated[Path | None, typer.Option(help="write each score here, as JSONL")] = None,

@@ -17,11 +17,12 @@ from ernie_train.core.config import StrictConfig, load_yaml, parse_config
 from ernie_train.core.errors import DataError, Interrupted
 from ernie_train.core.signals import StopFlag
 from ernie_train.data import Columns, files, find_files, load_tokenizer
+from ernie_train.data.completion_format import RESPONSE_OPEN, THINK_CLOSE, THINK_OPEN
 from ernie_train.data.files import container
 from ernie_train.data.formats import ColumnMap, Row, RowError
 from ernie_train.eval.prompts import answer_parts
 from ernie_train.io.files import write_jsonl
-from ernie_train.rewards.score import Status
+from ernie_train.rewards.score import FORMAT_KEY, Status
 from ernie_train.rewards.scoring import (
     ComposedScore,
     RewardConfig,
@@ -60,23 +61,21 @@ def score_file(
 ) -> None:
     """Grade `completions` for the rows of `data`, print the table, write the scores to `out`.
 
-    `columns` is what to read the columns of the data as. Completions have the form that the chat
-    format of `model` gives them; without it that of each row, or else ERNIE's Thinking format.
+    `columns` is what to read the columns of the data as. Completions are read in the chat format of
+    `model`, or else as they look.
 
     Raises `UserError` for files that do not match and for unknown rewards, `Interrupted` on a
     signal.
     """
     config, base_directory = reward_config(reward)
-    form = {} if model is None else answer_parts(load_tokenizer(find_model(model).tokenizer))
-    rows = [{**form, **row} for row in read_data(data, columns)]
-    pairs = pair_up(rows, read_rows(completions), data, completions)
+    pairs = pair_up(read_data(data, columns), read_rows(completions), data, completions)
     texts = [_text_of(found, completions, at) for at, (_, found) in enumerate(pairs, start=1)]
+    parts, remark = _format_of(model, config, texts)
+    rows = [{**row, FORMAT_KEY: parts} for row, _ in pairs]
     composed = build_reward(config, base_directory)
     try:
         with StopFlag("stopping; nothing is written") as stop:
-            batch = composed.score_batch(
-                [row for row, _ in pairs], texts, stop_requested=lambda: stop.requested
-            )
+            batch = composed.score_batch(rows, texts, stop_requested=lambda: stop.requested)
             if stop.requested:
                 raise Interrupted("stopped by a signal before everything was graded")
     finally:
@@ -86,8 +85,31 @@ def score_file(
         for (row, completion), score in zip(pairs, batch.scores, strict=True)
     ]
     print_scores(graded, batch, console)
+    if remark:
+        console.print(f"{remark} (--model reads a model's own)", markup=False, highlight=False)
     if out is not None:
         write_jsonl(out, map(_row, graded))
+
+
+def _format_of(
+    model: Path | None, config: RewardConfig, texts: Sequence[str]
+) -> tuple[dict[str, bool], str]:
+    """Return the parts of completions by the model's chat format, or else by how they look.
+
+    Without a model also return a line that says what was taken for granted. A file has one format:
+    where some completions show reasoning, one that does not was cut off within it.
+    """
+    if model is not None:
+        return answer_parts(load_tokenizer(find_model(model).tokenizer)), ""
+    if any(part.name == "format" for part in config.parts):
+        parts = {"thinking": True, "response_tags": True}
+        return parts, "read in the Thinking format, which `format` grades"
+    thinking = sum(THINK_CLOSE in text or text.lstrip().startswith(THINK_OPEN) for text in texts)
+    tagged = sum(RESPONSE_OPEN in text for text in texts)
+    seen = [f"{thinking} of {len(texts)} show reasoning"] if thinking else []
+    seen += [f"{tagged} of {len(texts)} have <response> tags"] if tagged else []
+    parts = {"thinking": bool(thinking), "response_tags": bool(tagged)}
+    return parts, f"read as they look: {', '.join(seen) or 'none shows reasoning'}"
 
 
 def reward_config(reward: str) -> tuple[RewardConfig, Path]:
@@ -170,7 +192,7 @@ def print_scores(graded: Sequence[Graded], batch: ScoredBatch, console: Console)
     """Print a line per task and one for all: the number of each status, and the mean value.
 
     Means are over the scores that would train. Below, print the means of a reward's parts and the
-    most frequent reasons for missing scores.
+    most frequent reasons for every status but `correct`.
     """
     tasks: dict[str, list[Graded]] = {}
     for entry in graded:
@@ -185,8 +207,9 @@ def print_scores(graded: Sequence[Graded], batch: ScoredBatch, console: Console)
     for label in graded[0].score.parts if len(graded[0].score.parts) > 1 else ():
         mean = _mean([score.parts[label] for score in trained])
         console.print(f"mean of {label}: {mean}", markup=False, highlight=False)
-    for status in _STATUSES[2:]:
-        details = Counter(e.score.score.detail for e in graded if e.score.score.status == status)
+    for status in _STATUSES[1:]:
+        found = [entry.score.score for entry in graded if entry.score.score.status == status]
+        details = Counter(score.detail for score in found if score.detail)
         for detail, count in details.most_common(_SHOWN_REASONS):
             console.print(f"{status}: {count} x {detail}", markup=False, highlight=False)
 

@@ -33,7 +33,9 @@ LISTED_ROWS = 100
 # Keys of rows that verifiers read, or that name the row: no surprise that training reads none.
 FOR_VERIFIERS = {
     *("id", "task", "domain", "reward", "answer", "tests", "hidden_tests", "entry_point"),
-    *("expected_calls", "difficulty", "tools", "source", "data_source"),
+    *("setup", "preamble", "solution", "pass_rate", "assignment", "choices", "rubric"),
+    *("expected_calls", "rg_task", "rg_entry", "difficulty", "tools", "source", "data_source"),
+    *("ground_truth", "reward_model", "ability"),
 }
 _KNOWN_KEYS = {
     *(key for entry in FORMATS.values() for marks in entry.marks for key in marks),

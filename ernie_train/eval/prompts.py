@@ -25,6 +25,7 @@ from ernie_train.data import (
 from ernie_train.data.cache import recall, remember
 from ernie_train.environments import EnvironmentConfig, Toolbox, open_toolbox
 from ernie_train.generate.engine import Completion
+from ernie_train.rewards.score import FORMAT_KEY
 
 _log = logging.getLogger(__name__)
 _SHOWN = 10  # wrong problems in a message
@@ -256,7 +257,7 @@ def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
 def problem_row(record: Record, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the row that a verifier gets for a problem, with the form that answers have."""
     asked = {"messages": record.messages, "tools": record.tools}
-    return {**asked, **answer_parts(tokenizer), **record.fields}
+    return {**asked, **record.fields, FORMAT_KEY: answer_parts(tokenizer)}
 
 
 def answer_parts(tokenizer: Tokenizer) -> dict[str, bool]:

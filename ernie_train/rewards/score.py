@@ -7,6 +7,10 @@ from typing import Any, Literal
 
 from ernie_train.data.completion_format import ParsedCompletion, parse_completion
 
+# The key of a row that says which parts its completions have. It is none that a data set has, as
+# `thinking` would be: columns of that name hold somebody's reasoning.
+FORMAT_KEY = "completion_format"
+
 Status = Literal["correct", "wrong", "bad_gold", "timeout", "infrastructure"]
 
 
@@ -58,14 +62,21 @@ class Score:
         return cls(0.0, "infrastructure", detail)
 
 
-def read_completion(row: dict[str, Any], completion: str) -> ParsedCompletion | Score:
-    """Return the parts of a completion; Score.wrong if its thinking part never ends.
+def completion_parts(row: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether the row's completions have a thinking part, and `<response>` tags.
 
-    `row["thinking"]` False marks a problem for models that are not asked to think,
-    `row["response_tags"]` False one for models that write their answer without `<response>` tags.
+    `row["completion_format"]` says so as {"thinking": .., "response_tags": ..}: false for models
+    that are not asked to think, and for those that write their answer without tags. Without it they
+    have the Thinking format.
     """
-    thinking = row.get("thinking", True)
-    tagged = row.get("response_tags", thinking)
+    told = row.get(FORMAT_KEY, {})
+    thinking = told.get("thinking", True)
+    return thinking, told.get("response_tags", thinking)
+
+
+def read_completion(row: dict[str, Any], completion: str) -> ParsedCompletion | Score:
+    """Return the parts of a completion; Score.wrong if its thinking part never ends."""
+    thinking, tagged = completion_parts(row)
     parsed = parse_completion(completion, thinking=thinking, tagged=tagged)
     if parsed.thinking is not None and not parsed.finished_thinking:
         return Score.wrong("the thinking part is not finished")

@@ -160,14 +160,24 @@ def encode_prompts(
             too_long.append(len(ids))
             continue
         fields = record.fields
-        difficulty = fields.get("difficulty", 1)
-        if isinstance(difficulty, str) and difficulty.isdecimal():  # as CSV has it
-            difficulty = int(difficulty)
-        if not isinstance(difficulty, int) or isinstance(difficulty, bool):
-            raise DataError(f"{record.source}: difficulty must be a whole number: {difficulty!r}")
-        prompts.append(Prompt(record, ids, str(fields["domain"]), str(fields["task"]), difficulty))
+        level = _level(record)
+        names = str(fields["domain"]), str(fields["task"])
+        prompts.append(Prompt(record, ids, *names, 1 if level is None else level))
     report.check(max_bad_fraction)
     return prompts, too_long
+
+
+def _level(record: Record) -> int | None:
+    """Return the difficulty of a row, 1 without one; None if it is no whole number.
+
+    Many data sets have a `difficulty` of their own, such as "hard" or 6.5.
+    """
+    difficulty = record.fields.get("difficulty", 1)
+    if isinstance(difficulty, str) and difficulty.isdecimal():  # as CSV has it
+        return int(difficulty)
+    if isinstance(difficulty, float) and difficulty.is_integer():  # as pandas has it beside nulls
+        return int(difficulty)
+    return difficulty if isinstance(difficulty, int) and not isinstance(difficulty, bool) else None
 
 
 def read_solutions(
@@ -278,6 +288,12 @@ def _check_replay(config: UpoConfig, data: StageData) -> None:
 def _check_curriculum(config: UpoConfig, prompts: list[Prompt]) -> None:
     if config.curriculum is None:
         return
+    if unknown := next((p.record for p in prompts if _level(p.record) is None), None):
+        raise DataError(
+            f"{unknown.source}: curriculum needs a whole number as difficulty, not "
+            f"{unknown.fields['difficulty']!r}: beside the path, columns: {{difficulty: COLUMN}} "
+            "names another column, columns: {difficulty: {value: 1}} gives all its rows one level"
+        )
     levels = sorted({prompt.difficulty for prompt in prompts})
     if config.curriculum.start not in levels:
         raise DataError(
@@ -294,7 +310,7 @@ def _source_report(path: str, prompts: list[Prompt], too_long: int) -> dict[str,
     tasks: dict[str, Any] = {}
     for task in sorted({p.task for p in prompts}):
         own = [p for p in prompts if p.task == task]
-        levels = Counter(p.difficulty for p in own)
+        levels = Counter(level for p in own if (level := _level(p.record)) is not None)
         tasks[task] = {
             "prompts": len(own),
             "mean_tokens": float(np.mean([len(p.prompt_ids) for p in own])),

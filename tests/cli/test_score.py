@@ -100,14 +100,14 @@ def test_a_function_of_ones_own_and_a_file_with_a_reward(score, files, tmp_path)
 
 
 def test_missing_scores_are_counted_and_explained(score, files, tmp_path):
-    rows = [{"answer": 12}, {"answer": "1"}]
+    rows = [{"answer": True}, {"answer": 1}]
     given = [{"completion": format_completion("x", "1")}] * 2
     status, output, _ = score(
         "math", lines(tmp_path / "d.jsonl", rows), lines(tmp_path / "c.jsonl", given)
     )
     assert status == 0
     assert cells(output, "all") == ["all", "1", "0", "1", "0", "0", "1.0000"]
-    assert "bad_gold: 1 x answer must be a non-empty text, not 12" in output
+    assert "bad_gold: 1 x answer must be a non-empty text, not True" in output
 
 
 def test_a_signal_stops_it_at_once(files, tmp_path):
@@ -227,14 +227,46 @@ def test_completions_may_be_any_file_of_rows(score, tmp_path, name):
     assert cells(out, "all")[1:3] == ["1", "1"]
 
 
-def test_completions_of_a_model_without_thinking_have_its_format(score, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["2", "3"], ["wrong: 1 x '3' is not '2'", "read as they look: none shows reasoning"]),
+        (
+            ["I add.</think>2", "2"],
+            ["wrong: 1 x the thinking part is not finished", "1 of 2 show reasoning"],
+        ),
+        (
+            ["<response>\n2\n</response>", "2"],
+            ["wrong: 1 x no response part", "look: 1 of 2 have <response> tags"],
+        ),
+    ],
+)
+def test_without_a_model_completions_are_read_as_they_look(score, tmp_path, given, told):
+    rows = lines(tmp_path / "rows.jsonl", [{"answer": 2, "thinking": "1 + 1"}] * 2)
+    completions = lines(tmp_path / "c.jsonl", [{"completion": text} for text in given])
+    status, output, _ = score("exact", rows, completions)
+    assert (status, cells(output, "all")[1:3]) == (0, ["1", "1"])
+    for line in told:
+        assert line in output
+
+
+def test_the_format_is_not_graded_by_how_completions_look(score, tmp_path):
+    rows = lines(tmp_path / "rows.jsonl", [{"answer": "2"}])
+    status, output, _ = score("format", rows, lines(tmp_path / "c.jsonl", [{"completion": "2"}]))
+    assert (status, cells(output, "all")[1:3]) == (0, ["0", "1"])
+
+
+@pytest.mark.parametrize(("template", "right"), [("ernie_plain", "1"), ("ernie_thinking", "0")])
+def test_completions_of_a_model_have_its_format_whatever_columns_there_are(
+    score, tmp_path, template, right
+):
     make_workspace(tmp_path)
-    plain = shipped_template("ernie_plain").source
-    (tmp_path / "tokenizer/chat_template.jinja").write_text(plain)
+    source = shipped_template(template).source
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(source)
     (tmp_path / "tokenizer/config.json").write_text("{}")  # of a model
-    rows = lines(tmp_path / "rows.jsonl", [{"answer": "2"}, {"answer": "2"}])
-    given = [{"completion": "2"}, {"completion": "3"}]
-    completions = lines(tmp_path / "completions.jsonl", given)
-    assert cells(score("exact", rows, completions)[1], "all")[1:3] == ["0", "2"]
-    found = score("exact", rows, completions, "--model", tmp_path / "tokenizer")
-    assert cells(found[1], "all")[1:3] == ["1", "1"], found
+    row = {"answer": "2", "thinking": template == "ernie_plain", "response_tags": "x"}
+    rows = lines(tmp_path / "rows.jsonl", [row, row])
+    completions = lines(tmp_path / "c.jsonl", [{"completion": "2"}, {"completion": "3"}])
+    output = score("exact", rows, completions, "--model", tmp_path / "tokenizer")[1]
+    assert cells(output, "all")[1] == right
+    assert "read as they look" not in output

@@ -44,7 +44,7 @@ def test_columns_that_are_not_mapped_keep_their_names(write_rows: Any) -> None:
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("a.b.c", "x"), ("turns.1.text", "second"), ("dotted.name", "y"), ("scores.0", 3)],
+    [("a.b.c", "x"), ("turns.1.text", "second"), ("dotted.name", "y"), ("scores.0", "3")],
 )
 def test_paths_lead_into_structs_and_lists(write_rows: Any, path: str, value: Any) -> None:
     row = {

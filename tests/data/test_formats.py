@@ -137,7 +137,21 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"question": ASK["content"], "answer": "it is\n#### noon", "answers": None},
         {"answer": "it is\n#### noon"},
     ),
-    "an answer that is a number": ({"question": ASK["content"], "answer": 12}, {"answer": 12}),
+    "an answer that is a number": ({"question": ASK["content"], "answer": 12}, {"answer": "12"}),
+    "a decimal": ({"prompt": ASK["content"], "ground_truth": 1e-05}, {"answer": "1e-05"}),
+    "a number of verl": (
+        {"prompt": [ASK], "reward_model": {"ground_truth": 204}},
+        {"answer": "204"},
+    ),
+    "no number": ({"question": ASK["content"], "answer": True}, {"answer": True}),
+    "the place of a choice": (
+        {"question": ASK["content"], "choices": ["six", "noon"], "answer": 1},
+        {"answer": "noon"},
+    ),
+    "a number beside choices": (
+        {"question": ASK["content"], "choices": ["6", "12"], "answer": 12},
+        {"answer": "12"},
+    ),
     "bfcl": ({"question": [[ASK]], "function": [TIDE]}, {"tools": [TIDE]}),
 }
 
@@ -149,6 +163,32 @@ def test_problems(write_rows: Any, name: str) -> None:
     assert record.prompt_messages == [ASK]
     assert {key: record.fields.get(key) for key in fields} == fields
     assert None not in record.fields.values()
+
+
+@pytest.mark.parametrize("key", ["answer", "solution", "response", "completion", "output"])
+def test_an_answer_that_is_a_number_is_trained_as_its_text(write_rows: Any, key: str) -> None:
+    asked = {"completion": "prompt", "output": "instruction"}.get(key, "question")
+    record = read_one(write_rows, {asked: ASK["content"], key: 12})
+    assert record.kind == "chat" and record.messages == [ASK, said("12")]
+    untold = {asked: ASK["content"], key: float("nan")}
+    records, report = read_records(write_rows("rows.jsonl", [untold]), max_bad_fraction=1)
+    assert report.bad.count or records[0].kind == "prompt"
+
+
+@pytest.mark.parametrize(("asked", "told"), [("instruction", "output"), ("prompt", "completion"),
+                                             ("problem", "solution")])  # fmt: skip
+@pytest.mark.parametrize("thought", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_beside_an_answer_is_read_and_no_unread_key(
+    write_rows: Any, tokenizer: Tokenizer, asked: str, told: str, thought: str
+) -> None:
+    row = {asked: ASK["content"], told: "at noon", thought: "the table says so", "rating": 5}
+    record = read_one(write_rows, row)
+    assert record.messages == [ASK, said("at noon", reasoning_content="the table says so")]
+    path = write_rows("rows.jsonl", [row])
+    _, report = load_sources(
+        [DataSource(path=path.name)], tokenizer, kind="sft", seq_len=512, base_dir=path.parent
+    )
+    assert report.sources[0].unread == {"rating": 1}
 
 
 def test_a_program_beside_tests_is_no_answer(write_rows: Any) -> None:

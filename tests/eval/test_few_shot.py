@@ -8,7 +8,7 @@ from ernie_train.core.errors import DataError
 from ernie_train.data import Record, load_tokenizer, parse_columns
 from ernie_train.eval import prompts
 from ernie_train.eval.problems import load_problems
-from ernie_train.eval.prompts import answer_parts, encode_prompt, load_few_shot
+from ernie_train.eval.prompts import answer_parts, encode_prompt, load_few_shot, problem_row
 from tests.workspace import make_workspace, write_rows
 
 MATH = parse_columns("{reward: {value: math}}", "columns")
@@ -111,4 +111,8 @@ def test_each_question_is_normalized_once(file, monkeypatch):
 def test_verifiers_expect_what_the_format_lets_a_model_write(tmp_path, template, parts):
     make_workspace(tmp_path)
     tokenizer = load_tokenizer(tmp_path / "tokenizer", template=template)
-    assert answer_parts(tokenizer) == {"thinking": parts, "response_tags": parts}
+    form = {"thinking": parts, "response_tags": parts}
+    assert answer_parts(tokenizer) == form
+    column = Record("prompt", fields={"answer": "2", "thinking": "1 + 1", "response_tags": "x"})
+    row = problem_row(column, tokenizer)
+    assert (row["completion_format"], row["thinking"]) == (form, "1 + 1")

@@ -92,7 +92,7 @@ def test_tool_calls_at_the_end_of_a_row_are_what_is_expected(tmp_path, caplog):
         and "the tool calls that their rows end in" in caplog.text
     )
     wrote = '<tool_call>\n{"name": "%s", "arguments": {"a": %d, "note": ""}}\n</tool_call>'
-    row = {**found[1].fields, "thinking": False, "response_tags": False}
+    row = {**found[1].fields, "completion_format": {"thinking": False}}
     scores = [
         score_batch([("tool_call", row, wrote % made)])[0] for made in (("add", 1), ("add", 2))
     ]

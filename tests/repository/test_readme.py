@@ -123,8 +123,13 @@ def test_the_reward_of_ones_own_works() -> None:
     exec(source, names)
     row = {"keyword": "tea"}
     assert names["score"](row, "hm</think>\n\n<response>\ngreen tea\n</response>\n") == 1.0
-    assert names["score"](row, "tea</think>\n\n<response>\ncoffee\n</response>\n") == 0.0
+    assert names["score"](row, "tea</think>\n\n<response>\ncoffee\n</response>\n").value == 0.0
     assert names["score"](row, "tea").status == "wrong"
+    plain = {**row, "completion_format": {"thinking": False}}
+    for text in ("I like tea.", "Tea, please!"):
+        assert names["score"](plain, text) == 1.0
+    assert names["score"](plain, "The team likes steam.").status == "wrong"
+    assert names["score"](plain, "tea " * 51) == 0.0
 
 
 def test_the_page_of_commands_is_that_of_today() -> None:

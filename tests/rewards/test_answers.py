@@ -5,7 +5,7 @@ import pytest
 from ernie_train.rewards import REWARDS
 from ernie_train.rewards.registry import answer_form
 
-PLAIN = {"thinking": False, "response_tags": False}
+PLAIN = {"completion_format": {"thinking": False}}
 SAME = {
     "math": [
         ("72", "The answer is 72.", "\\boxed{72}", "144 / 2 = 72\n#### 72", "so x = 72", "$72"),

@@ -48,7 +48,7 @@ def test_an_answer_outside_of_the_response_part_earns_nothing(reward, completion
 
 
 def test_without_thinking_the_whole_text_is_the_response():
-    row = {"answer": "12", "thinking": False}
+    row = {"answer": "12", "completion_format": {"thinking": False}}
     assert REWARDS["exact"](row, "12</s>").status == "correct"
 
 

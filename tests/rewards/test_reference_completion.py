@@ -14,7 +14,11 @@ TESTS = {"entry_point": "f", "tests": [[[1], 2]]}
     ("reward", "row"),
     [
         ("exact", {"answer": "5 mV"}),
-        ("exact", {"answer": "5 mV", "thinking": False}),
+        *(
+            ("exact", {"answer": "5 mV", "completion_format": {"thinking": a, "response_tags": b}})
+            for a in (True, False)
+            for b in (True, False)
+        ),
         ("math", {"answer": "She has 2.\n#### 1,080"}),
         ("logic", {"assignment": {"Zoey": True, "Ethan": False}}),
         ("logic", {"assignment": {"Zoey": "pilot", "Ethan": "sailor"}}),

@@ -194,3 +194,16 @@ def test_pairs_that_outweigh_the_policy_are_told_with_the_remedy():
     warnings.check({"preference/norm_ratio": 12.0})
     (line,) = told
     assert "12.0 times that of the policy term" in line and "lower preference.coef" in line
+
+
+@pytest.mark.parametrize("foreign", [6.5, "EASY", True, [1], float("nan")])
+def test_a_difficulty_of_another_kind_is_refused_by_a_curriculum_alone(tmp_path, root, foreign):
+    made = [{"prompt": f"{n} + 1?", "difficulty": 2.0 if n else foreign} for n in range(3)]
+    write_rows(tmp_path / "prompts.jsonl", made)
+    stage = upo_stage(root, data=[{"path": str(tmp_path / "prompts.jsonl")}])
+    prepared = rl_data.prepare(UpoConfig(**stage), stage_data(root))
+    assert [prompt.difficulty for prompt in prepared.prompts] == [1, 2, 2]
+    assert prepared.report.sources[0]["tasks"]["prompts"]["difficulties"] == {"2": 2}
+    config = UpoConfig(**{**stage, "curriculum": {"start": 2}})
+    with pytest.raises(DataError, match=r"jsonl:1: curriculum .*: {value: 1}} gives all its rows"):
+        rl_data.prepare(config, stage_data(root))

@@ -1,4 +1,7 @@
-"""The commands that documents mark with `<!-- run -->`, run on a small model and a few rows."""
+"""The commands that documents mark with `<!-- run -->`, run on a small model and a few rows.
+
+What a page shows under `<!-- printed -->` they must print.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from tests.repository.test_commands import PAGES, ROOT, command_blocks, commands
 from tests.workspace import make_workspace, rows, save_model, write_rows
 
 RUN_PAGES = [page for page in PAGES if any(mark == "run" for mark, _ in command_blocks(page))]
+PRINTED = re.compile(r"<!-- printed -->\n```text\n(.*?)```", re.S)  # by the commands of a page
 SHORT = ("chat", "eval", "generate")  # with few tokens, where the page does not say how many
 
 
@@ -66,13 +70,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _write_rewards(base: Path) -> None:
     """Write rows, completions and functions of the pages on rewards."""
     (reward,) = [text for text in shown("docs/my_reward.md", "python") if "def score(" in text]
-    completion = {"completion": "</think>\n\n<response>\ngreen tea\n</response>\n"}
-    (row,) = shown("docs/my_reward.md", "json")
+    row, completions = shown("docs/my_reward.md", "json")
     (base / "my_reward.py").write_text(reward)
     (base / "my-prompts.jsonl").write_text(row * 4)
-    write_rows(base / "my-completions.jsonl", [completion] * 4)
-    write_rows(base / "sums.jsonl", [{"prompt": "1 + 1?", "answer": "2", "task": "sum"}])
-    write_rows(base / "sums-completions.jsonl", [completion])
+    (base / "my-completions.jsonl").write_text(completions)
+    write_rows(base / "sums.jsonl", [{"prompt": f"{n} + {n}?", "answer": 2 * n} for n in (1, 2)])
+    page = (ROOT / "docs/concepts/verifiers.md").read_text("utf-8")
+    said = re.findall(r'"(.*?)"', page[page.index("To try one") : page.index("<!-- run -->")])
+    write_rows(base / "sums-completions.jsonl", [{"completion": text} for text in said])
 
 
 def _write_recipe(base: Path) -> None:
@@ -105,13 +110,18 @@ def test_the_commands_of_a_page_run(
     place = shutil.copytree(prepared, tmp_path / "place", symlinks=True)
     monkeypatch.chdir(place)
     monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
+    printed: list[str] = []
     for mark, text in command_blocks(page):
         for program, verb, *arguments in commands(text) if mark == "run" else ():
             assert program == "ernie-train", "commands of other programs are marked otherwise"
             monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/exit\n"))
             few = ["--max-new-tokens", "4"] if verb in SHORT else []
             status = stop_of([verb, *arguments, *few])
-            assert status == 0, (verb, arguments, capsys.readouterr().err)
+            captured = capsys.readouterr()
+            assert status == 0, (verb, arguments, captured.err)
+            printed += captured.out.splitlines()
+    for text in PRINTED.findall(page.read_text("utf-8")):
+        assert set(text.splitlines()) <= set(printed), "\n".join(printed)
 
 
 def test_a_finished_run_was_made_for_the_pages(prepared: Path) -> None:

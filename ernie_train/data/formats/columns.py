@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from ernie_train.core.config import StrictConfig, parse_config
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.yaml import parse_yaml
-from ernie_train.data.formats.values import Row, RowError
+from ernie_train.data.formats.values import ANSWER_KEYS, Row, RowError, answer_text
 
 
 class Column(StrictConfig):
@@ -82,7 +82,7 @@ class ColumnMap:
         self._first_row: list[str] = []
 
     def __call__(self, row: Row) -> Row:
-        """Return the row with its mapped columns first; null columns are absent.
+        """Return the row with its mapped columns last; nulls are absent, answers no numbers.
 
         Raises:
             RowError: a text has no marker to cut it after.
@@ -95,7 +95,10 @@ class ColumnMap:
                 mapped[key] = value
         used = {column.column for column in self._columns.values()}
         rest = {k: v for k, v in row.items() if v is not None and k not in used}
-        return {**rest, **mapped}
+        found = {**rest, **mapped}
+        answers = {key: found[key] for key in ANSWER_KEYS if key in found}
+        texts = {key: answer_text(value, found.get("choices")) for key, value in answers.items()}
+        return {**found, **texts}
 
     def check(self, path: str) -> None:
         """Check that every column was in some row.

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_train.data.formats.messages import read_messages
-from ernie_train.data.formats.record import Record, answer_at, make_record, turns_at
+from ernie_train.data.formats.record import (
+    Record,
+    answer_at,
+    make_record,
+    reasoning_of,
+    turns_at,
+)
 from ernie_train.data.formats.values import (
+    ANSWER_KEYS,
     Message,
     Row,
     RowError,
@@ -37,6 +44,7 @@ def from_alpaca(row: Row) -> Record:
     used = {"instruction", "input", "output", "history"}
     if "chosen" not in row:
         messages.append(answer_at(row, "output"))
+        used |= reasoning_of(row).keys()
     return make_record(row, messages, used)
 
 
@@ -49,9 +57,11 @@ def _instructed(row: Row, *keys: str) -> list[Message]:
 def from_prompt_completion(row: Row) -> Record:
     """Convert a row of `prompt` and `completion`, each a text or a list of messages."""
     key = "completion"
-    is_text = isinstance(row[key], str)
-    answer = [answer_at(row, key)] if is_text else turns_at(row, key, "assistant")
-    return make_record(row, turns_at(row, "prompt", "user") + answer, {"prompt", key})
+    used = {"prompt", key}
+    asked = turns_at(row, "prompt", "user")
+    if not isinstance(row[key], str):
+        return make_record(row, asked + turns_at(row, key, "assistant"), used)
+    return make_record(row, [*asked, answer_at(row, key)], used | reasoning_of(row).keys())
 
 
 def from_question_answer(row: Row) -> Record:
@@ -69,6 +79,7 @@ def from_question_answer(row: Row) -> Record:
     messages = [*_history(row.get("history")), *asked]
     if isinstance(row[answer], str):
         messages.append(answer_at(row, answer))
+        used |= reasoning_of(row).keys()
     return make_record(row, messages, used)
 
 
@@ -227,7 +238,6 @@ def _marks(*sets: str) -> tuple[frozenset[str], ...]:
 
 
 _QUESTIONS, _ANSWERS = ("question", "problem", "query"), ("response", "solution", "answer")
-_ANSWER_KEYS = (*_ANSWERS, "output", "completion")
 
 # Detection tries the formats in this order.
 FORMATS: dict[str, Format] = {
@@ -267,7 +277,7 @@ def as_prompt(row: Row) -> Row:
     Raises:
         RowError: what is asked cannot be read.
     """
-    row = {k: v for k, v in row.items() if k not in _ANSWER_KEYS or not _is_blank(row, k)}
+    row = {k: v for k, v in row.items() if k not in ANSWER_KEYS or not _is_blank(row, k)}
     if "instruction" not in row or detect_format(row) is not None:
         return row
     asked = ("instruction", "input", "context")

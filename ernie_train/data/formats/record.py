@@ -16,6 +16,7 @@ from ernie_train.data.formats.values import (
     Message,
     Row,
     RowError,
+    answer_text,
     kind_of,
     list_of,
     parse_json,
@@ -128,9 +129,13 @@ def answer_at(row: Row, key: str) -> Message:
     """
     if not isinstance(row.get(key), str) or row[key] == "":
         text_at(row, key)
-    reasoning = {name: row[name] for name in REASONING_KEYS if isinstance(row.get(name), str)}
-    (message,) = read_messages([{"role": "assistant", "content": row[key], **reasoning}])
+    (message,) = read_messages([{"role": "assistant", "content": row[key], **reasoning_of(row)}])
     return message
+
+
+def reasoning_of(row: Row) -> dict[str, str]:
+    """Return what an answer of the row has as its reasoning, by key: the same in all of them."""
+    return {name: row[name] for name in REASONING_KEYS if isinstance(row.get(name), str)}
 
 
 def _completion(row: Row, key: str) -> list[Message]:
@@ -188,6 +193,7 @@ def _fields(row: Row, used: set[str]) -> dict[str, Any]:
     names["answer"] = names["answer"] if names["answer"] is not None else row.get("ground_truth")
     if names["answer"] is None and "tests" not in row:  # beside tests it is a program
         names["answer"] = row.get("solution")  # TRL
+    names["answer"] = answer_text(names["answer"], row.get("choices"))
     names |= {"task": row.get("data_source"), "domain": row.get("ability")}
     return {name: value for name, value in names.items() if value is not None} | fields
 

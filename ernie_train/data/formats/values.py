@@ -1,12 +1,15 @@
 """Read values out of rows; RowError says why a row cannot be used."""
 
 import json
+import math
 from typing import Any
 
 Row = dict[str, Any]
 Message = dict[str, Any]
 
 SHOWN_CHARACTERS = 60
+# Keys under which rows have an answer, a text in all but the JSON or the table that holds them.
+ANSWER_KEYS = ("answer", "response", "solution", "output", "completion", "ground_truth")
 
 
 class RowError(ValueError):
@@ -28,6 +31,19 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value
+
+
+def answer_text(value: Any, choices: Any) -> Any:
+    """Return a number that is an answer as text; any other value, also NaN, as it is.
+
+    An integer beside a list of choices is the place of one of them, from 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    texts = choices if isinstance(choices, list) else []
+    if isinstance(value, int) and 0 <= value < len(texts) and isinstance(texts[value], str):
+        return texts[value]
+    return str(value)
 
 
 def shown(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ernie_train.data.completion_format import format_completion
+from ernie_train.data.completion_format import format_completion, response_block
+from ernie_train.rewards.score import completion_parts
 from ernie_train.rewards.verifiers import tool_call
 
 _REASONING = "This is the reference answer."
@@ -33,8 +34,11 @@ def build_reference_completion(reward: str, row: dict[str, Any]) -> str | None:
 
 
 def with_response(row: dict[str, Any], response: str) -> str:
-    """Return a completion with this response part; a thinking part precedes it if rows have one."""
-    return format_completion(_REASONING, response) if row.get("thinking", True) else response
+    """Return a completion with this response, of the parts that the row's completions have."""
+    thinking, tagged = completion_parts(row)
+    if tagged:
+        response = response_block(response)
+    return format_completion(_REASONING) + response if thinking else response
 
 
 def _fenced(program: str) -> str:

@@ -10,11 +10,11 @@ Five errors of `math-verify` are prevented: it takes 3=5 for 5, 10 for 10%, a pr
 any word with the same letters, tiny numbers for each other, and R for r.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 from ernie_train.rewards.score import Score, grade_response, mismatch, question_of
@@ -40,6 +40,8 @@ from ernie_train.rewards.verifiers.expressions import (
     read_real_set,
     read_small,
     spellings,
+    split_choice,
+    symbols,
     tuple_members,
     turned_alike,
 )
@@ -48,6 +50,7 @@ from ernie_train.rewards.verifiers.quantities import (
     Quantity,
     is_fraction,
     is_percent,
+    is_power_of_ten,
     parse_quantity,
     split_unit,
 )
@@ -68,7 +71,18 @@ _NO_VALUE = re.compile(
     re.ASCII,
 )
 _LETTER_OR_TWO_NUMBERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d")
-_ASKS_PERCENT = re.compile(r"percent|\bper cent\b|%|百分", re.IGNORECASE)
+_PER_CENT = r"(?:per\s?cent(?:age)?s?\b|\\?%)"
+# A question for a percentage, not one that tells some: what percent, in percent, x%, 百分之几.
+_ASKS_PERCENT = re.compile(
+    r"\b(?:what|which|how many|(?:find|calculate|compute|determine|give|estimate|state) the)"
+    r"(?:\s+(?:is|was|are|were|will|would|be|the|a|an|its|his|her|their|this|total|overall|new"
+    r"|approximate|average|annual|yearly|monthly|maximum|minimum|\w+'s))*"
+    rf"\s+(?:{_PER_CENT}|(?:interest|tax|growth|discount|inflation|success|error) rate\b)"
+    rf"|\b(?:as|in|into|to|of)\s+(?:(?:a|an|the)\s+)?(?:(?:nearest|whole|exact)\s+)?{_PER_CENT}"
+    rf"|(?<![A-Za-z\\])[b-hj-z]\$?\s?{_PER_CENT}"
+    r"|百分(?:之(?:几|多少)|比|率|数)|(?:几|多少)个?(?:%|百分点)|率(?:各?[是为约])?(?:多少|几)",
+    re.IGNORECASE,
+)
 
 
 def score(row: dict[str, Any], completion: str) -> Score:
@@ -80,7 +94,7 @@ def score(row: dict[str, Any], completion: str) -> Score:
     solution that names its answer in the same ways (`.. #### 42`). An answer that is an expression
     may not be copied from the question of the row.
     """
-    return grade_response(row, completion, partial(_compare, question_of(row)))
+    return grade_response(row, completion, functools.partial(_compare, question_of(row)))
 
 
 def _compare(question: str, gold: str, response: str) -> Score:
@@ -100,7 +114,7 @@ def _compare(question: str, gold: str, response: str) -> Score:
     try:
         with _PROCESS.session() as verify:
             comparison = _Comparison(verify, question)
-            equal = any(comparison.equal(wanted, form) for form in spellings(wanted, given))
+            equal = any(comparison.agrees(wanted, form) for form in spellings(wanted, given))
     except _ScoreSettled as verdict:
         return verdict.score
     return Score.correct() if equal else mismatch(wanted, given)
@@ -148,6 +162,25 @@ class _Comparison:
 
     verify: Callable[[str, str], Score]
     question: str
+
+    def agrees(self, gold: str, answer: str) -> bool:
+        """Compare answers that may be choices of a contest: C, 5 or (C) 5.
+
+        What both sides have must agree. Where the gold answer is a value, a letter before it says
+        nothing: the order of the choices is not known.
+        """
+        (gold_letter, gold_value), (letter, value) = split_choice(gold), split_choice(answer)
+        if not gold_letter and not letter:
+            return self.equal(gold, answer)
+        if bare := _LETTER.fullmatch(gold):
+            gold_letter, gold_value = bare[1], ""
+        if bare := _LETTER.fullmatch(answer):
+            letter, value = bare[1], ""
+        if gold_letter and letter and gold_letter != letter:
+            return False
+        if gold_value and value:
+            return self.equal(gold_value, value) or (not gold_letter and self.equal(gold, answer))
+        return bool(gold_letter and letter)
 
     def equal(self, gold: str, answer: str) -> bool:
         if compact(gold) == compact(answer) or _same_clock(gold, answer):
@@ -244,9 +277,10 @@ class _Comparison:
         return self._is_answer(gold, answer) and self._same_value(gold, answer)
 
     def _same_quantity(self, gold: str, answer: str, wanted: Quantity, given: Quantity) -> bool:
-        if is_fraction(answer) and (given.value.denominator == 1 or self._copied(gold, answer)):
+        fraction = is_fraction(answer)
+        if fraction and given.value.denominator == 1:
             return False
-        if "^" in answer and self._copied(gold, answer):
+        if (fraction or is_power_of_ten(answer)) and self._copied(gold, answer):
             return False
         if is_percent(gold) != is_percent(answer) and _ASKS_PERCENT.search(self.question):
             percent, bare = (wanted, given) if is_percent(gold) else (given, wanted)
@@ -274,7 +308,13 @@ class _Comparison:
         return read is not None and is_final(read, wanted)
 
     def _copied(self, gold: str, answer: str) -> bool:
-        return bool(self.question) and compact(answer) in compact(normalize(self.question))
+        """Return True for an answer that the question has, in a form that the gold one has not."""
+        made_of = tuple(symbols(answer))
+        if not (self.question and made_of) or sorted(made_of) == sorted(symbols(gold)):
+            return False
+        asked = _symbols_of(self.question)
+        runs = (asked[at : at + len(made_of)] for at, one in enumerate(asked) if one == made_of[0])
+        return any(run == made_of for run in runs)
 
     def _same_value(self, gold: str, answer: str) -> bool:
         """Compare values, in whatever form they are."""
@@ -289,6 +329,11 @@ class _Comparison:
         if verdict is TOO_MUCH or not verdict.trains:
             raise _ScoreSettled(verdict)
         return verdict.status == "correct"
+
+
+@functools.lru_cache(maxsize=4)  # several expressions of one response ask for them
+def _symbols_of(question: str) -> tuple[str, ...]:
+    return tuple(symbols(normalize(question)))
 
 
 def _exact(text: str) -> Fraction | None:

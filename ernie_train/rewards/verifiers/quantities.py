@@ -180,6 +180,12 @@ def is_fraction(text: str) -> bool:
     return bool(number and (number["ld"] or number["sd"] or number["md"] or number["d"]))
 
 
+def is_power_of_ten(text: str) -> bool:
+    r"""Return True if a number is written with a power of ten: 10^6, 1.5 \times 10^{-4}."""
+    number = _NUMBER.match(text.strip())
+    return bool(number and (number["ten"] or number["bare_ten"] or number["power"]))
+
+
 def is_percent(text: str) -> bool:
     """Return True if a number is given in percent."""
     return re.search(r"(?:%|per ?cent|\uff05)\s*$", text) is not None

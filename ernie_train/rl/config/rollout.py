@@ -134,7 +134,8 @@ class RolloutConfig(StrictConfig):
 class Curriculum(StrictConfig):
     """Prompts up to a difficulty, which rises when the policy solves enough of an iteration's.
 
-    Rows have an integer field `difficulty` (1 where it is missing).
+    Rows have an integer field `difficulty` (1 where it is missing); without a curriculum it may be
+    anything.
     """
 
     start: PositiveInt = 1

@@ -71,7 +71,7 @@ def test_rows_of_bfcl_train_its_first_answer_and_are_graded_by_all(tmp_path: Pat
     assert call["function"] == {"name": "tide", "arguments": {
         "place": "Brest", "unit": "feet", "box": {"size": 2}}}  # fmt: skip
     assert held_out[0]["tools"][0]["function"]["parameters"]["type"] == "object"
-    row = {**held_out[0], "thinking": False}
+    row = {**held_out[0], "completion_format": {"thinking": False}}
     scores = [tool_call.score(row, CALL % unit).status for unit in ("ft", "metres")]
     assert scores == ["correct", "wrong"]
 

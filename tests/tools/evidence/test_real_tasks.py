@@ -29,7 +29,7 @@ def test_demonstrations_are_right_and_a_changed_answer_is_wrong(task: str) -> No
     rows = [row for level in ALL_LEVELS[task] for row in make_rows(task, 12, 4, level)]
     assert len({row["messages"][1]["content"] for row in rows}) == len(rows)
     for row in rows:
-        graded = {**row, "thinking": False, "response_tags": False}
+        graded = {**row, "completion_format": {"thinking": False}}
         completion = row["messages"][2]["content"]
         assert REWARDS[row["reward"]](graded, completion).status == "correct", row
         other = rows[0]["answer"] if row["answer"] != rows[0]["answer"] else "1000003"

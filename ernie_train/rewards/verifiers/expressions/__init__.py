@@ -7,12 +7,13 @@ from ernie_train.rewards.verifiers.expressions.arithmetic import (
     read_expression,
     read_small,
 )
-from ernie_train.rewards.verifiers.expressions.notation import compact, normalize
+from ernie_train.rewards.verifiers.expressions.notation import compact, normalize, symbols
 from ernie_train.rewards.verifiers.expressions.real_sets import RealSet, read_real_set
 from ernie_train.rewards.verifiers.expressions.stated import (
     MAX_ANSWER_CHARACTERS,
     answer_of,
     spellings,
+    split_choice,
 )
 from ernie_train.rewards.verifiers.expressions.structure import (
     bracketed,
@@ -42,6 +43,8 @@ __all__ = [
     "read_real_set",
     "read_small",
     "spellings",
+    "split_choice",
+    "symbols",
     "tuple_members",
     "turned_alike",
 ]

@@ -92,6 +92,10 @@ _WRAPPERS = (
 _FIRST_OF_WRAPPERS = tuple({opening[0] for opening, _ in _WRAPPERS})
 _EQUALS_FIRST = re.compile(r"^=\s*(?=[^=\s])")
 _DIGIT_INDEX = re.compile(r"_\{(\w)\}")
+_SHORT_FRACTION = re.compile(
+    r"\\frac\s*(?:(\d)(\d)|\{\s*(\\?\w+)\s*\}\s*\{\s*(\\?\w+)\s*\})", re.ASCII
+)
+_SYMBOL = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\?[A-Za-z]+|[^\s{}*\\]|\\\S")
 _LONE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s|\s(?![0-9A-Za-z])", re.ASCII)
 
 
@@ -176,3 +180,13 @@ def _unwrapped(text: str) -> str:
 def compact(text: str) -> str:
     """Return the text without the spaces that separate nothing: "1 2" stays two numbers."""
     return _LONE_SPACE.sub("", text)
+
+
+def symbols(text: str) -> list[str]:
+    r"""Return what a normalized text is made of: \frac{1}{2} as 1, / and 2; no signs of products.
+
+    A number is one symbol, so that 1/2 is no part of 11/25.
+    """
+    text = _SHORT_FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]} ", text)
+    found = [symbol for symbol in _SYMBOL.findall(text) if symbol not in ("\\cdot", "\\times")]
+    return ["/" if symbol == "\\frac" else symbol for symbol in found]

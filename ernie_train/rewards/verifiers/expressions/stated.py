@@ -60,6 +60,8 @@ _SHORT_SENTENCE = re.compile(
     r"|needs?|takes?|weighs?|earns?|gets?|leaves?|pays?) (?=[$\d])"
 )
 _FENCED = re.compile(r"\s*(```|~~~)\w{0,20}\n(?P<line>[^\n]+)\n\1\s*")
+_CHOICE = re.compile(r"\(\s?([A-Z])\s?\)\s*[.:]?\s*(.+)")
+_NAMES_CHOICE = re.compile(r"(?<![\\A-Za-z])[A-Z](?![A-Za-z])|\?")
 _PEOPLE = re.compile(r"[A-Z][\w'-]*(?:(?:, (?:and )?| and )[A-Z][\w'-]*)*")
 
 
@@ -155,6 +157,18 @@ def spellings(gold: str, answer: str) -> list[str]:
     if not near:
         return []
     return [exact, match["about"]] if decimal else [exact]
+
+
+def split_choice(text: str) -> tuple[str, str]:
+    """Return ("C", "5") for "(C) 5", the choice of a contest; ("", text) for any other text.
+
+    What stands behind the letter must neither name another choice nor take it back.
+    """
+    match = _CHOICE.fullmatch(text)
+    rest = match[2] if match else ""
+    if match is None or _NAMES_CHOICE.search(rest) or hedges(rest) or denies(rest) or talks(rest):
+        return "", text
+    return match[1], normalize(rest)
 
 
 def _value_of(text: str) -> Fraction | float | None:

@@ -79,6 +79,7 @@ _CALLED_RIGHT = re.compile(
 _CODE = re.compile(r"[=_{}`;?\uff1f]")
 _WORDS = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
+_LATEX_SPACE = re.compile(r"\\(?:[ ,;:]|quad(?![a-z]))|(?<!~)~(?!~)")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\u4e00-\u9fff])|(?<=[\u3002\uff01\uff1f])\s*|\n+")
 
 
@@ -185,13 +186,14 @@ def _texts(response: str, is_answer: Callable[[str], bool]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return _LATEX_TEXT.sub(r"\1", text).strip(" $*`\n\t")
+    return _LATEX_SPACE.sub(" ", _LATEX_TEXT.sub(r"\1", text)).strip(" $*`\n\t")
 
 
 def _without_letter(choice: str, place: int) -> str:
-    match = _PREFIX.match(choice.strip())
+    text = _plain(choice)
+    match = _PREFIX.match(text)
     lettered = match is not None and match[1] == string.ascii_uppercase[place]
-    return match[2].strip() if match is not None and lettered else choice.strip()
+    return match[2].strip() if match is not None and lettered else text
 
 
 def _read_choice(text: str, choices: Sequence[str]) -> str | None:
