@@ -63,7 +63,7 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
         stage.data.tokenizer,
         temperature=rollout.temperature,
         batch_size=rollout.batch_size,
-        record_prompts=config.policy.router_replay,
+        record_experts=config.policy.router_replay,
         directory=stage.directory / ENGINE,
         base_dir=stage.data.base_dir,
         largest_gap=rollout.max_logprob_mismatch,

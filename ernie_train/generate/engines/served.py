@@ -20,7 +20,7 @@ from ernie_train.generate.engines.config import EngineConfig
 from ernie_train.generate.engines.protocol import require_loaded
 from ernie_train.generate.engines.servers import Server, Weights
 from ernie_train.generate.sampler import SamplingConfig
-from ernie_train.generate.sharded import generate_sharded
+from ernie_train.generate.sharded import generate_sharded, share_prompt_experts
 from ernie_train.io.files import read_manifest, remove_directory
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.dtypes import dtype_name
@@ -146,6 +146,7 @@ class ServedEngine:
                 requests, timeout_s=self.config.timeout_s, stop_requested=stop_requested
             )
             self.server.require_version(loaded.weights)
+            share_prompt_experts(prompts, found)
             return found
 
         found = consensus.run_on_main(ask)
