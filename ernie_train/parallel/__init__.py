@@ -1,7 +1,12 @@
 """Parallelism: experts, gradients and optimizer state over ranks; and recomputation."""
 
 from ernie_train.parallel.build import clone_model, new_model, reference_model
-from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, expert_placement
+from ernie_train.parallel.expert import (
+    ExpertDispatcher,
+    check_expert_degree,
+    expert_placement,
+    has_moe_layers,
+)
 from ernie_train.parallel.gradients import (
     GradientReducer,
     broadcast_updated,
@@ -35,6 +40,7 @@ __all__ = [
     "dummy_pass",
     "enable_recompute",
     "expert_placement",
+    "has_moe_layers",
     "free_gradients",
     "gradient",
     "new_model",
