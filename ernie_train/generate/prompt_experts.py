@@ -14,7 +14,7 @@ from ernie_train.core.worker_pool import shared_zeros
 
 def expert_dtype(num_experts: int) -> type[np.integer]:
     """Return the type of recorded experts: a byte each, where that suffices."""
-    return np.uint8 if num_experts <= 256 else np.int16  # noqa: PLR2004 - the values of a byte
+    return np.uint8 if num_experts <= 256 else np.int16
 
 
 class PromptExperts:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ernie_train.generate.engine import Completion
-from ernie_train.generate.sharded import _partition, share_prompt_experts, pieces_of
+from ernie_train.generate.sharded import _partition, pieces_of, share_prompt_experts
 
 
 def groups_of(sizes, prompt_tokens):

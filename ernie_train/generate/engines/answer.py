@@ -133,9 +133,7 @@ class Request:
             raise WrongAnswer(f"finish_reason is {short_repr(reason)}")
         return stopped
 
-    def _experts(
-        self, choice: dict[str, Any], count: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
+    def _experts(self, choice: dict[str, Any], count: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the experts [P-1,L,K] of the prompt and [T,L,K] of the completion, if they came.
 
         vLLM sends them as the bytes of a numpy file in base64.

@@ -16,7 +16,7 @@ from ernie_train.generate.engines.own import OwnEngine
 from ernie_train.generate.engines.protocol import Engine
 
 _A_DAY_S = 86400.0  # a user ends what takes too long
-# Mean exp|difference| - 1. Two programs in bfloat16 differ by some 0.02.
+# A `logprob_gap`: two programs in bfloat16 differ by some 0.02.
 _GAP_OF_ANOTHER_DTYPE = 0.1
 
 
@@ -36,8 +36,8 @@ def build_engine(
 
     temperature: of the rollouts; batch_size, record_experts: of our own sampler; directory: for the
     log of a server, and its weights unless `config` names another; base_dir: where relative paths
-    of the recipe start; largest_gap: mean exp|difference| - 1 between log-probabilities of a server
-    and of the model, above which the server is refused. Every rank must call it.
+    of the recipe start; largest_gap: the `logprob_gap` between a server and the model, above which
+    the server is refused. Every rank must call it.
     """
     if config.kind == "own":
         return OwnEngine(tokenizer.stop_token_ids, batch_size, record_experts)

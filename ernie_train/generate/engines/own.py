@@ -11,7 +11,6 @@ from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.generate.sharded import generate_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 
-
 # Completions of a call whose experts are recorded where nothing but `experts_changed` needs them:
 # those of 512 sequences of 8192 tokens of 21B-A3B are 0.7 GB, which every rank would get.
 _RECORDED = 64
@@ -45,7 +44,7 @@ class OwnEngine:
         limits: Sequence[int] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
-        """Return a completion of every prompt, with the experts that were chosen, of all or some."""
+        """Return a completion of every prompt, all or some of them with the experts chosen."""
         # A power of two: a later turn, with fewer prompts, records all episodes of an earlier one.
         every = 1 << (max(0, len(prompts) - 1) // _RECORDED).bit_length()
         return generate_sharded(
