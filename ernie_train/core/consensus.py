@@ -13,6 +13,7 @@ from ernie_train.core.process_group import (
     T,
     all_gather_objects,
     any_rank,
+    broadcast_object,
     is_main,
     over_gloo,
     rank,
@@ -57,11 +58,11 @@ def run_on_main(work: Callable[[], T]) -> T:
     So ranks agree on what is on the disk, although a shared file system may show it to them at
     different moments. An `ErnieTrainError` there ends all ranks.
     """
-    found: list[T] = []
+    found: T | None = None
     with fail_together():
         if is_main():
-            found.append(work())
-    return all_gather_objects(found)[0][0]
+            found = work()
+    return broadcast_object(found)
 
 
 def require_same(facts: Mapping[str, str]) -> None:

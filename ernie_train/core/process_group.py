@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -59,6 +60,9 @@ class Grid:
 # passing these through every call that may reduce something would say nothing more.
 _grid = Grid()
 _host_barrier: HostBarrier | None = None
+
+# Bytes of an object that are on the device at a time while it travels.
+_BROADCAST_BYTES = 64 << 20
 
 
 # ---- rank and layout -----------------------------------------------------------------------------
@@ -248,6 +252,28 @@ def all_gather_objects(value: T) -> list[T]:
     found: list[T] = []
     paddle.distributed.all_gather_object(found, value)
     return found
+
+
+def broadcast_object(value: T | None) -> T:
+    """Return rank 0's object on all ranks, whatever others pass; one of any size, that is pickled.
+
+    Rank 0 sends it in parts of bounded size, so that little memory of a GPU is taken.
+    """
+    if world_size() == 1:
+        return value  # type: ignore[return-value] # this rank is rank 0
+    import numpy as np
+    import paddle
+
+    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL) if is_main() else b""
+    size = int(all_reduce_sum([len(data)])[0])
+    buffer = np.frombuffer(data, np.uint8) if is_main() else np.empty(size, np.uint8)
+    for start in range(0, size, _BROADCAST_BYTES):
+        sync()
+        part = paddle.to_tensor(buffer[start : start + _BROADCAST_BYTES])
+        paddle.distributed.broadcast(part, src=0)
+        if not is_main():
+            buffer[start : start + _BROADCAST_BYTES] = part.numpy()
+    return value if is_main() else pickle.loads(buffer)  # type: ignore[return-value]
 
 
 def all_reduce_named(values: Mapping[K, float]) -> dict[K, float]:

@@ -22,7 +22,7 @@ from ernie_train.core.errors import Interrupted
 from ernie_train.core.worker_pool import WorkerPool, can_limit_blas, one_blas_thread
 from ernie_train.generate.lanes import Decoder, LaneSampler, Outputs, Request
 from ernie_train.generate.paddle_decoder import PaddleDecoder
-from ernie_train.generate.prompt_experts import PromptExperts
+from ernie_train.generate.prompt_experts import PromptExperts, expert_dtype
 from ernie_train.generate.sampler import SamplingConfig
 from ernie_train.kernels.packed import one_mkl_thread
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -47,9 +47,10 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # nats
     finished: bool = False  # a stop token was reached; False: cut at max_new_tokens
-    # [T,L,K] int16, if requested: the experts at the position that predicted each token.
+    # [T,L,K], if requested: the experts at the position that predicted each token, in bytes where
+    # there are at most 256 of them, else int16.
     expert_ids: np.ndarray | None = field(default=None, compare=False)
-    # [S-1,L,K] int16, if requested: those at the positions of the prompt before its last. Equal
+    # [S-1,L,K], if requested: those at the positions of the prompt before its last. Equal
     # prompts share the array, except over processes.
     prompt_expert_ids: np.ndarray | None = field(default=None, compare=False)
 
@@ -65,7 +66,7 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     seed: int = 0,
     eos_token_id: int | Iterable[int] = (),
     batch_size: int = 256,
-    record_experts: bool = False,
+    record_experts: int = 0,
     record_prompt_experts: bool = False,
     sequence_ids: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
@@ -80,7 +81,8 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     differently with other threads or neighbours. Equal prompts are prefilled once per process. At
     most `batch_size` sequences are sampled at once, over all processes; as they end, others start.
 
-    record_experts: fill `Completion.expert_ids`; record_prompt_experts: `prompt_expert_ids` too.
+    record_experts: fill `Completion.expert_ids` of each so many-th sequence, by its id; 0: of none.
+        record_prompt_experts: `prompt_expert_ids` of all too.
     limits: the most tokens of each completion; by default, and at most, `max_new_tokens`.
     on_progress: called with the number of finished prompts.
     on_token: called with the index of a prompt and each of its tokens as it is sampled.
@@ -96,7 +98,10 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
     leaders = _leaders(prompts)
     request = Request(prompts, leaders, ids, config, stops, max_tokens, on_token)
-    outputs = Outputs(len(prompts), max_new_tokens, moe_shape(model) if record_experts else None)
+    outputs = Outputs(len(prompts), max_new_tokens)
+    shape, dtype = moe_shape(model), expert_dtype(model.config.moe_num_experts)
+    if record_experts and shape is not None:
+        outputs.record_experts(np.array(ids, np.int64) % record_experts == 0, shape, dtype)
     was_training = model.training
     model.eval()
     try:
@@ -106,8 +111,8 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
             at_once = min(len(prompts), batch_size)
             processes = 1 if on_token else _num_processes(decoder, at_once)
             queues = _partition(prompts, leaders, processes)
-            if record_prompt_experts and outputs.moe_shape is not None:
-                outputs.prompts = PromptExperts(prompts, queues, outputs.moe_shape)
+            if record_prompt_experts and shape is not None:
+                outputs.prompts = PromptExperts(prompts, queues, shape, dtype)
             sampler = partial(LaneSampler, decoder, request, outputs, lanes=batch_size // processes)
             _run(queues, sampler, outputs.ended, on_progress, stop_requested)
     finally:
@@ -134,12 +139,12 @@ def check_request(
 
 def _completion(outputs: Outputs, i: int) -> Completion:
     """Return the completion of prompt `i`."""
-    length = int(outputs.lengths[i])
+    length, experts = int(outputs.lengths[i]), outputs.experts
     return Completion(
         outputs.ids[i, :length].tolist(),
         outputs.logprobs[i, :length].tolist(),
         bool(outputs.finished[i]),
-        None if outputs.experts is None else outputs.experts[i, :length].copy(),
+        experts[i, :length].copy() if experts is not None and outputs.recorded[i] else None,
         None if outputs.prompts is None else outputs.prompts.of(i),
     )
 

@@ -71,17 +71,25 @@ class Request:
 class Outputs:
     """Sampled tokens of all prompts, in memory that the processes share."""
 
-    def __init__(self, count: int, max_new_tokens: int, moe_shape: tuple[int, int] | None) -> None:
-        """`moe_shape`: (L, K) if experts are to be recorded."""
+    def __init__(self, count: int, max_new_tokens: int) -> None:
         shape = (count, max_new_tokens)
         self.ids = shared_zeros(shape, np.int64)
         self.logprobs = shared_zeros(shape, np.float32)
         self.lengths = shared_zeros(count, np.int64)
         self.finished = shared_zeros(count, bool)
         self.ended = shared_zeros(count, bool)  # finished or at its limit
-        self.moe_shape = moe_shape
-        self.experts = None if moe_shape is None else shared_zeros((*shape, *moe_shape), np.int16)
+        self.recorded = np.zeros(count, bool)  # the completions whose experts are
+        self.experts: np.ndarray | None = None
         self.prompts: PromptExperts | None = None  # if those of prompts are recorded too
+
+    def record_experts(
+        self, recorded: np.ndarray, shape: tuple[int, int], dtype: type[np.integer]
+    ) -> None:
+        """Make room for experts of the `recorded` completions, bool [prompts]; `shape`: (L, K).
+
+        Memory is taken where it is written, so the others take none.
+        """
+        self.recorded, self.experts = recorded, shared_zeros((*self.ids.shape, *shape), dtype)
 
 
 class _Prefilled(NamedTuple):
@@ -190,7 +198,9 @@ class LaneSampler:
         outputs.ids[prompts, steps] = tokens
         outputs.logprobs[prompts, steps] = logprobs[runs]
         if outputs.experts is not None:
-            outputs.experts[prompts, steps] = np.stack(experts, 1)[runs]  # [n,L,K]
+            kept = outputs.recorded[prompts]
+            chosen = np.stack(experts, 1)[runs]  # [n,L,K]
+            outputs.experts[prompts[kept], steps[kept]] = chosen[kept]
         outputs.lengths[prompts] = steps + 1
         if self.request.on_token is not None:
             for prompt, token in zip(prompts.tolist(), tokens.tolist(), strict=True):

@@ -1,4 +1,7 @@
-"""The experts that sampling chose at the positions of prompts, kept once for equal prompts."""
+"""The experts that sampling chose at the positions of prompts, kept once for equal prompts.
+
+Shapes: S tokens of a prompt, L MoE layers, K experts per token.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ernie_train.core.worker_pool import shared_zeros
+
+
+def expert_dtype(num_experts: int) -> type[np.integer]:
+    """Return the type of recorded experts: a byte each, where that suffices."""
+    return np.uint8 if num_experts <= 256 else np.int16
 
 
 class PromptExperts:
@@ -20,9 +28,10 @@ class PromptExperts:
         self,
         prompts: Sequence[Sequence[int]],
         queues: Sequence[Sequence[int]],
-        moe_shape: tuple[int, int],
+        shape: tuple[int, int],
+        dtype: type[np.integer],
     ) -> None:
-        """`queues`: the indices of prompts of each process; `moe_shape`: (MoE layers, experts)."""
+        """`queues`: the indices of prompts of each process; `shape`: (L, K)."""
         self._first: dict[int, int] = {}  # of each prompt, the first of its queue that equals it
         self._places: dict[int, slice] = {}  # of those
         end = 0
@@ -33,7 +42,7 @@ class PromptExperts:
                 if first == i:
                     self._places[i] = slice(end, end + len(prompts[i]) - 1)
                     end += len(prompts[i]) - 1
-        self._table = shared_zeros((max(end, 1), *moe_shape), np.int16)
+        self._table = shared_zeros((max(end, 1), *shape), dtype)
         self._copies: dict[int, np.ndarray] = {}
 
     def record(self, prefilled: Sequence[int], experts: Sequence[np.ndarray]) -> None:
@@ -42,7 +51,7 @@ class PromptExperts:
             self._table[self._places[i]] = chosen
 
     def of(self, i: int) -> np.ndarray:
-        """Return the experts [S-1,L,K] int16 of prompt `i`; equal prompts get the same array."""
+        """Return the experts [S-1,L,K] of prompt `i`; equal prompts get the same array."""
         first = self._first[i]
         if first not in self._copies:
             self._copies[first] = self._table[self._places[first]].copy()

@@ -66,7 +66,7 @@ def generate_sharded(
     for part in process_group.all_gather_objects(dict(zip(mine, completions, strict=True))):
         by_prompt |= part
     found = [by_prompt[i] for i in range(len(prompts))]
-    _share_prompt_experts(prompts, found)
+    share_prompt_experts(prompts, found)
     return found
 
 
@@ -102,7 +102,7 @@ def _partition(
     return parts
 
 
-def _share_prompt_experts(
+def share_prompt_experts(
     prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
 ) -> None:
     """Let equal prompts share the array of their experts where ranks chose the same ones."""

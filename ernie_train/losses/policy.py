@@ -99,6 +99,18 @@ def sequence_logratios(logratios: Tensor, mask: Tensor, sequence_ids: Tensor) ->
     return _masked(means + (logratios - logratios.detach()), mask)
 
 
+def logprob_gap(differences: np.ndarray) -> float:
+    """Return mean min(exp|d|, 20) - 1 of differences of logprobs of the same tokens; 0 of none.
+
+    As in the KL, one token that a router sent elsewhere does not outweigh a million others. It is
+    infinite where a difference is not finite.
+    """
+    sizes = np.abs(differences.astype(np.float64))
+    if not np.isfinite(sizes).all():
+        return math.inf
+    return float(np.expm1(np.minimum(sizes, math.log(MAX_KL_RATIO))).mean()) if len(sizes) else 0.0
+
+
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float | None
 ) -> Tensor:

@@ -1,7 +1,12 @@
 """Parallelism: experts, gradients and optimizer state over ranks; and recomputation."""
 
 from ernie_train.parallel.build import clone_model, new_model, reference_model
-from ernie_train.parallel.expert import ExpertDispatcher, check_expert_degree, expert_placement
+from ernie_train.parallel.expert import (
+    ExpertDispatcher,
+    check_expert_degree,
+    expert_placement,
+    has_moe_layers,
+)
 from ernie_train.parallel.gradients import (
     GradientReducer,
     broadcast_updated,
@@ -37,6 +42,7 @@ __all__ = [
     "expert_placement",
     "free_gradients",
     "gradient",
+    "has_moe_layers",
     "new_model",
     "owned_names",
     "parameter_owners",

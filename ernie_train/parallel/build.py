@@ -15,7 +15,8 @@ def new_model(
     Without `initialize` its parameters are zeros, to be overwritten.
 
     It holds the experts that the grid gives to this rank, with the values that they have on a
-    single rank. Raises `ConfigError` where the grid does not fit the experts.
+    single rank; without MoE layers it is whole. Raises `ConfigError` where the grid does not fit
+    the experts.
     """
     with default_dtype(dtype):
         return Ernie4_5_MoeForCausalLM(config, expert_placement(config), initialize=initialize)

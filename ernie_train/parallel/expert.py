@@ -229,24 +229,26 @@ class ExpertDispatcher:
 def expert_placement(config: Ernie4_5_MoeConfig) -> Placement:
     """Return the experts of this rank under the grid of `process_group`, and their dispatcher.
 
+    A model without MoE layers, such as a reward model beside the policy, is whole on every rank.
     Raises `ConfigError` for a degree that does not divide the experts.
     """
     degree = process_group.grid().expert
     check_expert_degree(degree, config)
-    if degree == 1:
+    if degree == 1 or not has_moe_layers(config):
         return LOCAL_PLACEMENT
     local = config.moe_num_experts // degree
     first = process_group.rank() % degree * local
     return Placement(range(first, first + local), ExpertDispatcher())
 
 
+def has_moe_layers(config: Ernie4_5_MoeConfig) -> bool:
+    """Return whether any layer has experts."""
+    return any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+
+
 def check_expert_degree(degree: int, config: Ernie4_5_MoeConfig) -> None:
     """Raise `ConfigError` where `degree` ranks cannot hold equal parts of a layer's experts."""
-    if degree == 1:
-        return
-    if not any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
-        raise ConfigError(f"parallel.expert={degree} has no effect: the model has no MoE layer")
-    if config.moe_num_experts % degree:
+    if has_moe_layers(config) and config.moe_num_experts % degree:
         raise ConfigError(
             f"parallel.expert={degree} must divide moe_num_experts={config.moe_num_experts}"
         )

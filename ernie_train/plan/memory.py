@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie_train.generate.prompt_experts import expert_dtype
 from ernie_train.losses.cross_entropy import chunk_elements
 from ernie_train.model.attention import WIDENED_ELEMENTS
 from ernie_train.model.batched_experts import MOST_SLOTS_PER_ROW
@@ -300,13 +301,14 @@ def cache_bytes(config: Ernie4_5_MoeConfig, sequences: int, tokens: int, width: 
 def recorded_bytes(config: Ernie4_5_MoeConfig, sampling: Sampling | None) -> float:
     """Return bytes of an iteration's recorded experts in the memory of each rank's processor.
 
-    Two for each MoE layer and expert of a token; a prompt's are kept once for its group.
+    A prompt's are kept once for its group.
     """
     if sampling is None or not sampling.records_experts:
         return 0.0
     prompts = -(-sampling.total // sampling.group_size) * sampling.prompt_tokens
     tokens = prompts + sampling.total * sampling.new_tokens
-    return 2.0 * moe_layers(config) * config.moe_k * tokens
+    size = expert_dtype(config.moe_num_experts)().itemsize
+    return float(size * moe_layers(config) * config.moe_k * tokens)
 
 
 def rollout_bytes(

@@ -146,7 +146,7 @@ def sequence_logprobs(
 
     batch_size, batch_tokens: the most that go through the model together, as in `micro_batches`.
     router_replay: tokens take the experts that sampling chose for them. The share of changed ones
-    leaves out micro-batches of which any is unknown. Raises `Interrupted` on all ranks when a stop
+    leaves out sequences of which they are unknown. Raises `Interrupted` on all ranks when a stop
     is requested on one.
     """
 
@@ -178,7 +178,7 @@ def sequence_logprobs(
     return SequenceLogprobs(arrays, _mean(entropies), _mean(changed))
 
 
-_Seen = tuple[np.ndarray | None, np.ndarray | None]  # entropies and changed experts [N]
+_Seen = tuple[np.ndarray | None, np.ndarray | None]  # entropies [N] and changed experts
 
 
 def _mean(arrays: list[np.ndarray | None]) -> float | None:
@@ -187,11 +187,13 @@ def _mean(arrays: list[np.ndarray | None]) -> float | None:
 
 
 def _changed_experts(batch: MicroBatch, router_stats: Sequence[RouterStats]) -> np.ndarray | None:
-    """Return for each sampled token [N] whether any layer routes it to other experts now."""
+    """Return whether any layer routes a token to other experts now; of those whose are known."""
     before = [s.expert_ids[s.sampled_places] for s in batch.sequences if s.expert_ids is not None]
-    if not router_stats or len(before) < len(batch.sequences):
+    if not router_stats or not before:
         return None
-    now = paddle.stack([s.expert_ids for s in router_stats], 1).numpy()[batch.predictors]
+    known = np.repeat([s.expert_ids is not None for s in batch.sequences], batch.lengths)
+    places = batch.predictors[known]
+    now = paddle.stack([s.expert_ids for s in router_stats], 1).numpy()[places]
     changed: np.ndarray = np.sort(now, -1) != np.sort(np.concatenate(before), -1)
     return changed.any((1, 2))
 

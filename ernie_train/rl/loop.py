@@ -39,7 +39,7 @@ from ernie_train.rl.report import (
     rollout_metrics,
 )
 from ernie_train.rl.reward import load_scorers
-from ernie_train.rl.rollout import Rollout, RolloutSampler, second_rewards
+from ernie_train.rl.rollout import Rollout, RolloutSampler, largest_mismatch, second_rewards
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.stage import StageRun
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
@@ -63,10 +63,10 @@ def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[s
         stage.data.tokenizer,
         temperature=rollout.temperature,
         batch_size=rollout.batch_size,
-        record_prompts=config.policy.router_replay,
+        record_experts=config.policy.router_replay,
         directory=stage.directory / ENGINE,
         base_dir=stage.data.base_dir,
-        largest_gap=rollout.max_logprob_mismatch,
+        largest_gap=largest_mismatch(config),
         stop_requested=stage.stop_requested,
     )
     with closing(built) as reward, closing(engine), tools as toolbox:

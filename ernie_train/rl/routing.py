@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ernie_train.core.errors import UserError
+from ernie_train.generate.prompt_experts import expert_dtype
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.rl.batch import TokenizedCompletion
 
@@ -59,7 +60,8 @@ def unpacked_experts(row: dict[str, Any], prompt: int, completion: int) -> list[
         raise ValueError(f"experts: {error}") from None
     if len(data) != size or not size:
         raise ValueError(f"experts are not those of {prompt} + {completion} tokens")
-    table = np.frombuffer(data, "<i2").reshape(-1, layers, per_token).astype(np.int16)
+    table = np.frombuffer(data, "<i2").reshape(-1, layers, per_token)
     if table.min() < 0:
         raise ValueError(f"experts: {table.min()} is none")
+    table = table.astype(expert_dtype(int(table.max()) + 1))
     return [table[:prompt], table[prompt:]]

@@ -18,11 +18,18 @@ from ernie_train.eval.problems import load_problems, require_verifiers
 from ernie_train.eval.prompts import check_problems
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.model.partial import trained_sizes
-from ernie_train.parallel import Recompute, RecomputeConfig, check_expert_degree
+from ernie_train.parallel import (
+    Recompute,
+    RecomputeConfig,
+    check_expert_degree,
+    has_moe_layers,
+)
 from ernie_train.rl import UpoConfig
+from ernie_train.rl.reward import find_reward_model
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import STAGES, AnyStageConfig, StageData
 from ernie_train.train.supervised_data import SupervisedConfig
+from ernie_train.weights.hf import load_config
 from ernie_train.weights.layout import parameter_shapes
 from ernie_train.weights.model_directory import find_model
 
@@ -57,6 +64,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     if recipe.model.is_absent:
         console.print(recipe.model.missing_model_message(), highlight=False)
     check_fit(recipe, config, tokenizer)
+    check_reward_models(recipe, base_dir)
     total, active = config.num_parameters()
     console.print(
         f"model: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active for a token; "
@@ -134,8 +142,11 @@ def _recompute_problems(recompute: Recompute, config: Ernie4_5_MoeConfig) -> lis
 def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) -> None:
     """Raise `ConfigError` if tokenizer, sequence lengths layout or export do not fit the model."""
     problems = []
+    degree = recipe.parallel.expert
+    if degree > 1 and not has_moe_layers(config):
+        problems.append(f"parallel.expert={degree} has no effect: the model has no MoE layer")
     try:
-        check_expert_degree(recipe.parallel.expert, config)
+        check_expert_degree(degree, config)
     except ConfigError as error:
         problems += error.problems
     problems += _recompute_problems(recipe.parallel.recompute, config)
@@ -173,6 +184,28 @@ def check_fit(recipe: Recipe, config: Ernie4_5_MoeConfig, tokenizer: Tokenizer) 
         raise ConfigError(problems)
 
 
+def check_reward_models(recipe: Recipe, base_dir: Path) -> None:
+    """Raise `ConfigError` where ranks cannot hold equal parts of a reward model's experts.
+
+    One that is not there yet is left to its stage.
+    """
+    problems = []
+    for index, stage in enumerate(recipe.stages):
+        rewards = stage.rewards() if isinstance(stage, UpoConfig) else []
+        for model in [p.model for reward in rewards for p in reward.parts if p.model is not None]:
+            try:
+                config = load_config(find_reward_model(base_dir / model.path).weights)
+            except UserError:
+                continue
+            try:
+                check_expert_degree(recipe.parallel.expert, config)
+            except ConfigError as error:
+                where = f"stages.{index}: the reward model {model.path}: "
+                problems += [where + problem for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+
+
 def _length_problems(stage: AnyStageConfig, path: str, limit: int) -> list[str]:
     return [
         f"{path}.{name}={length} exceeds the model's max_position_embeddings={limit}, which a "
@@ -193,7 +226,7 @@ def _capacity_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeCon
 
 
 def _balance_problems(stage: AnyStageConfig, path: str, config: Ernie4_5_MoeConfig) -> list[str]:
-    if any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
+    if has_moe_layers(config):
         return []
     idle = [
         f"{path}.balance.{name}={getattr(stage.balance, name):g} has no effect: the model has no "

@@ -53,7 +53,13 @@ from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.rl.reward import find_score
-from ernie_train.run.check import check_evaluation, check_fit, describe_training, recipe_warnings
+from ernie_train.run.check import (
+    check_evaluation,
+    check_fit,
+    check_reward_models,
+    describe_training,
+    recipe_warnings,
+)
 from ernie_train.run.earlier import CHECKPOINTS, EarlierStarts, Selection, record_stage
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer
@@ -215,6 +221,7 @@ class Pipeline:
         """Check that the recipe's problems can be scored; return its tokenizer."""
         self.recipe.loggers(self.base_dir).check()
         tokenizer = self.recipe.load_tokenizer(self.base_dir)
+        check_reward_models(self.recipe, self.base_dir)
         if self.recipe.evaluation is not None:
             check_evaluation(self.recipe, self.recipe.model.build(), tokenizer, self.base_dir)
         for line in recipe_warnings(self.recipe, tokenizer):

@@ -42,7 +42,7 @@ def test_eval_counts_what_the_server_completes(
     assert results["served"]["completions"] == results["own"]["completions"]
     assert results["served"]["trained"] == results["own"]["trained"]
     assert results["served"]["settings"]["engine"] == server.url
-    assert server.counts["/v1/completions"] == 4 + len(results["own"]["completions"])
+    assert server.counts["/v1/completions"] == 16 + len(results["own"]["completions"])
     assert server.counts.keys() <= {"/health", "/v1/models", "/v1/completions"}
 
 

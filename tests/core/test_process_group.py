@@ -30,6 +30,39 @@ result = {"rank": d.rank(), "world": d.world_size(), "sums": sums, "seen": seen}
 (out / f"rank{d.rank()}.json").write_text(json.dumps(result))
 """
 
+FROM_RANK_0 = """
+import sys
+from pathlib import Path
+import numpy as np
+import paddle
+from ernie_train.core import consensus
+from ernie_train.core import process_group as d
+from ernie_train.core.errors import ConfigError, EngineError, FailedElsewhere
+d._BROADCAST_BYTES = 1000
+sent, broadcast = [], paddle.distributed.broadcast
+paddle.distributed.broadcast = lambda t, src: sent.append(t.size) or broadcast(t, src=src)
+def gather(*arguments): raise AssertionError("every rank would hold the parts of all")
+gather_object, paddle.distributed.all_gather_object = paddle.distributed.all_gather_object, gather
+table = np.arange(1300, dtype=np.int16)
+own = lambda: {"table": table, "again": [table], "rank": d.rank()}
+found = consensus.run_on_main(own)
+np.testing.assert_array_equal(found["table"], table)
+assert found["again"][0] is found["table"] and found["rank"] == 0
+assert len(sent) == 3 and max(sent) == 1000 and 2600 < sum(sent) < 3000, sent
+assert consensus.run_on_main(lambda: None) is None
+paddle.distributed.all_gather_object = gather_object  # of the error alone
+def fail(error): raise error
+for error, elsewhere in ((ConfigError("no"), FailedElsewhere), (EngineError("no"), EngineError)):
+    expected = elsewhere if d.rank() else type(error)
+    try:
+        consensus.run_on_main(lambda: fail(error))
+    except expected as raised:
+        assert type(raised) is expected
+    else:
+        raise AssertionError("nothing was raised")
+(Path(sys.argv[1]) / f"passed{d.rank()}").touch()
+"""
+
 
 def test_numbers_of_all_ranks_are_one_copy_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer of experts waits for its counts: with a copy a rank it would wait eight times."""
@@ -92,6 +125,13 @@ def test_two_ranks_wait_and_add_up(tmp_path: Path) -> None:
     # In float32 the second would lose its 2 and the third would be 0.
     expected = {"world": 2, "sums": [3.0, 2.0**53 + 2, 2e-300], "seen": True}
     assert results == [{"rank": rank, **expected} for rank in (0, 1)]
+
+
+def test_what_rank_0_found_reaches_the_others_in_parts_and_so_do_its_errors(tmp_path: Path) -> None:
+    script = tmp_path / "from_rank_0.py"
+    script.write_text(FROM_RANK_0)
+    start_on_ranks(3, str(script), tmp_path)
+    assert len(list(tmp_path.glob("passed*"))) == 3
 
 
 def test_sums_of_what_is_not_finite_are_left_to_those_who_look_at_them():

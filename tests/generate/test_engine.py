@@ -103,6 +103,20 @@ def test_episodes_that_still_run_keep_their_random_numbers(model, prompts):
     assert engine.sample([], settings) == []
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_without_replay_few_completions_carry_experts(model, everything):
+    """They would all be gathered on every rank, for a mean; later turns keep those of earlier."""
+    engine = OwnEngine([], record_experts=everything)
+    engine.load_weights(model, version=1)
+    settings = SamplingConfig(2, temperature=1.0)
+    found = []
+    for ids in (range(129), range(0, 129, 2)):
+        some = engine.sample([[5, 6]] * len(ids), settings, sequence_ids=ids)
+        found.append([at for at, c in zip(ids, some, strict=True) if c.expert_ids is not None])
+        assert all((c.prompt_expert_ids is not None) == everything for c in some)
+    assert found == [list(range(0, 129, n)) for n in ([1, 2] if everything else [4, 2])]
+
+
 def test_recomputed_logprobs_are_the_sampled_ones(model, prompts):
     """By the pass that an update makes: with a gradient, packed in one row."""
     completions = generate(model, prompts, max_new_tokens=40, temperature=1.0, seed=2)
@@ -133,7 +147,7 @@ def test_experts_of_prompts_are_recorded_once_for_equal_prompts(model, own_forwa
     for prompt, completion in zip(prompts, found, strict=True):
         stats = model(paddle.to_tensor([prompt])).router_stats
         expected = np.stack([s.expert_ids.numpy() for s in stats], 1)[:-1]
-        assert completion.prompt_expert_ids.dtype == np.int16
+        assert completion.prompt_expert_ids.dtype == np.uint8
         np.testing.assert_array_equal(np.sort(completion.prompt_expert_ids), np.sort(expected))
     assert found[1].prompt_expert_ids is found[2].prompt_expert_ids
     plain = generate(model, prompts, **settings)
@@ -161,7 +175,7 @@ def test_recorded_experts_are_those_of_the_predicting_positions(
     for prompt, completion in zip(prompts, completions, strict=True):
         stats = model(paddle.to_tensor([prompt + completion.ids])).router_stats
         expected = np.stack([s.expert_ids.numpy() for s in stats], 1)[len(prompt) - 1 : -1]
-        assert completion.expert_ids.dtype == np.int16
+        assert completion.expert_ids.dtype == np.uint8
         np.testing.assert_array_equal(np.sort(completion.expert_ids), np.sort(expected))
     plain = generate(model, prompts, max_new_tokens=30, **settings)
     assert [c.expert_ids for c in plain] == [None] * len(prompts)

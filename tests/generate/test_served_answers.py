@@ -59,7 +59,10 @@ def test_experts_are_those_of_the_positions_that_predict() -> None:
     found = policy.read(answer(routed_experts=npy(sent)))
     np.testing.assert_array_equal(found.prompt_expert_ids, sent[:2])
     np.testing.assert_array_equal(found.expert_ids, sent[2:])
-    assert found.expert_ids is not None and found.expert_ids.dtype == np.int16
+    assert found.expert_ids is not None and found.expert_ids.dtype == np.uint8
+    assert found.expert_ids.base is None, "a view would keep the prompt's experts"
+    many = request(experts=(2, 2), num_experts=257).read(answer(routed_experts=npy(sent)))
+    assert many.expert_ids is not None and many.expert_ids.dtype == np.int16
     other = policy.read(answer(routed_experts=npy(np.asfortranarray(sent.astype(">i4")))))
     np.testing.assert_array_equal(other.expert_ids, sent[2:])
     assert request().read(answer(routed_experts=npy(sent))).expert_ids is None

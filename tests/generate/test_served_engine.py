@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from ernie_train.core.errors import Interrupted
+from ernie_train.generate.engine import Completion
 from ernie_train.generate.engines import EngineConfig
+from ernie_train.generate.engines.answer import Request
 from ernie_train.generate.engines.endpoint import Endpoint
 from ernie_train.generate.engines.protocol import Engine
 from ernie_train.generate.engines.servers import FastDeployServer, Weights
@@ -60,6 +62,21 @@ def test_a_version_is_loaded_once_and_seeds_follow_the_sequence_ids(
     alone = engine.sample(PROMPTS[2:], SETTINGS, sequence_ids=[12])
     assert alone == whole[2:]
     assert engine.sample([], SETTINGS) == []
+
+
+def test_equal_prompts_share_the_experts_that_the_server_chose(
+    engine: Engine, model: Ernie4_5_MoeForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group's prompt would travel, and be kept, once a completion."""
+    engine.load_weights(model, 1)
+
+    def complete(requests: list[Request], **others: Any) -> list[Completion]:
+        tables = [np.zeros((len(r.prompt) - 1, 2, 2), np.uint8) for r in requests]
+        return [Completion([2], [-1.0], True, table[:1], table) for table in tables]
+
+    monkeypatch.setattr(engine.server.endpoint, "complete", complete)  # type: ignore[attr-defined]
+    found = [completion.prompt_expert_ids for completion in engine.sample(PROMPTS, SETTINGS)]
+    assert found[0] is found[2] and found[0] is not found[1]
 
 
 @pytest.mark.parametrize(

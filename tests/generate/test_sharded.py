@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ernie_train.generate.engine import Completion
-from ernie_train.generate.sharded import _partition, _share_prompt_experts, pieces_of
+from ernie_train.generate.sharded import _partition, pieces_of, share_prompt_experts
 
 
 def groups_of(sizes, prompt_tokens):
@@ -64,7 +64,7 @@ def test_equal_prompts_share_experts_where_ranks_chose_the_same():
     other = table + np.int16(1)
     arrays = [table, table.copy(), other, table.copy()]
     found = [Completion(prompt_expert_ids=array) for array in arrays]
-    _share_prompt_experts([[1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 5, 6]], found)
+    share_prompt_experts([[1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 5, 6]], found)
     kept = [completion.prompt_expert_ids for completion in found]
     assert [array is mine for array, mine in zip(kept, arrays, strict=True)] == [
         True, False, True, True,

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie_train.losses import KL_IN_LOSS_KINDS, kl_estimate, kl_loss
+from ernie_train.losses import KL_IN_LOSS_KINDS, kl_estimate, kl_loss, logprob_gap
 from tests.losses.finite_differences import gradient
 
 SHAPE = (5, 8)
@@ -40,6 +40,19 @@ def test_k3_keeps_its_digits_near_the_reference():
     estimate = kl_estimate(paddle.to_tensor(d), paddle.zeros([2]), "k3").numpy()
     # Taken literally in float32, exp(-d) - 1 + d is off by several times the result itself.
     np.testing.assert_allclose(estimate, d.astype(np.float64) ** 2 / 2, rtol=2e-3)
+
+
+def test_the_gap_of_logprobs_is_not_that_of_one_token():
+    """By hand: it counts 19 of 2M, not exp(15) - 1, which gives 1.6; but none may be infinite."""
+    differences = np.zeros(2_000_000, np.float32)
+    assert logprob_gap(differences) == 0.0 == logprob_gap(differences[:0])
+    differences[7] = -15
+    assert logprob_gap(differences) == pytest.approx(19 / 2_000_000)
+    small = np.array([0.1, -0.2, 0.3])
+    assert logprob_gap(small) == pytest.approx(np.mean([np.exp(0.1), np.exp(0.2), np.exp(0.3)]) - 1)
+    for wrong in (np.inf, -np.inf, np.nan):
+        differences[7] = wrong
+        assert logprob_gap(differences) == np.inf
 
 
 def truncated_k3(d):

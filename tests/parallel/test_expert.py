@@ -8,9 +8,11 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie_train.core import process_group
 from ernie_train.core.errors import ConfigError
 from ernie_train.core.process_group import Grid, set_grid
-from ernie_train.parallel import check_expert_degree, collectives
+from ernie_train.model.moe import LOCAL_PLACEMENT
+from ernie_train.parallel import check_expert_degree, collectives, expert_placement
 from ernie_train.parallel.collectives import _partners
 from ernie_train.parallel.expert import (
     _Combine,
@@ -184,11 +186,18 @@ def test_nccl_takes_its_memory_before_there_is_a_model_s_work_to_do(monkeypatch,
 @pytest.mark.parametrize(("degree", "keys", "message"), [
     (3, {}, "parallel.expert=3 must divide moe_num_experts=4"),
     (8, {}, "parallel.expert=8 must divide moe_num_experts=4"),
-    (2, {"moe_num_experts": 0}, "no MoE layer"),
 ])  # fmt: skip
 def test_a_degree_that_does_not_fit_the_experts(degree, keys, message):
     with pytest.raises(ConfigError, match=message):
         check_expert_degree(degree, make_config(**keys))
+
+
+def test_a_model_without_experts_is_whole_on_every_rank(monkeypatch):
+    """As a dense reward model beside a policy whose experts are spread."""
+    monkeypatch.setattr(process_group, "_grid", Grid(expert=2))
+    dense = make_config(moe_num_experts=0)
+    assert expert_placement(dense) is LOCAL_PLACEMENT
+    assert expert_placement(make_config()).experts == range(2)
 
 
 def test_degrees_that_do_not_make_the_ranks():

@@ -78,11 +78,11 @@ def test_refills_are_counted_as_full_rounds(learns_from: str) -> None:
 
 
 def test_recorded_experts_are_counted_in_memory_and_on_the_disk() -> None:
-    """By hand: 27 MoE layers of 6 experts, 2 bytes each; 64 prompts of 1024, 512 x 7168 tokens."""
+    """By hand: 27 MoE layers of 6 experts, a byte each; 64 prompts of 1024, 512 x 7168 tokens."""
     rollout = {"rollout": {**RL["rollout"], "dump": True}}
     of = recipe(RL | rollout | {"policy": {"minibatches": 4, "router_replay": True}})
     (load,) = recipe_workloads(of)
-    size = 27 * 6 * 2 * (64 * 1024 + 512 * 7168)
+    size = 27 * 6 * (64 * 1024 + 512 * 7168)
     said = printed(of, PlanSettings())
     assert f"router_replay keeps up to {size / 1e9:.2f} GB of experts" in said
     assert f"dump writes up to {27 * 6 * 2 * 512 * 8192 * 4 / 3 / 1e9:.2f} GB" in said
@@ -132,7 +132,7 @@ def test_the_large_recipe_of_rl_is_planned_with_its_experts() -> None:
     of = load_recipe(ROOT / "recipes/ernie-21b-a3b-prl.yaml")
     said = printed(of, PlanSettings(ranks=8))
     for stage in of.stages:
-        assert f"{stage.name}: router_replay keeps up to 2.42 GB" in said
+        assert f"{stage.name}: router_replay keeps up to 1.21 GB" in said
 
 
 def test_dpo_trains_pairs_and_samples_nothing() -> None:

@@ -111,6 +111,7 @@ def test_the_share_of_changed_experts_is_counted_by_token():
     first[0, 0] = [next(e for e in range(4) if e not in first[0, 0]), first[0, 0, 1]]
     assert share([first, *sampled[1:]]) == pytest.approx(1 / len(now))
     assert share([None] * 4) is None
+    assert share([first, None, None, None]) == pytest.approx(1 / len(first))
 
 
 # ---- the critic ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,6 +335,25 @@ def test_another_model_is_no_reward_model(workspace: Path, tmp_path: Path, capsy
     path = write_recipe(workspace, tmp_path / "rl.yaml", upo(workspace, reward))
     assert run("check", path) == 2
     assert "is no reward model: it lacks score/" in " ".join(capsys.readouterr().err.split())
+
+
+def test_experts_that_ranks_cannot_share_are_refused_before_anything_is_trained(
+    workspace: Path, whole: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The policy has 4 experts; a dense reward model goes with any degree (test_expert)."""
+    made = {name: make_model(moe_num_experts=count) for name, count in (("6", 6), ("0", 0))}
+    for name, model in made.items():
+        save_pretrained(model, tmp_path / name)
+        shutil.copytree(whole / "01-rm/checkpoints/step_000006/score", tmp_path / name / "score")
+        shutil.copytree(whole / "tokenizer", tmp_path / name, dirs_exist_ok=True)
+    layout = {"parallel": {"expert": 4}}
+    for name, status in (("6", 2), ("0", 0)):
+        reward = {"model": {"path": str(tmp_path / name)}}
+        path = write_recipe(workspace, tmp_path / "rl.yaml", upo(workspace, reward), **layout)
+        assert run("check", path) == status
+    told = " ".join(capsys.readouterr().err.split())
+    assert "stages.0: the reward model" in told
+    assert "parallel.expert=4 must divide moe_num_experts=6" in told
 
 
 def test_metrics_show_spread_saturation_and_the_length_that_scores_go_with() -> None:

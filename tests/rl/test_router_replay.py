@@ -244,7 +244,7 @@ def test_experts_survive_the_disk(tmp_path):
     write_rollout(tmp_path / "1.jsonl", [[made]])
     ((read,),) = read_rollout(tmp_path / "1.jsonl")
     np.testing.assert_array_equal(read.routing, made.routing)
-    assert read.prompt_expert_ids.dtype == np.int16
+    assert read.prompt_expert_ids.dtype == np.uint8
     require_experts([read], make_model(), "it")
 
 

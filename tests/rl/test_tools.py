@@ -64,9 +64,9 @@ class CallingEngine(OwnEngine):
         return found
 
 
-def calling_engine(settings, tokenizer, *, batch_size, record_prompts, **others):
+def calling_engine(settings, tokenizer, *, batch_size, record_experts, **others):
     CallingEngine.tokenizer = tokenizer
-    return CallingEngine(tokenizer.stop_token_ids, batch_size, record_prompts=record_prompts)
+    return CallingEngine(tokenizer.stop_token_ids, batch_size, record_experts=record_experts)
 
 
 @pytest.fixture(scope="module")

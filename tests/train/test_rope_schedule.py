@@ -267,11 +267,13 @@ def test_a_run_cut_off_in_any_phase_continues_to_the_same_bits(
          r"rope_schedule.1.seq_len=64: no document is longer than 32 tokens"),
         ("model.moe_num_experts=0",
          r"stages.0.balance.bias_update_rate=0.001 has no effect: the model has no MoE layer"),
+        ("model.moe_num_experts=0 parallel.expert=2",
+         r"parallel.expert=2 has no effect: the model has no MoE layer"),
     ],
 )  # fmt: skip
 def test_a_schedule_that_does_not_fit_model_or_data_is_refused(workspace, capsys, override, says):
     override = override.format(root=workspace)
-    assert run("check", workspace / "recipe.yaml", override) == 2
+    assert run("check", workspace / "recipe.yaml", *override.split()) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert says in err
 

@@ -48,7 +48,13 @@ from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import PreparedPrompts, rollout_file
 from ernie_train.rl.preference_data import encode_completion
 from ernie_train.rl.reward import load_scorers
-from ernie_train.rl.rollout import RolloutSampler, ScoredCompletion, read_rollout, write_rollout
+from ernie_train.rl.rollout import (
+    RolloutSampler,
+    ScoredCompletion,
+    largest_mismatch,
+    read_rollout,
+    write_rollout,
+)
 from ernie_train.rl.rollout.records import PromptGroup
 from ernie_train.run.recipe import Recipe, load_recipe, recorded_recipe
 from ernie_train.train.stage import StageData, StageRun
@@ -212,7 +218,7 @@ def sampled_groups(
         batch_size=rollout.batch_size,
         directory=stage.directory / "engine",
         base_dir=stage.data.base_dir,
-        largest_gap=rollout.max_logprob_mismatch,
+        largest_gap=largest_mismatch(config),
         stop_requested=lambda: stage.stop.requested,
     )
     reward = build_reward(config.reward, stage.data.base_dir)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ernie_train.generate.engine import Completion
+from ernie_train.generate.prompt_experts import expert_dtype
 from ernie_train.generate.sampler import SamplingConfig
 
 _ROUNDING = 1e-3  # log-probabilities in bfloat16 may come out a little above 0
@@ -91,9 +92,8 @@ class Request:
             raise WrongAnswer("prompt_token_ids are not the ids that were sent")
         ids = self._ids(choice)
         found = Completion(ids, self._logprobs(choice, len(ids)), self._is_finished(choice, ids))
-        experts, before = self._experts(choice, len(ids)), len(self.prompt) - 1
-        if experts is not None:
-            found.prompt_expert_ids, found.expert_ids = experts[:before], experts[before:]
+        if (experts := self._experts(choice, len(ids))) is not None:
+            found.prompt_expert_ids, found.expert_ids = experts
         return found
 
     def _ids(self, choice: dict[str, Any]) -> list[int]:
@@ -133,8 +133,8 @@ class Request:
             raise WrongAnswer(f"finish_reason is {short_repr(reason)}")
         return stopped
 
-    def _experts(self, choice: dict[str, Any], count: int) -> np.ndarray | None:
-        """Return the experts [P+T-1,L,K] of all positions but the last, if they came.
+    def _experts(self, choice: dict[str, Any], count: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the experts [P-1,L,K] of the prompt and [T,L,K] of the completion, if they came.
 
         vLLM sends them as the bytes of a numpy file in base64.
         """
@@ -147,7 +147,9 @@ class Request:
             raise WrongAnswer(
                 f"routed_experts: expert {wrong[0]} is none of the {self.num_experts}"
             )
-        return array.astype(np.int16)
+        # Two copies, as one may be dropped: equal prompts share theirs.
+        before, dtype = len(self.prompt) - 1, expert_dtype(self.num_experts)
+        return array[:before].astype(dtype), array[before:].astype(dtype)
 
 
 def _read_integers(given: Any, shape: tuple[int, ...]) -> np.ndarray:

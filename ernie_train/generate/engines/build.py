@@ -16,7 +16,7 @@ from ernie_train.generate.engines.own import OwnEngine
 from ernie_train.generate.engines.protocol import Engine
 
 _A_DAY_S = 86400.0  # a user ends what takes too long
-# Mean exp|difference| - 1. Two programs in bfloat16 differ by some 0.02.
+# A `logprob_gap`: two programs in bfloat16 differ by some 0.02.
 _GAP_OF_ANOTHER_DTYPE = 0.1
 
 
@@ -26,7 +26,7 @@ def build_engine(
     *,
     temperature: float,
     batch_size: int,
-    record_prompts: bool = False,
+    record_experts: bool = False,
     directory: Path,
     base_dir: Path,
     largest_gap: float,
@@ -34,13 +34,13 @@ def build_engine(
 ) -> Engine:
     """Return the engine of `config`; a server is started with the first weights.
 
-    temperature: of the rollouts; batch_size, record_prompts: of our own sampler; directory: for the
+    temperature: of the rollouts; batch_size, record_experts: of our own sampler; directory: for the
     log of a server, and its weights unless `config` names another; base_dir: where relative paths
-    of the recipe start; largest_gap: mean exp|difference| - 1 between log-probabilities of a server
-    and of the model, above which the server is refused. Every rank must call it.
+    of the recipe start; largest_gap: the `logprob_gap` between a server and the model, above which
+    the server is refused. Every rank must call it.
     """
     if config.kind == "own":
-        return OwnEngine(tokenizer.stop_token_ids, batch_size, record_prompts)
+        return OwnEngine(tokenizer.stop_token_ids, batch_size, record_experts)
     directory = directory.absolute()  # a server may run elsewhere on this disk
     weights = directory
     if config.directory is not None:

@@ -20,13 +20,15 @@ from ernie_train.generate.engines.config import EngineConfig
 from ernie_train.generate.engines.protocol import require_loaded
 from ernie_train.generate.engines.servers import Server, Weights
 from ernie_train.generate.sampler import SamplingConfig
-from ernie_train.generate.sharded import generate_sharded
+from ernie_train.generate.sharded import generate_sharded, share_prompt_experts
 from ernie_train.io.files import read_manifest, remove_directory
+from ernie_train.losses import logprob_gap
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.dtypes import dtype_name
 from ernie_train.weights.saving import save_pretrained
 
-_PROBES, _PROBE_TOKENS = 4, 8
+# So many that a token or two, which a router near a tie sends elsewhere, move the mean little.
+_PROBES, _PROBE_PROMPT, _PROBE_TOKENS = 16, 8, 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ServedEngine:
     server: Server
     tokenizer: Tokenizer
     directory: Path | None  # of this run's weights alone; None: the server keeps its own
-    largest_gap: float  # mean exp|difference| - 1 of log-probabilities, as in the learner's check
+    largest_gap: float  # `logprob_gap`, as in the learner's check
     _run: str = field(default_factory=lambda: secrets.token_hex(4), init=False)
     _loaded: _Loaded | None = field(default=None, init=False, repr=False)
 
@@ -102,8 +104,8 @@ class ServedEngine:
             )
         return (
             f"the engine at {url} was given {directory}, but its log-probabilities differ from the "
-            f"model's by {gap:.2g} on average, more than rollout.max_logprob_mismatch={most} "
-            "allows: it computes with other weights, or in a narrower dtype"
+            f"model's by {gap:.2g} on average, more than {most}, of rollout.max_logprob_mismatch: "
+            "it computes with other weights, or in a narrower dtype"
         )
 
     def _write(self, model: Ernie4_5_MoeForCausalLM, directory: Path, dtype: str) -> None:
@@ -146,6 +148,7 @@ class ServedEngine:
                 requests, timeout_s=self.config.timeout_s, stop_requested=stop_requested
             )
             self.server.require_version(loaded.weights)
+            share_prompt_experts(prompts, found)
             return found
 
         found = consensus.run_on_main(ask)
@@ -170,7 +173,7 @@ class ServedEngine:
                     self.directory.rmdir()
 
     def _gap(self, expected: Sequence[Completion], vocab_size: int) -> float:
-        """Return mean exp|difference| - 1 of greedy log-probabilities from the expected ones.
+        """Return the `logprob_gap` of greedy log-probabilities from the expected ones.
 
         After the first token that differs the contexts do too; at it, the two best are compared.
         """
@@ -188,8 +191,8 @@ class ServedEngine:
             same = [a == b for a, b in zip(ours.ids, theirs.ids, strict=False)]
             count = same.index(False) + 1 if False in same else len(same)
             pairs = zip(ours.logprobs[:count], theirs.logprobs[:count], strict=True)
-            gaps += [abs(a - b) for a, b in pairs]
-        return float(np.expm1(gaps).mean())
+            gaps += [a - b for a, b in pairs]
+        return logprob_gap(np.array(gaps))
 
     def _remove_versions(self, but: Path | None = None) -> None:
         """Delete the weights on the disk, those too that this run left when it was killed."""
@@ -201,7 +204,7 @@ class ServedEngine:
 def _probes(vocab_size: int) -> list[list[int]]:
     """Return prompts of random tokens, on which any change of the weights shows."""
     random = np.random.default_rng(0)
-    return random.integers(0, vocab_size, (_PROBES, _PROBE_TOKENS)).tolist()
+    return random.integers(0, vocab_size, (_PROBES, _PROBE_PROMPT)).tolist()
 
 
 def _digest(directory: Path) -> str:

@@ -79,8 +79,8 @@ class RolloutConfig(StrictConfig):
     overlong_tokens: PositiveInt | None = None
     """Of `ramp`: the last tokens of `max_new_tokens`, over which the penalty rises from 0."""
     max_logprob_mismatch: Annotated[Positive, HARMLESS] = 0.05
-    """Bound of mean exp(abs(recomputed - sampled logprob)) - 1; above it the stage stops, with
-    `policy.sampler_correction` above 20 times as much.
+    """Bound of mean min(exp(abs(recomputed - sampled logprob)), 20) - 1; above it the stage stops,
+    with `policy.sampler_correction` above 20 times as much.
     """
     dump: Annotated[bool, HARMLESS] = False
     """Keeps each iteration's rollout in `rollouts/` of the stage's directory."""

@@ -8,7 +8,11 @@ from ernie_train.rl.rollout.files import read_rollout, write_rollout
 from ernie_train.rl.rollout.grading import Answer, grade
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.rollout.sampler import RolloutSampler
-from ernie_train.rl.rollout.sampler_gap import correction_of, logprob_mismatch
+from ernie_train.rl.rollout.sampler_gap import (
+    correction_of,
+    largest_mismatch,
+    logprob_mismatch,
+)
 from ernie_train.rl.rollout.second_reward import SecondReward, second_rewards
 
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "SecondReward",
     "correction_of",
     "grade",
+    "largest_mismatch",
     "logprob_mismatch",
     "read_rollout",
     "second_rewards",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ernie_train.core.errors import ErnieTrainError
+from ernie_train.losses import logprob_gap
 from ernie_train.rl.config import SamplerCorrectionConfig, UpoConfig
 
 # With a correction the gap of logprobs may be so many times `max_logprob_mismatch`.
@@ -23,10 +24,16 @@ _REMEDY_OF_MISMATCH = (
 def logprob_mismatch(
     recomputed: Sequence[np.ndarray | None], sampled: Sequence[np.ndarray | None]
 ) -> float:
-    """Return mean exp|recomputed - sampled logprob| - 1 over the tokens of which both are known."""
+    """Return the `logprob_gap` of the tokens of which both are known."""
     pairs = zip(recomputed, sampled, strict=True)
-    gaps = [np.abs(new - old) for new, old in pairs if new is not None and old is not None]
-    return float(np.expm1(np.concatenate(gaps).astype(np.float64)).mean()) if gaps else 0.0
+    gaps = [new - old for new, old in pairs if new is not None and old is not None]
+    return logprob_gap(np.concatenate(gaps)) if gaps else 0.0
+
+
+def largest_mismatch(config: UpoConfig) -> float:
+    """Return the bound of `logprob_mismatch`, which a correction widens."""
+    corrected = config.policy.sampler_correction is not None
+    return config.rollout.max_logprob_mismatch * (_CORRECTED_MISMATCH if corrected else 1)
 
 
 def correction_of(config: UpoConfig, mismatch: float) -> SamplerCorrectionConfig | None:
@@ -36,15 +43,13 @@ def correction_of(config: UpoConfig, mismatch: float) -> SamplerCorrectionConfig
     Raises `ErnieTrainError` where sampling and update differ by more than they may.
     """
     rollout, correction = config.rollout, config.policy.sampler_correction
-    bound, remedy = rollout.max_logprob_mismatch, _REMEDY_OF_MISMATCH
+    bound, remedy = largest_mismatch(config), _REMEDY_OF_MISMATCH
     if rollout.replay is not None:
         bound = math.inf
         if correction is None and mismatch > _OTHER_POLICY:
             correction = SamplerCorrectionConfig(kind="truncated")
     elif correction is not None:
-        bound *= _CORRECTED_MISMATCH
         remedy = "no correction bridges that: the sampler's weights or settings are not these"
-    # A gap of NaN or infinity is out of any bound.
     if not (mismatch <= bound and math.isfinite(mismatch)):
         raise ErnieTrainError(
             f"the logprobs of sampling and of the update differ by {mismatch:.2e}, more than "
