@@ -31,11 +31,6 @@ class Routing:
     weight_index: Tensor  # [R] index of the row's weight in weights [T,K] flattened
     dropped: int
 
-    def tokens_per_expert(self) -> list[int]:
-        """Return the number of rows of each expert; the host waits for the device."""
-        counts: list[int] = np.diff(self.ends.numpy(), prepend=0).tolist()
-        return counts
-
 
 @dataclass(frozen=True)
 class InFlight(Generic[MetadataT]):
@@ -165,7 +160,7 @@ class LocalDispatcher:
     def dispatch_start(
         self, x: Tensor, weights: Tensor, routing: Routing
     ) -> InFlight[LocalMetadata]:
-        per_expert = routing.tokens_per_expert()
+        per_expert = np.diff(routing.ends.numpy(), prepend=0).tolist()  # the host waits for a GPU
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
         return InFlight(x, LocalMetadata(rows, row_weights, per_expert, routing))

@@ -53,10 +53,7 @@ class Collectives(Protocol):
     group: list[int]  # [N] places of the expert group's ranks in what `gather` returns
 
     def gather(self, values: Tensor) -> np.ndarray:
-        """Return int64 values [W] of all M ranks whose all-to-alls depend on one another, [M,W].
-
-        The host waits for the device, once.
-        """
+        """Return int64 values [W] of all M ranks whose all-to-alls depend on one another, [M,W]."""
         ...
 
     def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:

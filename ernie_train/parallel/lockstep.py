@@ -10,7 +10,6 @@ every rank holds all experts a pass needs no other rank. All ranks meet once, at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -101,12 +100,7 @@ class Lockstep:
         _heard = 0
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if process_group.world_size() == 1 or not isinstance(error, Interrupted | None):
             return  # a rank with another error ends, and its supervisor ends the others
         if error is None and process_group.grid().expert > 1:
@@ -117,20 +111,15 @@ class Lockstep:
             raise Interrupted("stopped on a signal, here or on another rank")
 
     def _run_dummy_passes(self) -> None:
-        """Run passes until all ranks are done, or one was asked to stop.
-
-        Unless the number is known, the last one is a dummy on all ranks.
-        """
         while self._left != 0 and not self._signal(0):
             dummy_pass(self.model, backward=False)
             if not _heard & _WORKS:
-                return
+                return  # it was a dummy on all ranks
 
     def _signal(self, works: int) -> bool:
         """Set what the next pass tells; return whether the last one told to stop."""
         global _own, _heard
-        if self._left is not None:
-            self._left -= 1
+        self._left = None if self._left is None else self._left - 1
         stop = bool(_heard & _STOPS)
         _own, _heard = works | (_STOPS if self.stop_requested() else 0), 0
         return stop

@@ -165,8 +165,7 @@ def validation_loss(
     )
     total = count = 0.0
     stage.model.eval()
-    stop = stage.stop
-    with Lockstep(stage.model, lambda: stop.requested) as lockstep, paddle.no_grad():
+    with Lockstep(stage.model, stage.stop_requested) as lockstep, paddle.no_grad():
         for batch in lockstep.shard(list(once)):
             mean = loss(stage.model, batch).metrics["loss"]
             total, count = total + mean.sum, count + mean.count
