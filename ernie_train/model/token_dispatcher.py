@@ -25,7 +25,7 @@ class Routing:
     """Maps T*K (token, expert) pairs to rows sorted by expert, and back."""
 
     tokens: int  # T
-    tokens_per_expert: list[int]  # rows of each expert, summing to R
+    ends: Tensor  # [E] where the rows of each expert end, the last one's at R
     token_of_row: Tensor  # [R]
     row_of_pair: Tensor  # [K*T] row of the pair (k, token), k outermost; R where dropped
     weight_index: Tensor  # [R] index of the row's weight in weights [T,K] flattened
@@ -86,21 +86,16 @@ def make_routing(expert_ids: Tensor, num_experts: int, capacity: int | None) -> 
     # Where the rows of each expert end. A bincount waits for a GPU twice more: it looks for the
     # smallest and the largest number first.
     ends = paddle.searchsorted(paddle.gather(flat, order), paddle.arange(num_experts), right=True)
-    per_expert: list[int] = np.diff(ends.numpy(), prepend=0).tolist()
-    dropped = 0
-    if capacity is not None and max(per_expert) > capacity:
+    if capacity is not None:
         first = paddle.concat([paddle.zeros([1], "int64"), ends[:-1]])
         rank = paddle.arange(len(flat)) - paddle.gather(first, paddle.gather(flat, order))
         order = paddle.masked_select(order, rank < capacity)
-        kept = [min(count, capacity) for count in per_expert]
-        dropped = sum(per_expert) - sum(kept)
-        per_expert = kept
+        ends = paddle.cumsum(paddle.clip(ends - first, max=capacity))
     row_of_pair = paddle.full([len(flat)], len(order), "int64")
     row_of_pair = paddle.scatter(row_of_pair, order, paddle.arange(len(order)))
     token = order % tokens
-    return Routing(
-        tokens, per_expert, token, row_of_pair, token * choices + order // tokens, dropped
-    )
+    weight_index = token * choices + order // tokens
+    return Routing(tokens, ends, token, row_of_pair, weight_index, len(flat) - len(order))
 
 
 class Permute(PyLayer):
@@ -155,6 +150,7 @@ class LocalMetadata:
 
     rows: Tensor  # [R,H]
     weights: Tensor  # [R,1]
+    tokens_per_expert: list[int]
     routing: Routing
 
 
@@ -164,16 +160,16 @@ class LocalDispatcher:
     def dispatch_start(
         self, x: Tensor, weights: Tensor, routing: Routing
     ) -> InFlight[LocalMetadata]:
+        per_expert = np.diff(routing.ends.numpy(), prepend=0).tolist()  # the host waits for a GPU
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
-        return InFlight(x, LocalMetadata(rows, row_weights, routing))
+        return InFlight(x, LocalMetadata(rows, row_weights, per_expert, routing))
 
     def dispatch_wait(
         self, in_flight: InFlight[LocalMetadata], overlapped: Tensor | None
     ) -> Dispatched[LocalMetadata]:
         local = in_flight.metadata
-        per_expert = local.routing.tokens_per_expert
-        return Dispatched(local.rows, local.weights, per_expert, overlapped, local)
+        return Dispatched(local.rows, local.weights, local.tokens_per_expert, overlapped, local)
 
     def combine(self, rows: Tensor, dispatched: Dispatched[LocalMetadata]) -> Tensor:
         return Unpermute.apply(rows, dispatched.metadata.routing)

@@ -13,7 +13,7 @@ Shapes: N ranks of an expert group, R rows, W elements of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,13 +50,10 @@ class Collectives(Protocol):
     """
 
     sent_bytes: int  # rows that left this rank, without padding
+    group: list[int]  # [N] places of the expert group's ranks in what `gather` returns
 
-    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
-        """Return the counts [E] of every rank of the expert group, [N,E]."""
-        ...
-
-    def most(self, count: int) -> int:
-        """Return the largest count of the ranks whose all-to-alls depend on one another."""
+    def gather(self, values: Tensor) -> np.ndarray:
+        """Return int64 values [W] of all M ranks whose all-to-alls depend on one another, [M,W]."""
         ...
 
     def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
@@ -98,11 +95,8 @@ class GlooCollectives:
         self.group = grid.expert_group(process_group.rank())
         self.group_rank = self.group.index(process_group.rank())
 
-    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
-        return process_group.all_gather_ints(counts)[self.group]
-
-    def most(self, count: int) -> int:
-        return int(process_group.all_gather_ints([count]).max())
+    def gather(self, values: Tensor) -> np.ndarray:
+        return process_group.all_gather_ints(values.tolist())
 
     def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
         process_group.sync()
@@ -213,6 +207,7 @@ class NcclCollectives:
         self.expert_group = _new_groups(map(grid.expert_group, world))
         self.replicas = _new_groups(map(grid.replicas, world))
         self.world = _new_groups([list(world)])
+        self.group = list(range(grid.expert))
         self.group_rank = process_group.rank() % grid.expert
         self._connect()
 
@@ -232,16 +227,12 @@ class NcclCollectives:
                 paddle.empty_like(rows), rows, each, each, group=self.expert_group
             )
 
-    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
+    def gather(self, values: Tensor) -> np.ndarray:
         # Of the group alone: an MoE layer waits for it, and must not wait for other machines.
         parts: list[Tensor] = []
-        own = paddle.to_tensor(list(counts), "int64")
-        paddle_distributed.all_gather(parts, own, group=self.expert_group)
+        paddle_distributed.all_gather(parts, values, group=self.expert_group)
         found: np.ndarray = paddle.stack(parts).numpy()  # one copy from the GPU, not one a rank
         return found
-
-    def most(self, count: int) -> int:
-        return int(self.gather_counts([count]).max())
 
     def all_to_all(self, rows: Tensor, counts: np.ndarray) -> Work:
         me = self.group_rank

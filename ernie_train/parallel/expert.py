@@ -26,6 +26,7 @@ from ernie_train.model.dtypes import cast
 from ernie_train.model.moe import LOCAL_PLACEMENT
 from ernie_train.model.token_dispatcher import Dispatched, InFlight, Permute, Routing, Unpermute
 from ernie_train.parallel.collectives import Collectives, Work, get_collectives
+from ernie_train.parallel.lockstep import gather_with_signals
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,20 @@ class AllToAllPlan:
     to_arrival_order: Tensor  # [A] its inverse
 
     @classmethod
-    def make(cls, tokens_per_expert: list[int]) -> AllToAllPlan:
-        """Exchange the counts of all ranks; `tokens_per_expert` [E] is this rank's.
+    def make(cls, ends: Tensor) -> AllToAllPlan:
+        """Exchange where the rows of each expert end; `ends` [E] is this rank's.
 
         Every rank must call it at the same place.
         """
-        ranks, collectives = process_group.grid().expert, get_collectives()
-        gathered = collectives.gather_counts(tokens_per_expert)
-        counts = gathered.reshape([ranks, ranks, -1])  # [from,to,L]
+        ranks = process_group.grid().expert
+        counts = np.diff(gather_with_signals(ends), prepend=0)  # [N,E]
+        counts = counts.reshape([ranks, ranks, -1])  # [from,to,L]
         arriving = counts[:, process_group.rank() % ranks]  # [N,L]
         to_expert_order = _expert_order(arriving)
         to_arrival_order = np.empty_like(to_expert_order)
         to_arrival_order[to_expert_order] = np.arange(len(to_expert_order))
         return cls(
-            collectives,
+            get_collectives(),
             counts.sum(-1),
             arriving.sum(0).tolist(),
             paddle.to_tensor(to_expert_order),
@@ -203,7 +204,7 @@ class ExpertDispatcher:
     def dispatch_start(
         self, x: Tensor, weights: Tensor, routing: Routing
     ) -> InFlight[AllToAllMetadata]:
-        transfer = _Transfer(AllToAllPlan.make(routing.tokens_per_expert))
+        transfer = _Transfer(AllToAllPlan.make(routing.ends))
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
         row_weights = cast(row_weights, rows.dtype)

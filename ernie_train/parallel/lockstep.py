@@ -2,20 +2,39 @@
 
 Under expert parallelism every MoE layer of a pass makes all-to-alls, so every rank must run each
 layer as often as the others. A rank without work runs a single token and discards its result.
-Where every rank holds all experts a pass needs no other rank, and ranks agree once, at the end.
+Whether ranks have work, or were asked to stop, travels with the numbers of rows that the layers
+exchange anyway: to agree takes no collective, and waits for no rank of another expert group. Where
+every rank holds all experts a pass needs no other rank. All ranks meet once, at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import TracebackType
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
+import numpy as np
 import paddle
+from paddle import Tensor
 
 from ernie_train.core import process_group
 from ernie_train.core.errors import Interrupted
 from ernie_train.model import Ernie4_5_MoeModel
+from ernie_train.parallel.collectives import get_collectives
+
+T = TypeVar("T")
+
+# Signals of a rank to those that it exchanges rows with, and theirs since it last set its own.
+_WORKS, _STOPS = 1, 2
+_own = _heard = 0
+
+
+def gather_with_signals(values: Tensor) -> np.ndarray:
+    """Return the int64 values [W] of the expert group's ranks, [N,W]; the host waits for them."""
+    global _heard
+    collectives = get_collectives()
+    found = collectives.gather(paddle.concat([values, paddle.full([1], _own, "int64")]))
+    _heard |= int(np.bitwise_or.reduce(found[:, -1]))
+    return found[collectives.group, :-1]
 
 
 class HasDecoder(Protocol):
@@ -42,65 +61,65 @@ def dummy_pass(model: HasDecoder, *, backward: bool) -> None:
 class Lockstep:
     """Context of forward passes without gradient, of which each rank runs as many as it needs.
 
-    Call `next_pass` before each of them. On exit a rank runs dummy passes until all ranks are done:
+    Take their inputs from `shard`, or call `next_pass` before each. On exit a rank runs dummy
+    passes until all ranks that it exchanges rows with are done:
 
         with Lockstep(model, stop_requested) as lockstep:
-            for batch in process_group.shard(batches):
-                lockstep.next_pass()
+            for batch in lockstep.shard(batches):
                 model(...)
 
-    Raises `Interrupted` on all ranks when a stop was requested on one: under expert parallelism in
-    the same pass, else on each rank after its own passes.
+    Raises `Interrupted` on all ranks when a stop was requested on one: those that share experts
+    leave after the pass that told them, others after their own passes.
     """
 
     def __init__(
         self, model: HasDecoder, stop_requested: Callable[[], bool] = lambda: False
     ) -> None:
         self.model, self.stop_requested = model, stop_requested
+        self._left: int | None = None  # passes until all ranks are done, where that is known
+
+    def shard(self, items: Sequence[T]) -> Iterator[T]:
+        """Yield this rank's part of items that all ranks have, each for one pass."""
+        self._left = -(-len(items) // process_group.world_size())
+        for item in process_group.shard(items):
+            if self.next_pass():
+                raise Interrupted("stopped on a signal in a forward pass")
+            yield item
 
     def next_pass(self) -> bool:
         """Announce one more pass; return whether to stop instead.
 
-        Under expert parallelism all ranks get the same answer.
+        Ranks that share experts get the same answer: whether one was asked before the last pass.
         """
         if process_group.grid().expert == 1:
             return self.stop_requested()
-        return self._announce(working=True)[1]
+        return self._signal(_WORKS)
 
     def __enter__(self) -> Lockstep:
+        global _heard
+        _heard = 0
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if process_group.world_size() == 1:
-            return
-        if process_group.grid().expert == 1:
-            self._agree_on_stop(error)
-        elif kind is None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if process_group.world_size() == 1 or not isinstance(error, Interrupted | None):
+            return  # a rank with another error ends, and its supervisor ends the others
+        if error is None and process_group.grid().expert > 1:
             self._run_dummy_passes()
-
-    def _agree_on_stop(self, error: BaseException | None) -> None:
-        if error is not None and not isinstance(error, Interrupted):
-            return  # this rank ends with the error, and the supervisor ends the others
         process_group.wait_for_all_ranks()  # passes of a rank may outlast NCCL's half an hour
         stopped = process_group.any_rank(error is not None or self.stop_requested())
         if stopped and error is None:
             raise Interrupted("stopped on a signal, here or on another rank")
 
     def _run_dummy_passes(self) -> None:
-        while True:
-            others_working, stop = self._announce(working=False)
-            if stop:
-                raise Interrupted("stopped on a signal: another rank was still at work")
-            if not others_working:
-                return
+        while self._left != 0 and not self._signal(0):
             dummy_pass(self.model, backward=False)
+            if not _heard & _WORKS:
+                return  # it was a dummy on all ranks
 
-    def _announce(self, *, working: bool) -> tuple[bool, bool]:
-        flags = [float(working), float(self.stop_requested())]
-        workers, stopping = process_group.all_reduce_sum(flags)
-        return workers > 0, stopping > 0
+    def _signal(self, works: int) -> bool:
+        """Set what the next pass tells; return whether the last one told to stop."""
+        global _own, _heard
+        self._left = None if self._left is None else self._left - 1
+        stop = bool(_heard & _STOPS)
+        _own, _heard = works | (_STOPS if self.stop_requested() else 0), 0
+        return stop

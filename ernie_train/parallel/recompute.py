@@ -176,8 +176,9 @@ def _chunks(tokens: int, size: int, together: bool) -> list[slice]:
     With `together` every rank has as many, the last ones empty where its micro-batch is smaller,
     because all must run the all-to-alls of every chunk.
     """
-    own = -(-tokens // size)
-    count = get_collectives().most(own) if together else own
+    count = -(-tokens // size)
+    if together:
+        count = int(get_collectives().gather(paddle.full([1], count, "int64")).max())
     return [slice(min(i * size, tokens), min((i + 1) * size, tokens)) for i in range(count)]
 
 

@@ -15,7 +15,6 @@ import paddle
 from paddle import Tensor
 
 from ernie_train.core import process_group
-from ernie_train.core.errors import Interrupted
 from ernie_train.losses import (
     AdvantageBaseline,
     AdvantageScale,
@@ -104,9 +103,7 @@ def _evaluate(
     chunks = [[order[number] for number in numbers] for numbers in filled]
     own = []
     with Lockstep(model, stop_requested) as lockstep, paddle.no_grad():
-        for chunk in process_group.shard(chunks):
-            if lockstep.next_pass():
-                raise Interrupted("stopped on a signal in a forward pass")
+        for chunk in lockstep.shard(chunks):
             batch = MicroBatch.without_arrays(
                 [sequences[index] for index in chunk], share_prompts=share_prompts
             )

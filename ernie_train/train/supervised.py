@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from ernie_train.core import process_group
-from ernie_train.core.errors import ConfigError, Interrupted
+from ernie_train.core.errors import ConfigError
 from ernie_train.data import Batch, Documents, PackedLoader
 from ernie_train.losses import linear_cross_entropy, token_balanced_weights
 from ernie_train.model import Ernie4_5_MoeForCausalLM
@@ -165,11 +165,8 @@ def validation_loss(
     )
     total = count = 0.0
     stage.model.eval()
-    stop = stage.stop
-    with Lockstep(stage.model, lambda: stop.requested) as lockstep, paddle.no_grad():
-        for batch in process_group.shard(list(once)):
-            if lockstep.next_pass():
-                raise Interrupted("stopped on a signal while validating")
+    with Lockstep(stage.model, stage.stop_requested) as lockstep, paddle.no_grad():
+        for batch in lockstep.shard(list(once)):
             mean = loss(stage.model, batch).metrics["loss"]
             total, count = total + mean.sum, count + mean.count
     total, count = process_group.all_reduce_sum([total, count])

@@ -5,7 +5,7 @@ They deliver when they are waited for, and not before: until then the buffer hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import paddle
@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer
 
 from ernie_train.model.moe import MoE
 from ernie_train.model.token_dispatcher import Placement
-from ernie_train.parallel import ExpertDispatcher, enable_recompute, expert
+from ernie_train.parallel import ExpertDispatcher, enable_recompute, expert, lockstep
 from ernie_train.parallel.collectives import Work
 from tests.small_models import fill, make_config, make_model
 
@@ -36,9 +36,10 @@ class LateCollectives:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.sent_bytes = 0
+        self.group = [0]
 
-    def gather_counts(self, counts: Sequence[int]) -> np.ndarray:
-        return np.array([counts])
+    def gather(self, values: paddle.Tensor) -> np.ndarray:
+        return values.numpy()[None]
 
     def all_to_all(self, rows: paddle.Tensor, counts: np.ndarray) -> Work:
         assert counts.tolist() == [[rows.shape[0]]]
@@ -90,7 +91,8 @@ BACKWARD = [
 @pytest.fixture
 def late(monkeypatch) -> LateCollectives:
     made = LateCollectives()
-    monkeypatch.setattr(expert, "get_collectives", lambda: made)
+    for module in (expert, lockstep):
+        monkeypatch.setattr(module, "get_collectives", lambda: made)
     return made
 
 

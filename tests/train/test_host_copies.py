@@ -11,9 +11,13 @@ import pytest
 from ernie_train.generate.paddle_decoder import PaddleDecoder
 from ernie_train.losses import unbiased_expert_ids
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
+from ernie_train.model.moe import MoE
+from ernie_train.model.token_dispatcher import Placement
+from ernie_train.parallel import ExpertDispatcher, expert, lockstep
 from ernie_train.train.moe_balance import RouterStatsAccumulator
 from ernie_train.train.moe_health import RoutingProbe
 from ernie_train.train.optimizer import OptimConfig, Optimizer
+from tests.parallel.test_overlap import LateCollectives
 from tests.train.test_trainer import CONFIG, PackedLoss, new_trainer, rows
 
 LAYERS, EXPERTS, TOP_K = 5, 6, 2
@@ -91,6 +95,28 @@ def test_experts_of_all_layers_are_one_copy_a_step_of_decoding_and_of_a_probe(co
     RoutingProbe.take(model, batch, 8)
     routed = layers * 8 * CONFIG.moe_k
     assert copies.count(routed) == 1
+
+
+@pytest.mark.parametrize(("capacity", "selections"), [(None, 0), (0.5, 1)])
+def test_a_layer_with_experts_on_other_ranks_copies_the_counts_of_all_and_nothing_else(
+    copies, monkeypatch, capacity, selections
+):
+    """Not its own before it exchanges them. A limit adds one wait, for the number of rows left."""
+    collectives, selected = LateCollectives(), []
+    for module in (expert, lockstep):
+        monkeypatch.setattr(module, "get_collectives", lambda: collectives)
+    select = paddle.masked_select
+    monkeypatch.setattr(paddle, "masked_select", lambda *x: selected.append(1) or select(*x))
+    for name in ("item", "__bool__", "__float__", "__index__", "__int__"):
+        monkeypatch.delattr(paddle.Tensor, name)
+    config = CONFIG.with_overrides({"moe_capacity_factor": capacity})
+    layer = MoE(config, Placement(None, ExpertDispatcher()))
+    x = paddle.randn([13, config.hidden_size])
+    x.stop_gradient = False
+    copies.clear()
+    layer(x)[0].sum().backward()
+    assert copies == [config.moe_num_experts + 1], "with the signals of `Lockstep`"
+    assert len(selected) == selections
 
 
 def test_the_gradient_norm_is_a_copy_for_dense_and_one_for_expert_parameters(copies):

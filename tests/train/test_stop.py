@@ -78,7 +78,7 @@ def test_a_stop_while_validating_leaves_only_that_to_do(root, whole, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(supervised, "validation_loss", stopped)
-        with pytest.raises(Interrupted, match="while validating"):
+        with pytest.raises(Interrupted, match="in a forward pass"):
             run_stage(root, tmp_path / "run", stop)
     assert [p.name for p in (tmp_path / "run/01-sft/checkpoints").iterdir()] == ["step_000002"]
     assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1]
