@@ -5,17 +5,16 @@ A stage of its own: no sampling, no rewards, the trainer's loop over micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import paddle
 
-from ernie_train import parallel
 from ernie_train.core.errors import CheckpointError
 from ernie_train.model import Ernie4_5_MoeForCausalLM
+from ernie_train.model.dtypes import dtype_name
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl.batch import (
     MicroBatch,
@@ -28,13 +27,19 @@ from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.loss import DpoLoss, PairTerm
 from ernie_train.rl.pair_stage import PairRun, PairStageConfig, PreparedPairs
 from ernie_train.rl.preference_data import OfflinePairSource, TokenizedPair, add_pairs
+from ernie_train.rl.reference import Block, hash_blocks, reference_logprobs
 from ernie_train.train.stage import StageRun
 from ernie_train.train.supervised_data import VALIDATION_LOSS
 from ernie_train.weights.checkpoint import Checkpoint
 
+REFERENCE = "reference_logprobs.bin"
+
 
 class DpoConfig(PairStageConfig, PairLoss):
-    """DPO and its kin; the reference is the policy at the stage's start."""
+    """DPO and its kin; the reference is the policy at the stage's start.
+
+    Its logprobs of all pairs are computed before the first step and kept in the stage's directory.
+    """
 
     sums_by_default: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = (
@@ -48,48 +53,37 @@ class DpoConfig(PairStageConfig, PairLoss):
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether the stage's starting policy is kept beside the policy."""
+        """Return whether log-ratios are against the stage's starting policy."""
         return self.loss != "simpo"
+
+
+def first_epoch(
+    config: DpoConfig, pairs: Sequence[TokenizedPair], seed: int
+) -> list[list[TokenizedCompletion]]:
+    """Return the completions of each step of the first epoch; its last step may be smaller."""
+    source, found = OfflinePairSource(pairs, config.pairs_per_step, seed), []
+    for first in range(0, len(pairs), config.pairs_per_step):
+        taken = source.take(len(found) + 1)[: len(pairs) - first]
+        found.append([completion for pair in taken for completion in pair.completions])
+    return found
 
 
 def pair_batches(
     config: DpoConfig,
-    pairs: list[TokenizedPair],
-    reference: Ernie4_5_MoeForCausalLM | None,
+    pairs: Sequence[TokenizedPair],
+    reference: Mapping[TokenizedCompletion, np.ndarray],
     *,
     seed: int,
     done: int,
 ) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of all steps after `done`, with the reference's logprobs.
-
-    Every rank must draw them all: the reference's forward passes are shared out.
-    """
+    """Yield the micro-batches of all steps after `done`, with the reference's logprobs."""
     source = OfflinePairSource(pairs, config.pairs_per_step, seed)
     for step in range(done + 1, config.steps + 1):
         sequences: list[TokenizedCompletion] = []
         step_pairs = add_pairs(sequences, source.take(step))
-        logprobs = _reference_logprobs(config, reference, sequences)
-        batch = replace(RolloutBatch(sequences), ref_logprobs=logprobs)
+        logprobs = [reference[s] for s in sequences] if config.needs_reference else []
+        batch = RolloutBatch(sequences, ref_logprobs=logprobs)
         yield from micro_batches(batch, [], step_pairs, config.micro_batch_size)
-
-
-def _reference_logprobs(
-    config: DpoConfig,
-    reference: Ernie4_5_MoeForCausalLM | None,
-    sequences: list[TokenizedCompletion],
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> list[np.ndarray]:
-    """Return the reference's logprobs of completions; empty where the loss needs none."""
-    if reference is None:
-        return []
-    with adapter_off(reference):
-        return sequence_logprobs(
-            reference,
-            sequences,
-            temperature=1.0,
-            batch_size=config.micro_batch_size,
-            stop_requested=stop_requested,
-        ).logprobs
 
 
 def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str, Any]:
@@ -100,15 +94,45 @@ def run(config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> dict[str
     return _DpoRun(config, stage, prepared).train()
 
 
+def _of_start(
+    config: DpoConfig, stage: StageRun, prepared: PreparedPairs
+) -> Mapping[TokenizedCompletion, np.ndarray]:
+    """Return the logprobs of all completions that the stage compares, under `stage.model`."""
+    held_out = [completion for pair in prepared.validation for completion in pair.completions]
+    steps = first_epoch(config, prepared.pairs, stage.data.seed)
+    blocks = [held_out, *steps] if held_out else steps
+    made_of = {
+        **stage.inputs,
+        "dtype": dtype_name(stage.model.model.norm.weight),
+        "pairs": hash_blocks(blocks),
+    }
+
+    def compute(block: Block) -> list[np.ndarray]:
+        with adapter_off(stage.model):
+            return sequence_logprobs(
+                stage.model, block, temperature=1.0, batch_size=config.micro_batch_size,
+                stop_requested=stage.stop_requested,
+            ).logprobs  # fmt: skip
+
+    return reference_logprobs(
+        stage.directory / REFERENCE,
+        blocks[: config.steps + bool(held_out)],
+        made_of,
+        compute,
+        stage=config.name,
+        bar=stage.terminal,
+    )
+
+
 class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
-    """The run of a stage on pairs, with its reference."""
+    """The run of a stage on pairs, with the reference's logprobs of them."""
 
     config: DpoConfig
 
     def __init__(self, config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> None:
         self.term = PairTerm.of(config, 1.0)
-        # A resumed run is given the starting policy too, before its own checkpoint.
-        self.reference = parallel.reference_model(stage.model) if config.needs_reference else None
+        # Before a checkpoint is loaded: a resumed run is given the starting policy too.
+        self.reference = _of_start(config, stage, prepared) if config.needs_reference else {}
         super().__init__(config, stage, prepared, stage.model, DpoLoss(self.term))
 
     @cached_property
@@ -116,9 +140,7 @@ class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
         """Return all held-out pairs with the reference's logprobs, as one batch."""
         sequences: list[TokenizedCompletion] = []
         pairs = add_pairs(sequences, self.prepared.validation)
-        logprobs = _reference_logprobs(
-            self.config, self.reference, sequences, self.stage.stop_requested
-        )
+        logprobs = [self.reference[s] for s in sequences] if self.config.needs_reference else []
         return MicroBatch(
             tuple(sequences),
             (False,) * len(sequences),

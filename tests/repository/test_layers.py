@@ -56,8 +56,8 @@ PACKAGES: dict[str, str] = {
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
     "rl.rollout": "records files grading sampler second_reward sampler_gap",
-    "rl": "config batch routing critic preference_data pair_stage estimators reward data rollout"
-    " report pairs loss learner loop dpo",
+    "rl": "config batch routing critic preference_data pair_stage estimators reference reward data"
+    " rollout report pairs loss learner loop dpo",
     "launch": "addresses console rank_files logs launcher rank_group supervise cores",
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",
