@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files autograd signals processes blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
-    "io": "files shipped outputs healthy python_files loggers metrics_log run_dir safetensors",
+    "io": "files shipped outputs healthy python_files loggers metrics_log run_dir block_file"
+    " safetensors",
     "kernels": "compiled compiled_steps loading packed call rows experts attention logprobs blocks",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration dtypes batch_layout rope layers kv_cache"
@@ -56,8 +57,8 @@ PACKAGES: dict[str, str] = {
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
     "rl.rollout": "records files grading sampler second_reward sampler_gap",
-    "rl": "config batch routing critic preference_data pair_stage estimators reference reward data"
-    " rollout report pairs loss learner loop dpo",
+    "rl": "config batch routing critic preference_data pair_stage estimators reward data rollout"
+    " report pairs loss learner loop dpo",
     "launch": "addresses console rank_files logs launcher rank_group supervise cores",
     "run": "stages foreign_keys quantize sources recipe lineage check referee_script proof export"
     " llama_reference import_model render finalize earlier pipeline",

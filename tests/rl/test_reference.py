@@ -13,13 +13,11 @@ import pytest
 import yaml
 
 from ernie_train import parallel
-from ernie_train.core.errors import CheckpointError
 from ernie_train.model.partial import adapter_off
 from ernie_train.rl import dpo, estimators
 from ernie_train.rl.batch import MicroBatch, RolloutBatch, TokenizedCompletion, micro_batches
 from ernie_train.rl.estimators import sequence_logprobs
 from ernie_train.rl.preference_data import OfflinePairSource, add_pairs
-from ernie_train.rl.reference import hash_blocks, reference_logprobs
 from ernie_train.train.trainer import Trainer
 from tests.rl.records import make_sequences
 from tests.rl.test_dpo import pairs, recipe_of, root, trained
@@ -197,7 +195,7 @@ def test_logprobs_of_other_pairs_or_weights_are_refused(root, tmp_path, capsys, 
 
 def test_every_token_counts_for_the_hash_and_so_do_the_blocks():
     blocks = [make_sequences(4), make_sequences(2, seed=1)]
-    hashes = {hash_blocks(blocks), hash_blocks([blocks[0] + blocks[1]])}
+    hashes = {dpo.hash_blocks(blocks), dpo.hash_blocks([blocks[0] + blocks[1]])}
     first = blocks[0][0]
     ids, prompt = first.completion_ids, first.prompt_ids
     for changed in (
@@ -207,61 +205,6 @@ def test_every_token_counts_for_the_hash_and_so_do_the_blocks():
         TokenizedCompletion(prompt, ids, sampled_mask=[True] * len(ids)),
         TokenizedCompletion(prompt, ids, sampled_mask=[True] * (len(ids) - 1) + [False]),
     ):
-        hashes.add(hash_blocks([[changed, *blocks[0][1:]], blocks[1]]))
+        hashes.add(dpo.hash_blocks([[changed, *blocks[0][1:]], blocks[1]]))
     assert len(hashes) == 7
-    assert hash_blocks([make_sequences(4), make_sequences(2, seed=1)]) in hashes
-
-
-# ---- the file ------------------------------------------------------------------------------------
-
-
-class Computed:
-    """Made-up logprobs, of which it counts the blocks that were asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.asked = path, 0
-        self.blocks = [make_sequences(4), make_sequences(2, seed=1), make_sequences(3, seed=2)]
-
-    def __call__(self, block: Any) -> list[np.ndarray]:
-        self.asked += 1
-        return [np.linspace(-1, 0, s.num_sampled, dtype=np.float32) / len(s.prompt_ids)
-                for s in block]  # fmt: skip
-
-    def known(self, count: int = 3, made_of: str = "pairs") -> int:
-        """Check the values of the first `count` blocks; return how many were asked for."""
-        before, blocks = self.asked, self.blocks[:count]
-        found = reference_logprobs(self.path, blocks, {"data": made_of}, self, stage="d")
-        asked = self.asked - before
-        assert list(found) == [sequence for block in blocks for sequence in block]
-        for block in blocks:
-            for sequence, expected in zip(block, self(block), strict=True):
-                assert found[sequence].tolist() == expected.tolist()
-        return asked
-
-
-def test_a_longer_stage_adds_to_the_file_and_a_whole_one_is_only_read(tmp_path):
-    computed = Computed(tmp_path / "file")
-    assert [computed.known(count) for count in (2, 2, 3, 1, 3)] == [2, 0, 1, 0, 0]
-
-
-@pytest.mark.parametrize("damage", ["cut", "zeros", "flipped", "longer"])
-def test_what_a_power_cut_left_is_computed_again(tmp_path, damage):
-    computed = Computed(tmp_path / "file")
-    computed.known()
-    whole = computed.path.read_bytes()
-    places = {"cut": whole[:-9], "zeros": whole[:-9] + bytes(9), "longer": whole + b"\0\0"}
-    flipped = bytearray(whole)
-    flipped[len(whole) - 20] ^= 1
-    computed.path.write_bytes(places.get(damage, flipped))
-    assert computed.known() == int(damage != "longer")
-    assert computed.path.read_bytes()[: len(whole)] == whole
-
-
-def test_a_file_of_something_else_and_a_damaged_one_are_refused(tmp_path):
-    computed = Computed(tmp_path / "file")
-    computed.known()
-    with pytest.raises(CheckpointError, match=r"something else: data: pairs -> others\. Give anot"):
-        computed.known(made_of="others")
-    computed.path.write_bytes(b'{"data": "pai')
-    with pytest.raises(CheckpointError, match=r"damaged .*; delete it, and it is computed again"):
-        computed.known()
+    assert dpo.hash_blocks([make_sequences(4), make_sequences(2, seed=1)]) in hashes
