@@ -154,6 +154,10 @@ def _supervised(stage: SupervisedConfig, document_tokens: int | None) -> Iterato
 
 
 def _preference(stage: DpoConfig) -> Workload:
+    """Return the workload of pairs, whose reference is no second model: it went before.
+
+    Its passes, one a pair and before the first step, are counted where the first epoch meets them.
+    """
     trained, length = 2 * stage.pairs_per_step, stage.seq_len - 1
     rows = min(stage.micro_batch_size, trained)
     return Workload(
@@ -162,7 +166,6 @@ def _preference(stage: DpoConfig) -> Workload:
         micro_batches=-(-trained // rows),
         steps=stage.steps,
         loss="logprobs",
-        reference=stage.needs_reference,
         scored=trained,
         scoring_models=int(stage.needs_reference),
     )

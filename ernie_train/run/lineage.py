@@ -21,6 +21,7 @@ from ernie_train.io.run_dir import differences
 from ernie_train.rl.config import UpoConfig, settings_without_effect
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig
+from ernie_train.weights.adapters import hash_weights
 from ernie_train.weights.model_directory import find_model
 
 _SETTLED_NS = 50_000_000  # file systems keep times in steps of up to 10 ms
@@ -79,6 +80,11 @@ class Lineage:
         optional = {"weights": self.weights, "data": self.data}
         hashes |= {name: value for name, value in optional.items() if value is not None}
         return hashes | {f"after {stage}": value for stage, value in self.finished}
+
+    def of_start(self, weights: Path | None) -> dict[str, str]:
+        """Return `to_dict` with a hash of the weights that the last finished stage left, if any."""
+        left = {"start": hash_weights(weights)} if weights is not None and self.finished else {}
+        return self.to_dict() | left
 
 
 class HashMemory:

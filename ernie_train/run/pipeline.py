@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class Pipeline:
             store = CheckpointStore(self._stage_dir(index) / CHECKPOINTS)
             if steps := store.steps():
                 return f"{store.path_of(steps[-1])} is saved"
-        return "nothing was to be saved yet"
+        return "no step was to be saved yet"
 
     def _run(self, selection: Selection, stop: StopFlag) -> None:
         with consensus.fail_together(), stop.at_once():
@@ -326,7 +326,8 @@ class Pipeline:
                 record_stage(run.directory, stage, lineage)
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
         self._load_weights(run.model)
-        result = self._train(stage, run, prepared)
+        inputs = consensus.run_on_main(lambda: lineage.of_start(self.weights))
+        result = self._train(stage, replace(run, inputs=inputs), prepared)
         record = stage_record(stage, lineage)
         done = StageDone(record["settings"], record["input"], result)
         consensus.run_on_main(lambda: write_done(run.directory, done))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,6 +99,8 @@ class StageRun:
     stop: StopFlag
     terminal: bool
     loggers: LoggerSettings | None = None  # VisualDL alone
+    # Hashes of the weights that the model has, of what they were made from, and of the data.
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def stop_requested(self) -> bool:
         """Return whether a signal asks the run to stop, as loops and samplers poll it."""

@@ -23,6 +23,7 @@ LAYOUTS = {
     "ep2dp2": {"expert": 2, "data": 2, "sharding": True, "recompute": True},
 }  # fmt: skip
 STEPS = 4
+REFERENCE = "01-dpo/reference_logprobs.bin"
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,19 @@ def root(tmp_path_factory) -> Path:
         "preference": {"coef": 0.2, "pairs": "online"},
         "balance": {"bias_update_rate": 0.001, "z_loss_coef": 1e-3, "orthogonal_coef": 1e-3},
     }  # fmt: skip
+    sums = [{"prompt": f"{a} + 1?", "chosen": f"{a + 1}. " * (1 + a % 3), "rejected": "no"}
+            for a in range(8)]  # fmt: skip
+    write_rows(root / "pairs.jsonl", sums)
+    dpo = {
+        "name": "dpo", "kind": "dpo", "data": str(root / "pairs.jsonl"), "seq_len": 96, "steps": 4,
+        "pairs_per_step": 2, "micro_batch_size": 2, "optim": {"lr": 1e-3, "schedule": "constant"},
+    }  # fmt: skip
     for name, layout in LAYOUTS.items():
         values = recipe | {"parallel": layout, "stages": [sft]}
         (root / f"sft-{name}.yaml").write_text(yaml.safe_dump(values))
         values |= {"stages": [rl], "evaluation": None, "export": None}
         (root / f"rl-{name}.yaml").write_text(yaml.safe_dump(values))
+        (root / f"dpo-{name}.yaml").write_text(yaml.safe_dump(values | {"stages": [dpo]}))
     return root
 
 
@@ -139,7 +148,13 @@ def runs(root) -> dict[str, Any]:
 
     assert run_here(go_on("sft-one")) == 0
     on_two = [go_on("sft-ep2"), rl("rl-dp2"), rl("rl-ep2"), command(root, "rl-ep2", dump)]
+    on_two += [command(root, "dpo-ep2"), [*command(root, "dpo-dp2"), "stages.dpo.steps=2"]]
     statuses.append(run_on(2, root, on_two)[0])
+    assert run_here(command(root, "dpo-one")) == 0
+    file = root / "runs/dpo-dp2" / REFERENCE
+    file.write_bytes(file.read_bytes()[:-1])  # the second of two blocks
+    begun = [*command(root, "dpo-one")[:2], "--run-dir", str(root / "runs/dpo-dp2"), "--extend"]
+    assert run_here(begun) == 0
     wrong = [
         [*command(root, "sft-ep2"), "seed={rank}"],
         [*command(root, "sft-ep2"), "export.dtype=float32", "name=of{rank}"],
@@ -214,6 +229,22 @@ def test_an_rl_iteration_on_replayed_rollouts_is_that_of_one_rank(root, runs, na
     assert {"grad_norm", "grad_norm/policy", "critic/grad_norm", "preference"} <= lines[0].keys()
     for metric, value in lines[0].items():
         assert lines[1][metric] == pytest.approx(value, rel=1e-3, abs=1e-5), metric
+
+
+def test_logprobs_of_the_reference_are_those_of_one_rank(root, runs):
+    """`dp2`: two ranks computed the first of four blocks, and one rank the others."""
+    lines = [(root / "runs" / f"dpo-{name}" / REFERENCE).read_bytes().partition(b"\n")
+             for name in ("one", "dp2", "ep2")]  # fmt: skip
+    assert lines[1] == lines[0] and lines[2][0] == lines[0][0]
+    # Each value of four bytes; the checks, of other bits, are of the same size.
+    one, split = (np.frombuffer(content, "<f4") for _, _, content in (lines[0], lines[2]))
+    assert len(one) == len(split) > 100
+    assert np.sum(~np.isclose(one, split, rtol=1e-5, atol=1e-5)) <= 4
+    curves = [metrics_without_time(root / "runs" / f"dpo-{name}", "01-dpo")
+              for name in ("one", "dp2", "ep2")]  # fmt: skip
+    for other in curves[1:]:
+        for ours, theirs in zip(curves[0], other, strict=True):
+            assert theirs["preference"] == pytest.approx(ours["preference"], rel=1e-4)
 
 
 def test_completions_are_those_of_one_rank(root, runs):

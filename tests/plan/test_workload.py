@@ -142,7 +142,7 @@ def test_dpo_trains_pairs_and_samples_nothing() -> None:
     }  # fmt: skip
     (load,) = recipe_workloads(recipe(stage))
     assert (load.micro_batch.rows, load.micro_batches) == (4, 3)
-    assert (load.reference, load.sampling) == (True, None)
+    assert (load.reference, load.scoring_models, load.sampling) == (False, 1, None)
 
 
 def test_a_reward_model_trains_pairs_without_logits_or_a_reference() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from ernie_train import parallel
 from ernie_train.core.errors import DataError
 from ernie_train.data import load_tokenizer
 from ernie_train.data.packing import permutation
@@ -101,8 +100,8 @@ def test_at_the_reference_every_loss_has_its_closed_form(root, tmp_path, setting
     assert line["preference"] == pytest.approx(first_loss, rel=1e-4)
 
 
-def test_simpo_keeps_no_reference_and_plan_counts_none(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "reference_model", lambda model: pytest.fail("a reference"))
+def test_simpo_asks_no_reference_and_plan_counts_none(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo, "reference_logprobs", lambda *a, **k: pytest.fail("a reference"))
     lines = trained(root, tmp_path / "run", loss="simpo", rpo_alpha=0.5, steps=3, pairs_per_step=6)
     assert lines[0]["loss"] == pytest.approx(
         lines[0]["preference"] + 0.5 * lines[0]["nll_loss"], rel=1e-6
@@ -110,7 +109,7 @@ def test_simpo_keeps_no_reference_and_plan_counts_none(root, tmp_path, monkeypat
     assert lines[-1]["nll_loss"] < lines[0]["nll_loss"]
     for settings, reference in (({"loss": "simpo"}, False), ({"loss": "ipo"}, True)):
         (load,) = recipe_workloads(Recipe(**recipe_of(root, **settings)))
-        assert (load.reference, load.scoring_models) == (reference, int(reference))
+        assert (load.reference, load.scoring_models) == (False, int(reference))
 
 
 def test_dpo_has_sums_unless_told_otherwise(root):
