@@ -90,7 +90,10 @@ def run(
     ] = None,
     last: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
     extend: Annotated[
-        bool, typer.Option(help="continue the last stage: longer, or at another rate")
+        bool,
+        typer.Option(
+            help="continue the last stage, or an unfinished one, at another rate or longer"
+        ),
     ] = False,
     referee: Referee = None,
     nproc: Annotated[

@@ -91,7 +91,7 @@ class Interrupted(ErnieTrainError):
 
 
 class NonFiniteError(ErnieTrainError):
-    """A loss or gradient became NaN or infinite; the last good checkpoint stays: exit status 4."""
+    """A loss or gradient became NaN or infinite; the steps before are kept: exit status 4."""
 
     exit_status = 4
     on_all_ranks = True

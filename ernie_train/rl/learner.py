@@ -71,6 +71,11 @@ class Learner:
         tokens = config.micro_batch_tokens
         self.most: dict[str, Any] = {"batch_size": config.micro_batch_size, "batch_tokens": tokens}
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Optimizer steps of policy and critic."""
+        return self.trainer.step, self.critic.step if self.critic is not None else 0
+
     # ---- before the update -----------------------------------------------------------------------
 
     def prepare(

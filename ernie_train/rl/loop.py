@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import EngineError, Interrupted, ToolFailure
+from ernie_train.core.errors import EngineError, Interrupted, NonFiniteError, ToolFailure
 from ernie_train.environments import Toolbox, open_toolbox
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate.engines import Engine, build_engine
@@ -51,8 +51,8 @@ ENGINE = "engine"  # a server's weights and log
 def run(config: UpoConfig, stage: StageRun, prepared: PreparedPrompts) -> dict[str, Any]:
     """Train the stage from its latest checkpoint, or from the start.
 
-    Raises `Interrupted`, `EngineError` and `ToolFailure` after saving, and `UserError` where the
-    reward fails on its canaries.
+    Raises `Interrupted`, `EngineError`, `NonFiniteError` and `ToolFailure` after saving, and
+    `UserError` where the reward fails on its canaries.
     """
     with consensus.fail_together():
         built = build_reward(config.reward, stage.data.base_dir)
@@ -96,7 +96,7 @@ class IterationState:
     pending: PendingLine | None = None  # of `finished`, until it is evaluated and logged
     evaluation: dict[str, float] = field(default_factory=dict)  # after `finished`, if measured
     saved: tuple[int, bool] = (0, True)  # the last checkpoint: iteration, and if it was logged
-    is_updating: bool = False  # the weights are between two iterations
+    steps: tuple[int, int] = (0, 0)  # the learner's then: after more it is between two iterations
 
 
 class _UpoLoop:
@@ -165,6 +165,10 @@ class _UpoLoop:
             except (Interrupted, EngineError, ToolFailure):
                 self._save()
                 raise
+            except NonFiniteError:
+                if self.learner.trainer.has_finite_weights():
+                    self._save()
+                raise
         last = self.state.finished
         return {"steps": last, "checkpoint": self.store.finish(last, self.stage.model).name}
 
@@ -203,7 +207,7 @@ class _UpoLoop:
         }
         timings = {**seconds, **learning, "seconds": total}
         state = self.state
-        state.finished, state.is_updating, state.evaluation = iteration, False, {}
+        state.finished, state.steps, state.evaluation = iteration, self.learner.steps, {}
         state.prompts = self.sampler.state_dict()
         state.pending = PendingLine(iteration, metrics, timings)
         self._finish(state.pending)
@@ -249,7 +253,6 @@ class _UpoLoop:
             self.writer.note(f"iteration {iteration}: {why}: nothing was learnt")
             return batch, metrics
         self._leave_if_asked(f"before the update of iteration {iteration}")
-        self.state.is_updating = True
         started = time.perf_counter()
         metrics |= self.learner.update(batch, iteration, self.health)
         self.update_seconds = time.perf_counter() - started
@@ -270,11 +273,11 @@ class _UpoLoop:
     def _save(self) -> None:
         """Write the state at the end of the last finished iteration, if the weights still hold it.
 
-        At the start there is nothing to write, and nothing while an update changes the weights.
+        At the start there is nothing to write, and nothing once an update has changed the weights.
         """
         state = self.state
         holds = (state.finished, state.pending is None)
-        if holds in ((0, True), state.saved) or state.is_updating:
+        if holds in ((0, True), state.saved) or state.steps != self.learner.steps:
             return
         self.writer.sync()
         self.store.save(
@@ -296,6 +299,6 @@ class _UpoLoop:
         with consensus.fail_together():
             self.learner.restore(saved)
         self.sampler.load_state_dict(saved.state["source"])
-        self.state.finished = saved.step
+        self.state.finished, self.state.steps = saved.step, self.learner.steps
         self.state.pending = PendingLine.from_state(saved.step, saved.state.get("pending"))
         self.state.saved = (saved.step, self.state.pending is None)

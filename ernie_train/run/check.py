@@ -38,6 +38,23 @@ HIGHEST_LR = 0.05  # even a model of a few million parameters diverges above it
 _PROBE = "The quick brown foxes jumped: 2024 + 17 = ?\n\n    def f(x):\treturn x**2  # 最终答案是 é"
 
 
+def check_device(recipe: Recipe, device: str) -> None:
+    """Raise `ConfigError` for settings of bfloat16 weights where `device` computes in float32."""
+    if devices.compute_dtype(device) == "bfloat16":
+        return
+    problems = []
+    for index, stage in enumerate(recipe.stages):
+        critic = stage.critic if isinstance(stage, UpoConfig) else None
+        for path, part in (("", stage), ("critic.", critic)):
+            if part is not None and part.optim.gradient_dtype == "bfloat16":
+                problems.append(
+                    f"stages.{index}.{path}optim.gradient_dtype=bfloat16 has no effect: weights "
+                    f"are float32 on this {device}"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
 def print_resolved(recipe: Recipe, console: Console) -> None:
     """Print a recipe with all its keys, those that it leaves out with their defaults."""
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -55,7 +72,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     if recipe.device == "gpu" and (missing := devices.why_no_gpu()):
         console.print(f"device: gpu, but here {missing}. A run needs a GPU.", highlight=False)
     else:
-        devices.select_device(recipe.device)
+        check_device(recipe, devices.select_device(recipe.device))
     tokenizer = _tokenizer_or_fallback(recipe, base_dir, console)
     for line in recipe_warnings(recipe, tokenizer):
         console.print(line, highlight=False)
@@ -194,11 +211,11 @@ def check_reward_models(recipe: Recipe, base_dir: Path) -> None:
         rewards = stage.rewards() if isinstance(stage, UpoConfig) else []
         for model in [p.model for reward in rewards for p in reward.parts if p.model is not None]:
             try:
-                config = load_config(find_reward_model(base_dir / model.path).weights)
+                weights = find_reward_model(base_dir / model.path).weights
             except UserError:
                 continue
             try:
-                check_expert_degree(recipe.parallel.expert, config)
+                check_expert_degree(recipe.parallel.expert, load_config(weights))
             except ConfigError as error:
                 where = f"stages.{index}: the reward model {model.path}: "
                 problems += [where + problem for problem in error.problems]

@@ -1,8 +1,8 @@
 """Compare a recipe with what its run directory holds from earlier starts, and make room for it.
 
 A stage that was run with something else is refused. `--from` sets its directory aside; `--extend`
-trains a last stage on, longer and maybe at another rate, with its weights, moments and place in the
-data.
+trains the last stage, or one that is not finished, on, longer and maybe at another rate, with its
+weights, moments and place in the data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _EXTENDED = re.compile(rf"(?:{_LENGTH}|optim\.(?:lr|min_lr|schedule|warmup_steps
 class Selection:
     """The stages to run: repeat those from `first` on, stop after `last`.
 
-    extend: train the recipe's last stage on, where it was trained with other settings.
+    extend: train on the recipe's last stage, or the one that is not finished, where it was trained
+        with other settings.
     """
 
     first: str | None = None
@@ -106,8 +107,9 @@ class EarlierStarts:
                     f"start from what it trained; or repeat the stage here: --from {stage.name}"
                 )
             if changes:
-                extends = stage is last and all(map(_EXTENDED.match, changes))
-                hindrance = self._hindrance(recorded["settings"]) if extends else None
+                is_latest = stage is last or done is None
+                extends = is_latest and all(map(_EXTENDED.match, changes))
+                hindrance = self._hindrance(index, recorded["settings"]) if extends else None
                 if extends and selection.extend:
                     if hindrance is not None:
                         raise CheckpointError(f"--extend: stage {stage.name} {hindrance}")
@@ -129,12 +131,11 @@ class EarlierStarts:
             )
         return Changed(repeated=selection.first)
 
-    def _hindrance(self, before: dict[str, Any]) -> str | None:
-        """Return why the last stage, trained with the settings `before`, cannot be trained on.
+    def _hindrance(self, index: int, before: dict[str, Any]) -> str | None:
+        """Return why a stage, trained with the settings `before`, cannot be trained on.
 
         It needs a checkpoint, and must become longer; an unfinished one at least not shorter.
         """
-        index = len(self.recipe.stages) - 1
         stage, directory = self.recipe.stages[index], self._directory(index)
         now, old = _lengths(stage.model_dump(mode="json")), _lengths(before)
         if not _has_trained(directory):
@@ -163,11 +164,12 @@ class EarlierStarts:
 
     def make_room(self, changed: Changed) -> None:
         """Set aside the stages to be repeated, or what an extension makes anew; delete nothing."""
+        names = [stage.name for stage in self.recipe.stages]
         if changed.extended is not None:
-            self._reopen_last_stage()
+            self._reopen(names.index(changed.extended))
         if changed.repeated is None:
             return
-        start = [stage.name for stage in self.recipe.stages].index(changed.repeated)
+        start = names.index(changed.repeated)
         for index in range(len(self.recipe.stages)):
             directory = self._directory(index)
             if index < start and read_done(directory) is None:
@@ -177,13 +179,12 @@ class EarlierStarts:
             if index >= start and directory.exists():
                 self.console.print(f"{directory.name}: set aside as {_rename(directory).name}")
 
-    def _reopen_last_stage(self) -> None:
-        """Make the last stage unfinished under the recipe's settings; keep its checkpoints.
+    def _reopen(self, index: int) -> None:
+        """Make a stage unfinished under the recipe's settings; keep its checkpoints.
 
         Its mark goes first and its settings come last, so that a kill in between leaves a stage
         that --extend takes up again.
         """
-        index = len(self.recipe.stages) - 1
         stage, directory = self.recipe.stages[index], self._directory(index)
         steps = CheckpointStore(directory / CHECKPOINTS).steps()
         with storage_errors("cannot extend the stage", directory):

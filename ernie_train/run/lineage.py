@@ -167,8 +167,18 @@ def stage_changes(
     now = stage_record(stage, lineage)
     settings = recorded.get("settings")
     before = _without_idle(settings) if isinstance(settings, dict) else {}
-    before, after = (decisive_settings(stage, each) for each in (before, now["settings"]))
-    return differences(before, after) + differences(recorded.get("input"), now["input"], "input")
+    both = before, now["settings"]
+    found = differences(*(decisive_settings(stage, each) for each in both))
+    if stage.checkpoint.load_best_at_end:
+        found += differences(*map(_scoring, both))
+    return found + differences(recorded.get("input"), now["input"], "input")
+
+
+def _scoring(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that choose which checkpoints have a score, of which one is the best."""
+    places = {"checkpoint": "every_steps", "evaluation": "every_iterations"}
+    found = {f"{at}.{key}": (settings.get(at) or {}).get(key) for at, key in places.items()}
+    return found | {"validate_every_steps": settings.get("validate_every_steps")}
 
 
 def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.rl.reward import find_score
 from ernie_train.run.check import (
+    check_device,
     check_evaluation,
     check_fit,
     check_reward_models,
@@ -100,9 +101,9 @@ class Pipeline:
         with StopFlag(NOTICE if speaks else "") as stop:
             try:
                 self._run(selection, stop)
-            except Interrupted as ended:
+            except (Interrupted, ToolFailure) as ended:
                 again = " without --from" if selection.first and self.has_begun else ""
-                raise Interrupted(
+                raise type(ended)(
                     f"{ended}; {self._kept()}. The same command{again} goes on from there"
                 ) from None
             except EngineError as ended:
@@ -110,12 +111,8 @@ class Pipeline:
                     f"{ended}. Nothing of this iteration was learnt; {self._kept()}. The same "
                     "command goes on from there"
                 ) from None
-            except ToolFailure as ended:
-                raise ToolFailure(
-                    f"{ended}; {self._kept()}. The same command goes on from there"
-                ) from None
             except NonFiniteError as ended:
-                raise NonFiniteError(f"{ended} What is kept: {self._kept()}.") from None
+                raise NonFiniteError(f"{ended}; {self._kept()}") from None
 
     def _kept(self) -> str:
         """Say what of the training is on the disk."""
@@ -261,6 +258,7 @@ class Pipeline:
         """
         device = devices.select_device(self.recipe.device)
         process_group.require_backend(device)
+        check_device(self.recipe, device)
         devices.seed_everything(self.recipe.seed)
         source = self.recipe.model
         dtype = devices.compute_dtype(device)

@@ -9,7 +9,7 @@ from typing import Any, Generic
 import numpy as np
 
 from ernie_train.core import consensus
-from ernie_train.core.errors import Interrupted
+from ernie_train.core.errors import Interrupted, NonFiniteError
 from ernie_train.io.metrics_log import PendingLine, StageMetrics
 from ernie_train.train.loss_terms import BatchT, LossFn, ModelT
 from ernie_train.train.moe_health import MoeHealth
@@ -56,13 +56,15 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
         self.validation: dict[str, float] = {}
         self.validation_step = -1
         self.pending: PendingLine | None = None  # of the last step, until it is validated
-        self.saved: tuple[int, bool] | None = None  # the last checkpoint: step, and if logged
+        self.saved = (0, True)  # the last checkpoint: step, and if logged
+        self.own_state: dict[str, Any] = {}  # `state` when the batches of the last step were taken
         self.resumed = self.store.load_latest()
         if self.resumed is not None:
             with consensus.fail_together():
                 self.restore(self.resumed)
             state = self.resumed.state.get("pending")
             self.pending = PendingLine.from_state(self.resumed.step, state)
+            self.saved = (self.resumed.step, self.pending is None)
 
     # ---- what a kind of stage says ---------------------------------------------------------------
 
@@ -120,7 +122,7 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
     def train(self) -> dict[str, Any]:
         """Run all steps that are left; return what `DONE` records.
 
-        Raises `Interrupted` after saving.
+        Raises `Interrupted` after saving, and `NonFiniteError`.
         """
         stage, resumed = self.stage, self.resumed
         with StageMetrics(
@@ -147,15 +149,24 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
                     self.batches(),
                     self.loss,
                     self.steps,
-                    before_step=self.before_step,
+                    before_step=self._begin_step,
                     hooks=[(1, self._after_step)],
                     stop_requested=lambda: stage.stop.requested,
                 )
             except Interrupted:
-                self._save()
+                self._save(self.state())
+                raise
+            except NonFiniteError:  # of the next step: weights and moments are still of this one
+                self.before_step(self.trainer.step)
+                if self.trainer.has_finite_weights():
+                    self._save(self.own_state)
                 raise
         chosen = self.store.finish(self.trainer.step, stage.model)
         return {"steps": self.trainer.step, "checkpoint": chosen.name}
+
+    def _begin_step(self, step: int) -> Mapping[str, float]:
+        self.own_state = self.state()
+        return self.before_step(step)
 
     def _after_step(self, result: StepResult) -> None:
         measured = result.metrics | self.health.observe(result.step, result.load)
@@ -172,16 +183,16 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
         self.metrics.log(line.step, metrics, line.timings)
         self.pending = None
         if self._is_due(self.config.checkpoint.every_steps, line.step):
-            self._save()
+            self._save(self.state())
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.steps)
 
-    def _save(self) -> None:
+    def _save(self, own_state: Mapping[str, Any]) -> None:
         step, optimizer = self.trainer.step, self.trainer.optimizer
         holds = (step, self.pending is None)
         if self.saved == holds:
-            return  # interrupted after a step that has been saved
+            return  # ended after a step that has been saved, or before the first
         # Metrics first: a run that resumes from a checkpoint must find the lines up to its step.
         self.metrics.sync()
         self.store.save(
@@ -192,7 +203,7 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
                 "powers": optimizer.beta_powers(),
                 "moe_health": self.health.state_dict(),
                 "pending": self.pending.to_state() if self.pending else None,
-                **self.state(),
+                **own_state,
             },
             metrics=self.validation if self.validation_step == step else None,
             parts=self.parts(),

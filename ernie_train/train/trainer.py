@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
+import paddle
 from paddle import Tensor
 
 from ernie_train import parallel
@@ -221,14 +222,19 @@ class Trainer(Generic[ModelT, BatchT]):
                 self.optimizer.begin_last_backward()
             parallel.dummy_pass(self.model, backward=True)
 
+    def has_finite_weights(self) -> bool:
+        """Return whether an absurd rate has not made weights infinite; every rank must call it."""
+        finite = all(bool(paddle.isfinite(p).all()) for p in self.model.parameters())
+        return not process_group.any_rank(not finite)
+
     def _refuse_non_finite(self, metrics: dict[str, float]) -> None:
         bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if process_group.any_rank(bool(bad)):
             self.optimizer.clear_gradients()
             listed = ", ".join(f"{name} = {value}" for name, value in bad.items()) or "another rank"
             raise NonFiniteError(
-                f"step {self.step + 1} would not be finite ({listed}); nothing was updated. "
-                "Lower optim.lr or look at this step's batch."
+                f"step {self.step + 1} would not be finite ({listed}); nothing was updated: "
+                "look at its batch, or lower optim.lr, which --extend allows"
             )
 
 

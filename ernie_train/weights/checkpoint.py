@@ -68,7 +68,8 @@ class CheckpointConfig(StrictConfig):
     """`higher` or `lower`; `lower` for a loss and `higher` for anything else, unless given."""
     load_best_at_end: bool = False
     """The stage hands the best checkpoint on, to the next stage, to evaluation and export, instead
-    of its last one.
+    of its last one. The intervals of checkpoints and validation, which say what is scored, then
+    stay as a begun stage has them.
     """
     max_shard_size: Annotated[int | str, HARMLESS] = "5GB"
     """Largest weights file: a number of bytes, or `5GB`."""

@@ -12,6 +12,7 @@ from ernie_train.rl.batch import (
     PreferencePair,
     RolloutBatch,
     TokenizedCompletion,
+    fill_micro_batches,
     micro_batches,
     minibatches,
 )
@@ -45,6 +46,48 @@ def test_micro_batches_hold_every_sequence_once_and_partners_together(size):
     for micro in found:
         for place, trained in zip(places(batch, micro), micro.trained, strict=True):
             assert trained == (place < 13), "what is outside the groups is only compared"
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("most", [None, 60, 90, 200])
+def test_micro_batches_are_filled_as_their_own_count_says(share_prompts, most):
+    """Referee: a micro-batch is built of all members for each unit that might join it."""
+    random = np.random.default_rng(most)
+    sequences = [
+        TokenizedCompletion([5] * int(n) + [p], [7] * int(c))
+        for n, p, c in zip(
+            random.integers(1, 20, 60), random.integers(0, 2, 60), random.integers(1, 20, 60),
+            strict=True,
+        )
+    ]  # fmt: skip
+    units = [random.choice(60, random.integers(1, 4)).tolist() for _ in range(90)]
+    expected: list[list[int]] = []
+    for number in range(len(units)):
+        joined = [sequences[i] for n in [*(expected[-1] if expected else []), number]
+                  for i in units[n]]  # fmt: skip
+        both = MicroBatch.without_arrays(joined, share_prompts=share_prompts)
+        fits = len(joined) <= 9 and (most is None or both.num_tokens <= most)
+        if expected and fits:
+            expected[-1].append(number)
+        else:
+            expected.append([number])
+    found = list(fill_micro_batches(units, sequences, 9, most, share_prompts=share_prompts))
+    assert found == expected and max(map(len, found)) > 1
+
+
+def test_filling_micro_batches_reads_each_prompt_once():
+    """Not again for each sequence that might join, which would be quadratic."""
+    reads = []
+
+    class Prompt(list):
+        def __iter__(self):
+            reads.append(1)
+            return super().__iter__()
+
+    sequences = [TokenizedCompletion(Prompt([5, 6, at % 3]), [7]) for at in range(50)]
+    units = [[at] for at in range(50)]
+    assert len(list(fill_micro_batches(units, sequences, 50, 999, share_prompts=True))) == 1
+    assert len(reads) == 50
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])

@@ -12,6 +12,7 @@ import yaml
 
 from ernie_train.cli.main import main
 from ernie_train.rewards.scoring import composition
+from ernie_train.train.trainer import Trainer
 from tests.run.recipe_spies import ScoringHere
 from tests.workspace import final_files, make_workspace, metrics_without_time, rows, write_rows
 
@@ -33,7 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "reward": {"parts": [{"name": "exact"}, {"python": "{root}/reward.py:score"}]},
         "rollout": {"prompts_per_iteration": 2, "group_size": 4, "max_new_tokens": 4,
                     "max_prompt_tokens": 64},
-        "policy": {"kl": {"coef": 0.1}}, "canaries": 0,
+        # A KL in the reward, so that groups without a right answer are learnt from too.
+        "policy": {"kl": {"coef": 0.1, "place": "reward"}}, "canaries": 0,
     },
 }  # fmt: skip
 LONGER: dict[str, dict[str, Any]] = {
@@ -120,6 +122,58 @@ def test_another_rate_acts_and_what_was_made_of_the_old_model_is_made_anew(run, 
     assert extension["at_step"] == 2 and extension["settings"]["steps"] == 2
     again = run(place, "sft", "--extend", more=more, **wanted)
     assert again[0] == "0" and "was not trained with other settings" in again
+
+
+@pytest.fixture
+def not_finite_at_step(monkeypatch):
+    """Return a function that makes gradients NaN in the step after so many, or 0 for none."""
+    refuse, broken = Trainer._refuse_non_finite, [0]
+
+    def after(trainer: Any, metrics: dict[str, float]) -> None:
+        if trainer.step == broken[0] > 0:
+            metrics["grad_norm"] = float("nan")
+        refuse(trainer, metrics)
+
+    monkeypatch.setattr(Trainer, "_refuse_non_finite", after)
+    return lambda steps: broken.__setitem__(0, steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_before_one_that_is_not_finite_are_kept(run, tmp_path, not_finite_at_step, kind):
+    """With the fault gone the same command ends with the bits of a run that had none."""
+    assert run(tmp_path / "whole", kind)[0] == "0"
+    not_finite_at_step(1)
+    told = run(tmp_path / "cut", kind)
+    assert told[0] == "4" and "--extend allows; " in told and "step_000001 is saved" in told, told
+    not_finite_at_step(0)
+    assert run(tmp_path / "cut", kind)[0] == "0"
+    expected, found = (_without_paths(tmp_path / name) for name in ("whole", "cut"))
+    assert len(expected) > 2 and found == expected
+    of_both = [metrics_without_time(tmp_path / name) for name in ("cut", "whole")]
+    assert of_both[0] == of_both[1]
+
+
+def test_an_iteration_that_was_updated_in_part_is_not_saved(run, tmp_path, not_finite_at_step):
+    twice = {"policy": {**KINDS["upo"]["policy"], "update_epochs": 2}}
+    not_finite_at_step(1)
+    told = run(tmp_path / "cut", "upo", **twice)
+    assert told[0] == "4" and "nothing was to be saved yet" in told, told
+
+
+def test_a_lower_rate_goes_on_in_a_stage_that_others_follow(run, tmp_path, not_finite_at_step):
+    def two(lr: float) -> dict[str, Any]:
+        stage = {**KINDS["sft"], "micro_batch_size": 2, "optim": {**RATE, "lr": lr}}
+        return {"stages": [{**stage, "name": "one"}, {**stage, "name": "two"}]}
+
+    not_finite_at_step(1)
+    assert run(tmp_path / "run", "sft", more=two(0.003))[0] == "4"
+    not_finite_at_step(0)
+    refused = run(tmp_path / "run", "sft", more=two(0.001))
+    assert refused[0] == "2" and "or --extend to train it on" in refused, refused
+    assert run(tmp_path / "run", "sft", "--extend", more=two(0.001))[0] == "0"
+    rates = [line["lr"] for line in metrics_without_time(tmp_path / "run", "01-one")]
+    assert rates == [0.003, 0.001]
+    assert (tmp_path / "run/02-two/DONE").exists()
 
 
 def test_a_kill_while_a_stage_is_opened_again_loses_nothing(run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,32 @@ DECISIVE = {
 }  # fmt: skip
 
 
-def changes(kind: str, change: dict[str, Any]) -> list[str]:
+@pytest.mark.parametrize(
+    ("kind", "best", "scoring"),
+    [
+        ("sft", "validation_loss", {"validate_every_steps": 2}),
+        ("reward", "eval/loss", {"validate_every_steps": 2}),
+        ("upo", "eval/mean", {"evaluation": {"path": "a.jsonl", "every_iterations": 1}}),
+    ],
+)
+@pytest.mark.parametrize("handed_on", [False, True])
+def test_what_chooses_the_scored_checkpoints_counts_where_the_best_is_handed_on(
+    kind: str, best: str, scoring: dict[str, Any], handed_on: bool
+) -> None:
+    settings = {"best_metric": best, "load_best_at_end": handed_on}
+    base = {"checkpoint": {"every_steps": 4, **settings}}
+    base |= {"validation": [{"path": "b.jsonl"}]} if kind == "sft" else {}
+    told = changes(kind, scoring, base)
+    (name,) = scoring
+    assert [name in line for line in told] == [True] * handed_on, told
+    told = changes(kind, {"checkpoint": {"every_steps": 8, **settings}}, base)
+    assert ["checkpoint.every_steps: 4 -> 8" in line for line in told][:1] == [True] * handed_on
+
+
+def changes(kind: str, change: dict[str, Any], base: Mapping[str, Any] = {}) -> list[str]:
     parse = TypeAdapter(AnyStageConfig).validate_python
     common = {"name": "x", "kind": kind, "micro_batch_size": 2, "optim": {"lr": 1.0}}
-    before, now = (parse({**common, **STAGES[kind], **more}) for more in ({}, change))
+    before, now = (parse({**common, **STAGES[kind], **base, **more}) for more in ({}, change))
     made_from = Lineage("7", "m", "t")
     return stage_changes(now, made_from, stage_record(before, made_from))
 

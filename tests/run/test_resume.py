@@ -151,7 +151,7 @@ def test_status_tells_of_a_missed_gate_and_of_speed(root, capsys):
 
 
 MOMENTS = {
-    "data": (supervised_data, "load_sources", "no step was to be saved yet"),
+    "data": (supervised_data, "load_sources", "nothing was to be saved yet"),
     "training": (Trainer, "train_step", "step_000001 is saved"),
     "evaluation": (evaluation, "generate_sharded", "step_000002 is saved"),
     "proof": (export, "trace", "step_000002 is saved"),
@@ -192,7 +192,11 @@ def test_a_run_without_an_export_ends_with_where_the_model_is(root, capsys):
     assert "ernie-train generate" in out and "ernie-train export" in out
 
 
-def test_a_loss_that_is_not_finite_says_what_is_kept(root, capsys):
-    broken = stage(root, "sft", optim={"lr": 1e18, "clip_grad_norm": None})
-    assert run("run", write_recipe(root, "nan", [broken]), "--run-dir", root / "nan") == 4
-    assert "no step was to be saved yet" in " ".join(capsys.readouterr().err.split())
+@pytest.mark.parametrize(
+    ("lr", "kept"), [(1e18, "step_000001 is saved"), (1e39, "nothing was to be saved yet")]
+)
+def test_a_loss_that_is_not_finite_says_what_is_kept(root, tmp_path, capsys, lr, kept):
+    """The second rate makes weights infinite, which no run could go on from."""
+    broken = stage(root, "sft", optim={"lr": lr, "clip_grad_norm": None})
+    assert run("run", write_recipe(root, "nan", [broken]), "--run-dir", tmp_path / "nan") == 4
+    assert kept in " ".join(capsys.readouterr().err.split())

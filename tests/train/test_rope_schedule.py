@@ -267,6 +267,8 @@ def test_a_run_cut_off_in_any_phase_continues_to_the_same_bits(
          r"rope_schedule.1.seq_len=64: no document is longer than 32 tokens"),
         ("model.moe_num_experts=0",
          r"stages.0.balance.bias_update_rate=0.001 has no effect: the model has no MoE layer"),
+        ("stages.0.optim.gradient_dtype=bfloat16 device=cpu",
+         r"stages.0.optim.gradient_dtype=bfloat16 has no effect: weights are float32 on this cpu"),
         ("model.moe_num_experts=0 parallel.expert=2",
          r"parallel.expert=2 has no effect: the model has no MoE layer"),
     ],

@@ -73,18 +73,25 @@ def fill_micro_batches(
     `batch_tokens` tokens (None: any number) go through the model together; what is larger alone
     goes alone.
     """
+    known: dict[tuple[int, ...], int] = {}  # a number for each different prompt
+    prompts = [known.setdefault(tuple(s.prompt_ids), len(known)) for s in sequences]
     held: list[int] = []
-    members: list[TokenizedCompletion] = []
+    rows, tokens, computed = 0, 0, set[int]()  # of what is held; the prompts among it
     for number, unit in enumerate(units):
-        more = [sequences[index] for index in unit]
-        both = MicroBatch.without_arrays([*members, *more], share_prompts=share_prompts)
-        fits = len(both.sequences) <= batch_size
-        fits = fits and (batch_tokens is None or both.num_tokens <= batch_tokens)
-        if held and not fits:
+        completions = sum(len(sequences[index].completion_ids) - 1 for index in unit)
+        lengths = [(prompts[index], len(sequences[index].prompt_ids)) for index in unit]
+        if share_prompts:
+            lengths = list(dict(lengths).items())
+        more = completions + sum(size for prompt, size in lengths if prompt not in computed)
+        fits = batch_tokens is None or tokens + more <= batch_tokens
+        if held and not (fits and rows + len(unit) <= batch_size):
             yield held
-            held, members = [], []
+            held, rows, tokens, computed = [], 0, 0, set()
+            more = completions + sum(size for _, size in lengths)
         held.append(number)
-        members += more
+        rows, tokens = rows + len(unit), tokens + more
+        if share_prompts:
+            computed.update(prompt for prompt, _ in lengths)
     if held:
         yield held
 
