@@ -55,9 +55,9 @@ class DataSource(MappedRows):
     format: FormatName = "auto"
     """Format of its rows; `auto` detects it (docs/data.md)."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Uses the first so many valid rows; all unless given."""
+    """Uses only this many first valid rows; all unless given."""
     without: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
-    """A file of held-out rows of the same columns: rows that ask what one of them asks are left out
+    """A file of held-out rows of the same columns: rows with a prompt of that file are left out
     (docs/data.md#held-out-rows).
     """
     include_thinking: bool = True
