@@ -86,7 +86,7 @@ class Lockstep:
     def _agree_on_stop(self, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, Interrupted):
             return  # this rank ends with the error, and the supervisor ends the others
-        process_group.wait_for_all_ranks()  # passes of a rank may outlast NCCL's half an hour
+        process_group.wait_for_all_ranks()  # in a collective of NCCL ranks would wait at full load
         stopped = process_group.any_rank(error is not None or self.stop_requested())
         if stopped and error is None:
             raise Interrupted("stopped on a signal, here or on another rank")
