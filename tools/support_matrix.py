@@ -152,15 +152,15 @@ SKIPPED = "was skipped"
 HEAD = """\
 # What runs where
 
-Made by `python -m tools.support_matrix --write` from `tools/support.yaml`, which names the tests
-behind each cell; continuous integration compares the page with the record of its own run.
+[tools/support.yaml](../tools/support.yaml) names the tests behind each cell; `python -m
+tools.support_matrix --write` makes this page of it, and continuous integration compares it with the
+record of its own run. **Nothing was ever run or measured on a GPU, over NCCL or on several
+machines**: on your GPU `ernie-train doctor --selftest` checks it ([doctor.md](doctor.md)).
 
 - **tested**: the tests behind it run and pass with every change.
 - **tested, slow**: the same with tests that take minutes (`./run-tests -m slow`).
 - **written, untested**: the code is there, its parts may be tested with stand-ins, and no test runs
-  it on such a device. **Nothing was ever run or measured on a GPU**: on yours
-  `ernie-train doctor --selftest` checks it ([doctor.md](doctor.md)). Several machines and NCCL are
-  in the same state.
+  it on such a device.
 - **-**: not supported, or without meaning there.
 """
 
@@ -176,12 +176,6 @@ def render(matrix: Matrix, outcomes: Outcomes | None = None) -> str:
         ]
         parts.append(f"## {section}\n\n{_table(head, rows)}")
     parts.append(_pythons())
-    proofs = [
-        f"- {place}: " + ", ".join(f"`{one}`" for one in cell.tests)
-        for place, cell in cells_of(matrix)
-        if cell.tests
-    ]
-    parts.append("## The tests\n\n" + "\n".join(proofs) + "\n")
     return "\n".join(parts)
 
 

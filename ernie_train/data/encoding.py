@@ -60,7 +60,7 @@ class RowSource(MappedRows):
     format: FormatName = "auto"
     """Format of its rows; `auto` detects it (docs/data.md)."""
     without: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
-    """A file of held-out rows of the same columns: rows that ask what one of them asks are left out
+    """A file of held-out rows of the same columns: rows with a prompt of that file are left out
     (docs/data.md#held-out-rows).
     """
 
@@ -78,7 +78,7 @@ class DataSource(RowSource):
     weight: SampleWeight = 1.0
     """An epoch has round(weight x documents) samples of the source."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Uses the first so many valid rows; all unless given."""
+    """Uses only this many first valid rows; all unless given."""
     include_thinking: bool = True
     """`false` trains answers without the reasoning before them."""
     overlong: Overlong | None = None

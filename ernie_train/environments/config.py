@@ -15,7 +15,7 @@ class ToolFile(StrictConfig):
     """A file whose public functions are tools; types and docstrings make their schemas."""
 
     python: Annotated[str, Field(min_length=1)]
-    """A file, beside the recipe, whose public functions are tools."""
+    """A file whose public functions are tools; relative paths start where the command does."""
 
 
 class EnvironmentConfig(StrictConfig):

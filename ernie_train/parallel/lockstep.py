@@ -105,7 +105,7 @@ class Lockstep:
             return  # a rank with another error ends, and its supervisor ends the others
         if error is None and process_group.grid().expert > 1:
             self._run_dummy_passes()
-        process_group.wait_for_all_ranks()  # passes of a rank may outlast NCCL's half an hour
+        process_group.wait_for_all_ranks()  # in a collective of NCCL ranks would wait at full load
         stopped = process_group.any_rank(error is not None or self.stop_requested())
         if stopped and error is None:
             raise Interrupted("stopped on a signal, here or on another rank")

@@ -39,11 +39,10 @@ class RecomputeConfig(StrictConfig):
     which are then recomputed as one.
     """
     layers: PositiveInt | None = None
-    """Recomputes the first so many layers only, whose activations are held longest; all unless
-    given.
+    """Recomputes only this many first layers, whose activations are held longest; all unless given.
     """
     chunk_tokens: PositiveInt | None = None
-    """Runs experts, or the MLP, on so many tokens of a micro-batch at a time, so that their
+    """Runs experts, or the MLP, on this many tokens of a micro-batch at a time, so that their
     activations do not grow with it; on all at once unless given.
     """
 

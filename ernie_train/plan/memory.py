@@ -1,7 +1,7 @@
 """Estimate the peak memory of one rank, by part.
 
 Weights, gradients and optimizer state are counted. Activations are shapes times coefficients,
-fitted to the peaks that `tools.bench.plan` measures; docs/scaling.md gives the errors.
+fitted to the peaks that `tools.bench.plan` measures; docs/memory.md gives the errors.
 
 Symbols: b bytes of a weight, H hidden size, N query heads, K key/value heads, D head dimension,
 E experts, k experts of a token, I expert width, V vocabulary.

@@ -40,11 +40,11 @@ class PairStageConfig(StageConfig, MappedRows):
     and always at the end.
     """
     without: Annotated[PathText | None, Field(min_length=1), HARMLESS] = None
-    """A file of held-out rows of the same columns, maybe that of `validation`: rows of `data` that
-    ask what one of them asks are left out (docs/data.md#held-out-rows).
+    """A file of held-out rows of the same columns, maybe that of `validation`: rows of `data` with
+    a prompt of that file are left out (docs/data.md#held-out-rows).
     """
     seq_len: PositiveInt
-    """Longest prompt with its completion; pairs beyond it are left out, and told."""
+    """Longest prompt with its completion; longer pairs are left out, with a notice."""
     steps: PositiveInt
     """Duration in optimizer steps."""
     pairs_per_step: PositiveInt

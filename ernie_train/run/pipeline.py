@@ -120,7 +120,7 @@ class Pipeline:
             store = CheckpointStore(self._stage_dir(index) / CHECKPOINTS)
             if steps := store.steps():
                 return f"{store.path_of(steps[-1])} is saved"
-        return "no step was to be saved yet"
+        return "nothing was to be saved yet"
 
     def _run(self, selection: Selection, stop: StopFlag) -> None:
         with consensus.fail_together(), stop.at_once():

@@ -198,8 +198,8 @@ def test_logprobs_are_of_a_float32_copy_of_a_narrower_head(large: Ernie4_5_MoeCo
 
 
 def test_every_measured_row_of_the_page_is_within_15_percent() -> None:
-    """docs/scaling.md, measured by `python -m tools.bench.plan` on 1, 2 and 4 ranks."""
-    page = (ROOT / "docs" / "scaling.md").read_text("utf-8")
+    """docs/memory.md, measured by `python -m tools.bench.plan` on 1, 2 and 4 ranks."""
+    page = (ROOT / "docs" / "memory.md").read_text("utf-8")
     rows = [line for line in page.splitlines() if re.match(r"\| (tiny|mini) \|", line)]
     assert len(rows) == len(bench.CASES)
     for case, line in zip(bench.CASES, rows, strict=True):

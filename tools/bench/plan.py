@@ -262,7 +262,7 @@ def measured_apart(case: Case, environment: dict[str, str]) -> dict[str, float]:
 
 
 def row(case: Case, found: dict[str, float]) -> str:
-    """Return a line of the table in docs/scaling.md."""
+    """Return a line of the table in docs/memory.md."""
     mb = {name: value / 1e6 for name, value in found.items()}
     layout = f"expert {case.expert}, data {case.data}" + (", sharded" if case.sharding else "")
     what = f"{case.rows} x {case.seq_len} in {case.document_tokens}"
@@ -274,7 +274,7 @@ def row(case: Case, found: dict[str, float]) -> str:
         what += f", LoRA of rank {case.lora}"
     if case.recompute:
         parts, comma, first = case.layout().recompute_label.partition(", ")
-        what += ", recompute" if parts == "layers" else f", {parts} run again"
+        what += ", recompute" if parts == "layers" else f", recompute {parts}"
         what += comma + first
     cells = (
         case.preset, "1 rank" if case.ranks == 1 else layout, what, f"{mb['planned']:.1f}",

@@ -20,8 +20,8 @@ def render(results: dict[str, Any], out: Path) -> str:
     parts = [_machine(results), _table(_losses(runs))]
     parts += ["### Held out", _table(_held_out(runs))]
     parts += ["### Time and memory", _table(_costs(runs))]
-    parts += ["### What leaves", _table(_exports(runs, out))]
-    parts += ["### What a stumble costs", _table(_stumbles(results["stumbles"]))]
+    parts += ["### Exports and adapters in other programs", _table(_exports(runs, out))]
+    parts += ["### Messages of typical mistakes", _table(_stumbles(results["stumbles"]))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,7 +104,7 @@ def _exports(runs: dict[str, Any], out: Path) -> Iterator[Sequence[str]]:
 
 
 def _stumbles(found: list[dict[str, Any]]) -> Iterator[Sequence[str]]:
-    yield "mistake", "verb", "seconds", "message"
+    yield "mistake", "command", "seconds", "message"
     for one in found:
         message = one["message"].replace("|", "\\|")
         if len(message) > SHOWN_CHARACTERS:

@@ -17,7 +17,13 @@ from pathlib import Path
 from ernie_train.plan import PlanSettings
 from ernie_train.plan.command import plan_request
 from ernie_train.plan.layout import GB
-from ernie_train.plan.search import Candidate, PlanRequest, candidates, smallest_cluster
+from ernie_train.plan.search import (
+    MOST_RANKS,
+    Candidate,
+    PlanRequest,
+    candidates,
+    smallest_cluster,
+)
 from ernie_train.plan.tables import describe
 from ernie_train.run.recipe import load_recipe
 
@@ -37,29 +43,35 @@ def request_of(recipe: str, overrides: list[str], ranks: int) -> PlanRequest:
 
 
 def cluster_table() -> Iterator[str]:
-    """Yield what each job needs of eight GPUs, and the smallest cluster that holds it."""
-    yield "| job | closest on 8 GPUs | smallest cluster | what binds there |"
-    yield "|---|---|---|---|"
+    """Yield the smallest cluster that holds each job, and the least that a rank takes on 8 GPUs."""
+    yield "| job | GPUs | `parallel:` | GB on the fullest | largest part | least on 8 GPUs |"
+    yield "|---|---:|---|---:|---|---:|"
     jobs: tuple[tuple[str, str, list[str]], ...] = (
+        ("SFT with LoRA of rank 32, rows of 8K", SFT, ["stages.sft.lora={rank: 32}"]),
         ("SFT, rows of 8K", SFT, []),
-        ("progressive RL at 8K, no critic", PRL, []),
-        ("progressive RL at 8K with a critic", PRL, CRITIC),
+        ("RL at 8K, no critic", PRL, []),
+        ("RL at 8K with a critic", PRL, CRITIC),
         ("SFT, rows of 128K", SFT, ["stages.sft.seq_len=131072"]),
     )
     for name, recipe, overrides in jobs:
         request = request_of(recipe, overrides, 8)
         closest = min(candidates(request, 8), key=lambda c: c.peak)
         cluster = smallest_cluster(request)
-        where = f"{cluster.layout.ranks}: {describe(cluster.layout)}, {_gb(cluster)} GB"
-        if not cluster.fits(MEMORY_GB):
-            where = f"none up to 1024; least {_gb(cluster)} GB on {cluster.layout.ranks}"
-        on_eight = f"{_gb(closest)} GB: {describe(closest.layout)}"
-        yield f"| {name} | {on_eight} | {where} | {_binding(cluster)} |"
+        fits = cluster.fits(MEMORY_GB)
+        ranks = cluster.layout.ranks if fits else f"none up to {MOST_RANKS}"
+        layout = cluster.layout.as_yaml().removeprefix("parallel: ")
+        yield (
+            f"| {name} | {ranks} | `{layout}` | {_gb(cluster)} | {_binding(cluster)} | "
+            f"{_gb(closest)} |"
+        )
 
 
 def cluster_sizes() -> Iterator[str]:
     """Yield the best layout of each number of GPUs, with a micro-batch of work for every one."""
-    yield "| job | GPUs | best layout | GB | tokens/s | to 8 GPUs | GB sent | memory | time |"
+    yield (
+        "| job | GPUs | fastest layout that fits | GB | tokens/s | over 8 GPUs | GB sent | "
+        "largest part | slowest part |"
+    )
     yield "|---|---:|---|---:|---:|---:|---:|---|---|"
     for name, recipe, setting, stages in (
         ("SFT", SFT, "grad_accum_steps", ("sft",)),
@@ -74,10 +86,15 @@ def cluster_sizes() -> Iterator[str]:
             rate = request.loads[0].tokens / cost.total_seconds
             first = first or rate
             yield (
-                f"| {name} | {ranks} | {describe(best.layout)} | {_gb(best)} | {rate:,.0f} | "
+                f"| {name} | {ranks} | {describe(best.layout)} | {_gb(best)} | {_rounded(rate)} | "
                 f"{rate / first:.1f} | {sum(cost.sent.values()) / GB:,.0f} | {_binding(best)} | "
                 f"{cost.largest_part()} |"
             )
+
+
+def _rounded(rate: float) -> str:
+    """Return a rate with two digits: what it is computed from is assumed."""
+    return f"{float(f'{rate:.2g}'):,.0f}"
 
 
 def _gb(candidate: Candidate) -> str:

@@ -13,7 +13,7 @@ class EngineConfig(StrictConfig):
     """Settings of who samples: our own sampler, or a vLLM or FastDeploy server."""
 
     kind: Literal["own", "vllm", "fastdeploy"] = "own"
-    """What samples: our own sampler (`own`), `vllm` or `fastdeploy`."""
+    """What samples: the built-in sampler (`own`), `vllm` or `fastdeploy`."""
     url: Annotated[str | None, Field(pattern=r"^https?://[^/\s]+/?$"), HARMLESS] = None
     """A vLLM server that runs already, up to and without `/v1`."""
     python: Annotated[str | None, Field(min_length=1), HARMLESS] = None

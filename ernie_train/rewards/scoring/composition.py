@@ -40,7 +40,7 @@ class RubricItem(StrictConfig):
     marks: float = 1.0
     """Marks for meeting it; below 0 for a fault."""
     reference: str | None = None
-    """What meets it, told to the judge."""
+    """What meets the criterion, shown to the judge."""
 
 
 class LlmJudgeConfig(StrictConfig):
@@ -102,7 +102,7 @@ class RewardPart(StrictConfig):
     python: str | None = None
     """`file.py:function`, a reward of your own."""
     judge: LlmJudgeConfig | None = None
-    """A language model that compares with `answer`."""
+    """A language model that compares completions with `answer`."""
     model: RewardModelPart | None = None
     """A reward model (docs/reward_models.md)."""
     weight: float = 1.0

@@ -148,11 +148,11 @@ class PolicyConfig(StrictConfig):
     update_epochs: PositiveInt = 1
     """Updates over each rollout."""
     minibatches: PositiveInt = 1
-    """Optimizer steps of one update, which share out an iteration's groups; not more than these."""
+    """Optimizer steps of one pass over an iteration's groups; at most as many as groups."""
     sampler_correction: SamplerCorrectionConfig | None = None
     """Importance weights of tokens whose sampler computes other logprobs than the update."""
     router_replay: bool = False
-    """Tokens take the experts that sampling chose for them, with weights of the present router
+    """Tokens take the experts that sampling chose for them, weighted by the current router
     (docs/upo.md#router-replay).
     """
     baseline: AdvantageBaseline | None = None

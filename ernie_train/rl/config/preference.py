@@ -99,7 +99,7 @@ class OfflinePairs(MappedRows):
 
 
 class SharedReward(RewardConfig):
-    """A reward, costlier than the stage's, that judges a share of an iteration's prompts."""
+    """A reward, more expensive than the stage's, that judges a share of an iteration's prompts."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the prompts that it judges: 0.25 is every fourth one."""

@@ -30,7 +30,7 @@ class PromptSource(RowSource):
     tasks: list[str] = []
     """Keeps problems of the named tasks or domains; all unless given."""
     max_examples: PositiveInt | None = None
-    """Uses the first so many of each task."""
+    """Uses only this many first problems of each task."""
 
 
 class SkipSolved(StrictConfig):
@@ -52,9 +52,9 @@ class RolloutConfig(StrictConfig):
     group_size: PositiveInt = 8
     """Completions sampled for each prompt."""
     engine: EngineConfig = EngineConfig()
-    """What samples; our own sampler by default."""
+    """What samples; the built-in sampler by default."""
     max_prompt_tokens: PositiveInt = 512
-    """Longest prompt, in tokens; longer ones are left out, and told."""
+    """Longest prompt, in tokens; longer ones are left out, with a notice."""
     max_new_tokens: PositiveInt
     """Longest completion, in tokens."""
     temperature: Positive = 1.0
@@ -62,9 +62,9 @@ class RolloutConfig(StrictConfig):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Samples from the likeliest tokens of this total probability."""
     top_k: NonNegativeInt = 0
-    """Samples from so many likeliest tokens; 0 for all."""
+    """Samples from the k likeliest tokens; 0: from all."""
     batch_size: PositiveInt = 256
-    """Sequences that our own sampler samples at once."""
+    """Sequences that the built-in sampler samples at once."""
     refill_rounds: NonNegativeInt = 0
     """Further rounds of prompts that replace groups without a difference in reward."""
     skip_solved: SkipSolved | None = None

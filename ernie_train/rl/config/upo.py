@@ -31,12 +31,12 @@ class UpoConfig(StageConfig):
     reward: RewardConfig
     """What judges completions: a verifier's name, a part, a list of parts, or a section."""
     audit_reward: SharedReward | None = None
-    """A costlier reward in place of `reward` on a share of the prompts."""
+    """A more expensive reward in place of `reward` on a share of the prompts."""
     iterations: PositiveInt
     """Duration: rollouts, each with its updates."""
     micro_batch_tokens: PositiveInt | None = None
-    """Most tokens of a micro-batch too, where sequences are of very different lengths: a few long
-    ones then fill it, or many short ones, up to `micro_batch_size`. Unless given only these count.
+    """Bound on the tokens of a micro-batch beside `micro_batch_size`, for sequences of very
+    different lengths: a few long ones fill it, or many short ones. No bound unless given.
     """
     rollout: RolloutConfig
     """Settings of the sampling of an iteration."""
