@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Protocol
 
 import paddle
+from paddle import Tensor
 
 from ernie_train.core import process_group
 from ernie_train.core.errors import Interrupted
@@ -24,19 +25,15 @@ class HasDecoder(Protocol):
     model: Ernie4_5_MoeModel
 
 
-def dummy_pass(model: HasDecoder, *, backward: bool) -> None:
-    """Take part in the all-to-alls of a pass that other ranks run, with a single token.
+def dummy_pass(model: HasDecoder) -> Tensor | None:
+    """Take part in the all-to-alls of a forward pass that other ranks run, with a single token.
 
-    Its gradients are zeros. Does nothing where every rank holds all experts.
+    Returns its hidden states, from which a backward pass of zeros can start. Does nothing where
+    every rank holds all experts.
     """
     if process_group.grid().expert == 1:
-        return
-    token = paddle.zeros([1, 1], "int64")
-    if backward:
-        (model.model(token).hidden.sum() * 0.0).backward()
-        return
-    with paddle.no_grad():
-        model.model(token)
+        return None
+    return model.model(paddle.zeros([1, 1], "int64")).hidden
 
 
 class Lockstep:
@@ -98,7 +95,8 @@ class Lockstep:
                 raise Interrupted("stopped on a signal: another rank was still at work")
             if not others_working:
                 return
-            dummy_pass(self.model, backward=False)
+            with paddle.no_grad():
+                dummy_pass(self.model)
 
     def _announce(self, *, working: bool) -> tuple[bool, bool]:
         flags = [float(working), float(self.stop_requested())]
