@@ -75,8 +75,8 @@ TOGETHER = tuple(
     for names in (
         ("parallel/test_runs", "parallel/test_equal_results", "parallel/test_faults",
          "parallel/test_gradients", "parallel/test_expert", "parallel/test_lora",
-         "parallel/test_sampling", "parallel/test_lockstep", "rl/test_engine_stage",
-         "core/test_process_group"),
+         "parallel/test_sampling", "parallel/test_lockstep", "parallel/test_global_balance",
+         "rl/test_engine_stage", "core/test_process_group"),
         ("model/test_parity", "weights/test_adapters", "weights/test_hf_transformers",
          "weights/test_quantize", "run/test_export", "run/test_import", "rl/test_reward_model",
          "data/test_chat", "data/test_chat_families", "data/test_tokenizer",

@@ -10,6 +10,7 @@ from ernie_train.losses.advantages import (
     whiten,
 )
 from ernie_train.losses.balance import (
+    count_tokens_per_expert,
     load_balance_loss,
     mean_absolute_cosine,
     router_orthogonal_gradient,
@@ -64,6 +65,7 @@ __all__ = [
     "bradley_terry_loss",
     "choose_pairs",
     "completion_logratios",
+    "count_tokens_per_expert",
     "cross_entropy_rows",
     "dpo_loss",
     "explained_variance",

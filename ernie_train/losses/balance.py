@@ -5,6 +5,8 @@ Shapes: T real tokens, E experts, K experts per token, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -45,17 +47,30 @@ def router_z_loss(router_logits: Tensor) -> Tensor:
     return paddle.square(paddle.logsumexp(router_logits, axis=-1)).mean()
 
 
-def load_balance_loss(router_probs: Tensor, expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Return E * sum over experts e of mean_t(p_te) * c_e / T, c_e the tokens that chose e.
+def load_balance_loss(router_probs: Tensor, tokens_per_expert: Tensor, top_k: int) -> Tensor:
+    """Return E * sum over experts e of mean_t(p_te) * f_e, f_e the share of tokens that chose e.
 
-    router_probs [T,E], expert_ids [T,K] (the K largest of the *unbiased* probabilities) -> scalar;
-    the gradient flows through the probabilities. T counts real tokens only. Equals K at perfect
-    balance (Switch Transformer, arXiv:2101.03961, with top-k counts).
+    router_probs [T,E] of real tokens -> scalar; the gradient flows through them alone.
+    tokens_per_expert [E] counts the K largest of the *unbiased* probabilities, of these T tokens or
+    of more. Equals K at perfect balance (Switch Transformer, arXiv:2101.03961, with top-k counts).
     """
-    tokens = router_probs.shape[0]
-    chosen = paddle.bincount(expert_ids.reshape([-1]), minlength=num_experts)
-    share = chosen.astype(router_probs.dtype) * (num_experts / tokens)
-    return (router_probs.mean(0) * share).sum()
+    dtype, experts = router_probs.dtype, router_probs.shape[1]
+    # In float64, in which the counts of any step are exact.
+    scale = (experts * top_k / tokens_per_expert.sum().astype("float64")).astype(dtype)
+    return (router_probs.mean(0) * (tokens_per_expert.astype(dtype) * scale)).sum()
+
+
+def count_tokens_per_expert(expert_ids: Sequence[Tensor], num_experts: int) -> Tensor:
+    """Return how many tokens chose each expert of each layer, int64 [L,E].
+
+    expert_ids: [T,K] of each of L layers.
+    """
+    layers = len(expert_ids)
+    ids = paddle.stack([of_layer.reshape([-1]) for of_layer in expert_ids])
+    ids = ids + paddle.arange(layers).unsqueeze(1) * num_experts
+    # One count for all layers: each waits twice for the device, for its smallest and largest id.
+    chosen = paddle.bincount(ids.reshape([-1]), minlength=layers * num_experts)
+    return chosen.reshape([layers, num_experts])
 
 
 def unbiased_expert_ids(router_probs: Tensor, top_k: int) -> Tensor:

@@ -43,19 +43,15 @@ class HasDecoder(Protocol):
     model: Ernie4_5_MoeModel
 
 
-def dummy_pass(model: HasDecoder, *, backward: bool) -> None:
-    """Take part in the all-to-alls of a pass that other ranks run, with a single token.
+def dummy_pass(model: HasDecoder) -> Tensor | None:
+    """Take part in the all-to-alls of a forward pass that other ranks run, with a single token.
 
-    Its gradients are zeros. Does nothing where every rank holds all experts.
+    Returns its hidden states, from which a backward pass of zeros can start. Does nothing where
+    every rank holds all experts.
     """
     if process_group.grid().expert == 1:
-        return
-    token = paddle.zeros([1, 1], "int64")
-    if backward:
-        (model.model(token).hidden.sum() * 0.0).backward()
-        return
-    with paddle.no_grad():
-        model.model(token)
+        return None
+    return model.model(paddle.zeros([1, 1], "int64")).hidden
 
 
 class Lockstep:
@@ -112,7 +108,8 @@ class Lockstep:
 
     def _run_dummy_passes(self) -> None:
         while self._left != 0 and not self._signal(0):
-            dummy_pass(self.model, backward=False)
+            with paddle.no_grad():
+                dummy_pass(self.model)
             if not _heard & _WORKS:
                 return  # it was a dummy on all ranks
 

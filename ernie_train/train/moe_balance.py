@@ -11,11 +11,13 @@ from typing import Literal
 
 import numpy as np
 import paddle
+from paddle import Tensor
 from pydantic import model_validator
 
 from ernie_train.core import process_group
 from ernie_train.core.config import NonNegative, StrictConfig
 from ernie_train.losses import (
+    count_tokens_per_expert,
     load_balance_loss,
     router_orthogonal_gradient,
     router_orthogonal_loss,
@@ -26,6 +28,7 @@ from ernie_train.losses import (
 from ernie_train.model import RouterStats
 from ernie_train.model.moe import MoE
 from ernie_train.parallel import HasDecoder
+from ernie_train.parallel.collectives import get_collectives
 from ernie_train.train.loss_terms import LossTerm
 
 ORTHOGONAL = "balance/orthogonal"
@@ -49,6 +52,10 @@ class BalanceConfig(StrictConfig):
     """
     load_balance_coef: NonNegative = 0.0
     """Coefficient of the load-balance loss."""
+    load_balance_type: Literal["aux_loss", "global_aux_loss"] = "aux_loss"
+    """Tokens among which that loss balances: `aux_loss` those of each micro-batch by itself,
+    `global_aux_loss` those of the whole step so far, on all ranks; named as in Megatron.
+    """
     z_loss_coef: NonNegative = 0.0
     """Coefficient of the router z-loss."""
     bias_update_rate: NonNegative = 0.0
@@ -58,6 +65,10 @@ class BalanceConfig(StrictConfig):
     def _consistent(self) -> BalanceConfig:
         if self.orthogonal_mode == "decoupled" and self.orthogonal_coef == 0:
             raise ValueError("orthogonal_mode='decoupled' has no effect without orthogonal_coef")
+        if self.load_balance_type == "global_aux_loss" and self.load_balance_coef == 0:
+            raise ValueError(
+                "load_balance_type='global_aux_loss' has no effect without load_balance_coef"
+            )
         return self
 
     def active(self) -> list[str]:
@@ -89,12 +100,9 @@ class RouterStatsAccumulator:
             return
         layers, experts = len(router_stats), self.tokens_per_expert.shape[1]
         with paddle.no_grad():
-            ids = paddle.stack([stats.expert_ids.reshape([-1]) for stats in router_stats])
-            ids = ids + paddle.arange(layers).unsqueeze(1) * experts
-            # One count and one copy to the host for all layers: each of them waits for the device,
-            # a count twice more, for the smallest and the largest number. float64 holds both.
-            chosen = paddle.bincount(ids.reshape([-1]), minlength=layers * experts)
-            columns = [chosen.astype("float64")]
+            chosen = count_tokens_per_expert([stats.expert_ids for stats in router_stats], experts)
+            # One copy to the host for all layers, for which it waits; float64 holds all exactly.
+            columns = [chosen.reshape([-1]).astype("float64")]
             for stats in router_stats:
                 probs = stats.router_probs.detach()
                 entropy = (probs * paddle.log(paddle.clip(probs, 1e-30))).sum()
@@ -123,6 +131,34 @@ class RouterStatsAccumulator:
         for part in parts:
             part[...] = total[: part.size].reshape(part.shape)
             total = total[part.size :]
+
+
+class GlobalCounts:
+    """Tokens that chose each expert of each MoE layer in a step so far, on all ranks: int64 [L,E].
+
+    Balanced within each micro-batch, which may be one sequence, experts cannot specialize in what a
+    sequence is about; among the tokens of a whole step they can (arXiv:2501.11873). As there, the
+    counts of all ranks are added in every pass and kept until the step ends: the first of several
+    micro-batches sees those of one pass, the last those of all. Counts of the whole previous step
+    would be a step late, wanting at the first one and part of every checkpoint; those of the whole
+    present one would take a forward pass more. The price: how many micro-batches one pass has, and
+    so what early ones see, depends on the number of ranks.
+    """
+
+    def __init__(self, layers: int, num_experts: int) -> None:
+        self._sum = paddle.zeros([layers, num_experts], "int64")
+
+    def add(self, of_pass: Tensor | None) -> Tensor:
+        """Add what a pass counted, [L,E] or None for nothing; return the sum over all so far.
+
+        Every rank must call it once in each pass.
+        """
+        own = paddle.zeros_like(self._sum) if of_pass is None else of_pass
+        if process_group.world_size() > 1:
+            added = get_collectives().all_reduce(own.reshape([-1]), experts=False).wait()
+            own = added.reshape(own.shape)
+        self._sum = self._sum + own
+        return self._sum
 
 
 class MoeBalance:
@@ -155,8 +191,19 @@ class MoeBalance:
     def _orthogonal_in_loss(self) -> bool:
         return self.config.orthogonal_coef > 0 and self.config.orthogonal_mode == "loss"
 
-    def terms(self, router_stats: Sequence[RouterStats]) -> list[LossTerm]:
-        """Return the terms of one micro-batch, from what its forward pass reported."""
+    def new_global_counts(self) -> GlobalCounts | None:
+        """Return the counts of a step that begins; None where each micro-batch has its own."""
+        if not self.layers or self.config.load_balance_type == "aux_loss":
+            return None
+        return GlobalCounts(len(self.layers), self.num_experts)
+
+    def terms(
+        self, router_stats: Sequence[RouterStats], counts: GlobalCounts | None = None
+    ) -> list[LossTerm]:
+        """Return the terms of one micro-batch, from what its forward pass reported.
+
+        counts: those of the step, to which the micro-batch is added.
+        """
         config, terms, layers = self.config, [], len(self.layers)
         if self.layers and self._orthogonal_in_loss:
             losses = [router_orthogonal_loss(moe.gate.weight) for moe in self.layers.values()]
@@ -164,23 +211,36 @@ class MoeBalance:
             coef = config.orthogonal_coef * layers
             terms.append(LossTerm(ORTHOGONAL, mean, 1.0, coef, on_parameters=True))
         if config.load_balance_coef and router_stats:
-            terms.append(self._by_tokens(LOAD_BALANCE, router_stats, config.load_balance_coef))
+            losses = self._load_balance_losses(router_stats, counts)
+            terms.append(
+                self._by_tokens(LOAD_BALANCE, losses, router_stats, config.load_balance_coef)
+            )
         if config.z_loss_coef and router_stats:
-            terms.append(self._by_tokens(Z_LOSS, router_stats, config.z_loss_coef))
+            losses = [router_z_loss(stats.router_logits) for stats in router_stats]
+            terms.append(self._by_tokens(Z_LOSS, losses, router_stats, config.z_loss_coef))
         return terms
 
-    def _by_tokens(self, name: str, router_stats: Sequence[RouterStats], coef: float) -> LossTerm:
+    def _load_balance_losses(
+        self, router_stats: Sequence[RouterStats], counts: GlobalCounts | None
+    ) -> list[Tensor]:
+        probs = [stats.router_probs for stats in router_stats]
+        ids = [unbiased_expert_ids(of_layer, self.top_k) for of_layer in probs]
+        chosen = count_tokens_per_expert(ids, self.num_experts)
+        if counts is not None:
+            chosen = counts.add(chosen)
+        return [
+            load_balance_loss(of_layer, tokens, self.top_k)
+            for of_layer, tokens in zip(probs, chosen, strict=True)
+        ]
+
+    def _by_tokens(
+        self, name: str, losses: list[Tensor], router_stats: Sequence[RouterStats], coef: float
+    ) -> LossTerm:
+        """Return the mean of the layers' losses as a term that weighs by tokens."""
         layers = len(self.layers)
-        losses, tokens = [], 0
-        for stats in router_stats:
-            if name == Z_LOSS:
-                loss = router_z_loss(stats.router_logits)
-            else:
-                ids = unbiased_expert_ids(stats.router_probs, self.top_k)
-                loss = load_balance_loss(stats.router_probs, ids, self.num_experts)
-            losses.append(loss * (stats.router_probs.shape[0] / layers))
-            tokens += stats.router_probs.shape[0]
-        return LossTerm(name, sum(losses[1:], losses[0]), tokens / layers, coef * layers)
+        tokens = [stats.router_probs.shape[0] for stats in router_stats]
+        parts = [loss * (count / layers) for loss, count in zip(losses, tokens, strict=True)]
+        return LossTerm(name, sum(parts[1:], parts[0]), sum(tokens) / layers, coef * layers)
 
     def new_load(self) -> RouterStatsAccumulator:
         return RouterStatsAccumulator(list(self.layers), self.num_experts)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic
+from dataclasses import dataclass, field, replace
+from typing import Generic
 
 import paddle
 from paddle import Tensor
@@ -20,8 +20,13 @@ from ernie_train import parallel
 from ernie_train.core import process_group
 from ernie_train.core.errors import Interrupted, NonFiniteError
 from ernie_train.model.partial import set_dropout_key
-from ernie_train.train.loss_terms import BatchT, LossFn, LossTerm, Mean, ModelT
-from ernie_train.train.moe_balance import BalanceConfig, MoeBalance, RouterStatsAccumulator
+from ernie_train.train.loss_terms import BatchT, LossFn, LossOutput, LossTerm, Mean, ModelT
+from ernie_train.train.moe_balance import (
+    BalanceConfig,
+    GlobalCounts,
+    MoeBalance,
+    RouterStatsAccumulator,
+)
 from ernie_train.train.optimizer import Optimizer, learning_rate
 
 
@@ -139,24 +144,22 @@ class Trainer(Generic[ModelT, BatchT]):
         counts = self._counts(micro_batches, loss_fn)
         sums: dict[str, float] = {}
         means: dict[str, Mean] = {}
-        load = self.balancer.new_load()
-        last = _passes_per_rank(micro_batches) - 1
-        for number, batch in enumerate(process_group.shard(micro_batches)):
+        load, so_far = self.balancer.new_load(), self.balancer.new_global_counts()
+        passes = _passes(micro_batches)
+        for number, batch in enumerate(passes):
             place = number * process_group.world_size() + process_group.rank()
             set_dropout_key(self.model, self.step, place)
-            output = loss_fn(self.model, batch)
-            terms = [*output.terms, *self.balancer.terms(output.router_stats)]
+            output = self._forward(batch, loss_fn, so_far)
             laps.end("forward_seconds")
-            if number == last:
+            if number == len(passes) - 1:
                 self.optimizer.begin_last_backward()
-            _backward(terms, counts, output.grad_anchor)
+            _backward(output.terms, counts, output.grad_anchor)
             laps.end("backward_seconds")
             load.add(output.router_stats)
-            for term in terms:
+            for term in output.terms:
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
             for name, mean in output.metrics.items():
                 means[name] = means[name].joined(mean) if name in means else mean
-        self._run_dummy_backward(micro_batches, last_of_step=True)
         self.optimizer.reduce_gradients()
         lr = learning_rate(self.optimizer.config, self.step + 1, total_steps)
         metrics = _reduce_metrics(sums, counts, means)
@@ -191,13 +194,11 @@ class Trainer(Generic[ModelT, BatchT]):
         loss_fn: LossFn[ModelT, BatchT],
     ) -> float:
         """Return the gradient norm of the sum of the named terms; update nothing."""
-        counts = self._counts(micro_batches, loss_fn)
-        for batch in process_group.shard(micro_batches):
-            output = loss_fn(self.model, batch)
-            terms = [*output.terms, *self.balancer.terms(output.router_stats)]
-            wanted = [term for term in terms if term.name in names]
+        counts, so_far = self._counts(micro_batches, loss_fn), self.balancer.new_global_counts()
+        for batch in _passes(micro_batches):
+            output = self._forward(batch, loss_fn, so_far)
+            wanted = [term for term in output.terms if term.name in names]
             _backward(wanted, counts, output.grad_anchor)
-        self._run_dummy_backward(micro_batches, last_of_step=False)
         self.optimizer.reduce_gradients()
         norm = self.optimizer.gradient_norm()
         self.optimizer.clear_gradients()
@@ -212,15 +213,22 @@ class Trainer(Generic[ModelT, BatchT]):
         names = sorted({name for micro in counts for name in micro})
         return {n: math.fsum(micro.get(n, 0.0) for micro in counts) for n in names}
 
-    def _run_dummy_backward(self, micro_batches: Sequence[BatchT], *, last_of_step: bool) -> None:
-        """Run a dummy pass where this rank has one micro-batch fewer than others.
+    def _forward(
+        self, batch: BatchT | None, loss_fn: LossFn[ModelT, BatchT], so_far: GlobalCounts | None
+    ) -> LossOutput:
+        """Return the output of a micro-batch with the balance terms; of None that of a dummy pass.
 
-        Under expert parallelism those wait for this rank in the all-to-alls of each layer.
+        Ranks with a micro-batch wait for that pass, under expert parallelism in the all-to-alls of
+        each layer, and where `so_far` counts over all ranks.
         """
-        if len(process_group.shard(micro_batches)) < _passes_per_rank(micro_batches):
-            if last_of_step:
-                self.optimizer.begin_last_backward()
-            parallel.dummy_pass(self.model, backward=True)
+        if batch is not None:
+            output = loss_fn(self.model, batch)
+            of_routers = self.balancer.terms(output.router_stats, so_far)
+            return replace(output, terms=[*output.terms, *of_routers])
+        hidden = parallel.dummy_pass(self.model)
+        if so_far is not None:
+            so_far.add(None)
+        return LossOutput([], grad_anchor=hidden)
 
     def has_finite_weights(self) -> bool:
         """Return whether an absurd rate has not made weights infinite; every rank must call it."""
@@ -238,9 +246,11 @@ class Trainer(Generic[ModelT, BatchT]):
             )
 
 
-def _passes_per_rank(micro_batches: Sequence[Any]) -> int:
-    """Return the number of backward passes of a step, dummy ones included."""
-    return -(-len(micro_batches) // process_group.world_size())
+def _passes(micro_batches: Sequence[BatchT]) -> list[BatchT | None]:
+    """Return this rank's micro-batches; a last None where other ranks have one more."""
+    own = list(process_group.shard(micro_batches))
+    most = -(-len(micro_batches) // process_group.world_size())
+    return own if len(own) == most else [*own, None]
 
 
 def _reduce_metrics(

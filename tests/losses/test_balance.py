@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 from ernie_train.losses import (
+    count_tokens_per_expert,
     load_balance_loss,
     mean_absolute_cosine,
     router_orthogonal_gradient,
@@ -53,6 +54,10 @@ def numeric_gradient(function, x, step=1e-6):
 
 def leaf(x):
     return paddle.to_tensor(x, dtype=str(x.dtype), stop_gradient=False)
+
+
+def counted(ids, experts):
+    return count_tokens_per_expert([paddle.to_tensor(ids)], experts)[0]
 
 
 @pytest.fixture
@@ -120,7 +125,7 @@ def test_load_balance_equals_float64_and_its_gradient(rng):
     probs = softmax(logits)
     ids = np.argsort(-probs, axis=-1)[:, :2]
     tensor = leaf(probs)
-    loss = load_balance_loss(tensor, paddle.to_tensor(ids), 6)
+    loss = load_balance_loss(tensor, counted(ids, 6), 2)
     loss.backward()
     assert float(loss) == pytest.approx(load_balance(probs, ids), rel=1e-12)
     expected = numeric_gradient(lambda p: load_balance(p, ids), probs)
@@ -128,13 +133,37 @@ def test_load_balance_equals_float64_and_its_gradient(rng):
     np.testing.assert_array_equal(np.sort(unbiased_expert_ids(tensor, 2).numpy()), np.sort(ids))
 
 
+def test_load_balance_among_the_tokens_of_several_micro_batches(rng):
+    """Their losses, weighed by tokens, are the loss of all tokens together, as is the gradient."""
+    parts = [softmax(rng.normal(size=(tokens, 6)) * 2) for tokens in (3, 11, 7)]
+    ids = [np.argsort(-probs, axis=-1)[:, :2] for probs in parts]
+    whole, chosen = np.concatenate(parts), np.concatenate(ids)
+    tensors = [leaf(probs) for probs in parts]
+    losses = [load_balance_loss(tensor, counted(chosen, 6), 2) for tensor in tensors]
+    total = sum(loss * (len(p) / len(whole)) for loss, p in zip(losses, parts, strict=True))
+    total.backward()
+    assert float(total) == pytest.approx(load_balance(whole, chosen), rel=1e-12)
+    alone = [load_balance(*both) for both in zip(parts, ids, strict=True)]
+    apart = np.average(alone, weights=[len(p) for p in parts])
+    assert float(total) != pytest.approx(apart, rel=1e-2), "each by itself would be the same"
+    expected = numeric_gradient(lambda p: load_balance(p, chosen), whole)
+    found = np.concatenate([tensor.grad.numpy() for tensor in tensors])
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_choices_are_counted_for_each_layer(rng):
+    ids = rng.integers(0, 5, (3, 7, 2))
+    found = count_tokens_per_expert([paddle.to_tensor(of_layer) for of_layer in ids], 5).numpy()
+    np.testing.assert_array_equal(found, [np.bincount(x.reshape(-1), minlength=5) for x in ids])
+
+
 def test_load_balance_is_top_k_at_balance_and_more_off_it():
     probs = paddle.full([8, 4], 0.25)
-    even = paddle.to_tensor(np.array([[t % 4, (t + 1) % 4] for t in range(8)]))
-    assert float(load_balance_loss(probs, even, 4)) == pytest.approx(2.0, rel=1e-6)
+    even = np.array([[t % 4, (t + 1) % 4] for t in range(8)])
+    assert float(load_balance_loss(probs, counted(even, 4), 2)) == pytest.approx(2.0, rel=1e-6)
     skewed = paddle.to_tensor(softmax(np.tile([3.0, 2.0, 0.0, 0.0], (8, 1))).astype(np.float32))
-    both = paddle.to_tensor(np.tile([0, 1], (8, 1)))
-    assert float(load_balance_loss(skewed, both, 4)) > 3.0
+    both = np.tile([0, 1], (8, 1))
+    assert float(load_balance_loss(skewed, counted(both, 4), 2)) > 3.0
 
 
 def test_selection_bias_moves_against_the_load():

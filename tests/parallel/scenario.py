@@ -60,6 +60,7 @@ def new_trainer(
     recompute: parallel.Recompute = False,
     shards_gradients: bool = False,
     frozen: tuple[str, ...] = (),
+    balance: dict[str, Any] = BALANCE,
     **config_keys: Any,
 ) -> Trainer[Any, Any]:
     """`frozen`: parts of the names of parameters that are not trained."""
@@ -73,7 +74,7 @@ def new_trainer(
         parameter.stop_gradient = any(words in name for words in frozen)
     settings = OptimConfig(lr=1e-3, schedule="constant")
     optimizer = Optimizer(model, settings, shards_gradients=shards_gradients)
-    return Trainer(model, optimizer, balance=BalanceConfig(**BALANCE))
+    return Trainer(model, optimizer, balance=BalanceConfig(**balance))
 
 
 def step_batches(step: int, order: list[int] | None = None) -> list[Any]:
@@ -89,10 +90,11 @@ def train(
     recompute: str = "none",
     shards_gradients: bool = False,
     order: list[int] | None = None,
+    balance: dict[str, Any] = BALANCE,
 ) -> dict[str, Any]:
     """Trains `STEPS` steps; what the first one saw, the weights after the last, and bytes sent."""
     process_group.set_grid(grid)
-    trainer = new_trainer(RECOMPUTE[recompute], shards_gradients)
+    trainer = new_trainer(RECOMPUTE[recompute], shards_gradients, balance=balance)
     loss = PackedLoss("tokens")
     before = get_collectives().sent_bytes if grid.expert > 1 else 0
     first: dict[str, Any] = {}

@@ -149,6 +149,9 @@ def runs(root) -> dict[str, Any]:
     assert run_here(go_on("sft-one")) == 0
     on_two = [go_on("sft-ep2"), rl("rl-dp2"), rl("rl-ep2"), command(root, "rl-ep2", dump)]
     on_two += [command(root, "dpo-ep2"), [*command(root, "dpo-dp2"), "stages.dpo.steps=2"]]
+    balance = '{"load_balance_coef": 0.01, "load_balance_type": "global_aux_loss"}'
+    balanced = ["--run-dir", str(root / "runs/rl-balanced"), f"stages.rl.balance={balance}"]
+    on_two.append([*rl("rl-ep2")[:2], *balanced, replayed])
     statuses.append(run_on(2, root, on_two)[0])
     assert run_here(command(root, "dpo-one")) == 0
     file = root / "runs/dpo-dp2" / REFERENCE
@@ -245,6 +248,14 @@ def test_logprobs_of_the_reference_are_those_of_one_rank(root, runs):
     for other in curves[1:]:
         for ours, theirs in zip(curves[0], other, strict=True):
             assert theirs["preference"] == pytest.approx(ours["preference"], rel=1e-4)
+
+
+def test_an_rl_iteration_balances_policy_and_critic_among_the_tokens_of_all_ranks(root, runs):
+    """Also with micro-batches for one rank alone, and in the passes that measure norms of terms."""
+    line = metrics_without_time(root / "runs/rl-balanced", "01-rl")[0]
+    for name in ("balance/load_balance", "critic/balance/load_balance"):
+        assert line[name] == pytest.approx(2, rel=0.2), "experts of a token, as at perfect balance"
+    assert line["grad_norm/balance/load_balance"] > 0
 
 
 def test_completions_are_those_of_one_rank(root, runs):

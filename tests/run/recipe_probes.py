@@ -153,6 +153,11 @@ PROBES: dict[str, Probe] = {
         "sft", {"@balance.orthogonal_mode": "decoupled"}, {"@balance": {"orthogonal_coef": 0.1}}
     ),
     "stages[].balance.load_balance_coef": Probe("sft", {"@balance.load_balance_coef": 0.1}),
+    "stages[].balance.load_balance_type": Probe(
+        "sft",
+        {"@balance.load_balance_type": "global_aux_loss"},
+        {"@balance": {"load_balance_coef": 0.1}, "@grad_accum_steps": 2},
+    ),
     "stages[].balance.z_loss_coef": Probe("sft", {"@balance.z_loss_coef": 0.1}),
     "stages[].balance.bias_update_rate": Probe("sft", {"@balance.bias_update_rate": 0.1}),
     "stages[].moe_health": Probe("sft", {"@moe_health": {"layers_every_steps": 1}}),
