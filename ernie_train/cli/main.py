@@ -262,7 +262,7 @@ def export(
     )  # fmt: skip
     if adapter:
         unread = ["quantize", "dtype", "max_shard_size", "referee"]
-        refuse_idle(context, unread, "and --adapter exclude each other: it is copied as trained")
+        refuse_idle(context, unread, "and --adapter exclude each other")
     mark = "adapter_config.json" if adapter else RECEIPT
     check_output_directory(out, mark, inputs=[model], force=force)
     model = best_checkpoint(model) if best else model

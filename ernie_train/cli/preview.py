@@ -102,7 +102,9 @@ def preview_tokenizer(
         raise UserError("--model and --tokenizer name the tokenizer twice; leave one of them out")
     if tokenizer is not None:
         return load_tokenizer(tokenizer, template=template)
-    return model and load_tokenizer(find_model(model).tokenizer, template=template)
+    if model is None:
+        return None
+    return load_tokenizer(find_model(model).tokenizer, template=template)
 
 
 def _print_one(

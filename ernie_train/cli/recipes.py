@@ -114,7 +114,7 @@ def preview(
         refuse_idle(context, ["rows", "max_rows"], "and --row exclude each other")
     if model is None and tokenizer is None:
         unread = ["template", "seq_len", "max_tokens"]
-        refuse_idle(context, unread, "needs --model or --tokenizer, whose tokens it is about")
+        refuse_idle(context, unread, "needs --model or --tokenizer")
     mapped = None if columns is None else parse_columns(columns, "--columns")
     settings = PreviewSettings(mapped, row, rows, max_rows, seq_len, max_tokens)
     preview_data(data, preview_tokenizer(model, tokenizer, template), settings, Terminal())
