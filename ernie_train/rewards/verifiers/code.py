@@ -1,7 +1,7 @@
 """Grade programs: run the program of a completion against the row's tests, in the sandbox.
 
-`tests` have one of three forms, and a row may have `hidden_tests` of the same form beside those
-that the problem shows; a program is correct if it passes all of both.
+`tests` have one of three forms, in a list or as its JSON text, and a row may have `hidden_tests` of
+the same form beside those that the problem shows; a program is correct if it passes all of both.
 
     [arguments, expected]             `entry_point` is called; plain JSON values
     "assert f(1) == 2"                statements, `check(candidate)`, or unittest cases, as source
@@ -12,12 +12,15 @@ Arguments reach the program as copies: its changes to them are not seen by the t
 or objects of the tests cannot be passed.
 
 Contests' tests with `testtype` "functional", or with an `entry_point` and one JSON value a line,
-are calls too. For tests that are source, `setup` is run before them (it may use the program's
-names); names that libraries have are the libraries' (`tested_names.py`). `preamble` precedes the
-program, and runs before the setup too: its helpers and imports belong to the tests and cannot be
-replaced by the program, except for the `entry_point`. `pass_rate` true gives the share of tests
-passed as the value; the status is correct only if all are. `solution` is a program that must pass:
-if it fails, the row is reported as bad_gold and completions are not blamed.
+are calls too. Tests may stand in columns, {"inputs": [..], "outputs": [..]}, as in APPS; with
+`fn_name` the inputs are arguments, and what is expected may be wrapped in a list of one.
+
+For tests that are source, `setup` is run before them (it may use the program's names); names that
+libraries have are the libraries' (`tested_names.py`). `preamble` precedes the program, and runs
+before the setup too: its helpers and imports belong to the tests and cannot be replaced by the
+program, except for the `entry_point`. `pass_rate` true gives the share of tests passed as the
+value; the status is correct only if all are. `solution` is a program that must pass: if it fails,
+the row is reported as bad_gold and completions are not blamed.
 """
 
 import functools
@@ -132,8 +135,10 @@ def _solution_score(row: dict[str, Any], suite: _Suite) -> Score:
 
 
 def _suite(row: dict[str, Any]) -> _Suite:
-    tests = _listed(row.get("tests")) + _listed(row.get("hidden_tests"))
+    (tests, called), (hidden, also) = map(_listed, (row.get("tests"), row.get("hidden_tests")))
+    tests += hidden
     texts = {name: row.get(name, "") for name in ("entry_point", "setup", "preamble", "solution")}
+    texts["entry_point"] = texts["entry_point"] or called or also
     for name, text in texts.items():
         if not isinstance(text, str):
             raise BadTests(f"{name} must be a text, not {text!r}"[:200])
@@ -157,14 +162,61 @@ def _suite(row: dict[str, Any]) -> _Suite:
     return _Suite(run, names, texts["preamble"])
 
 
-def _listed(tests: Any) -> list[Any]:
+def _listed(tests: Any) -> tuple[list[Any], str]:
+    """Return the tests of a field as a list, and the function that they call if they name it.
+
+    A table holds values of several types as JSON text: all the tests, or each of them.
+    """
+    tests = _parsed(tests)
     if tests is None:
-        return []
+        return [], ""
     if isinstance(tests, str):
-        return [tests] if tests.strip() else []
+        return ([tests] if tests.strip() else []), ""
+    if isinstance(tests, dict):
+        return _columns(tests)
     if not isinstance(tests, list):
         raise BadTests(f"tests must be a list or a text, not {tests!r}"[:200])
-    return tests
+    return list(map(_parsed, tests)), ""
+
+
+def _parsed(value: Any) -> Any:
+    """Return what a JSON text of a list or an object holds; any other value as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value  # source
+
+
+def _columns(tests: dict[str, Any]) -> tuple[list[Any], str]:
+    """Return the tests that stand in columns, and the name of their function."""
+    inputs = tests.get("inputs", tests.get("input"))
+    outputs = tests.get("outputs", tests.get("output"))
+    if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
+        raise BadTests("tests in columns need inputs and as many outputs")
+    name = tests.get("fn_name") or ""
+    pairs = zip(inputs, outputs, strict=True)
+    if not name:
+        return [{"input": _text(given), "output": _text(told)} for given, told in pairs], ""
+    if not all(isinstance(arguments, list) for arguments in inputs):
+        raise BadTests("with fn_name, each of the inputs must be a list of arguments")
+    return [[arguments, _Returned(told)] for arguments, told in pairs], str(name)
+
+
+def _text(value: Any) -> str:
+    """Return what a script reads or writes; some data sets have it as a list of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """Hold what a contest's function returns: the value, or the only one of a list."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 def _is_call(test: Any) -> bool:
@@ -288,6 +340,10 @@ def _failure(outcome: ProgramResult) -> Score:
 
 def _equal(value: Any, expected: Any) -> bool:
     """Compare JSON values; floating-point numbers to within rounding."""
+    if isinstance(expected, _Returned):
+        told = expected.value
+        alone = isinstance(told, list) and len(told) == 1
+        return _equal(value, told) or (alone and _equal(value, told[0]))
     if isinstance(expected, float) and isinstance(value, int | float):
         if isinstance(value, bool) or abs(value) > sys.float_info.max:  # no float holds it
             return False

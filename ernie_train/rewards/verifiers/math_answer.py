@@ -48,6 +48,7 @@ from ernie_train.rewards.verifiers.expressions import (
 from ernie_train.rewards.verifiers.math_process import TOO_MUCH, MathProcess
 from ernie_train.rewards.verifiers.quantities import (
     Quantity,
+    asks_percentage,
     is_fraction,
     is_percent,
     is_power_of_ten,
@@ -71,18 +72,6 @@ _NO_VALUE = re.compile(
     re.ASCII,
 )
 _LETTER_OR_TWO_NUMBERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\d\s+\d")
-_PER_CENT = r"(?:per\s?cent(?:age)?s?\b|\\?%)"
-# A question for a percentage, not one that tells some: what percent, in percent, x%, 百分之几.
-_ASKS_PERCENT = re.compile(
-    r"\b(?:what|which|how many|(?:find|calculate|compute|determine|give|estimate|state) the)"
-    r"(?:\s+(?:is|was|are|were|will|would|be|the|a|an|its|his|her|their|this|total|overall|new"
-    r"|approximate|average|annual|yearly|monthly|maximum|minimum|\w+'s))*"
-    rf"\s+(?:{_PER_CENT}|(?:interest|tax|growth|discount|inflation|success|error) rate\b)"
-    rf"|\b(?:as|in|into|to|of)\s+(?:(?:a|an|the)\s+)?(?:(?:nearest|whole|exact)\s+)?{_PER_CENT}"
-    rf"|(?<![A-Za-z\\])[b-hj-z]\$?\s?{_PER_CENT}"
-    r"|百分(?:之(?:几|多少)|比|率|数)|(?:几|多少)个?(?:%|百分点)|率(?:各?[是为约])?(?:多少|几)",
-    re.IGNORECASE,
-)
 
 
 def score(row: dict[str, Any], completion: str) -> Score:
@@ -282,7 +271,7 @@ class _Comparison:
             return False
         if (fraction or is_power_of_ten(answer)) and self._copied(gold, answer):
             return False
-        if is_percent(gold) != is_percent(answer) and _ASKS_PERCENT.search(self.question):
+        if is_percent(gold) != is_percent(answer) and asks_percentage(self.question):
             percent, bare = (wanted, given) if is_percent(gold) else (given, wanted)
             if percent.value * 100 == bare.value:
                 return True

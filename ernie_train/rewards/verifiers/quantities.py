@@ -49,6 +49,18 @@ _SAID = re.compile(
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|per ?cent|\uff05)")
 _PER_HUNDRED = re.compile(r"百分之\s*(\d+(?:\.\d+)?)", re.ASCII)
+_PER_CENT = r"(?:per\s?cent(?:age)?s?\b|\\?%)"
+# A question for a percentage, not one that tells some: what percent, in percent, x%, 百分之几.
+_ASKS_PERCENT = re.compile(
+    r"\b(?:what|which|how many|(?:find|calculate|compute|determine|give|estimate|state) the)"
+    r"(?:\s+(?:is|was|are|were|will|would|be|the|a|an|its|his|her|their|this|total|overall|new"
+    r"|approximate|average|annual|yearly|monthly|maximum|minimum|\w+'s))*"
+    rf"\s+(?:{_PER_CENT}|(?:interest|tax|growth|discount|inflation|success|error) rate\b)"
+    rf"|\b(?:as|in|into|to|of)\s+(?:(?:a|an|the)\s+)?(?:(?:nearest|whole|exact)\s+)?{_PER_CENT}"
+    rf"|(?<![A-Za-z\\])[b-hj-z]\$?\s?{_PER_CENT}"
+    r"|百分(?:之(?:几|多少)|比|率|数)|(?:几|多少)个?(?:%|百分点)|率(?:各?[是为约])?(?:多少|几)",
+    re.IGNORECASE,
+)
 _SCALES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8,
@@ -189,6 +201,11 @@ def is_power_of_ten(text: str) -> bool:
 def is_percent(text: str) -> bool:
     """Return True if a number is given in percent."""
     return re.search(r"(?:%|per ?cent|\uff05)\s*$", text) is not None
+
+
+def asks_percentage(question: str) -> bool:
+    """Return True for a question to which 24 and 24% are the same answer."""
+    return _ASKS_PERCENT.search(question) is not None
 
 
 def parse_quantity(text: str) -> Quantity | None:
