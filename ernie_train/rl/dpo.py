@@ -236,7 +236,8 @@ def first_epoch(
     config: DpoConfig, pairs: Sequence[TokenizedPair], seed: int
 ) -> list[list[TokenizedCompletion]]:
     """Return the completions of each step of the first epoch; its last step may be smaller."""
-    source, found = OfflinePairSource(pairs, config.pairs_per_step, seed), []
+    source = OfflinePairSource(pairs, config.pairs_per_step, seed)
+    found: list[list[TokenizedCompletion]] = []
     for first in range(0, len(pairs), config.pairs_per_step):
         taken = source.take(len(found) + 1)[: len(pairs) - first]
         found.append([completion for pair in taken for completion in pair.completions])

@@ -232,7 +232,7 @@ class Trainer(Generic[ModelT, BatchT]):
 
     def has_finite_weights(self) -> bool:
         """Return whether an absurd rate has not made weights infinite; every rank must call it."""
-        finite = all(bool(paddle.isfinite(p).all()) for p in self.model.parameters())
+        finite = all(bool(paddle.isfinite(p).all()) for p in self.optimizer.parameters.values())
         return not process_group.any_rank(not finite)
 
     def _refuse_non_finite(self, metrics: dict[str, float]) -> None:
@@ -248,7 +248,7 @@ class Trainer(Generic[ModelT, BatchT]):
 
 def _passes(micro_batches: Sequence[BatchT]) -> list[BatchT | None]:
     """Return this rank's micro-batches; a last None where other ranks have one more."""
-    own = list(process_group.shard(micro_batches))
+    own: list[BatchT | None] = [*process_group.shard(micro_batches)]
     most = -(-len(micro_batches) // process_group.world_size())
     return own if len(own) == most else [*own, None]
 
