@@ -8,8 +8,14 @@ from ernie_train.data.formats.columns import (
     parse_columns,
 )
 from ernie_train.data.formats.kinds import FORMATS, as_prompt, detect_format, missing_keys
-from ernie_train.data.formats.record import Record
-from ernie_train.data.formats.values import BlankAnswer, Row, RowError, without_nulls
+from ernie_train.data.formats.record import Record, verifier_names
+from ernie_train.data.formats.values import (
+    BlankAnswer,
+    Row,
+    RowError,
+    json_value,
+    without_nulls,
+)
 
 __all__ = [
     "FORMATS",
@@ -23,7 +29,9 @@ __all__ = [
     "RowError",
     "as_prompt",
     "detect_format",
+    "json_value",
     "missing_keys",
     "parse_columns",
+    "verifier_names",
     "without_nulls",
 ]
