@@ -19,7 +19,7 @@ from ernie_train.core.signals import StopFlag
 from ernie_train.data import Columns, files, find_files, load_tokenizer
 from ernie_train.data.completion_format import RESPONSE_OPEN, THINK_CLOSE, THINK_OPEN
 from ernie_train.data.files import container
-from ernie_train.data.formats import ColumnMap, Row, RowError
+from ernie_train.data.formats import ColumnMap, Row, RowError, verifier_names
 from ernie_train.eval.prompts import answer_parts
 from ernie_train.io.files import write_jsonl
 from ernie_train.rewards.score import FORMAT_KEY, Status
@@ -131,7 +131,7 @@ def reward_config(reward: str) -> tuple[RewardConfig, Path]:
 def read_data(path: Path, columns: Columns | None = None) -> list[dict[str, Any]]:
     """Read the rows of any data file, directory or pattern; `DataError` names a bad row."""
     mapped = ColumnMap(columns)
-    rows = _read(path, mapped)
+    rows = [{**verifier_names(row), **row} for row in _read(path, mapped)]
     mapped.check(str(path))
     return rows
 

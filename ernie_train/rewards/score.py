@@ -94,11 +94,16 @@ def read_response(row: dict[str, Any], completion: str) -> str | Score:
 
 
 def question_of(row: dict[str, Any]) -> str:
-    """Return the row's `question`, or else the last message of its user, or an empty text."""
+    """Return the row's `question`, or else the last message of its user, or an empty text.
+
+    A row as it stands in a file may have `prompt`, a text or messages, or `problem` instead.
+    """
     question = row.get("question")
     if isinstance(question, str):
         return question
-    messages = row.get("messages")
+    messages = row.get("messages") or row.get("prompt") or row.get("problem")
+    if isinstance(messages, str):
+        return messages
     told = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
     asked = [str(m.get("content")) for m in told if m.get("role") == "user"]
     return asked[-1] if asked else ""

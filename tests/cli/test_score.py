@@ -270,3 +270,16 @@ def test_completions_of_a_model_have_its_format_whatever_columns_there_are(
     output = score("exact", rows, completions, "--model", tmp_path / "tokenizer")[1]
     assert cells(output, "all")[1] == right
     assert "read as they look" not in output
+
+
+def test_rows_of_verl_and_trl_are_graded_as_they_stand(score, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": "Reduce 12/18."}], "data_source": "verl",
+         "reward_model": {"ground_truth": "2/3"}},
+        {"problem": "Reduce 12/18.", "solution": "2/3", "data_source": "trl"},
+    ]  # fmt: skip
+    data = lines(tmp_path / "rows.jsonl", rows * 2)
+    given = [{"completion": text} for text in ("2/3", "2/3", "12/18", "12/18")]
+    status, output, _ = score("math", data, lines(tmp_path / "c.jsonl", given))
+    assert (status, cells(output, "trl")[1:3]) == (0, ["1", "1"])
+    assert cells(output, "verl")[1:3] == ["1", "1"]

@@ -126,3 +126,11 @@ def test_sft_trains_the_mapped_columns(write_rows: Any, tokenizer: Tokenizer) ->
     document = documents[0]
     assert "seven" in tokenizer.decode(document.ids[document.trainable].tolist())
     assert "how many?" in tokenizer.decode(document.ids.tolist())
+
+
+def test_what_verifiers_take_as_lists_may_be_json_text_as_csv_has_it(write_rows: Any) -> None:
+    row = {"prompt": "q", "choices": '["six", "noon"]', "answer": 1, "expected_calls": "[]",
+           "assignment": '{"Zoey": true}', "rubric": "[no JSON", "note": "[1]"}  # fmt: skip
+    assert read_one(write_rows, row, {"prompt": "prompt"}).fields == {
+        "choices": ["six", "noon"], "answer": "noon", "expected_calls": [],
+        "assignment": {"Zoey": True}, "rubric": "[no JSON", "note": "[1]"}  # fmt: skip

@@ -248,6 +248,15 @@ def test_the_solution_is_tried_once_and_only_when_a_program_fails(monkeypatch):
     assert ran == [RIGHT, "f = 1", RIGHT, "f = 2"]
 
 
+@pytest.mark.parametrize("row", [ROW, ASSERTS], ids=["calls", "asserts"])
+def test_the_solution_may_stand_in_a_fenced_block_or_be_empty(row):
+    for solution in (f"So:\n```python\n{RIGHT}\n```\n", ""):
+        assert graded("def f(x):\n    return 7", row | {"solution": solution}).status == "wrong"
+        assert graded(RIGHT, row | {"solution": solution}).status == "correct"
+    broken = "```python\ndef f(x):\n    return 7\n```"
+    assert graded("f = 1", row | {"solution": broken}).status == "bad_gold"
+
+
 def test_an_accident_of_the_solution_says_nothing_about_the_completion(monkeypatch):
     outcomes = {
         "f = 1": ProgramResult("failed", [], "slow"),

@@ -9,8 +9,14 @@ from ernie_train.data.formats.columns import (
 )
 from ernie_train.data.formats.kinds import FORMATS, as_prompt, detect_format, missing_keys
 from ernie_train.data.formats.messages import REASONING_KEYS, read_call, read_tool
-from ernie_train.data.formats.record import Record
-from ernie_train.data.formats.values import BlankAnswer, Row, RowError
+from ernie_train.data.formats.record import Record, verifier_names
+from ernie_train.data.formats.values import (
+    BlankAnswer,
+    Row,
+    RowError,
+    json_value,
+    without_nulls,
+)
 
 __all__ = [
     "FORMATS",
@@ -25,8 +31,11 @@ __all__ = [
     "RowError",
     "as_prompt",
     "detect_format",
+    "json_value",
     "missing_keys",
     "parse_columns",
     "read_call",
     "read_tool",
+    "verifier_names",
+    "without_nulls",
 ]

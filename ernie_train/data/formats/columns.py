@@ -8,7 +8,14 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from ernie_train.core.config import StrictConfig, parse_config
 from ernie_train.core.errors import ConfigError, DataError
 from ernie_train.core.yaml import parse_yaml
-from ernie_train.data.formats.values import ANSWER_KEYS, Row, RowError, answer_text
+from ernie_train.data.formats.values import (
+    ANSWER_KEYS,
+    JSON_KEYS,
+    Row,
+    RowError,
+    answer_text,
+    json_value,
+)
 
 
 class Column(StrictConfig):
@@ -82,7 +89,9 @@ class ColumnMap:
         self._first_row: list[str] = []
 
     def __call__(self, row: Row) -> Row:
-        """Return the row with its mapped columns last; nulls are absent, answers no numbers.
+        """Return the row with its mapped columns last, without nulls, and in verifiers' types.
+
+        Numbers that are answers become texts, JSON texts of `JSON_KEYS` what they hold.
 
         Raises:
             RowError: a text has no marker to cut it after.
@@ -96,9 +105,9 @@ class ColumnMap:
         used = {column.column for column in self._columns.values()}
         rest = {k: v for k, v in row.items() if v is not None and k not in used}
         found = {**rest, **mapped}
-        answers = {key: found[key] for key in ANSWER_KEYS if key in found}
-        texts = {key: answer_text(value, found.get("choices")) for key, value in answers.items()}
-        return {**found, **texts}
+        found |= {key: json_value(found[key]) for key in JSON_KEYS if key in found}
+        choices = found.get("choices")
+        return found | {k: answer_text(found[k], choices) for k in ANSWER_KEYS if k in found}
 
     def check(self, path: str) -> None:
         """Check that every column was in some row.

@@ -91,7 +91,8 @@ def make_record(row: Row, messages: list[Message], used: set[str]) -> Record:
     tools = read_tools(row)
     used = used | {*TOOLS, *SYSTEM, "chosen", "rejected"}
     unread = {name for key in MESSAGE_LISTS for name in unread_keys(row.get(key), key)}
-    fields = _fields(row, used) | ({"tools": tools} if tools else {})
+    unused = {key: value for key, value in row.items() if key not in used}
+    fields = verifier_names(row) | unused | ({"tools": tools} if tools else {})
     facts: dict[str, Any] = {"tools": tools, "fields": fields, "unread": frozenset(unread)}
     if "chosen" in row or "rejected" in row:
         facts |= {key: _completion(row, key) for key in ("chosen", "rejected")}
@@ -185,9 +186,8 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     return [read_tool(tool) for tool in (tools if isinstance(tools, list) else [None])]
 
 
-def _fields(row: Row, used: set[str]) -> dict[str, Any]:
-    """Return what a verifier may need: the keys that were not read, under the names it knows."""
-    fields = {key: value for key, value in row.items() if key not in used}
+def verifier_names(row: Row) -> dict[str, Any]:
+    """Return answer, task and domain of a row that has them under the names of verl or TRL."""
     model = row.get("reward_model")  # verl
     names = {"answer": model.get("ground_truth") if isinstance(model, dict) else None}
     names["answer"] = names["answer"] if names["answer"] is not None else row.get("ground_truth")
@@ -195,7 +195,7 @@ def _fields(row: Row, used: set[str]) -> dict[str, Any]:
         names["answer"] = row.get("solution")  # TRL
     names["answer"] = answer_text(names["answer"], row.get("choices"))
     names |= {"task": row.get("data_source"), "domain": row.get("ability")}
-    return {name: value for name, value in names.items() if value is not None} | fields
+    return {name: value for name, value in names.items() if value is not None}
 
 
 def _apply_labels(row: Row, messages: list[Message]) -> list[str]:

@@ -10,6 +10,9 @@ Message = dict[str, Any]
 SHOWN_CHARACTERS = 60
 # Keys under which rows have an answer, a text in all but the JSON or the table that holds them.
 ANSWER_KEYS = ("answer", "response", "solution", "output", "completion", "ground_truth")
+# Keys of verifiers whose values are lists and objects, which CSV has as JSON text and Parquet where
+# their members are of several types.
+JSON_KEYS = ("assignment", "choices", "expected_calls", "rg_entry", "rubric")
 
 
 class RowError(ValueError):
@@ -31,6 +34,16 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value
+
+
+def json_value(value: Any) -> Any:
+    """Return what the JSON text of a list or an object holds; any other value as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def answer_text(value: Any, choices: Any) -> Any:

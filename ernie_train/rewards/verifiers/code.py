@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from ernie_train.data.formats import json_value
 from ernie_train.rewards.sandbox import api
 from ernie_train.rewards.sandbox.api import ProgramResult
 from ernie_train.rewards.score import Score, read_response
@@ -53,11 +54,15 @@ _Results = list[_Result] | Score
 
 @dataclass(frozen=True)
 class _Suite:
-    """Run the tests of a row against the source of any program, which is to define `names`."""
+    """Run the tests of a row against the source of any program, which is to define `names`.
+
+    `solution` is the row's own program, "" without one.
+    """
 
     results_of: Callable[[str], _Results]
     names: list[str]
     preamble: str
+    solution: str
 
 
 def score(row: dict[str, Any], completion: str) -> Score:
@@ -75,7 +80,7 @@ def score(row: dict[str, Any], completion: str) -> Score:
         return response
     source = program_of(response, suite.names)
     graded = _graded(suite, source, whole=row.get("pass_rate") is not True)
-    if graded.status not in ("wrong", "bad_gold") or not isinstance(row.get("solution"), str):
+    if graded.status not in ("wrong", "bad_gold") or not suite.solution:
         return graded
     # Only what fails with the row's own solution is the row's fault.
     reference = _solution_score(row, suite)
@@ -123,7 +128,7 @@ def _solution_score(row: dict[str, Any], suite: _Suite) -> Score:
     known = _solution_scores.get(key)
     if known is not None:
         return known
-    reference = _graded(suite, row["solution"], whole=True)
+    reference = _graded(suite, suite.solution, whole=True)
     if reference.trains:
         if len(_solution_scores) >= _MAX_SOLUTION_SCORES:
             _solution_scores.clear()
@@ -144,6 +149,7 @@ def _suite(row: dict[str, Any]) -> _Suite:
             raise BadTests(f"{name} must be a text, not {text!r}"[:200])
     tests = [_as_call(test, texts["entry_point"]) for test in tests]
     names = [texts["entry_point"]] if texts["entry_point"] else []
+    texts["solution"] = program_of(texts["solution"], names)
     if tests and all(isinstance(test, str) for test in tests):
         run, used = _source_tests(tests, texts)
         names = names or used
@@ -159,7 +165,7 @@ def _suite(row: dict[str, Any]) -> _Suite:
             "needs tests, a list of [arguments, expected], of source texts, or of "
             '{"input", "output"}'
         )
-    return _Suite(run, names, texts["preamble"])
+    return _Suite(run, names, texts["preamble"], texts["solution"])
 
 
 def _listed(tests: Any) -> tuple[list[Any], str]:
@@ -167,7 +173,7 @@ def _listed(tests: Any) -> tuple[list[Any], str]:
 
     A table holds values of several types as JSON text: all the tests, or each of them.
     """
-    tests = _parsed(tests)
+    tests = json_value(tests)
     if tests is None:
         return [], ""
     if isinstance(tests, str):
@@ -176,17 +182,7 @@ def _listed(tests: Any) -> tuple[list[Any], str]:
         return _columns(tests)
     if not isinstance(tests, list):
         raise BadTests(f"tests must be a list or a text, not {tests!r}"[:200])
-    return list(map(_parsed, tests)), ""
-
-
-def _parsed(value: Any) -> Any:
-    """Return what a JSON text of a list or an object holds; any other value as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value  # source
+    return list(map(json_value, tests)), ""
 
 
 def _columns(tests: dict[str, Any]) -> tuple[list[Any], str]:
