@@ -77,27 +77,24 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     """Continue every prompt until a stop token or `max_new_tokens`; return them in prompt order.
 
     The random numbers of a sequence depend on `seed` and its sequence id alone (by default the
-    index of its prompt), not on the batch or the process that samples it. Logits are rounded
-    differently with other threads or neighbours. Equal prompts are prefilled once per process. At
-    most `batch_size` sequences are sampled at once, over all processes; as they end, others start.
+    index of its prompt), not on the batch or the process that samples it; logits are rounded
+    differently with other neighbours. Equal prompts are prefilled once per process. At most
+    `batch_size` sequences are sampled at once, over all processes; as they end, others start.
 
     record_experts: fill `Completion.expert_ids` of each so many-th sequence, by its id; 0: of none.
-        record_prompt_experts: `prompt_expert_ids` of all too.
-    limits: the most tokens of each completion; by default, and at most, `max_new_tokens`.
-    on_progress: called with the number of finished prompts.
-    on_token: called with the index of a prompt and each of its tokens as it is sampled.
-    stop_requested: polled before each forward pass and while waiting for other processes; when it
-        returns true, `Interrupted` is raised.
+    record_prompt_experts: fill `prompt_expert_ids` of all.
+    limits: the most tokens of each completion; at most, and by default, `max_new_tokens`.
+    on_progress: called with the number of finished prompts; on_token: with (index, token id).
+    stop_requested: polled before each forward pass and while waiting for other processes.
 
-    Raises `ValueError` on an empty prompt or a setting out of range, and `ErnieTrainError` if one
-    of the processes was killed.
+    Raises `ValueError` on what cannot be sampled, `ErnieTrainError` if a process was killed, and
+    `Interrupted` when a stop is requested.
     """
     config = SamplingConfig(max_new_tokens, temperature, top_p, top_k, seed)
     max_tokens = check_request(prompts, config, limits)
     stops = np.array([eos_token_id] if isinstance(eos_token_id, int) else [*eos_token_id], np.int64)
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
-    leaders = _leaders(prompts)
-    request = Request(prompts, leaders, ids, config, stops, max_tokens, on_token)
+    request = Request(prompts, _leaders(prompts), ids, config, stops, max_tokens, on_token)
     outputs = Outputs(len(prompts), max_new_tokens)
     shape, dtype = moe_shape(model), expert_dtype(model.config.moe_num_experts)
     if record_experts and shape is not None:
@@ -106,11 +103,10 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     model.eval()
     try:
         with paddle.no_grad():
-            decoder: Decoder
-            decoder = NumpyDecoder(model) if can_decode(model) else PaddleDecoder(model)
+            decoder: Decoder = (NumpyDecoder if can_decode(model) else PaddleDecoder)(model)
             at_once = min(len(prompts), batch_size)
             processes = 1 if on_token else _num_processes(decoder, at_once)
-            queues = _partition(prompts, leaders, processes)
+            queues = _partition(prompts, request.leaders, processes)
             if record_prompt_experts and shape is not None:
                 outputs.prompts = PromptExperts(prompts, queues, shape, dtype)
             sampler = partial(LaneSampler, decoder, request, outputs, lanes=batch_size // processes)

@@ -115,10 +115,7 @@ def export(
     )  # fmt: skip
     prompts = comparison_prompts(tokenizer, seed)
     with _room_for_float32():
-        here = weights_are_here(model)
-        exact = model if dtype == "float32" and here else rounded_copy(model, dtype)
-        expected = trace(exact, prompts)
-        del exact
+        expected = trace(_as_stored(model, dtype), prompts)
         result, reader, note = _read_back(directory, expected, referee, interruptible)
     entries = tensor_entries(model, dtype, quantization=quantization)
     with consensus.fail_together():
@@ -149,10 +146,11 @@ def _room_for_float32() -> AbstractContextManager[None]:
     return devices.on_cpu() if process_group.world_size() == 1 else nullcontext()
 
 
-def weights_are_here(model: Ernie4_5_MoeForCausalLM) -> bool:
-    """Return whether the weights are where Paddle computes now, on a CPU or a GPU."""
+def _as_stored(model: Ernie4_5_MoeForCausalLM, dtype: str) -> Ernie4_5_MoeForCausalLM:
+    """Return the float32 model that a `dtype` export holds, on the device that computes now."""
     on_gpu = model.model.norm.weight.place.is_gpu_place()
-    return bool(on_gpu == paddle.get_device().startswith("gpu"))
+    is_here = on_gpu == paddle.get_device().startswith("gpu")
+    return model if dtype == "float32" and is_here else rounded_copy(model, dtype)
 
 
 def _read_back(

@@ -119,6 +119,15 @@ def before_the_end(root: Path, source: str, name: str) -> None:
     shutil.rmtree(target / "export")
 
 
+def go_on_with_dpo(root: Path) -> None:
+    """Run it on one rank, and go on so with that of two ranks."""
+    assert run_here(command(root, "dpo-one")) == 0
+    file = root / "runs/dpo-dp2" / REFERENCE
+    file.write_bytes(file.read_bytes()[:-1])  # the second of two blocks
+    begun = [*command(root, "dpo-one")[:2], "--run-dir", str(root / "runs/dpo-dp2"), "--extend"]
+    assert run_here(begun) == 0
+
+
 @pytest.fixture(scope="module")
 def runs(root) -> dict[str, Any]:
     """All runs of this module, in as few launches as can be."""
@@ -153,11 +162,7 @@ def runs(root) -> dict[str, Any]:
     balanced = ["--run-dir", str(root / "runs/rl-balanced"), f"stages.rl.balance={balance}"]
     on_two.append([*rl("rl-ep2")[:2], *balanced, replayed])
     statuses.append(run_on(2, root, on_two)[0])
-    assert run_here(command(root, "dpo-one")) == 0
-    file = root / "runs/dpo-dp2" / REFERENCE
-    file.write_bytes(file.read_bytes()[:-1])  # the second of two blocks
-    begun = [*command(root, "dpo-one")[:2], "--run-dir", str(root / "runs/dpo-dp2"), "--extend"]
-    assert run_here(begun) == 0
+    go_on_with_dpo(root)
     wrong = [
         [*command(root, "sft-ep2"), "seed={rank}"],
         [*command(root, "sft-ep2"), "export.dtype=float32", "name=of{rank}"],

@@ -1,24 +1,14 @@
 """The verifier of programs: forms of tests, what counts, whose fault it is."""
 
-import json
 import time
 from dataclasses import replace
 
 import pytest
 
-from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards.sandbox import api
 from ernie_train.rewards.sandbox.api import Limits, ProgramResult
 from ernie_train.rewards.verifiers import code
-
-ROW = {"entry_point": "f", "tests": [[[1], 2], [[40], 41]]}
-ASSERTS = {"tests": ["assert f(1) == 2", "assert f(40) == 41"]}
-SCRIPTS = {"tests": [{"input": "1\n", "output": "2\n"}, {"input": "40", "output": "41"}]}
-RIGHT = "def f(x):\n    return x + 1"
-
-
-def graded(source, row=ROW):
-    return code.score(row, format_completion("because", source))
+from tests.rewards.code_rows import ASSERTS, CALLS, LINES, RIGHT, ROW, SCRIPTS, graded
 
 
 @pytest.fixture(autouse=True)
@@ -132,41 +122,6 @@ def test_functional_tests_of_contests_are_calls():
     assert graded(source, {"tests": [functional]}).status == "bad_gold"
     no_json = {"tests": [functional | {"input": "3 4"}], "entry_point": "f"}
     assert graded(source, no_json).status == "bad_gold"
-
-
-LINES = {"inputs": ["1\n", "40\n"], "outputs": ["2\n", "41\n"]}
-CALLS = {"fn_name": "f", "inputs": [[1], [40]], "outputs": [[2], [41]]}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"tests": json.dumps(SCRIPTS["tests"])},
-        {"tests": json.dumps(ASSERTS["tests"])},
-        {"tests": json.dumps(ROW["tests"]), "entry_point": "f"},
-        {"tests": [json.dumps(test) for test in ROW["tests"]], "entry_point": "f"},
-        {"tests": LINES},
-        {"tests": json.dumps(LINES)},
-        {"tests": {"input": LINES["inputs"], "output": LINES["outputs"]}},
-        {"tests": {"inputs": [["1", ""], ["40"]], "outputs": [["2"], 41]}},
-        {"tests": CALLS},
-        {"tests": json.dumps(CALLS)},
-        {"tests": {**CALLS, "outputs": [2, 41]}},
-        {"hidden_tests": CALLS},
-    ],
-)
-def test_tests_in_columns_or_as_json_text_are_run(row):
-    main = "\nif __name__ == '__main__':\n    print(f(int(input())))"
-    assert graded(RIGHT + main, row).status == "correct"
-    wrong = graded(RIGHT.replace("x + 1", "[2]") + main, row)
-    assert wrong.status == "wrong" and "of 2 tests passed" in wrong.detail
-
-
-def test_a_value_in_a_list_of_one_is_that_list_or_the_value():
-    row = {"tests": {"fn_name": "f", "inputs": [[1]], "outputs": [[[2, 3]]]}}
-    for value, right in (("[2, 3]", True), ("[[2, 3]]", True), ("2", False), ("[2]", False)):
-        score = graded(f"def f(x):\n    return {value}", row)
-        assert score.status == ("correct" if right else "wrong"), value
 
 
 def test_hidden_tests_count_like_visible_ones():

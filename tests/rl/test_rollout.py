@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.rewards.score import Score
 from ernie_train.rl.config import RolloutConfig, SkipSolved, UpoConfig
-from ernie_train.rl.data import PromptOrder, SolvedPrompts
 from ernie_train.rl.pairs import best_worst_pairs
+from ernie_train.rl.rollout.prompt_order import PromptOrder, SolvedPrompts
 from ernie_train.rl.rollout import (
     Rollout,
     RolloutSampler,

@@ -18,13 +18,8 @@ from ernie_train.generate import Completion, SamplingConfig
 from ernie_train.generate.engines import Engine
 from ernie_train.rewards.scoring import ComposedReward, ComposedScore
 from ernie_train.rl.config import UpoConfig
-from ernie_train.rl.data import (
-    PreparedPrompts,
-    Prompt,
-    PromptOrder,
-    SolvedPrompts,
-    rollout_file,
-)
+from ernie_train.rl.data import PreparedPrompts, Prompt, rollout_file
+from ernie_train.rl.rollout.prompt_order import PromptOrder, SolvedPrompts
 from ernie_train.rl.reward import RewardModelScorer
 from ernie_train.rl.rollout.files import read_replay, write_rollout
 from ernie_train.rl.rollout.grading import Answer, grade
