@@ -15,13 +15,13 @@ from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.rewards.score import Score
 from ernie_train.rl.config import RolloutConfig, SkipSolved, UpoConfig
 from ernie_train.rl.pairs import best_worst_pairs
-from ernie_train.rl.rollout.prompt_order import PromptOrder, SolvedPrompts
 from ernie_train.rl.rollout import (
     Rollout,
     RolloutSampler,
     read_rollout,
     write_rollout,
 )
+from ernie_train.rl.rollout.prompt_order import PromptOrder, SolvedPrompts
 from tests.rl.records import make_scored
 from tests.rl.upo_stages import stage
 

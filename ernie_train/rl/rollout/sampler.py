@@ -19,10 +19,10 @@ from ernie_train.generate.engines import Engine
 from ernie_train.rewards.scoring import ComposedReward, ComposedScore
 from ernie_train.rl.config import UpoConfig
 from ernie_train.rl.data import PreparedPrompts, Prompt, rollout_file
-from ernie_train.rl.rollout.prompt_order import PromptOrder, SolvedPrompts
 from ernie_train.rl.reward import RewardModelScorer
 from ernie_train.rl.rollout.files import read_replay, write_rollout
 from ernie_train.rl.rollout.grading import Answer, grade
+from ernie_train.rl.rollout.prompt_order import PromptOrder, SolvedPrompts
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.routing import require_experts
 from ernie_train.train.stage import StageRun
