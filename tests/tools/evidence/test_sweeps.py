@@ -146,7 +146,8 @@ def test_rl_arms_are_what_their_titles_say() -> None:
     assert pairs == {
         "dpo": ["offline"], "dpo-slow": ["offline"], "sums": ["online"], "online": ["online"],
         "last-iteration": ["online"], "offline": ["offline"], "gold": ["gold"],
-        "likelihood": ["gold"], "hint": ["hint"], "gold-shorter": ["gold", "shorter"],
+        "likelihood": ["gold"], "gold-likelihood": ["gold"], "hint": ["hint"],
+        "gold-shorter": ["gold", "shorter"],
         "simpo": ["online", "gold"], "loose-online": ["online"], "loose-offline": ["offline"],
         "loose-pair-reward": ["online"],
     }  # fmt: skip
