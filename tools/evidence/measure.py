@@ -35,7 +35,7 @@ from tools.evidence import main_job
 from tools.evidence.passes import solve
 from tools.evidence.rivals import tokens_of
 from tools.evidence.rl_rewards import mentions
-from tools.evidence.runs import ROOT, write_json
+from tools.evidence.runs import write_json
 
 Figures = dict[str, Any]
 
@@ -133,7 +133,6 @@ def accuracy_by_distance(hits: Sequence[tuple[int, bool]]) -> dict[str, float]:
 
 # ---- an RL policy --------------------------------------------------------------------------------
 
-HELD_OUT = ROOT / "data" / "test"
 DOMAIN, LOOSE_DOMAIN = "logic", "math"  # of the arms with verifiers, of those with a loose reward
 MAX_NEW_TOKENS = 96
 BATCH = 64  # completions that go through a model together
@@ -142,15 +141,16 @@ SEED = 0  # of sampling: the same for every policy
 CURVES = {"reward": "reward", "solved": "reward_part/row", "length": "completions/mean_length"}
 
 
-def policy(run_dir: Path, *, problems: int) -> Figures:
+def policy(run_dir: Path, *, problems: int, held_out: str) -> Figures:
     """Return the figures of a policy in the domain of its RL stage, and its curves, if it has any.
 
     The distance is that from the model that its recipe begins with.
     """
     recipe = load_yaml(run_dir / "recipe.yaml")
     start, data = recipe["model"]["path"], recipe["stages"][0]["data"][0]["path"]
+    domain = Path(data).name.partition(".")[0]
     figures = policy_in_domain(
-        run_dir, domain=Path(data).name.partition(".")[0], start=start, problems=problems
+        run_dir, domain=domain, start=start, problems=problems, held_out=held_out
     )
     rows = list(read_metrics(run_dir / "01-rl" / "metrics.jsonl"))
     curves = {
@@ -160,8 +160,10 @@ def policy(run_dir: Path, *, problems: int) -> Figures:
     return {**figures, **curves}
 
 
-def policy_in_domain(model: Path, *, domain: str, start: str, problems: int) -> Figures:
-    """Return all figures of a policy, on the first `problems` held-out ones of each task.
+def policy_in_domain(
+    model: Path, *, domain: str, start: str, problems: int, held_out: str
+) -> Figures:
+    """Return all figures of a policy, on the first `problems` of each task in `held_out`.
 
     Greedy completions give the accuracy, in the domain and `elsewhere`, where it was not trained.
     Completions at temperature 1 give the distance from `start`.
@@ -170,11 +172,11 @@ def policy_in_domain(model: Path, *, domain: str, start: str, problems: int) -> 
     reference, _ = open_model(Path(start))
     policy.eval()
     reference.eval()
-    held_out = load_problems(HELD_OUT, tasks=[domain], max_examples=problems)
-    samples = _sample(policy, tokenizer, held_out)
-    figures = {**_solve(policy, tokenizer, held_out), **distance(policy, reference, samples)}
+    own = load_problems(held_out, tasks=[domain], max_examples=problems)
+    samples = _sample(policy, tokenizer, own)
+    figures = {**_solve(policy, tokenizer, own), **distance(policy, reference, samples)}
     if domain != LOOSE_DOMAIN:
-        others = load_problems(HELD_OUT, tasks=[LOOSE_DOMAIN], max_examples=max(1, problems // 3))
+        others = load_problems(held_out, tasks=[LOOSE_DOMAIN], max_examples=max(1, problems // 3))
         figures["elsewhere"] = _solve(policy, tokenizer, others)["accuracy"]
     return figures
 

@@ -36,10 +36,8 @@ def needles(out: Path, recipe: str) -> Starts:
 # ---- RL ------------------------------------------------------------------------------------------
 
 
-def rl_start(
-    out: Path, recipe: str, *, problems: int, start: str = "", overrides: Sequence[str] = ()
-) -> Starts:
-    """Make a start by SFT on demonstrations of the first level; measure it in both domains.
+def rl_start(out: Path, recipe: str, *, start: str = "", overrides: Sequence[str] = ()) -> Starts:
+    """Make a start by SFT on demonstrations of the first level of two domains.
 
     The prompts are those of data/problems, with worked solutions for the arms that learn from them.
     `start` is a model directory to begin with instead; `overrides` are those of the start's recipe.
@@ -49,20 +47,28 @@ def rl_start(
         options = ["--domains", DOMAIN, LOOSE_DOMAIN, "--splits", "problems", "--solutions"]
         make_data.main(["--out", str(out / "rows"), *options])
         made.touch()
-    own = make_start(out, start, overrides)
+    make_start(out, start, overrides)
+    return {}
+
+
+def rl_test(out: Path, recipe: str, *, problems: int) -> Starts:
+    """Make test problems of a fresh seed, and measure the start on them in both domains."""
+    main_job.fresh_problems(out, recipe, rows=1.0)
+    held_out = str(out / "problems" / "test")
     starts = {}
     for name, domain in (("start", DOMAIN), ("loose-start", LOOSE_DOMAIN)):
         file = out / f"{name}.json"
         if not file.exists():
-            given = {"domain": domain, "start": str(own), "problems": problems}
-            names = ("policy_in_domain", str(own), str(file))
+            given = {"domain": domain, "start": str(out / "start")}
+            given |= {"problems": problems, "held_out": held_out}
+            names = ("policy_in_domain", str(out / "start"), str(file))
             run_program("-m", "tools.evidence.measure", *names, json.dumps(given))
         starts[name] = json.loads(file.read_text("utf-8"))
     return starts
 
 
-def make_start(out: Path, given: str, overrides: Sequence[str]) -> Path:
-    """Return `out/start`: a link to the given model, or a run directory, trained if not there."""
+def make_start(out: Path, given: str, overrides: Sequence[str]) -> None:
+    """Make `out/start`: a link to the given model, or a run directory, trained if not there."""
     run_dir = out / "start"
     if given:
         if not run_dir.exists():
@@ -70,12 +76,12 @@ def make_start(out: Path, given: str, overrides: Sequence[str]) -> Path:
     elif read_done(run_dir / "01-sft") is None:
         print("training the start", flush=True)
         train(START_RECIPE, [f"seed={START_SEED}", *overrides], run_dir)
-    return run_dir
 
 
 PREPARE: dict[str, Callable[..., Starts]] = {
     "needles": needles,
     "rl_start": rl_start,
+    "rl_test": rl_test,
     "main_job_problems": main_job.fresh_problems,
     "real_start": real_model.real_start,
     "real_test": real_model.real_test,

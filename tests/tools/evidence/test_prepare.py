@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,15 +25,33 @@ def test_rows_of_an_interrupted_command_are_made_again(
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    def measure(*arguments: str) -> None:
-        Path(arguments[4]).write_text('{"pass@1": 0.5}')
-
     monkeypatch.setattr(make_data, "main", make)
-    monkeypatch.setattr(prepare, "make_start", lambda out, given, overrides: out / "start")
-    monkeypatch.setattr(prepare, "run_program", measure)
+    monkeypatch.setattr(prepare, "make_start", lambda out, given, overrides: None)
     with pytest.raises(KeyboardInterrupt):
-        prepare.rl_start(tmp_path, "recipe.yaml", problems=3)
+        prepare.rl_start(tmp_path, "recipe.yaml")
     for _ in range(2):
-        starts = prepare.rl_start(tmp_path, "recipe.yaml", problems=3)
+        assert prepare.rl_start(tmp_path, "recipe.yaml") == {}
     assert len(calls) == 2 and (tmp_path / "rows/math.jsonl").read_text() == "{}\n" * 2
-    assert starts == {"start": {"pass@1": 0.5}, "loose-start": {"pass@1": 0.5}}
+
+
+def test_starts_of_rl_are_measured_once_and_on_fresh_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[str]] = []
+    measured: list[dict[str, Any]] = []
+
+    def measure(*arguments: str) -> None:
+        measured.append(json.loads(arguments[5]))
+        Path(arguments[4]).write_text(json.dumps({"accuracy": len(measured)}))
+
+    monkeypatch.setattr(make_data, "main", made.append)
+    monkeypatch.setattr(prepare, "run_program", measure)
+    for _ in range(2):
+        starts = prepare.rl_test(tmp_path, "recipe.yaml", problems=3)
+    assert starts == {"start": {"accuracy": 1}, "loose-start": {"accuracy": 2}}
+    assert len(made) == 1 and str(make_data.SEED) not in made[0]
+    held_out = str(tmp_path / "problems" / "test")
+    assert made[0][1] == str(tmp_path / "problems")
+    assert [(m["domain"], m["problems"], m["held_out"]) for m in measured] == [
+        (measure_domain, 3, held_out) for measure_domain in ("logic", "math")
+    ]
