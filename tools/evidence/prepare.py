@@ -59,9 +59,9 @@ def rl_test(out: Path, recipe: str, *, problems: int) -> Starts:
     for name, domain in (("start", DOMAIN), ("loose-start", LOOSE_DOMAIN)):
         file = out / f"{name}.json"
         if not file.exists():
-            given = {"domain": domain, "start": str(out / "start")}
-            given |= {"problems": problems, "held_out": held_out}
-            names = ("policy_in_domain", str(out / "start"), str(file))
+            start = str(out / "start")
+            given = {"domain": domain, "start": start, "problems": problems, "held_out": held_out}
+            names = ("policy_in_domain", start, str(file))
             run_program("-m", "tools.evidence.measure", *names, json.dumps(given))
         starts[name] = json.loads(file.read_text("utf-8"))
     return starts
