@@ -156,8 +156,8 @@ def rl_result(arm: str, seed: int | None, accuracy: float) -> dict[str, Any]:
 
 
 def test_rl_shows_gains_over_the_start_and_differences_by_seed(tmp_path: Path) -> None:
-    gains = {"group": 0.1, "upo-online": 0.2}
-    arms = ["sft", "group", "upo-online", "random", "loose-group"]
+    gains = {"group": 0.1, "online": 0.2}
+    arms = ["sft", "group", "online", "random", "loose-group"]
     starts = [rl_result("start", None, 0.5), rl_result("loose-start", None, 0.5)]
     trained = [
         rl_result(arm, seed, 0.5 + gains.get(arm, 0.0) + 0.01 * seed)
@@ -169,7 +169,7 @@ def test_rl_shows_gains_over_the_start_and_differences_by_seed(tmp_path: Path) -
     sweep = load_sweep("rl")
     text = sweep.tables[0].render([*starts, *trained])
     lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines()}
-    assert lines["| the start"][:4] == ["50.0", "", "", "1.00"]
+    assert lines["| the start"][:5] == ["50.0", "", "", "", "1.00"]
     # Two seeds that differ by a point: half an interval is 12.706 * 0.7071 / sqrt(2).
     assert lines["| UPO, online pairs"][:3] == ["71.5 ± 6.4", "21.5 ± 6.4", "10.0 ± 0.0"]
     assert lines["| group-relative policy gradient"][2] == ""
