@@ -273,7 +273,7 @@ def broadcast_object(value: T | None) -> T:
         paddle.distributed.broadcast(part, src=0)
         if not is_main():
             buffer[start : start + _BROADCAST_BYTES] = part.numpy()
-    return value if is_main() else pickle.loads(buffer)  # type: ignore[return-value]
+    return value if is_main() else pickle.loads(buffer.data)  # type: ignore[return-value]
 
 
 def all_reduce_named(values: Mapping[K, float]) -> dict[K, float]:

@@ -161,10 +161,10 @@ def stage_changes(
     now = stage_record(stage, lineage)
     settings = recorded.get("settings")
     before = _without_idle(settings) if isinstance(settings, dict) else {}
-    both = before, now["settings"]
-    found = differences(*(decisive_settings(stage, each) for each in both))
+    after = now["settings"]
+    found = differences(decisive_settings(stage, before), decisive_settings(stage, after))
     if stage.checkpoint.load_best_at_end:
-        found += differences(*map(_scoring, both))
+        found += differences(_scoring(before), _scoring(after))
     return found + differences(recorded.get("input"), now["input"], "input")
 
 

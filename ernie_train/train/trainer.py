@@ -224,7 +224,7 @@ class Trainer(Generic[ModelT, BatchT]):
 
     def has_finite_weights(self) -> bool:
         """Return whether an absurd rate has not made weights infinite; every rank must call it."""
-        finite = all(bool(paddle.isfinite(p).all()) for p in self.model.parameters())
+        finite = all(bool(paddle.isfinite(p).all()) for p in self.optimizer.parameters.values())
         return not process_group.any_rank(not finite)
 
     def _refuse_non_finite(self, metrics: dict[str, float]) -> None:

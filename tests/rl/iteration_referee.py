@@ -82,9 +82,7 @@ class Referee:
         mine = range(len(flat))
         measured = mine[:: int(np.ceil(len(mine) / (config.measured_completions or len(mine))))]
         gaps = [self.old[i] - flat[i].sampled_logprobs.astype(np.float64) for i in measured]
-        metrics["logprob_mismatch"] = (
-            np.exp(np.minimum(np.abs(np.concatenate(gaps)), np.log(20))).mean() - 1
-        )
+        metrics["logprob_mismatch"] = np.exp(np.abs(np.concatenate(gaps))).clip(max=20).mean() - 1
         entropies = [-(np.exp(tables[i][0]) * tables[i][0]).sum(-1) for i in measured]
         metrics["entropy"] = np.concatenate(entropies).mean()
         if config.preference is not None or (kl and kl.coef):
