@@ -95,20 +95,16 @@ def generate(  # noqa: PLR0913 - the public call; everything after the prompts i
     stops = np.array([eos_token_id] if isinstance(eos_token_id, int) else [*eos_token_id], np.int64)
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
     request = Request(prompts, _leaders(prompts), ids, config, stops, max_tokens, on_token)
-    outputs = Outputs(len(prompts), max_new_tokens)
-    shape, dtype = moe_shape(model), expert_dtype(model.config.moe_num_experts)
-    if record_experts and shape is not None:
-        outputs.record_experts(np.array(ids, np.int64) % record_experts == 0, shape, dtype)
+    outputs = _outputs(model, ids, max_new_tokens, record_experts)
     was_training = model.training
     model.eval()
     try:
         with paddle.no_grad():
             decoder: Decoder = (NumpyDecoder if can_decode(model) else PaddleDecoder)(model)
-            at_once = min(len(prompts), batch_size)
-            processes = 1 if on_token else _num_processes(decoder, at_once)
+            processes = 1 if on_token else _num_processes(decoder, min(len(prompts), batch_size))
             queues = _partition(prompts, request.leaders, processes)
-            if record_prompt_experts and shape is not None:
-                outputs.prompts = PromptExperts(prompts, queues, shape, dtype)
+            if record_prompt_experts and outputs.experts is not None:
+                outputs.prompts = PromptExperts(prompts, queues, outputs.experts)
             sampler = partial(LaneSampler, decoder, request, outputs, lanes=batch_size // processes)
             _run(queues, sampler, outputs.ended, on_progress, stop_requested)
     finally:
@@ -131,6 +127,17 @@ def check_request(
     if len(found) and not 1 <= found.min() <= found.max() <= config.max_new_tokens:
         raise ValueError(f"limits must lie between 1 and max_new_tokens={config.max_new_tokens}")
     return found
+
+
+def _outputs(
+    model: Ernie4_5_MoeForCausalLM, ids: Sequence[int], max_new_tokens: int, every: int
+) -> Outputs:
+    """Return room for the completions of `ids`, with the experts of each `every`-th if not 0."""
+    outputs, shape = Outputs(len(ids), max_new_tokens), moe_shape(model)
+    if every and shape is not None:
+        recorded, dtype = np.array(ids) % every == 0, expert_dtype(model.config.moe_num_experts)
+        outputs.record_experts(recorded, shape, dtype)
+    return outputs
 
 
 def _completion(outputs: Outputs, i: int) -> Completion:

@@ -28,10 +28,9 @@ class PromptExperts:
         self,
         prompts: Sequence[Sequence[int]],
         queues: Sequence[Sequence[int]],
-        shape: tuple[int, int],
-        dtype: type[np.integer],
+        like: np.ndarray,
     ) -> None:
-        """`queues`: the indices of prompts of each process; `shape`: (L, K)."""
+        """`queues`: the indices of prompts of each process; `like`: experts [...,L,K]."""
         self._first: dict[int, int] = {}  # of each prompt, the first of its queue that equals it
         self._places: dict[int, slice] = {}  # of those
         end = 0
@@ -42,7 +41,7 @@ class PromptExperts:
                 if first == i:
                     self._places[i] = slice(end, end + len(prompts[i]) - 1)
                     end += len(prompts[i]) - 1
-        self._table = shared_zeros((max(end, 1), *shape), dtype)
+        self._table = shared_zeros((max(end, 1), *like.shape[-2:]), like.dtype)
         self._copies: dict[int, np.ndarray] = {}
 
     def record(self, prefilled: Sequence[int], experts: Sequence[np.ndarray]) -> None:

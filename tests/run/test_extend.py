@@ -145,6 +145,11 @@ def test_steps_before_one_that_is_not_finite_are_kept(run, tmp_path, not_finite_
     not_finite_at_step(1)
     told = run(tmp_path / "cut", kind)
     assert told[0] == "4" and "--extend allows; " in told and "step_000001 is saved" in told, told
+    if kind == "phases":  # not that of the step that failed
+        config = json.loads(
+            (tmp_path / "cut/01-sft/checkpoints/step_000001/config.json").read_text()
+        )
+        assert config["rope_theta"] == 1e6
     not_finite_at_step(0)
     assert run(tmp_path / "cut", kind)[0] == "0"
     expected, found = (_without_paths(tmp_path / name) for name in ("whole", "cut"))
@@ -155,7 +160,7 @@ def test_steps_before_one_that_is_not_finite_are_kept(run, tmp_path, not_finite_
 
 def test_an_iteration_that_was_updated_in_part_is_not_saved(run, tmp_path, not_finite_at_step):
     twice = {"policy": {**KINDS["upo"]["policy"], "update_epochs": 2}}
-    not_finite_at_step(1)
+    not_finite_at_step(3)  # the second of two steps of the second iteration
     told = run(tmp_path / "cut", "upo", **twice)
     assert told[0] == "4" and "nothing was to be saved yet" in told, told
 
