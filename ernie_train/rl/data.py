@@ -159,18 +159,14 @@ def encode_prompts(
             too_long.append(len(ids))
             continue
         fields = record.fields
-        level = _level(record)
-        names = str(fields["domain"]), str(fields["task"])
-        prompts.append(Prompt(record, ids, *names, 1 if level is None else level))
+        level = 1 if (known := _level(record)) is None else known
+        prompts.append(Prompt(record, ids, str(fields["domain"]), str(fields["task"]), level))
     report.check(max_bad_fraction)
     return prompts, too_long
 
 
 def _level(record: Record) -> int | None:
-    """Return the difficulty of a row, 1 without one; None if it is no whole number.
-
-    Many data sets have a `difficulty` of their own, such as "hard" or 6.5.
-    """
+    """Return the difficulty of a row, 1 without one; None for another kind, such as "hard"."""
     difficulty = record.fields.get("difficulty", 1)
     if isinstance(difficulty, str) and difficulty.isdecimal():  # as CSV has it
         return int(difficulty)

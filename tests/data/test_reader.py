@@ -210,7 +210,7 @@ def test_a_bad_row_is_left_out_with_line_and_reason(write_rows: Any, row: Any, r
     ("row", "reason"),
     [
         ({"instruction": "q", "output": ""}, "output is empty"),
-        ({"instruction": "q", "output": 3}, "output must be text, not a number"),
+        ({"instruction": "q", "output": True}, "output must be text, not a boolean"),
         ({"instruction": "q", "output": "a", "input": 3}, "input must be text"),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "history must be"),
         ({"instruction": "q", "output": "a", "system": 3}, "system must be text"),

@@ -5,10 +5,19 @@ from dataclasses import replace
 
 import pytest
 
+from ernie_train.data.completion_format import format_completion
 from ernie_train.rewards.sandbox import api
 from ernie_train.rewards.sandbox.api import Limits, ProgramResult
 from ernie_train.rewards.verifiers import code
-from tests.rewards.code_rows import ASSERTS, CALLS, LINES, RIGHT, ROW, SCRIPTS, graded
+
+ROW = {"entry_point": "f", "tests": [[[1], 2], [[40], 41]]}
+ASSERTS = {"tests": ["assert f(1) == 2", "assert f(40) == 41"]}
+SCRIPTS = {"tests": [{"input": "1\n", "output": "2\n"}, {"input": "40", "output": "41"}]}
+RIGHT = "def f(x):\n    return x + 1"
+
+
+def graded(source, row=ROW):
+    return code.score(row, format_completion("because", source))
 
 
 @pytest.fixture(autouse=True)
@@ -108,22 +117,6 @@ def test_names_of_the_tests_are_the_programs_but_builtins_and_modules_are_not():
     assert graded("def sum(a, b):\n    return 7", row | {"solution": own}).status == "wrong"
 
 
-def test_functional_tests_of_contests_are_calls():
-    source = "class Solution:\n    def f(self, xs, k):\n        return [x + k for x in xs]"
-    test = {"input": "[3, 4]\n1", "output": "[4, 5]"}
-    for row in ({"tests": [test | {"testtype": "functional"}], "entry_point": "f"},
-                {"tests": [test], "entry_point": "f"}):  # fmt: skip
-        assert graded(source, row).status == "correct"
-        assert graded(source.replace("+", "-"), row).status == "wrong"
-        assert graded("print([4, 5])", row).status == "wrong"
-    script = {"tests": [{"input": "1", "output": "2", "testtype": "stdin"}], "entry_point": "f"}
-    assert graded("print(int(input()) + 1)", script).status == "correct"
-    functional = test | {"testtype": "functional"}
-    assert graded(source, {"tests": [functional]}).status == "bad_gold"
-    no_json = {"tests": [functional | {"input": "3 4"}], "entry_point": "f"}
-    assert graded(source, no_json).status == "bad_gold"
-
-
 def test_hidden_tests_count_like_visible_ones():
     hidden = {"hidden_tests": ["assert f(-1) == 0"]}
     only_seen = "def f(x):\n    return {1: 2, 40: 41}[x]"
@@ -156,7 +149,6 @@ def test_the_pass_rate_where_it_is_asked_for(row):
 @pytest.mark.parametrize(
     "tests",
     [None, [], [[1]], [[1, 2]], 7, [[[1], 2, 3]], "", "assert f(1) ==", ["assert f(1) == 2", "("],
-     LINES | {"outputs": ["2"]}, {"inputs": 1, "outputs": 2}, CALLS | {"inputs": ["1", "2"]},
      "[1, 2]",
      "assert 1 + 1 == 2", [{"input": "1"}], [[[1], 2], "assert f(1) == 2"],
      "def check(candidate):\n    assert candidate(1) == 2"],

@@ -208,3 +208,12 @@ def test_every_token_counts_for_the_hash_and_so_do_the_blocks():
         hashes.add(dpo.hash_blocks([[changed, *blocks[0][1:]], blocks[1]]))
     assert len(hashes) == 7
     assert dpo.hash_blocks([make_sequences(4), make_sequences(2, seed=1)]) in hashes
+
+
+def test_a_short_stage_computes_its_own_pairs_alone(root, tmp_path):
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    trained(root, short, **SETTINGS | {"steps": 2})
+    trained(root, whole, **SETTINGS | {"steps": 4})
+    content, other = (path / FILE for path in (short, whole))
+    assert other.read_bytes().startswith(content.read_bytes())
+    assert 0.5 < content.stat().st_size / other.stat().st_size < 0.8
