@@ -10,7 +10,6 @@ checkpoints/step_000500/
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import math
@@ -47,6 +46,7 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.adapters import BASE, load_pairs, saved_parameters, write_part
 from ernie_train.weights.hf import load_config, load_weights
 from ernie_train.weights.saving import write_weights
+from ernie_train.weights.state import decode_tagged, merge_state, read_metrics, split_state
 
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
 _log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class CheckpointStore:
                 nothing half-written is left.
             ConfigError: `best_metric` is not among the metrics; raised after writing.
         """
-        plain, arrays = _split_state(state)
+        plain, arrays = split_state(state)
         text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
         values = {name: float(value) for name, value in (metrics or {}).items()}
         path = self.path_of(step)
@@ -254,7 +254,7 @@ class CheckpointStore:
         scored = []
         for step in self.steps():
             manifest = self._manifest(step) if up_to is None or step <= up_to else None
-            value = _read_metrics(manifest or {"metrics": {}}).get(metric or "", math.nan)
+            value = read_metrics(manifest or {"metrics": {}}).get(metric or "", math.nan)
             if math.isfinite(value):
                 scored.append((sign * value, step))
         return max(scored)[1] if scored else None
@@ -295,10 +295,10 @@ class CheckpointStore:
         manifest = verify_manifest(path, hashes=verify)
         try:
             text = read_text(path / "state.json")
-            state = json.loads(text, object_hook=_decode_tagged)
-            state = _merge_state(state, _tensors(path, "state", manifest["files"]))
+            state = json.loads(text, object_hook=decode_tagged)
+            state = merge_state(state, _tensors(path, "state", manifest["files"]))
             optimizer = _tensors(path, "optimizer", manifest["files"])
-            step, metrics = int(manifest["step"]), _read_metrics(manifest)
+            step, metrics = int(manifest["step"]), read_metrics(manifest)
         except (OSError, ValueError, KeyError, TypeError, RecursionError, WeightsError) as error:
             raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
         return Checkpoint(path, step, state, metrics, optimizer)
@@ -337,58 +337,3 @@ def _write_arrays(
         (directory / folder).mkdir(exist_ok=True)
     written = write_tensor_files(directory / folder, stem, entries, size)
     return {str(Path(folder, file)): digest for file, digest in written.items()}
-
-
-# ---- state as JSON and arrays ------------------------------------------------------------------
-
-
-def _split_state(
-    state: Mapping[str, Any], path: str = ""
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Split nested dicts into plain JSON values and the arrays, which get names like "a/b"."""
-    plain: dict[str, Any] = {}
-    arrays: dict[str, np.ndarray] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or "/" in key:
-            raise TypeError(f"{key!r} cannot be a key of a checkpoint's state")
-        if isinstance(value, np.ndarray):
-            arrays[path + key] = value
-        elif isinstance(value, Mapping):
-            plain[key], nested = _split_state(value, f"{path}{key}/")
-            arrays |= nested
-        else:
-            plain[key] = value
-    return plain, arrays
-
-
-def _merge_state(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Insert the arrays into the nested dicts again: undo `_split_state`."""
-    for name, array in arrays.items():
-        *parents, key = name.split("/")
-        place = plain
-        for parent in parents:
-            place = place[parent]
-        place[key] = array
-    return plain
-
-
-def _decode_tagged(value: dict[str, Any]) -> Any:
-    """Decode an object of version 0.1.0, which wrote arrays and NaN as tagged objects."""
-    kind = value.get("__ernie_train__")
-    if kind is None:
-        return value
-    if kind == "float":
-        return float(value["value"])
-    if kind == "array":
-        data = np.frombuffer(base64.b64decode(value["base64"]), dtype=value["dtype"])
-        return data.reshape(value["shape"]).copy()
-    raise ValueError(f"unknown kind of value {kind!r}")
-
-
-def _read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Return a manifest's metrics; NaN and infinities, which JSON lacks, are stored as text."""
-    metrics = {
-        name: _decode_tagged(value) if isinstance(value, dict) else value
-        for name, value in manifest["metrics"].items()
-    }
-    return {name: float(value) for name, value in metrics.items()}
