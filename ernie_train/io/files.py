@@ -23,6 +23,7 @@ from typing import IO, Any
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
 from ernie_train.core.foreign_files import open_regular, read_json
+from ernie_train.io.threads import FILES_AT_ONCE, GoOn, in_threads
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = "ernie_train 1"
@@ -64,11 +65,12 @@ def lock_directory(path: Path) -> Iterator[None]:
         os.close(descriptor)  # and with it the lock
 
 
-def digest_file(path: Path) -> FileDigest:
-    """Return the size and SHA-256 of a file, read in chunks of 1 MiB."""
+def digest_file(path: Path, go_on: GoOn = lambda: None) -> FileDigest:
+    """Return the size and SHA-256 of a file, read by the MiB; `go_on` is called for each."""
     sha, size = hashlib.sha256(), 0
     with open_regular(path) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
+            go_on()
             sha.update(chunk)
             size += len(chunk)
     return FileDigest(size, sha.hexdigest())
@@ -192,18 +194,21 @@ def verify_manifest(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
         CheckpointError: files are missing, truncated or altered; the message lists all of them.
     """
     manifest = read_manifest(directory)
-    problems = []
-    for name, expected in manifest["files"].items():
-        path = directory / name
+
+    def problem(name: str, go_on: GoOn) -> str | None:
+        path, expected = directory / name, manifest["files"][name]
         try:
             size = path.stat().st_size
             if size != expected["size"]:
-                problems.append(f"{path}: {size} bytes instead of {expected['size']}: truncated?")
-            elif hashes and digest_file(path).sha256 != expected["sha256"]:
-                problems.append(f"{path}: content differs from its hash: damaged")
+                return f"{path}: {size} bytes instead of {expected['size']}: truncated?"
+            if hashes and digest_file(path, go_on).sha256 != expected["sha256"]:
+                return f"{path}: content differs from its hash: damaged"
         except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-    if problems:
+            return f"{path}: {error.strerror}"
+        return None
+
+    found = in_threads(problem, manifest["files"], FILES_AT_ONCE if hashes else 1)
+    if problems := list(filter(None, found)):
         raise CheckpointError("; ".join(problems))
     return manifest
 

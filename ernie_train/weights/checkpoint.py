@@ -42,6 +42,7 @@ from ernie_train.io.safetensors import (
     parse_size,
     write_tensor_files,
 )
+from ernie_train.io.threads import FILES_AT_ONCE
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.adapters import BASE, load_pairs, saved_parameters, write_part
 from ernie_train.weights.hf import load_config, load_weights
@@ -182,7 +183,9 @@ class CheckpointStore:
 
         def write(directory: Path) -> dict[str, FileDigest]:
             only = saved_parameters(model)
-            digests = write_weights(model, directory, max_shard_size=size, only=only)
+            digests = write_weights(
+                model, directory, max_shard_size=size, only=only, files_at_once=FILES_AT_ONCE
+            )
             digests |= write_part(model, directory)
             for name, own in entries.items():
                 if process_group.any_rank(bool(own)):
@@ -335,5 +338,7 @@ def _write_arrays(
     folder, _, stem = name.rpartition("/")
     with consensus.fail_together(), storage_errors("cannot write", directory):
         (directory / folder).mkdir(exist_ok=True)
-    written = write_tensor_files(directory / folder, stem, entries, size)
+    written = write_tensor_files(
+        directory / folder, stem, entries, size, files_at_once=FILES_AT_ONCE
+    )
     return {str(Path(folder, file)): digest for file, digest in written.items()}

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkProcess
@@ -184,6 +186,29 @@ def test_unwritable_directory(tmp_path: Path) -> None:
         save(make_store(tmp_path / "file" / "checkpoints"), 1)
     with pytest.raises(StorageError, match="cannot write"):
         save(make_store(Path("/proc/checkpoints")), 1)
+
+
+def test_ctrl_c_while_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All threads end before their directory is deleted; the earlier checkpoint stays."""
+    store = make_store(tmp_path)
+    save(store, 1)
+    real, pressed, is_there = os.fsync, threading.Lock(), []
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if threading.current_thread() is not threading.main_thread():
+            if pressed.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            is_there.append((tmp_path / "step_000002.tmp").exists())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(KeyboardInterrupt):
+        save(store, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    time.sleep(0.3)  # for threads that nobody waited for
+    assert is_there and all(is_there)
+    check(store, store.path_of(1), 1)
 
 
 # ---- kill -9 -----------------------------------------------------------------------------------
