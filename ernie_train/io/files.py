@@ -9,7 +9,6 @@ moved to `<name>.old`; `recover` moves it back if the new one was never renamed 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -48,21 +47,6 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def lock_directory(path: Path) -> Iterator[None]:
-    """Let one process at a time be in this context for a directory; others wait.
-
-    On a file system without locks, which raises `OSError`, all of them go on.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # and with it the lock
 
 
 def digest_file(path: Path, go_on: GoOn = lambda: None) -> FileDigest:
@@ -211,6 +195,30 @@ def verify_manifest(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
     if problems := list(filter(None, found)):
         raise CheckpointError("; ".join(problems))
     return manifest
+
+
+def remove_files(directory: Path, chosen: Callable[[str], Any], info: dict[str, Any]) -> int:
+    """Delete files of a directory that we wrote, those with `chosen(name)`; return their bytes.
+
+    The manifest, which gets `info`, loses them first: so the directory is whole after a kill, and
+    another call deletes what is left.
+
+    Raises:
+        CheckpointError: there is no manifest, or a damaged one; nothing is deleted.
+        StorageError: the disk is full or the files cannot be deleted.
+    """
+    manifest = read_manifest(directory)
+    listed = {name: FileDigest(**facts) for name, facts in manifest.pop("files").items()}
+    with storage_errors("cannot delete files", directory):
+        if any(map(chosen, listed)):
+            kept = {name: digest for name, digest in listed.items() if not chosen(name)}
+            write_manifest(directory, kept, manifest | info)
+        found = [file for file in directory.rglob("*") if file.is_file()]
+        doomed = [file for file in found if chosen(file.relative_to(directory).as_posix())]
+        freed = sum(file.stat().st_size for file in doomed)
+        for file in doomed:
+            file.unlink()
+    return freed
 
 
 # ---- directories -------------------------------------------------------------------------------

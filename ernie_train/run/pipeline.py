@@ -54,7 +54,13 @@ from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.rl.reward import find_score
 from ernie_train.run.check import check_evaluation, check_fit, describe_training, recipe_warnings
-from ernie_train.run.earlier import CHECKPOINTS, EarlierStarts, Selection, record_stage
+from ernie_train.run.earlier import (
+    CHECKPOINTS,
+    EarlierStarts,
+    Selection,
+    drop_states,
+    record_stage,
+)
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer
 from ernie_train.run.lineage import HashMemory, Lineage, stage_record
@@ -319,6 +325,7 @@ class Pipeline:
                 record_stage(run.directory, stage, lineage)
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
         self._load_weights(run.model)
+        consensus.run_on_main(lambda: drop_states(self.recipe, self.run_dir, stage, self.console))
         result = self._train(stage, run, prepared)
         record = stage_record(stage, lineage)
         done = StageDone(record["settings"], record["input"], result)

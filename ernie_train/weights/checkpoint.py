@@ -15,6 +15,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,9 +28,11 @@ from ernie_train.core.config import HARMLESS, StrictConfig
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError, storage_errors
 from ernie_train.core.foreign_files import read_text
 from ernie_train.io.files import (
+    MANIFEST,
     FileDigest,
     recover,
     remove_directory,
+    remove_files,
     verify_manifest,
     write_directory,
     write_text,
@@ -49,6 +52,13 @@ from ernie_train.weights.hf import load_config, load_weights
 from ernie_train.weights.saving import write_weights
 from ernie_train.weights.state import decode_tagged, merge_state, read_metrics, split_state
 
+STATE = "state.json"
+# Of a stage's optimizer, and of a critic's in a folder of its own.
+_OPTIMIZER = re.compile(r"(?:.+/)?optimizer(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
+WITHOUT_OPTIMIZER = (
+    "cannot be trained on: its optimizer state was removed when the next stage began "
+    "(checkpoint.keep_optimizer)"
+)
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
 _log = logging.getLogger(__name__)
 
@@ -71,6 +81,10 @@ class CheckpointConfig(StrictConfig):
     load_best_at_end: bool = False
     """The stage hands the best checkpoint on, to the next stage, to evaluation and export, instead
     of its last one.
+    """
+    keep_optimizer: Annotated[bool, HARMLESS] = False
+    """Keeps the optimizer state of the stage's checkpoints when the next stage begins; else it is
+    removed, since nothing reads it then, and the stage cannot be trained on any more.
     """
     max_shard_size: Annotated[int | str, HARMLESS] = "5GB"
     """Largest weights file: a number of bytes, or `5GB`."""
@@ -192,12 +206,11 @@ class CheckpointStore:
                     digests |= _write_arrays(directory, name, own, size)
             with consensus.fail_together():
                 if process_group.is_main():
-                    write_text(directory / "state.json", text + "\n")
+                    write_text(directory / STATE, text + "\n")
             return digests
 
         shown = {name: v if math.isfinite(v) else repr(v) for name, v in values.items()}
-        described = {"step": step, "metrics": shown}
-        write_directory(path, write, info=described, unlisted=[BASE])
+        write_directory(path, write, info={"step": step, "metrics": shown}, unlisted=[BASE])
         consensus.run_on_main(lambda: self._retain(step))
         wanted = self.config.best_metric
         if values and wanted is not None and wanted not in values:
@@ -224,6 +237,24 @@ class CheckpointStore:
         for step in whole:
             if step not in keep:
                 remove_directory(self.path_of(step))
+
+    def remove_optimizer(self) -> int:
+        """Remove the optimizer state from all checkpoints; return how many bytes that frees.
+
+        They can be loaded at every moment, but not trained on afterwards. A checkpoint without a
+        readable manifest stays as it is.
+        """
+        freed = 0
+        for step in self.steps():
+            with suppress(CheckpointError):
+                is_gone = {"optimizer": "removed"}
+                freed += remove_files(self.path_of(step), _OPTIMIZER.fullmatch, is_gone)
+        return freed
+
+    def has_optimizer(self) -> bool:
+        """Return whether no checkpoint has lost its optimizer state by `remove_optimizer`."""
+        manifests = (self._manifest(step) for step in self.steps())
+        return not any(manifest and "optimizer" in manifest for manifest in manifests)
 
     def finish(self, last: int, model: Ernie4_5_MoeForCausalLM) -> Path:
         """Return the checkpoint that the stage hands on after step `last`; `model` becomes it.
@@ -297,7 +328,7 @@ class CheckpointStore:
         path = Path(path)
         manifest = verify_manifest(path, hashes=verify)
         try:
-            text = read_text(path / "state.json")
+            text = read_text(path / STATE)
             state = json.loads(text, object_hook=decode_tagged)
             state = merge_state(state, _tensors(path, "state", manifest["files"]))
             optimizer = _tensors(path, "optimizer", manifest["files"])
@@ -307,15 +338,24 @@ class CheckpointStore:
         return Checkpoint(path, step, state, metrics, optimizer)
 
     def load_latest(self) -> Checkpoint | None:
-        """Load the newest checkpoint; None if there is none. Raises on all ranks as `latest` does.
+        """Load the newest checkpoint, to train on from it; None if there is none.
 
         Every rank must call it; rank 0 alone computes the hashes.
+
+        Raises:
+            CheckpointError: on all ranks as `latest` does, or the optimizer state was removed.
         """
-        path = consensus.run_on_main(self.latest)
+        path = consensus.run_on_main(self._latest_to_train_on)
         checkpoint: Checkpoint | None = None
         with consensus.fail_together():
             checkpoint = None if path is None else self.load(path, verify=False)
         return checkpoint
+
+    def _latest_to_train_on(self) -> Path | None:
+        path = self.latest()
+        if path is not None and not self.has_optimizer():
+            raise CheckpointError(f"{path}: the stage {WITHOUT_OPTIMIZER}: --from repeats it")
+        return path
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
         """Return the manifest of a checkpoint whose files have the right sizes, else None."""
@@ -323,6 +363,13 @@ class CheckpointStore:
             return verify_manifest(self.path_of(step), hashes=False)
         except CheckpointError:
             return None
+
+
+def may_change(file: Path) -> bool:
+    """Return whether `remove_optimizer` changes or deletes a file of a checkpoint."""
+    if file.name == MANIFEST:
+        return (file.parent / STATE).exists()
+    return _OPTIMIZER.fullmatch(file.name) is not None
 
 
 def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.ndarray]:
