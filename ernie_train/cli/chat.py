@@ -32,8 +32,8 @@ from ernie_train.environments import (
 )
 from ernie_train.generate.engine import Completion, generate
 from ernie_train.generate.sampler import SamplingConfig
-from ernie_train.io.files import lock_directory, write_jsonl
-from ernie_train.io.outputs import check_output_file
+from ernie_train.io.files import write_jsonl
+from ernie_train.io.outputs import check_output_file, lock_directory
 from ernie_train.io.run_dir import ENVIRONMENT
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.run.finalize import EXPORT

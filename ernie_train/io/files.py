@@ -9,7 +9,6 @@ moved to `<name>.old`; `recover` moves it back if the new one was never renamed 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import IO, Any
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import CheckpointError, StorageError, UserError, storage_errors
 from ernie_train.core.foreign_files import open_regular, read_json
+from ernie_train.io.threads import FILES_AT_ONCE, GoOn, in_threads
 
 MANIFEST = "MANIFEST.json"
 GENERATION_CONFIG = "generation_config.json"  # of a model: what ends a text, how to sample
@@ -50,26 +50,12 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def lock_directory(path: Path) -> Iterator[None]:
-    """Let one process at a time be in this context for a directory; others wait.
-
-    On a file system without locks, which raises `OSError`, all of them go on.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # and with it the lock
-
-
-def digest_file(path: Path) -> FileDigest:
-    """Return the size and SHA-256 of a file, read in chunks of 1 MiB."""
+def digest_file(path: Path, go_on: GoOn = lambda: None) -> FileDigest:
+    """Return the size and SHA-256 of a file, read by the MiB; `go_on` is called for each."""
     sha, size = hashlib.sha256(), 0
     with open_regular(path) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
+            go_on()
             sha.update(chunk)
             size += len(chunk)
     return FileDigest(size, sha.hexdigest())
@@ -193,20 +179,47 @@ def verify_manifest(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
         CheckpointError: files are missing, truncated or altered; the message lists all of them.
     """
     manifest = read_manifest(directory)
-    problems = []
-    for name, expected in manifest["files"].items():
-        path = directory / name
+
+    def problem(name: str, go_on: GoOn) -> str | None:
+        path, expected = directory / name, manifest["files"][name]
         try:
             size = path.stat().st_size
             if size != expected["size"]:
-                problems.append(f"{path}: {size} bytes instead of {expected['size']}: truncated?")
-            elif hashes and digest_file(path).sha256 != expected["sha256"]:
-                problems.append(f"{path}: content differs from its hash: damaged")
+                return f"{path}: {size} bytes instead of {expected['size']}: truncated?"
+            if hashes and digest_file(path, go_on).sha256 != expected["sha256"]:
+                return f"{path}: content differs from its hash: damaged"
         except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-    if problems:
+            return f"{path}: {error.strerror}"
+        return None
+
+    found = in_threads(problem, manifest["files"], FILES_AT_ONCE if hashes else 1)
+    if problems := list(filter(None, found)):
         raise CheckpointError("; ".join(problems))
     return manifest
+
+
+def remove_files(directory: Path, chosen: Callable[[str], Any], info: dict[str, Any]) -> int:
+    """Delete files of a directory that we wrote, those with `chosen(name)`; return their bytes.
+
+    The manifest, which gets `info`, loses them first: so the directory is whole after a kill, and
+    another call deletes what is left.
+
+    Raises:
+        CheckpointError: there is no manifest, or a damaged one; nothing is deleted.
+        StorageError: the disk is full or the files cannot be deleted.
+    """
+    manifest = read_manifest(directory)
+    listed = {name: FileDigest(**facts) for name, facts in manifest.pop("files").items()}
+    with storage_errors("cannot delete files", directory):
+        if any(map(chosen, listed)):
+            kept = {name: digest for name, digest in listed.items() if not chosen(name)}
+            write_manifest(directory, kept, manifest | info)
+        found = [file for file in directory.rglob("*") if file.is_file()]
+        doomed = [file for file in found if chosen(file.relative_to(directory).as_posix())]
+        freed = sum(file.stat().st_size for file in doomed)
+        for file in doomed:
+            file.unlink()
+    return freed
 
 
 # ---- directories -------------------------------------------------------------------------------

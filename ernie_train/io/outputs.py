@@ -1,9 +1,14 @@
-"""Refuse, before any work, to write over what is no earlier output of the same kind."""
+"""Refuse, before any work, to write over what is no earlier output of the same kind.
+
+Programs that add to the same output take turns (`lock_directory`).
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ernie_train.core.errors import UserError
@@ -93,3 +98,18 @@ def _has_rows(path: Path, keys: Sequence[str]) -> bool:
     except ValueError:
         return False
     return isinstance(row, dict) and set(keys) <= row.keys()
+
+
+@contextmanager
+def lock_directory(path: Path) -> Iterator[None]:
+    """Let one process at a time be in this context for a directory; others wait.
+
+    On a file system without locks, which raises `OSError`, all of them go on.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import safetensors
 from ernie_train.core import consensus, process_group
 from ernie_train.core.errors import ConfigError, WeightsError, storage_errors
 from ernie_train.core.foreign_files import open_regular, read_json
-from ernie_train.io.files import FileDigest, digest_file, sync_path, write_json
+from ernie_train.io.files import FileDigest, digest_file, write_json
+from ernie_train.io.threads import GoOn, in_threads
 
 # dtype name in safetensors -> dtype in numpy
 NUMPY_DTYPES = {
@@ -129,12 +131,18 @@ def array_entries(arrays: Mapping[str, np.ndarray]) -> list[TensorEntry]:
 
 
 def write_tensor_files(
-    directory: Path, stem: str, entries: list[TensorEntry], max_shard_size: int | str = "5GB"
+    directory: Path,
+    stem: str,
+    entries: list[TensorEntry],
+    max_shard_size: int | str = "5GB",
+    *,
+    files_at_once: int = 1,
 ) -> dict[str, FileDigest]:
     """Write `<stem>.safetensors`, or several such files with an index.
 
-    One tensor is in memory at a time. A tensor larger than `max_shard_size` gets its own file.
-    Every rank must call it, with the tensors that it alone writes; rank 0 writes the index.
+    One tensor is in memory at a time; of several `files_at_once` all tensors of these files are. A
+    tensor larger than `max_shard_size` gets its own file. Every rank must call it, with the tensors
+    that it alone writes; rank 0 writes the index.
 
     Returns:
         The digests of this rank's files, by file name.
@@ -153,10 +161,14 @@ def write_tensor_files(
     count, before = len(every), sum(map(len, told[: process_group.rank()]))
     names = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     names = names if count > 1 else [f"{stem}.safetensors"]
-    digests: dict[str, FileDigest] = {}
     with consensus.fail_together():
-        for name, shard in zip(names[before:], shards, strict=False):
-            digests[name] = _write_file(directory / name, shard)
+        own = dict(zip(names[before:], shards, strict=False))
+        files: Iterable[tuple[Path, list[TensorEntry]]] = [(directory / n, own[n]) for n in own]
+        at_once = min(files_at_once, len(own))
+        if at_once > 1:
+            files = ((path, _produced(shard)) for path, shard in files)
+        written = in_threads(lambda file, go_on: _write_file(*file, go_on), files, at_once)
+        digests = dict(zip(own, written, strict=True))
         if count > 1 and process_group.is_main():
             index = directory / f"{stem}.safetensors.index.json"
             write_json(index, _index(dict(zip(names, every, strict=True))))
@@ -183,7 +195,12 @@ def _split(entries: list[TensorEntry], limit: int) -> list[list[TensorEntry]]:
     return shards
 
 
-def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
+def _produced(entries: list[TensorEntry]) -> list[TensorEntry]:
+    """Return entries that any thread may write: what Paddle holds is read in the calling one."""
+    return [replace(entry, produce=partial(np.asarray, entry.produce())) for entry in entries]
+
+
+def _write_file(path: Path, entries: list[TensorEntry], go_on: GoOn) -> FileDigest:
     # Wide numbers first: then every tensor is aligned, as the safetensors library writes them.
     entries = sorted(entries, key=lambda entry: -np.dtype(NUMPY_DTYPES[entry.dtype]).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -208,6 +225,7 @@ def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
         put(len(head).to_bytes(8, "little"))
         put(head)
         for entry in entries:
+            go_on()
             try:
                 array = convert(entry.produce(), entry.dtype)
             except WeightsError as error:
@@ -215,8 +233,9 @@ def _write_file(path: Path, entries: list[TensorEntry]) -> FileDigest:
             if array.shape != entry.shape:
                 raise WeightsError(f"{entry.name}: {array.shape} announced as {entry.shape}")
             put(array.reshape(-1).view(np.uint8).data)
-    if not process_group.is_main():
-        sync_path(path)  # rank 0 may be on another machine and cannot sync it
+        # Not later by rank 0: it may be on another machine, and others are hashed meanwhile.
+        stream.flush()
+        os.fsync(stream.fileno())
     return FileDigest(size, sha.hexdigest())
 
 

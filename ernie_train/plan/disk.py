@@ -16,28 +16,34 @@ from ernie_train.run.stages import AnyStageConfig, UpoConfig
 
 
 def checkpoint_bytes(
-    config: Ernie4_5_MoeConfig, precision: Precision, stage: AnyStageConfig
+    config: Ernie4_5_MoeConfig,
+    precision: Precision,
+    stage: AnyStageConfig,
+    *,
+    optimizer: bool = True,
 ) -> float:
-    """Return the bytes of one checkpoint: what the stage trains, with its optimizer state."""
+    """Return the bytes of one checkpoint: what the stage trains, and the state of its optimizer."""
     part = count_trained(config, stage)
     trained = count_parameters(config) if part is None else part.trained
     count = trained.total
     if isinstance(stage, UpoConfig) and stage.critic is not None:
         count += critic_parameters(config).total
-    return float(count * (precision.width + precision.state_width))
+    return float(count * (precision.width + optimizer * precision.state_width))
 
 
 def run_bytes(recipe: Recipe, config: Ernie4_5_MoeConfig, precision: Precision) -> float:
     """Return the most bytes of checkpoints at a time.
 
-    Each finished stage keeps its own; an earlier one is deleted once the next is whole.
+    Each finished stage keeps its own, without optimizer state from the start of the next one on
+    unless it says otherwise. An earlier checkpoint is deleted once the next is whole.
     """
     most, kept = 0.0, 0.0
     for stage in recipe.stages:
-        size = checkpoint_bytes(config, precision, stage)
-        keeps = stage.checkpoint.keep_last + (stage.checkpoint.best_metric is not None)
-        most = max(most, kept + (keeps + 1) * size)
-        kept += keeps * size
+        settings = stage.checkpoint
+        count = settings.keep_last + (settings.best_metric is not None)
+        most = max(most, kept + (count + 1) * checkpoint_bytes(config, precision, stage))
+        keeps = settings.keep_optimizer
+        kept += count * checkpoint_bytes(config, precision, stage, optimizer=keeps)
     return most
 
 

@@ -187,9 +187,11 @@ def disk_notes(recipe: Recipe, request: PlanRequest, candidate: Candidate) -> li
     config, precision = request.config, request.machine.precision
     largest = max(checkpoint_bytes(config, precision, stage) for stage in recipe.stages)
     most = run_bytes(recipe, config, precision)
+    drops = not all(stage.checkpoint.keep_optimizer for stage in recipe.stages[:-1])
+    earlier = ", of earlier stages without optimizer state" if drops else ""
     lines = [
-        f"checkpoints: {_gb(largest)} GB each; those that are kept (checkpoint.keep_last) and one "
-        f"that is being written take up to {_gb(most)} GB of disk"
+        f"checkpoints: {_gb(largest)} GB each; those that are kept (checkpoint.keep_last){earlier} "
+        f"and one that is being written take up to {_gb(most)} GB of disk"
     ]
     if request.machine.on_gpu:
         states = max(memory.optimizer + memory.critic for memory in candidate.memory)

@@ -24,7 +24,7 @@ from ernie_train.run.foreign_keys import minor_version
 from ernie_train.run.lineage import HashMemory, Lineage, stage_changes, stage_record
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig
-from ernie_train.weights.checkpoint import CheckpointStore
+from ernie_train.weights.checkpoint import WITHOUT_OPTIMIZER, CheckpointStore
 
 CHECKPOINTS = "checkpoints"  # in a stage's directory
 STAGE = "stage.json"  # settings and inputs of a stage that was begun
@@ -134,7 +134,8 @@ class EarlierStarts:
     def _hindrance(self, index: int, before: dict[str, Any]) -> str | None:
         """Return why a stage, trained with the settings `before`, cannot be trained on.
 
-        It needs a checkpoint, and must become longer; an unfinished one at least not shorter.
+        It needs a checkpoint with optimizer state, and must become longer; an unfinished one at
+        least not shorter.
         """
         stage, directory = self.recipe.stages[index], self._directory(index)
         now, old = _lengths(stage.model_dump(mode="json")), _lengths(before)
@@ -142,6 +143,10 @@ class EarlierStarts:
             return (
                 f"has no checkpoint in {directory / CHECKPOINTS} any more to train on from: give "
                 f"another --run-dir, or --from {stage.name} to repeat it"
+            )
+        if not CheckpointStore(directory / CHECKPOINTS).has_optimizer():
+            return (
+                f"{WITHOUT_OPTIMIZER}: give another --run-dir, or --from {stage.name} to repeat it"
             )
         if now.keys() != old.keys():
             return f"was given {', '.join(old)}, not {', '.join(now)}: lengthen it in the same unit"
@@ -221,6 +226,23 @@ def record_stage(directory: Path, stage: AnyStageConfig, lineage: Lineage) -> No
     before = read_result(directory / STAGE) or {}
     kept = {key: before[key] for key in ("extensions",) if key in before}
     write_json(directory / STAGE, {**stage_record(stage, lineage), **kept})
+
+
+def drop_states(recipe: Recipe, run_dir: Path, begun: AnyStageConfig, console: Console) -> None:
+    """Remove the optimizer state of the stages before `begun`, but what `keep_optimizer` keeps.
+
+    Nothing reads it any more: a stage may be trained on only while it is the last one.
+    """
+    for index, stage in enumerate(recipe.stages[: recipe.stages.index(begun)]):
+        if stage.checkpoint.keep_optimizer:
+            continue
+        store = CheckpointStore(run_dir / recipe.stage_directory(index) / CHECKPOINTS)
+        if freed := store.remove_optimizer():
+            console.print(
+                f"stage {stage.name}: its optimizer state, {freed / 1e9:.3g} GB, is removed "
+                "(checkpoint.keep_optimizer)",
+                highlight=False,
+            )
 
 
 def _other_version(run_dir: Path) -> str | None:

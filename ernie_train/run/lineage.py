@@ -22,6 +22,7 @@ from ernie_train.rl.config import UpoConfig, settings_without_effect
 from ernie_train.run.recipe import Recipe
 from ernie_train.run.stages import AnyStageConfig
 from ernie_train.weights.adapters import hash_weights
+from ernie_train.weights.checkpoint import may_change
 from ernie_train.weights.model_directory import find_model
 
 _SETTLED_NS = 50_000_000  # file systems keep times in steps of up to 10 ms
@@ -118,7 +119,8 @@ def hash_files(paths: list[Path], hashes: HashMemory | None = None) -> str:
     """Return one hash of the contents of files and of those in directories, in a fixed order.
 
     Among several paths a directory counts as one, so that no file passes from one path to another
-    unnoticed.
+    unnoticed. Of a checkpoint the optimizer state does not count, nor the manifest, which lists it:
+    it is removed when the checkpoint's run begins its next stage.
     """
     sha256 = hashes.sha256 if hashes is not None else lambda file: digest_file(file).sha256
     parts = [[sha256(file) for file in _files_of(path)] for path in paths]
@@ -144,7 +146,7 @@ def _below(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     for child in directory.iterdir() if real not in above else ():
         if child.is_dir():
             yield from _below(child, (*above, real))
-        elif child.is_file():
+        elif child.is_file() and not may_change(child):
             yield child
 
 

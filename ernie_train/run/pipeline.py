@@ -61,7 +61,13 @@ from ernie_train.run.check import (
     describe_training,
     recipe_warnings,
 )
-from ernie_train.run.earlier import CHECKPOINTS, EarlierStarts, Selection, record_stage
+from ernie_train.run.earlier import (
+    CHECKPOINTS,
+    EarlierStarts,
+    Selection,
+    drop_states,
+    record_stage,
+)
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer
 from ernie_train.run.lineage import HashMemory, Lineage, stage_record
@@ -325,6 +331,7 @@ class Pipeline:
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
         self._load_weights(run.model)
         inputs = consensus.run_on_main(lambda: lineage.of_start(self.weights))
+        consensus.run_on_main(lambda: drop_states(self.recipe, self.run_dir, stage, self.console))
         result = self._train(stage, replace(run, inputs=inputs), prepared)
         record = stage_record(stage, lineage)
         done = StageDone(record["settings"], record["input"], result)

@@ -15,6 +15,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,9 +28,11 @@ from ernie_train.core.config import HARMLESS, StrictConfig
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError, storage_errors
 from ernie_train.core.foreign_files import read_text
 from ernie_train.io.files import (
+    MANIFEST,
     FileDigest,
     recover,
     remove_directory,
+    remove_files,
     verify_manifest,
     write_directory,
     write_text,
@@ -42,11 +45,20 @@ from ernie_train.io.safetensors import (
     parse_size,
     write_tensor_files,
 )
+from ernie_train.io.threads import FILES_AT_ONCE
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.adapters import BASE, load_pairs, saved_parameters, write_part
 from ernie_train.weights.hf import load_config, load_weights
 from ernie_train.weights.saving import write_weights
+from ernie_train.weights.state import merge_state, read_metrics, split_state
 
+STATE = "state.json"
+# Of a stage's optimizer, and of a critic's in a folder of its own.
+_OPTIMIZER = re.compile(r"(?:.+/)?optimizer(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
+WITHOUT_OPTIMIZER = (
+    "cannot be trained on: its optimizer state was removed when the next stage began "
+    "(checkpoint.keep_optimizer)"
+)
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
 _log = logging.getLogger(__name__)
 
@@ -70,6 +82,10 @@ class CheckpointConfig(StrictConfig):
     """The stage hands the best checkpoint on, to the next stage, to evaluation and export, instead
     of its last one. The intervals of checkpoints and validation, which say what is scored, then
     stay as a begun stage has them.
+    """
+    keep_optimizer: Annotated[bool, HARMLESS] = False
+    """Keeps the optimizer state of the stage's checkpoints when the next stage begins; else it is
+    removed, since nothing reads it then, and the stage cannot be trained on any more.
     """
     max_shard_size: Annotated[int | str, HARMLESS] = "5GB"
     """Largest weights file: a number of bytes, or `5GB`."""
@@ -169,7 +185,7 @@ class CheckpointStore:
                 nothing half-written is left.
             ConfigError: `best_metric` is not among the metrics; raised after writing.
         """
-        plain, arrays = _split_state(state)
+        plain, arrays = split_state(state)
         text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
         values = {name: float(value) for name, value in (metrics or {}).items()}
         path = self.path_of(step)
@@ -182,19 +198,20 @@ class CheckpointStore:
 
         def write(directory: Path) -> dict[str, FileDigest]:
             only = saved_parameters(model)
-            digests = write_weights(model, directory, max_shard_size=size, only=only)
+            digests = write_weights(
+                model, directory, max_shard_size=size, only=only, files_at_once=FILES_AT_ONCE
+            )
             digests |= write_part(model, directory)
             for name, own in entries.items():
                 if process_group.any_rank(bool(own)):
                     digests |= _write_arrays(directory, name, own, size)
             with consensus.fail_together():
                 if process_group.is_main():
-                    write_text(directory / "state.json", text + "\n")
+                    write_text(directory / STATE, text + "\n")
             return digests
 
         shown = {name: v if math.isfinite(v) else repr(v) for name, v in values.items()}
-        described = {"step": step, "metrics": shown}
-        write_directory(path, write, info=described, unlisted=[BASE])
+        write_directory(path, write, info={"step": step, "metrics": shown}, unlisted=[BASE])
         consensus.run_on_main(lambda: self._retain(step))
         wanted = self.config.best_metric
         if values and wanted is not None and wanted not in values:
@@ -221,6 +238,24 @@ class CheckpointStore:
         for step in whole:
             if step not in keep:
                 remove_directory(self.path_of(step))
+
+    def remove_optimizer(self) -> int:
+        """Remove the optimizer state from all checkpoints; return how many bytes that frees.
+
+        They can be loaded at every moment, but not trained on afterwards. A checkpoint without a
+        readable manifest stays as it is.
+        """
+        freed = 0
+        for step in self.steps():
+            with suppress(CheckpointError):
+                is_gone = {"optimizer": "removed"}
+                freed += remove_files(self.path_of(step), _OPTIMIZER.fullmatch, is_gone)
+        return freed
+
+    def has_optimizer(self) -> bool:
+        """Return whether no checkpoint has lost its optimizer state by `remove_optimizer`."""
+        manifests = (self._manifest(step) for step in self.steps())
+        return not any(manifest and "optimizer" in manifest for manifest in manifests)
 
     def finish(self, last: int, model: Ernie4_5_MoeForCausalLM) -> Path:
         """Return the checkpoint that the stage hands on after step `last`; `model` becomes it.
@@ -254,7 +289,7 @@ class CheckpointStore:
         scored = []
         for step in self.steps():
             manifest = self._manifest(step) if up_to is None or step <= up_to else None
-            value = _read_metrics(manifest or {"metrics": {}}).get(metric or "", math.nan)
+            value = read_metrics(manifest or {"metrics": {}}).get(metric or "", math.nan)
             if math.isfinite(value):
                 scored.append((sign * value, step))
         return max(scored)[1] if scored else None
@@ -294,25 +329,33 @@ class CheckpointStore:
         path = Path(path)
         manifest = verify_manifest(path, hashes=verify)
         try:
-            text = read_text(path / "state.json")
-            state = json.loads(text)
-            state = _merge_state(state, _tensors(path, "state", manifest["files"]))
+            text = read_text(path / STATE)
+            state = merge_state(json.loads(text), _tensors(path, "state", manifest["files"]))
             optimizer = _tensors(path, "optimizer", manifest["files"])
-            step, metrics = int(manifest["step"]), _read_metrics(manifest)
+            step, metrics = int(manifest["step"]), read_metrics(manifest)
         except (OSError, ValueError, KeyError, TypeError, RecursionError, WeightsError) as error:
             raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
         return Checkpoint(path, step, state, metrics, optimizer)
 
     def load_latest(self) -> Checkpoint | None:
-        """Load the newest checkpoint; None if there is none. Raises on all ranks as `latest` does.
+        """Load the newest checkpoint, to train on from it; None if there is none.
 
         Every rank must call it; rank 0 alone computes the hashes.
+
+        Raises:
+            CheckpointError: on all ranks as `latest` does, or the optimizer state was removed.
         """
-        path = consensus.run_on_main(self.latest)
+        path = consensus.run_on_main(self._latest_to_train_on)
         checkpoint: Checkpoint | None = None
         with consensus.fail_together():
             checkpoint = None if path is None else self.load(path, verify=False)
         return checkpoint
+
+    def _latest_to_train_on(self) -> Path | None:
+        path = self.latest()
+        if path is not None and not self.has_optimizer():
+            raise CheckpointError(f"{path}: the stage {WITHOUT_OPTIMIZER}: --from repeats it")
+        return path
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
         """Return the manifest of a checkpoint whose files have the right sizes, else None."""
@@ -320,6 +363,13 @@ class CheckpointStore:
             return verify_manifest(self.path_of(step), hashes=False)
         except CheckpointError:
             return None
+
+
+def may_change(file: Path) -> bool:
+    """Return whether `remove_optimizer` changes or deletes a file of a checkpoint."""
+    if file.name == MANIFEST:
+        return (file.parent / STATE).exists()
+    return _OPTIMIZER.fullmatch(file.name) is not None
 
 
 def _tensors(path: Path, stem: str, listed: Iterable[str]) -> Mapping[str, np.ndarray]:
@@ -335,46 +385,7 @@ def _write_arrays(
     folder, _, stem = name.rpartition("/")
     with consensus.fail_together(), storage_errors("cannot write", directory):
         (directory / folder).mkdir(exist_ok=True)
-    written = write_tensor_files(directory / folder, stem, entries, size)
+    written = write_tensor_files(
+        directory / folder, stem, entries, size, files_at_once=FILES_AT_ONCE
+    )
     return {str(Path(folder, file)): digest for file, digest in written.items()}
-
-
-# ---- state as JSON and arrays ------------------------------------------------------------------
-
-
-def _split_state(
-    state: Mapping[str, Any], path: str = ""
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Split nested dicts into plain JSON values and the arrays, which get names like "a/b"."""
-    plain: dict[str, Any] = {}
-    arrays: dict[str, np.ndarray] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or "/" in key:
-            raise TypeError(f"{key!r} cannot be a key of a checkpoint's state")
-        if isinstance(value, np.ndarray):
-            arrays[path + key] = value
-        elif isinstance(value, Mapping):
-            plain[key], nested = _split_state(value, f"{path}{key}/")
-            arrays |= nested
-        else:
-            plain[key] = value
-    return plain, arrays
-
-
-def _merge_state(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Insert the arrays into the nested dicts again: undo `_split_state`."""
-    for name, array in arrays.items():
-        *parents, key = name.split("/")
-        place = plain
-        for parent in parents:
-            place = place[parent]
-        place[key] = array
-    return plain
-
-
-def _read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Return a manifest's metrics; NaN and infinities, which JSON lacks, are stored as text."""
-    try:
-        return {name: float(value) for name, value in manifest["metrics"].items()}
-    except TypeError:
-        raise CheckpointError("its metrics are as ernie_train 0.1 wrote them: use that") from None

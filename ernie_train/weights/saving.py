@@ -52,11 +52,13 @@ def write_weights(
     only: set[str] | None = None,
     quantization: Quantization | None = None,
     merge: bool = False,
+    files_at_once: int = 1,
 ) -> dict[str, FileDigest]:
     """Write `model*.safetensors`, `config.json` and the `generation_config.json` that was read.
 
     Every rank must call it and writes the tensors that it owns. Needs memory for the model and one
-    more parameter, to merge a pair for about three of it in float32.
+    more parameter, to merge a pair for about three of it in float32; or for so many files, if
+    `files_at_once` is more than one.
 
     Args:
         model: the model to write.
@@ -66,6 +68,7 @@ def write_weights(
         only: names of the parameters to write; None writes all, and what the model carries.
         quantization: of this model, which is stored in place of the weights that it is of.
         merge: LoRA pairs of a model in training are added to the parameters beside them.
+        files_at_once: files that are hashed and written at a time.
 
     Returns:
         The digests of this rank's files, by file name.
@@ -77,7 +80,9 @@ def write_weights(
     digests: dict[str, FileDigest] = {}
     if only is None or only:
         entries = tensor_entries(model, dtype, only, quantization, merge=merge)
-        digests = write_tensor_files(directory, "model", entries, max_shard_size)
+        digests = write_tensor_files(
+            directory, "model", entries, max_shard_size, files_at_once=files_at_once
+        )
     stored_as = dtype or dtype_name(model.model.embed_tokens.weight)
     with consensus.fail_together():
         if process_group.is_main():

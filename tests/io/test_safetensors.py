@@ -1,6 +1,8 @@
 """Sharded safetensors: the format's own library reads what we write, damage is named."""
 
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,6 +73,48 @@ def test_shards_and_index(tmp_path: Path) -> None:
     read = TensorFiles(tmp_path)
     for name, array in values.items():
         np.testing.assert_array_equal(read[name], array)
+
+
+def test_files_written_at_once_are_those_written_one_by_one(tmp_path: Path) -> None:
+    values = {**arrays(20, 1000), "ids": np.arange(6, dtype=np.int32)}  # eleven files
+    values["turned"] = values["t3"].T
+    digests = []
+    for at_once, directory in ((1, tmp_path / "one"), (4, tmp_path / "four")):
+        directory.mkdir()
+        entries = array_entries(values)
+        digests.append(write_tensor_files(directory, "x", entries, 8000, files_at_once=at_once))
+    assert len(digests[0]) == 12 and digests[0] == digests[1]
+    for name, digest in digests[1].items():
+        assert digest_file(tmp_path / "four" / name) == digest
+        assert (tmp_path / "four" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_tensors_are_read_in_the_calling_thread_shortly_before(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paddle's are: another thread would have another GPU. Only files at work are in memory."""
+    synced, ahead = [], []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(1))
+
+    def produce() -> np.ndarray:
+        assert threading.current_thread() is threading.main_thread()
+        ahead.append(len(ahead) - len(synced))
+        return np.zeros(10, np.float32)
+
+    entries = [TensorEntry(f"t{n}", (10,), "F32", produce) for n in range(12)]
+    write_tensor_files(tmp_path, "x", entries, 40, files_at_once=at_once)
+    assert len(ahead) == 12 and max(ahead) <= at_once - 1
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("bad", range(8))
+def test_one_file_that_cannot_be_written_ends_all(bad: int, at_once: int, tmp_path: Path) -> None:
+    (tmp_path / f"x-{bad + 1:05d}-of-00008.safetensors").mkdir()
+    with pytest.raises(StorageError, match=f"cannot write: Is a directory.*{bad + 1:05d}-of"):
+        write_tensor_files(tmp_path, "x", array_entries(arrays(8)), 4000, files_at_once=at_once)
+    running = [thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    assert not running
 
 
 def test_a_tensor_above_the_limit_gets_its_own_shard(tmp_path: Path) -> None:

@@ -23,14 +23,22 @@ def test_a_checkpoint_has_what_trains_and_its_state() -> None:
     assert count_parameters(config).total == ALL / 14
 
 
-def test_finished_stages_keep_theirs_while_the_last_writes_one_more() -> None:
+def test_finished_stages_keep_weights_while_the_last_writes_one_more() -> None:
     one = {"every_steps": 10, "keep_last": 1}
     first, last = {**SFT, "checkpoint": one}, {**SFT, "name": "longer"}  # keep_last 2
+    whole = {**first, "checkpoint": {**one, "keep_optimizer": True}}
     best = {**last, "name": "best", "checkpoint": {"best_metric": "validation_loss"}}
     best |= {"validation": [{"path": "x"}], "validate_every_steps": 200}
-    for stages, most in (((first,), 2), ((first, last), 1 + 3), ((best,), 4)):
+    weights = 2 / 14
+    for stages, most in (
+        ((first,), 2),
+        ((first, last), weights + 3),
+        ((whole, last), 1 + 3),
+        ((best,), 4),
+        ((best, first), 4),  # the first one's at its end, not its weights and two of the last
+    ):
         of = recipe(*stages)
-        assert run_bytes(of, of.model.build(), BF16) == most * ALL
+        assert run_bytes(of, of.model.build(), BF16) == pytest.approx(most * ALL, rel=1e-12)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
@@ -42,6 +50,7 @@ def test_plan_tells_disk_and_memory(device: str) -> None:
     size = 21.825_436_160 * width
     assert f"checkpoints: {size:.2f} GB each; those that are kept (checkpoint.keep_last)" in told
     assert f"take up to {3 * size:.2f} GB of disk" in told
+    assert "earlier stages" not in told
     assert ("GB of optimizer state are in the memory of each rank's" in told) == (device == "gpu")
 
 
@@ -53,3 +62,14 @@ def test_plan_tells_the_memory_of_the_proof_of_an_export() -> None:
     alone, eight = (PlanSettings(ranks=n, memory_gb=1e3) for n in (1, 8))
     assert line in printed(of, alone)
     assert "proved in float32" not in printed(of, eight) + printed(bare, alone)
+
+
+def test_plan_says_that_earlier_stages_keep_weights_alone() -> None:
+    last = {**SFT, "name": "longer"}
+    settings = PlanSettings(ranks=8, memory_gb=1e3)
+    for keeps in (False, True):
+        first = {**SFT, "checkpoint": {"keep_optimizer": keeps}}
+        told = printed(recipe(first, last), settings)
+        assert (", of earlier stages without optimizer state and one that is" in told) != keeps
+        kept = 2 * ALL if keeps else 2 * ALL / 7
+        assert f"take up to {(kept + 3 * ALL) / 1e9:.2f} GB of disk" in told

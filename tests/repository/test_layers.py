@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files autograd signals processes blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
-    "io": "files shipped outputs healthy python_files loggers metrics_log run_dir block_file"
+    "io": "threads files shipped outputs healthy python_files loggers metrics_log run_dir block_file"
     " safetensors",
     "kernels": "compiled compiled_steps loading packed call rows experts attention logprobs blocks",
     "losses": "advantages balance cross_entropy policy preference logprobs",
@@ -46,7 +46,7 @@ PACKAGES: dict[str, str] = {
     " episodes",
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout quantize peft_config adapters hf saving gguf_file gguf_tokenizer llama"
-    " upcycle convert checkpoint model_directory",
+    " upcycle convert state checkpoint model_directory",
     "weights.quantize": "scheme gptq calibration stored",
     "generate": "sampler device_sampler prompt_experts paddle_decoder lanes engine sharded engines",
     "generate.engines": "config protocol own answer endpoint guard process servers served build",
@@ -83,7 +83,7 @@ INDEPENDENT = {
 WITHOUT_PADDLE = {
     "core.errors", "core.terminal", "core.foreign_files", "core.yaml", "core.config",
     "core.processes", "core.worker_pool", "core.barrier", "core.signals",
-    "core.cpu", "core.blas", "io.files", "io.python_files", "io.loggers",
+    "core.cpu", "core.blas", "io.threads", "io.files", "io.python_files", "io.loggers",
     "launch", "data", "rewards", "environments", "report",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"core.process_group", "parallel"}

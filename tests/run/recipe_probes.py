@@ -27,6 +27,11 @@ BEST = {
     **VALIDATION, "@steps": 3, "@optim.lr": 0.02, "@checkpoint.best_metric": "validation_loss",
     "@checkpoint.best_is": "higher",
 }  # fmt: skip
+ONE_STEP = {
+    "kind": "sft", "data": [{"path": "{root}/train.jsonl", "max_examples": 12}], "seq_len": 64,
+    "steps": 1, "micro_batch_size": 1, "optim": {"lr": 3e-3},
+}  # fmt: skip
+TWO_STAGES = {"stages": [{**ONE_STEP, "name": name} for name in ("s", "t")]}
 GATED = {"@gate": {"metric": "eval/math", "at_least": 0.5}}
 PHASES = [
     {"rope_theta": 1e6, "seq_len": 32, "steps": 1},
@@ -187,6 +192,9 @@ PROBES: dict[str, Probe] = {
     "stages[].checkpoint.best_is": Probe("sft", {"@checkpoint.best_is": "lower"}, BEST),
     "stages[].checkpoint.load_best_at_end": Probe(
         "sft", {"@checkpoint.load_best_at_end": True}, BEST
+    ),
+    "stages[].checkpoint.keep_optimizer": Probe(
+        "sft", {"@checkpoint.keep_optimizer": True}, TWO_STAGES
     ),
     "stages[].checkpoint.max_shard_size": Probe("sft", {"@checkpoint.max_shard_size": "50KB"}),
     "stages[].max_bad_fraction": Probe(

@@ -23,6 +23,7 @@ from ernie_train.run.lineage import (
     stage_record,
 )
 from ernie_train.run.stages import AnyStageConfig
+from tests.weights.checkpoints import make_store, save
 
 
 def sha256(text: str) -> str:
@@ -60,6 +61,25 @@ def test_the_hash_covers_what_lies_behind_links(tmp_path: Path) -> None:
     (tmp_path / "d" / "shard").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "d" / "circle").symlink_to(tmp_path / "d")
     assert hash_files([tmp_path / "d"]) == sha256(sha256("1"))
+
+
+def test_the_hash_of_a_checkpoint_is_that_of_what_stays(tmp_path: Path) -> None:
+    """Its run removes the optimizer state, while another run has begun from its weights."""
+    store = make_store(tmp_path)
+    paths = [tmp_path / "step_000010"]
+    save(store, 10)
+    before = hash_files(paths), hash_files([tmp_path])
+    assert store.remove_optimizer() > 0
+    assert (hash_files(paths), hash_files([tmp_path])) == before
+    config = paths[0] / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert hash_files(paths) != before[0]
+
+
+def test_a_manifest_elsewhere_counts(tmp_path: Path) -> None:
+    for text in ("1", "2"):
+        (tmp_path / "MANIFEST.json").write_text(text)
+        assert hash_files([tmp_path]) == sha256(sha256(text))
 
 
 def test_the_hash_of_a_pattern_is_that_of_its_files(tmp_path: Path) -> None:

@@ -116,6 +116,71 @@ def test_a_later_stage_needs_the_last_finished_one_alone(root):
     assert final_files(cut, "03-three") == final_files(root / "whole", "03-three")
 
 
+# ---- optimizer state of earlier stages -----------------------------------------------------------
+
+
+def states_of(directory: Path, stage_name: str) -> list[str]:
+    return sorted(p.parent.name for p in (directory / stage_name).rglob("optimizer.safetensors"))
+
+
+def test_optimizer_state_goes_when_the_next_stage_begins(root, capsys):
+    often = {"every_steps": 1, "keep_last": 5}
+    kept = {"keep_optimizer": True}
+    stages = [
+        stage(root, "one", checkpoint=often),
+        stage(root, "two", checkpoint=kept),
+        stage(root, "three"),
+    ]
+    recipe, directory = write_recipe(root, "states", stages), root / "states"
+    assert run("run", recipe, "--run-dir", directory, "--until", "one") == 0
+    assert states_of(directory, "01-one") == ["step_000001", "step_000002"]
+    assert run("run", recipe, "--run-dir", directory, "--until", "two") == 0
+    told = capsys.readouterr().out
+    assert states_of(directory, "01-one") == [] and "stage one: its optimizer state, " in told
+    assert len(list((directory / "01-one").rglob("model.safetensors"))) == 2
+    assert run("run", recipe, "--run-dir", directory) == 0
+    assert "its optimizer state" not in capsys.readouterr().out
+    assert states_of(directory, "02-two") == states_of(directory, "03-three") == ["step_000002"]
+    before = final_files(directory, "03-three")
+    assert run("run", recipe, "--run-dir", directory, "--from", "two") == 0
+    assert states_of(directory, "02-two") == ["step_000002"]
+    assert final_files(directory, "03-three") == before
+
+
+def test_a_stage_without_optimizer_state_is_not_trained_on(root, capsys):
+    stages, directory = [stage(root, "one"), stage(root, "two")], root / "without"
+    recipe = write_recipe(root, "without", stages)
+    assert run("run", recipe, "--run-dir", directory) == 0
+    done = (directory / "01-one/DONE").read_bytes()
+    (directory / "02-two").rename(directory / "02-two.before-1")
+    longer = write_recipe(root, "longer", [stage(root, "one", steps=4)])
+    capsys.readouterr()
+    assert run("run", longer, "--run-dir", directory, "--extend") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--extend: stage one cannot be trained on: its optimizer state was removed" in told
+    assert "checkpoint.keep_optimizer" in told and "--from one to repeat it" in told
+    assert (directory / "01-one/DONE").read_bytes() == done
+    assert run("run", longer, "--run-dir", directory) == 2
+    assert "--extend" not in capsys.readouterr().err
+    (directory / "01-one/DONE").unlink()
+    assert run("run", recipe, "--run-dir", directory) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the stage cannot be trained on: its optimizer state was removed" in told
+    assert "--from repeats it" in told
+    assert run("run", recipe, "--run-dir", directory, "--from", "one") == 0
+
+
+def test_a_run_that_began_from_a_stage_goes_on_after_its_state_is_gone(root):
+    stages, source = [stage(root, "one"), stage(root, "two")], root / "giving"
+    assert run("run", write_recipe(root, "giving", stages[:1]), "--run-dir", source) == 0
+    taken = {"path": str(source / "01-one/checkpoints/step_000002")}
+    recipe = write_recipe(root, "taking", stages, model=taken)
+    assert run("run", recipe, "--run-dir", root / "taking", "--until", "one") == 0
+    assert run("run", write_recipe(root, "giving", stages), "--run-dir", source) == 0
+    assert states_of(source, "01-one") == []
+    assert run("run", recipe, "--run-dir", root / "taking") == 0
+
+
 def test_an_emptied_export_is_made_again_and_starts_are_recorded(root, capsys):
     recipe = write_recipe(root, "exported", [stage(root, "sft")], export={"dtype": "float32"})
     directory = root / "exported"

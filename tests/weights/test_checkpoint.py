@@ -15,15 +15,15 @@ from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError
 from ernie_train.io.files import write_directory
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.sources import tokenizer_directory
-from ernie_train.weights.checkpoint import (
-    CheckpointConfig,
-)
+from ernie_train.weights.checkpoint import CheckpointConfig, CheckpointStore
 from ernie_train.weights.model_directory import ModelDirectory, find_model
 from tests.weights.checkpoints import (
     check,
     make_model,
     make_store,
+    moments,
     save,
+    weights,
 )
 from tests.weights.test_checkpoint_damage import damage_bit
 
@@ -208,6 +208,65 @@ def test_a_damaged_newer_one_does_not_push_out_good_ones(tmp_path: Path) -> None
     assert store.steps() == [15, 20]
     assert store.latest() == store.path_of(15)
     check(store, save(store, 20), 20)
+    assert store.latest() == store.path_of(20)
+
+
+# ---- without optimizer state -------------------------------------------------------------------
+
+
+def save_with_critic(store: CheckpointStore, step: int) -> Path:
+    model = make_model(step)
+    arrays = {"value_head.weight": np.full((3, 1), step, np.float32)}
+    parts = {"critic/model": arrays, "critic/optimizer": {f"m/{n}": a for n, a in arrays.items()}}
+    return store.save(
+        step, model=model, optimizer=moments(model), state={"seen": step * 10}, parts=parts
+    )
+
+
+def of_optimizer(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("optimizer*"))
+
+
+def test_weights_state_and_critic_stay_when_optimizer_state_goes(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    for step in (10, 20):
+        save_with_critic(store, step)
+    gone = of_optimizer(tmp_path)
+    assert len(gone) > 6 and any(path.parent.name == "critic" for path in gone)
+    size = sum(path.stat().st_size for path in gone)
+    kept = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file() and p not in gone}
+    assert store.has_optimizer()
+    assert store.remove_optimizer() == size
+    assert not store.has_optimizer() and not of_optimizer(tmp_path)
+    assert {p: p.read_bytes() for p in kept if p.name != "MANIFEST.json"} == {
+        p: content for p, content in kept.items() if p.name != "MANIFEST.json"
+    }
+    for step in (10, 20):
+        saved = store.load(store.path_of(step))
+        assert (saved.step, saved.state, saved.optimizer) == (step, {"seen": step * 10}, {})
+        assert saved.part("critic/model")["value_head.weight"][0, 0] == step
+        model = make_model(99)
+        saved.load_model(model)
+        for name, array in weights(make_model(step)).items():
+            np.testing.assert_array_equal(weights(model)[name], array)
+    assert store.latest() == store.path_of(20)
+    with pytest.raises(CheckpointError, match=r"step_000020.*optimizer state was removed when"):
+        store.load_latest()
+    assert store.remove_optimizer() == 0
+
+
+@pytest.mark.parametrize("damage", ["manifest", "optimizer"])
+def test_a_damaged_checkpoint_keeps_no_other_from_losing_its_state(
+    damage: str, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    for step in (10, 20):
+        save(store, step)
+    pattern = {"manifest": "MANIFEST.json", "optimizer": "optimizer-*"}[damage]
+    next((tmp_path / "step_000010").glob(pattern)).unlink()
+    assert store.remove_optimizer() > 0
+    assert not of_optimizer(tmp_path / "step_000020")
+    assert bool(of_optimizer(tmp_path / "step_000010")) == (damage == "manifest")
     assert store.latest() == store.path_of(20)
 
 

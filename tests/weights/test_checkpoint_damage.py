@@ -5,17 +5,22 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 
 from ernie_train.core.errors import CheckpointError, StorageError
-from tests.weights.checkpoints import check, make_store, save
+from tests.weights.checkpoints import check, make_model, make_store, save, weights
+
+NORM = "model.norm.weight"
 
 # ---- damage ------------------------------------------------------------------------------------
 
@@ -186,6 +191,33 @@ def test_unwritable_directory(tmp_path: Path) -> None:
         save(make_store(Path("/proc/checkpoints")), 1)
 
 
+def test_ctrl_c_while_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All threads end before their directory is deleted; the earlier checkpoint stays."""
+    store = make_store(tmp_path)
+    save(store, 1)
+    real, pressed, is_there = os.fsync, threading.Lock(), []
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if threading.current_thread() is not threading.main_thread():
+            if pressed.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            is_there.append((tmp_path / "step_000002.tmp").exists())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    time.sleep(0.3)  # for threads that nobody waited for
+    assert is_there and all(is_there)
+    check(store, store.path_of(1), 1)
+
+
 # ---- kill -9 -----------------------------------------------------------------------------------
 
 
@@ -236,3 +268,49 @@ def test_kill_while_saving(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_kills_while_saving(tmp_path: Path) -> None:
     kill_while_saving(tmp_path, 30)
+
+
+def test_a_kill_while_optimizer_state_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each call that changes the disk; checkpoints load after it, and the next call ends it."""
+
+    class Killed(BaseException):
+        """Stands for the end of the process: nothing after it runs."""
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    kills, stop_at = 0, 0
+    while kills == stop_at:
+        calls, stop_at = 0, stop_at + 1
+        store = make_store(tmp_path / str(stop_at))
+        for step in (1, 2):
+            save(store, step)
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "replace"), (Path, "unlink"), (os, "fsync")):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            try:
+                store.remove_optimizer()
+            except Killed:
+                kills += 1
+        for step in (1, 2):
+            path = store.path_of(step)
+            saved = store.load(path)
+            if saved.optimizer:
+                check(store, path, step)
+            else:
+                model = make_model(99)
+                saved.load_model(model)
+                assert saved.state == {"seen": step * 10}
+                np.testing.assert_array_equal(weights(model)[NORM], weights(make_model(step))[NORM])
+        store.remove_optimizer()
+        assert not list(store.directory.rglob("optimizer*")) and not store.has_optimizer()
+    assert kills > 10
