@@ -242,7 +242,7 @@ class Trainer(Generic[ModelT, BatchT]):
 
 def _passes(micro_batches: Sequence[BatchT]) -> list[BatchT | None]:
     """Return this rank's micro-batches; a last None where other ranks have one more."""
-    own = list(process_group.shard(micro_batches))
+    own: list[BatchT | None] = list(process_group.shard(micro_batches))
     most = -(-len(micro_batches) // process_group.world_size())
     return own if len(own) == most else [*own, None]
 
