@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ernie_train"
 PACKAGES: dict[str, str] = {
     "core": "errors terminal foreign_files autograd signals processes blas cpu devices environment"
     " barrier worker_pool yaml config process_group consensus",
-    "io": "threads files shipped outputs healthy python_files loggers metrics_log run_dir block_file"
-    " safetensors",
+    "io": "threads files shipped outputs healthy python_files loggers metrics_log run_dir"
+    " block_file safetensors",
     "kernels": "compiled compiled_steps loading packed call rows experts attention logprobs blocks",
     "losses": "advantages balance cross_entropy policy preference logprobs",
     "model": "foreign_keys configuration dtypes batch_layout rope layers kv_cache"
