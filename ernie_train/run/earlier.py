@@ -8,12 +8,14 @@ weights, moments and place in the data.
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ernie_train.core import process_group
 from ernie_train.core.cpu import __version__
 from ernie_train.core.errors import CheckpointError, ConfigError, storage_errors
 from ernie_train.core.foreign_files import read_json
@@ -276,3 +278,24 @@ def _rename(path: Path) -> Path:
     while (aside := path.with_name(f"{path.name}.before-{number}")).exists():
         number += 1
     return path.rename(aside)
+
+
+def change_of_kernels(before: dict[str, Any] | None, computed_by: str) -> str | None:
+    """Return a warning where a run goes on by other kernels than its last start's."""
+    last = (before or {}).get("kernels", computed_by)
+    if last.partition(":")[0] == computed_by.partition(":")[0]:
+        return None
+    return (
+        f"warning: this start computes by {computed_by}, the last one by {last}: figures differ "
+        "by rounding"
+    )
+
+
+def with_history(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return an environment with the code's version at each start of the run, the last one now."""
+    facts = {"ernie_train": now["ernie_train"], "code": now["code"]}
+    start = {"unix_s": time.time(), "ranks": process_group.world_size(), **facts}
+    earlier: list[Any] = []
+    if before is not None:  # version 0.2.0 recorded the last start alone
+        earlier = before.get("starts") or [{name: before.get(name) for name in facts}]
+    return {**now, "starts": [*earlier, start]}

@@ -12,7 +12,6 @@ models. Steps that can fail on one rank only run in `consensus.fail_together`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, replace
@@ -65,8 +64,10 @@ from ernie_train.run.earlier import (
     CHECKPOINTS,
     EarlierStarts,
     Selection,
+    change_of_kernels,
     drop_states,
     record_stage,
+    with_history,
 )
 from ernie_train.run.export import require_change
 from ernie_train.run.finalize import EVALUATION, Finalizer
@@ -298,7 +299,7 @@ class Pipeline:
             before = read_result(path)
             if changed := change_of_kernels(before, computed_by):
                 self.console.print(changed, style="yellow", highlight=False)
-            write_json(path, _with_history({**now, "kernels": computed_by}, before))
+            write_json(path, with_history({**now, "kernels": computed_by}, before))
             write_text(self.run_dir / RECIPE, recipe)
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
 
@@ -383,24 +384,3 @@ class Pipeline:
             with consensus.fail_together():
                 store.load(self.weights, verify=main).load_model(model)
             self.loaded = self.weights
-
-
-def change_of_kernels(before: dict[str, Any] | None, computed_by: str) -> str | None:
-    """Return a warning where a run goes on by other kernels than its last start's."""
-    last = (before or {}).get("kernels", computed_by)
-    if last.partition(":")[0] == computed_by.partition(":")[0]:
-        return None
-    return (
-        f"warning: this start computes by {computed_by}, the last one by {last}: figures differ "
-        "by rounding"
-    )
-
-
-def _with_history(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return an environment with the code's version at each start of the run, the last one now."""
-    facts = {"ernie_train": now["ernie_train"], "code": now["code"]}
-    start = {"unix_s": time.time(), "ranks": process_group.world_size(), **facts}
-    earlier: list[Any] = []
-    if before is not None:  # version 0.2.0 recorded the last start alone
-        earlier = before.get("starts") or [{name: before.get(name) for name in facts}]
-    return {**now, "starts": [*earlier, start]}

@@ -16,7 +16,7 @@ from numba.core.dispatcher import Dispatcher
 from ernie_train import kernels
 from ernie_train.core.errors import UserError
 from ernie_train.kernels import compiled, compiled_steps, loading
-from ernie_train.run.pipeline import change_of_kernels
+from ernie_train.run.earlier import change_of_kernels
 from tests.kernels.cases import CASES, leaves, run
 
 
