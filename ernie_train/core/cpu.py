@@ -43,7 +43,7 @@ from ernie_train.core import blas
 if TYPE_CHECKING:  # it imports 5 ms of other modules
     from importlib.abc import Loader
 
-__version__ = "0.3.0.dev0"
+__version__ = "0.3.0"
 
 
 # Lists the variables that an ernie_train process set, so that the processes it starts can tell
