@@ -289,7 +289,7 @@ def test_the_command(
         (source, source): "not written by this program",
         (tmp_path / "none", tmp_path / "new"): "no such file or directory",
         (source, tmp_path / "new", "--experts", 4): "--experts and --top-k go together",
-        (source, tmp_path / "new", "--shared", 1): "need --experts",
+        (source, tmp_path / "new", "--shared", 1): "--shared needs --experts",
         (source, tmp_path / "new", "--dtype", "int8"): "dtype must be one of",
     }.items():
         assert command(*arguments) == 2, arguments

@@ -103,6 +103,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, stage: Path) -> None:
 def whole(workspace: Path) -> Path:
     """SFT by DoRA with dropout, then DPO by LoRA, and the export."""
     stages = sft(workspace, lora=DORA), dpo(workspace, lora={"rank": 2, "targets": "q_proj"})
+    stages[0]["checkpoint"] = {**stages[0].get("checkpoint", {}), "keep_optimizer": True}
     path = recipe(workspace, workspace / "two.yaml", *stages, export={"dtype": "float32"})
     assert run("run", path, "--run-dir", workspace / "two") == 0
     return workspace / "two"

@@ -12,6 +12,7 @@ import pytest
 import ernie_train
 from ernie_train.data import encode_conversation, load_tokenizer, read_records
 from ernie_train.eval import evaluation
+from ernie_train.eval import problems as eval_problems
 from ernie_train.eval.evaluation import Evaluation, TaskResult
 from ernie_train.rewards.verifiers import tool_call
 from ernie_train.run.import_model import import_model
@@ -168,7 +169,7 @@ def test_only_completions_that_are_right_are_counted(monkeypatch: pytest.MonkeyP
     """Of three, one cannot be scored: the accuracy of the others is 1/2, one of three is solved."""
     samples = [{"status": status} for status in ("correct", "wrong", "timeout")]
     found = Evaluation([TaskResult("d", "t", 3, 0.5, 1 / 3, None, 0.0, {"timeout": 1})], samples)
-    monkeypatch.setattr(evaluation, "load_problems", lambda path: [None] * 3)
+    monkeypatch.setattr(eval_problems, "load_problems", lambda path: [None] * 3)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: found)
     side = object.__new__(FineTune)
     side.model, side.tokenizer = SimpleNamespace(eval=bool, train=bool), None
