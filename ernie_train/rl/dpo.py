@@ -245,11 +245,12 @@ def first_epoch(
     config: DpoConfig, pairs: Sequence[TokenizedPair], seed: int
 ) -> list[list[TokenizedCompletion]]:
     """Return the completions of each step of the first epoch; its last step may be smaller."""
-    source, found = OfflinePairSource(pairs, config.pairs_per_step, seed), []
-    for first in range(0, len(pairs), config.pairs_per_step):
-        taken = source.take(len(found) + 1)[: len(pairs) - first]
-        found.append([completion for pair in taken for completion in pair.completions])
-    return found
+    per_step, size = config.pairs_per_step, len(pairs)
+    source = OfflinePairSource(pairs, per_step, seed)
+    return [
+        [c for pair in source.take(1 + first // per_step)[: size - first] for c in pair.completions]
+        for first in range(0, size, per_step)
+    ]
 
 
 def hash_blocks(blocks: Sequence[Block]) -> str:
