@@ -242,7 +242,7 @@ def drop_states(recipe: Recipe, run_dir: Path, begun: AnyStageConfig, console: C
         if freed := store.remove_optimizer():
             console.print(
                 f"stage {stage.name}: its optimizer state, {freed / 1e9:.3g} GB, is removed "
-                "(checkpoint.keep_optimizer)",
+                "(checkpoint.keep_optimizer: true keeps it)",
                 highlight=False,
             )
 
