@@ -225,7 +225,7 @@ def test_held_out_problems_are_solved_by_the_server_as_by_our_own_sampler(
     directory = tmp_path / "served"
     assert run_with(workspace, directory, {"kind": "vllm", "url": server.url}, **changes) == 0
     problems = load_problems(workspace / "test.jsonl")
-    assert server.counts["/v1/completions"] == 3 * 16 + len(problems) + 2 * 16  # and two probes
+    assert server.counts["/v1/completions"] == 3 * 4 + len(problems) + 2 * 16  # and two probes
     model = load_pretrained(directory / "01-rl/checkpoints/step_000001")
     tokenizer = load_tokenizer(workspace / "tokenizer")
     own = evaluate(model, tokenizer, problems, EvalConfig(max_new_tokens=6))
