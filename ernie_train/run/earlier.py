@@ -230,7 +230,9 @@ def record_stage(directory: Path, stage: AnyStageConfig, lineage: Lineage) -> No
     write_json(directory / STAGE, {**stage_record(stage, lineage), **kept})
 
 
-def drop_states(recipe: Recipe, run_dir: Path, begun: AnyStageConfig, console: Console) -> None:
+def remove_optimizer_states(
+    recipe: Recipe, run_dir: Path, begun: AnyStageConfig, console: Console
+) -> None:
     """Remove the optimizer state of the stages before `begun`, but what `keep_optimizer` keeps.
 
     Nothing reads it any more: a stage may be trained on only while it is the last one.

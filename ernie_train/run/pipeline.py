@@ -65,8 +65,8 @@ from ernie_train.run.earlier import (
     EarlierStarts,
     Selection,
     change_of_kernels,
-    drop_states,
     record_stage,
+    remove_optimizer_states,
     with_history,
 )
 from ernie_train.run.export import require_change
@@ -332,7 +332,9 @@ class Pipeline:
                 write_json(run.directory / "data_report.json", prepared.report.to_dict())
         self._load_weights(run.model)
         inputs = consensus.run_on_main(lambda: lineage.of_start(self.weights))
-        consensus.run_on_main(lambda: drop_states(self.recipe, self.run_dir, stage, self.console))
+        consensus.run_on_main(
+            lambda: remove_optimizer_states(self.recipe, self.run_dir, stage, self.console)
+        )
         result = self._train(stage, replace(run, inputs=inputs), prepared)
         record = stage_record(stage, lineage)
         done = StageDone(record["settings"], record["input"], result)

@@ -15,26 +15,11 @@ from ernie_train.core.process_group import Grid
 from ernie_train.generate.sharded import generate_sharded
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.parallel import Lockstep
+from tests.parallel.meetings import meetings_of
 from tests.small_models import make_config
 
 PROMPTS = [[5, 6, 7 + at] for at in range(6)]
 LONG = 40
-
-
-def meetings_of(work: Callable[[], object]) -> int:
-    """The collectives that some work takes."""
-    meetings = 0
-    ready = process_group.sync
-
-    def counted() -> None:
-        nonlocal meetings
-        meetings += 1
-        ready()
-
-    process_group.sync = counted
-    work()
-    process_group.sync = ready
-    return meetings
 
 
 def new_model() -> Ernie4_5_MoeForCausalLM:

@@ -9,25 +9,15 @@ from ernie_train.core.errors import Interrupted
 from ernie_train.core.process_group import Grid
 from ernie_train.generate.sharded import generate_sharded
 from ernie_train.parallel import Lockstep
+from tests.parallel.meetings import meetings_of
 from tests.small_models import make_model
 
 
-def meetings_of(passes: int) -> int:
-    """How often ranks meet while this one makes some passes."""
-    met = 0
-    ready = process_group.sync
-
-    def counted() -> None:
-        nonlocal met
-        met += 1
-        ready()
-
-    process_group.sync = counted
+def run_passes(number: int) -> None:
+    """Make some passes without a model."""
     with Lockstep(None) as lockstep:
-        for _ in range(passes):
+        for _ in range(number):
             assert not lockstep.next_pass()
-    process_group.sync = ready
-    return met
 
 
 def generated(stop_on: int | None) -> list[list[int]] | None:
@@ -51,7 +41,7 @@ def generated(stop_on: int | None) -> list[list[int]] | None:
 
 if __name__ == "__main__":
     process_group.set_grid(Grid(data=process_group.world_size()))
-    assert meetings_of(20 * (1 + process_group.rank())) == 1
+    assert meetings_of(lambda: run_passes(20 * (1 + process_group.rank()))) == 1
     assert [len(ids) for ids in generated(None) or []] == [9] * 5
     for rank in range(process_group.world_size()):
         assert generated(rank) is None
