@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -90,7 +91,8 @@ class Learner:
         trained = rollout.trained(every_group=self.config.learns_from_every_group)
         batch = _assemble(rollout, trained, pairs)
         batch = replace(batch, share_prompts=self.config.share_prompts)
-        measured, others = self._scored(batch)
+        by_policy, kl = self.config.policy.coef > 0, self.config.policy.kl
+        measured, others = self._scored(batch, trained=by_policy)
         metrics: dict[str, float] = {}
         if rollout.groups:
             batch, metrics = self._with_old_logprobs(batch, rollout, measured, others)
@@ -98,7 +100,8 @@ class Learner:
             # Those of offline pairs are computed in each iteration, though they do not change: the
             # last bit of a logprob depends on what shares its micro-batch, and an iteration must
             # not depend on earlier ones.
-            places = sorted([*measured, *others])
+            at_reference = self._scored(batch, trained=by_policy and kl is not None and kl.coef > 0)
+            places = sorted(itertools.chain(*at_reference))
             with adapter_off(self.reference):
                 reference = sequence_logprobs(
                     self.reference,
@@ -121,12 +124,12 @@ class Learner:
                 metrics |= more
         return batch, metrics
 
-    def _scored(self, batch: RolloutBatch) -> tuple[list[int], list[int]]:
-        """Return what metrics are means over, and what is learnt from or compared beside it."""
+    def _scored(self, batch: RolloutBatch, *, trained: bool) -> tuple[list[int], list[int]]:
+        """Return what metrics are means over; and what is compared beside it, or `trained` on."""
         count, most = batch.num_in_groups, self.config.measured_completions
         measured = list(range(0, count, -(-count // (most or count)) if count else 1))
         used = {at for pair in batch.pairs for at in pair}
-        if self.config.policy.coef:
+        if trained:
             used |= {at for at in range(count) if batch.is_trained(at)}
         return measured, sorted(used.difference(measured))
 

@@ -52,6 +52,7 @@ GRID: dict[str, dict[str, Any]] = {
         "measured_completions": 4, "preference": {**BOTH, "margin": 0.2},
         "policy": {"kl": {"coef": 0.2}},
     },
+    "measured without KL": {"measured_completions": 4, "preference": ONLINE},
     "pairs of sums": {"preference": {**ONLINE, "length_normalize": False, "rpo_alpha": 0.2}},
     "pairs alone": {"policy": {"coef": 0.0}, "preference": BOTH},
     "critic": {"critic": RL_CRITIC, "policy": {"update_epochs": 3}},
@@ -142,6 +143,22 @@ def test_completions_that_teach_nothing_pass_no_model_but_for_a_sample(
     assert few_counts == [4, 9, 13] * 2  # by the policy the sample, then the others
     near(sampled.weights["head"], everything.weights["head"], "head")
     assert sampled.lines[0]["entropy"] != everything.lines[0]["entropy"]
+
+
+def test_without_kl_only_the_sample_and_pairs_pass_the_reference(referee, tmp_path, monkeypatch):
+    """Of 20 completions a sample of 4 and 11 that train are 13; that sample and 4 pairs are 10."""
+    name, original = "measured without KL", learner.sequence_logprobs
+    by_policy: list[int] = []
+    by_reference: list[int] = []
+
+    def counted(model: Any, sequences: Any, **options: Any) -> Any:
+        (by_policy if options.get("with_entropy") else by_reference).append(len(sequences))
+        return original(model, sequences, **options)
+
+    monkeypatch.setattr(learner, "sequence_logprobs", counted)
+    ours, rollouts = referee(name)
+    agree(ours, observed(toy_config(**GRID[name]), rollouts, tmp_path, monkeypatch))
+    assert (by_policy, by_reference) == ([4, 9] * 2, [10] * 2)
 
 
 def test_the_grid_has_ratios_that_are_truncated_and_a_setting_without(referee):

@@ -6,6 +6,7 @@ with what the verifier accepts of the start's own completions of RL's prompts.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,15 +42,17 @@ def fresh_problems(out: Path, recipe: str, *, rows: float) -> dict[str, dict[str
     """Draw a seed nobody has seen; make test problems of it, of trained levels and beyond.
 
     They are `rows` times as many as those of data/test and data/hard. The seed comes from the
-    operating system, once, and stays in `test_seed.json`. The hash of a problem decides its split,
-    so none of them is in a training row.
+    operating system, once, and stays in `test_seed.json`, which kept results bring along. The hash
+    of a problem decides its split, so none of them is in a training row.
     """
-    file = out / TEST_SEED
+    file, made = out / TEST_SEED, out / "problems" / "MADE"
     if not file.exists():
-        seed = secrets.randbelow(2**31)
+        write_json(file, {"seed": secrets.randbelow(2**31)})
+    if not made.exists():
+        seed = json.loads(file.read_text("utf-8"))["seed"]
         options = ["--out", str(out / "problems"), "--seed", str(seed)]
         make_data.main([*options, "--splits", *FRESH_SPLITS, "--rows", str(rows)])
-        write_json(file, {"seed": seed})
+        made.touch()
     return {}
 
 

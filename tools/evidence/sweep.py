@@ -13,7 +13,8 @@ test problems, is made after that choice.
 A finished run leaves `result.json` in its directory and is not repeated, an interrupted one
 continues, so a sweep may be stopped and started again at any time. Results of other settings are
 refused, never mixed. `--with` takes the results.json of other seeds, as other machines made them,
-into the tables.
+into the tables; `--keep` adds seeds to those that a directory holds of earlier days, which are not
+repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from pydantic import model_validator
 
 from ernie_train.core.config import StrictConfig, apply_overrides, load_yaml, parse_config
 from ernie_train.core.errors import ErnieTrainError
-from tools.evidence import prepare
+from tools.evidence import kept, prepare
+from tools.evidence.kept import SETTINGS, Result, Task
 from tools.evidence.plots import Comparison, Curves
 from tools.evidence.runs import (
     ROOT,
@@ -44,10 +46,7 @@ from tools.evidence.runs import (
 from tools.evidence.tables import Table, costs, insert
 
 SWEEPS = Path(__file__).resolve().parent / "sweeps"
-RESULT, SETTINGS = "result.json", "settings.json"
-
-Result = dict[str, Any]
-Task = tuple[str, int]  # arm, seed
+RESULT = "result.json"
 
 
 class Step(StrictConfig):
@@ -313,26 +312,6 @@ def measured(run_dir: Path, step: Step, name: str = "figures.json") -> Result:
     return figures
 
 
-def join_results(own: Sequence[Result], files: Sequence[Path], out: Path) -> list[Result]:
-    """Return the results of the sweep in `out` and those of other results.json.
-
-    Ends the program if what all runs share differs, by the settings.json beside each file, or if an
-    arm has a seed twice.
-    """
-    found = list(own)
-    for file in files:
-        if file.with_name(SETTINGS).read_bytes() != (out / SETTINGS).read_bytes():
-            sys.exit(f"{file} holds results with other settings: compare {file.parent}/{SETTINGS}")
-        found += json.loads(file.read_text("utf-8"))
-    seen: set[Task] = set()
-    for result in found:
-        task = (result["arm"], result["seed"])
-        if task in seen:
-            sys.exit(f"{task[0]} has seed {task[1]} twice; leave it out with seeds=[...]")
-        seen.add(task)
-    return found
-
-
 def report(sweep: Sweep, results: Sequence[Result], out: Path, images: Path) -> str:
     """Return the tables and write them into `table.md`, and the plots into `images`."""
     trained = [result for result in results if result["seed"] is not None]
@@ -353,6 +332,7 @@ def run(options: argparse.Namespace) -> None:
     out: Path = (options.out or Path("runs") / Path(options.sweep).stem).resolve()
     out.mkdir(parents=True, exist_ok=True)
     claim(sweep, out)
+    earlier = kept.begin(options.keep, out) if options.keep else []
     starts: prepare.Starts = {}
     if sweep.prepare:
         starts |= prepare.PREPARE[sweep.prepare.name](out, sweep.recipe, **sweep.prepare.options)
@@ -360,8 +340,11 @@ def run(options: argparse.Namespace) -> None:
     if sweep.fresh:
         starts |= prepare.PREPARE[sweep.fresh.name](out, sweep.recipe, **sweep.fresh.options)
     chosen = [arm for arm in known if not options.arms or arm in options.arms]
-    results = Runner(sweep, out, options.jobs, rates=rates).results(chosen, sweep.seeds)
-    results = join_results(results, options.results, out)
+    runner = Runner(sweep, out, options.jobs, rates=rates)
+    results = runner.results(chosen, kept.seeds_left(sweep.seeds, earlier))
+    if options.keep:
+        results = kept.keep(options.keep, earlier, results, out)
+    results = kept.join_results(results, options.results, out)
     begun = [{"arm": name, "seed": None, **figures} for name, figures in starts.items()]
     text = report(sweep, [*begun, *results], out, options.images or out)
     if options.page:
@@ -379,6 +362,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument(
         "--with", dest="results", type=Path, nargs="*", default=[], help="results.json of others"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="a directory whose results of earlier seeds these are added to"
     )
     parser.add_argument("--arms", type=lambda text: text.split(","), help="only these: a,b")
     stop_on_sigterm()

@@ -63,7 +63,8 @@ class UpoConfig(StageConfig):
     measured_completions: PositiveInt | None = None
     """Completions of an iteration over which `entropy`, `kl`, `experts_changed` and
     `logprob_mismatch` are means; others that neither train nor are compared then pass no model
-    before the update. All unless given (docs/upo.md#one-iteration).
+    before the update, and without a KL term those that only train pass no reference. All unless
+    given (docs/upo.md#one-iteration).
     """
     term_norms_every: Annotated[PositiveInt | None, HARMLESS] = None
     """Iterations between measurements of each term's gradient norm, besides the first; they cost a

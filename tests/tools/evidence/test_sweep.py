@@ -89,6 +89,48 @@ def test_results_of_other_seeds_are_joined_and_none_counts_twice(
         run("changed", *theirs)
 
 
+def test_kept_results_grow_by_seeds_and_are_not_made_again(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+    fresh: list[int] = []
+
+    def made(**changes: Any) -> Sweep:
+        return make_sweep(fresh={"name": "drawn"}, arms={"quick": {"model.path": "{out}/x"}}, **changes)
+
+    def drawn(out: Path, recipe: str) -> dict[str, Any]:
+        file = out / "test_seed.json"
+        if not file.exists():
+            fresh.append(len(fresh))
+            file.write_text(json.dumps({"seed": fresh[-1]}))
+        return {}
+
+    def run(name: str) -> list[tuple[str, int, float]]:
+        sweep.main(["made", "--out", str(tmp_path / name), "--keep", str(tmp_path / "kept")])
+        return [(result["arm"], result["seed"], result["loss"]) for result in shown[-1]]
+
+    monkeypatch.setitem(prepare.PREPARE, "drawn", drawn)
+    monkeypatch.setattr(sweep, "report", lambda made, results, *rest: shown.append(results) or "")
+    monkeypatch.setattr(sweep, "load_sweep", lambda *given: settings)
+    settings = made(seeds=[2])
+    assert run("one") == [("quick", 2, 1.0)]
+    before = {file.name: file.read_bytes() for file in (tmp_path / "kept").iterdir()}
+    assert run("one") == [("quick", 2, 1.0)]  # nothing is left to do, and nothing is written anew
+    assert {file.name: file.read_bytes() for file in (tmp_path / "kept").iterdir()} == before
+    settings = made(seeds=[1, 2])
+    assert run("two") == [("quick", 1, 2.0), ("quick", 2, 1.0)]
+    assert trained == ["quick-seed2", "quick-seed1"]
+    assert fresh == [0]  # the second directory has the test problems of the first
+    assert shown[-1][0]["overrides"] == ['model.path="{out}/x"']
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three/test_seed.json").write_text(json.dumps({"seed": 5}))
+    with pytest.raises(SystemExit, match="other settings: compare .*kept/test_seed.json"):
+        run("three")
+    settings = made(seeds=[3], measure={"name": "stages"})
+    with pytest.raises(SystemExit, match="other settings: compare .*kept/settings.json"):
+        run("four")
+
+
 def test_results_of_other_overrides_are_refused(tmp_path: Path, trained: list[str]) -> None:
     Runner(make_sweep(), tmp_path).result(("quick", 1))
     changed = make_sweep(arms={"quick": {"stages.sft.steps": 4}})
