@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SPENT = "spent.json"  # costs of all starts of a run so far
 
-_running: set[subprocess.Popen[bytes]] = set()
+_running: dict[subprocess.Popen[bytes], bool] = {}  # whether it was told to stop
 
 
 def run_program(
@@ -38,7 +38,7 @@ def run_program(
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
     )
-    _running.add(process)
+    _running[process] = False
     used: dict[str, float] | None = None
     try:
         used = _wait(process, started)
@@ -46,7 +46,7 @@ def run_program(
         if used is None:
             _stop(process)
             used = _wait(process, started)
-        _running.discard(process)
+        del _running[process]
         note(used)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
@@ -54,14 +54,15 @@ def run_program(
 
 
 def stop_programs() -> None:
-    """Send SIGTERM to all programs that run."""
+    """Send SIGTERM to all programs that run, once to each: a second one ends them without saving."""
     for process in list(_running):
         _stop(process)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     # Popen's own methods would reap a child that has just ended, and lose its costs.
-    if process.returncode is None:
+    if process.returncode is None and _running.get(process) is False:
+        _running[process] = True
         os.kill(process.pid, signal.SIGTERM)
 
 

@@ -23,6 +23,7 @@ import argparse
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -219,7 +220,9 @@ class Runner:
                         yield future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                stop_programs()
+                while not all(future.done() for future in running):
+                    stop_programs()  # again, for one that has not begun yet
+                    time.sleep(0.05)
                 raise
 
     def _source(self, task: Task) -> Task | None:

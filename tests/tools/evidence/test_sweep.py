@@ -96,7 +96,9 @@ def test_kept_results_grow_by_seeds_and_are_not_made_again(
     fresh: list[int] = []
 
     def made(**changes: Any) -> Sweep:
-        return make_sweep(fresh={"name": "drawn"}, arms={"quick": {"model.path": "{out}/x"}}, **changes)
+        return make_sweep(
+            fresh={"name": "drawn"}, arms={"quick": {"model.path": "{out}/x"}}, **changes
+        )
 
     def drawn(out: Path, recipe: str) -> dict[str, Any]:
         file = out / "test_seed.json"
@@ -287,6 +289,28 @@ def test_ctrl_c_ends_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Runner(make_sweep(), tmp_path, jobs=2).results(["quick", "slow"], [1])
     assert all(mark.with_suffix(".stopped").exists() for mark in marks)
     assert not list(tmp_path.glob("*/result.json"))
+
+
+def test_ctrl_c_reaches_a_program_that_is_about_to_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted, begin = threading.Event(), runs.subprocess.Popen
+
+    def late(command: list[str], **options: Any) -> Any:
+        assert interrupted.wait(60)
+        time.sleep(0.2)  # after the first round of signals
+        return begin(["sleep", "60"], **options)
+
+    def interrupt(futures: Any, **_: Any) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.subprocess, "Popen", late)
+    monkeypatch.setattr(sweep, "wait", interrupt)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Runner(make_sweep(), tmp_path, jobs=2).results(["quick"], [1])
+    assert time.monotonic() - started < 50
 
 
 # ---- the whole in small --------------------------------------------------------------------------
