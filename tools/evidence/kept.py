@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tools.evidence.main_job import TEST_SEED
-from tools.evidence.runs import write_json
 
 SETTINGS, RESULTS = "settings.json", "results.json.gz"
 

@@ -54,7 +54,7 @@ def run_program(
 
 
 def stop_programs() -> None:
-    """Send SIGTERM to all programs that run, once to each: a second one ends them without saving."""
+    """Send SIGTERM, once, to all programs that run: a second one would keep them from saving."""
     for process in list(_running):
         _stop(process)
 

@@ -126,10 +126,10 @@ def test_kept_results_grow_by_seeds_and_are_not_made_again(
     assert shown[-1][0]["overrides"] == ['model.path="{out}/x"']
     (tmp_path / "three").mkdir()
     (tmp_path / "three/test_seed.json").write_text(json.dumps({"seed": 5}))
-    with pytest.raises(SystemExit, match="other settings: compare .*kept/test_seed.json"):
+    with pytest.raises(SystemExit, match=r"other settings: compare .*kept/test_seed.json"):
         run("three")
     settings = made(seeds=[3], measure={"name": "stages"})
-    with pytest.raises(SystemExit, match="other settings: compare .*kept/settings.json"):
+    with pytest.raises(SystemExit, match=r"other settings: compare .*kept/settings.json"):
         run("four")
 
 
