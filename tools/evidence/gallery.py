@@ -198,6 +198,7 @@ def _measured(found: dict[str, Any]) -> str:
         said += f"; {100 * solved['mean_accuracy']:.1f} % of held-out problems solved"
         said += f", mean over {solved['tasks']} tasks"
     commit = f" at {found['commit'][:7]}" if found["commit"] else ""
+    commit += f", before {__version__}" if found["version"] != __version__ else ""
     said = said[0].upper() + said[1:]
     return f"{said} (ernie_train {found['version']}{commit})."
 
