@@ -173,7 +173,7 @@ def _entry(path: Path, kept: dict[str, Any]) -> str:
     if found is not None:
         text += [f"![curves of {name}](images/gallery/{name}.png)", "", _measured(found), ""]
     elif name in plans:
-        text += ["**Planned, never run.** What `plan` computes ([scaling.md](scaling.md)):", ""]
+        text += [_planned_with(kept["planned_with"]), ""]
         text += [*(f"- {line}" for line in plans.get(name, [])), ""]
         commands = [f"ernie-train plan {name} --gpus 8 --gpu-memory-gb 80", *commands]
     if name in ELSEWHERE:
@@ -181,6 +181,13 @@ def _entry(path: Path, kept: dict[str, Any]) -> str:
         text += [f"More: [{page}]({page}) ({what}).", ""]
     mark = "<!-- checked: minutes to hours of a machine -->"
     return "\n".join([*text, mark, "```bash", *commands, "```", ""])
+
+
+def _planned_with(version: str) -> str:
+    said = "**Planned, never run.** What `plan` computes"
+    if version.partition(" ")[0] != __version__:
+        said += f" in ernie_train {version}, before {__version__}"
+    return f"{said}; [scaling.md](scaling.md) is of today:"
 
 
 def _measured(found: dict[str, Any]) -> str:
@@ -227,7 +234,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.run:
         train(f"recipes/{name}.yaml", [], RUNS / name)
-    kept = read_json(KEPT) if KEPT.exists() else {"runs": {}, "plans": {}}
+    nothing: dict[str, Any] = {"runs": {}, "plans": {}, "planned_with": __version__}
+    kept = read_json(KEPT) if KEPT.exists() else nothing
     for run_dir in [*options.runs, *(RUNS / name for name in options.run)]:
         found = figures_of(run_dir)
         name = load_yaml(run_dir / "recipe.yaml")["name"]
@@ -239,6 +247,7 @@ def main() -> None:
     if not (options.runs or options.run):
         gpu = [one.stem for one in RECIPES.glob("*.yaml") if load_yaml(one).get("device") == "gpu"]
         kept["plans"] = {name: planned(name) for name in sorted(gpu)}
+        kept["planned_with"] = __version__
     kept["runs"] = dict(sorted(kept["runs"].items()))
     write_json(KEPT, kept)
     PAGE.write_text(render(kept), "utf-8")
