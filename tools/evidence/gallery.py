@@ -184,10 +184,8 @@ def _entry(path: Path, kept: dict[str, Any]) -> str:
 
 
 def _planned_with(version: str) -> str:
-    said = "**Planned, never run.** What `plan` computes"
-    if version.partition(" ")[0] != __version__:
-        said += f" in ernie_train {version}, before {__version__}"
-    return f"{said}; [scaling.md](scaling.md) is of today:"
+    other = "" if version == __version__ else f"ernie_train {version}, before {__version__}; "
+    return f"**Planned, never run.** What `plan` computes ({other}[scaling.md](scaling.md)):"
 
 
 def _measured(found: dict[str, Any]) -> str:
