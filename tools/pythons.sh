@@ -62,13 +62,16 @@ attempt() {
 # record VERSION PYTHON STATUS LAST_LINE
 record() {
   "$2" - "$RECORD" "$@" <<'PYTHON'
-import hashlib, json, pathlib, platform, re, sys
+import hashlib, json, pathlib, platform, re, subprocess, sys, tomllib
 
 file, version, _, status, last = sys.argv[1:]
 path = pathlib.Path(file)
 record = json.loads(path.read_text()) if path.exists() else {}
+ours = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["version"]
+commit = subprocess.check_output(["git", "rev-parse", "--short=7", "HEAD"], text=True).strip()
 record[version] = {
     "python": platform.python_version(),
+    "ernie_train": f"{ours} at {commit}",
     "requirements": hashlib.sha256(pathlib.Path("requirements.txt").read_bytes()).hexdigest(),
     "works": status == "0",
     "tests": re.sub(r"\x1b\[[0-9;]*m", "", last).strip("= \n"),

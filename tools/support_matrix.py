@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ernie_train.core.config import load_yaml
+from ernie_train.core.cpu import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE, PAGE, PYTHONS = (
@@ -207,7 +208,10 @@ def _python_row(version: str, found: Mapping[str, Any] | None, pins: str) -> lis
     state = TESTED if found["works"] else "does not work"
     if found["requirements"] != pins:
         state += " with earlier pins"
-    return [state, f"Python {found['python']}: {found['tests']}"]
+    if found["ernie_train"].partition(" ")[0] != __version__:
+        state += f" before {__version__}"
+    ran = f"Python {found['python']}, ernie_train {found['ernie_train']}"
+    return [state, f"{ran}: {found['tests']}"]
 
 
 def main() -> None:

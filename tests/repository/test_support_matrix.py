@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ernie_train.core.cpu import __version__
 from tools import support_matrix
 from tools.support_matrix import (
     NOT_PROVEN,
@@ -130,7 +131,11 @@ def test_a_python_is_tested_by_a_run_with_todays_pins_alone(tmp_path: Path, monk
     monkeypatch.setattr(support_matrix, "PYTHONS", tmp_path / "pythons.json")
     assert "| 3.12 | not run yet |" in render({})
     found = {"python": "3.12.1", "requirements": "other", "works": True, "tests": "9 passed"}
+    found["ernie_train"] = f"{__version__} at abc"
     support_matrix.PYTHONS.write_text(json.dumps({"3.12": found}))
-    assert "| 3.12 | tested with earlier pins | Python 3.12.1: 9 passed |" in render({})
+    ran = f"Python 3.12.1, ernie_train {__version__} at abc: 9 passed"
+    assert f"| 3.12 | tested with earlier pins | {ran} |" in render({})
+    support_matrix.PYTHONS.write_text(json.dumps({"3.12": found | {"ernie_train": "0.1 at abc"}}))
+    assert f"| 3.12 | tested with earlier pins before {__version__} |" in render({})
     support_matrix.PYTHONS.write_text(json.dumps({"3.12": found | {"works": False}}))
     assert "| 3.12 | does not work" in render({})

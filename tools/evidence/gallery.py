@@ -173,7 +173,7 @@ def _entry(path: Path, kept: dict[str, Any]) -> str:
     if found is not None:
         text += [f"![curves of {name}](images/gallery/{name}.png)", "", _measured(found), ""]
     elif name in plans:
-        text += ["**Planned, never run.** What `plan` computes ([scaling.md](scaling.md)):", ""]
+        text += [_planned_with(kept["planned_with"]), ""]
         text += [*(f"- {line}" for line in plans.get(name, [])), ""]
         commands = [f"ernie-train plan {name} --gpus 8 --gpu-memory-gb 80", *commands]
     if name in ELSEWHERE:
@@ -181,6 +181,11 @@ def _entry(path: Path, kept: dict[str, Any]) -> str:
         text += [f"More: [{page}]({page}) ({what}).", ""]
     mark = "<!-- checked: minutes to hours of a machine -->"
     return "\n".join([*text, mark, "```bash", *commands, "```", ""])
+
+
+def _planned_with(version: str) -> str:
+    other = "" if version == __version__ else f"ernie_train {version}, before {__version__}; "
+    return f"**Planned, never run.** What `plan` computes ({other}[scaling.md](scaling.md)):"
 
 
 def _measured(found: dict[str, Any]) -> str:
@@ -198,6 +203,7 @@ def _measured(found: dict[str, Any]) -> str:
         said += f"; {100 * solved['mean_accuracy']:.1f} % of held-out problems solved"
         said += f", mean over {solved['tasks']} tasks"
     commit = f" at {found['commit'][:7]}" if found["commit"] else ""
+    commit += f", before {__version__}" if found["version"] != __version__ else ""
     said = said[0].upper() + said[1:]
     return f"{said} (ernie_train {found['version']}{commit})."
 
@@ -226,7 +232,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.run:
         train(f"recipes/{name}.yaml", [], RUNS / name)
-    kept = read_json(KEPT) if KEPT.exists() else {"runs": {}, "plans": {}}
+    nothing: dict[str, Any] = {"runs": {}, "plans": {}, "planned_with": __version__}
+    kept = read_json(KEPT) if KEPT.exists() else nothing
     for run_dir in [*options.runs, *(RUNS / name for name in options.run)]:
         found = figures_of(run_dir)
         name = load_yaml(run_dir / "recipe.yaml")["name"]
@@ -238,6 +245,7 @@ def main() -> None:
     if not (options.runs or options.run):
         gpu = [one.stem for one in RECIPES.glob("*.yaml") if load_yaml(one).get("device") == "gpu"]
         kept["plans"] = {name: planned(name) for name in sorted(gpu)}
+        kept["planned_with"] = __version__
     kept["runs"] = dict(sorted(kept["runs"].items()))
     write_json(KEPT, kept)
     PAGE.write_text(render(kept), "utf-8")
