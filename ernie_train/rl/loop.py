@@ -159,7 +159,7 @@ class _UpoLoop:
                 if self.state.pending is not None:
                     self._finish(self.state.pending)
                 pairs = self._pair_sources()
-                while self.state.finished < self.config.iterations:
+                while self.state.finished < self.config.iterations and not self._is_over():
                     self._iterate(self.state.finished + 1, pairs)
                     self._leave_if_asked(f"after iteration {self.state.finished}")
             except (Interrupted, EngineError, ToolFailure):
@@ -171,6 +171,14 @@ class _UpoLoop:
                 raise
         last = self.state.finished
         return {"steps": last, "checkpoint": self.store.finish(last, self.stage.model).name}
+
+    def _is_over(self) -> bool:
+        """Return whether the stage ends before its last iteration."""
+        finished = self.state.finished
+        is_over = finished > 0 and self.store.is_out_of_patience(finished)
+        if is_over:
+            self.writer.note(self.store.says_out_of_patience(finished, self.config.iterations))
+        return is_over
 
     def _leave_if_asked(self, moment: str) -> None:
         if process_group.any_rank(self.stage.stop_requested()):

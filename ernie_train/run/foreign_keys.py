@@ -51,6 +51,7 @@ FOREIGN_KEYS = {
     "save_steps": "stages[].checkpoint.every_steps",
     "save_total_limit": "stages[].checkpoint.keep_last",
     "metric_for_best_model": "stages[].checkpoint.best_metric",
+    "early_stopping_patience": "stages[].checkpoint.early_stopping_patience",
     "load_best_model_at_end": "stages[].checkpoint.load_best_at_end",
     "model_name_or_path": "model.path",
     "model_name": "model.path",

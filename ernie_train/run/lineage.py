@@ -171,7 +171,7 @@ def stage_changes(
     before = _without_idle(settings) if isinstance(settings, dict) else {}
     after = now["settings"]
     found = differences(decisive_settings(stage, before), decisive_settings(stage, after))
-    if stage.checkpoint.load_best_at_end:
+    if stage.checkpoint.depends_on_scores:
         found += differences(_scoring(before), _scoring(after))
     return found + differences(recorded.get("input"), now["input"], "input")
 

@@ -19,7 +19,7 @@ from ernie_train.model.partial import Selection, select
 from ernie_train.train.moe_balance import BalanceConfig
 from ernie_train.train.moe_health import MoeHealthConfig
 from ernie_train.train.optimizer import OptimConfig
-from ernie_train.weights.checkpoint import CheckpointConfig
+from ernie_train.weights.checkpoint_config import CheckpointConfig
 
 
 class Gate(StrictConfig):

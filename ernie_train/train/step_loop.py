@@ -57,6 +57,7 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
         self.validation_step = -1
         self.pending: PendingLine | None = None  # of the last step, until it is validated
         self.saved = (0, True)  # the last checkpoint: step, and if logged
+        self.is_over = False  # before its last step
         self.own_state: dict[str, Any] = {}  # `state` when the batches of the last step were taken
         self.resumed = self.store.load_latest()
         if self.resumed is not None:
@@ -145,12 +146,15 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
             try:
                 if self.pending is not None:
                     self._finish_step(self.pending)
+                elif resumed is not None:
+                    self._end_if_out_of_patience()
                 self.trainer.fit(
                     self.batches(),
                     self.loss,
                     self.steps,
                     before_step=self._begin_step,
                     hooks=[(1, self._after_step)],
+                    is_over=lambda: self.is_over,
                     stop_requested=lambda: stage.stop.requested,
                 )
             except Interrupted:
@@ -184,6 +188,12 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
         self.pending = None
         if self._is_due(self.config.checkpoint.every_steps, line.step):
             self._save(self.state())
+            self._end_if_out_of_patience()
+
+    def _end_if_out_of_patience(self) -> None:
+        self.is_over = self.store.is_out_of_patience(self.trainer.step)
+        if self.is_over and self.trainer.step < self.steps:
+            self.metrics.note(self.store.says_out_of_patience(self.trainer.step, self.steps))
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.steps)

@@ -25,7 +25,7 @@ from ernie_train.data import (
 )
 from ernie_train.train.rope_schedule import Phase, RopePhase, check_rising, resolve
 from ernie_train.train.stage import StageConfig, StageData
-from ernie_train.weights.checkpoint import CheckpointConfig
+from ernie_train.weights.checkpoint_config import CheckpointConfig
 
 VALIDATION_LOSS = "validation_loss"  # the metric, in nats per trained token
 

@@ -109,9 +109,12 @@ class Trainer(Generic[ModelT, BatchT]):
         *,
         before_step: Callable[[int], Mapping[str, float]] = lambda step: {},
         hooks: Sequence[Hook] = (),
+        is_over: Callable[[], bool] = lambda: False,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Train until `steps` optimizer steps are done; hooks run at their multiples and the end.
+
+        `is_over`, alike on all ranks, ends training before that.
 
         `before_step` gets the number of the next step, may change what depends on it, and returns
         metrics to log with that step.
@@ -119,7 +122,7 @@ class Trainer(Generic[ModelT, BatchT]):
         Raises `NonFiniteError` before an update that would not be finite, and `Interrupted` after
         the step in which `stop_requested` became true on any rank; the caller saves.
         """
-        while self.step < steps:
+        while self.step < steps and not is_over():
             scheduled = before_step(self.step + 1)
             micro_batches = [next(batches) for _ in range(self.grad_accum_steps)]
             result = self.train_step(micro_batches, loss_fn, steps)

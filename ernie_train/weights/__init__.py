@@ -4,11 +4,8 @@ Weights are stored as Hugging Face safetensors everywhere, inside a checkpoint t
 parallel layout can read by tensor name what any other layout has written.
 """
 
-from ernie_train.weights.checkpoint import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointStore,
-)
+from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
+from ernie_train.weights.checkpoint_config import CheckpointConfig
 from ernie_train.weights.hf import load_config, load_pretrained, load_weights
 from ernie_train.weights.model_directory import ModelDirectory, find_model
 from ernie_train.weights.saving import save_pretrained, write_weights

@@ -18,13 +18,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.config import HARMLESS, StrictConfig
 from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError, storage_errors
 from ernie_train.core.foreign_files import read_text
 from ernie_train.io.files import (
@@ -42,12 +40,12 @@ from ernie_train.io.safetensors import (
     TensorEntry,
     TensorFiles,
     array_entries,
-    parse_size,
     write_tensor_files,
 )
 from ernie_train.io.threads import FILES_AT_ONCE
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.weights.adapters import BASE, load_pairs, saved_parameters, write_part
+from ernie_train.weights.checkpoint_config import CheckpointConfig
 from ernie_train.weights.hf import load_config, load_weights
 from ernie_train.weights.saving import write_weights
 from ernie_train.weights.state import merge_state, read_metrics, split_state
@@ -61,65 +59,6 @@ WITHOUT_OPTIMIZER = (
 )
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old)")
 _log = logging.getLogger(__name__)
-
-
-class CheckpointConfig(StrictConfig):
-    """Set when checkpoints are written, which of them are kept and which one ends the stage."""
-
-    every_steps: Annotated[int, HARMLESS] = Field(200, ge=1)
-    """Optimizer steps, or iterations in RL, between checkpoints; there is one at the end too."""
-    keep_last: Annotated[int, HARMLESS] = Field(2, ge=1)
-    """Number of newest checkpoints that are kept."""
-    best_metric: str | None = None
-    """Keeps the checkpoint with the best value of it as well: `validation_loss` of `pretrain`,
-    `sft` and `dpo`; `validation/accuracies` or `validation/margins` of `dpo`; `eval/accuracy`,
-    `eval/margin` or `eval/loss` of `reward`; `eval/...` of a `upo` stage's `evaluation`.
-    `every_steps` must be a multiple of the interval in which it is measured.
-    """
-    best_is: Literal["higher", "lower"] | None = None
-    """`higher` or `lower`; `lower` for a loss and `higher` for anything else, unless given."""
-    load_best_at_end: bool = False
-    """The stage hands the best checkpoint on, to the next stage, to evaluation and export, instead
-    of its last one. The intervals of checkpoints and validation, which say what is scored, then
-    stay as a begun stage has them.
-    """
-    keep_optimizer: Annotated[bool, HARMLESS] = False
-    """Keeps the optimizer state of the stage's checkpoints when the next stage begins; else it is
-    removed, since nothing reads it then, and the stage cannot be trained on any more.
-    """
-    max_shard_size: Annotated[int | str, HARMLESS] = "5GB"
-    """Largest weights file: a number of bytes, or `5GB`."""
-
-    @model_validator(mode="after")
-    def _best_of_something(self) -> CheckpointConfig:
-        if self.load_best_at_end and self.best_metric is None:
-            raise ValueError("load_best_at_end needs best_metric: which one is the best")
-        return self
-
-    @property
-    def higher_is_better(self) -> bool:
-        metric = self.best_metric or ""
-        return self.best_is == "higher" if self.best_is else not metric.endswith("loss")
-
-    def require_scores(self, setting: str, interval: int | None) -> None:
-        """Raise `ValueError` if `best_metric`, measured each `interval` steps, misses checkpoints.
-
-        `setting` names the interval. The end of a stage has both a checkpoint and a measurement.
-        """
-        if interval is not None and self.every_steps % interval:
-            raise ValueError(
-                f"checkpoint.every_steps={self.every_steps} must be a multiple of {setting}="
-                f"{interval}: checkpoints between have no value of best_metric={self.best_metric}"
-            )
-
-    @field_validator("max_shard_size")
-    @classmethod
-    def _size(cls, value: int | str) -> int | str:
-        try:
-            parse_size(value)
-        except ConfigError as error:
-            raise ValueError(error.problems[0]) from None
-        return value
 
 
 @dataclass(frozen=True)
@@ -256,6 +195,25 @@ class CheckpointStore:
         """Return whether no checkpoint has lost its optimizer state by `remove_optimizer`."""
         manifests = (self._manifest(step) for step in self.steps())
         return not any(manifest and "optimizer" in manifest for manifest in manifests)
+
+    def is_out_of_patience(self, step: int) -> bool:
+        """Return whether a stage ends with the checkpoint of `step`: see `early_stopping_patience`.
+
+        Every rank must call it. Checkpoints that are gone count by their interval.
+        """
+        patience, every = self.config.early_stopping_patience, self.config.every_steps
+        if patience is None or step % every:
+            return False
+        best = consensus.run_on_main(lambda: self.best_step(up_to=step))
+        return best is not None and step - best >= patience * every
+
+    def says_out_of_patience(self, step: int, last: int) -> str:
+        """Return the message for a stage that ends with the checkpoint of `step`."""
+        patience, metric = self.config.early_stopping_patience, self.config.best_metric
+        return (
+            f"{metric} was not better in {patience} checkpoints: the stage ends after step {step} "
+            f"of {last} (checkpoint.early_stopping_patience)"
+        )
 
     def finish(self, last: int, model: Ernie4_5_MoeForCausalLM) -> Path:
         """Return the checkpoint that the stage hands on after step `last`; `model` becomes it.

@@ -10,7 +10,8 @@ from ernie_train.core.errors import CheckpointError, hub_hint, run_hint
 from ernie_train.io.files import MANIFEST, verify_manifest
 from ernie_train.io.run_dir import is_run, read_done
 from ernie_train.weights.adapters import find_base, is_partial
-from ernie_train.weights.checkpoint import CheckpointConfig, CheckpointStore
+from ernie_train.weights.checkpoint import CheckpointStore
+from ernie_train.weights.checkpoint_config import CheckpointConfig
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ PACKAGES: dict[str, str] = {
     " episodes",
     "parallel": "collectives lockstep recompute expert gradients build",
     "weights": "layout quantize peft_config adapters hf saving gguf_file gguf_tokenizer llama"
-    " upcycle convert state checkpoint model_directory",
+    " upcycle convert state checkpoint_config checkpoint model_directory",
     "weights.quantize": "scheme gptq calibration stored",
     "generate": "sampler device_sampler prompt_experts paddle_decoder lanes engine sharded engines",
     "generate.engines": "config protocol own answer endpoint guard process servers served build",

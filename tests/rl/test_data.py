@@ -171,19 +171,31 @@ def test_a_best_metric_must_be_measured_at_checkpoints(root, checkpoint, samples
         rl_data.prepare(config, stage_data(root))
 
 
-def test_the_best_iteration_is_handed_on(root, tmp_path, monkeypatch):
-    accuracy = iter([0.1, 0.5, 0.3])
-    monkeypatch.setattr(loop, "evaluate_held_out", lambda *given: {"eval/math": next(accuracy)})
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "result"),
+    [
+        ([0.1, 0.5, 0.3], None, {"steps": 6, "checkpoint": "step_000004"}),
+        ([0.5, 0.3], 1, {"steps": 4, "checkpoint": "step_000002"}),
+    ],
+)
+def test_the_best_iteration_is_handed_on(
+    root, tmp_path, monkeypatch, capsys, accuracies, patience, result
+):
+    left = iter(accuracies)
+    monkeypatch.setattr(loop, "evaluate_held_out", lambda *given: {"eval/math": next(left)})
     (root / "reward.py").write_text(
         "def score(row, completion):\n    return float(len(completion) % 2)\n"
     )
     best = {"best_metric": "eval/math", "load_best_at_end": True, "every_steps": 2, "keep_last": 1}
+    best["early_stopping_patience"] = patience
     evaluation = {**HELD_OUT, "path": str(root / "test.jsonl")}
     changes = {"iterations": 6, "checkpoint": best, "evaluation": evaluation}
     assert run_stage(root, tmp_path / "run", **changes) == 0
     done = read_done(tmp_path / "run/01-rl")
-    assert done is not None and done.result == {"steps": 6, "checkpoint": "step_000004"}
-    assert find_model(tmp_path / "run").weights.name == "step_000004"
+    assert done is not None and done.result == result
+    assert find_model(tmp_path / "run").weights.name == result["checkpoint"]
+    told = "the stage ends after step 4 of 6" in " ".join(capsys.readouterr().out.split())
+    assert told == (patience is not None)
 
 
 def test_pairs_that_outweigh_the_policy_are_told_with_the_remedy():

@@ -193,6 +193,11 @@ PROBES: dict[str, Probe] = {
     "stages[].checkpoint.load_best_at_end": Probe(
         "sft", {"@checkpoint.load_best_at_end": True}, BEST
     ),
+    "stages[].checkpoint.early_stopping_patience": Probe(
+        "sft",
+        {"@checkpoint.early_stopping_patience": 1},
+        {**BEST, "@checkpoint.best_is": "higher"},
+    ),
     "stages[].checkpoint.keep_optimizer": Probe(
         "sft", {"@checkpoint.keep_optimizer": True}, TWO_STAGES
     ),

@@ -163,18 +163,23 @@ DECISIVE = {
         ("upo", "eval/mean", {"evaluation": {"path": "a.jsonl", "every_iterations": 1}}),
     ],
 )
-@pytest.mark.parametrize("handed_on", [False, True])
-def test_what_chooses_the_scored_checkpoints_counts_where_the_best_is_handed_on(
-    kind: str, best: str, scoring: dict[str, Any], handed_on: bool
+@pytest.mark.parametrize(
+    ("using", "counts"),
+    [
+        ({}, False), ({"load_best_at_end": True}, True), ({"early_stopping_patience": 3}, True),
+    ],
+)  # fmt: skip
+def test_what_chooses_the_scored_checkpoints_counts_where_scores_are_used(
+    kind: str, best: str, scoring: dict[str, Any], using: dict[str, Any], counts: bool
 ) -> None:
-    settings = {"best_metric": best, "load_best_at_end": handed_on}
+    settings = {"best_metric": best, **using}
     base = {"checkpoint": {"every_steps": 4, **settings}}
     base |= {"validation": [{"path": "b.jsonl"}]} if kind == "sft" else {}
     told = changes(kind, scoring, base)
     (name,) = scoring
-    assert [name in line for line in told] == [True] * handed_on, told
+    assert [name in line for line in told] == [True] * counts, told
     told = changes(kind, {"checkpoint": {"every_steps": 8, **settings}}, base)
-    assert ["checkpoint.every_steps: 4 -> 8" in line for line in told][:1] == [True] * handed_on
+    assert ["checkpoint.every_steps: 4 -> 8" in line for line in told][:1] == [True] * counts
 
 
 def changes(kind: str, change: dict[str, Any], base: Mapping[str, Any] = {}) -> list[str]:

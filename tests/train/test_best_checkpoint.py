@@ -104,6 +104,34 @@ def test_the_best_checkpoint_is_handed_on(workspace, tmp_path, monkeypatch, load
     assert all(float((after[name] - before[name]).abs().max()) < 1e-6 for name in before)
 
 
+def test_a_stage_ends_when_its_patience_is_over(workspace, tmp_path, monkeypatch, capsys):
+    """Scores 3, 1, 2, 1.5: two checkpoints in a row are no better than that of step 4."""
+    scores = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.5}
+    settings = {**BEST, "load_best_at_end": True, "early_stopping_patience": 2}
+
+    def scored(config: Any, stage: Any, *rest: Any) -> float:
+        return scores[len(metrics_without_time(stage.directory.parent)) + 1]
+
+    monkeypatch.setattr(supervised, "validation_loss", scored)
+    monkeypatch.delenv("ERNIE_TRAIN_REFEREE", raising=False)
+    directory, patient = tmp_path / "run", tmp_path / "patient"
+    assert run(workspace, directory, stage(workspace, steps=10, checkpoint=settings)) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "validation_loss was not better in 2 checkpoints: the stage ends after step 8" in told
+    ended = {"steps": 8, "checkpoint": "step_000004"}
+    assert (done := read_done(directory / "01-sft")) and done.result == ended
+    # One that is killed between its last checkpoint and its mark does not train on.
+    (directory / "01-sft/DONE").unlink()
+    assert run(workspace, directory, stage(workspace, steps=10, checkpoint=settings)) == 0
+    assert (done := read_done(directory / "01-sft")) and done.result == ended
+    # With more patience the third of them is the best; until then both train alike.
+    settings["early_stopping_patience"] = 3
+    assert run(workspace, patient, stage(workspace, steps=10, checkpoint=settings)) == 0
+    assert (done := read_done(patient / "01-sft")) and done.result["checkpoint"] == "step_000010"
+    short, long = metrics_without_time(directory), metrics_without_time(patient)
+    assert short == long[:8] and len(long) == 10
+
+
 def test_the_best_one_of_verbs(workspace, tmp_path, monkeypatch, capsys):
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(supervised, "validation_loss", lambda *arguments: next(losses))

@@ -15,7 +15,8 @@ from ernie_train.core.errors import CheckpointError, ConfigError, WeightsError
 from ernie_train.io.files import write_directory
 from ernie_train.run.recipe import recorded_recipe
 from ernie_train.run.sources import tokenizer_directory
-from ernie_train.weights.checkpoint import CheckpointConfig, CheckpointStore
+from ernie_train.weights.checkpoint import CheckpointStore
+from ernie_train.weights.checkpoint_config import CheckpointConfig
 from ernie_train.weights.model_directory import ModelDirectory, find_model
 from tests.weights.checkpoints import (
     check,
@@ -190,6 +191,8 @@ def test_checkpoints_without_a_value_of_the_best_metric_are_refused() -> None:
         settings.require_scores("x", 24)
     with pytest.raises(ConfigError, match="load_best_at_end needs best_metric"):
         parse_config(CheckpointConfig, {"load_best_at_end": True}, "recipe")
+    with pytest.raises(ConfigError, match="early_stopping_patience needs best_metric"):
+        parse_config(CheckpointConfig, {"early_stopping_patience": 1}, "recipe")
 
 
 def test_best_metric_that_nobody_measures(tmp_path: Path) -> None:
