@@ -1,4 +1,4 @@
-"""When a stage writes checkpoints, which it keeps, which one it hands on, and when it ends early."""
+"""When a stage writes checkpoints, which it keeps and hands on, and when it ends early."""
 
 from __future__ import annotations
 
