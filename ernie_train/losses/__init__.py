@@ -38,6 +38,7 @@ from ernie_train.losses.policy import (
     value_loss,
 )
 from ernie_train.losses.preference import (
+    REFERENCE_FREE,
     ImplicitRewards,
     Pair,
     PairCounts,
@@ -48,10 +49,12 @@ from ernie_train.losses.preference import (
     dpo_loss,
     implicit_rewards,
     ipo_loss,
+    orpo_loss,
     simpo_loss,
 )
 
 __all__ = [
+    "REFERENCE_FREE",
     "KL_IN_LOSS_KINDS",
     "AdvantageBaseline",
     "AdvantageScale",
@@ -85,6 +88,7 @@ __all__ = [
     "router_z_loss",
     "selection_bias_step",
     "sequence_logratios",
+    "orpo_loss",
     "simpo_loss",
     "token_balanced_weights",
     "token_logprobs",

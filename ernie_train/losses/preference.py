@@ -15,7 +15,9 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
-PreferenceKind = Literal["sigmoid", "ipo", "simpo"]
+PreferenceKind = Literal["sigmoid", "ipo", "simpo", "orpo"]
+REFERENCE_FREE: frozenset[PreferenceKind] = frozenset({"simpo", "orpo"})
+_LEAST_NLL = 1e-6  # in nats: the odds of a completion that is certain have no bound
 _REWARD_TOLERANCE = 1e-6  # rewards are sums of decimal fractions: 1.0 - 0.9 is a little under 0.1
 
 
@@ -77,6 +79,25 @@ def simpo_loss(
     if not gamma >= 0:
         raise ValueError(f"gamma={gamma} must be at least 0")
     return -F.log_sigmoid(beta * (chosen_logprob - rejected_logprob) - gamma)
+
+
+def orpo_loss(chosen_logprob: Tensor, rejected_logprob: Tensor, *, beta: float) -> Tensor:
+    """Return -beta log sigmoid(log odds(chosen) - log odds(rejected)) (arXiv:2403.07691, eq. 7).
+
+    chosen_logprob, rejected_logprob [P], means over the completion's tokens, below 0 -> [P];
+    odds(p) = p / (1 - p). It stands beside the chosen completions' likelihood, of which beta, the
+    paper's lambda, is the share. There is no reference. Raises `ValueError` unless beta is
+    positive.
+    """
+    _require_positive(beta)
+    log_odds_ratio = _log_odds(chosen_logprob) - _log_odds(rejected_logprob)
+    return -beta * F.log_sigmoid(log_odds_ratio)
+
+
+def _log_odds(logprob: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of log p, which is precise near p = 0 and p = 1."""
+    logprob = paddle.clip(logprob, max=-_LEAST_NLL)
+    return logprob - paddle.log(-paddle.expm1(logprob))
 
 
 def _require_positive(beta: float) -> None:

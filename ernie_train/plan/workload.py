@@ -167,7 +167,7 @@ def _preference(stage: DpoConfig) -> Workload:
         steps=stage.steps,
         loss="logprobs",
         scored=trained,
-        scoring_models=int(stage.needs_reference),
+        scoring_models=int(stage.has_reference),
     )
 
 

@@ -1,4 +1,4 @@
-"""Preference optimization on given pairs: DPO (arXiv:2305.18290), IPO or SimPO.
+"""Preference optimization on given pairs: DPO (arXiv:2305.18290), IPO, SimPO or ORPO.
 
 A stage of its own: no sampling, no rewards, the trainer's loop over micro-batches of pairs. The
 reference is the policy at the start, which goes through all pairs before the first step, so that no
@@ -57,11 +57,6 @@ class DpoConfig(PairStageConfig, PairLoss):
     kind: Literal["dpo"]
     """Preference optimization on pairs of completions (DPO and its kin)."""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Return whether log-ratios are against the stage's starting policy."""
-        return self.loss != "simpo"
-
 
 def pair_batches(
     config: DpoConfig,
@@ -76,7 +71,7 @@ def pair_batches(
     for step in range(done + 1, config.steps + 1):
         sequences: list[TokenizedCompletion] = []
         step_pairs = add_pairs(sequences, source.take(step))
-        logprobs = [reference[s] for s in sequences] if config.needs_reference else []
+        logprobs = [reference[s] for s in sequences] if config.has_reference else []
         batch = RolloutBatch(sequences, ref_logprobs=logprobs)
         yield from micro_batches(batch, [], step_pairs, config.micro_batch_size)
 
@@ -98,7 +93,7 @@ class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
         self.term = PairTerm.of(config, 1.0)
         # Before a checkpoint is loaded: a resumed run is given the starting policy too.
         self.reference = (
-            reference_logprobs(config, stage, prepared) if config.needs_reference else {}
+            reference_logprobs(config, stage, prepared) if config.has_reference else {}
         )
         super().__init__(config, stage, prepared, stage.model, DpoLoss(self.term))
 
@@ -107,7 +102,7 @@ class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
         """Return all held-out pairs with the reference's logprobs, as one batch."""
         sequences: list[TokenizedCompletion] = []
         pairs = add_pairs(sequences, self.prepared.validation)
-        logprobs = [self.reference[s] for s in sequences] if self.config.needs_reference else []
+        logprobs = [self.reference[s] for s in sequences] if self.config.has_reference else []
         return MicroBatch(
             tuple(sequences),
             (False,) * len(sequences),
@@ -120,7 +115,7 @@ class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
         return pair_batches(self.config, pairs, self.reference, seed=seed, done=self.trainer.step)
 
     def step_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        alpha = self.config.rpo_alpha  # by the name that the objective has in every stage
+        alpha = self.term.rpo_alpha  # by the name that the objective has in every stage
         loss = metrics["preference"] + alpha * metrics.get("nll_loss", 0.0)
         return metrics | {"loss": loss}
 

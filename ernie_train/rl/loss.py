@@ -9,6 +9,7 @@ import paddle
 from paddle import Tensor
 
 from ernie_train.losses import (
+    REFERENCE_FREE,
     KlInLossKind,
     PolicyObjective,
     PreferenceKind,
@@ -17,6 +18,7 @@ from ernie_train.losses import (
     implicit_rewards,
     ipo_loss,
     kl_loss,
+    orpo_loss,
     policy_loss,
     simpo_loss,
     value_loss,
@@ -57,7 +59,7 @@ class PairTerm:
             settings.beta_of_loss,
             settings.is_length_normalized,
             settings.gamma_of_loss,
-            settings.rpo_alpha,
+            settings.alpha_of_loss,
             coef,
         )
 
@@ -73,7 +75,7 @@ class PairTerm:
         logprobs [N] of the sampled tokens under the policy.
         """
         given = batch.ref_logprobs if batch.pair_ref_logprobs is None else batch.pair_ref_logprobs
-        reference = None if self.loss == "simpo" else _tensor(given)
+        reference = None if self.loss in REFERENCE_FREE else _tensor(given)
         normalize = self.length_normalize
         chosen, rejected = self._of_pairs(logprobs, reference, batch, normalize)
         pairs = float(len(batch.pairs))
@@ -107,6 +109,8 @@ class PairTerm:
     def _losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         if self.loss == "simpo":
             return simpo_loss(chosen, rejected, beta=self.beta, gamma=self.gamma)
+        if self.loss == "orpo":
+            return orpo_loss(chosen, rejected, beta=self.beta)
         if self.loss == "ipo":
             return ipo_loss(chosen, rejected, beta=self.beta)
         return dpo_loss(chosen, rejected, beta=self.beta)

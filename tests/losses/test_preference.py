@@ -17,6 +17,7 @@ from ernie_train.losses import (
     dpo_loss,
     implicit_rewards,
     ipo_loss,
+    orpo_loss,
     simpo_loss,
 )
 from tests.losses.finite_differences import gradient
@@ -77,6 +78,34 @@ def test_ipo_and_simpo_by_definition_with_their_gradients(loss, by_definition, s
     same = leaf(np.zeros(1))
     loss(same, paddle.zeros([1], "float64")).sum().backward()
     assert same.grad.item() == pytest.approx(slope)
+
+
+def test_orpo_by_definition_with_its_gradients():
+    rng = np.random.default_rng(4)
+    chosen, rejected = -rng.exponential(1.0, (2, 6))
+    x, y = leaf(chosen), leaf(rejected)
+    losses = orpo_loss(x, y, beta=0.2)
+    losses.sum().backward()
+
+    def by_definition(c, r):
+        odds = [np.exp(lp) / (1 - np.exp(lp)) for lp in (c, r)]
+        return -0.2 * np.log(1 / (1 + odds[1] / odds[0]))
+
+    np.testing.assert_allclose(losses.numpy(), by_definition(chosen, rejected), rtol=1e-10)
+    for found, wanted in (
+        (x.grad, gradient(lambda z: by_definition(z, rejected).sum(), chosen)),
+        (y.grad, gradient(lambda z: by_definition(chosen, z).sum(), rejected)),
+    ):
+        np.testing.assert_allclose(found.numpy(), wanted, atol=1e-7)
+
+
+def test_orpo_is_precise_for_certain_and_for_impossible_completions():
+    logprobs = np.array([-1e-4, -80.0, 0.0], np.float32)
+    x = leaf(logprobs)
+    losses = orpo_loss(x, paddle.full([3], math.log(0.5)), beta=1.0)  # odds of 1
+    losses.sum().backward()
+    np.testing.assert_allclose(losses.numpy(), [1e-4, 80.0, 0.0], rtol=1e-3, atol=1e-6)
+    assert np.isfinite(x.grad.numpy()).all()
 
 
 def test_ipo_pulls_a_margin_back_to_its_target():

@@ -107,7 +107,7 @@ def test_simpo_asks_no_reference_and_plan_counts_none(root, tmp_path, monkeypatc
         lines[0]["preference"] + 0.5 * lines[0]["nll_loss"], rel=1e-6
     )
     assert lines[-1]["nll_loss"] < lines[0]["nll_loss"]
-    for settings, reference in (({"loss": "simpo"}, False), ({"loss": "ipo"}, True)):
+    for settings, reference in (({"loss": "simpo"}, False), ({"loss": "orpo"}, False), ({"loss": "ipo"}, True)):
         (load,) = recipe_workloads(Recipe(**recipe_of(root, **settings)))
         assert (load.reference, load.scoring_models) == (False, int(reference))
 
@@ -119,10 +119,22 @@ def test_dpo_has_sums_unless_told_otherwise(root):
         ({"length_normalize": True}, True, 2.0),
         ({"loss": "ipo"}, True, 2.0),
         ({"loss": "simpo"}, True, 2.0),
+        ({"loss": "orpo"}, True, 0.1),
         ({"beta": 0.3}, False, 0.3),
     ):
         config = dpo.DpoConfig(**stage, **changes)
         assert (config.is_length_normalized, config.beta_of_loss) == (normalized, beta)
+        assert config.alpha_of_loss == (changes.get("loss") == "orpo")
+
+
+def test_orpo_trains_the_likelihood_beside_its_odds_and_asks_no_reference(
+    root, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dpo, "reference_logprobs", lambda *a, **k: pytest.fail("a reference"))
+    lines = trained(root, tmp_path / "run", loss="orpo", steps=3, pairs_per_step=6)
+    assert lines[0]["loss"] == pytest.approx(lines[0]["preference"] + lines[0]["nll_loss"])
+    assert 0 < lines[0]["preference"] < 0.2  # 0.1 of the log of an odds ratio near 1
+    assert lines[-1]["nll_loss"] < lines[0]["nll_loss"]
 
 
 # ---- validation ----------------------------------------------------------------------------------

@@ -68,10 +68,16 @@ def pairs_by_definition(term, batch, logprobs):
     for pair in batch.pairs:
         margin = 0.0
         for at, sign in zip(pair, (1, -1), strict=True):
-            ratios = logprobs[at] - (0.0 if term.loss == "simpo" else batch.ref_logprobs[at])
-            margin += sign * (ratios.mean() if term.length_normalize else ratios.sum())
+            without = term.loss in ("simpo", "orpo")
+            ratios = logprobs[at] - (0.0 if without else batch.ref_logprobs[at])
+            of_all = ratios.mean() if term.length_normalize else ratios.sum()
+            if term.loss == "orpo":
+                of_all -= math.log(1 - math.exp(of_all))
+            margin += sign * of_all
         if term.loss == "ipo":
             total += (margin - 1 / (2 * term.beta)) ** 2
+        elif term.loss == "orpo":
+            total += term.beta * math.log1p(math.exp(-margin))
         else:
             gamma = term.gamma if term.loss == "simpo" else 0.0
             total += math.log1p(math.exp(gamma - term.beta * margin))
@@ -200,6 +206,8 @@ def test_micro_batches_do_not_change_the_update():
          (0.0, 0.0, 0.0, 1.0)),
         ({"policy_coef": 0.0, "pairs": PairTerm("ipo", 2.0, True)}, (0.0, 0.0, 0.0, 1.0)),
         ({"policy_coef": 0.0, "pairs": PairTerm("simpo", 2.0, True, 0.7)}, (0.0, 0.0, 0.0, 1.0)),
+        ({"policy_coef": 0.0, "pairs": PairTerm("orpo", 0.3, True, rpo_alpha=1.0)},
+         (0.0, 0.0, 0.0, 1.0)),
         ({"policy_coef": 0.7, "entropy_coef": 0.5, "kl_coef": 0.3, "kl_kind": "k3",
           "pairs": PairTerm(beta=0.3, coef=0.4)}, (0.7, -0.5, 0.3, 0.4)),
     ],
@@ -296,12 +304,13 @@ def test_no_gradient_flows_from_samples_that_are_only_compared():
         PairTerm("ipo", 0.5, False),
         PairTerm("ipo", 2.0, True, rpo_alpha=1.0),
         PairTerm("simpo", 2.0, True, 0.7),
+        PairTerm("orpo", 0.3, True, rpo_alpha=1.0),
     ],
     ids=lambda term: f"{term.loss}-{term.rpo_alpha}",
 )
 def test_every_loss_of_pairs_by_definition(term, size):
     batch = filled()
-    if term.loss == "simpo":
+    if term.loss in ("simpo", "orpo"):
         batch = replace(batch, ref_logprobs=[])
     logprobs = [logprobs_of(make_model(), s)[0].astype(np.float64) for s in batch.sequences]
     metrics = new_trainer().train_step(split(batch, size, trained=[]), DpoLoss(term), 9).metrics

@@ -73,7 +73,7 @@ VALUES: dict[str, list[Any]] = {
     "preference.pairs": ["online", "both"],
     "preference.margin": [1.6],
     "preference.reference": ["last_iteration"],
-    "preference.loss": ["ipo", "simpo"],
+    "preference.loss": ["ipo", "simpo", "orpo"],
     "preference.beta": [0.7],
     "preference.length_normalize": [False],
     "preference.simpo_gamma": [0.9],

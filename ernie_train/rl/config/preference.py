@@ -15,7 +15,7 @@ from ernie_train.core.config import (
     StrictConfig,
 )
 from ernie_train.data import MappedRows
-from ernie_train.losses import PreferenceKind
+from ernie_train.losses import REFERENCE_FREE, PreferenceKind
 from ernie_train.rewards.scoring import RewardConfig
 
 # On means over tokens and on sums. Per token, beta 2 keeps the gradient of a term of coefficient
@@ -31,12 +31,12 @@ class PairLoss(StrictConfig):
 
     loss: PreferenceKind = "sigmoid"
     """`sigmoid` (DPO, arXiv:2305.18290), `ipo` (arXiv:2310.12036; a squared distance to the margin
-    1 / (2 `beta`), beyond which a pair is pulled back), or `simpo` (arXiv:2405.14734), which has no
-    reference model.
+    1 / (2 `beta`), beyond which a pair is pulled back), or without a reference model `simpo`
+    (arXiv:2405.14734) or `orpo` (arXiv:2403.07691).
     """
     beta: Positive | None = None
     """Scale of the log-ratios in the loss; 0.1 on sums of them, 2 on means over tokens, unless
-    given.
+    given. Of `orpo` the weight of the odds ratio, 0.1 unless given.
     """
     length_normalize: bool | None = None
     """Takes means over a completion's tokens as log-ratios, not sums. Unless given `true`, but
@@ -44,20 +44,25 @@ class PairLoss(StrictConfig):
     """
     simpo_gamma: NonNegative | None = None
     """Margin that `simpo` aims at; 0.5 unless given."""
-    rpo_alpha: NonNegative = 0.0
+    rpo_alpha: NonNegative | None = None
     """Weight of the chosen completion's mean negative log-likelihood beside the loss (RPO,
-    arXiv:2404.19733).
+    arXiv:2404.19733); 1 for `orpo`, else 0, unless given.
     """
 
     @model_validator(mode="after")
     def _of_its_loss(self) -> PairLoss:
         if self.loss != "simpo" and self.simpo_gamma is not None:
             raise ValueError(f"simpo_gamma has no effect with loss: {self.loss}")
-        if self.loss == "simpo" and self.length_normalize is False:
+        if not self.has_reference and self.length_normalize is False:
             raise ValueError(
-                "loss: simpo is on means over tokens: length_normalize must not be false"
+                f"loss: {self.loss} is on means over tokens: length_normalize must not be false"
             )
         return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Return whether the loss compares the policy with another one."""
+        return self.loss not in REFERENCE_FREE
 
     @property
     def is_length_normalized(self) -> bool:
@@ -69,7 +74,13 @@ class PairLoss(StrictConfig):
     @property
     def beta_of_loss(self) -> float:
         """Return `beta`, or the default that fits the log-ratios."""
-        return self.beta or (_BETA_PER_TOKEN if self.is_length_normalized else _BETA_OF_SUMS)
+        per_token = self.is_length_normalized and self.loss != "orpo"
+        return self.beta or (_BETA_PER_TOKEN if per_token else _BETA_OF_SUMS)
+
+    @property
+    def alpha_of_loss(self) -> float:
+        """Return `rpo_alpha`, or its default: ORPO is a likelihood with a penalty."""
+        return float(self.loss == "orpo") if self.rpo_alpha is None else self.rpo_alpha
 
     @property
     def gamma_of_loss(self) -> float:
@@ -168,8 +179,10 @@ class PreferenceConfig(PairLoss):
             raise ValueError("hint has no effect without pairs: hint")
         if "online" not in self.pairs and self.pair_reward is not None:
             raise ValueError("pair_reward ranks online pairs, which pairs does not name")
-        if self.loss == "simpo" and self.reference != "start":
-            raise ValueError(f"reference: {self.reference} has no effect: simpo has no reference")
+        if not self.has_reference and self.reference != "start":
+            raise ValueError(
+                f"reference: {self.reference} has no effect: {self.loss} has no reference"
+            )
         return self
 
     @property
@@ -190,4 +203,4 @@ class PreferenceConfig(PairLoss):
     @property
     def needs_start(self) -> bool:
         """Return whether log-ratios are against the stage's starting policy."""
-        return self.loss != "simpo" and self.reference == "start"
+        return self.has_reference and self.reference == "start"
