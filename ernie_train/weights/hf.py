@@ -22,9 +22,9 @@ from ernie_train.weights.adapters import Part, find_base, is_partial, read_part
 from ernie_train.weights.layout import (
     EMBED_TOKENS,
     LM_HEAD,
+    Assembled,
     Layout,
     TensorMapping,
-    assemble,
     describe_names,
     detect_layout,
     is_mtp_name,
@@ -173,7 +173,7 @@ class _Source:
         if LM_HEAD in self.names and not any(p.stored == LM_HEAD for p in self.wanted):
             self._check_tied()
         present = [mapping for mapping in self.wanted if mapping.stored not in self.no_bias]
-        yield from assemble(present, self.read)
+        yield from Assembled(present, self.read).items()
         for mapping in self.wanted:
             if mapping.stored in self.no_bias:
                 yield mapping.parameter, np.zeros(mapping.shape, np.float32)
