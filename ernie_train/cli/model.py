@@ -46,7 +46,7 @@ def open_model(
     tokenizer = load_tokenizer(place.tokenizer)
     device = devices.select_device(device)
     dtype = "float32" if exact else devices.compute_dtype(device)
-    return load_pretrained(place.weights, dtype), tokenizer
+    return load_pretrained(place.weights, dtype, verified=True), tokenizer
 
 
 def best_checkpoint(path: Path) -> Path:

@@ -312,6 +312,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
             raise WeightsError(f"{tensor.file}: ends in the middle of {name}: truncated")
         return array.reshape(tensor.shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
 

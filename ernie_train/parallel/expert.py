@@ -26,7 +26,25 @@ from ernie_train.model.dtypes import cast
 from ernie_train.model.moe import LOCAL_PLACEMENT
 from ernie_train.model.token_dispatcher import Dispatched, InFlight, Permute, Routing, Unpermute
 from ernie_train.parallel.collectives import Collectives, Work, get_collectives
-from ernie_train.parallel.lockstep import gather_with_signals
+
+
+@dataclass
+class Signals:
+    """Bits that travel with the row counts of a model's MoE layers; `Lockstep` says their meaning.
+
+    own: what this rank tells; heard: what any rank that it exchanges rows with has told since that
+    was set to 0.
+    """
+
+    own: int = 0
+    heard: int = 0
+
+    def gather(self, values: Tensor) -> np.ndarray:
+        """Return the int64 values [W] of the group's ranks, [N,W]; the host waits for them."""
+        collectives = get_collectives()
+        found = collectives.gather(paddle.concat([values, paddle.full([1], self.own, "int64")]))
+        self.heard |= int(np.bitwise_or.reduce(found[:, -1]))
+        return found[collectives.group, :-1]
 
 
 @dataclass(frozen=True)
@@ -44,13 +62,13 @@ class AllToAllPlan:
     to_arrival_order: Tensor  # [A] its inverse
 
     @classmethod
-    def make(cls, ends: Tensor) -> AllToAllPlan:
-        """Exchange where the rows of each expert end; `ends` [E] is this rank's.
+    def make(cls, ends: Tensor, signals: Signals) -> AllToAllPlan:
+        """Exchange where the rows of each expert end, and signals; `ends` [E] is this rank's.
 
         Every rank must call it at the same place.
         """
         ranks = process_group.grid().expert
-        counts = np.diff(gather_with_signals(ends), prepend=0)  # [N,E]
+        counts = np.diff(signals.gather(ends), prepend=0)  # [N,E]
         counts = counts.reshape([ranks, ranks, -1])  # [from,to,L]
         arriving = counts[:, process_group.rank() % ranks]  # [N,L]
         to_expert_order = _expert_order(arriving)
@@ -198,13 +216,16 @@ class ExpertDispatcher:
     """Dispatches over an expert group whose rank r holds the experts `range(r * L, (r + 1) * L)`.
 
     Every rank must run the same layers in the same order; one without a micro-batch runs
-    `dummy_pass`.
+    `dummy_pass`. All layers of a model, and of its copies, share one dispatcher and its signals.
     """
+
+    def __init__(self) -> None:
+        self.signals = Signals()
 
     def dispatch_start(
         self, x: Tensor, weights: Tensor, routing: Routing
     ) -> InFlight[AllToAllMetadata]:
-        transfer = _Transfer(AllToAllPlan.make(routing.ends))
+        transfer = _Transfer(AllToAllPlan.make(routing.ends, self.signals))
         rows = Permute.apply(x, routing)
         row_weights = paddle.gather(weights.reshape([-1, 1]), routing.weight_index)
         row_weights = cast(row_weights, rows.dtype)

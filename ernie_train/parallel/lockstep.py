@@ -12,29 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
 import paddle
 from paddle import Tensor
 
 from ernie_train.core import process_group
 from ernie_train.core.errors import Interrupted
 from ernie_train.model import Ernie4_5_MoeModel
-from ernie_train.parallel.collectives import get_collectives
+from ernie_train.parallel.expert import ExpertDispatcher, Signals
 
 T = TypeVar("T")
 
-# Signals of a rank to those that it exchanges rows with, and theirs since it last set its own.
+# Bits of `Signals`.
 _WORKS, _STOPS = 1, 2
-_own = _heard = 0
-
-
-def gather_with_signals(values: Tensor) -> np.ndarray:
-    """Return the int64 values [W] of the expert group's ranks, [N,W]; the host waits for them."""
-    global _heard
-    collectives = get_collectives()
-    found = collectives.gather(paddle.concat([values, paddle.full([1], _own, "int64")]))
-    _heard |= int(np.bitwise_or.reduce(found[:, -1]))
-    return found[collectives.group, :-1]
 
 
 class HasDecoder(Protocol):
@@ -43,13 +32,19 @@ class HasDecoder(Protocol):
     model: Ernie4_5_MoeModel
 
 
+def _signals_of(model: HasDecoder) -> Signals | None:
+    """Return the signals that the model's layers exchange; None where it needs no other rank."""
+    dispatcher = model.model.placement.dispatcher
+    return dispatcher.signals if isinstance(dispatcher, ExpertDispatcher) else None
+
+
 def dummy_pass(model: HasDecoder) -> Tensor | None:
     """Take part in the all-to-alls of a forward pass that other ranks run, with a single token.
 
     Returns its hidden states, from which a backward pass of zeros can start. Does nothing where
     every rank holds all experts.
     """
-    if process_group.grid().expert == 1:
+    if _signals_of(model) is None:
         return None
     return model.model(paddle.zeros([1, 1], "int64")).hidden
 
@@ -72,6 +67,7 @@ class Lockstep:
         self, model: HasDecoder, stop_requested: Callable[[], bool] = lambda: False
     ) -> None:
         self.model, self.stop_requested = model, stop_requested
+        self._signals = _signals_of(model)
         self._left: int | None = None  # passes until all ranks are done, where that is known
 
     def shard(self, items: Sequence[T]) -> Iterator[T]:
@@ -87,36 +83,35 @@ class Lockstep:
 
         Ranks that share experts get the same answer: whether one was asked before the last pass.
         """
-        if process_group.grid().expert == 1:
+        if self._signals is None:
             return self.stop_requested()
-        return self._signal(_WORKS)
+        return self._signal(self._signals, _WORKS)
 
     def __enter__(self) -> Lockstep:
-        global _heard
-        _heard = 0
+        if self._signals is not None:
+            self._signals.heard = 0
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if process_group.world_size() == 1 or not isinstance(error, Interrupted | None):
             return  # a rank with another error ends, and its supervisor ends the others
-        if error is None and process_group.grid().expert > 1:
-            self._run_dummy_passes()
+        if error is None and self._signals is not None:
+            self._run_dummy_passes(self._signals)
         process_group.wait_for_all_ranks()  # in a collective of NCCL ranks would wait at full load
         stopped = process_group.any_rank(error is not None or self.stop_requested())
         if stopped and error is None:
             raise Interrupted("stopped on a signal, here or on another rank")
 
-    def _run_dummy_passes(self) -> None:
-        while self._left != 0 and not self._signal(0):
+    def _run_dummy_passes(self, signals: Signals) -> None:
+        while self._left != 0 and not self._signal(signals, 0):
             with paddle.no_grad():
                 dummy_pass(self.model)
-            if not _heard & _WORKS:
+            if not signals.heard & _WORKS:
                 return  # it was a dummy on all ranks
 
-    def _signal(self, works: int) -> bool:
+    def _signal(self, signals: Signals, works: int) -> bool:
         """Set what the next pass tells; return whether the last one told to stop."""
-        global _own, _heard
         self._left = None if self._left is None else self._left - 1
-        stop = bool(_heard & _STOPS)
-        _own, _heard = works | (_STOPS if self.stop_requested() else 0), 0
+        stop = bool(signals.heard & _STOPS)
+        signals.own, signals.heard = works | (_STOPS if self.stop_requested() else 0), 0
         return stop

@@ -14,7 +14,7 @@ import paddle
 from paddle import Tensor, nn
 
 from ernie_train.core.errors import WeightsError
-from ernie_train.io.safetensors import ArraysByOtherNames, TensorFiles, to_bfloat16
+from ernie_train.io.safetensors import TensorFiles, to_bfloat16
 from ernie_train.model import (
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
@@ -24,8 +24,7 @@ from ernie_train.model import (
 from ernie_train.model.dtypes import default_dtype, dtype_name, zero_parameters
 from ernie_train.parallel import owned_names
 from ernie_train.weights.adapters import from_disk, to_disk
-
-_HEAD = "value_head."
+from ernie_train.weights.layout import TensorMapping
 
 
 class ScalarModel(nn.Layer):
@@ -49,17 +48,18 @@ class ScalarModel(nn.Layer):
         output = self.model(input_ids, document_ids=document_ids)
         return self.value_head(output.hidden.astype("float32")).squeeze(-1), output
 
-    def to_disk(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def to_disk(self, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Parameters, or their moments, under the names that a model directory has for them."""
-        body = {n: a for n, a in named.items() if not n.startswith(_HEAD)}
-        head = {n: a for n, a in named.items() if n.startswith(_HEAD)}
-        return {**to_disk(self, body), **head}
+        return to_disk(self, named, self._head())
 
-    def from_disk(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inverse of `to_disk`; `WeightsError` for arrays of another model."""
-        head = {n: stored[n] for n in stored if n.startswith(_HEAD)}
-        names = {n: n for n in stored if not n.startswith(_HEAD)}
-        return {**from_disk(self, ArraysByOtherNames(stored, names)), **head}
+    def from_disk(self, stored: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The inverse of `to_disk`, read on access; `WeightsError` for arrays of another model."""
+        return from_disk(self, stored, self._head())
+
+    def _head(self) -> list[TensorMapping]:
+        """Return the mappings of the head, which is stored as it is."""
+        shapes = {f"value_head.{n}": tuple(p.shape) for n, p in self.value_head.named_parameters()}
+        return [TensorMapping(name, shape, name, shape) for name, shape in shapes.items()]
 
 
 class Critic(ScalarModel):
@@ -82,7 +82,7 @@ class Critic(ScalarModel):
         except WeightsError as error:
             raise WeightsError(f"{directory}: {error}") from None
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> Mapping[str, np.ndarray]:
         """The weights that this rank writes, under their names on disk."""
         state = self.state_dict()
         mine = owned_names(state)
@@ -95,12 +95,12 @@ class Critic(ScalarModel):
         """
         arrays = self.from_disk(stored)
         own = self.state_dict()
-        wrong = [n for n, t in own.items() if n not in arrays or list(arrays[n].shape) != t.shape]
-        if wrong:
+        if missing := [name for name in own if name not in arrays]:
             raise WeightsError(
-                f"the critic is of another size than the policy: {', '.join(wrong[:5])}"
+                f"the critic is of another size than the policy: {', '.join(missing[:5])}"
             )
         for name, tensor in own.items():
+            array = arrays[name]
             # Arrays are float32 from the disk, and bits of bfloat16 (uint16) from `arrays`.
-            is_low = tensor.dtype == paddle.bfloat16 and arrays[name].dtype != np.uint16
-            tensor.set_value(to_bfloat16(arrays[name]) if is_low else arrays[name])
+            is_low = tensor.dtype == paddle.bfloat16 and array.dtype != np.uint16
+            tensor.set_value(to_bfloat16(array) if is_low else array)

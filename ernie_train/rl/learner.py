@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -294,7 +294,7 @@ class Learner:
             state |= {"critic_powers": powers, "critic_step": self.critic.step}
         return state
 
-    def parts(self) -> dict[str, dict[str, np.ndarray]]:
+    def parts(self) -> dict[str, Mapping[str, np.ndarray]]:
         """Return the critic's arrays by their place in a checkpoint."""
         if self.critic is None:
             return {}

@@ -273,11 +273,11 @@ class Pipeline:
             last = self._stage_dir(len(done) - 1) / CHECKPOINTS / done[-1].result["checkpoint"]
             verify_manifest(last, hashes=process_group.is_main())
             self.weights = self.loaded = last
-            model = load_pretrained(last, dtype=dtype)
+            model = load_pretrained(last, dtype=dtype, verified=True)
         elif source.path is not None:
             self.weights = self.loaded = find_model(source.path).weights
             source.build()  # refuses sizes that differ from the preset's, before building the model
-            model = load_pretrained(self.weights, dtype=dtype)
+            model = load_pretrained(self.weights, dtype=dtype, verified=True)
         else:
             model = parallel.new_model(source.build(), dtype)
         vocabulary = self.recipe.vocabulary(model.config, tokenizer)
@@ -363,11 +363,11 @@ class Pipeline:
                 result = kind.run(stage, run, prepared)
             finally:
                 end_partial_training(model)
-        self.weights = self.loaded = run.directory / CHECKPOINTS / result["checkpoint"]
-        if selection is not None:
-            # Read, not merged in memory: a run that was interrupted here computes on with these.
-            with consensus.fail_together():
-                CheckpointStore(self.weights.parent).load(self.weights).load_model(model)
+        self.weights = run.directory / CHECKPOINTS / result["checkpoint"]
+        if selection is None:
+            self.loaded = self.weights
+        # Else read, not merged in memory: a run that was interrupted here computes on with these.
+        self._load_weights(model)
         return result
 
     def _describe_base(self, model: Ernie4_5_MoeForCausalLM) -> dict[str, str]:

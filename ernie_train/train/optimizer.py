@@ -252,7 +252,9 @@ class Optimizer:
     def load_state(
         self, moments: Mapping[str, Mapping[str, np.ndarray]], powers: Mapping[str, float]
     ) -> None:
-        """Restore `moments` of all owners together, and `powers`.
+        """Restore `powers`, and of the `moments` of all ranks those that this one updates.
+
+        They are read one after another, and no others.
 
         Raises `CheckpointError` that names parameters without saved state, or of another dtype.
         """
@@ -356,6 +358,5 @@ def restore_optimizer(
     for key in arrays:
         slot, _, name = key.partition("/")
         slots.setdefault(slot, {})[name] = key
-    # A rank reads the moments of its own experts alone: those of all may not fit its memory.
     moments = {s: from_disk(ArraysByOtherNames(arrays, keys)) for s, keys in slots.items()}
     optimizer.load_state(moments, powers)

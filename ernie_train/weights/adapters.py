@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,18 +157,26 @@ def pair_mappings(
 Rename = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
-def to_disk(model: HasDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Return trained parameters of a model, or their Adam moments, by their names on disk."""
-    return dict(to_stored(_trained_mappings(model, model.model.placement.experts), named))
+def to_disk(
+    model: HasDecoder, named: Mapping[str, np.ndarray], head: Sequence[TensorMapping] = ()
+) -> Mapping[str, np.ndarray]:
+    """Return trained parameters of a model, or their Adam moments, by their names on disk.
+
+    head: mappings of what the model has beside its decoder.
+    """
+    here = [*_trained_mappings(model, model.model.placement.experts), *head]
+    return dict(to_stored(here, named))
 
 
-def from_disk(model: HasDecoder, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+def from_disk(
+    model: HasDecoder, named: Mapping[str, np.ndarray], head: Sequence[TensorMapping] = ()
+) -> Mapping[str, np.ndarray]:
     """Return the parameters, or Adam moments, that this rank holds, by their names in memory.
 
-    `named` holds those of all ranks by their names on disk.
+    `named` holds those of all ranks by their names on disk. Each is read on access.
     """
-    here = _trained_mappings(model, model.model.placement.experts)
-    return dict(from_stored(_trained_mappings(model, None), named, here))
+    here = [*_trained_mappings(model, model.model.placement.experts), *head]
+    return from_stored([*_trained_mappings(model, None), *head], named, here)
 
 
 def _trained_mappings(model: HasDecoder, experts: range | None) -> list[TensorMapping]:

@@ -15,7 +15,6 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,13 +181,15 @@ class CheckpointStore:
         """Remove the optimizer state from all checkpoints; return how many bytes that frees.
 
         They can be loaded at every moment, but not trained on afterwards. A checkpoint without a
-        readable manifest stays as it is.
+        readable manifest stays as it is, with a warning.
         """
         freed = 0
         for step in self.steps():
-            with suppress(CheckpointError):
-                is_gone = {"optimizer": "removed"}
+            is_gone = {"optimizer": "removed"}
+            try:
                 freed += remove_files(self.path_of(step), _OPTIMIZER.fullmatch, is_gone)
+            except CheckpointError as error:
+                _log.warning("optimizer state of a damaged checkpoint is not removed: %s", error)
         return freed
 
     def has_optimizer(self) -> bool:

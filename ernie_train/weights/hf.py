@@ -22,9 +22,9 @@ from ernie_train.weights.adapters import Part, find_base, is_partial, read_part
 from ernie_train.weights.layout import (
     EMBED_TOKENS,
     LM_HEAD,
+    Assembled,
     Layout,
     TensorMapping,
-    assemble,
     describe_names,
     detect_layout,
     is_mtp_name,
@@ -41,7 +41,9 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 _log = logging.getLogger(__name__)
 
 
-def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeForCausalLM:
+def load_pretrained(
+    path: str | Path, dtype: str = "float32", *, verified: bool = False
+) -> Ernie4_5_MoeForCausalLM:
     """Load the model in the directory `path`.
 
     With expert parallelism the model holds this rank's experts only. Needs memory for the model
@@ -50,6 +52,8 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
     Args:
         path: a directory with `config.json` and `model*.safetensors`.
         dtype: "float32" or "bfloat16"; router and router bias stay float32.
+        verified: the caller has compared the directory with its manifest, as `find_model` does. The
+            base of a part of a model is compared all the same.
 
     Raises:
         ConfigError: `dtype` is unknown, or `config.json` describes a model that is not supported.
@@ -60,7 +64,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> Ernie4_5_MoeFor
     config = load_config(path)
     _open(Path(path), config, verify=False)  # report mismatches before a large model is built
     model = new_model(config, dtype, initialize=False)
-    skipped = load_weights(model, path)
+    skipped = load_weights(model, path, verify=not verified or is_partial(Path(path)))
     model.generation = _read_generation(Path(path))
     if unknown := config.unknown_keys:
         _log.warning("%s: unknown keys in config.json change nothing: %s", path, ", ".join(unknown))
@@ -173,7 +177,7 @@ class _Source:
         if LM_HEAD in self.names and not any(p.stored == LM_HEAD for p in self.wanted):
             self._check_tied()
         present = [mapping for mapping in self.wanted if mapping.stored not in self.no_bias]
-        yield from assemble(present, self.read)
+        yield from Assembled(present, self.read).items()
         for mapping in self.wanted:
             if mapping.stored in self.no_bias:
                 yield mapping.parameter, np.zeros(mapping.shape, np.float32)

@@ -288,8 +288,8 @@ def to_stored(
 
 def from_hf(
     config: Ernie4_5_MoeConfig, named: Mapping[str, np.ndarray], experts: range | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name in memory, array) of parameters or of their Adam moments: undo `to_stored`.
+) -> Assembled:
+    """Return parameters or their Adam moments by name in memory: undo `to_stored`.
 
     Args:
         config: the model's configuration.
@@ -302,13 +302,13 @@ def from_hf(
     """
     every = tensor_mappings(config)
     here = every if experts is None else tensor_mappings(config, experts=experts)
-    yield from from_stored(every, named, here)
+    return from_stored(every, named, here)
 
 
 def from_stored(
     every: list[TensorMapping], named: Mapping[str, np.ndarray], here: list[TensorMapping]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name in memory, array) of stored arrays: undo `to_stored`; see `from_hf`.
+) -> Assembled:
+    """Return stored arrays by name in memory: undo `to_stored`; see `from_hf`.
 
     `every` maps those of all ranks, `here` those of this one.
 
@@ -322,39 +322,48 @@ def from_stored(
     missing = [name for name in expected if name not in named]
     if problems := describe_names(missing, unknown, []):
         raise WeightsError("; ".join(problems))
-    yield from assemble([p for p in here if p.parameter in present], named.__getitem__)
+    return Assembled([p for p in here if p.parameter in present], named.__getitem__)
 
 
-def assemble(
-    wanted: list[TensorMapping], read: Callable[[str], np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Read the stored tensors of one parameter after another; yield (name in memory, array).
+class Assembled(Mapping[str, np.ndarray]):
+    """Parameters by name in memory, each made of its stored tensors on access.
 
     A tensor that is stored as it is in memory is passed on, not copied.
 
     Raises:
         WeightsError: `read` returned a tensor of another shape than the model's.
     """
-    by_parameter: dict[str, list[TensorMapping]] = {}
-    for mapping in wanted:
-        by_parameter.setdefault(mapping.parameter, []).append(mapping)
-    for name, parts in by_parameter.items():
-        buffer: np.ndarray | None = None
+
+    def __init__(self, wanted: list[TensorMapping], read: Callable[[str], np.ndarray]) -> None:
+        self._read = read
+        self._parts: dict[str, list[TensorMapping]] = {}
+        for mapping in wanted:
+            self._parts.setdefault(mapping.parameter, []).append(mapping)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        buffer, parts = np.empty(0), self._parts[name]
         for mapping in parts:
-            stored = read(mapping.stored)
+            stored = self._read(mapping.stored)
             if stored.shape != mapping.stored_shape:
                 raise WeightsError(
                     f"{mapping.stored}: shape {list(stored.shape)} instead of "
                     f"{list(mapping.stored_shape)}"
                 )
             if not (mapping.transpose or mapping.at or mapping.stored_at):
-                buffer = stored
-                continue
-            if buffer is None:
+                return stored
+            if mapping is parts[0]:
                 buffer = np.empty(mapping.shape, stored.dtype)
             mapping.copy_from_stored(buffer, stored)
-        if buffer is not None:
-            yield name, buffer
+        return buffer
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def wrong_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:

@@ -14,8 +14,8 @@ from tests.small_models import make_model
 
 
 def run_passes(number: int) -> None:
-    """Make some passes without a model."""
-    with Lockstep(None) as lockstep:
+    """Announce some passes and make none."""
+    with Lockstep(make_model()) as lockstep:
         for _ in range(number):
             assert not lockstep.next_pass()
 

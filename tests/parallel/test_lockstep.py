@@ -12,8 +12,9 @@ import pytest
 from ernie_train.core import process_group
 from ernie_train.core.errors import Interrupted
 from ernie_train.core.process_group import Grid
-from ernie_train.parallel import Lockstep, lockstep
-from ernie_train.parallel.lockstep import gather_with_signals
+from ernie_train.model.moe import LOCAL_PLACEMENT
+from ernie_train.model.token_dispatcher import Placement
+from ernie_train.parallel import ExpertDispatcher, Lockstep, expert
 from tests.parallel.ranks import start_on_ranks
 from tests.small_models import make_config
 
@@ -95,15 +96,24 @@ def peer(other_rank, monkeypatch):
         return np.stack([values.numpy(), [7, 8, says.pop(0)]])
 
     monkeypatch.setattr(
-        lockstep, "get_collectives", lambda: SimpleNamespace(gather=gather, group=[0, 1])
+        expert, "get_collectives", lambda: SimpleNamespace(gather=gather, group=[0, 1])
     )
-    counts = paddle.to_tensor([5, 6])
+    return SimpleNamespace(model=Decoder()), told, says
 
-    def decoder(token):
-        assert gather_with_signals(counts).tolist() == [[5, 6], [7, 8]]
+
+class Decoder:
+    """Exchanges the counts of rows, as a decoder with one MoE layer does."""
+
+    def __init__(self):
+        self.placement = Placement(None, ExpertDispatcher())
+
+    def __call__(self, token):
+        counts = paddle.to_tensor([5, 6])
+        assert self.placement.dispatcher.signals.gather(counts).tolist() == [[5, 6], [7, 8]]
         return SimpleNamespace(hidden=None)
 
-    return SimpleNamespace(model=decoder), told, says
+
+WHOLE = SimpleNamespace(model=SimpleNamespace(placement=LOCAL_PLACEMENT))
 
 
 WORKS, STOPS = 1, 2
@@ -176,11 +186,33 @@ def test_what_a_last_pass_told_does_not_stop_the_next_ones(peer):
     assert says == []
 
 
+def test_passes_of_another_model_between_tell_and_hear_nothing(peer):
+    model, told, says = peer
+    other = SimpleNamespace(model=Decoder())
+    says += [WORKS, STOPS, WORKS]
+    with Lockstep(model) as passes:
+        for _ in passes.shard(range(4)):
+            model.model(None)
+            if len(told) == 1:
+                other.model(None)
+    assert told == [WORKS, 0, WORKS] and says == []
+
+
+def test_a_model_without_experts_elsewhere_takes_no_dummy_pass(peer, other_rank):
+    """Say a dense reward model beside a policy whose experts are on several ranks."""
+    with pytest.raises(Interrupted, match="mine"), Lockstep(WHOLE, lambda: True) as passes:
+        assert passes.next_pass()
+        raise Interrupted("mine")
+    with Lockstep(WHOLE):
+        pass
+    assert peer[1] == [] and other_rank[0] == ["without limit", [1.0], "without limit", [0.0]]
+
+
 def test_with_all_experts_here_a_stop_elsewhere_is_known_at_the_end(other_rank):
     process_group.set_grid(Grid(data=2))
     told, adds = other_rank
     adds[1] = 1.0
-    with pytest.raises(Interrupted), Lockstep(None) as lockstep:
+    with pytest.raises(Interrupted), Lockstep(WHOLE) as lockstep:
         for _ in range(3):
             assert not lockstep.next_pass()
     assert told == ["without limit", [0.0]], "NCCL would not wait for longer than half an hour"
@@ -189,10 +221,10 @@ def test_with_all_experts_here_a_stop_elsewhere_is_known_at_the_end(other_rank):
 def test_one_s_own_stop_is_told_to_the_others_and_a_failure_is_not(other_rank):
     process_group.set_grid(Grid(data=2))
     told, _ = other_rank
-    with pytest.raises(Interrupted, match="mine"), Lockstep(None, lambda: True) as lockstep:
+    with pytest.raises(Interrupted, match="mine"), Lockstep(WHOLE, lambda: True) as lockstep:
         assert lockstep.next_pass()
         raise Interrupted("mine")
     assert told == ["without limit", [1.0]]
-    with pytest.raises(ZeroDivisionError), Lockstep(None):
+    with pytest.raises(ZeroDivisionError), Lockstep(WHOLE):
         raise ZeroDivisionError
     assert told == ["without limit", [1.0]]

@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer
 
 from ernie_train.model.moe import MoE
 from ernie_train.model.token_dispatcher import Placement
-from ernie_train.parallel import ExpertDispatcher, enable_recompute, expert, lockstep
+from ernie_train.parallel import ExpertDispatcher, enable_recompute, expert
 from ernie_train.parallel.collectives import Work
 from tests.small_models import fill, make_config, make_model
 
@@ -91,8 +91,7 @@ BACKWARD = [
 @pytest.fixture
 def late(monkeypatch) -> LateCollectives:
     made = LateCollectives()
-    for module in (expert, lockstep):
-        monkeypatch.setattr(module, "get_collectives", lambda: made)
+    monkeypatch.setattr(expert, "get_collectives", lambda: made)
     return made
 
 

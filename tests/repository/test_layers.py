@@ -44,7 +44,7 @@ PACKAGES: dict[str, str] = {
     "rewards.scoring": "reference_completion worker worker_process service composition selfcheck",
     "environments": "config tool calculator lookup python_cells user_worker user_tools environment"
     " episodes",
-    "parallel": "collectives lockstep recompute expert gradients build",
+    "parallel": "collectives expert lockstep recompute gradients build",
     "weights": "layout quantize peft_config adapters hf saving gguf_file gguf_tokenizer llama"
     " upcycle convert state checkpoint_config checkpoint model_directory",
     "weights.quantize": "scheme gptq calibration stored",

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import yaml
 
 from ernie_train.cli.main import main
 from ernie_train.eval import evaluation
-from ernie_train.run import export
+from ernie_train.io import files
+from ernie_train.run import export, lineage
 from ernie_train.train import supervised_data
 from ernie_train.train.trainer import Trainer
+from ernie_train.weights import adapters
 from tests.workspace import final_files, make_workspace, write_rows
 
 
@@ -121,6 +124,45 @@ def test_a_later_stage_needs_the_last_finished_one_alone(root):
 
 def states_of(directory: Path, stage_name: str) -> list[str]:
     return sorted(p.parent.name for p in (directory / stage_name).rglob("optimizer.safetensors"))
+
+
+@pytest.mark.parametrize("trains", ["all", "a part"])
+def test_a_finished_stage_is_hashed_once_when_the_run_goes_on(root, trains, monkeypatch, capsys):
+    directory, partial = root / f"once, {trains}", trains == "a part"
+    part = {"lora": {"rank": 2}} if partial else {}
+    recipe = write_recipe(root, "once", [stage(root, "one", **part), stage(root, "two")])
+    assert run("run", recipe, "--run-dir", directory, "--until", "one") == 0
+    read: Counter[Path] = Counter()
+
+    def counted(path: Path, *more: Any) -> files.FileDigest:
+        read[path.resolve()] += 1
+        return digest_file(path, *more)
+
+    digest_file = files.digest_file
+    for module in (files, adapters, lineage):
+        monkeypatch.setattr(module, "digest_file", counted)
+    left = directory / "01-one/checkpoints/step_000002"
+    places = [left, directory / "initial"] if partial else [left]
+    weights = [file for place in places for file in sorted(place.glob("*model*.safetensors"))]
+    assert len(weights) == len(places)
+    assert run("run", recipe, "--run-dir", directory, "--until", "one") == 0
+    assert {read[file.resolve()] for place in places for file in listed(place)} == {1}
+    for file in weights:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert run("run", recipe, "--run-dir", directory) == 2
+        assert f"{file.name}: content differs from its hash: damaged" in told(capsys)
+        file.write_bytes(content)
+    assert run("run", recipe, "--run-dir", directory) == 0
+
+
+def listed(directory: Path) -> list[Path]:
+    """The files in a directory's manifest."""
+    return [directory / name for name in files.read_manifest(directory)["files"]]
+
+
+def told(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_optimizer_state_goes_when_the_next_stage_begins(root, capsys):

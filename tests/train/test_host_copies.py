@@ -13,7 +13,7 @@ from ernie_train.losses import unbiased_expert_ids
 from ernie_train.model import Ernie4_5_MoeForCausalLM, RouterStats
 from ernie_train.model.moe import MoE
 from ernie_train.model.token_dispatcher import Placement
-from ernie_train.parallel import ExpertDispatcher, expert, lockstep
+from ernie_train.parallel import ExpertDispatcher, expert
 from ernie_train.train.moe_balance import RouterStatsAccumulator
 from ernie_train.train.moe_health import RoutingProbe
 from ernie_train.train.optimizer import OptimConfig, Optimizer
@@ -103,8 +103,7 @@ def test_a_layer_with_experts_on_other_ranks_copies_the_counts_of_all_and_nothin
 ):
     """Not its own before it exchanges them. A limit adds one wait, for the number of rows left."""
     collectives, selected = LateCollectives(), []
-    for module in (expert, lockstep):
-        monkeypatch.setattr(module, "get_collectives", lambda: collectives)
+    monkeypatch.setattr(expert, "get_collectives", lambda: collectives)
     select = paddle.masked_select
     monkeypatch.setattr(paddle, "masked_select", lambda *x: selected.append(1) or select(*x))
     for name in ("item", "__bool__", "__float__", "__index__", "__int__"):

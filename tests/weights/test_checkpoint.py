@@ -258,18 +258,31 @@ def test_weights_state_and_critic_stay_when_optimizer_state_goes(tmp_path: Path)
     assert store.remove_optimizer() == 0
 
 
-@pytest.mark.parametrize("damage", ["manifest", "optimizer"])
-def test_a_damaged_checkpoint_keeps_no_other_from_losing_its_state(
-    damage: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("no manifest", "step_000010: incomplete, it has no MANIFEST.json"),
+        ("manifest", "step_000010/MANIFEST.json: damaged: it does not match its own hash"),
+        ("optimizer", None),
+    ],
+)
+def test_a_damaged_checkpoint_keeps_no_other_from_losing_its_state_and_is_told(
+    damage: str, told: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = make_store(tmp_path)
     for step in (10, 20):
         save(store, step)
-    pattern = {"manifest": "MANIFEST.json", "optimizer": "optimizer-*"}[damage]
-    next((tmp_path / "step_000010").glob(pattern)).unlink()
+    pattern = "optimizer-*" if damage == "optimizer" else "MANIFEST.json"
+    file = next((tmp_path / "step_000010").glob(pattern))
+    if damage == "manifest":
+        file.write_text(file.read_text().replace('"step": 10', '"step": 11'))
+    else:
+        file.unlink()
     assert store.remove_optimizer() > 0
     assert not of_optimizer(tmp_path / "step_000020")
-    assert bool(of_optimizer(tmp_path / "step_000010")) == (damage == "manifest")
+    assert bool(of_optimizer(tmp_path / "step_000010")) == (told is not None)
+    assert len(caplog.messages) == (told is not None)
+    assert told is None or caplog.messages[0].endswith(f"/{told}")
     assert store.latest() == store.path_of(20)
 
 

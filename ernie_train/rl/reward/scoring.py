@@ -50,7 +50,7 @@ class RewardModelScorer:
         place = find_reward_model(base_dir / part.path)
         self.part = part
         self.tokenizer: Tokenizer = load_tokenizer(place.tokenizer)
-        backbone = load_pretrained(place.weights, dtype=dtype)
+        backbone = load_pretrained(place.weights, dtype=dtype, verified=True)
         if self.tokenizer.vocab_size > backbone.config.vocab_size:
             raise UserError(
                 f"reward: {part.path} has a tokenizer of {self.tokenizer.vocab_size} tokens beside "

@@ -134,8 +134,8 @@ class _RewardRun(PairRun[RewardModel, PairBatch]):
         # Empty on a rank that does not write the head.
         return {_MODEL_PART: self.model.head_arrays(self.spread, self.trainer.optimizer.owned)}
 
-    def to_disk(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def to_disk(self, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return self.model.to_disk(named)
 
-    def from_disk(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def from_disk(self, stored: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return self.model.from_disk(stored)
