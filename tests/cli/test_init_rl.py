@@ -71,6 +71,11 @@ ROWS: dict[str, tuple[list[Row], tuple[str, ...], str]] = {
         "logic",
     ),
     "labels": (made(prompt=question, answer="True"), (), "logic"),
+    "mixed answers": (
+        [*made(prompt=question, answer=answer), *made(prompt=worked, answer="False")],
+        (),
+        "math",
+    ),
     "named": (made(prompt=question, answer=answer, reward="exact"), (), "row"),
     "calls": (made(messages=called, tools=[{"name": "add"}]), ("--kind", "rl"), "row"),
 }  # fmt: skip
