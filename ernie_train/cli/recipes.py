@@ -135,6 +135,13 @@ def init(
     out: Annotated[Path | None, typer.Option(help="recipe to write; default recipe.yaml")] = None,
     columns: ColumnsText = None,
     template: Template = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="sft, pretrain, dpo, or upo (also grpo, rl): reinforcement learning on rows with "
+            "answers; default what the rows are"
+        ),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="full, lora, or auto (default): what fits the memory")
     ] = None,
@@ -164,6 +171,7 @@ def init(
         out=out,
         columns=None if columns is None else parse_columns(columns, "--columns"),
         template=template,
+        kind=kind,
         method=method,
         held_out=held_out,
         seq_len=seq_len,

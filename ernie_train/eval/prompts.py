@@ -113,7 +113,7 @@ def expecting_own_calls(path: str | Path, problems: Sequence[Record]) -> list[Re
 
     Logs how many do so.
     """
-    found = [_with_own_calls(record) for record in problems]
+    found = [with_own_calls(record) for record in problems]
     if count := sum(one is not other for one, other in zip(problems, found, strict=True)):
         _say_once(
             f"{count} of {len(found)} problems of {path} do not say what is expected: the tool "
@@ -122,7 +122,7 @@ def expecting_own_calls(path: str | Path, problems: Sequence[Record]) -> list[Re
     return found
 
 
-def _with_own_calls(record: Record) -> Record:
+def with_own_calls(record: Record) -> Record:
     """Return the problem with the tool calls at its end as what is expected.
 
     That is one that names neither a verifier nor what is expected, and ends in calls; or one of the

@@ -6,7 +6,7 @@ sandbox. `scoring.composition.build_reward` combines verifiers into a recipe's r
 docs/rewards.md describes all of it.
 """
 
-from ernie_train.rewards.registry import REWARDS, RewardFn, reward_named
+from ernie_train.rewards.registry import REWARDS, RewardFn, fitting_verifier, reward_named
 from ernie_train.rewards.sandbox.api import SandboxUnavailable
 from ernie_train.rewards.score import Score, Status, read_completion, read_response
 from ernie_train.rewards.scoring.service import ScoringReport, ScoringService, score_batch
@@ -19,6 +19,7 @@ __all__ = [
     "ScoringReport",
     "ScoringService",
     "Status",
+    "fitting_verifier",
     "read_completion",
     "read_response",
     "reward_named",

@@ -1,11 +1,21 @@
 """Map the names that rows and recipes give to verifiers, and to the form of an answer in each."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ernie_train.core.errors import UserError, did_you_mean
 from ernie_train.rewards.score import Score, read_response
-from ernie_train.rewards.verifiers import code, exact, format, logic, math_answer, tool_call
+from ernie_train.rewards.verifiers import (
+    answer_text,
+    code,
+    exact,
+    format,
+    labels,
+    logic,
+    math_answer,
+    tool_call,
+)
 
 RewardFn = Callable[[dict[str, Any], str], Score]
 
@@ -30,6 +40,32 @@ def reward_named(name: str) -> RewardFn:
     if name not in REWARDS:
         raise UserError(f"unknown reward {name!r}{did_you_mean(name, REWARDS)}")
     return REWARDS[name]
+
+
+# The keys by which a row shows what grades it, before its answer does.
+_SHOWN_BY = {
+    "code": {"tests", "hidden_tests"},
+    "tool_call": {"expected_calls"},
+    "logic": {"assignment", "choices", "rg_entry"},
+}
+# A longer answer is prose, which no verifier compares. Commands of LaTeX are no words.
+_MOST_WORDS, _MOST_LETTERS = 8, 60
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
+
+
+def fitting_verifier(row: Mapping[str, Any]) -> str | None:
+    """Return the name of the verifier that grades a row by what it carries; None if none does."""
+    for name, keys in _SHOWN_BY.items():
+        if row.keys() & keys:
+            return name
+    answer = row.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        return None
+    if labels.truth_label(answer) or labels.parse_assignment(answer, ("knight", "knave")):
+        return "logic"
+    words = _WORD.findall((answer_text.named_answers(answer) or [answer])[-1])
+    short = len(words) <= _MOST_WORDS and sum(map(len, words)) <= _MOST_LETTERS
+    return "math" if short else None
 
 
 def answer_form(name: str, row: dict[str, Any], completion: str) -> str | None:

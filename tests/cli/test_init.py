@@ -120,7 +120,10 @@ def test_nothing_is_overwritten(place: Path, cli: Any, tmp_path: Path) -> None:
     [
         ({"--model": "nowhere"}, "nowhere"),
         ({"--data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
-        ({"--data": "prompts.jsonl"}, "rows of prompt are none"),
+        ({"--data": "prompts.jsonl"}, "1 of 1 rows have no `answer`"),
+        ({"--data": "both.jsonl"}, "rows of chat and prompt are none that init writes a recipe"),
+        ({"--kind": "ppo"}, "--kind ppo: sft, pretrain, dpo, upo"),
+        ({"--kind": "dpo"}, "rows of chat are none that --kind dpo trains on"),
         ({"--data": "odd.jsonl"}, "cannot tell the format"),
         ({"--out": "recipe.txt"}, "a recipe is a .yaml file"),
         ({"--out": "no/where.yaml"}, "there is no directory no"),
@@ -134,6 +137,8 @@ def test_mistakes_are_one_message(
     place: Path, cli: Any, tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "1 + 1?", "reward": "math"}])
+    both = [{"prompt": "1 + 1?", "answer": "2"}, {"question": "1 + 1?", "answer": "2"}]
+    write_rows(tmp_path / "both.jsonl", both)
     write_rows(tmp_path / "odd.jsonl", [{"frage": "1 + 1?"}])
     before = sorted(tmp_path.iterdir())
     given = {"--model": str(place / "model"), "--data": str(place / "train.jsonl"), **changes}
@@ -159,7 +164,7 @@ def test_what_is_not_given_is_asked_in_a_terminal(
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert cli("init", "--method", "lora")[0] == 0
-    assert [what.split()[0] for what in asked] == ["model", "data:", "recipe", "rows"]
+    assert [what.split()[0] for what in asked] == ["model", "data:", "train", "recipe", "rows"]
     assert (tmp_path / "recipe.yaml").exists()
 
 

@@ -67,7 +67,7 @@ PACKAGES: dict[str, str] = {
     "selftest": "check fixture graph kernels training ranks report command",
     "cli": "arguments doctor model turn_view evaluate preview score generate grading chat run"
     " init recipes status watch main",
-    "cli.init": "rows split command questions",
+    "cli.init": "problems reinforced rows split command questions",
 }
 ROOT_MODULES = ("__main__",)
 MOST_MODULES = 16

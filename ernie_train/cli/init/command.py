@@ -13,6 +13,8 @@ import paddle
 from rich.console import Console
 
 from ernie_train import __version__
+from ernie_train.cli.init.problems import UNIT
+from ernie_train.cli.init.reinforced import GROUP_SIZE, ReinforcedStage
 from ernie_train.cli.init.rows import BAD_ROWS, LONGEST_ROW, OwnModel, Rows, RowsRead
 from ernie_train.cli.init.split import HeldOutWish, Split, held_out_path, split
 from ernie_train.core import devices
@@ -35,9 +37,8 @@ STEP_TOKENS = 8192  # of an optimizer step, where there are enough rows
 LEAST_STEPS = 20  # of an epoch of few rows
 VALIDATIONS = 5  # of a run, at least
 MEMORY_SHARE = 0.8  # of the machine's; other programs need some of it
-_UNIT = 64  # lengths are multiples of it
 # Highest learning rate by kind of stage, of LoRA and of the whole model.
-_RATES = {"sft": (2e-4, 2e-5), "pretrain": (2e-4, 5e-5), "dpo": (2e-5, 1e-6)}
+_RATES = {"sft": (2e-4, 2e-5), "pretrain": (2e-4, 5e-5), "dpo": (2e-5, 1e-6), "upo": (1e-4, 1e-6)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class InitCommand:
         Raises `UserError` for a model that no recipe trains.
         """
         seq_len = self.read.seq_len or self._length()
-        held = split(self.data, self.rows, self.held_out, self.model, seq_len, self.read.columns)
+        found = self.rows.problems
+        most = found.max_prompt_tokens if found else seq_len
+        held = split(self.data, self.rows, self.held_out, self.model, most, self.read.columns)
         values, about = self._sized(self.rows.without(len(held.rows)), seq_len, held)
         check_fit(self._parsed(values), self.model.config, self.model.tokenizer)
         head = [f"yaml-language-server: $schema={SCHEMA}", *about]
@@ -109,8 +112,9 @@ class InitCommand:
         rows = self.rows
         about = [
             f"{self.data}: {'' if rows.whole else 'about '}{rows.count} rows ({rows.format}), "
-            f"{rows.tokens} tokens; the longest that fits has {rows.longest}",
-            f"kind: {rows.kind}, trained in rows of {seq_len} tokens",
+            f"{rows.tokens} tokens{' of prompts' if rows.problems else ''}; the longest that fits "
+            f"has {rows.longest}",
+            f"kind: {rows.kind}, " + self._about_lengths(seq_len),
             f"held out: {held.about}",
             f"memory by `plan`: {tried}; this machine has {have / GB:.1f} GB",
         ]
@@ -124,6 +128,16 @@ class InitCommand:
         if not enough:
             about.append("warning: none fits: a smaller seq_len, or another machine")
         return about
+
+    def _about_lengths(self, seq_len: int) -> str:
+        found = self.rows.problems
+        if found is None:
+            return f"trained in rows of {seq_len} tokens"
+        return (
+            f"{GROUP_SIZE} completions of a prompt against each other (GRPO), reward: "
+            f"{found.verifier}; at most {found.max_prompt_tokens} tokens of a prompt and "
+            f"{found.max_new_tokens} of a completion"
+        )
 
     def _choices(self) -> Iterator[tuple[bool, bool]]:
         if self.method != "lora":
@@ -140,6 +154,7 @@ class InitCommand:
     ) -> dict[str, Any]:
         model = str(self.model.path)
         template = self.model.template
+        reinforced = self._reinforced(rows, held)
         return {
             "version": "{}.{}".format(*minor_version(__version__)),
             "name": re.sub(r"[^A-Za-z0-9._-]+", "-", self.out.stem).lstrip("._-")[:100] or "run",
@@ -148,6 +163,7 @@ class InitCommand:
             **({"chat": {"template": template}} if template else {}),
             **({"parallel": {"recompute": True}} if recompute else {}),
             "stages": [self._stage(rows, seq_len, held, lora=lora)],
+            **(reinforced.evaluation() if reinforced else {}),
             "export": {"dtype": "bfloat16"},
         }
 
@@ -157,7 +173,11 @@ class InitCommand:
         apart = str(held_out_path(self.out))
         without = {"without": apart} if held.rows else {}
         stage: dict[str, Any] = {"name": rows.kind, "kind": rows.kind}
-        if rows.kind == "dpo":
+        if reinforced := self._reinforced(rows, held):
+            steps = reinforced.iterations
+            stage |= {"name": "rl", "data": [{"path": self.data, **mapped, **without}]}
+            stage |= reinforced.settings()
+        elif rows.kind == "dpo":
             per_step = max(1, min(16, rows.count // LEAST_STEPS))
             steps = max(1, rows.count * self.epochs // per_step)
             stage |= {"data": self.data, **mapped, **without}
@@ -172,7 +192,7 @@ class InitCommand:
             stage |= {"validation": [{"path": apart, **mapped}]} if held.rows else {}
             stage |= {"seq_len": seq_len, "micro_batch_size": 1}
             stage |= {"grad_accum_steps": accumulate, "epochs": self.epochs}
-        if held.rows:
+        if held.rows and not reinforced:
             stage["validate_every_steps"] = max(1, steps // VALIDATIONS)
         if self.read.max_bad_fraction != BAD_ROWS:
             stage["max_bad_fraction"] = self.read.max_bad_fraction
@@ -180,11 +200,27 @@ class InitCommand:
         lora_rate, full_rate = _RATES[rows.kind]
         warmup = min(20, steps // 10)
         stage["optim"] = {"lr": lora_rate if lora else full_rate, "warmup_steps": warmup}
+        if reinforced:
+            stage["optim"] |= {"schedule": "constant", "weight_decay": 0.0}
         return stage
 
+    def _reinforced(self, rows: Rows, held: Split) -> ReinforcedStage | None:
+        if rows.problems is None:
+            return None
+        return ReinforcedStage(
+            rows.problems,
+            rows.count,
+            self.epochs,
+            str(held_out_path(self.out)),
+            len(held.rows),
+            _plain(self.read.columns or {}),
+        )
+
     def _length(self) -> int:
+        if self.rows.problems is not None:
+            return self.rows.problems.seq_len
         rows, most = self.rows, min(self.model.config.max_position_embeddings, LONGEST_ROW)
-        wanted = 2048 if rows.kind == "pretrain" else -(-rows.longest // _UNIT) * _UNIT
+        wanted = 2048 if rows.kind == "pretrain" else -(-rows.longest // UNIT) * UNIT
         return min(most, wanted)
 
 

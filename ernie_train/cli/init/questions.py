@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
 from ernie_train.cli.init.command import InitCommand, checked_output
-from ernie_train.cli.init.rows import BAD_ROWS, OwnModel, Rows, RowsRead
+from ernie_train.cli.init.rows import BAD_ROWS, TRAINS, OwnModel, Rows, RowsRead
 from ernie_train.cli.init.split import FEW_ROWS, HeldOutWish
 from ernie_train.core.errors import UserError, wrong_path
 from ernie_train.data import Columns
 from ernie_train.launch import print_error
 
 METHODS = ("auto", "lora", "full")
+KINDS = {**dict.fromkeys(("rl", "grpo"), "upo"), **{kind: kind for kind in TRAINS}}
 Ask = Callable[[str, str], str]  # question, default -> answer
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class Given:
     out: Path | None = None
     columns: Columns | None = None
     template: str | None = None
+    kind: str | None = None
     method: str | None = None
     held_out: str | None = None
     seq_len: int | None = None
@@ -47,7 +49,7 @@ def completed(given: Given, ask: Ask | None, console: Console) -> InitCommand:
     Raises:
         UserError: what was given is wrong, or something must be asked for without a terminal.
     """
-    wish = HeldOutWish(given.held_out)
+    wish, kind = HeldOutWish(given.held_out), given.kind and _kind(given.kind)
     apart = wish.text != "0"
     if given.method is not None:
         _method(given.method)
@@ -56,7 +58,7 @@ def completed(given: Given, ask: Ask | None, console: Console) -> InitCommand:
     if ask is None and (given.model is None or given.data is None):
         missing = " and ".join(f"--{n}" for n in ("model", "data") if getattr(given, n) is None)
         raise UserError(f"{missing} must be given: there is no terminal to ask in")
-    read = RowsRead(given.columns, given.seq_len, given.max_bad_fraction)
+    read = RowsRead(given.columns, given.seq_len, given.max_bad_fraction, kind)
     value = _Asking(ask, console).value
 
     def model_at(path: str) -> OwnModel:
@@ -64,6 +66,10 @@ def completed(given: Given, ask: Ask | None, console: Console) -> InitCommand:
 
     def rows_of(data: str) -> tuple[str, Rows]:
         return data, read.of(data, model)
+
+    def read_for(kind: str) -> tuple[RowsRead, Rows]:
+        chosen = replace(read, kind=_kind(kind))
+        return chosen, chosen.of(data, model)
 
     def output(path: str) -> Path:
         return checked_output(Path(path), held_out=apart)
@@ -73,6 +79,9 @@ def completed(given: Given, ask: Ask | None, console: Console) -> InitCommand:
 
     model = value(given.model, "model directory", "", model_at)
     data, rows = value(given.data, "data: a file of rows, a directory or a pattern", "", rows_of)
+    if rows.graded and kind is None and ask is not None:
+        question = "train on the rows' answers (sft), or on own ones, by which are right (upo)"
+        read, rows = value(None, question, "sft", read_for)
     out = value(given.out, "recipe to write", "recipe.yaml", output)
     if rows.count >= FEW_ROWS:
         question = "rows to measure on instead of training them: a number, a share such as 5%, or 0"
@@ -105,6 +114,12 @@ class _Asking:
                 if (path := wrong_path(error)) is None:
                     raise
                 print_error(self.console, str(path), path.exit_status)
+
+
+def _kind(text: str) -> str:
+    if text not in KINDS:
+        raise UserError(f"--kind {text}: {', '.join(TRAINS)}")
+    return KINDS[text]
 
 
 def _method(text: str) -> str:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
+from ernie_train.cli.init.problems import Problems, grades, read_problems
 from ernie_train.core.errors import DataError
 from ernie_train.data import (
     Columns,
@@ -23,6 +24,7 @@ from ernie_train.data import (
 from ernie_train.data.conversation import ANOTHER_TEMPLATE
 from ernie_train.data.encoding import Kind
 from ernie_train.data.reader import grouped, remarks
+from ernie_train.eval.prompts import encode_prompt
 from ernie_train.io.shipped import shared_path
 from ernie_train.model import Ernie4_5_MoeConfig
 from ernie_train.rl.preference_data import encode_completion, read_pairs
@@ -35,6 +37,13 @@ BAD_ROWS = 0.01
 SHOWN_REASONS = 10
 _REMEDY = "mend them, or let more be left out: --max-bad-fraction"
 TOOL_TEMPLATE = "recipes/chatml_tools.jinja"
+# Kinds of records that a kind of stage trains on; the first one that takes a file's is its default.
+TRAINS = {
+    "sft": {"chat"},
+    "pretrain": {"text"},
+    "dpo": {"preference"},
+    "upo": {"prompt", "chat"},
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,15 @@ class OwnModel:
         return self
 
     def encodes(self, record: Record, kind: str, seq_len: int) -> bool:
-        """Return whether a stage of `kind` trains on the record, in at most `seq_len` tokens."""
+        """Return whether a stage of `kind` trains on the record, in at most `seq_len` tokens.
+
+        In reinforcement learning those are tokens of its prompt.
+        """
+        if kind == "upo":
+            try:
+                return grades(record) and len(encode_prompt(self.tokenizer, record)) <= seq_len
+            except DataError:
+                return False
         if record.kind == "preference":
             turns = (record.chosen or [], record.rejected or [])
             try:
@@ -80,6 +97,8 @@ class Rows:
 
     longest: tokens of the longest one. tokens: of all rows of the data, by those that were read.
     remarks: lines on rows that were left out, and on keys that nothing reads.
+    graded: those of sft also have what a verifier grades by, all of them. problems: what they are
+    in reinforcement learning, where longest and tokens are those of prompts.
     """
 
     kind: str  # of the stage that trains on them
@@ -89,6 +108,8 @@ class Rows:
     tokens: int
     whole: bool  # all rows were read
     remarks: tuple[str, ...] = ()
+    graded: bool = False
+    problems: Problems | None = None
 
     def without(self, count: int) -> Rows:
         """Return what is left of them where so many are held out."""
@@ -98,11 +119,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowsRead:
-    """Say how the data is read: its columns, the longest row, the share that may be unreadable."""
+    """Say how the data is read.
+
+    columns: of its rows. seq_len: the longest row. max_bad_fraction: rows that may be unreadable.
+    kind: of the stage that is to train on it; None: that of `TRAINS`.
+    """
 
     columns: Columns | None = None
     seq_len: int | None = None
     max_bad_fraction: float = BAD_ROWS
+    kind: str | None = None
 
     def of(self, data: str, model: OwnModel) -> Rows:
         """Return what the rows are; raises `DataError` if no recipe trains on them."""
@@ -111,10 +137,12 @@ class RowsRead:
         records = list(islice(found, ROWS_READ))
         whole = next(found, None) is None
         read.check(self.max_bad_fraction, _REMEDY)
-        kind = _kind(data, records)
+        kind = _kind(data, records, self.kind)
         if kind != "pretrain":
             require_chat_template(model.tokenizer)
         limit = min(model.config.max_position_embeddings, self.seq_len or LONGEST_ROW)
+        if kind == "upo":
+            return self._problems(data, read.format, limit, model)
         if kind == "dpo":
             pairs, _ = read_pairs(data, model.tokenizer, self.max_bad_fraction, self.columns)
             lengths = [one.length for pair in pairs for one in pair.completions]
@@ -137,22 +165,36 @@ class RowsRead:
         if not whole:
             share = max(1, read.bytes_total) / max(1, read.bytes_read)
             count, tokens = round(count * share), round(tokens * share)
-        return Rows(kind, read.format, count, max(kept, default=limit), tokens, whole, remarked)
+        longest, graded = max(kept, default=limit), kind == "sft" and all(map(grades, records))
+        return Rows(kind, read.format, count, longest, tokens, whole, remarked, graded)
+
+    def _problems(self, data: str, format: str, limit: int, model: OwnModel) -> Rows:
+        found = read_problems(
+            data,
+            model.tokenizer,
+            limit=limit,
+            seq_len=self.seq_len,
+            columns=self.columns,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+        count, longest, tokens = len(found.prompts), max(found.prompts), sum(found.prompts)
+        return Rows("upo", format, count, longest, tokens, True, found.remarks, problems=found)
 
 
-def _kind(data: str, records: list[Record]) -> str:
-    """Return the kind of the stage that trains on the records."""
+def _kind(data: str, records: list[Record], asked: str | None) -> str:
+    """Return the kind of the stage that trains on the records, which is `asked` for if given."""
     if not records:
         raise DataError(f"{data}: every row is left out; `preview` says why")
     kinds = {record.kind for record in records}
-    kind = {"text": "pretrain", "chat": "sft", "preference": "dpo"}.get("+".join(kinds))
-    if kind is None:
-        raise DataError(
-            f"{data}: rows of {' and '.join(sorted(kinds))} are none that init writes a "
-            "recipe for; it does for conversations or answers (sft), texts (pretrain) and "
-            "pairs (dpo). Prompts with a verifier are for RL: docs/upo.md"
-        )
-    return kind
+    fitting = [kind for kind, trained in TRAINS.items() if kinds <= trained]
+    if asked in fitting or (asked is None and fitting and len(kinds) == 1):
+        return asked or fitting[0]
+    raise DataError(
+        f"{data}: rows of {' and '.join(sorted(kinds))} are none "
+        + (f"that --kind {asked} trains on" if asked else "that init writes a recipe for")
+        + ": sft takes conversations and answers, pretrain texts, dpo pairs, upo prompts with "
+        "what completions are graded by"
+    )
 
 
 def _nothing_left(data: str, source: SourceReport) -> DataError:
