@@ -54,8 +54,8 @@ from ernie_train.losses.preference import (
 )
 
 __all__ = [
-    "REFERENCE_FREE",
     "KL_IN_LOSS_KINDS",
+    "REFERENCE_FREE",
     "AdvantageBaseline",
     "AdvantageScale",
     "ImplicitRewards",
@@ -82,13 +82,13 @@ __all__ = [
     "load_balance_loss",
     "logprob_gap",
     "mean_absolute_cosine",
+    "orpo_loss",
     "policy_loss",
     "router_orthogonal_gradient",
     "router_orthogonal_loss",
     "router_z_loss",
     "selection_bias_step",
     "sequence_logratios",
-    "orpo_loss",
     "simpo_loss",
     "token_balanced_weights",
     "token_logprobs",

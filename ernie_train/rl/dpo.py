@@ -92,9 +92,7 @@ class _DpoRun(PairRun[Ernie4_5_MoeForCausalLM, MicroBatch]):
     def __init__(self, config: DpoConfig, stage: StageRun, prepared: PreparedPairs) -> None:
         self.term = PairTerm.of(config, 1.0)
         # Before a checkpoint is loaded: a resumed run is given the starting policy too.
-        self.reference = (
-            reference_logprobs(config, stage, prepared) if config.has_reference else {}
-        )
+        self.reference = reference_logprobs(config, stage, prepared) if config.has_reference else {}
         super().__init__(config, stage, prepared, stage.model, DpoLoss(self.term))
 
     @cached_property

@@ -98,14 +98,6 @@ def test_status_names_the_process_that_runs_it(run_dir: Path) -> None:
     assert "no process runs it" not in output and "next:" not in output
 
 
-def test_a_recipe_that_somebody_changed_is_validated(run_dir: Path) -> None:
-    with (run_dir / "recipe.yaml").open("a") as recipe:
-        recipe.write("stagess: 1\n")
-    status, message, modules, _ = run_alone("status", run_dir)
-    assert status == 2 and "recorded by ernie_train" in message
-    assert "paddle" in modules
-
-
 @pytest.mark.parametrize(("ends", "left"), [(None, [0]), (SystemExit(3), [3])])
 def test_the_program_ends_at_once_with_the_status_of_its_command(
     ends: SystemExit | None, left: list[int], monkeypatch: pytest.MonkeyPatch

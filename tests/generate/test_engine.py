@@ -61,21 +61,6 @@ def test_sampled_logprobs_are_those_of_the_tempered_distribution(model, prompts)
         np.testing.assert_allclose(completion.logprobs, chosen, atol=2e-5)
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(model, prompts):
-    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
-    together = generate(model, prompts, **settings)
-    small_batches = generate(model, prompts, batch_size=2, **settings)
-    assert [c.ids for c in together] == [c.ids for c in small_batches]
-    assert len({len(c.ids) for c in together}) > 1, "sequences must leave the batch at times"
-
-
-def test_a_sequence_alone_is_the_one_in_the_batch(model, prompts):
-    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11}
-    together = generate(model, prompts, **settings)
-    alone = generate(model, prompts[:1], **settings)
-    assert alone[0].ids == together[0].ids
-
-
 def test_limits_cut_single_sequences_and_leave_the_others_as_they_are(model, prompts):
     settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
     whole = generate(model, prompts, **settings)
@@ -182,16 +167,6 @@ def test_recorded_experts_are_those_of_the_predicting_positions(
     assert [c.ids for c in plain] == [c.ids for c in completions]
 
 
-def test_the_models_own_forward_samples_the_same(model, prompts, monkeypatch):
-    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 11, "eos_token_id": [5, 6, 7]}
-    expected = generate(model, prompts, **settings)
-    monkeypatch.setattr(generate_engine, "can_decode", lambda model: False)
-    own = generate(model, prompts, **settings)
-    assert [c.ids for c in own] == [c.ids for c in expected]
-    for a, b in zip(own, expected, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
-
-
 @pytest.mark.parametrize(
     ("own_forward", "lanes"), [(False, 256), (False, 3), (True, 256), (True, 3)]
 )
@@ -280,23 +255,6 @@ def test_sampling_follows_the_distribution(model):
     assert (((counts - expected) ** 2) / expected).sum() < 96 + 5 * 14
 
 
-def test_top_k_and_top_p_cut_the_tail(model):
-    prompt = [4, 8, 15]
-    order = np.argsort(-log_probs(model, prompt)[-1])
-    probs = np.exp(log_probs(model, prompt)[-1])[order]
-    for settings, allowed in (
-        ({"top_k": 3}, 3),
-        ({"top_p": 0.5}, int((np.cumsum(probs) - probs < 0.5).sum())),
-        ({"top_p": 1e-9}, 1),
-    ):
-        drawn = generate(
-            model, [prompt] * 300, max_new_tokens=1, temperature=1.0, batch_size=300, **settings
-        )
-        seen = {c.ids[0] for c in drawn}
-        assert seen <= set(order[:allowed].tolist())
-        assert len(seen) > 1 or allowed == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -317,10 +275,3 @@ def test_a_stop_request_interrupts(model, prompts):
     asked = iter([False, False, True])
     with pytest.raises(Interrupted):
         generate(model, prompts, max_new_tokens=50, stop_requested=lambda: next(asked))
-
-
-def test_a_cache_made_under_another_rope_base_is_refused(model):
-    cache = model.new_cache(1)
-    cache.rope_theta = 123.0
-    with pytest.raises(ValueError, match="rope_theta"):
-        model(paddle.to_tensor([[1, 2]]), kv_cache=cache)

@@ -65,14 +65,13 @@ def gone(pids):
     return pids and all(process_state(pid) is None for pid in pids)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize(
-    "changes",
+    ("processes", "changes"),
     [
-        {},
-        {"temperature": 0.0},
-        {"batch_size": 25, "sequence_ids": range(100, 127)},
-        {"top_p": 0.8, "top_k": 20, "temperature": 0.7},
+        (3, {}),
+        (2, {"temperature": 0.0}),
+        (3, {"batch_size": 25, "sequence_ids": range(100, 127)}),
+        (2, {"top_p": 0.8, "top_k": 20, "temperature": 0.7}),
     ],
 )
 def test_samples_what_one_process_does(model, prompts, forks, threads, processes, changes):

@@ -51,12 +51,7 @@ def stand_in(tmp_path: Path, gpus: int) -> Path:
 
 
 def environments(
-    tmp_path: Path,
-    patch: pytest.MonkeyPatch,
-    *,
-    gpus: int,
-    hide_gpus: bool = False,
-    gpu_build: bool = True,
+    tmp_path: Path, patch: pytest.MonkeyPatch, *, gpus: int, hide_gpus: bool = False
 ) -> list[dict[str, str]]:
     """What two ranks find in their environment on a machine with so many GPUs."""
     machine, rank = stand_in(tmp_path, gpus), tmp_path / "rank.py"
@@ -64,7 +59,7 @@ def environments(
     command = [sys.executable, "-u", str(rank), str(tmp_path)]
     with patch.context() as pretended:
         pretended.setattr(launcher.sys, "executable", str(machine))
-        pretended.setattr(launcher, "has_gpu_build", lambda: gpu_build)
+        pretended.setattr(launcher, "has_gpu_build", lambda: True)
         started = launcher.Launcher(command, LaunchSettings(2, hide_gpus=hide_gpus), tmp_path)
     try:
         found = [tmp_path / f"rank_{number}.json" for number in range(2)]
@@ -81,27 +76,48 @@ def environments(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "hide_gpus", "visible", "gpu_build"),
+    ("hide_gpus", "visible", "gpu_build"),
     [
-        (8, True, None, True),
-        (1, True, "0", True),
-        (8, False, "", True),
-        (8, False, "NoDevFiles", True),
-        (1, False, "0", False),  # Paddle's launcher goes by the variable alone
+        (True, None, True),
+        (True, "0", True),
+        (False, "", True),
+        (False, "NoDevFiles", True),
+        (False, "0", False),  # Paddle's launcher goes by the variable alone
     ],
 )
-def test_on_a_gpu_machine_ranks_stay_on_the_cpu_if_they_should(
-    tmp_path, monkeypatch, gpus, hide_gpus, visible, gpu_build
+def test_paddle_s_launcher_is_told_to_use_no_gpu(
+    tmp_path, monkeypatch, hide_gpus, visible, gpu_build
 ):
-    """Also with fewer GPUs than ranks, which the launcher would deal out."""
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    machine = {"gpus": gpus, "hide_gpus": hide_gpus, "gpu_build": gpu_build}
-    for found in environments(tmp_path, monkeypatch, **machine):
+    monkeypatch.setattr(launcher, "has_gpu_build", lambda: gpu_build)
+    with monkeypatch.context() as pretended:
+        pretended.setattr(launcher.subprocess, "Popen", lambda command, env, **_: env)
+        settings = LaunchSettings(2, hide_gpus=hide_gpus)
+        told = launcher.Launcher(["never"], settings, tmp_path).process
+    assert (told["CUDA_VISIBLE_DEVICES"], told["PADDLE_DISTRI_BACKEND"]) == ("-1,-1", "gloo")
+
+
+@pytest.mark.parametrize("gpus", [8, 1])
+def test_on_a_gpu_machine_ranks_stay_on_the_cpu_and_keep_the_proxies_of_their_user(
+    tmp_path, monkeypatch, gpus
+):
+    """Also with fewer GPUs than ranks, which Paddle's launcher would deal out.
+
+    It takes proxies away, for the sake of NCCL.
+    """
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    proxies = {"http_proxy": "http://proxy:1", "https_proxy": "http://proxy:2"}
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    for found in environments(tmp_path, monkeypatch, gpus=gpus, hide_gpus=True):
         assert found.get("PADDLE_DISTRI_BACKEND") == "gloo"
         assert found["CUDA_VISIBLE_DEVICES"].split(",")[0] == "-1", "CUDA shows it no GPU"
+        assert not proxies.keys() & found.keys()
+        restore_proxies(found)
+        assert proxies.items() <= found.items()
+        assert not any(name.endswith("_original") for name in found)
 
 
 def test_each_rank_gets_its_gpu_where_it_may_have_one(tmp_path, monkeypatch):
@@ -110,18 +126,6 @@ def test_each_rank_gets_its_gpu_where_it_may_have_one(tmp_path, monkeypatch):
     assert [rank["FLAGS_selected_gpus"] for rank in found] == ["0", "1"]
     assert all(rank["CUDA_VISIBLE_DEVICES"] == "2,5" for rank in found)
     assert not any("PADDLE_DISTRI_BACKEND" in rank for rank in found)
-
-
-def test_ranks_have_the_proxies_of_their_user(tmp_path, monkeypatch):
-    """Paddle's launcher takes them away, for the sake of NCCL."""
-    proxies = {"http_proxy": "http://proxy:1", "https_proxy": "http://proxy:2"}
-    for name, value in proxies.items():
-        monkeypatch.setenv(name, value)
-    for found in environments(tmp_path, monkeypatch, gpus=8, hide_gpus=True):
-        assert not proxies.keys() & found.keys()
-        restore_proxies(found)
-        assert proxies.items() <= found.items()
-        assert not any(name.endswith("_original") for name in found)
 
 
 def test_fewer_gpus_than_ranks_are_the_user_s_mistake(tmp_path, monkeypatch):

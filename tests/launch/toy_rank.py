@@ -70,6 +70,7 @@ def alone() -> None:
     """Steps without the others, and without Paddle, which takes each rank seconds to import."""
     for step in range(1, STEPS + 1):
         time.sleep(STEP_S)
+        (OUT / f"step_{RANK}").write_text(str(step))
         print(f"step {step} of rank {RANK}", flush=True)
 
 

@@ -116,8 +116,8 @@ def test_the_data_stay_small():
     assert total < 6_000_000
 
 
-def regenerate(out_dir, domains, *options, hash_seed="1"):
-    command = [sys.executable, "-m", "tools.data.make_data", "--out", out_dir, *options]
+def regenerate(out_dir, domains, hash_seed):
+    command = [sys.executable, "-m", "tools.data.make_data", "--out", out_dir]
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     command += ["--domains", *domains]
     subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
@@ -141,7 +141,8 @@ def test_the_generator_gives_the_same_bytes_for_every_domain(tmp_path):
 
 
 def test_tests_of_another_seed_share_no_prompt_with_what_is_trained_on(tmp_path):
-    regenerate(tmp_path, ["logic"], "--splits", "test", "hard", "--seed", "11")
+    options = ["--domains", "logic", "--splits", "test", "hard", "--seed", "11"]
+    make_data.main(["--out", str(tmp_path), *options])
     assert not file_of(tmp_path, PROBLEMS, "logic").exists()
 
     def prompts(data, *splits):
@@ -155,8 +156,8 @@ def test_tests_of_another_seed_share_no_prompt_with_what_is_trained_on(tmp_path)
 
 
 def test_problems_can_be_made_with_their_solutions_and_more_of_them(tmp_path):
-    options = ("--splits", PROBLEMS, "--solutions", "--rows", "1.1")
-    regenerate(tmp_path, ["logic"], *options)
+    options = ["--domains", "logic", "--splits", PROBLEMS, "--solutions", "--rows", "1.1"]
+    make_data.main(["--out", str(tmp_path), *options])
     solved, plain = rows_of(PROBLEMS, "logic", tmp_path), rows_of(PROBLEMS, "logic")
     assert len(solved) == round(1.1 * len(plain))
     prompts = {make_data.prompt_identity(row) for row in solved}

@@ -57,9 +57,9 @@ def test_they_pass_check_on_a_bare_clone(cli, recipe):
     assert (f"device: gpu, but here {missing}. A run needs a GPU." in told) == bool(missing)
 
 
-@pytest.mark.parametrize("cluster", [(), CLUSTER], ids=["by default", "named"])
-@pytest.mark.parametrize("recipe", [SFT, PRL])
+@pytest.mark.parametrize(("recipe", "cluster"), [(SFT, CLUSTER), (PRL, ())])
 def test_they_fit_eight_gpus(cli, recipe, cluster):
+    """Which are assumed where no cluster is named."""
     status, told = cli("plan", recipe, *cluster)
     assert status == 0, told
     assert "(1.441 B dense, 20.384 B in routed experts)" in told
@@ -68,6 +68,8 @@ def test_they_fit_eight_gpus(cli, recipe, cluster):
     assert "the recipe's own expert 8 x data 1, sharded optimizer, recompute" in told
     assert " fits: " in told
     assert "nothing at" in told  # that the preset stands for the model
+    if recipe == SFT:
+        assert "recompute: {parts: [experts]}}" in told, "brackets are no markup"
 
 
 def test_eighty_columns_cut_nothing_off(cli, monkeypatch):

@@ -159,6 +159,13 @@ FAULTS: dict[str, Fault] = {
     "entropy is minimized": Fault(
         "entropy", loss.UpoLoss, "_token_terms", "-self.entropy_coef", "self.entropy_coef"
     ),
+    "terms divided by the number of micro-batches": Fault(
+        "plain", loss.UpoLoss, "_count", "float(tokens.sum())", "1.0"
+    ),
+    "sequences weigh as much as their tokens": Fault(
+        "sequence ratio", loss.UpoLoss, "_weights", "1 / np.maximum(batch.trained_tokens, 1)",
+        "0.2 * np.ones(len(batch.trained_tokens))",
+    ),
     "entropy beside the weights of its tokens": Fault(
         "constant", loss.UpoLoss, "_count", "sequences * (", "tokens.sum() + 0 * ("
     ),
@@ -188,6 +195,9 @@ FAULTS: dict[str, Fault] = {
         "ramp", RolloutConfig, "length_penalty", "self.max_new_tokens - self.overlong_tokens",
         "self.max_new_tokens",
     ),
+    "results of tools take no room on the ramp": Fault(
+        "ramp", Rollout, "of", "len(c.completion_ids)", "c.num_sampled"
+    ),
     "sequences of pairs are trained": Fault(
         "pairs", dealing, "_micro_batch", "not m.is_copy and batch.is_trained(m.sequence)",
         "not m.is_copy",
@@ -213,6 +223,10 @@ FAULTS: dict[str, Fault] = {
     "format counts against itself": Fault(
         "plain", estimators, "group_relative_advantages", "table + apart", "table - apart",
         (learner,),
+    ),
+    "domains by the deviation of all": Fault(
+        "undivided", estimators, "normalize_by_domain", "scaled[here].std(ddof=1)",
+        "rewards.std(ddof=1)", (learner,),
     ),
     # ---- the critic
     "critic on another RoPE": Fault(
@@ -240,6 +254,11 @@ FAULTS: dict[str, Fault] = {
     "reward at the first token": Fault(
         "decoupled", estimators, "gae_advantages", "reward_table[row, length - 1]",
         "reward_table[row, 0]", (learner,),
+    ),
+    "KL at the last token alone": Fault(
+        "everything", estimators, "gae_advantages",
+        "reward_table[row, :length] -= penalties[row]",
+        "reward_table[row, length - 1] -= penalties[row].sum()", (learner,),
     ),
     "unscored completions are whitened along": Fault(
         "critic", estimators, "gae_advantages", "= flat_valid[row]", "= 1.0", (learner,)
@@ -286,6 +305,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "advantages of what is not trained": Fault(
         "plain", report, "mean_advantages", "and batch.is_trained(at)", "", (loop,)
+    ),
+    "lengths with the results of tools": Fault(
+        "plain", report, "rollout_metrics", "c.num_sampled for c in completions",
+        "len(c.completion_ids) for c in completions", (loop,),
+    ),
+    "longer ones counted with the results of tools": Fault(
+        "pairs", pairs, "best_worst_pairs", "c.num_sampled", "len(c.completion_ids)"
     ),
     "truncation counted the other way": Fault(
         "plain", report, "rollout_metrics", "not c.finished", "c.finished", (loop,)

@@ -17,7 +17,6 @@ from ernie_train.rl.batch import (
     minibatches,
 )
 from tests.rl.records import make_sequences
-from tests.rl.test_loss import FULL, filled, new_trainer, split
 
 
 def places(batch, micro):
@@ -107,22 +106,6 @@ def test_no_micro_batch_is_over_its_tokens_and_partners_stay_together(share_prom
     assert micro_batches(batch, range(36), pairs, 9, 10**6) == by_count != found
 
 
-def test_gradients_are_those_of_micro_batches_by_count():
-    batch, grads = filled(), []
-    most = 2 * max(s.length for s in batch.sequences)
-    parts = [split(batch, 6), micro_batches(batch, range(6), batch.pairs, 6, most)]
-    assert [len(m.sequences) for m in parts[0]] != [len(m.sequences) for m in parts[1]]
-    for micro in parts:
-        trainer = new_trainer()
-        trainer.optimizer.step = lambda lr, norm, model=trainer.model: grads.append(
-            {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-        )
-        trainer.train_step(micro, FULL, 9)
-    for name, grad in grads[0].items():
-        scale = float(np.abs(grad).max())
-        np.testing.assert_allclose(grads[1][name], grad, rtol=0, atol=1e-4 * scale + 1e-8)
-
-
 def test_a_sequence_in_two_pairs_is_trained_once():
     pairs = [PreferencePair(0, 1), PreferencePair(0, 2)]
     ref = [np.full(len(s.completion_ids), at + 1.0) for at, s in enumerate(make_sequences(3))]
@@ -143,14 +126,6 @@ def test_a_sequence_in_two_pairs_is_trained_once():
             np.testing.assert_array_equal(old, ref[place] if trained else 0.0)
             copies += not trained
     assert copies == 1
-
-
-def test_a_masked_sequence_is_not_trained():
-    mask = np.array([True, False, True])
-    batch = rollout_batch(3, 0, policy_mask=mask)
-    assert [batch.is_trained(at) for at in range(3)] == [True, False, True]
-    (part,) = minibatches(batch, 1, 7)
-    assert part.trained == [at for at in part.trained if mask[at]] and len(part.trained) == 2
 
 
 def test_minibatches_deal_groups_out_whole_with_their_pairs():

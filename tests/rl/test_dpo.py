@@ -107,7 +107,11 @@ def test_simpo_asks_no_reference_and_plan_counts_none(root, tmp_path, monkeypatc
         lines[0]["preference"] + 0.5 * lines[0]["nll_loss"], rel=1e-6
     )
     assert lines[-1]["nll_loss"] < lines[0]["nll_loss"]
-    for settings, reference in (({"loss": "simpo"}, False), ({"loss": "orpo"}, False), ({"loss": "ipo"}, True)):
+    for settings, reference in (
+        ({"loss": "simpo"}, False),
+        ({"loss": "orpo"}, False),
+        ({"loss": "ipo"}, True),
+    ):
         (load,) = recipe_workloads(Recipe(**recipe_of(root, **settings)))
         assert (load.reference, load.scoring_models) == (False, int(reference))
 

@@ -56,13 +56,15 @@ def lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_stage_learns_from_a_server_as_from_our_own_sampler(
+def test_a_stage_learns_from_a_server_as_from_our_own_sampler_and_replays_to_the_bit(
     workspace: Path,
     tmp_path: Path,
     server: StandIn,
 ) -> None:
-    directory = tmp_path / "served"
-    assert run_with(workspace, directory, {"kind": "vllm", "url": server.url}) == 0
+    directory, engine = tmp_path / "served", {"kind": "vllm", "url": server.url}
+    both = {"prompts_per_iteration": 3, "max_new_tokens": 6}
+    dumped = {**both, "engine": engine, "dump": True}
+    assert run_with(workspace, directory, engine, rollout=dumped) == 0
     found = lines(directory)
     assert [line["step"] for line in found] == [1, 2, 3]
     assert server.counts["/collective_rpc"] == 3, "each iteration samples with its own weights"
@@ -70,6 +72,11 @@ def test_a_stage_learns_from_a_server_as_from_our_own_sampler(
     assert all(line["logprob_mismatch"] < 1e-4 for line in found if "logprob_mismatch" in line)
     assert any("logprob_mismatch" in line for line in found)
     assert not list((directory / "01-rl" / "engine").glob("version_*"))
+    replayed = {**both, "replay": str(directory / "01-rl" / "rollouts")}
+    assert run_with(workspace, tmp_path / "replayed", engine, rollout=replayed) == 0
+    weights = [next((d / "01-rl/checkpoints").glob("step_000003/*.safetensors")).read_bytes()
+               for d in (directory, tmp_path / "replayed")]  # fmt: skip
+    assert weights[0] == weights[1]
 
 
 def test_a_server_that_dies_loses_nothing(
@@ -147,8 +154,9 @@ def by_length(root: Path) -> dict[str, str]:
     return {"python": str(root / "lengths.py") + ":score"}
 
 
-@pytest.mark.parametrize("sizes", [{}, {"moe_num_experts": 0}])
-@pytest.mark.parametrize("lora", [{"rank": 2}, {"rank": 2, "dora": True}])
+@pytest.mark.parametrize(
+    ("sizes", "lora"), [({"moe_num_experts": 0}, {"rank": 2}), ({}, {"rank": 2, "dora": True})]
+)
 def test_a_server_gets_the_pairs_of_lora_merged(
     workspace: Path, tmp_path: Path, server: StandIn, sizes: dict[str, Any], lora: dict[str, Any]
 ) -> None:
@@ -234,24 +242,6 @@ def test_held_out_problems_are_solved_by_the_server_as_by_our_own_sampler(
     greedy = [body for body in asked if body["temperature"] == 0 and body["max_tokens"] == 6]
     assert len(greedy) == len(problems)
     assert lines(directory)[0]["eval/mean"] == own.mean_accuracy
-
-
-def test_what_a_server_sampled_replays_to_the_bit(
-    workspace: Path,
-    tmp_path: Path,
-    server: StandIn,
-) -> None:
-    engine, rollout = {"kind": "vllm", "url": server.url}, {"max_new_tokens": 6}
-    sampled, replayed = tmp_path / "sampled", tmp_path / "replayed"
-    both = {"prompts_per_iteration": 3, **rollout}
-    assert run_with(workspace, sampled, engine, iterations=2,
-                    rollout={**both, "engine": engine, "dump": True}) == 0  # fmt: skip
-    dumped = str(sampled / "01-rl" / "rollouts")
-    assert run_with(workspace, replayed, engine, iterations=2,
-                    rollout={**both, "replay": dumped}) == 0  # fmt: skip
-    weights = [next((d / "01-rl/checkpoints").glob("step_000002/*.safetensors")).read_bytes()
-               for d in (sampled, replayed)]  # fmt: skip
-    assert weights[0] == weights[1]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -10,7 +10,6 @@ import paddle
 import pytest
 
 from ernie_train.io.safetensors import array_entries, write_tensor_files
-from ernie_train.losses import gae, whiten
 from ernie_train.parallel import new_model
 from ernie_train.rl import estimators
 from ernie_train.rl.batch import MicroBatch
@@ -182,39 +181,6 @@ def table():
     return rewards, valid, domains
 
 
-def test_rewards_are_normalized_within_domain_over_valid_completions(table):
-    rewards, valid, domains = table
-    rewards[0, 1] = 50.0  # of no verdict: it must not move anyone's mean
-    found = normalize_by_domain(rewards, valid, domains)
-    for domain in "ab":
-        here = (domains == domain) & valid
-        raw = rewards[here]
-        expected = (raw - raw.mean()) / (raw.std(ddof=1) + 1e-4)
-        np.testing.assert_allclose(found[here], expected)
-    assert rewards[0, 1] == 50.0, "the table of rewards stays as it was"
-
-
-def test_group_advantages_are_spread_over_tokens_and_zero_where_invalid(table):
-    rewards, valid, _ = table
-    lengths = list(range(1, 21))
-    found = group_relative_advantages(rewards, valid, lengths, scale="none")
-    for at, array in enumerate(found):
-        row, keep = rewards[at // 4], valid[at // 4]
-        learns = keep[at % 4] and np.ptp(row[keep]) > 0
-        expected = row[at % 4] - row[keep].mean() if learns else 0.0
-        assert array.shape == (lengths[at],)
-        np.testing.assert_allclose(array, expected, atol=1e-6)
-
-
-def test_kl_in_the_reward_lowers_a_completion_by_the_sum_over_its_tokens(table):
-    rewards, valid, _ = table
-    penalties = [np.full(3, 0.1 * at) for at in range(20)]
-    found = group_relative_advantages(rewards, valid, [3] * 20, scale="none", penalties=penalties)
-    lowered = rewards - 0.3 * np.arange(20).reshape(5, 4)
-    expected = group_relative_advantages(lowered, valid, [3] * 20, scale="none")
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 def advantages_of(correct, format_ok, weight=0.1, penalties=(), size=8):
     """Of a group in which so many are right, and so many of these well formed."""
     marks = (np.arange(size) < correct).astype(float)[None]
@@ -240,14 +206,6 @@ def test_a_small_format_part_does_not_outweigh_correctness():
     assert mixed[3] > mixed[4]
 
 
-def test_kl_in_the_reward_tells_completions_of_one_verdict_apart_on_its_own_scale():
-    penalties = [np.array([0.001 * at]) for at in range(8)]
-    found = advantages_of(8, 8, penalties=penalties)
-    np.testing.assert_allclose(found, 2 * 0.001 * (3.5 - np.arange(8)), rtol=1e-4)
-    mixed = advantages_of(4, 8, penalties=penalties) - advantages_of(4, 8)
-    np.testing.assert_allclose(mixed, found, atol=1e-6)
-
-
 def test_normalizing_within_domains_does_nothing_to_advantages_divided_by_deviations(table):
     """Why it is refused there; over undivided ones it acts."""
     rewards, valid, domains = table
@@ -259,36 +217,6 @@ def test_normalizing_within_domains_does_nothing_to_advantages_divided_by_deviat
             for r in (rewards, normalized)
         )
         assert (np.abs(plain - scaled).max() < 1e-3) == (scale == "std")
-
-
-@pytest.mark.parametrize("with_kl", [False, True])
-@pytest.mark.parametrize("policy_lam", [None, 0.7])
-def test_gae_puts_the_reward_at_the_last_token_and_kl_at_each(table, with_kl, policy_lam):
-    rewards, valid, _ = table
-    rng = np.random.default_rng(2)
-    lengths = rng.integers(1, 12, 20)
-    values, old, ref = ([rng.normal(size=n).astype(np.float32) for n in lengths] for _ in range(3))
-    penalties = [0.1 * (a - b) for a, b in zip(old, ref, strict=True)] if with_kl else []
-    advantages, returns = gae_advantages(
-        rewards, valid, values, gamma=0.99, lam=0.9, policy_lam=policy_lam, penalties=penalties
-    )
-    raw, masks = [], []
-    for at, n in enumerate(lengths):
-        token_rewards = np.zeros((1, n))
-        token_rewards[0, -1] = rewards.reshape(-1)[at]
-        if with_kl:
-            token_rewards[0] -= 0.1 * (old[at] - ref[at])
-        mask = np.full((1, n), float(valid.reshape(-1)[at]))
-        expected, returned = gae(token_rewards, values[at][None].astype(np.float64), mask,
-                                 gamma=0.99, lam=0.9)  # fmt: skip
-        np.testing.assert_allclose(returns[at], returned[0], atol=1e-5)
-        if policy_lam is not None:
-            expected, _ = gae(token_rewards, values[at][None].astype(np.float64), mask,
-                              gamma=0.99, lam=policy_lam)  # fmt: skip
-        raw.append(expected[0])
-        masks.append(mask[0])
-    white = whiten(np.concatenate(raw), np.concatenate(masks))
-    np.testing.assert_allclose(np.concatenate(advantages), white, atol=1e-5)
 
 
 # ---- off-policy samples --------------------------------------------------------------------------

@@ -112,51 +112,10 @@ def by_definition(model, batch, term=SUMS, sampled=None):
     return policy / tokens, entropy_sum / tokens, kl / tokens, preference
 
 
-def aggregated(sums, lengths, aggregation, max_new_tokens):
-    """Per sequence: the sum of its tokens' terms, its number of tokens -> the term of the step."""
-    if aggregation == "token":
-        return sum(sums) / sum(lengths)
-    if aggregation == "sequence":
-        return np.mean([total / length for total, length in zip(sums, lengths, strict=True)])
-    return sum(sums) / (max_new_tokens * len(sums))
-
-
 def new_trainer(model=None, **optim):
     model = model or make_model()
     model.train()
     return Trainer(model, Optimizer(model, OptimConfig(lr=1e-3, schedule="constant", **optim)))
-
-
-@pytest.mark.parametrize("size", [2, 3, 6, 50])
-def test_every_term_by_definition_whatever_the_micro_batches(size):
-    batch = filled()
-    policy, entropy, kl, preference = by_definition(make_model(), batch)
-    metrics = new_trainer().train_step(split(batch, size), FULL, 9).metrics
-    assert metrics["policy"] == pytest.approx(policy, rel=2e-5)
-    assert metrics["entropy_loss"] == pytest.approx(entropy, rel=1e-5)
-    assert metrics["kl_loss"] == pytest.approx(kl, rel=2e-5)
-    assert metrics["preference"] == pytest.approx(preference, rel=2e-5)
-
-
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("size", [2, 50])
-def test_aggregation_by_definition_whatever_the_micro_batches(aggregation, size):
-    batch, model = filled(), make_model()
-    found = {"policy": [], "entropy_loss": [], "kl_loss": []}
-    for at in [at for at in range(6) if batch.is_trained(at)]:
-        one = replace(batch, pairs=[PreferencePair(at, at)])
-        one = replace(one, policy_mask=np.arange(6) == at)
-        for name, mean in zip(found, by_definition(model, one), strict=False):
-            found[name].append(mean * len(batch.sequences[at].completion_ids))
-    lengths = [len(s.completion_ids) for at, s in enumerate(batch.sequences) if at != 4]
-    assert len(set(lengths)) > 2
-    loss = replace(FULL, aggregation=aggregation, max_new_tokens=13)
-    micro = split(batch, size)
-    terms = [term for part in micro for term in loss(model, part).terms]
-    for name, sums in found.items():
-        count = sum(loss.counts(part)[name] for part in micro)
-        value = sum(float(term.sum) for term in terms if term.name == name) / count
-        assert value == pytest.approx(aggregated(sums, lengths, aggregation, 13), rel=2e-5), name
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
@@ -173,26 +132,6 @@ def test_sampler_weights_scale_the_policy_term_alone(aggregation):
         assert found.metrics[name] != pytest.approx(plain.metrics[name], rel=1e-3)
     for name in ("kl_loss", "preference"):
         assert found.metrics[name] == plain.metrics[name]
-
-
-def test_aggregated_gradients_do_not_depend_on_micro_batches():
-    norms = []
-    for size in (2, 3, 50):
-        loss = replace(FULL, aggregation="sequence", sequence_ratio=True)
-        norms.append(new_trainer().term_gradient_norms(split(filled(), size), loss))
-    for name, norm in norms[0].items():
-        assert [other[name] for other in norms[1:]] == [pytest.approx(norm, rel=1e-4)] * 2
-
-
-def test_micro_batches_do_not_change_the_update():
-    ends = []
-    for size in (2, 3, 50):
-        trainer = new_trainer()
-        trainer.train_step(split(filled(), size), FULL, 9)
-        ends.append(state(trainer.model))
-    for other in ends[1:]:
-        for name, array in ends[0].items():
-            np.testing.assert_allclose(other[name], array, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -284,18 +223,6 @@ def test_with_the_preference_alone_it_is_dpo_and_ln_2_at_the_reference():
     assert after["rewards/accuracies"] == 1.0
 
 
-def test_no_gradient_flows_from_samples_that_are_only_compared():
-    """A sample outside of policy loss and pairs changes nothing."""
-    ends = []
-    for keep in (True, False):
-        trainer = new_trainer()
-        batches = split(filled(), 50, trained=range(6) if keep else [0, 1, 2, 3, 5], pairs=[])
-        trainer.train_step(batches, UpoLoss(**LOSS), 9)
-        ends.append(state(trainer.model))
-    for name, array in ends[0].items():
-        np.testing.assert_allclose(ends[1][name], array, atol=2e-5, err_msg=name)
-
-
 @pytest.mark.parametrize("size", [2, 50])
 @pytest.mark.parametrize(
     "term",
@@ -362,32 +289,6 @@ def test_per_token_pairs_weigh_the_same_at_every_length_and_sums_grow_with_it():
     assert max(ratios[True]) < 1.25 * min(ratios[True])
     assert 0.1 < min(ratios[True]) < max(ratios[True]) < 1
     assert ratios[False][2] > 10 * ratios[False][0]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_ratio_and_cosine_of_pairs_and_policy_are_those_of_their_gradients(alpha):
-    model = make_model()
-    batches = split(filled(), 3)
-    term = PairTerm("sigmoid", 2.0, True, rpo_alpha=alpha, coef=0.3)
-    gradients = []
-    for loss in (UpoLoss(**LOSS), UpoLoss(**LOSS, policy_coef=0.0, pairs=term)):
-        trainer = new_trainer(model)
-        kept = {}
-        trainer.optimizer.step = lambda lr, norm, kept=kept: kept.update(
-            {n: p.grad.numpy().astype(np.float64) for n, p in model.named_parameters()
-             if p.grad is not None}
-        )  # fmt: skip
-        trainer.train_step(batches, loss, 9)
-        names = [n for n, _ in model.named_parameters()]
-        gradients.append(np.concatenate([kept[n].ravel() for n in names if n in kept]))
-    policy, pairs = gradients
-    found = term_norms(new_trainer(model), batches, UpoLoss(**LOSS, pairs=term))
-    lengths = np.linalg.norm(policy), np.linalg.norm(pairs)
-    assert found["preference/norm_ratio"] == pytest.approx(lengths[1] / lengths[0], rel=1e-4)
-    cosine = policy @ pairs / (lengths[0] * lengths[1])
-    assert found["preference/cosine"] == pytest.approx(cosine, abs=1e-3)
-    alone = term_norms(new_trainer(model), split(filled(), 3, pairs=[]), UpoLoss(**LOSS))
-    assert set(alone) == {"grad_norm/policy"}
 
 
 def test_term_norms_leave_everything_as_it_was():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -21,10 +22,22 @@ from tests.rl.upo_stages import (
 from tests.workspace import metrics_without_time, write_rows
 
 
-def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert run_stage(workspace, first, rollout={"dump": True}, iterations=2) == 0
-    dumped = first / "01-rl/rollouts"
+@pytest.fixture(scope="module")
+def first(workspace, tmp_path_factory):
+    """A run of two iterations with its rollouts."""
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    assert run_stage(workspace, directory, rollout={"dump": True}, iterations=2) == 0
+    return directory
+
+
+@pytest.fixture
+def dumped(first, tmp_path):
+    """A copy of its rollouts."""
+    return shutil.copytree(first / "01-rl/rollouts", tmp_path / "rollouts")
+
+
+def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path, first, dumped):
+    second = tmp_path / "second"
     assert len(read_rollout(dumped / "000001.jsonl")) == 6
     assert run_stage(workspace, second, iterations=2, rollout={"replay": str(dumped)}) == 0
     one, two = (metrics_without_time(d, "01-rl") for d in (first, second))
@@ -35,19 +48,25 @@ def test_a_replayed_rollout_gives_the_same_update(workspace, tmp_path):
     assert (first / weights).read_bytes() == (second / weights).read_bytes()
 
 
-def test_a_replay_of_another_policy_is_corrected_and_of_ones_own_is_not(workspace, tmp_path):
-    assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, iterations=2) == 0
-    replay = {"replay": str(tmp_path / "one/01-rl/rollouts")}
-    far = {"lr": 0.05}
+def test_a_replay_of_another_policy_is_corrected_and_of_ones_own_is_not(
+    workspace, tmp_path, dumped
+):
+    replay, far = {"replay": str(dumped)}, {"lr": 0.05}
     assert run_stage(workspace, tmp_path / "far", rollout=replay, iterations=2, optim=far) == 0
     own, other = metrics_without_time(tmp_path / "far", "01-rl")
     assert own["logprob_mismatch"] < 1e-4 and "sampler_weight/mean" not in own
     assert other["logprob_mismatch"] > 0.05 and 0 < other["sampler_weight/mean"] <= 2
 
 
-def test_a_replay_without_logprobs_is_refused(workspace, tmp_path, capsys):
-    assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, iterations=1) == 0
-    path = tmp_path / "one/01-rl/rollouts/000001.jsonl"
+def test_a_replay_of_groups_of_another_size_is_refused(workspace, tmp_path, dumped, capsys):
+    rollout = {"replay": str(dumped), "group_size": 3}
+    assert run_stage(workspace, tmp_path / "two", rollout=rollout, iterations=1) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "group of 4 completions, though rollout.group_size=3" in told
+
+
+def test_a_replay_without_logprobs_is_refused(workspace, tmp_path, dumped, capsys):
+    path = dumped / "000001.jsonl"
     found = [json.loads(line) | {"logprobs": None} for line in path.read_text().splitlines()]
     write_rows(path, found)
     assert run_stage(workspace, tmp_path / "two", rollout={"replay": str(path.parent)},
@@ -87,18 +106,17 @@ def test_an_engine_that_rounds_is_corrected(
     assert line["sampler_weight/clipped"] == 0.0
 
 
-def test_recorded_experts_are_taken_again_also_from_a_file(workspace, tmp_path, capsys):
+def test_recorded_experts_are_taken_again_also_from_a_file(workspace, tmp_path, dumped, capsys):
     replays = {"policy": {"router_replay": True, "update_epochs": 2}, "iterations": 2}
     assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, **replays) == 0
-    dumped = str(tmp_path / "one/01-rl/rollouts")
-    assert run_stage(workspace, tmp_path / "two", rollout={"replay": dumped}, **replays) == 0
+    own = {"replay": str(tmp_path / "one/01-rl/rollouts")}
+    assert run_stage(workspace, tmp_path / "two", rollout=own, **replays) == 0
     one, two = (metrics_without_time(tmp_path / d, "01-rl") for d in ("one", "two"))
     assert one == two
     assert [line["experts_changed"] for line in one] == [0.0, 0.0]
     weights = "01-rl/checkpoints/step_000002/model.safetensors"
     assert (tmp_path / "one" / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
-    assert run_stage(workspace, tmp_path / "bare", rollout={"dump": True}, iterations=2) == 0
-    bare = {"replay": str(tmp_path / "bare/01-rl/rollouts")}
+    bare = {"replay": str(dumped)}
     capsys.readouterr()
     assert run_stage(workspace, tmp_path / "no", rollout=bare, **replays) == 2
     told = "".join(capsys.readouterr().err.split())
@@ -106,9 +124,7 @@ def test_recorded_experts_are_taken_again_also_from_a_file(workspace, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [1, 999])
-def test_a_replay_of_other_prompts_is_refused(workspace, tmp_path, capsys, number):
-    assert run_stage(workspace, tmp_path / "one", rollout={"dump": True}, iterations=1) == 0
-    dumped = tmp_path / "one/01-rl/rollouts"
+def test_a_replay_of_other_prompts_is_refused(workspace, tmp_path, dumped, capsys, number):
     file = dumped / "000001.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     first = lines[0]["prompt"]
@@ -116,16 +132,14 @@ def test_a_replay_of_other_prompts_is_refused(workspace, tmp_path, capsys, numbe
         if line["prompt"] == first:
             line["prompt"] = first + number
     write_rows(file, lines)
-    capsys.readouterr()
     replay = {"replay": str(dumped)}
     assert run_stage(workspace, tmp_path / "two", rollout=replay, iterations=1) == 2
     assert "isnotthatofthisstage" in "".join(capsys.readouterr().err.split())
 
 
-def test_micro_batches_of_any_size_train_the_same_rollout(workspace, tmp_path):
+def test_micro_batches_of_any_size_train_the_same_rollout(workspace, tmp_path, dumped):
     """Sums over the step are divided by counts over the step: sizes differ by rounding alone."""
-    assert run_stage(workspace, tmp_path / "dumped", rollout={"dump": True}, iterations=1) == 0
-    replay = {"replay": str(tmp_path / "dumped/01-rl/rollouts")}
+    replay = {"replay": str(dumped)}
     lines = []
     for size in (2, 8, 32):
         run_dir = tmp_path / f"of-{size}"

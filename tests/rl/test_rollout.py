@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from ernie_train.core.errors import CheckpointError, ConfigError
 from ernie_train.rewards.score import Score
 from ernie_train.rl.config import RolloutConfig, SkipSolved, UpoConfig
-from ernie_train.rl.pairs import best_worst_pairs
 from ernie_train.rl.rollout import (
     Rollout,
     RolloutSampler,
@@ -30,94 +29,12 @@ def config(**values):
     return RolloutConfig(prompts_per_iteration=2, max_new_tokens=4, group_size=2, **values)
 
 
-def groups():
-    """One that differs, one alike, one whose difference is a truncated completion."""
-    wrong = {"score": Score.wrong("no"), "raw_reward": 0.0}
-    return [
-        [make_scored(), make_scored(**wrong)],
-        [make_scored(), make_scored()],
-        [make_scored(), make_scored(**wrong, finished=False)],
-    ]
-
-
-def test_groups_that_differ_are_informative():
-    rollout = Rollout.of(groups(), config())
-    np.testing.assert_array_equal(rollout.rewards, [[1, 0], [1, 1], [1, 0]])
-    np.testing.assert_array_equal(rollout.informative, [True, False, True])
-    some = rollout.trained(every_group=False)
-    np.testing.assert_array_equal(some, [[True, True], [False, False], [True, True]])
-    assert rollout.trained(every_group=True).all()
-
-
-def test_a_group_is_informative_by_its_verdicts_not_by_what_stands_beside_them():
-    """Format, or a penalty for length: 1.1 and 1.0 teach nothing where both are right."""
-    malformed, cut = make_scored(raw_reward=1.0), make_scored(raw_reward=1.1, finished=False)
-    well_formed = make_scored(raw_reward=1.1)
-    settings = config(truncated="punish", truncation_penalty=0.5)
-    rollout = Rollout.of([[well_formed, malformed], [well_formed, cut]], settings)
-    assert not rollout.informative.any()
-    marked = [make_scored(score=Score.marked(m), raw_reward=m) for m in (0.25, 0.5)]
-    assert Rollout.of([marked], config()).informative.all(), "marks of a judge differ too"
-
-
-def test_truncated_completions_are_masked_or_punished():
-    masked = Rollout.of(groups(), config(truncated="mask"))
-    np.testing.assert_array_equal(masked.valid[2], [True, False])
-    np.testing.assert_array_equal(masked.informative, [True, False, False])
-    punished = Rollout.of(groups(), config(truncated="punish", truncation_penalty=0.5))
-    np.testing.assert_array_equal(punished.rewards[2], [1.0, -0.5])
-    assert groups()[2][1].raw_reward == 0.0
-
-
-@pytest.mark.parametrize(
-    ("tokens", "finished", "penalty"),
-    [(1, True, 0.0), (6, True, 0.0), (7, True, 0.2), (9, True, 0.6), (10, True, 0.8),
-     (10, False, 0.8), (3, False, 0.8)],
-)  # fmt: skip
-def test_the_ramp_rises_over_the_last_tokens_to_the_whole_penalty(tokens, finished, penalty):
-    """DAPO's soft overlong punishment: (n - (limit - buffer)) / buffer of the penalty."""
-    settings = RolloutConfig(
-        max_new_tokens=10, truncated="ramp", overlong_tokens=4, truncation_penalty=0.8
-    )
-    completion = make_scored(completion_ids=[3] * tokens, finished=finished)
-    rollout = Rollout.of([[completion, make_scored()]], settings)
-    assert rollout.rewards[0, 0] == pytest.approx(1.0 - penalty)
-    assert rollout.valid.all()
-
-
-def test_results_of_tools_take_room_on_the_ramp_too():
-    settings = RolloutConfig(
-        max_new_tokens=10, truncated="ramp", overlong_tokens=4, truncation_penalty=0.8
-    )
-    episode = make_scored(
-        completion_ids=[3] * 9, sampled_mask=[True] * 2 + [False] * 5 + [True] * 2
-    )
-    assert Rollout.of([[episode]], settings).rewards[0, 0] == pytest.approx(1.0 - 0.6)
-
-
-def test_what_could_not_be_scored_teaches_nothing():
-    unknown = make_scored(score=Score.timeout("slow machine"), raw_reward=0.0)
-    rollout = Rollout.of([[make_scored(), unknown]], config())
-    np.testing.assert_array_equal(rollout.valid, [[True, False]])
-    assert not rollout.informative.any()
-
-
 def test_a_group_of_one_is_informative_where_it_is_valid():
     single = RolloutConfig(prompts_per_iteration=2, max_new_tokens=4, group_size=1)
     unknown = make_scored(score=Score.timeout("slow machine"))
     rollout = Rollout.of([[make_scored()], [unknown]], single)
     np.testing.assert_array_equal(rollout.informative, [True, False])
     assert not Rollout.of([], config()).informative.size
-
-
-def test_pairs_are_the_best_and_the_worst_of_their_group():
-    rollout = Rollout.of(groups(), config())
-    pairs, counts = best_worst_pairs(rollout.groups, rollout.rewards, rollout.valid, margin=0.5)
-    places = {id(c): at for at, c in enumerate(rollout.completions())}
-    assert [[places[id(c)] for c in pair] for pair in pairs] == [[0, 1], [4, 5]]
-    assert counts.pairs == 2 and counts.below_margin == 1
-    none = Rollout.of([], config())
-    assert best_worst_pairs(none.groups, none.rewards, none.valid, margin=0.5)[0] == []
 
 
 def test_a_rollout_survives_the_disk(tmp_path):

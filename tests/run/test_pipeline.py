@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import time
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -175,18 +174,15 @@ def assert_same_run(directory: Path, expected: Path) -> None:
         assert found[name] == wanted[name], name
 
 
-def begin(recipe: Path, directory: Path, *changes: str) -> ForkProcess:
-    """Starts the run in a fork of this process, which has imported Paddle already."""
-    command = ["run", str(recipe), "--run-dir", str(directory), *changes]
+def kill_after(recipe: Path, directory: Path, step: int, delay_s: float) -> None:
+    """Kills a run `delay_s` after the metrics of `step` have been written.
+
+    It is a fork of this process, which has imported Paddle already.
+    """
+    metrics = directory / "01-sft/metrics.jsonl"
+    command = ["run", str(recipe), "--run-dir", str(directory)]
     process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
     process.start()
-    return process
-
-
-def kill_after(recipe: Path, directory: Path, step: int, delay_s: float) -> None:
-    """Starts the run and kills it `delay_s` after the metrics of `step` have been written."""
-    metrics = directory / "01-sft/metrics.jsonl"
-    process = begin(recipe, directory)
     while process.is_alive():
         if metrics.exists() and len(metrics.read_bytes().splitlines()) >= step:
             break
@@ -265,20 +261,6 @@ def test_from_sets_the_old_stage_aside_and_until_stops(workspace, whole, tmp_pat
     assert (directory / "01-sft.before-1/DONE").exists()
     assert (directory / "01-sft/DONE").exists()
     assert not (directory / "evaluation.json").exists()
-
-
-def test_two_runs_in_one_directory_are_refused(workspace, tmp_path, capsys):
-    first = begin(workspace / "recipe.yaml", tmp_path / "run", "stages.sft.steps=2000")
-    try:
-        for _ in range(600):
-            if (tmp_path / "run/01-sft/metrics.jsonl").exists():
-                break
-            time.sleep(0.1)
-        assert run("run", workspace / "recipe.yaml", "--run-dir", tmp_path / "run") == 2
-        assert "in use by another run" in " ".join(capsys.readouterr().err.split())
-    finally:
-        first.kill()
-        first.join()
 
 
 def test_a_non_finite_loss_stops_before_the_update(workspace, tmp_path, capsys):

@@ -1,21 +1,15 @@
 """The command that trains a tokenizer on data files."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
 from ernie_train.data import load_tokenizer
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "tools.data.train_tokenizer", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+from tools.data.train_tokenizer import main
 
 
-def test_it_trains_on_every_kind_of_row(tmp_path: Path) -> None:
+def test_it_trains_on_every_kind_of_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["apple", "orange", "banana"]
     messages = [
         {"role": "user", "content": "the question is apple"},
@@ -29,10 +23,9 @@ def test_it_trains_on_every_kind_of_row(tmp_path: Path) -> None:
     }
     for name, row in rows.items():
         (tmp_path / name).write_text((json.dumps(row) + "\n") * 30)
-    files = [tmp_path / name for name in rows]
-    done = run(tmp_path / "out", "--vocab-size", 370, *files)
-    assert done.returncode == 0, done.stderr
-    assert "370 pieces from 120 rows" in done.stdout
+    files = [str(tmp_path / name) for name in rows]
+    assert main([str(tmp_path / "out"), "--vocab-size", "370", *files]) == 0
+    assert "370 pieces from 120 rows" in capsys.readouterr().out
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.vocab_size == 370
     # Words of every file became long pieces; a word that nobody wrote did not.
@@ -41,8 +34,11 @@ def test_it_trains_on_every_kind_of_row(tmp_path: Path) -> None:
     assert len(tokenizer.encode(" zymurgy")) >= 7
 
 
-def test_mistakes_end_with_status_2_and_one_line(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", "--vocab-size", 400, tmp_path / "gone.jsonl")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "gone.jsonl does not exist" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_end_with_status_2_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path / "out"), "--vocab-size", "400", str(tmp_path / "gone.jsonl")]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "gone.jsonl does not exist" in told
+    assert told.count("\n") == 1
