@@ -1,8 +1,9 @@
 """Progressive RL with UPO: sample, score, compare, update; iteration after iteration.
 
 Iterations are self-contained: all random state derives from (seed, iteration), so one that was cut
-off before its update is done again to the same bits. A stop after the update saves the weights with
-the metrics that are not logged yet; a resumed run evaluates and logs first.
+off before its update is done again to the same bits. A stop between sampling and the update keeps
+the rollout, which the next start takes up. One after the update saves the weights with the metrics
+that are not logged yet; a resumed run evaluates and logs first.
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ from ernie_train.rl.report import (
     rollout_metrics,
 )
 from ernie_train.rl.reward import load_scorers
-from ernie_train.rl.rollout import Rollout, RolloutSampler, largest_mismatch, second_rewards
+from ernie_train.rl.rollout import (
+    Rollout,
+    RolloutSampler,
+    keep_rollout,
+    largest_mismatch,
+    read_kept,
+    remove_kept,
+    second_rewards,
+)
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.stage import StageRun
 from ernie_train.weights.checkpoint import Checkpoint, CheckpointStore
@@ -124,6 +133,8 @@ class _UpoLoop:
         self.sampler.audit = self.audit.audited if self.audit is not None else None
         self.store = CheckpointStore(stage.directory / "checkpoints", config.checkpoint)
         self.state, self.update_seconds = IterationState(), 0.0
+        # Of the next iteration, until its update is made: the rollout, and the sampler's state.
+        self.unlearnt: tuple[Rollout, dict[str, Any]] | None = None
         saved = self.store.load_latest()
         if saved is not None:
             self._restore(saved)
@@ -159,11 +170,13 @@ class _UpoLoop:
                 if self.state.pending is not None:
                     self._finish(self.state.pending)
                 pairs = self._pair_sources()
+                self._take_up_kept()
                 while self.state.finished < self.config.iterations and not self._is_over():
                     self._iterate(self.state.finished + 1, pairs)
                     self._leave_if_asked(f"after iteration {self.state.finished}")
             except (Interrupted, EngineError, ToolFailure):
                 self._save()
+                self._keep_unlearnt()
                 raise
             except NonFiniteError:
                 if self.learner.trainer.has_finite_weights():
@@ -179,6 +192,24 @@ class _UpoLoop:
         if is_over:
             self.writer.note(self.store.says_out_of_patience(finished, self.config.iterations))
         return is_over
+
+    def _take_up_kept(self) -> None:
+        """Read the rollout that an earlier start sampled and could not learn from, if it did."""
+        iteration, directory = self.state.finished + 1, self.stage.directory
+        kept = consensus.run_on_main(lambda: read_kept(directory, iteration))
+        if kept is not None:
+            groups, sampler = kept
+            self.sampler.load_state_dict(sampler)
+            self.unlearnt = (Rollout.of(groups, self.config.rollout), sampler)
+            self.writer.note(f"iteration {iteration}: takes up the rollout kept at the last stop")
+
+    def _keep_unlearnt(self) -> None:
+        """Write the rollout that was sampled and not learnt from; a replay's is on the disk."""
+        if self.unlearnt is None or self.config.rollout.replay is not None:
+            return
+        rollout, sampler = self.unlearnt
+        if rollout.groups:
+            keep_rollout(self.stage.directory, self.state.finished + 1, rollout.groups, sampler)
 
     def _leave_if_asked(self, moment: str) -> None:
         if process_group.any_rank(self.stage.stop_requested()):
@@ -201,7 +232,10 @@ class _UpoLoop:
     def _iterate(self, iteration: int, pairs: PairSources | None) -> None:
         started = time.perf_counter()
         self.sampler.clear_seconds()
-        rollout = self.sampler.rollout(iteration)
+        if self.unlearnt is None:
+            rollout = self.sampler.rollout(iteration)
+            self.unlearnt = (rollout, self.sampler.state_dict())
+        rollout, _ = self.unlearnt
         batch, metrics = self._learn(iteration, rollout, pairs)
         metrics |= self.sampler.solved_metrics(iteration)
         if self.sampler.level is not None:
@@ -216,6 +250,7 @@ class _UpoLoop:
         timings = {**seconds, **learning, "seconds": total}
         state = self.state
         state.finished, state.steps, state.evaluation = iteration, self.learner.steps, {}
+        self.unlearnt = None
         state.prompts = self.sampler.state_dict()
         state.pending = PendingLine(iteration, metrics, timings)
         self._finish(state.pending)
@@ -302,6 +337,7 @@ class _UpoLoop:
             parts=self.learner.parts(),
         )
         state.saved = holds
+        consensus.run_on_main(lambda: remove_kept(self.stage.directory))
 
     def _restore(self, saved: Checkpoint) -> None:
         with consensus.fail_together():

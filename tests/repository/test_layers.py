@@ -56,7 +56,7 @@ PACKAGES: dict[str, str] = {
     "rl.batch": "sequences dealing",
     "rl.config": "rollout policy preference idle upo",
     "rl.reward": "model scoring stage",
-    "rl.rollout": "prompt_order records files grading sampler second_reward sampler_gap",
+    "rl.rollout": "prompt_order records files kept grading sampler second_reward sampler_gap",
     "rl": "config batch routing critic preference_data pair_stage estimators reward data rollout"
     " report pairs loss learner loop dpo",
     "launch": "addresses console rank_files logs launcher rank_group supervise cores",

@@ -6,6 +6,7 @@ comparable that differ in something else only.
 
 from ernie_train.rl.rollout.files import read_rollout, write_rollout
 from ernie_train.rl.rollout.grading import Answer, grade
+from ernie_train.rl.rollout.kept import keep_rollout, read_kept, remove_kept
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.rollout.sampler import RolloutSampler
 from ernie_train.rl.rollout.sampler_gap import (
@@ -24,9 +25,12 @@ __all__ = [
     "SecondReward",
     "correction_of",
     "grade",
+    "keep_rollout",
     "largest_mismatch",
     "logprob_mismatch",
+    "read_kept",
     "read_rollout",
+    "remove_kept",
     "second_rewards",
     "write_rollout",
 ]

@@ -269,10 +269,12 @@ class RolloutSampler:
 
     def state_dict(self) -> dict[str, Any]:
         solved = {"solved": self.solved.state_dict()} if self.solved is not None else {}
-        return {"order": self.order.state_dict(), "level": self.level, **solved}
+        return {
+            "order": self.order.state_dict(), "level": self.level, "passed": self.passed, **solved,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order.load_state_dict(state["order"])
-        self.level = state["level"]
+        self.level, self.passed = state["level"], list(state.get("passed", []))
         if self.solved is not None:
             self.solved.load_state_dict(state.get("solved", {}))
