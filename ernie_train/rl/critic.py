@@ -100,7 +100,12 @@ class Critic(ScalarModel):
                 f"the critic is of another size than the policy: {', '.join(missing[:5])}"
             )
         for name, tensor in own.items():
-            array = arrays[name]
+            try:
+                array = arrays[name]
+            except WeightsError as error:
+                raise WeightsError(
+                    f"the critic is of another size than the policy: {error}"
+                ) from None
             # Arrays are float32 from the disk, and bits of bfloat16 (uint16) from `arrays`.
             is_low = tensor.dtype == paddle.bfloat16 and array.dtype != np.uint16
             tensor.set_value(to_bfloat16(array) if is_low else array)

@@ -33,7 +33,7 @@ from ernie_train.rl.estimators import (
     sequence_logprobs,
     sequence_values,
 )
-from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss
+from ernie_train.rl.loss import PairTerm, UpoLoss, ValueLoss, term_norms
 from ernie_train.rl.preference_data import TokenizedPair, add_pairs
 from ernie_train.rl.report import mean_metrics
 from ernie_train.rl.rollout import Rollout, correction_of, logprob_mismatch
@@ -117,8 +117,8 @@ class Learner:
             batch = replace(batch, pair_ref_logprobs=self._logprobs_before_update(batch))
         if rollout.groups:
             if self.reference is not None:
-                kl = np.concatenate(_kl(batch, "k3", measured))
-                metrics["kl"] = float(np.mean(kl, dtype=np.float64))
+                distances = np.concatenate(_kl(batch, "k3", measured))
+                metrics["kl"] = float(np.mean(distances, dtype=np.float64))
             if self.config.policy.coef:
                 batch, more = self._with_advantages(batch, rollout)
                 metrics |= more
@@ -355,32 +355,6 @@ def _assemble(
     places = add_pairs(sequences, pairs)
     num_groups, group_size = trained.shape
     return RolloutBatch(sequences, places, num_groups, group_size, policy_mask=trained.reshape(-1))
-
-
-def term_norms(
-    trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch],
-    micro: Sequence[MicroBatch],
-    loss: UpoLoss,
-) -> dict[str, float]:
-    """Return each term's gradient norm, and how the pairs' gradient stands to the policy term's.
-
-    `preference/norm_ratio` is the norm of the pairs' terms over that of the policy term,
-    `preference/cosine` that of the angle between them; both are missing where either has no
-    gradient. Nothing is updated.
-    """
-    norms = trainer.term_gradient_norms(micro, loss)
-    metrics = {f"grad_norm/{name}": norm for name, norm in norms.items()}
-    policy, of_pairs = norms.get("policy", 0.0), {"preference", "nll_loss"} & norms.keys()
-    if not (policy and norms.get("preference")):
-        return metrics
-    pairs = norms["preference"]
-    if len(of_pairs) > 1:
-        pairs = trainer.gradient_norm_of(of_pairs, micro, loss)
-    # |a + b|^2 = |a|^2 + |b|^2 + 2 a.b: a pass more, and no gradient is kept beside another.
-    both = trainer.gradient_norm_of({"policy", *of_pairs}, micro, loss)
-    metrics["preference/norm_ratio"] = pairs / policy
-    metrics["preference/cosine"] = (both**2 - policy**2 - pairs**2) / (2 * policy * pairs)
-    return metrics
 
 
 def _policy_loss(config: UpoConfig) -> UpoLoss:

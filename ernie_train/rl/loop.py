@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_train.core import consensus, process_group
-from ernie_train.core.errors import EngineError, Interrupted, NonFiniteError, ToolFailure
+from ernie_train.core.errors import (
+    EngineError,
+    FailedElsewhere,
+    Interrupted,
+    NonFiniteError,
+    StorageError,
+    ToolFailure,
+)
 from ernie_train.environments import Toolbox, open_toolbox
 from ernie_train.eval.prompts import problem_row
 from ernie_train.generate.engines import Engine, build_engine
@@ -45,9 +52,8 @@ from ernie_train.rl.rollout import (
     RolloutSampler,
     keep_rollout,
     largest_mismatch,
-    read_kept,
-    remove_kept,
     second_rewards,
+    take_kept,
 )
 from ernie_train.train.moe_health import MoeHealth, PromptProbe
 from ernie_train.train.stage import StageRun
@@ -188,7 +194,7 @@ class _UpoLoop:
     def _is_over(self) -> bool:
         """Return whether the stage ends before its last iteration."""
         finished = self.state.finished
-        is_over = finished > 0 and self.store.is_out_of_patience(finished)
+        is_over = finished > 0 and self.store.ends_with(finished)
         if is_over:
             self.writer.note(self.store.says_out_of_patience(finished, self.config.iterations))
         return is_over
@@ -196,7 +202,7 @@ class _UpoLoop:
     def _take_up_kept(self) -> None:
         """Read the rollout that an earlier start sampled and could not learn from, if it did."""
         iteration, directory = self.state.finished + 1, self.stage.directory
-        kept = consensus.run_on_main(lambda: read_kept(directory, iteration))
+        kept = consensus.run_on_main(lambda: take_kept(directory, iteration))
         if kept is not None:
             groups, sampler = kept
             self.sampler.load_state_dict(sampler)
@@ -208,8 +214,12 @@ class _UpoLoop:
         if self.unlearnt is None or self.config.rollout.replay is not None:
             return
         rollout, sampler = self.unlearnt
+        iteration = self.state.finished + 1
         if rollout.groups:
-            keep_rollout(self.stage.directory, self.state.finished + 1, rollout.groups, sampler)
+            try:
+                keep_rollout(self.stage.directory, iteration, rollout.groups, sampler)
+            except (StorageError, FailedElsewhere) as error:  # of less weight than what ended it
+                self.writer.note(f"the rollout of iteration {iteration} is not kept: {error}")
 
     def _leave_if_asked(self, moment: str) -> None:
         if process_group.any_rank(self.stage.stop_requested()):
@@ -337,7 +347,6 @@ class _UpoLoop:
             parts=self.learner.parts(),
         )
         state.saved = holds
-        consensus.run_on_main(lambda: remove_kept(self.stage.directory))
 
     def _restore(self, saved: Checkpoint) -> None:
         with consensus.fail_together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ from ernie_train.rl.config import Aggregation, PairLoss
 from ernie_train.rl.critic import Critic
 from ernie_train.rl.estimators import critic_values, policy_logprobs
 from ernie_train.train.loss_terms import LossOutput, LossTerm, Mean
+from ernie_train.train.trainer import Trainer
 
 
 def _tensor(array: np.ndarray | None) -> Tensor:
@@ -59,7 +61,7 @@ class PairTerm:
             settings.beta_of_loss,
             settings.is_length_normalized,
             settings.gamma_of_loss,
-            settings.alpha_of_loss,
+            settings.rpo_alpha,
             coef,
         )
 
@@ -257,3 +259,29 @@ class ValueLoss:
         )
         term = LossTerm("value_loss", total, float(batch.loss_mask.sum()))
         return LossOutput([term], {}, router_stats, values)
+
+
+def term_norms(
+    trainer: Trainer[Ernie4_5_MoeForCausalLM, MicroBatch],
+    micro: Sequence[MicroBatch],
+    loss: UpoLoss,
+) -> dict[str, float]:
+    """Return each term's gradient norm, and how the pairs' gradient stands to the policy term's.
+
+    `preference/norm_ratio` is the norm of the pairs' terms over that of the policy term,
+    `preference/cosine` that of the angle between them; both are missing where either has no
+    gradient. Nothing is updated.
+    """
+    norms = trainer.term_gradient_norms(micro, loss)
+    metrics = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+    policy, of_pairs = norms.get("policy", 0.0), {"preference", "nll_loss"} & norms.keys()
+    if not (policy and norms.get("preference")):
+        return metrics
+    pairs = norms["preference"]
+    if len(of_pairs) > 1:
+        pairs = trainer.gradient_norm_of(of_pairs, micro, loss)
+    # |a + b|^2 = |a|^2 + |b|^2 + 2 a.b: a pass more, and no gradient is kept beside another.
+    both = trainer.gradient_norm_of({"policy", *of_pairs}, micro, loss)
+    metrics["preference/norm_ratio"] = pairs / policy
+    metrics["preference/cosine"] = (both**2 - policy**2 - pairs**2) / (2 * policy * pairs)
+    return metrics

@@ -33,7 +33,8 @@ STAGE = "stage.json"  # settings and inputs of a stage that was begun
 
 # Settings that --extend may change: how long a stage trains, and at what rate.
 _LENGTH = r"steps|epochs|iterations|rope_schedule\.\d+\.(?:steps|tokens)"
-_EXTENDED = re.compile(rf"(?:{_LENGTH}|optim\.(?:lr|min_lr|schedule|warmup_steps|decay_fraction)):")
+_RATE = r"optim\.(?:lr|min_lr|schedule|warmup_steps|decay_fraction)"
+_EXTENDED = re.compile(rf"(?:{_LENGTH}|{_RATE}|checkpoint\.early_stopping_patience):")
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,22 @@ class EarlierStarts:
             )
         if now.keys() != old.keys():
             return f"was given {', '.join(old)}, not {', '.join(now)}: lengthen it in the same unit"
-        finished = read_done(directory) is not None
+        if self._is_out_of_patience(index, stage.checkpoint.early_stopping_patience):
+            return "has ended as checkpoint.early_stopping_patience says: raise that as well"
+        before_patience = before["checkpoint"].get("early_stopping_patience")
+        ended_early = self._is_out_of_patience(index, before_patience)
+        finished = read_done(directory) is not None and not ended_early
         longer = any(now[key] > old[key] for key in now)
         if any(now[key] < old[key] for key in now) or (finished and not longer):
             told = ", ".join(f"{key}={value}" for key, value in old.items())
             return f"has been trained with {told}; give it more, so that something is left to train"
         return None
+
+    def _is_out_of_patience(self, index: int, patience: int | None) -> bool:
+        settings = self.recipe.stages[index].checkpoint
+        config = settings.model_copy(update={"early_stopping_patience": patience})
+        store = CheckpointStore(self._directory(index) / CHECKPOINTS, config)
+        return store.is_out_of_patience(store.steps()[-1])
 
     def _refuse_unknown_stages(self) -> None:
         expected = {self._directory(i).name for i in range(len(self.recipe.stages))}

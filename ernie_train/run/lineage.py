@@ -168,7 +168,7 @@ def stage_changes(
     """Return how settings and inputs that a stage's result depends on differ from a record."""
     now = stage_record(stage, lineage)
     settings = recorded.get("settings")
-    before = _without_idle(settings) if isinstance(settings, dict) else {}
+    before = _read_today(stage, settings) if isinstance(settings, dict) else {}
     after = now["settings"]
     found = differences(decisive_settings(stage, before), decisive_settings(stage, after))
     if stage.checkpoint.depends_on_scores:
@@ -183,13 +183,18 @@ def _scoring(settings: dict[str, Any]) -> dict[str, Any]:
     return found | {"validate_every_steps": settings.get("validate_every_steps")}
 
 
-def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return recorded settings with those that had no effect, and are refused today, reset."""
-    if settings.get("kind") != "upo":
-        return settings
+def _read_today(stage: AnyStageConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded settings as the kind of `stage` reads them today.
+
+    Keys that came later have their defaults, and settings that had no effect, and are refused
+    today, are reset.
+    """
     try:
-        stage = parse_config(UpoConfig, settings, "stage", recorded=True)
+        read = parse_config(type(stage), settings, "stage", recorded=True)
     except ConfigError:  # of a version that differs in more, as the comparison then tells
         return settings
-    resets = [reset for idle in settings_without_effect(stage) for reset in idle.same.items()]
-    return apply_overrides(settings, [f"{path}={json.dumps(value)}" for path, value in resets])
+    found = read.model_dump(mode="json")
+    if not isinstance(read, UpoConfig):
+        return found
+    resets = [reset for idle in settings_without_effect(read) for reset in idle.same.items()]
+    return apply_overrides(found, [f"{path}={json.dumps(value)}" for path, value in resets])

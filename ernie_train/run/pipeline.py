@@ -52,6 +52,7 @@ from ernie_train.launch import rank_files
 from ernie_train.model import Ernie4_5_MoeForCausalLM
 from ernie_train.model.partial import begin_partial_training, end_partial_training
 from ernie_train.rl.reward import find_score
+from ernie_train.rl.rollout import KEPT
 from ernie_train.run.check import (
     check_device,
     check_evaluation,
@@ -127,6 +128,8 @@ class Pipeline:
             store = CheckpointStore(self._stage_dir(index) / CHECKPOINTS)
             if steps := store.steps():
                 return f"{store.path_of(steps[-1])} is saved"
+            if (kept := self._stage_dir(index) / KEPT).exists():
+                return f"the rollout of its first iteration is kept in {kept}"
         return "nothing was to be saved yet"
 
     def _run(self, selection: Selection, stop: StopFlag) -> None:

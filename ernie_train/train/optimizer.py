@@ -256,7 +256,8 @@ class Optimizer:
 
         They are read one after another, and no others.
 
-        Raises `CheckpointError` that names parameters without saved state, or of another dtype.
+        Raises `CheckpointError` that names parameters without saved state, or of another dtype, and
+        `WeightsError` for an array that cannot be read or is of another shape.
         """
         if moments:
             _require_same_dtypes(self.updated, moments.get("master", {}))

@@ -191,7 +191,7 @@ class StepLoop(ABC, Generic[ModelT, BatchT]):
             self._end_if_out_of_patience()
 
     def _end_if_out_of_patience(self) -> None:
-        self.is_over = self.store.is_out_of_patience(self.trainer.step)
+        self.is_over = self.store.ends_with(self.trainer.step)
         if self.is_over and self.trainer.step < self.steps:
             self.metrics.note(self.store.says_out_of_patience(self.trainer.step, self.steps))
 

@@ -197,15 +197,21 @@ class CheckpointStore:
         manifests = (self._manifest(step) for step in self.steps())
         return not any(manifest and "optimizer" in manifest for manifest in manifests)
 
-    def is_out_of_patience(self, step: int) -> bool:
-        """Return whether a stage ends with the checkpoint of `step`: see `early_stopping_patience`.
+    def ends_with(self, step: int) -> bool:
+        """Return whether a stage ends with the checkpoint of `step`; every rank must call it."""
+        if self.config.early_stopping_patience is None:
+            return False
+        return consensus.run_on_main(lambda: self.is_out_of_patience(step))
 
-        Every rank must call it. Checkpoints that are gone count by their interval.
+    def is_out_of_patience(self, step: int) -> bool:
+        """Return whether `early_stopping_patience` ends a stage at `step`; for rank 0 alone.
+
+        Checkpoints that are gone count by their interval.
         """
         patience, every = self.config.early_stopping_patience, self.config.every_steps
         if patience is None or step % every:
             return False
-        best = consensus.run_on_main(lambda: self.best_step(up_to=step))
+        best = self.best_step(up_to=step)
         return best is not None and step - best >= patience * every
 
     def says_out_of_patience(self, step: int, last: int) -> str:
@@ -241,17 +247,19 @@ class CheckpointStore:
     def best_step(self, up_to: int | None = None) -> int | None:
         """Return the step with the best `best_metric`; the later one of equals.
 
-        None if no checkpoint (up to step `up_to`, if given) has a finite value of it.
+        The earlier one under `early_stopping_patience`, which waits for something better. None if
+        no checkpoint (up to step `up_to`, if given) has a finite value of it.
         """
         metric = self.config.best_metric
         sign = 1.0 if self.config.higher_is_better else -1.0
+        newer = 1 if self.config.early_stopping_patience is None else -1
         scored = []
         for step in self.steps():
             manifest = self._manifest(step) if up_to is None or step <= up_to else None
             value = read_metrics(manifest or {"metrics": {}}).get(metric or "", math.nan)
             if math.isfinite(value):
-                scored.append((sign * value, step))
-        return max(scored)[1] if scored else None
+                scored.append((sign * value, newer * step))
+        return abs(max(scored)[1]) if scored else None
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint whose files match their hashes; None if there is none.

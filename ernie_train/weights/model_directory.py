@@ -76,16 +76,15 @@ def _checkpoint_of_stage(stage: Path, *, best: bool) -> Path | None:
 def _best_of_stage(stage: Path) -> Path:
     try:
         settings = json.loads((stage / "stage.json").read_text(encoding="utf-8"))["settings"]
-        metric, best_is = (settings["checkpoint"].get(key) for key in ("best_metric", "best_is"))
+        keys = ("best_metric", "best_is", "early_stopping_patience")
+        chosen = {key: settings["checkpoint"].get(key) for key in keys}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{stage / 'stage.json'} cannot be read: {error}") from None
-    if metric is None:
+    if (metric := chosen["best_metric"]) is None:
         raise CheckpointError(
             f"{stage}: its recipe has no checkpoint.best_metric, so none is the best"
         )
-    store = CheckpointStore(
-        stage / "checkpoints", CheckpointConfig(best_metric=metric, best_is=best_is)
-    )
+    store = CheckpointStore(stage / "checkpoints", CheckpointConfig(**chosen))
     step = store.best_step()
     if step is None:
         raise CheckpointError(f"{stage}: no checkpoint has a value of best_metric={metric} yet")

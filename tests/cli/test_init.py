@@ -121,7 +121,7 @@ def test_nothing_is_overwritten(place: Path, cli: Any, tmp_path: Path) -> None:
         ({"--model": "nowhere"}, "nowhere"),
         ({"--data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         ({"--data": "prompts.jsonl"}, "1 of 1 rows have no `answer`"),
-        ({"--data": "both.jsonl"}, "rows of chat and prompt are none that init writes a recipe"),
+        ({"--data": "both.jsonl"}, "rows of chat and prompt: give --kind upo, which trains on all"),
         ({"--kind": "ppo"}, "--kind ppo: sft, pretrain, dpo, upo"),
         ({"--kind": "dpo"}, "rows of chat are none that --kind dpo trains on"),
         ({"--data": "odd.jsonl"}, "cannot tell the format"),

@@ -128,7 +128,7 @@ def test_dpo_has_sums_unless_told_otherwise(root):
     ):
         config = dpo.DpoConfig(**stage, **changes)
         assert (config.is_length_normalized, config.beta_of_loss) == (normalized, beta)
-        assert config.alpha_of_loss == (changes.get("loss") == "orpo")
+        assert config.rpo_alpha == (changes.get("loss") == "orpo")
 
 
 def test_orpo_trains_the_likelihood_beside_its_odds_and_asks_no_reference(

@@ -18,8 +18,7 @@ from ernie_train.rl.batch import (
     micro_batches,
 )
 from ernie_train.rl.estimators import policy_logprobs
-from ernie_train.rl.learner import term_norms
-from ernie_train.rl.loss import DpoLoss, PairTerm, UpoLoss
+from ernie_train.rl.loss import DpoLoss, PairTerm, UpoLoss, term_norms
 from ernie_train.train.optimizer import OptimConfig, Optimizer
 from ernie_train.train.trainer import Trainer
 from tests.rl.records import make_sequences

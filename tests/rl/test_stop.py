@@ -72,9 +72,11 @@ def _graded_here() -> Iterator[None]:
 def config(root: Path) -> UpoConfig:
     path = str(root / "prompts.jsonl")
     values = {
-        "name": "rl", "kind": "upo", "data": [{"path": path}], "reward": {"name": "exact"},
+        "name": "rl", "kind": "upo", "data": [{"path": path, "max_examples": 4}],
+        "reward": {"name": "exact"},
         "canaries": 0, "iterations": ITERATIONS, "micro_batch_size": 8,
-        "rollout": {"prompts_per_iteration": 3, "group_size": 3, "max_new_tokens": 4},
+        "rollout": {"prompts_per_iteration": 3, "group_size": 3, "max_new_tokens": 4,
+                    "skip_solved": {"rate": 0.6, "after": 1}},
         "evaluation": {"path": path, "every_iterations": 2, "max_examples": 3},
         "preference": {"coef": 0.2, "pairs": "online"},
         "optim": {"lr": 3e-3}, "checkpoint": {"every_steps": 100},
@@ -189,7 +191,8 @@ def test_a_stop_before_the_update_keeps_the_rollout(
             run_stage(root, tmp_path / "run", stop)
         assert sampled == [1, 2] and kept.exists()
     if damaged:
-        (kept / "rollout.jsonl").write_bytes((kept / "rollout.jsonl").read_bytes()[:-9])
+        for file in kept.iterdir():
+            file.write_bytes(file.read_bytes()[:-9])
     monkeypatch.setattr(Learner, "prepare", prepare)
     run_stage(root, tmp_path / "run", Moments())
     assert sampled == ([1, 2, 2, 3] if damaged else [1, 2, 3])

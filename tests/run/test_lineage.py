@@ -195,6 +195,21 @@ def test_settings_that_change_no_result_may_change(kind: str) -> None:
     assert [changes(kind, change) for change in HARMLESS[kind]] == [[]] * len(HARMLESS[kind])
 
 
+@pytest.mark.parametrize("kind", STAGES)
+def test_settings_that_came_later_are_no_change_at_their_defaults(kind: str) -> None:
+    parse = TypeAdapter(AnyStageConfig).validate_python
+    stage = parse(
+        {"name": "x", "kind": kind, "micro_batch_size": 2, "optim": {"lr": 1.0}, **STAGES[kind]}
+    )
+    made_from = Lineage("7", "m", "t")
+    record = stage_record(stage, made_from)
+    for section, key in (("checkpoint", "early_stopping_patience"), ("optim", "eps")):
+        del record["settings"][section][key]
+    assert stage_changes(stage, made_from, record) == []
+    record["settings"]["optim"]["lr"] = 2.0
+    assert stage_changes(stage, made_from, record) == ["optim.lr: 2.0 -> 1.0"]
+
+
 ROLLOUT = STAGES["upo"]["rollout"]
 AUDIT = {"name": "exact", "share": 0.01}
 IDLE = [

@@ -38,13 +38,19 @@ def stage(root: Path, **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def run(root: Path, directory: Path, *stages: dict[str, Any], **changes: Any) -> int:
+def run(
+    root: Path,
+    directory: Path,
+    *stages: dict[str, Any],
+    options: tuple[str, ...] = (),
+    **changes: Any,
+) -> int:
     recipe = yaml.safe_load((root / "recipe.yaml").read_text())
     recipe |= {"stages": list(stages), "evaluation": None, "export": None} | changes
     path = directory.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     with pytest.raises(SystemExit) as stopped:
-        main(["run", str(path), "--run-dir", str(directory)])
+        main(["run", str(path), "--run-dir", str(directory), *options])
     return int(stopped.value.code or 0)
 
 
@@ -126,10 +132,30 @@ def test_a_stage_ends_when_its_patience_is_over(workspace, tmp_path, monkeypatch
     assert (done := read_done(directory / "01-sft")) and done.result == ended
     # With more patience the third of them is the best; until then both train alike.
     settings["early_stopping_patience"] = 3
-    assert run(workspace, patient, stage(workspace, steps=10, checkpoint=settings)) == 0
+    longer = stage(workspace, steps=10, checkpoint=settings)
+    assert run(workspace, patient, longer) == 0
     assert (done := read_done(patient / "01-sft")) and done.result["checkpoint"] == "step_000010"
     short, long = metrics_without_time(directory), metrics_without_time(patient)
     assert short == long[:8] and len(long) == 10
+    # --extend goes on from there with more patience, and refuses more steps without it.
+    impatient = {**settings, "early_stopping_patience": 2}
+    more = stage(workspace, steps=12, checkpoint=impatient)
+    assert run(workspace, directory, more, options=("--extend",)) == 2
+    assert "early_stopping_patience says: raise that" in " ".join(capsys.readouterr().err.split())
+    assert run(workspace, directory, longer, options=("--extend",)) == 0
+    assert metrics_without_time(directory) == long
+    assert weights(directory / "01-sft/checkpoints/step_000010") == weights(
+        patient / "01-sft/checkpoints/step_000010"
+    )
+
+
+def test_an_equal_score_is_no_better_one(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised, "validation_loss", lambda *given: 1.0)
+    settings = {**BEST, "early_stopping_patience": 2}
+    assert run(workspace, tmp_path / "run", stage(workspace, steps=10, checkpoint=settings)) == 0
+    done = read_done(tmp_path / "run/01-sft")
+    assert done is not None and done.result["steps"] == 6
+    assert find_model(tmp_path / "run", best=True).weights.name == "step_000002"
 
 
 def test_the_best_one_of_verbs(workspace, tmp_path, monkeypatch, capsys):

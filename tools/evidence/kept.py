@@ -24,12 +24,13 @@ Task = tuple[str, int]  # arm, seed
 def join_results(own: Sequence[Result], files: Sequence[Path], out: Path) -> list[Result]:
     """Return the results of the sweep in `out` and those of other results.json, by seed.
 
-    Ends the program if what all runs share differs, by the settings.json beside each file, or if an
-    arm has a seed twice.
+    Ends the program if what all runs share differs, by the settings.json and the test seed beside
+    each file, or if an arm has a seed twice.
     """
     found = list(own)
     for file in files:
         _require_same(out, file.parent, SETTINGS)
+        _require_same(out, file.parent, TEST_SEED)
         found += json.loads(file.read_text("utf-8"))
     return _each_once(found)
 
@@ -42,19 +43,12 @@ def begin(directory: Path, out: Path) -> list[Result]:
     if not (directory / RESULTS).exists():
         return []
     _require_same(out, directory, SETTINGS)
-    if (directory / TEST_SEED).exists():
-        if (out / TEST_SEED).exists():
-            _require_same(out, directory, TEST_SEED)
-        else:
-            shutil.copyfile(directory / TEST_SEED, out / TEST_SEED)
+    if (directory / TEST_SEED).exists() and not (out / TEST_SEED).exists():
+        shutil.copyfile(directory / TEST_SEED, out / TEST_SEED)
+    _require_same(out, directory, TEST_SEED)
     with gzip.open(directory / RESULTS, "rt", encoding="utf-8") as stream:
         results: list[Result] = json.load(stream)
     return results
-
-
-def seeds_left(seeds: Sequence[int], kept: Sequence[Result]) -> list[int]:
-    """Return the seeds of which nothing is kept."""
-    return [seed for seed in seeds if seed not in {result["seed"] for result in kept}]
 
 
 def keep(directory: Path, kept: Sequence[Result], own: Sequence[Result], out: Path) -> list[Result]:
@@ -76,8 +70,12 @@ def keep(directory: Path, kept: Sequence[Result], own: Sequence[Result], out: Pa
 
 
 def _require_same(out: Path, other: Path, name: str) -> None:
-    if (out / name).read_bytes() != (other / name).read_bytes():
-        sys.exit(f"{other} holds results with other settings: compare {other / name}, {out / name}")
+    """End the program unless both directories have a file with the same bytes, or both none."""
+    files = [out / name, other / name]
+    mine, theirs = (file.read_bytes() if file.exists() else None for file in files)
+    if mine != theirs:
+        what = "on other test problems" if name == TEST_SEED else "with other settings"
+        sys.exit(f"{other} holds results {what}: compare {other / name} and {out / name}")
 
 
 def _each_once(results: Sequence[Result]) -> list[Result]:

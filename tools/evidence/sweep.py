@@ -24,7 +24,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -181,12 +181,18 @@ class Runner:
     def run_dir(self, arm: str, seed: int) -> Path:
         return self.out / f"{arm}-seed{seed}"
 
-    def results(self, arms: Sequence[str], seeds: Sequence[int]) -> list[Result]:
-        """Run every arm with every seed, a whole seed after the other, its derived arms last."""
+    def results(
+        self, arms: Sequence[str], seeds: Sequence[int], done: Collection[Task] = ()
+    ) -> list[Result]:
+        """Run every arm with every seed, a whole seed after the other, its derived arms last.
+
+        Those that are `done` elsewhere are left out.
+        """
         derived = self.sweep.derived
         ordered = sorted(arms, key=lambda arm: arm in derived)
         some = self.sweep.some_seeds
         tasks = [(a, seed) for seed in seeds for a in ordered if seed in some.get(a, seeds)]
+        tasks = [task for task in tasks if task not in done]
         results = self._run_all(tasks)
         write_json(self.out / "results.json", results)
         return results
@@ -344,9 +350,11 @@ def run(options: argparse.Namespace) -> None:
         starts |= prepare.PREPARE[sweep.fresh.name](out, sweep.recipe, **sweep.fresh.options)
     chosen = [arm for arm in known if not options.arms or arm in options.arms]
     runner = Runner(sweep, out, options.jobs, rates=rates)
-    results = runner.results(chosen, kept.seeds_left(sweep.seeds, earlier))
+    done = {(result["arm"], result["seed"]) for result in earlier}
+    results = runner.results(chosen, sweep.seeds, done)
     if options.keep:
         results = kept.keep(options.keep, earlier, results, out)
+        write_json(out / "results.json", results)
     results = kept.join_results(results, options.results, out)
     begun = [{"arm": name, "seed": None, **figures} for name, figures in starts.items()]
     text = report(sweep, [*begun, *results], out, options.images or out)

@@ -189,6 +189,11 @@ def _kind(data: str, records: list[Record], asked: str | None) -> str:
     fitting = [kind for kind, trained in TRAINS.items() if kinds <= trained]
     if asked in fitting or (asked is None and fitting and len(kinds) == 1):
         return asked or fitting[0]
+    if asked is None and fitting:
+        raise DataError(
+            f"{data}: rows of {' and '.join(sorted(kinds))}: give --kind {' or '.join(fitting)}, "
+            "which trains on all of them"
+        )
     raise DataError(
         f"{data}: rows of {' and '.join(sorted(kinds))} are none "
         + (f"that --kind {asked} trains on" if asked else "that init writes a recipe for")

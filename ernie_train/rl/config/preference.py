@@ -44,10 +44,16 @@ class PairLoss(StrictConfig):
     """
     simpo_gamma: NonNegative | None = None
     """Margin that `simpo` aims at; 0.5 unless given."""
-    rpo_alpha: NonNegative | None = None
+    rpo_alpha: NonNegative = 0.0
     """Weight of the chosen completion's mean negative log-likelihood beside the loss (RPO,
     arXiv:2404.19733); 1 for `orpo`, else 0, unless given.
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _likelihood_of_orpo(cls, values: Any) -> Any:
+        is_orpo = isinstance(values, dict) and values.get("loss") == "orpo"
+        return {"rpo_alpha": 1.0, **values} if is_orpo else values
 
     @model_validator(mode="after")
     def _of_its_loss(self) -> PairLoss:
@@ -76,11 +82,6 @@ class PairLoss(StrictConfig):
         """Return `beta`, or the default that fits the log-ratios."""
         per_token = self.is_length_normalized and self.loss != "orpo"
         return self.beta or (_BETA_PER_TOKEN if per_token else _BETA_OF_SUMS)
-
-    @property
-    def alpha_of_loss(self) -> float:
-        """Return `rpo_alpha`, or its default: ORPO is a likelihood with a penalty."""
-        return float(self.loss == "orpo") if self.rpo_alpha is None else self.rpo_alpha
 
     @property
     def gamma_of_loss(self) -> float:

@@ -6,7 +6,7 @@ comparable that differ in something else only.
 
 from ernie_train.rl.rollout.files import read_rollout, write_rollout
 from ernie_train.rl.rollout.grading import Answer, grade
-from ernie_train.rl.rollout.kept import keep_rollout, read_kept, remove_kept
+from ernie_train.rl.rollout.kept import KEPT, keep_rollout, take_kept
 from ernie_train.rl.rollout.records import PromptGroup, Rollout, ScoredCompletion
 from ernie_train.rl.rollout.sampler import RolloutSampler
 from ernie_train.rl.rollout.sampler_gap import (
@@ -17,6 +17,7 @@ from ernie_train.rl.rollout.sampler_gap import (
 from ernie_train.rl.rollout.second_reward import SecondReward, second_rewards
 
 __all__ = [
+    "KEPT",
     "Answer",
     "PromptGroup",
     "Rollout",
@@ -28,9 +29,8 @@ __all__ = [
     "keep_rollout",
     "largest_mismatch",
     "logprob_mismatch",
-    "read_kept",
     "read_rollout",
-    "remove_kept",
     "second_rewards",
+    "take_kept",
     "write_rollout",
 ]

@@ -45,27 +45,22 @@ def keep_rollout(
     write_directory(directory / KEPT, write, info={"iteration": iteration, "sampler": sampler})
 
 
-def read_kept(directory: Path, iteration: int) -> tuple[list[PromptGroup], dict[str, Any]] | None:
+def take_kept(directory: Path, iteration: int) -> tuple[list[PromptGroup], dict[str, Any]] | None:
     """Return what was kept of an iteration, groups and the sampler's state; for rank 0 alone.
 
-    None where there is nothing, that of another iteration or, with a warning, a damaged one: the
-    iteration can be sampled again.
+    It is deleted: what ends the run once more should not do so at every start. None where there is
+    nothing, that of another iteration or, with a warning, a damaged one: the iteration can be
+    sampled again.
     """
     path = directory / KEPT
+    recover(path)
     if not path.exists():
         return None
     try:
         kept = verify_manifest(path)
-        if kept["iteration"] != iteration:
-            return None
-        return read_rollout(path / _GROUPS), kept["sampler"]
+        groups = read_rollout(path / _GROUPS) if kept["iteration"] == iteration else None
     except CheckpointError as error:
         _log.warning("the kept rollout is sampled again: %s", error)
-        return None
-
-
-def remove_kept(directory: Path) -> None:
-    """Delete what was kept, as the weights now hold its update; for rank 0 alone."""
-    recover(directory / KEPT)
-    if (directory / KEPT).exists():
-        remove_directory(directory / KEPT)
+        groups = None
+    remove_directory(path)
+    return None if groups is None else (groups, kept["sampler"])
