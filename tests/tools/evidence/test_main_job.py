@@ -43,6 +43,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in RL:
         small |= {
             f"stages.{stage}.iterations": 2, f"stages.{stage}.canaries": 0,
+            f"stages.{stage}.measured_completions": None,
             f"stages.{stage}.data": [{"path": "data/problems/math.jsonl.gz", "max_examples": 20}],
             f"stages.{stage}.reward": {"python": f"{root}/reward.py:score"},
             f"stages.{stage}.rollout.prompts_per_iteration": 4,

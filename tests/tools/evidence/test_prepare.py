@@ -40,11 +40,15 @@ def test_starts_of_rl_are_measured_once_and_on_fresh_problems(
     made: list[list[str]] = []
     measured: list[dict[str, Any]] = []
 
+    def make(arguments: list[str]) -> None:
+        made.append(arguments)
+        Path(arguments[1]).mkdir()
+
     def measure(*arguments: str) -> None:
         measured.append(json.loads(arguments[5]))
         Path(arguments[4]).write_text(json.dumps({"accuracy": len(measured)}))
 
-    monkeypatch.setattr(make_data, "main", made.append)
+    monkeypatch.setattr(make_data, "main", make)
     monkeypatch.setattr(prepare, "run_program", measure)
     for _ in range(2):
         starts = prepare.rl_test(tmp_path, "recipe.yaml", problems=3)
