@@ -158,6 +158,10 @@ def test_completions_get_room_for_the_longest_solution(
             assert solution <= found[words]["max_new_tokens"] < solution + 64
     assert found[80]["max_new_tokens"] > found[40]["max_new_tokens"]
     assert found[0]["max_new_tokens"] == 256 - found[0]["max_prompt_tokens"], "no worked solution"
+    cut = ("--data", "40.jsonl", "--out", "cut.yaml", "--seq-len", 200)
+    assert cli(*given, *cut)[0] == 0
+    rollout = load_yaml(tmp_path / "cut.yaml")["stages"][0]["rollout"]
+    assert rollout["max_prompt_tokens"] + rollout["max_new_tokens"] == 200
 
 
 def test_it_goes_on_from_sft_and_solves_what_was_held_out(
@@ -229,15 +233,16 @@ def test_few_rows_without_an_answer_are_told_and_not_asked(
     place: Path, cli: Any, tmp_path: Path
 ) -> None:
     rows = ROWS["prompts"][0]
-    write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "What is it?"}])
+    lacking = [{"prompt": f"What is it, {n}?"} for n in range(4)]
+    write_rows(tmp_path / "rows.jsonl", [*rows, *lacking])
     given = ("init", "--model", place / "model", "--data", "rows.jsonl")
     assert cli(*given)[0] == 2
-    status, told = cli(*given, "--max-bad-fraction", 0.1, "--held-out", 18)
-    assert status == 0 and "1 rows have nothing to be graded by, and teach nothing" in told, told
+    status, told = cli(*given, "--max-bad-fraction", 0.3, "--held-out", 18)
+    assert status == 0 and "4 rows have nothing to be graded by, and teach nothing" in told, told
     stage = load_yaml(tmp_path / "recipe.yaml")["stages"][0]
-    assert stage["canaries"] == 0 and stage["max_bad_fraction"] == 0.1
+    assert stage["canaries"] == 0 and stage["max_bad_fraction"] == 0.3
     held = (tmp_path / "recipe.held_out.jsonl").read_text()
-    assert "What is it?" not in held
+    assert len(held.splitlines()) == 18 and "What is it" not in held
 
 
 def test_rows_with_demonstrations_are_for_sft_unless_it_is_said_otherwise(
