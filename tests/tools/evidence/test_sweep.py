@@ -226,14 +226,14 @@ def test_a_sweep_makes_everything_and_continues(
 ) -> None:
     out, start = tmp_path / "out", "[stages.sft.steps=3, stages.sft.checkpoint.every_steps=3]"
     command = ["rl", "seeds=[1, 2]", "overrides=[stages.rl.iterations=2]", "--jobs", "2"]
-    command += [f"prepare.options={{problems: 6, overrides: {start}}}"]
-    command += ["measure.options.problems=6", "--out", str(out), "--arms", "upo-online,loose-group"]
+    command += [f"prepare.options={{overrides: {start}}}", "fresh.options.problems=6"]
+    command += ["measure.options.problems=6", "--out", str(out), "--arms", "group,loose-group"]
     sweep.main(command)
     names = ("table.md", "results.json", "rl_ablation.png", "rl_hacking.png")
     assert all((out / name).exists() for name in names)
     results = json.loads((out / "results.json").read_text())
     assert [(r["arm"], r["seed"]) for r in results] == [
-        ("upo-online", 1), ("loose-group", 1), ("upo-online", 2), ("loose-group", 2),
+        ("group", 1), ("loose-group", 1), ("group", 2), ("loose-group", 2),
     ]  # fmt: skip
     assert all(len(r["curve/reward"]) == 2 for r in results)
     assert len(results[1]["curve/solved"]) == 2
