@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from ernie_train.core.errors import Interrupted
+from ernie_train.core.errors import Interrupted, StorageError
 from ernie_train.eval import evaluation
 from ernie_train.rewards.score import Score
 from ernie_train.rewards.scoring import ComposedScore
@@ -200,6 +200,27 @@ def test_a_stop_before_the_update_keeps_the_rollout(
     found = bits(tmp_path / "run")
     assert ("experts_changed" in found["metrics"][1]) == damaged
     assert filled(found, expected) == expected and not kept.exists()
+
+
+def test_a_full_disk_for_the_rollout_does_not_hide_the_stop(
+    root, whole, tmp_path, monkeypatch, capsys
+):
+    stop, learn = Moments(), loop.Learner.prepare
+
+    def full(*arguments: Any) -> None:
+        raise StorageError("disk full")
+
+    def stopped(*arguments: Any) -> Any:
+        stop.at = 0
+        return learn(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(loop, "keep_rollout", full)
+        patch.setattr(loop.Learner, "prepare", stopped)
+        run_stage(root, tmp_path / "run", stop)
+    assert "the rollout of iteration 1 is not kept: disk full" in capsys.readouterr().out
+    run_stage(root, tmp_path / "run", Moments())
+    assert bits(tmp_path / "run") == whole[0]
 
 
 @pytest.mark.slow

@@ -28,6 +28,10 @@ def test_results_of_other_seeds_are_joined_and_none_counts_twice(
     theirs = ("--with", str(tmp_path / "other/results.json"))
     seeds = [1]
     assert run("own", *theirs) == [("quick", 1), ("quick", 2)]
+    (tmp_path / "other/test_seed.json").write_text('{"seed": 5}')
+    with pytest.raises(SystemExit, match="other test problems"):
+        run("own", *theirs)
+    (tmp_path / "other/test_seed.json").unlink()
     seeds = [1, 2]
     with pytest.raises(SystemExit, match="quick has seed 2 twice"):
         run("own", *theirs)
